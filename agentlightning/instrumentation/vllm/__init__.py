@@ -1,0 +1,96 @@
+"""Token ids in vLLM's answers: which of vLLM's modules is patched by what, and the switches around it.
+
+Importing this never imports vLLM.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import threading
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from agentlightning.importhook import ImportHook, when_imported
+from agentlightning.instrumentation.vllm import chat, completions, releases
+from agentlightning.modules import locate
+from agentlightning.patching import PatchSet, Status
+
+if TYPE_CHECKING:
+    ChatCompletionResponsePatched: type[Any]
+
+__all__ = [
+    "ChatCompletionResponsePatched",
+    "arm_vllm",
+    "instrument_vllm",
+    "status",
+    "uninstrument_vllm",
+]
+
+logger = logging.getLogger("agentlightning")
+
+PATCH_SETS = (
+    PatchSet("chat response", releases.CHAT_PROTOCOL, chat.RESPONSE_PATCHES),
+    PatchSet("chat", releases.CHAT_SERVING, chat.SERVING_PATCHES),
+    PatchSet("completions", releases.COMPLETION_SERVING, completions.SERVING_PATCHES),
+)
+
+_hooks: list[ImportHook] = []
+_lock = threading.RLock()
+
+
+def instrument_vllm() -> None:
+    """Patch vLLM's serving modules, each when vLLM imports it, or now where it has been imported already.
+
+    Every answer then carries its token ids, as `AGL_RETURN_TOKEN_IDS` says. Raises nothing: `status()` tells what
+    became of it. A second call is a no-op with a warning.
+    """
+    if not arm_vllm():
+        logger.warning("agentlightning: vLLM is instrumented already")
+
+
+def arm_vllm() -> bool:
+    """As `instrument_vllm`, but silent where that has been done already; returns whether it had not."""
+    with _lock:
+        if _hooks:
+            return False
+        for patch_set in PATCH_SETS:
+            for module in patch_set.modules:
+                _hooks.append(when_imported(module, patch_set.apply))
+        # Last, so that what is imported already has been patched, and is not looked for.
+        _hooks.append(when_imported("vllm", _look_for_modules))
+        return True
+
+
+def uninstrument_vllm() -> None:
+    """Take every patch off again, in this process; requests under way end as they began. Idempotent."""
+    with _lock:
+        while _hooks:
+            _hooks.pop().remove()
+        for patch_set in PATCH_SETS:
+            patch_set.undo()
+
+
+def status() -> dict[str, Status]:
+    """Each patch set's state by name; `pending` until vLLM imports the module that it patches."""
+    return {patch_set.name: patch_set.status for patch_set in PATCH_SETS}
+
+
+def _look_for_modules(vllm: ModuleType) -> None:
+    """Without this, a patch set whose module a new release has renamed would be pending for ever, and nobody told."""
+    for patch_set in PATCH_SETS:
+        if not any(map(locate, patch_set.modules)):
+            version = getattr(vllm, "__version__", "of unknown version")
+            patch_set.fail(f"vLLM {version} has no {' or '.join(patch_set.modules)}")
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ChatCompletionResponsePatched":
+        return _chat_completion_response()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _chat_completion_response() -> type[Any]:
+    """vLLM's own `ChatCompletionResponse`, which is extended in place; imports vLLM, instrumented or not."""
+    module = next((name for name in releases.CHAT_PROTOCOL if locate(name)), releases.CHAT_PROTOCOL[0])
+    return importlib.import_module(module).ChatCompletionResponse

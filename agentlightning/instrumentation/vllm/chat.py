@@ -1,0 +1,51 @@
+"""Token ids in the answers of `/v1/chat/completions`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from agentlightning.instrumentation.vllm import answer, releases
+from agentlightning.instrumentation.vllm.answer import Carried, Endpoint, RequestField
+from agentlightning.instrumentation.vllm.fields import ExtraField
+from agentlightning.patching import Patch, Wrap
+
+__all__ = ["RESPONSE_PATCHES", "SERVING_PATCHES"]
+
+
+def attach(response: Any, request: Any, carried: Carried) -> None:
+    """vLLM's answer has `prompt_token_ids` and each choice's `token_ids`: add `response_token_ids`."""
+    if not carried.prompt:
+        response.prompt_token_ids = None
+    token_ids = [choice.token_ids for choice in sorted(response.choices, key=lambda choice: choice.index)]
+    # vLLM leaves them out where it must hide what was generated (include_reasoning=false): then so do we.
+    if all(ids is not None for ids in token_ids):
+        response.response_token_ids = token_ids
+
+
+def trim(stream: AsyncGenerator[str, None], request: Any, carried: Carried) -> AsyncGenerator[str, None]:
+    """vLLM's stream has all that it should; its prompt ids may be one thing too many."""
+    return stream if carried.prompt else answer.edited(stream, "prompt_token_ids", _drop_prompt_ids)
+
+
+def _drop_prompt_ids(chunk: dict[str, Any]) -> None:
+    if "prompt_token_ids" in chunk:
+        chunk["prompt_token_ids"] = None
+
+
+def _answers_chat(serving: Any) -> bool:
+    # vLLM's Anthropic and Cohere endpoints are subclasses that turn a chat answer into one of theirs: chunks that
+    # they do not expect would change it. A subclass from outside vLLM still answers chat requests.
+    cls = type(serving)
+    return cls.__name__ == "OpenAIServingChat" or not cls.__module__.startswith("vllm.")
+
+
+ENDPOINT = Endpoint("/v1/chat/completions", attach, trim, serves=_answers_chat)
+
+RESPONSE_PATCHES: tuple[Patch, ...] = (
+    ExtraField("ChatCompletionResponse", "response_token_ids", list[list[int]] | None),
+)
+SERVING_PATCHES: tuple[Patch, ...] = (
+    RequestField("ChatCompletionRequest", "return_token_ids", releases.RETURN_TOKEN_IDS_SINCE),
+    Wrap("OpenAIServingChat.create_chat_completion", ("request",), ENDPOINT.wrap),
+)
