@@ -1,0 +1,42 @@
+# make demo | test | lint: each sets up what it needs the first time, and only then.
+VENV := .venv
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format clean
+
+help:
+	@echo 'make demo    a real vLLM answers with token ids, shown in a table'
+	@echo 'make test    all tests, against a real vLLM'
+	@echo 'make lint    formatting, lint and types'
+	@echo 'make format  put the formatting right'
+	@echo 'make clean   remove what the others made'
+
+# vLLM is installed once; we are installed again when what that depends on changes.
+$(VENV)/.ready: pyproject.toml tools/make_env.py agentlightning.pth
+	$(PYTHON) tools/make_env.py $(VENV)
+	@touch $@
+
+.cache/tiny-model/config.json: tests/common/tiny_model.py | $(VENV)/.ready
+	@echo 'making the tiny model'
+	@rm -rf .cache/tiny-model
+	@$(VENV)/bin/python -m tests.common.tiny_model >/dev/null 2>.cache.log || { cat .cache.log; exit 1; }
+	@rm -f .cache.log; touch $@
+
+demo: $(VENV)/.ready .cache/tiny-model/config.json
+	@$(VENV)/bin/python -m examples.demo
+
+test: $(VENV)/.ready .cache/tiny-model/config.json
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/.ready
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+format: $(VENV)/.ready
+	$(VENV)/bin/ruff format
+	$(VENV)/bin/ruff check --fix
+
+clean:
+	rm -rf $(VENV) .cache dist .pytest_cache .ruff_cache

@@ -1,0 +1,67 @@
+"""`make demo`: a real vLLM, started as everybody starts it, answers a plain and a streamed chat with token ids.
+
+The model is tiny and random, so its answers are gibberish; the ids are exact all the same.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+from tests.common.answers import gather
+from tests.common.reference import tokenizer
+from tests.common.vllm import RemoteOpenAIServer
+
+MESSAGES: Any = [{"role": "user", "content": "What is the capital of France?"}]
+TOKENS = 16
+
+
+def table(title: str, prompt_token_ids: Sequence[int], response_token_ids: Sequence[int]) -> None:
+    """Every token of the prompt and of the answer beside its id, six to a line."""
+    print(f"\n{title}")
+    for name, token_ids in (("prompt", prompt_token_ids), ("answer", response_token_ids)):
+        cells = [f"{token_id:>4} {shown(token_id):<10}" for token_id in token_ids]
+        for start in range(0, len(cells), 5):
+            print(f"  {name if start == 0 else '':<8}{' '.join(cells[start : start + 5]).rstrip()}")
+
+
+def shown(token_id: int) -> str:
+    """A token as text on one line; bytes that are no character by themselves show as U+FFFD."""
+    text = tokenizer().decode([token_id])
+    return text.replace("\n", "⏎") if text.isprintable() or text == "\n" else ascii(text)[1:-1]
+
+
+def main() -> None:
+    print("starting: AGL_INSTRUMENT=1 vllm serve TINY_MODEL   (half a minute)", flush=True)
+    with RemoteOpenAIServer(env={"AGL_INSTRUMENT": "1"}) as server:
+        client = server.client()
+        options: dict[str, Any] = {
+            "model": server.model,
+            "messages": MESSAGES,
+            "max_tokens": TOKENS,
+            "temperature": 0,
+        }
+        print(f"asking:   {MESSAGES[0]['content']}")
+        answer = client.chat.completions.create(**options)
+        extra = answer.model_extra or {}
+        table(
+            "plain: prompt_token_ids and response_token_ids", extra["prompt_token_ids"], extra["response_token_ids"][0]
+        )
+
+        streamed = gather(client.chat.completions.create(stream=True, **options))
+        table(
+            "streamed: prompt_token_ids of the first chunk, token_ids of every chunk, joined",
+            streamed.prompt_token_ids[0],
+            streamed.token_ids[0],
+        )
+        same = streamed.token_ids[0] == extra["response_token_ids"][0]
+        print(f"\nplain and streamed ids are {'the same' if same else 'NOT the same'}; stopping the server")
+    sys.exit(not same)
+
+
+if __name__ == "__main__":
+    main()

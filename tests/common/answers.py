@@ -1,0 +1,75 @@
+"""Reading answers: what a client sees, gathered."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.common.vllm import RemoteOpenAIServer
+
+VARYING = {"id", "created", "system_fingerprint"}
+"""What differs from call to call, and from server to server."""
+
+
+@dataclass
+class Streamed:
+    """A stream put together again, by choice index."""
+
+    chunks: list[dict[str, Any]]
+    prompt_token_ids: dict[int, list[int]] = field(default_factory=dict)
+    token_ids: dict[int, list[int]] = field(default_factory=dict)
+    text: dict[int, str] = field(default_factory=dict)
+    reasoning: dict[int, str] = field(default_factory=dict)
+    tool_arguments: dict[int, str] = field(default_factory=dict)
+    usage: dict[str, Any] | None = None
+
+
+def gather(chunks: Iterable[Any]) -> Streamed:
+    """Put the chunks of a chat or completions stream of the `openai` client together."""
+    streamed = Streamed([chunk.model_dump(exclude_unset=True) for chunk in chunks])
+    for chunk in streamed.chunks:
+        streamed.usage = chunk.get("usage") or streamed.usage
+        for choice in chunk["choices"]:
+            index, delta = choice["index"], choice.get("delta", {})
+            prompt_token_ids = chunk.get("prompt_token_ids") or choice.get("prompt_token_ids")
+            if prompt_token_ids:
+                assert index not in streamed.prompt_token_ids, "prompt ids came twice"
+                streamed.prompt_token_ids[index] = prompt_token_ids
+            streamed.token_ids.setdefault(index, []).extend(choice.get("token_ids") or [])
+            _append(streamed.text, index, choice.get("text") or delta.get("content"))
+            _append(streamed.reasoning, index, delta.get("reasoning"))
+            for call in delta.get("tool_calls") or []:
+                _append(streamed.tool_arguments, index, call["function"].get("arguments"))
+    return streamed
+
+
+def _append(texts: dict[int, str], index: int, text: str | None) -> None:
+    texts[index] = texts.get(index, "") + (text or "")
+
+
+def post(server: RemoteOpenAIServer, path: str, body: dict[str, Any]) -> Any:
+    """The JSON answer to a request that no client library has touched; a list of events where it is a stream."""
+    request = urllib.request.Request(
+        f"{server.url}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=120) as response:
+        text = response.read().decode()
+    if not body.get("stream"):
+        return json.loads(text)
+    data = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+    return [json.loads(event) for event in data if event != "[DONE]"]
+
+
+def steady(answer: Any) -> Any:
+    """The answer without what differs from call to call."""
+    if isinstance(answer, dict):
+        return {key: steady(value) for key, value in answer.items() if key not in VARYING}
+    return [steady(item) for item in answer] if isinstance(answer, list) else answer
+
+
+def tokenize(server: RemoteOpenAIServer, **prompt: Any) -> list[int]:
+    """The ids that vLLM itself makes of `prompt=...` or `messages=[...]`."""
+    return post(server, "/tokenize", {"model": server.model, **prompt})["tokens"]

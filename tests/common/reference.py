@@ -1,0 +1,42 @@
+"""What the tiny model says according to transformers, and its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from tests.common.tiny_model import tiny_model
+
+
+@cache
+def tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_model())
+
+
+@cache
+def _model() -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=torch.float32).eval()
+
+
+def shows(token_ids: Sequence[int], text: str) -> bool:
+    """Whether `text` is what these ids say; vLLM keeps back bytes at the end that are no character yet."""
+    return tokenizer().decode(token_ids, skip_special_tokens=True).rstrip("\ufffd") == text.rstrip("\ufffd")
+
+
+def greedy(prompt_token_ids: Sequence[int], tokens: int) -> list[int]:
+    """The most likely continuation, token by token, up to and with the end of sequence."""
+    import torch
+
+    token_ids = list(prompt_token_ids)
+    with torch.inference_mode():
+        for _ in range(tokens):
+            token_ids.append(int(_model()(torch.tensor([token_ids])).logits[0, -1].argmax()))
+            if token_ids[-1] == tokenizer().eos_token_id:
+                break
+    return token_ids[len(prompt_token_ids) :]

@@ -1,0 +1,135 @@
+"""A real vLLM server for tests, the demo and benchmarks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import openai
+
+from tests.common.tiny_model import tiny_model
+
+SCRIPTS = Path(sysconfig.get_path("scripts"))
+START_SECONDS = 300
+STOP_SECONDS = 30
+QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+SMALL = ("--max-model-len", "1024", "--enforce-eager", "--dtype", "float32")
+PLAIN = ("vllm", "serve")
+AGL = ("agl", "vllm", "serve")
+
+
+class RemoteOpenAIServer:
+    """`vllm serve` in a process of its own, on a free port, from entering the context to leaving it.
+
+    Args:
+        arguments: what follows the model on the command line.
+        command: what comes before it: a script of this interpreter's environment, and its subcommand.
+        env: environment variables of the server; `AGL_*` variables of this process do not reach it.
+        model: a model's folder; the tiny one if not given.
+
+    Raises:
+        RuntimeError: on entering, if the server ends or is not healthy after five minutes; shows its log's end.
+    """
+
+    def __init__(
+        self,
+        *arguments: str,
+        command: Sequence[str] = PLAIN,
+        env: Mapping[str, str] | None = None,
+        model: Path | None = None,
+    ) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.model = str(model or tiny_model())
+        self.command = [str(SCRIPTS / command[0]), *command[1:], self.model, "--port", str(self.port)]
+        self.command += ["--host", "127.0.0.1", *SMALL, *arguments]
+        self.env = {**without_agl(os.environ), **QUIET, **(env or {})}
+        self._log = tempfile.NamedTemporaryFile("w+", prefix="vllm-", suffix=".log")  # noqa: SIM115
+
+    def __enter__(self) -> RemoteOpenAIServer:
+        # A group of its own, so that the engine cores end with the server.
+        self.process = subprocess.Popen(
+            self.command, env=self.env, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            self._wait_until_healthy()
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    @property
+    def log(self) -> str:
+        """What the server has printed so far."""
+        return Path(self._log.name).read_text(errors="replace")
+
+    def client(self) -> openai.OpenAI:
+        """A client for this server; it never retries, so that no test is passed on the second try."""
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
+
+    def async_client(self) -> openai.AsyncOpenAI:
+        """The same, asynchronous."""
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
+
+    def _wait_until_healthy(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"the server ended with {self.process.returncode}:\n{self.log[-5000:]}")
+            try:
+                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
+                    return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.25)
+        raise RuntimeError(f"the server was not healthy after {START_SECONDS} s:\n{self.log[-5000:]}")
+
+    def _stop(self) -> None:
+        self.process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(STOP_SECONDS)
+        # What is left of the group: engine cores that outlived the server, or a server that did not end.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def without_agl(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment without our own variables, whatever the shell that runs the tests has set."""
+    return {name: value for name, value in environment.items() if not name.startswith("AGL_")}
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def run(*command: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """A short command with this interpreter's environment's scripts; its output, kept."""
+    program = sys.executable if command[0] == "python" else str(SCRIPTS / command[0])
+    return subprocess.run(
+        [program, *command[1:]],
+        env={**without_agl(os.environ), **QUIET, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )

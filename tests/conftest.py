@@ -1,0 +1,46 @@
+"""The servers that tests share: each is started once, by the first test that asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.common.vllm import AGL, RemoteOpenAIServer
+
+PARSERS = (
+    "--enable-auto-tool-choice",
+    "--tool-call-parser=hermes",
+    "--reasoning-parser=qwen3",
+    # Random weights never end their reasoning by themselves: there too, the tests force what is said.
+    '--structured-outputs-config={"enable_in_reasoning": true}',
+)
+
+
+@pytest.fixture(scope="session")
+def armed() -> Iterator[RemoteOpenAIServer]:
+    """`AGL_INSTRUMENT=1 vllm serve`."""
+    with RemoteOpenAIServer("--enable-prompt-embeds", env={"AGL_INSTRUMENT": "1"}) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def plain() -> Iterator[RemoteOpenAIServer]:
+    """`vllm serve`, without us."""
+    with RemoteOpenAIServer("--enable-prompt-embeds") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def two_api_servers() -> Iterator[RemoteOpenAIServer]:
+    """`agl vllm serve` with two API server processes in front of one engine."""
+    with RemoteOpenAIServer("--api-server-count=2", command=AGL) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def parsing() -> Iterator[RemoteOpenAIServer]:
+    """With a tool-call parser and a reasoning parser, and `AGL_RETURN_TOKEN_IDS=response`."""
+    env = {"AGL_INSTRUMENT": "on", "AGL_RETURN_TOKEN_IDS": "response"}
+    with RemoteOpenAIServer(*PARSERS, env=env) as server:
+        yield server

@@ -1,0 +1,148 @@
+"""Token ids in the answers of /v1/chat/completions of a real vLLM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from openai import BadRequestError
+
+from tests.common.answers import Streamed, gather, post, steady, tokenize
+from tests.common.reference import greedy, shows
+from tests.common.vllm import RemoteOpenAIServer
+
+MESSAGES: Any = [{"role": "user", "content": "What is the capital of France? 😀"}]
+CHAT = "/v1/chat/completions"
+
+
+def ask(server: RemoteOpenAIServer, **options: Any) -> Any:
+    """A plain answer, as the `openai` client gives it."""
+    options = {"messages": MESSAGES, "max_tokens": 24, "temperature": 0, **options}
+    return server.client().chat.completions.create(model=server.model, **options)
+
+
+def ask_streamed(server: RemoteOpenAIServer, **options: Any) -> Streamed:
+    """A streamed answer, put together."""
+    return gather(ask(server, stream=True, stream_options={"include_usage": True}, **options))
+
+
+def body(server: RemoteOpenAIServer, **options: Any) -> dict[str, Any]:
+    return {"model": server.model, "messages": MESSAGES, "max_tokens": 24, "temperature": 0, **options}
+
+
+def test_an_answer_carries_the_ids_of_prompt_and_response(armed: RemoteOpenAIServer) -> None:
+    answer = ask(armed)
+
+    assert answer.prompt_token_ids == tokenize(armed, messages=MESSAGES)
+    assert answer.response_token_ids == [answer.choices[0].token_ids]
+    assert len(answer.response_token_ids[0]) == answer.usage.completion_tokens == 24
+    assert shows(answer.response_token_ids[0], answer.choices[0].message.content)
+
+
+def test_greedy_ids_are_those_of_transformers_on_the_same_prompt_ids(armed: RemoteOpenAIServer) -> None:
+    answer = ask(armed)
+
+    assert answer.response_token_ids[0] == greedy(answer.prompt_token_ids, 24)
+
+
+def test_streamed_ids_joined_are_those_of_the_plain_answer(armed: RemoteOpenAIServer) -> None:
+    streamed, answer = ask_streamed(armed), ask(armed)
+
+    assert streamed.token_ids == {0: answer.response_token_ids[0]}
+    assert streamed.prompt_token_ids == {0: answer.prompt_token_ids}
+    assert streamed.text[0] == answer.choices[0].message.content
+
+
+def test_the_prompt_ids_ride_on_the_first_chunk(armed: RemoteOpenAIServer) -> None:
+    first, *others = ask_streamed(armed).chunks
+
+    assert first["prompt_token_ids"] == tokenize(armed, messages=MESSAGES)
+    assert not any(chunk.get("prompt_token_ids") for chunk in others)
+
+
+def test_with_n_every_choice_has_its_ids_in_index_order(armed: RemoteOpenAIServer) -> None:
+    answer = ask(armed, n=3, temperature=1)
+
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    assert answer.response_token_ids == [choice.token_ids for choice in answer.choices]
+    assert all(shows(choice.token_ids, choice.message.content) for choice in answer.choices)
+    assert sum(map(len, answer.response_token_ids)) == answer.usage.completion_tokens
+
+
+def test_with_n_a_stream_carries_every_choices_ids(armed: RemoteOpenAIServer) -> None:
+    streamed = ask_streamed(armed, n=3, temperature=1)
+
+    assert sorted(streamed.token_ids) == [0, 1, 2]
+    assert all(shows(ids, streamed.text[index]) for index, ids in streamed.token_ids.items())
+    assert streamed.usage is not None
+    assert sum(map(len, streamed.token_ids.values())) == streamed.usage["completion_tokens"]
+
+
+def test_beam_search_carries_ids(armed: RemoteOpenAIServer) -> None:
+    answer = ask(armed, n=2, extra_body={"use_beam_search": True})
+
+    assert answer.prompt_token_ids == tokenize(armed, messages=MESSAGES)
+    assert all(map(shows, answer.response_token_ids, [choice.message.content for choice in answer.choices]))
+    assert answer.response_token_ids[0] != answer.response_token_ids[1]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
+def test_logprobs_are_vllms_own(armed: RemoteOpenAIServer, plain: RemoteOpenAIServer, stream: bool) -> None:
+    options = {"logprobs": True, "top_logprobs": 2, "stream": stream, "return_token_ids": True}
+
+    def logprobs(server: RemoteOpenAIServer, options: dict[str, Any]) -> list[Any]:
+        answer = post(server, CHAT, body(server, **options))
+        choices = [choice for chunk in (answer if stream else [answer]) for choice in chunk["choices"]]
+        return [entry for choice in choices for entry in (choice["logprobs"] or {"content": []})["content"]]
+
+    options_unsaid = {name: value for name, value in options.items() if name != "return_token_ids"}
+    assert logprobs(armed, options_unsaid) == logprobs(plain, options)
+    assert len(logprobs(armed, options_unsaid)) == 24
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
+@pytest.mark.parametrize("options", [{}, {"n": 2, "temperature": 1, "seed": 7}, {"stop": ["a"]}], ids=str)
+class TestTheRequestsOwnReturnTokenIds:
+    def test_false_gives_exactly_vllms_answer(
+        self, armed: RemoteOpenAIServer, plain: RemoteOpenAIServer, options: dict[str, Any], stream: bool
+    ) -> None:
+        ours = post(armed, CHAT, body(armed, stream=stream, return_token_ids=False, **options))
+        vllms = post(plain, CHAT, body(plain, stream=stream, **options))
+
+        assert by_choice(steady(ours)) == by_choice(steady(vllms))
+
+    def test_true_or_absent_gives_vllms_answer_with_ids(
+        self, armed: RemoteOpenAIServer, plain: RemoteOpenAIServer, options: dict[str, Any], stream: bool
+    ) -> None:
+        absent = post(armed, CHAT, body(armed, stream=stream, **options))
+        true = post(armed, CHAT, body(armed, stream=stream, return_token_ids=True, **options))
+        vllms = post(plain, CHAT, body(plain, stream=stream, return_token_ids=True, **options))
+
+        assert by_choice(steady(absent)) == by_choice(steady(true))
+        if not stream:
+            assert true.pop("response_token_ids") == [choice["token_ids"] for choice in vllms["choices"]]
+        assert by_choice(steady(true)) == by_choice(steady(vllms))
+
+
+def by_choice(answer: Any) -> Any:
+    """Chunks in the order of their choices: the order between choices is not the same twice."""
+    if not isinstance(answer, list):
+        return answer
+    return sorted(answer, key=lambda chunk: chunk["choices"][0]["index"] if chunk["choices"] else -1)
+
+
+def test_null_counts_as_not_said(armed: RemoteOpenAIServer) -> None:
+    assert post(armed, CHAT, body(armed, return_token_ids=None))["response_token_ids"]
+
+
+def test_a_refused_request_is_refused_as_before(armed: RemoteOpenAIServer, plain: RemoteOpenAIServer) -> None:
+    messages = []
+    for server in (armed, plain):
+        with pytest.raises(BadRequestError) as refusal:
+            ask(server, max_tokens=100_000)
+        messages.append(refusal.value.body)
+    assert messages[0] == messages[1]
+
+
+def test_without_ids_the_field_is_absent_and_not_null(armed: RemoteOpenAIServer) -> None:
+    assert "response_token_ids" not in post(armed, CHAT, body(armed, return_token_ids=False))

