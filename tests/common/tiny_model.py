@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -60,7 +61,7 @@ def _make(folder: Path) -> None:
         ),
     )
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in MARKUP_TOKENS])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast: Any = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     fast.chat_template = CHAT_TEMPLATE
     fast.model_max_length = 2048
 
@@ -78,7 +79,7 @@ def _make(folder: Path) -> None:
         pad_token_id=fast.pad_token_id,
         initializer_range=0.5,
     )
-    model = Qwen2ForCausalLM(config).to(torch.float32)
+    model: Any = Qwen2ForCausalLM(config)
     model.save_pretrained(folder)
     fast.save_pretrained(folder)
 

@@ -1,0 +1,223 @@
+"""instrument_vllm() and its undoing on the real vLLM's classes, in processes that are forked for each test."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import subprocess
+import sys
+from collections.abc import AsyncGenerator, Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.entrypoints.openai.chat_completion import serving as chat_serving
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
+from vllm.entrypoints.openai.completion import serving as completion_serving
+from vllm.entrypoints.serve.engine.protocol import UsageInfo
+
+from agentlightning import instrumentation
+from agentlightning.instrumentation.vllm import answer
+
+pytestmark = pytest.mark.forked
+
+OpenAIServingChat = chat_serving.OpenAIServingChat
+VLLMS_OWN = OpenAIServingChat.create_chat_completion
+APPLIED = {"chat response": "applied", "chat": "applied", "completions": "applied"}
+
+
+def statuses() -> dict[str, str]:
+    return {name: str(status) for name, status in instrumentation.status().items()}
+
+
+def request(**options: Any) -> ChatCompletionRequest:
+    return ChatCompletionRequest(messages=[{"role": "user", "content": "hi"}], **options)
+
+
+def response() -> ChatCompletionResponse:
+    return ChatCompletionResponse(model="m", choices=[], usage=UsageInfo())
+
+
+def serve(answers: Callable[[ChatCompletionRequest], Any], asked: ChatCompletionRequest) -> Any:
+    """What an instrumented `OpenAIServingChat` answers where vLLM's own method answers with `answers`."""
+
+    async def create_chat_completion(self: Any, request: ChatCompletionRequest, raw_request: Any = None) -> Any:
+        return answers(request)
+
+    if not hasattr(OpenAIServingChat.create_chat_completion, "__agl_seam__"):
+        OpenAIServingChat.create_chat_completion = create_chat_completion
+        instrumentation.instrument_vllm()
+    serving = OpenAIServingChat.__new__(OpenAIServingChat)
+    return asyncio.run(serving.create_chat_completion(asked))
+
+
+def test_instrumenting_patches_what_is_imported_already() -> None:
+    instrumentation.instrument_vllm()
+
+    assert statuses() == APPLIED
+    assert OpenAIServingChat.create_chat_completion is not VLLMS_OWN
+
+
+def test_a_forked_test_leaves_nothing_to_the_next() -> None:
+    assert set(statuses().values()) == {"pending"}
+    assert OpenAIServingChat.create_chat_completion is VLLMS_OWN
+
+
+def test_uninstrumenting_puts_everything_back() -> None:
+    before = vars(completion_serving.OpenAIServingCompletion).copy()
+    fields, dumped = list(ChatCompletionResponse.model_fields), response().model_dump().keys()
+    instrumentation.instrument_all()
+    assert vars(completion_serving.OpenAIServingCompletion) != before
+
+    instrumentation.uninstrument_all()
+    instrumentation.uninstrument_all()
+
+    assert vars(completion_serving.OpenAIServingCompletion) == before
+    assert OpenAIServingChat.create_chat_completion is VLLMS_OWN
+    assert list(ChatCompletionResponse.model_fields) == fields
+    assert response().model_dump().keys() == dumped
+    assert set(statuses().values()) == {"pending"}
+
+
+def test_instrumenting_again_after_undoing_works() -> None:
+    instrumentation.instrument_vllm()
+    instrumentation.uninstrument_vllm()
+    instrumentation.instrument_vllm()
+
+    assert statuses() == APPLIED
+
+
+def test_instrumenting_twice_is_a_no_op_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    instrumentation.instrument_vllm()
+    patched = OpenAIServingChat.create_chat_completion
+    instrumentation.instrument_vllm()
+
+    assert OpenAIServingChat.create_chat_completion is patched
+    assert caplog.messages == ["agentlightning: vLLM is instrumented already"]
+
+
+def test_the_chat_response_is_extended_in_place() -> None:
+    instrumentation.instrument_vllm()
+    from agentlightning.instrumentation.vllm import ChatCompletionResponsePatched
+
+    assert ChatCompletionResponsePatched is ChatCompletionResponse
+    assert "response_token_ids" in ChatCompletionResponse.model_json_schema()["properties"]
+    with_ids: Any = response()
+    assert "response_token_ids" not in with_ids.model_dump()
+    with_ids.response_token_ids = [[1, 2]]
+    assert with_ids.model_dump()["response_token_ids"] == [[1, 2]]
+
+
+def test_importing_the_instrumentation_never_imports_vllm() -> None:
+    code = "import sys, agentlightning.instrumentation as i; i.instrument_all(); print('vllm' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
+
+
+@pytest.mark.parametrize(
+    ("setting", "said", "asked"),
+    [
+        ("all", None, True),
+        ("response", None, True),
+        ("none", None, None),
+        ("NONE ", None, None),
+        ("none", True, True),
+        ("all", False, False),
+    ],
+)
+def test_vllm_is_asked_for_ids_as_the_switch_and_the_request_say(
+    monkeypatch: pytest.MonkeyPatch, setting: str, said: bool | None, asked: bool | None
+) -> None:
+    monkeypatch.setenv("AGL_RETURN_TOKEN_IDS", setting)
+
+    assert serve(lambda request: request.return_token_ids, request(return_token_ids=said)) is asked
+
+
+def test_nonsense_in_the_switch_counts_as_all_with_one_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("AGL_RETURN_TOKEN_IDS", "prompt")
+
+    assert [serve(lambda request: request.return_token_ids, request()) for _ in range(2)] == [True, True]
+    assert caplog.messages == [
+        "agentlightning: AGL_RETURN_TOKEN_IDS='prompt' is none of all, response, none; it counts as 'all'"
+    ]
+
+
+def test_an_attachment_that_raises_gives_vllms_answer_and_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    broken = SimpleNamespace(choices=[SimpleNamespace(index=0)])
+
+    assert [serve(lambda _: broken, request()) for _ in range(3)] == [broken] * 3
+    [record] = caplog.records
+    assert record.levelno == logging.ERROR
+    assert "/v1/chat/completions: attaching ids" in record.message
+    assert answer.failures == {"/v1/chat/completions: attaching ids: AttributeError": 3}
+
+
+def test_a_request_that_cannot_be_read_is_answered_by_vllm_alone(caplog: pytest.LogCaptureFixture) -> None:
+    unreadable: Any = SimpleNamespace()
+
+    assert serve(lambda _: "vLLM's own", unreadable) == "vLLM's own"
+    assert "asking for ids" in caplog.text
+
+
+def test_a_chunk_that_cannot_be_read_passes_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("AGL_RETURN_TOKEN_IDS", "response")
+    events = ['data: {"prompt_token_ids":[1]}\n\n', 'data: {"prompt_token_ids": broken\n\n', "data: [DONE]\n\n"]
+
+    async def stream() -> AsyncGenerator[str, None]:
+        for event in events:
+            yield event
+
+    async def gathered(stream: Any) -> list[str]:
+        return [event async for event in stream]
+
+    assert asyncio.run(gathered(serve(lambda _: stream(), request(stream=True)))) == [
+        'data: {"prompt_token_ids":null}\n\n',
+        *events[1:],
+    ]
+    assert "editing a stream" in caplog.text
+
+
+def test_a_client_that_leaves_closes_vllms_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGL_RETURN_TOKEN_IDS", "response")
+    closed = []
+
+    async def stream() -> AsyncGenerator[str, None]:
+        try:
+            yield "data: {}\n\n"
+            yield "data: {}\n\n"
+        finally:
+            closed.append(True)
+
+    async def leave(stream: Any) -> None:
+        await anext(stream)
+        await stream.aclose()
+
+    asyncio.run(leave(serve(lambda _: stream(), request(stream=True))))
+    assert closed == [True]
+
+
+def test_what_vllm_raises_reaches_the_route() -> None:
+    def refuse(_: ChatCompletionRequest) -> Any:
+        raise ValueError("vLLM's own")
+
+    with pytest.raises(ValueError, match="vLLM's own"):
+        serve(refuse, request())
+
+
+def test_an_endpoint_built_upon_chat_is_left_alone() -> None:
+    anthropic = type("AnthropicServingMessages", (OpenAIServingChat,), {"__module__": "vllm.entrypoints.anthropic"})
+    trainers = type("TrainersServingChat", (OpenAIServingChat,), {"__module__": "trainer"})
+    asked = []
+
+    async def create_chat_completion(self: Any, request: ChatCompletionRequest, raw_request: Any = None) -> Any:
+        asked.append(request.return_token_ids)
+
+    OpenAIServingChat.create_chat_completion = create_chat_completion
+    instrumentation.instrument_vllm()
+    for serving in (anthropic, trainers):
+        asyncio.run(serving.__new__(serving).create_chat_completion(request()))
+
+    assert asked == [None, True]

@@ -1,0 +1,237 @@
+"""Patch sets: checked first, applied whole or not at all, undone in any order."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from agentlightning.patching import Mismatch, NotForThisRelease, PatchSet, State, Wrap
+
+pytestmark = pytest.mark.forked
+
+SOURCE = '''
+class Base:
+    def inherited(self, x):
+        return f"inherited({x})"
+
+class Serving(Base):
+    def greet(self, name, greeting="hello"):
+        """Say it."""
+        return f"{greeting} {name}"
+
+    async def answer(self, request):
+        return request
+
+    @staticmethod
+    def static(x):
+        return x
+
+    constant = 3
+'''
+
+
+@pytest.fixture
+def serving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A module of its own, as a release of some package has it."""
+    (tmp_path / "some_serving.py").write_text(SOURCE)
+    monkeypatch.syspath_prepend(tmp_path)
+    return importlib.import_module("some_serving")
+
+
+def laid_on(mark: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A wrapper that shows in the answer that it was there."""
+    return lambda original: lambda *args, **kwargs: f"{mark}({original(*args, **kwargs)})"
+
+
+def patch_set(*patches: Any, name: str = "greeting") -> PatchSet:
+    return PatchSet(name, ["some_serving"], patches)
+
+
+def greeting(mark: str = "patched") -> Wrap:
+    return Wrap("Serving.greet", ("name",), laid_on(mark))
+
+
+class Refuses:
+    """A patch that passes its check, and then cannot be applied."""
+
+    def check(self, module: ModuleType) -> None:
+        pass
+
+    def is_applied(self, module: ModuleType) -> bool:
+        return False
+
+    def apply(self, module: ModuleType) -> Callable[[], None]:
+        raise RuntimeError("no")
+
+
+class TooNew(Refuses):
+    def check(self, module: ModuleType) -> None:
+        raise NotForThisRelease("came with 2.0")
+
+
+def test_a_set_is_pending_until_its_module_is_there(serving: ModuleType) -> None:
+    greetings = patch_set(greeting())
+    assert str(greetings.status) == "pending"
+
+    greetings.apply(serving)
+
+    assert str(greetings.status) == "applied"
+    assert serving.Serving().greet("you") == "patched(hello you)"
+
+
+def test_names_taken_earlier_see_the_patch(serving: ModuleType) -> None:
+    taken_earlier, instance = serving.Serving, serving.Serving()
+
+    patch_set(greeting()).apply(serving)
+
+    assert taken_earlier().greet("you") == instance.greet("you") == "patched(hello you)"
+
+
+def test_a_patched_method_looks_like_the_original(serving: ModuleType) -> None:
+    before = inspect.signature(serving.Serving.greet)
+
+    patch_set(greeting(), Wrap("Serving.answer", ("request",), lambda original: original)).apply(serving)
+
+    assert inspect.signature(serving.Serving.greet) == before
+    assert (serving.Serving.greet.__name__, serving.Serving.greet.__doc__) == ("greet", "Say it.")
+    assert inspect.iscoroutinefunction(serving.Serving.answer)
+
+
+@pytest.mark.parametrize(
+    ("target", "parameters", "reason"),
+    [
+        ("Serving.gone", (), "some_serving has no Serving.gone"),
+        ("Gone.greet", (), "some_serving has no class Gone"),
+        ("Serving.greet", ("name", "tone"), "does not take tone"),
+        ("Serving.static", (), "is not a method but staticmethod"),
+        ("Serving.constant", (), "is not a method but int"),
+    ],
+)
+def test_one_target_that_is_not_as_expected_leaves_the_whole_set_off(
+    serving: ModuleType, caplog: pytest.LogCaptureFixture, target: str, parameters: tuple[str, ...], reason: str
+) -> None:
+    original = serving.Serving.greet
+    greetings = patch_set(greeting(), Wrap(target, parameters, laid_on("never")))
+
+    greetings.apply(serving)
+
+    assert serving.Serving.greet is original
+    assert greetings.status.state is State.FAILED
+    assert greetings.status.reason is not None
+    assert reason in greetings.status.reason
+    [line] = caplog.messages
+    assert "greeting" in line
+    assert reason in line
+
+
+def test_what_was_applied_is_put_back_when_a_later_patch_fails(serving: ModuleType) -> None:
+    original = serving.Serving.greet
+    greetings = patch_set(greeting(), Refuses())
+
+    greetings.apply(serving)
+
+    assert serving.Serving.greet is original
+    assert str(greetings.status) == "failed: RuntimeError('no')"
+
+
+def test_a_set_that_came_with_a_later_release_is_no_failure(
+    serving: ModuleType, caplog: pytest.LogCaptureFixture
+) -> None:
+    greetings = patch_set(greeting(), TooNew())
+
+    greetings.apply(serving)
+
+    assert str(greetings.status) == "not for this release: came with 2.0"
+    assert not caplog.messages
+
+
+def test_applying_twice_is_a_no_op_with_a_warning(serving: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
+    greetings = patch_set(greeting())
+    greetings.apply(serving)
+    greetings.apply(serving)
+
+    assert serving.Serving().greet("you") == "patched(hello you)"
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    greetings.undo()
+    assert serving.Serving().greet("you") == "hello you"
+
+
+def test_a_reloaded_module_is_patched_again(serving: ModuleType) -> None:
+    greetings = patch_set(greeting())
+    greetings.apply(serving)
+
+    greetings.apply(importlib.reload(serving))
+
+    assert serving.Serving().greet("you") == "patched(hello you)"
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2), (1, 2, 0)], ids=str)
+def test_sets_on_one_method_are_undone_in_any_order(serving: ModuleType, order: tuple[int, ...]) -> None:
+    original = serving.Serving.greet
+    sets = [patch_set(greeting(mark), name=mark) for mark in "abc"]
+    for patches in sets:
+        patches.apply(serving)
+    assert serving.Serving().greet("you") == "c(b(a(hello you)))"
+
+    left = ["a", "b", "c"]
+    for index in order:
+        sets[index].undo()
+        left.remove("abc"[index])
+        assert serving.Serving().greet("you").count("(") == len(left)
+        assert all(f"{mark}(" in serving.Serving().greet("you") for mark in left)
+    assert serving.Serving.greet is original
+    assert [patches.status.state for patches in sets] == [State.PENDING] * 3
+
+
+@pytest.mark.parametrize("keeps_attributes", [True, False], ids=["with functools.wraps", "without"])
+def test_undo_under_somebody_elses_wrapper_leaves_theirs_in_place(serving: ModuleType, keeps_attributes: bool) -> None:
+    greetings = patch_set(greeting())
+    greetings.apply(serving)
+    ours = serving.Serving.greet
+
+    def theirs(self: Any, name: str, greeting: str = "hello") -> str:
+        return f"theirs({ours(self, name, greeting)})"
+
+    serving.Serving.greet = functools.update_wrapper(theirs, ours) if keeps_attributes else theirs
+
+    greetings.undo()
+    assert serving.Serving().greet("you") == "theirs(hello you)"
+
+    greetings.apply(serving)
+    assert serving.Serving().greet("you").count("patched(") == 1
+    assert serving.Serving().greet("you").count("theirs(") == 1
+
+
+def test_an_inherited_method_is_patched_on_the_class_alone_and_inherited_again(serving: ModuleType) -> None:
+    inherited = patch_set(Wrap("Serving.inherited", ("x",), laid_on("patched")))
+    inherited.apply(serving)
+    assert serving.Serving().inherited(1) == "patched(inherited(1))"
+    assert serving.Base().inherited(1) == "inherited(1)"
+
+    inherited.undo()
+
+    assert "inherited" not in vars(serving.Serving)
+
+
+def test_undo_is_idempotent_and_leaves_the_set_usable(serving: ModuleType) -> None:
+    greetings = patch_set(greeting())
+    greetings.undo()
+    greetings.apply(serving)
+    greetings.undo()
+    greetings.undo()
+    greetings.apply(serving)
+
+    assert serving.Serving().greet("you") == "patched(hello you)"
+
+
+def test_a_check_says_which_target_and_how(serving: ModuleType) -> None:
+    with pytest.raises(Mismatch, match=r"some_serving\.Serving\.greet\(self, name, greeting='hello'\) does not take x"):
+        Wrap("Serving.greet", ("x",), laid_on("never")).check(serving)

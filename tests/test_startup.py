@@ -1,0 +1,511 @@
+"""What `AGL_INSTRUMENT` does to Python programs, with the package's `.pth` file where it is installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from pydantic.fields import FieldInfo
+
+import agentlightning
+from agentlightning import importhook
+from agentlightning._startup import start
+from tests.common.made_up_vllm import PROMPT, RESPONSE, VERSION, Layout, made_up_vllm
+
+CHECKOUT = Path(__file__).parents[1]
+SECONDS = 20
+
+OFF = ["", "0", "false", "off", "no", "False", "OFF", "nO", "   ", " 0\t", " Off "]
+ON = ["1", "true", "on", "yes", "strict", "True", "ON", "yEs", "STRICT", " 1 ", "\ton "]
+NONSENSE = ["maybe", "2", " Enable "]
+
+MODULES = "import sys; print(*sys.modules, sep='\\n')"
+FINDERS = "import sys; print(sum(type(f).__module__ == 'agentlightning.importhook' for f in sys.meta_path))"
+
+IMPORT_ALL = """\
+import importlib, pkgutil, vllm
+for module in pkgutil.walk_packages(vllm.__path__, "vllm."):
+    importlib.import_module(module.name)
+"""
+STATUS = """\
+import json
+from agentlightning import instrumentation
+print(json.dumps({name: str(status) for name, status in instrumentation.status().items()}))
+"""
+ANSWERS = """\
+import asyncio
+from {chat} import ChatCompletionRequest, OpenAIServingChat
+from {completions} import CompletionRequest, OpenAIServingCompletion
+for create, request in (
+    (OpenAIServingChat().create_chat_completion, ChatCompletionRequest()),
+    (OpenAIServingCompletion().create_completion, CompletionRequest()),
+):
+    print(asyncio.run(create(request)).model_dump_json(exclude_none=True))
+"""
+SERVING: Mapping[Layout, Mapping[str, str]] = {
+    "to 0.14": {
+        "chat": "vllm.entrypoints.openai.serving_chat",
+        "completions": "vllm.entrypoints.openai.serving_completion",
+    },
+    "from 0.15": {
+        "chat": "vllm.entrypoints.openai.chat_completion.serving",
+        "completions": "vllm.entrypoints.openai.completion.serving",
+    },
+}
+CHAT = SERVING["from 0.15"]["chat"]
+COMPLETIONS = SERVING["from 0.15"]["completions"]
+CHAT_PROTOCOL = "vllm.entrypoints.openai.chat_completion.protocol"
+
+PLAIN_ANSWERS = [{"choices": [{"index": 0}]}] * 2
+ANSWERS_WITH_IDS = [
+    {
+        "choices": [{"index": 0, "token_ids": RESPONSE}],
+        "prompt_token_ids": PROMPT,
+        "response_token_ids": [RESPONSE],
+    },
+    {
+        "choices": [{"index": 0, "prompt_token_ids": PROMPT, "token_ids": RESPONSE}],
+        "response_token_ids": [RESPONSE],
+    },
+]
+
+all_can_be_patched = pytest.mark.skipif(
+    "exclude_if" not in FieldInfo.__slots__, reason="pydantic before 2.12 cannot have the field on chat responses"
+)
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a program that ended well has printed."""
+
+    stdout: list[str]
+    stderr: list[str]
+
+
+def python(*arguments: str | Path, instrument: str | None = None, path: Path | None = None) -> Output:
+    """Run a Python program.
+
+    Args:
+        arguments: its command line.
+        instrument: its `AGL_INSTRUMENT`, None for unset.
+        path: the folder that it imports from before all others.
+    """
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("AGL_", "PYTHON"))}
+    variables = {"AGL_INSTRUMENT": instrument, "PYTHONPATH": None if path is None else str(path)}
+    result = subprocess.run(
+        [sys.executable, *arguments],
+        env=inherited | {name: value for name, value in variables.items() if value is not None},
+        # Not the checkout, which `-c` would import from.
+        cwd=sys.prefix,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return Output(result.stdout.splitlines(), result.stderr.splitlines())
+
+
+def answers(layout: Layout = "from 0.15") -> str:
+    return ANSWERS.format(**SERVING[layout])
+
+
+def unpatched(patch_set: str, reason: str) -> str:
+    """The warning that a patch set is left off."""
+    return f"agentlightning: {patch_set} is left as it is, unpatched: {reason}"
+
+
+# Off and on.
+
+
+@pytest.mark.parametrize("value", [None, *OFF])
+def test_off_imports_nothing_of_the_package(value: str | None) -> None:
+    output = python("-c", MODULES, instrument=value)
+
+    assert [module for module in output.stdout if module.startswith("agentlightning")] == []
+    assert output.stderr == []
+
+
+@pytest.mark.parametrize("value", [None, "0", " OFF "])
+def test_off_leaves_vllm_alone(value: str | None, tmp_path: Path) -> None:
+    made_up_vllm(tmp_path)
+
+    output = python("-c", answers(), instrument=value, path=tmp_path)
+
+    assert list(map(json.loads, output.stdout)) == PLAIN_ANSWERS
+    assert output.stderr == []
+
+
+@pytest.mark.parametrize("value", ON)
+def test_on_arms_the_interpreter_once_and_says_nothing(value: str) -> None:
+    assert python("-c", FINDERS, instrument=value) == Output(["1"], [])
+
+
+@pytest.mark.parametrize("option", ["-I", "-E", "-s"])
+def test_an_interpreter_that_is_cut_off_from_its_surroundings_is_armed(option: str) -> None:
+    assert python(option, "-c", FINDERS, instrument="1") == Output(["1"], [])
+
+
+def test_armed_an_interpreter_has_only_our_modules_more() -> None:
+    plain = python("-c", MODULES)
+    armed = python("-c", MODULES, instrument="1")
+
+    more = set(armed.stdout) ^ set(plain.stdout)
+    assert {module.partition(".")[0] for module in more} == {"agentlightning"}
+    assert armed.stderr == []
+
+
+def test_arming_imports_only_our_modules_where_no_other_startup_file_has_run() -> None:
+    package = Path(agentlightning.__file__).parents[1]
+    # `os` is what the .pth file's own line imports.
+    code = "import os, sys; before = {*sys.modules}; from agentlightning._startup import start; start(); "
+
+    output = python("-S", "-c", f"{code}print(*{{*sys.modules}} - before)", instrument="1", path=package)
+
+    (modules,) = output.stdout
+    assert {module.partition(".")[0] for module in modules.split()} == {"agentlightning"}
+
+
+def test_starting_twice_arms_once() -> None:
+    start_twice = "from agentlightning._startup import start; start(); start()"
+
+    assert python("-c", f"{start_twice}; {FINDERS}", instrument="1") == Output(["1"], [])
+
+
+# What goes wrong.
+
+
+@pytest.mark.forked
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), MemoryError(), ImportError("no\nimport")])
+def test_an_error_while_arming_is_one_line_on_stderr(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setenv("AGL_INSTRUMENT", "1")
+    monkeypatch.setattr(importhook, "when_imported", fail)
+
+    start()
+
+    assert capsys.readouterr() == ("", f"agentlightning: not armed: {error!r}\n")
+
+
+class Unwritable:
+    """A stderr that cannot be written to, such as one on a full disk."""
+
+    def write(self, text: str) -> int:
+        raise OSError("no space left on device")
+
+
+@pytest.mark.forked
+@pytest.mark.parametrize("stderr", [None, Unwritable()])
+def test_an_error_while_arming_goes_no_further_where_it_cannot_be_said(
+    stderr: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise SystemExit
+
+    monkeypatch.setenv("AGL_INSTRUMENT", "1")
+    monkeypatch.setattr(importhook, "when_imported", fail)
+    monkeypatch.setattr(sys, "stderr", stderr)
+
+    assert start() is None
+
+
+@pytest.mark.parametrize("value", NONSENSE)
+def test_nonsense_says_nothing_where_vllm_is_not_imported(value: str) -> None:
+    assert python("-c", "print('done')", instrument=value) == Output(["done"], [])
+
+
+@pytest.mark.parametrize("value", NONSENSE)
+def test_nonsense_is_warned_of_once_where_vllm_is_imported_and_counts_as_off(value: str, tmp_path: Path) -> None:
+    made_up_vllm(tmp_path)
+    reload = "import importlib, vllm; importlib.reload(vllm)\n"
+
+    output = python("-c", IMPORT_ALL + reload + answers(), instrument=value, path=tmp_path)
+
+    assert list(map(json.loads, output.stdout)) == PLAIN_ANSWERS
+    allowed = "1, true, on, yes, strict, 0, false, off, no"
+    assert output.stderr == [f"agentlightning: AGL_INSTRUMENT={value!r} is none of {allowed}; it counts as 'off'"]
+
+
+@pytest.mark.parametrize("module", ["vllm", CHAT])
+@pytest.mark.parametrize(
+    "line", ["import a_library_that_is_missing", "raise ImportError('libcudart.so.12: not found')"]
+)
+def test_a_vllm_that_cannot_be_imported_raises_its_own_error(module: str, line: str, tmp_path: Path) -> None:
+    code = f"""\
+import importlib, sys
+try:
+    importlib.import_module({module!r})
+except ImportError as error:
+    print(repr(error), error.name)
+print({module!r} in sys.modules)
+"""
+    begins = "__version__ = " if module == "vllm" else "class OpenAIServingChat"
+    made_up_vllm(tmp_path, edits={begins: f"{line}\n{begins}"})
+
+    plain = python("-c", code, path=tmp_path)
+    armed = python("-c", code, instrument="1", path=tmp_path)
+
+    assert plain.stdout[1] == "False"
+    assert armed == plain
+
+
+def python_with_a_leftover_pth(folder: Path, instrument: str | None) -> Output:
+    """An interpreter that has our `.pth` file, but not our package."""
+    shutil.copy(CHECKOUT / "agentlightning.pth", folder)
+    return python(
+        "-I", "-S", "-c", f"import site; site.addsitedir({str(folder)!r}); print('done')", instrument=instrument
+    )
+
+
+@pytest.mark.parametrize("value", [None, *OFF])
+def test_a_pth_file_whose_package_is_gone_is_silent_while_off(value: str | None, tmp_path: Path) -> None:
+    assert python_with_a_leftover_pth(tmp_path, value) == Output(["done"], [])
+
+
+def test_a_pth_file_whose_package_is_gone_stops_nothing_and_says_so_while_on(tmp_path: Path) -> None:
+    output = python_with_a_leftover_pth(tmp_path, "1")
+
+    assert output.stdout == ["done"]
+    assert "agentlightning.pth" in output.stderr[0]
+
+
+# What is patched, in which process.
+
+
+@all_can_be_patched
+@pytest.mark.parametrize("layout", SERVING)
+@pytest.mark.parametrize("value", ["1", "strict"])
+def test_a_vllm_that_is_as_it_should_be_answers_with_ids(value: str, layout: Layout, tmp_path: Path) -> None:
+    made_up_vllm(tmp_path, layout)
+
+    output = python("-c", answers(layout) + STATUS, instrument=value, path=tmp_path)
+
+    *answered, status = map(json.loads, output.stdout)
+    assert answered == ANSWERS_WITH_IDS
+    assert status == {"chat response": "applied", "chat": "applied", "completions": "applied"}
+    assert output.stderr == []
+
+
+def test_what_vllm_has_not_imported_is_pending(tmp_path: Path) -> None:
+    made_up_vllm(tmp_path)
+
+    output = python("-c", f"import {COMPLETIONS}\n{STATUS}", instrument="1", path=tmp_path)
+
+    assert list(map(json.loads, output.stdout)) == [
+        {"chat response": "pending", "chat": "pending", "completions": "applied"}
+    ]
+    assert output.stderr == []
+
+
+def test_names_taken_before_patching_see_the_patches(tmp_path: Path) -> None:
+    code = f"""\
+import asyncio
+from {CHAT} import ChatCompletionRequest, OpenAIServingChat
+
+class Subclass(OpenAIServingChat):
+    pass
+
+servers = [OpenAIServingChat(), Subclass()]
+from agentlightning.instrumentation import instrument_vllm
+instrument_vllm()
+for server in servers:
+    print(asyncio.run(server.create_chat_completion(ChatCompletionRequest())).model_dump_json(exclude_none=True))
+"""
+    made_up_vllm(tmp_path)
+
+    output = python("-c", code, path=tmp_path)
+
+    assert list(map(json.loads, output.stdout)) == [ANSWERS_WITH_IDS[0]] * 2
+    assert output.stderr == []
+
+
+CHILD = f"""\
+def status_of_chat():
+    import {CHAT}
+    from agentlightning.instrumentation import status
+    return str(status()["chat"])
+"""
+PARENT = """\
+import multiprocessing, sys
+from child import status_of_chat
+
+if __name__ == "__main__":
+    with multiprocessing.get_context(sys.argv[1]).Pool(1) as pool:
+        print(pool.apply(status_of_chat), "vllm" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork", "forkserver"])
+def test_a_child_is_armed(method: str, tmp_path: Path) -> None:
+    made_up_vllm(tmp_path)
+    (tmp_path / "child.py").write_text(CHILD)
+    (tmp_path / "parent.py").write_text(PARENT)
+
+    assert python(tmp_path / "parent.py", method, instrument="1", path=tmp_path) == Output(["applied False"], [])
+
+
+HALFWAY = """\
+import threading
+from agentlightning.instrumentation import instrument_vllm
+
+thread = threading.Thread(target=instrument_vllm, daemon=True)
+thread.start()
+thread.join(0.5)
+"""
+
+
+@pytest.mark.parametrize("value", [None, "1"])
+def test_a_thread_that_instruments_vllm_while_another_imports_it_stops_neither(
+    value: str | None, tmp_path: Path
+) -> None:
+    made_up_vllm(tmp_path, edits={"__version__ = ": "import halfway\n__version__ = "})
+    (tmp_path / "halfway.py").write_text(HALFWAY)
+    code = "import vllm, halfway\nhalfway.thread.join()\n"
+
+    output = python("-c", code + answers(), instrument=value, path=tmp_path)
+
+    assert list(map(json.loads, output.stdout)) == ANSWERS_WITH_IDS
+
+
+# A vLLM that is not what the patches rely on.
+
+
+def test_a_vllm_without_the_modules_works_and_each_patch_set_says_what_it_misses(tmp_path: Path) -> None:
+    made_up_vllm(tmp_path, "bare")
+    openai = "vllm.entrypoints.openai"
+    reasons = {
+        "chat response": f"vLLM {VERSION} has no {openai}.chat_completion.protocol or {openai}.protocol",
+        "chat": f"vLLM {VERSION} has no {openai}.chat_completion.serving or {openai}.serving_chat",
+        "completions": f"vLLM {VERSION} has no {openai}.completion.serving or {openai}.serving_completion",
+    }
+
+    output = python("-c", f"import vllm\nprint(vllm.__version__)\n{STATUS}", instrument="1", path=tmp_path)
+
+    version, status = output.stdout
+    assert version == VERSION
+    assert json.loads(status) == {patch_set: f"failed: {reason}" for patch_set, reason in reasons.items()}
+    assert output.stderr == [unpatched(patch_set, reason) for patch_set, reason in reasons.items()]
+
+
+@all_can_be_patched
+@pytest.mark.parametrize(
+    ("old", "new", "patch_set", "reason"),
+    [
+        (
+            "create_chat_completion",
+            "chat",
+            "chat",
+            f"{CHAT} has no OpenAIServingChat.create_chat_completion",
+        ),
+        (
+            "create_chat_completion(self, request,",
+            "create_chat_completion(self, body,",
+            "chat",
+            f"{CHAT}.OpenAIServingChat.create_chat_completion(self, body, raw_request=None) does not take request",
+        ),
+        (
+            "    async def create_chat_completion",
+            "    @staticmethod\n    async def create_chat_completion",
+            "chat",
+            f"{CHAT}.OpenAIServingChat.create_chat_completion is not a method but staticmethod",
+        ),
+        (
+            "OpenAIServingChat",
+            "ChatServing",
+            "chat",
+            f"{CHAT} has no class OpenAIServingChat",
+        ),
+        (
+            "ChatCompletionRequest",
+            "ChatRequest",
+            "chat",
+            f"{CHAT} has no ChatCompletionRequest",
+        ),
+        (
+            "ChatCompletionResponse",
+            "ChatResponse",
+            "chat response",
+            f"{CHAT_PROTOCOL} has no model ChatCompletionResponse",
+        ),
+        (
+            "create_completion",
+            "complete",
+            "completions",
+            f"{COMPLETIONS} has no OpenAIServingCompletion.create_completion",
+        ),
+        (
+            "request_output_to_completion_response",
+            "to_response",
+            "completions",
+            f"{COMPLETIONS} has no OpenAIServingCompletion.request_output_to_completion_response",
+        ),
+        (
+            "completion_stream_generator(self, request, result_generator)",
+            "completion_stream_generator(self, query, results)",
+            "completions",
+            f"{COMPLETIONS}.OpenAIServingCompletion.completion_stream_generator(self, query, results) "
+            "does not take request, result_generator",
+        ),
+    ],
+)
+def test_what_has_changed_in_vllm_is_named_and_its_patch_set_left_off(
+    old: str, new: str, patch_set: str, reason: str, tmp_path: Path
+) -> None:
+    made_up_vllm(tmp_path, edits={old: new})
+
+    output = python("-c", IMPORT_ALL + STATUS, instrument="1", path=tmp_path)
+
+    applied = dict.fromkeys(("chat response", "chat", "completions"), "applied")
+    assert list(map(json.loads, output.stdout)) == [applied | {patch_set: f"failed: {reason}"}]
+    assert output.stderr == [unpatched(patch_set, reason)]
+
+
+@all_can_be_patched
+@pytest.mark.parametrize(
+    ("edits", "not_for_it"),
+    [
+        (
+            {"return_token_ids:": "another_field:"},
+            {
+                "chat": "ChatCompletionRequest knows no return_token_ids, which came with vLLM 0.10.2",
+                "completions": "CompletionRequest knows no return_token_ids, which came with vLLM 0.10.2",
+            },
+        ),
+        (
+            {"choices: list[Chat": "response_token_ids: list[list[int]] | None = None\n    choices: list[Chat"},
+            {"chat response": "ChatCompletionResponse has a response_token_ids of its own"},
+        ),
+    ],
+)
+def test_what_is_not_for_a_release_is_left_off_without_a_warning(
+    edits: Mapping[str, str], not_for_it: Mapping[str, str], tmp_path: Path
+) -> None:
+    made_up_vllm(tmp_path, edits=edits)
+
+    output = python("-c", IMPORT_ALL + STATUS, instrument="1", path=tmp_path)
+
+    applied = dict.fromkeys(("chat response", "chat", "completions"), "applied")
+    left_off = {patch_set: f"not for this release: {reason}" for patch_set, reason in not_for_it.items()}
+    assert list(map(json.loads, output.stdout)) == [applied | left_off]
+    assert output.stderr == []
+
+
+@pytest.mark.parametrize("method", ["completion_stream_generator", "request_output_to_completion_response"])
+def test_nothing_is_patched_half_way(method: str, tmp_path: Path) -> None:
+    made_up_vllm(tmp_path, edits={method: "renamed"})
+
+    output = python("-c", answers(), instrument="1", path=tmp_path)
+
+    assert json.loads(output.stdout[1]) == PLAIN_ANSWERS[1]
+    assert len(output.stderr) == 1
