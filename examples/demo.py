@@ -21,7 +21,7 @@ TOKENS = 16
 
 
 def table(title: str, prompt_token_ids: Sequence[int], response_token_ids: Sequence[int]) -> None:
-    """Every token of the prompt and of the answer beside its id, six to a line."""
+    """Every token of the prompt and of the answer beside its id, five to a line."""
     print(f"\n{title}")
     for name, token_ids in (("prompt", prompt_token_ids), ("answer", response_token_ids)):
         cells = [f"{token_id:>4} {shown(token_id):<10}" for token_id in token_ids]
@@ -30,9 +30,10 @@ def table(title: str, prompt_token_ids: Sequence[int], response_token_ids: Seque
 
 
 def shown(token_id: int) -> str:
-    """A token as text on one line; bytes that are no character by themselves show as U+FFFD."""
+    """A token as text on one line, a space as a dot; bytes that are no character by themselves show as U+FFFD."""
     text = tokenizer().decode([token_id])
-    return text.replace("\n", "⏎") if text.isprintable() or text == "\n" else ascii(text)[1:-1]
+    text = text.replace("\n", "⏎").replace(" ", "·")
+    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def main() -> None:

@@ -61,9 +61,10 @@ def run_with_hooks(*names: str, command: Sequence[str], folder: Path) -> list[st
     """What a Python program prints, in which each of `names` is hooked from the start and reported on stdout."""
     hooks = "".join(f"when_imported({name!r}, lambda module: print('saw', module.__name__))\n" for name in names)
     write(folder, {"sitecustomize.py": f"from agentlightning.importhook import when_imported\n{hooks}"})
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("AGL_", "PYTHON"))}
     result = subprocess.run(
         [sys.executable, *command],
-        env=os.environ | {"PYTHONPATH": str(folder)},
+        env=inherited | {"PYTHONPATH": str(folder)},
         cwd=folder,
         capture_output=True,
         text=True,
