@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -56,13 +57,16 @@ class RemoteOpenAIServer:
         self.command = [str(SCRIPTS / command[0]), *command[1:], self.model, "--port", str(self.port)]
         self.command += ["--host", "127.0.0.1", *SMALL, *arguments]
         self.env = {**without_agl(os.environ), **QUIET, **(env or {})}
-        self._log = tempfile.NamedTemporaryFile("w+", prefix="vllm-", suffix=".log")  # noqa: SIM115
+        self._owner = os.getpid()
+        self._log_folder = tempfile.mkdtemp(prefix="vllm-")
+        self._log = Path(self._log_folder) / "server.log"
 
     def __enter__(self) -> RemoteOpenAIServer:
-        # A group of its own, so that the engine cores end with the server.
-        self.process = subprocess.Popen(
-            self.command, env=self.env, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        with self._log.open("w") as log:
+            # A group of its own, so that the engine cores end with the server.
+            self.process = subprocess.Popen(
+                self.command, env=self.env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
         try:
             self._wait_until_healthy()
         except BaseException:
@@ -78,7 +82,7 @@ class RemoteOpenAIServer:
     @property
     def log(self) -> str:
         """What the server has printed so far."""
-        return Path(self._log.name).read_text(errors="replace")
+        return self._log.read_text(errors="replace")
 
     def client(self) -> openai.OpenAI:
         """A client for this server; it never retries, so that no test is passed on the second try."""
@@ -101,6 +105,9 @@ class RemoteOpenAIServer:
         raise RuntimeError(f"the server was not healthy after {START_SECONDS} s:\n{self.log[-5000:]}")
 
     def _stop(self) -> None:
+        # A forked test ends every fixture that it has inherited, in its own process: this server is not its own.
+        if os.getpid() != self._owner:
+            return
         self.process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(STOP_SECONDS)
@@ -108,6 +115,7 @@ class RemoteOpenAIServer:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        shutil.rmtree(self._log_folder)
 
 
 def without_agl(environment: Mapping[str, str]) -> dict[str, str]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from openai import BadRequestError
 
-from tests.common.answers import Streamed, gather, post, steady, tokenize
+from tests.common.answers import Streamed, gather, post, tokenize
 from tests.common.reference import greedy, shows
 from tests.common.vllm import RemoteOpenAIServer
 
@@ -98,41 +98,6 @@ def test_logprobs_are_vllms_own(armed: RemoteOpenAIServer, plain: RemoteOpenAISe
     options_unsaid = {name: value for name, value in options.items() if name != "return_token_ids"}
     assert logprobs(armed, options_unsaid) == logprobs(plain, options)
     assert len(logprobs(armed, options_unsaid)) == 24
-
-
-@pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
-@pytest.mark.parametrize("options", [{}, {"n": 2, "temperature": 1, "seed": 7}, {"stop": ["a"]}], ids=str)
-class TestTheRequestsOwnReturnTokenIds:
-    def test_false_gives_exactly_vllms_answer(
-        self, armed: RemoteOpenAIServer, plain: RemoteOpenAIServer, options: dict[str, Any], stream: bool
-    ) -> None:
-        ours = post(armed, CHAT, body(armed, stream=stream, return_token_ids=False, **options))
-        vllms = post(plain, CHAT, body(plain, stream=stream, **options))
-
-        assert by_choice(steady(ours)) == by_choice(steady(vllms))
-
-    def test_true_or_absent_gives_vllms_answer_with_ids(
-        self, armed: RemoteOpenAIServer, plain: RemoteOpenAIServer, options: dict[str, Any], stream: bool
-    ) -> None:
-        absent = post(armed, CHAT, body(armed, stream=stream, **options))
-        true = post(armed, CHAT, body(armed, stream=stream, return_token_ids=True, **options))
-        vllms = post(plain, CHAT, body(plain, stream=stream, return_token_ids=True, **options))
-
-        assert by_choice(steady(absent)) == by_choice(steady(true))
-        if not stream:
-            assert true.pop("response_token_ids") == [choice["token_ids"] for choice in vllms["choices"]]
-        assert by_choice(steady(true)) == by_choice(steady(vllms))
-
-
-def by_choice(answer: Any) -> Any:
-    """Chunks in the order of their choices: the order between choices is not the same twice."""
-    if not isinstance(answer, list):
-        return answer
-    return sorted(answer, key=lambda chunk: chunk["choices"][0]["index"] if chunk["choices"] else -1)
-
-
-def test_null_counts_as_not_said(armed: RemoteOpenAIServer) -> None:
-    assert post(armed, CHAT, body(armed, return_token_ids=None))["response_token_ids"]
 
 
 def test_a_refused_request_is_refused_as_before(armed: RemoteOpenAIServer, plain: RemoteOpenAIServer) -> None:

@@ -84,37 +84,6 @@ def test_beam_search_carries_ids(armed: RemoteOpenAIServer) -> None:
     assert answer.response_token_ids[0] != answer.response_token_ids[1]
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
-@pytest.mark.parametrize("options", [{}, {"prompt": PROMPTS, "logprobs": 2}, {"stop": ["a"]}], ids=str)
-class TestTheRequestsOwnReturnTokenIds:
-    def test_false_gives_exactly_vllms_answer(
-        self, armed: RemoteOpenAIServer, plain: RemoteOpenAIServer, options: dict[str, Any], stream: bool
-    ) -> None:
-        ours = post(armed, COMPLETIONS, body(armed, stream=stream, return_token_ids=False, **options))
-        vllms = post(plain, COMPLETIONS, body(plain, stream=stream, **options))
-
-        assert by_choice(steady(ours)) == by_choice(steady(vllms))
-
-    def test_true_or_absent_gives_vllms_answer_with_ids(
-        self, armed: RemoteOpenAIServer, plain: RemoteOpenAIServer, options: dict[str, Any], stream: bool
-    ) -> None:
-        absent = post(armed, COMPLETIONS, body(armed, stream=stream, **options))
-        true = post(armed, COMPLETIONS, body(armed, stream=stream, return_token_ids=True, **options))
-        vllms = post(plain, COMPLETIONS, body(plain, stream=stream, return_token_ids=True, **options))
-
-        assert by_choice(steady(absent)) == by_choice(steady(true))
-        if not stream:
-            assert true.pop("response_token_ids") == [choice["token_ids"] for choice in vllms["choices"]]
-        assert by_choice(steady(true)) == by_choice(steady(vllms))
-
-
-def by_choice(answer: Any) -> Any:
-    """Chunks in the order of their choices: the order between choices is not the same twice."""
-    if not isinstance(answer, list):
-        return answer
-    return sorted(answer, key=lambda chunk: chunk["choices"][0]["index"] if chunk["choices"] else -1)
-
-
 class TestEcho:
     """Asked for ids, vLLM blanks the echoed prompt: a client that did not ask keeps it, and gets its ids."""
 
