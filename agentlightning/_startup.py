@@ -1,22 +1,30 @@
 """All that the `.pth` file runs.
 
-It runs in every interpreter of the environment, mostly ones that never see vLLM, so it arms one name and
-imports nothing that is not loaded already; the instrumentation itself is imported when vLLM is.
+It runs in every interpreter of the environment, mostly ones that never see vLLM: it imports the import hook alone, and
+that imports nothing. The instrumentation comes when vLLM does.
 """
+
+import os
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import ModuleType
+
+INSTRUMENT_OFF = ("", "0", "false", "off", "no")
+"""The values of `AGL_INSTRUMENT`, in lower case and without outer white space, that leave everything off."""
 
 
 def start() -> None:
     """Arm this interpreter if `AGL_INSTRUMENT` asks for it: when vLLM is imported, it is patched.
 
-    Idempotent, since CPython 3.10 to 3.13 run every `.pth` twice in a venv (cpython issue 75723). Raises
-    nothing, since a `SystemExit` that leaves a `.pth` ends the interpreter: what goes wrong is one line on stderr.
+    Idempotent, since CPython 3.10 to 3.13 run every `.pth` twice in a venv (cpython issue 75723). Raises nothing, since
+    a `SystemExit` that leaves a `.pth` ends the interpreter: what goes wrong is one line on stderr.
     """
     try:
-        from agentlightning import settings
-
-        # A value that is none of the known ones arms too: it is warned of where vLLM is imported,
-        # rather than in every Python process of the environment.
-        if settings.read("AGL_INSTRUMENT") not in settings.INSTRUMENT_OFF:
+        # A value that is none of the known ones arms too: it is warned of where vLLM is imported, rather than in every
+        # Python process of the environment.
+        if os.environ.get("AGL_INSTRUMENT", "").strip().lower() not in INSTRUMENT_OFF:
             from agentlightning.importhook import when_imported
 
             when_imported("vllm", instrument)
@@ -24,8 +32,8 @@ def start() -> None:
         _say(f"not armed: {error!r}")
 
 
-def instrument(vllm: object) -> None:
-    """Patch the vLLM that has just been imported; called by the import hook, which contains and logs what fails."""
+def instrument(vllm: "ModuleType") -> None:
+    """Patch the vLLM that has just been imported; the import hook that calls this contains and logs what fails."""
     from agentlightning import settings
 
     if settings.instrument() != "off":
@@ -35,7 +43,7 @@ def instrument(vllm: object) -> None:
 
 
 def _say(message: str) -> None:
-    import sys
-
-    if sys.stderr is not None:
-        sys.stderr.write(f"agentlightning: {message}\n")
+    try:
+        sys.stderr.write(f"agentlightning: {' '.join(message.split())}\n")
+    except Exception:
+        return  # No stderr, or none that can be written to: there is nobody to tell.

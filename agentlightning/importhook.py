@@ -67,7 +67,9 @@ def when_imported(name: str, callback: "Callback") -> ImportHook:
         _hooks[name] = [*hooks, hook]
         if _finder not in sys.meta_path:
             sys.meta_path.insert(0, _finder)
-    if name in sys.modules:
+        # Its loader calls this hook too, when the module has been executed.
+        executing = name in _executing
+    if name in sys.modules and not executing:
         _call_when_ready(hook)
     return hook
 
@@ -143,30 +145,40 @@ class _Loader:
         self._step_aside()
         if getattr(module, "__loader__", None) is self:
             module.__loader__ = self._real
-        self._real.exec_module(module)
         name = self._spec.name
-        called: "list[ImportHook]" = []
-        # A callback may register another one for this module: its turn comes too.
-        while hooks := [hook for hook in _hooks.get(name, ()) if hook not in called]:
-            called += hooks
-            for hook in hooks:
-                _call(hook, sys.modules.get(name, module))
+        _executing.add(name)
+        try:
+            self._real.exec_module(module)
+            called: "list[ImportHook]" = []
+            while hooks := _still_to_call(name, called):
+                called += hooks
+                for hook in hooks:
+                    _call(hook, sys.modules.get(name, module))
+        finally:
+            _executing.discard(name)
 
     def _step_aside(self) -> None:
         self._spec.loader = self._real
 
 
-def _call_when_ready(hook: ImportHook) -> None:
-    """Hand over a module that is in `sys.modules`, waiting for the thread that is still executing it, if any."""
-    import importlib
+def _still_to_call(name: str, called: "list[ImportHook]") -> "list[ImportHook]":
+    """The hooks of a module that has been executed, but for those called; none left, and the next is called at once."""
+    with _lock:
+        hooks = [hook for hook in _hooks.get(name, ()) if hook not in called]
+        if not hooks:
+            _executing.discard(name)
+        return hooks
 
-    try:
-        module = importlib.import_module(hook.name)
-    except Exception:
-        return  # Its import has failed in the other thread; the next attempt finds our finder.
-    if getattr(getattr(module, "__spec__", None), "_initializing", False):
-        return  # Halfway through in this very thread; the loader that executes it is one of ours, or never will be.
-    _call(hook, module)
+
+def _call_when_ready(hook: ImportHook) -> None:
+    """Hand over a module that is in `sys.modules`, after waiting for the thread that is still executing it, if any."""
+    # What the import statement waits with; import_module() would import the module once more where the other thread's
+    # import fails.
+    sys.modules["_frozen_importlib"]._lock_unlock_module(hook.name)
+    module = sys.modules.get(hook.name)
+    # Still initializing: it is halfway through in this very thread, by a loader that we have not seen.
+    if module is not None and not getattr(getattr(module, "__spec__", None), "_initializing", False):
+        _call(hook, module)
 
 
 def _call(hook: ImportHook, module: "ModuleType") -> None:
@@ -176,14 +188,15 @@ def _call(hook: ImportHook, module: "ModuleType") -> None:
         import logging
 
         logging.getLogger("agentlightning").error(
-            "agentlightning: %s was imported, but %s failed and was skipped: %r",
+            "agentlightning: %s was imported, but %s failed and was skipped: %s",
             hook.name,
             getattr(hook.callback, "__qualname__", hook.callback),
-            error,
+            " ".join(repr(error).split()),
             exc_info=logging.getLogger("agentlightning").isEnabledFor(logging.DEBUG),
         )
 
 
 _lock = RLock()
 _hooks: "dict[str, list[ImportHook]]" = {}
+_executing: "set[str]" = set()
 _finder: "Any" = _Finder()

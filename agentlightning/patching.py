@@ -106,7 +106,7 @@ class PatchSet:
                 self._status = Status(State.NOT_FOR_THIS_RELEASE, str(reason))
             except Exception as error:
                 _run_backwards(undo)
-                self.fail(str(error) if isinstance(error, Mismatch) else repr(error))
+                self.fail(str(error) if isinstance(error, Mismatch) else " ".join(repr(error).split()))
             else:
                 self._undo += undo
                 self._status = Status(State.APPLIED)

@@ -1,16 +1,16 @@
-"""Every `AGL_*` variable, read in one place.
+"""Every `AGL_*` variable, read in one place."""
 
-Executed in every interpreter that the `.pth` file arms: it imports nothing that the interpreter has not
-loaded already, so annotations are quoted and `logging` is fetched only where something has to be said.
-"""
+from __future__ import annotations
 
+import logging
 import os
 
-INSTRUMENT_OFF = ("", "0", "false", "off", "no")
+from agentlightning._startup import INSTRUMENT_OFF
+
 INSTRUMENT_ON = ("1", "true", "on", "yes")
 RETURN_TOKEN_IDS = ("all", "response", "none")
 
-_warned: "set[str]" = set()
+_warned: set[str] = set()
 
 
 def instrument() -> str:
@@ -42,11 +42,9 @@ def read(variable: str) -> str:
     return os.environ.get(variable, "").strip().lower()
 
 
-def _fall_back(variable: str, default: str, allowed: "tuple[str, ...]") -> str:
+def _fall_back(variable: str, default: str, allowed: tuple[str, ...]) -> str:
     if variable not in _warned:
         _warned.add(variable)
-        import logging
-
         logging.getLogger("agentlightning").warning(
             "agentlightning: %s=%r is none of %s; it counts as %r",
             variable,

@@ -166,9 +166,6 @@ class OldLoaderFinder(Finder):
         return ModuleSpec(fullname, OldLoader()) if fullname in self.where else None  # type: ignore[arg-type]
 
 
-# When the callback is called, and with what.
-
-
 def test_a_module_is_handed_over_complete_each_time_that_it_is_executed_and_only_then(folder: Path) -> None:
     write(folder, {"hooked.py": "DONE = False\nDONE = True\n"})
     done: list[bool] = []
@@ -347,9 +344,6 @@ def test_a_lazily_loaded_module_is_handed_over_when_it_is_used(folder: Path) -> 
     assert seen == ["hooked"]
 
 
-# What goes wrong in a callback or in the module.
-
-
 @pytest.mark.parametrize("already_imported", [False, True])
 def test_a_failing_callback_leaves_the_import_alone(
     folder: Path, already_imported: bool, caplog: pytest.LogCaptureFixture
@@ -394,6 +388,23 @@ def test_an_error_that_shows_itself_in_several_lines_is_logged_in_one(
     assert len(record.message.splitlines()) == 1
 
 
+def test_a_callback_that_ends_the_program_does_not_stand_in_the_way_of_others(folder: Path) -> None:
+    write(folder, {"hooked.py": ""})
+    module = importlib.import_module("hooked")
+    seen: list[ModuleType] = []
+
+    def interrupt(module: ModuleType) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        when_imported("hooked", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        importlib.reload(module)
+    when_imported("hooked", seen.append)
+
+    assert seen == [module]
+
+
 def test_a_module_that_fails_to_import_raises_its_own_error_and_is_handed_over_when_it_works(folder: Path) -> None:
     write(folder, {"values.py": "divisor = [0]\n", "hooked.py": "from values import divisor\n1 / divisor[0]\n"})
     seen: list[ModuleType] = []
@@ -409,6 +420,17 @@ def test_a_module_that_fails_to_import_raises_its_own_error_and_is_handed_over_w
     assert seen == [module]
 
 
+def test_a_module_that_a_program_forbids_stays_forbidden() -> None:
+    sys.modules["forbidden"] = None  # type: ignore[assignment]
+    seen: list[ModuleType] = []
+
+    when_imported("forbidden", seen.append)
+
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("forbidden")
+    assert seen == []
+
+
 @pytest.mark.parametrize("name", ["nowhere", "package.nowhere"])
 def test_a_hooked_module_that_does_not_exist_is_missed_as_any_other(folder: Path, name: str) -> None:
     write(folder, {"package/__init__.py": ""})
@@ -419,9 +441,6 @@ def test_a_hooked_module_that_does_not_exist_is_missed_as_any_other(folder: Path
 
     assert (missed.value.name, missed.value.msg) == (name, f"No module named '{name}'")
     assert importlib.util.find_spec(name) is None
-
-
-# What the module and its readers see: the real loader.
 
 
 def test_the_real_loader_is_back_before_the_first_line_of_the_module_runs(folder: Path) -> None:
@@ -481,9 +500,6 @@ def test_a_hooked_module_runs_as_a_program(folder: Path, hooked: str, run: str, 
     command = ["-m", run] if by == "-m" else ["-c", RUN_MODULE.format(run)]
 
     assert run_with_hooks(hooked, command=command, folder=folder) == printed
-
-
-# Where the module comes from, and who finds it.
 
 
 def test_a_module_in_a_zip_is_handed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -641,7 +657,8 @@ def test_a_finder_put_ahead_of_ours_that_finds_the_module_itself_is_named(folder
     assert seen == []
 
 
-def test_every_finder_is_asked_what_the_import_asks(folder: Path) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_every_finder_is_asked_once_what_the_import_asks(folder: Path, ahead: bool) -> None:
     write(folder, {"package/__init__.py": "", "package/hooked.py": ""})
     asked: list[tuple[str, list[str] | None, ModuleType | None]] = []
 
@@ -653,16 +670,13 @@ def test_every_finder_is_asked_what_the_import_asks(folder: Path) -> None:
             return None
 
     when_imported("package.hooked", lambda module: None)
-    sys.meta_path.insert(sys.meta_path.index(PathFinder), Listens({}))
+    sys.meta_path.insert(0 if ahead else sys.meta_path.index(PathFinder), Listens({}))
 
     module = importlib.import_module("package.hooked")
     importlib.reload(module)
 
     path = [str(folder / "package")]
     assert asked == [("package", None, None), ("package.hooked", path, None), ("package.hooked", path, module)]
-
-
-# Removing.
 
 
 def test_a_removed_hook_is_called_no_more_and_leaves_the_others(folder: Path) -> None:
@@ -680,7 +694,7 @@ def test_a_removed_hook_is_called_no_more_and_leaves_the_others(folder: Path) ->
     assert kept == [module]
 
 
-def test_a_hook_removed_between_finding_and_executing_is_called_no_more(folder: Path) -> None:
+def test_a_hook_removed_while_the_module_is_executed_is_not_called(folder: Path) -> None:
     write(folder, {"hooked.py": "from hook import hook\nhook.remove()\n"})
     seen: list[ModuleType] = []
     registered = ModuleType("hook")
@@ -740,9 +754,6 @@ def test_the_finder_is_there_once_while_there_is_a_hook() -> None:
     assert sys.meta_path == before
 
 
-# Threads and children.
-
-
 def test_a_package_that_waits_for_a_thread_that_imports_a_hooked_submodule_is_imported(folder: Path) -> None:
     package = """\
 import threading
@@ -782,9 +793,9 @@ def test_threads_that_import_a_module_at_once_all_get_it_and_it_is_handed_over_o
     assert imported == seen * 8
 
 
-def test_threads_that_import_modules_that_import_each_other_get_them(folder: Path) -> None:
-    names = ["first", "second", "third"]
-    write(folder, {f"{name}.py": "".join(f"import {other}\n" for other in names if other != name) for name in names})
+def test_threads_that_import_different_modules_of_a_package_at_once_get_them(folder: Path) -> None:
+    names = ["package", "package.first", "package.second", "package.third"]
+    write(folder, {f"package/{file}.py": "" for file in ("__init__", "first", "second", "third")})
     together = threading.Barrier(len(names), timeout=SECONDS)
     seen: list[str] = []
     for name in names:
@@ -827,7 +838,8 @@ def import_slowly(folder: Path, fails: bool) -> Any:
         with contextlib.suppress(ImportError):
             importlib.import_module("slow")
 
-    threading.Thread(target=work, daemon=True).start()
+    gate.importer = threading.Thread(target=work, daemon=True)
+    gate.importer.start()
     assert gate.started.wait(SECONDS)
     return gate
 
@@ -846,6 +858,7 @@ def test_a_module_that_another_thread_is_importing_is_handed_over_once_and_compl
         gate.registered.set()
 
     in_threads(lambda: when_imported("slow", note))
+    gate.importer.join(SECONDS)
 
     assert done == [True]
 
@@ -860,6 +873,7 @@ def test_a_module_whose_import_fails_in_another_thread_is_neither_handed_over_no
     seen: list[ModuleType] = []
 
     in_threads(lambda: when_imported("slow", seen.append))
+    gate.importer.join(SECONDS)
 
     assert gate.executed == ["slow"]
     assert seen == []
@@ -875,7 +889,8 @@ def test_a_forked_child_inherits_the_hook(folder: Path) -> None:
     when_imported("hooked", seen.append)
 
     def work() -> None:
-        sys.exit(0 if seen == [importlib.import_module("hooked")] == seen else "not handed over")
+        module = importlib.import_module("hooked")
+        sys.exit(0 if seen == [module] else 1)
 
     child = multiprocessing.get_context("fork").Process(target=work)
     child.start()

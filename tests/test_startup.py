@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from pydantic.fields import FieldInfo
@@ -27,7 +28,7 @@ ON = ["1", "true", "on", "yes", "strict", "True", "ON", "yEs", "STRICT", " 1 ", 
 NONSENSE = ["maybe", "2", " Enable "]
 
 MODULES = "import sys; print(*sys.modules, sep='\\n')"
-FINDERS = "import sys; print(sum(type(f).__module__ == 'agentlightning.importhook' for f in sys.meta_path))"
+FINDERS = "import sys; print(sum(type(f).__module__.startswith('agentlightning.') for f in sys.meta_path))"
 
 IMPORT_ALL = """\
 import importlib, pkgutil, vllm
@@ -126,9 +127,6 @@ def unpatched(patch_set: str, reason: str) -> str:
     return f"agentlightning: {patch_set} is left as it is, unpatched: {reason}"
 
 
-# Off and on.
-
-
 @pytest.mark.parametrize("value", [None, *OFF])
 def test_off_imports_nothing_of_the_package(value: str | None) -> None:
     output = python("-c", MODULES, instrument=value)
@@ -177,13 +175,23 @@ def test_arming_imports_only_our_modules_where_no_other_startup_file_has_run() -
     assert {module.partition(".")[0] for module in modules.split()} == {"agentlightning"}
 
 
-def test_starting_twice_arms_once() -> None:
-    start_twice = "from agentlightning._startup import start; start(); start()"
+@pytest.mark.parametrize("before", ["pass", "importlib.util.find_spec('vllm')", "import vllm"])
+@pytest.mark.parametrize("after", ["pass", "import vllm"])
+def test_starting_again_adds_nothing(before: str, after: str, tmp_path: Path) -> None:
+    made_up_vllm(tmp_path)
+    start_again = f"import importlib.util\n{before}\nfrom agentlightning._startup import start\nstart()\n{after}\n"
 
-    assert python("-c", f"{start_twice}; {FINDERS}", instrument="1") == Output(["1"], [])
+    assert python("-c", start_again + FINDERS, instrument="1", path=tmp_path) == Output(["1"], [])
 
 
-# What goes wrong.
+def let_arming_fail(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setenv("AGL_INSTRUMENT", "1")
+    monkeypatch.setattr(importhook, "when_imported", fail)
+    # Imported already, so that the hook is set at once.
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
 
 
 @pytest.mark.forked
@@ -191,11 +199,7 @@ def test_starting_twice_arms_once() -> None:
 def test_an_error_while_arming_is_one_line_on_stderr(
     error: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(*arguments: object) -> None:
-        raise error
-
-    monkeypatch.setenv("AGL_INSTRUMENT", "1")
-    monkeypatch.setattr(importhook, "when_imported", fail)
+    let_arming_fail(error, monkeypatch)
 
     start()
 
@@ -210,15 +214,11 @@ class Unwritable:
 
 
 @pytest.mark.forked
-@pytest.mark.parametrize("stderr", [None, Unwritable()])
+@pytest.mark.parametrize("stderr", [None, Unwritable()], ids=["none", "unwritable"])
 def test_an_error_while_arming_goes_no_further_where_it_cannot_be_said(
     stderr: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*arguments: object) -> None:
-        raise SystemExit
-
-    monkeypatch.setenv("AGL_INSTRUMENT", "1")
-    monkeypatch.setattr(importhook, "when_imported", fail)
+    let_arming_fail(SystemExit(), monkeypatch)
     monkeypatch.setattr(sys, "stderr", stderr)
 
     start()
@@ -284,12 +284,9 @@ def test_a_pth_file_whose_package_is_gone_stops_nothing_and_says_so_while_on(tmp
     assert "agentlightning.pth" in output.stderr[0]
 
 
-# What is patched, in which process.
-
-
 @all_can_be_patched
 @pytest.mark.parametrize("layout", SERVING)
-@pytest.mark.parametrize("value", ["1", "strict"])
+@pytest.mark.parametrize("value", ["1", "strict", " Yes "])
 def test_a_vllm_that_is_as_it_should_be_answers_with_ids(value: str, layout: Layout, tmp_path: Path) -> None:
     made_up_vllm(tmp_path, layout)
 
@@ -359,6 +356,37 @@ def test_a_child_is_armed(method: str, tmp_path: Path) -> None:
     assert python(tmp_path / "parent.py", method, instrument="1", path=tmp_path) == Output(["applied False"], [])
 
 
+# It stops between two finders, where a thread that imports something may be stopped at any time.
+SLOWLY = """\
+import importlib, sys, threading
+
+halfway = threading.Event()
+
+class Slow(list):
+    def __iter__(self):
+        for finder in list(super().__iter__()):
+            if threading.current_thread() is other and not halfway.is_set():
+                halfway.set()
+                threading.Event().wait(0.3)
+            yield finder
+
+other = threading.Thread(target=importlib.import_module, args=["agentlightning.instrumentation"], daemon=True)
+sys.meta_path = Slow(sys.meta_path)
+other.start()
+halfway.wait()
+import vllm
+other.join()
+"""
+
+
+def test_a_thread_that_imports_our_modules_while_another_imports_vllm_stops_neither(tmp_path: Path) -> None:
+    made_up_vllm(tmp_path)
+
+    output = python("-c", SLOWLY + answers(), instrument="1", path=tmp_path)
+
+    assert list(map(json.loads, output.stdout)) == ANSWERS_WITH_IDS
+
+
 HALFWAY = """\
 import threading
 from agentlightning.instrumentation import instrument_vllm
@@ -380,9 +408,6 @@ def test_a_thread_that_instruments_vllm_while_another_imports_it_stops_neither(
     output = python("-c", code + answers(), instrument=value, path=tmp_path)
 
     assert list(map(json.loads, output.stdout)) == ANSWERS_WITH_IDS
-
-
-# A vLLM that is not what the patches rely on.
 
 
 def test_a_vllm_without_the_modules_works_and_each_patch_set_says_what_it_misses(tmp_path: Path) -> None:
@@ -489,11 +514,32 @@ def test_what_is_not_for_a_release_is_left_off_without_a_warning(
     assert output.stderr == []
 
 
-@pytest.mark.parametrize("method", ["completion_stream_generator", "request_output_to_completion_response"])
-def test_nothing_is_patched_half_way(method: str, tmp_path: Path) -> None:
-    made_up_vllm(tmp_path, edits={method: "renamed"})
+WILL_NOT_CHANGE = """\
+class Sealed(type):
+    def __setattr__(cls, name, value):
+        if name == "completion_stream_generator":
+            raise AttributeError("sealed")
+        super().__setattr__(name, value)
 
-    output = python("-c", answers(), instrument="1", path=tmp_path)
+class OpenAIServingCompletion(metaclass=Sealed):
+"""
 
-    assert json.loads(output.stdout[1]) == PLAIN_ANSWERS[1]
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("completion_stream_generator", "another_method"),
+        ("request_output_to_completion_response", "another_method"),
+        ("class OpenAIServingCompletion:\n", WILL_NOT_CHANGE),
+    ],
+    ids=["the last is missing", "one between is missing", "the last cannot be patched"],
+)
+def test_nothing_is_patched_half_way(old: str, new: str, tmp_path: Path) -> None:
+    made_up_vllm(tmp_path, edits={old: new})
+
+    output = python("-c", answers() + STATUS, instrument="1", path=tmp_path)
+
+    _, completion, status = map(json.loads, output.stdout)
+    assert completion == PLAIN_ANSWERS[1]
+    assert status["completions"].startswith("failed: ")
     assert len(output.stderr) == 1

@@ -35,6 +35,7 @@ PATCH_SETS = (
     PatchSet("completions", releases.COMPLETION_SERVING, completions.SERVING_PATCHES),
 )
 
+_armed = False
 _hooks: list[ImportHook] = []
 _lock = threading.RLock()
 
@@ -51,24 +52,29 @@ def instrument_vllm() -> None:
 
 def arm_vllm() -> bool:
     """As `instrument_vllm`, but silent where that has been done already; returns whether it had not."""
+    global _armed
     with _lock:
-        if _hooks:
+        if _armed:
             return False
-        for patch_set in PATCH_SETS:
-            for module in patch_set.modules:
-                _hooks.append(when_imported(module, patch_set.apply))
-        # Last, so that what is imported already has been patched, and is not looked for.
-        _hooks.append(when_imported("vllm", _look_for_modules))
-        return True
+        _armed = True
+    # Not under the lock: registering waits for a thread that is importing the module, which may be about to arm too.
+    for patch_set in PATCH_SETS:
+        for module in patch_set.modules:
+            _hooks.append(when_imported(module, patch_set.apply))
+    # Last, so that what is imported already has been patched, and is not looked for.
+    _hooks.append(when_imported("vllm", _look_for_modules))
+    return True
 
 
 def uninstrument_vllm() -> None:
     """Take every patch off again, in this process; requests under way end as they began. Idempotent."""
+    global _armed
     with _lock:
         while _hooks:
             _hooks.pop().remove()
         for patch_set in PATCH_SETS:
             patch_set.undo()
+        _armed = False
 
 
 def status() -> dict[str, Status]:
