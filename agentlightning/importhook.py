@@ -133,6 +133,8 @@ class _Loader:
         self._real: "Any" = spec.loader
 
     def __getattr__(self, name: str) -> "Any":
+        if name in ("_real", "_spec"):
+            raise AttributeError(name)  # copy and pickle ask for others before these are there
         if name == "get_code":
             self._step_aside()  # runpy: it executes the code itself, and keeps the spec as `__main__.__spec__`
         return getattr(self._real, name)

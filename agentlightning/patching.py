@@ -89,8 +89,8 @@ class PatchSet:
     def apply(self, module: ModuleType) -> None:
         """Check every patch against `module`, then apply all of them, or none.
 
-        Raises nothing: the outcome is the `status`, and a failure is one warning. Applying twice is a no-op with a
-        warning; a module that was reloaded or imported again holds other classes, and is patched again.
+        Raises nothing: the outcome is the `status`, and a set that is left off is one warning. Applying twice is a
+        no-op with a warning; a module that was reloaded or imported again holds other classes, and is patched again.
         """
         with self._lock:
             undo: list[Callable[[], None]] = []
@@ -103,7 +103,7 @@ class PatchSet:
                 for patch in self._patches:
                     undo.append(patch.apply(module))
             except NotForThisRelease as reason:
-                self._status = Status(State.NOT_FOR_THIS_RELEASE, str(reason))
+                self._leave_off(State.NOT_FOR_THIS_RELEASE, str(reason))
             except Exception as error:
                 _run_backwards(undo)
                 self.fail(str(error) if isinstance(error, Mismatch) else " ".join(repr(error).split()))
@@ -113,7 +113,10 @@ class PatchSet:
 
     def fail(self, reason: str) -> None:
         """Mark the set as failed, with one warning: what it patches cannot be found, or not be patched."""
-        self._status = Status(State.FAILED, reason)
+        self._leave_off(State.FAILED, reason)
+
+    def _leave_off(self, state: State, reason: str) -> None:
+        self._status = Status(state, reason)
         logger.warning("agentlightning: %s is left as it is, unpatched: %s", self.name, reason)
 
     def undo(self) -> None:

@@ -21,6 +21,10 @@ def instrument() -> str:
     if value in INSTRUMENT_ON:
         return "on"
     if value == "strict":
+        _warn_once(
+            "AGL_INSTRUMENT",
+            "AGL_INSTRUMENT=strict cannot refuse a server yet that is not patched whole; it counts as 'on'",
+        )
         return "strict"
     return _fall_back("AGL_INSTRUMENT", "off", (*INSTRUMENT_ON, "strict", *INSTRUMENT_OFF[1:]))
 
@@ -43,13 +47,12 @@ def read(variable: str) -> str:
 
 
 def _fall_back(variable: str, default: str, allowed: tuple[str, ...]) -> str:
+    value = os.environ.get(variable)
+    _warn_once(variable, f"{variable}={value!r} is none of {', '.join(allowed)}; it counts as {default!r}")
+    return default
+
+
+def _warn_once(variable: str, message: str) -> None:
     if variable not in _warned:
         _warned.add(variable)
-        logging.getLogger("agentlightning").warning(
-            "agentlightning: %s=%r is none of %s; it counts as %r",
-            variable,
-            os.environ.get(variable),
-            ", ".join(allowed),
-            default,
-        )
-    return default
+        logging.getLogger("agentlightning").warning("agentlightning: %s", message)

@@ -142,7 +142,7 @@ def test_what_was_applied_is_put_back_when_a_later_patch_fails(serving: ModuleTy
     assert str(greetings.status) == "failed: RuntimeError('no')"
 
 
-def test_a_set_that_came_with_a_later_release_is_no_failure(
+def test_a_set_that_came_with_a_later_release_is_left_off_and_said_so(
     serving: ModuleType, caplog: pytest.LogCaptureFixture
 ) -> None:
     greetings = patch_set(greeting(), TooNew())
@@ -150,7 +150,7 @@ def test_a_set_that_came_with_a_later_release_is_no_failure(
     greetings.apply(serving)
 
     assert str(greetings.status) == "not for this release: came with 2.0"
-    assert not caplog.messages
+    assert caplog.messages == ["agentlightning: greeting is left as it is, unpatched: came with 2.0"]
 
 
 def test_applying_twice_is_a_no_op_with_a_warning(serving: ModuleType, caplog: pytest.LogCaptureFixture) -> None:

@@ -286,7 +286,7 @@ def test_a_pth_file_whose_package_is_gone_stops_nothing_and_says_so_while_on(tmp
 
 @all_can_be_patched
 @pytest.mark.parametrize("layout", SERVING)
-@pytest.mark.parametrize("value", ["1", "strict", " Yes "])
+@pytest.mark.parametrize("value", ["1", " Yes "])
 def test_a_vllm_that_is_as_it_should_be_answers_with_ids(value: str, layout: Layout, tmp_path: Path) -> None:
     made_up_vllm(tmp_path, layout)
 
@@ -491,8 +491,8 @@ def test_what_has_changed_in_vllm_is_named_and_its_patch_set_left_off(
         (
             {"return_token_ids:": "another_field:"},
             {
-                "chat": "ChatCompletionRequest knows no return_token_ids, which came with vLLM 0.10.2",
-                "completions": "CompletionRequest knows no return_token_ids, which came with vLLM 0.10.2",
+                "chat": "ChatCompletionRequest knows no return_token_ids, which vLLM has had since 0.10.2",
+                "completions": "CompletionRequest knows no return_token_ids, which vLLM has had since 0.10.2",
             },
         ),
         (
@@ -501,7 +501,7 @@ def test_what_has_changed_in_vllm_is_named_and_its_patch_set_left_off(
         ),
     ],
 )
-def test_what_is_not_for_a_release_is_left_off_without_a_warning(
+def test_what_is_not_for_a_release_is_left_off_and_said_so(
     edits: Mapping[str, str], not_for_it: Mapping[str, str], tmp_path: Path
 ) -> None:
     made_up_vllm(tmp_path, edits=edits)
@@ -511,7 +511,48 @@ def test_what_is_not_for_a_release_is_left_off_without_a_warning(
     applied = dict.fromkeys(("chat response", "chat", "completions"), "applied")
     left_off = {patch_set: f"not for this release: {reason}" for patch_set, reason in not_for_it.items()}
     assert list(map(json.loads, output.stdout)) == [applied | left_off]
-    assert output.stderr == []
+    assert output.stderr == [unpatched(patch_set, reason) for patch_set, reason in not_for_it.items()]
+
+
+def test_strict_counts_as_on_for_now_and_says_so(tmp_path: Path) -> None:
+    made_up_vllm(tmp_path)
+
+    output = python("-c", answers(), instrument="Strict", path=tmp_path)
+
+    assert list(map(json.loads, output.stdout)) == ANSWERS_WITH_IDS
+    (line,) = output.stderr
+    assert "AGL_INSTRUMENT=strict cannot refuse a server yet" in line
+
+
+def test_uninstrumenting_before_vllm_is_imported_leaves_it_alone(tmp_path: Path) -> None:
+    made_up_vllm(tmp_path)
+    undo = "from agentlightning import instrumentation\ninstrumentation.uninstrument_all()\n"
+
+    output = python("-c", undo + answers(), instrument="1", path=tmp_path)
+
+    assert list(map(json.loads, output.stdout)) == PLAIN_ANSWERS
+
+
+HIDES_CHAT = """\
+import sys
+from importlib.machinery import PathFinder
+class Hides:
+    def find_spec(self, name, path=None, target=None):
+        return PathFinder.find_spec(name, path, target) if name.endswith("chat_completion.serving") else None
+sys.meta_path.insert(0, Hides())
+"""
+
+
+def test_a_module_that_another_finder_hides_from_us_is_named_in_the_status(tmp_path: Path) -> None:
+    made_up_vllm(tmp_path)
+
+    output = python("-c", HIDES_CHAT + IMPORT_ALL + STATUS, instrument="1", path=tmp_path)
+
+    reason = f"{CHAT} was imported past our import hook; finders ahead of it on sys.meta_path: "
+    (status,) = map(json.loads, output.stdout)
+    assert status["chat"].startswith(f"failed: {reason}")
+    assert "Hides" in status["chat"]
+    assert (status["chat response"], status["completions"]) == ("applied", "applied")
 
 
 WILL_NOT_CHANGE = """\

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import importlib
 import logging
+import sys
 import threading
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from agentlightning.importhook import ImportHook, when_imported
+from agentlightning import _startup
+from agentlightning.importhook import ImportHook, finders_ahead, when_imported
 from agentlightning.instrumentation.vllm import chat, completions, releases
 from agentlightning.modules import locate
-from agentlightning.patching import PatchSet, Status
+from agentlightning.patching import PatchSet, State, Status
 
 if TYPE_CHECKING:
     ChatCompletionResponsePatched: type[Any]
@@ -63,12 +65,18 @@ def arm_vllm() -> bool:
             _hooks.append(when_imported(module, patch_set.apply))
     # Last, so that what is imported already has been patched, and is not looked for.
     _hooks.append(when_imported("vllm", _look_for_modules))
+    if not _armed:
+        uninstrument_vllm()  # Asked for in another thread meanwhile, which could not yet remove all of this.
     return True
 
 
 def uninstrument_vllm() -> None:
-    """Take every patch off again, in this process; requests under way end as they began. Idempotent."""
+    """Take every patch off again, in this process, and patch no vLLM that it imports later; idempotent.
+
+    Requests under way end as they began. `instrument_vllm` patches again.
+    """
     global _armed
+    _startup.stop()
     with _lock:
         while _hooks:
             _hooks.pop().remove()
@@ -79,11 +87,21 @@ def uninstrument_vllm() -> None:
 
 def status() -> dict[str, Status]:
     """Each patch set's state by name; `pending` until vLLM imports the module that it patches."""
-    return {patch_set.name: patch_set.status for patch_set in PATCH_SETS}
+    return {patch_set.name: _status(patch_set) for patch_set in PATCH_SETS}
+
+
+def _status(patch_set: PatchSet) -> Status:
+    status = patch_set.status
+    imported = [module for module in patch_set.modules if module in sys.modules]
+    if _armed and imported and status.state is State.PENDING:
+        ahead = ", ".join(type(finder).__qualname__ for finder in finders_ahead()) or "none"
+        reason = f"{imported[0]} was imported past our import hook; finders ahead of it on sys.meta_path: {ahead}"
+        return Status(State.FAILED, reason)
+    return status
 
 
 def _look_for_modules(vllm: ModuleType) -> None:
-    """Without this, a patch set whose module a new release has renamed would be pending for ever, and nobody told."""
+    """Without this, a patch set whose module will never be seen would be pending for ever, and nobody told."""
     for patch_set in PATCH_SETS:
         if not any(map(locate, patch_set.modules)):
             version = getattr(vllm, "__version__", "of unknown version")

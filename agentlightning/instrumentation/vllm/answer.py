@@ -60,14 +60,14 @@ class Endpoint:
         attach: puts on a plain answer what vLLM leaves out, and takes off what it must not carry.
         trim: the same for a stream of SSE events; the stream itself where nothing is to be taken off.
         serves: whether a serving object answers for this endpoint itself, and not for one that is built upon it.
-        asks: whether vLLM may be asked for its own ids; where not, the endpoint sees to them itself.
+        asks_vllm: whether vLLM may be asked for its ids; where not, another patch of the endpoint's attaches them.
     """
 
     name: str
     attach: Callable[[Any, Any, Carried], None]
     trim: Callable[[AsyncGenerator[str, None], Any, Carried], AsyncGenerator[str, None]]
     serves: Callable[[Any], bool] = lambda serving: True
-    asks: Callable[[Any], bool] = lambda request: True
+    asks_vllm: Callable[[Any], bool] = lambda request: True
 
     def wrap(self, create: Callable[..., Any]) -> Callable[..., Any]:
         """The wrapper for the `create_*` method, which gives an answer, an error or a stream."""
@@ -89,7 +89,7 @@ class Endpoint:
         if not self.serves(serving):
             return NOTHING
         carried = wanted(request)
-        if carried.response and self.asks(request):
+        if carried.response and self.asks_vllm(request):
             request.return_token_ids = True
         return carried
 
@@ -109,15 +109,16 @@ def contained(what: str, function: Callable[..., T], *args: Any) -> T | None:
 async def edited(
     stream: AsyncGenerator[str, None], key: str, edit: Callable[[dict[str, Any]], None]
 ) -> AsyncGenerator[str, None]:
-    """An SSE stream of vLLM's in which `edit` has changed each chunk that holds `key`.
+    """An SSE stream of vLLM's in which `edit` has changed each chunk that holds a list under `key`.
 
     The others pass untouched and unread, and so does a chunk that cannot be edited. The chunks of one event stay one
     event, and closing this generator closes vLLM's.
     """
-    quoted = f'"{key}":'
+    # Not where it is null, as in every chunk of a completions stream: most chunks are never read.
+    start = f'"{key}":['
     async with aclosing(stream):
         async for event in stream:
-            yield (contained("editing a stream", _edit, event, edit) or event) if quoted in event else event
+            yield (contained("editing a stream", _edit, event, edit) or event) if start in event else event
 
 
 def _edit(event: str, edit: Callable[[dict[str, Any]], None]) -> str:
@@ -140,7 +141,7 @@ class RequestField:
         if model is None:
             raise Mismatch(f"{module.__name__} has no {self.model}")
         if self.field not in model.model_fields:
-            raise NotForThisRelease(f"{self.model} knows no {self.field}, which came with vLLM {self.since}")
+            raise NotForThisRelease(f"{self.model} knows no {self.field}, which vLLM has had since {self.since}")
 
     def is_applied(self, module: ModuleType) -> bool:
         return True

@@ -36,8 +36,8 @@ def _drop_prompt_ids(chunk: dict[str, Any]) -> None:
 def _answers_chat(serving: Any) -> bool:
     # vLLM's Anthropic and Cohere endpoints are subclasses that turn a chat answer into one of theirs: chunks that
     # they do not expect would change it. A subclass from outside vLLM still answers chat requests.
-    cls = type(serving)
-    return cls.__name__ == "OpenAIServingChat" or not cls.__module__.startswith("vllm.")
+    vllms_own = next((cls for cls in type(serving).__mro__ if cls.__module__.startswith("vllm.")), None)
+    return vllms_own is None or vllms_own.__name__ == "OpenAIServingChat"
 
 
 ENDPOINT = Endpoint("/v1/chat/completions", attach, trim, serves=_answers_chat)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from agentlightning.instrumentation.vllm import answer, releases
@@ -56,12 +55,15 @@ def _choices_without_prompt_ids(request: Any, carried: Carried) -> float:
 # and the ids are taken from the engine's outputs on their way into the answer.
 
 
-def _asks(request: Any) -> bool:
+def _asks_vllm(request: Any) -> bool:
     return not request.echo
 
 
-def _sees_to_ids_itself(request: Any) -> bool:
-    return request.echo and request.return_token_ids is None and answer.wanted(request).response
+def _echoes(request: Any) -> Carried:
+    """What we attach to the answer to `request` beside its echo; nothing where it has none, or vLLM was asked."""
+    if request.echo and request.return_token_ids is None:
+        return answer.wanted(request)
+    return answer.NOTHING
 
 
 def with_ids_beside_echo(build: Callable[..., Any]) -> Callable[..., Any]:
@@ -71,16 +73,18 @@ def with_ids_beside_echo(build: Callable[..., Any]) -> Callable[..., Any]:
         self: Any, final_res_batch: Any, request: Any, *args: Any, **kwargs: Any
     ) -> Any:
         response = build(self, final_res_batch, request, *args, **kwargs)
-        if _sees_to_ids_itself(request):
-            answer.contained(f"{ENDPOINT.name}: ids beside echo", _attach_outputs, response, final_res_batch)
+        answer.contained(f"{ENDPOINT.name}: ids beside echo", _attach_outputs, response, final_res_batch, request)
         return response
 
     return request_output_to_completion_response
 
 
-def _attach_outputs(response: Any, final_res_batch: Any) -> None:
+def _attach_outputs(response: Any, final_res_batch: Any, request: Any) -> None:
+    if not _echoes(request).response:
+        return
     outputs = [(result.prompt_token_ids, output) for result in final_res_batch for output in result.outputs]
-    for choice, (prompt_token_ids, output) in zip(response.choices, outputs, strict=True):
+    # All of them are paired before the first is changed.
+    for choice, (prompt_token_ids, output) in list(zip(response.choices, outputs, strict=True)):
         choice.prompt_token_ids = prompt_token_ids
         choice.token_ids = list(output.token_ids)
 
@@ -90,13 +94,18 @@ def with_streamed_ids_beside_echo(generate: Callable[..., Any]) -> Callable[...,
     signature = inspect.signature(generate)
 
     def completion_stream_generator(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        if not _sees_to_ids_itself(request):
-            return generate(self, request, *args, **kwargs)
-        # By name: its place moved behind the prompts in 0.9.2.
-        call = signature.bind(self, request, *args, **kwargs)
-        ids = _IdsOnTheirWay(request.n or 1, prompt_ids=answer.wanted(request).prompt)
-        call.arguments["result_generator"] = ids.noted(call.arguments["result_generator"])
-        return answer.edited(generate(*call.args, **call.kwargs), "choices", ids.attach)
+        def with_ids() -> AsyncGenerator[str, None] | None:
+            carried = _echoes(request)
+            if not carried.response:
+                return None
+            # By name: its place moved behind the prompts in 0.9.2.
+            call = signature.bind(self, request, *args, **kwargs)
+            ids = _IdsOnTheirWay(request.n or 1, prompt_ids=carried.prompt)
+            call.arguments["result_generator"] = ids.noted(call.arguments["result_generator"])
+            return answer.edited(generate(*call.args, **call.kwargs), "choices", ids.attach)
+
+        stream = answer.contained(f"{ENDPOINT.name}: streaming ids beside echo", with_ids)
+        return generate(self, request, *args, **kwargs) if stream is None else stream
 
     return completion_stream_generator
 
@@ -109,19 +118,34 @@ class _IdsOnTheirWay:
         self._prompt_ids = prompt_ids
         self._prompt: dict[int, list[int] | None] = {}
         self._response: dict[int, list[int]] = {}
+        self._complete = True
 
-    async def noted(self, results: AsyncIterator[tuple[int, Any]]) -> AsyncIterator[tuple[int, Any]]:
-        async with aclosing(results):  # type: ignore[type-var]
+    async def noted(self, results: AsyncGenerator[tuple[int, Any], None]) -> AsyncGenerator[tuple[int, Any], None]:
+        """The engine's results as they are, each noted as it passes; closing this closes them."""
+        try:
             async for prompt_index, result in results:
-                for output in result.outputs:
-                    index = output.index + prompt_index * self._n
-                    if self._prompt_ids:
-                        self._prompt.setdefault(index, result.prompt_token_ids)
-                    # Copied: vLLM extends a list that it has handed out when the consumer is slow.
-                    self._response.setdefault(index, []).extend(output.token_ids)
+                # After one that cannot be read no ids at all: better none than some.
+                self._complete = self._complete and bool(
+                    answer.contained("noting streamed ids", self._note, prompt_index, result)
+                )
                 yield prompt_index, result
+        finally:
+            if hasattr(results, "aclose"):
+                await results.aclose()
+
+    def _note(self, prompt_index: int, result: Any) -> bool:
+        for output in result.outputs:
+            index = output.index + prompt_index * self._n
+            if self._prompt_ids:
+                self._prompt.setdefault(index, result.prompt_token_ids)
+            # Copied: vLLM extends a list that it has handed out when the consumer is slow.
+            self._response.setdefault(index, []).extend(output.token_ids)
+        return True
 
     def attach(self, chunk: dict[str, Any]) -> None:
+        """Put on one chunk what has been noted for its choices since their last one."""
+        if not self._complete:
+            return
         for choice in chunk["choices"]:
             index = choice["index"]
             # On the first chunk of a choice only, as vLLM does it.
@@ -129,7 +153,7 @@ class _IdsOnTheirWay:
             choice["token_ids"] = self._response.pop(index, [])
 
 
-ENDPOINT = Endpoint("/v1/completions", attach, trim, asks=_asks)
+ENDPOINT = Endpoint("/v1/completions", attach, trim, asks_vllm=_asks_vllm)
 
 SERVING_PATCHES: tuple[Patch, ...] = (
     RequestField("CompletionRequest", "return_token_ids", releases.RETURN_TOKEN_IDS_SINCE),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 from agentlightning.patching import Mismatch, NotForThisRelease
 
@@ -33,7 +33,10 @@ class ExtraField:
         if self.field in model.model_fields:
             raise NotForThisRelease(f"{self.model} has a {self.field} of its own")
         if "exclude_if" not in FieldInfo.__slots__:
-            raise NotForThisRelease(f"pydantic {pydantic.VERSION} cannot leave out a field that was not set (2.12 can)")
+            raise NotForThisRelease(
+                f"pydantic {pydantic.VERSION} cannot leave out a field that was not set, 2.12 can; "
+                f"answers carry {self.field} all the same, but no schema shows it"
+            )
 
     def is_applied(self, module: ModuleType) -> bool:
         model = getattr(module, self.model, None)
@@ -50,14 +53,41 @@ class ExtraField:
 
         def undo() -> None:
             del model.model_fields[self.field]
-            model.model_rebuild(force=True)
+            # pydantic remembers how an attribute is set: as the field that it is no longer.
+            getattr(model, "__pydantic_setattr_handlers__", {}).pop(self.field, None)
+            _rebuild(model)
 
         try:
-            model.model_rebuild(force=True)
+            _rebuild(model)
         except BaseException:
             undo()
             raise
         return undo
+
+
+def _rebuild(model: Any) -> None:
+    """Rebuild `model`, and the models that hold it: they write it as it was when they were built.
+
+    To 0.11.2 run-batch's results are such, in the same module; later they are where run-batch was imported before.
+    """
+    from pydantic import BaseModel
+
+    model.model_rebuild(force=True)
+    for holder in _subclasses(BaseModel):
+        if holder.__module__.startswith("vllm.") and any(
+            _mentions(field.annotation, model) for field in holder.model_fields.values()
+        ):
+            holder.model_rebuild(force=True)
+
+
+def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:
+    for subclass in cls.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
+
+
+def _mentions(annotation: Any, model: type[Any]) -> bool:
+    return annotation is model or any(_mentions(argument, model) for argument in get_args(annotation))
 
 
 _DESCRIPTION = "The token ids that the engine produced: one list a choice, in index order. Added by Agent Lightning."

@@ -108,6 +108,23 @@ def test_the_chat_response_is_extended_in_place() -> None:
     assert with_ids.model_dump()["response_token_ids"] == [[1, 2]]
 
 
+@pytest.mark.parametrize("undone", [False, True], ids=["instrumented", "undone with the request under way"])
+def test_results_of_run_batch_imported_before_keep_the_ids(undone: bool) -> None:
+    from vllm.entrypoints.launchers.run_batch import BatchResponseData
+
+    instrumentation.instrument_vllm()
+    with_ids: Any = response()
+    with_ids.response_token_ids = [[1]]
+    if undone:
+        instrumentation.uninstrument_vllm()
+        with_ids = response()
+        with_ids.response_token_ids = [[1]]
+
+    batch = BatchResponseData(status_code=200, request_id="r", body=with_ids)
+    assert batch.model_dump()["body"]["response_token_ids"] == [[1]]
+    assert with_ids.model_dump()["response_token_ids"] == [[1]]
+
+
 def test_importing_the_instrumentation_never_imports_vllm() -> None:
     code = "import sys, agentlightning.instrumentation as i; i.instrument_all(); print('vllm' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
@@ -164,7 +181,7 @@ def test_a_chunk_that_cannot_be_read_passes_as_it_is(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("AGL_RETURN_TOKEN_IDS", "response")
-    events = ['data: {"prompt_token_ids":[1]}\n\n', 'data: {"prompt_token_ids": broken\n\n', "data: [DONE]\n\n"]
+    events = ['data: {"prompt_token_ids":[1]}\n\n', 'data: {"prompt_token_ids":[broken\n\n', "data: [DONE]\n\n"]
 
     async def stream() -> AsyncGenerator[str, None]:
         for event in events:
@@ -209,6 +226,7 @@ def test_what_vllm_raises_reaches_the_route() -> None:
 
 def test_an_endpoint_built_upon_chat_is_left_alone() -> None:
     anthropic = type("AnthropicServingMessages", (OpenAIServingChat,), {"__module__": "vllm.entrypoints.anthropic"})
+    upon_it = type("MyMessages", (anthropic,), {"__module__": "trainer"})
     trainers = type("TrainersServingChat", (OpenAIServingChat,), {"__module__": "trainer"})
     asked = []
 
@@ -217,7 +235,67 @@ def test_an_endpoint_built_upon_chat_is_left_alone() -> None:
 
     OpenAIServingChat.create_chat_completion = create_chat_completion
     instrumentation.instrument_vllm()
-    for serving in (anthropic, trainers):
+    for serving in (anthropic, upon_it, trainers):
         asyncio.run(serving.__new__(serving).create_chat_completion(request()))
 
-    assert asked == [None, True]
+    assert asked == [None, None, True]
+
+
+class TestEchoWhereSomethingGoesWrong:
+    """Beside an echo we take the ids from the engine's outputs: what fails there is ours, and the answer is vLLM's."""
+
+    VLLMS_EVENTS = ('data: {"choices":[{"index":0,"text":"ab"}]}\n\n', "data: [DONE]\n\n")
+
+    def streamed(self, results: Any, asked: Any) -> list[str]:
+        """What is streamed where vLLM streams one event a result, and a last one."""
+        event, done = self.VLLMS_EVENTS
+
+        async def completion_stream_generator(
+            self: Any, request: Any, engine_inputs: Any, result_generator: Any
+        ) -> AsyncGenerator[str, None]:
+            async for _ in result_generator:
+                yield event
+            yield done
+
+        async def gathered(stream: AsyncGenerator[str, None]) -> list[str]:
+            return [event async for event in stream]
+
+        serving: Any = completion_serving.OpenAIServingCompletion
+        serving.completion_stream_generator = completion_stream_generator
+        instrumentation.instrument_vllm()
+        return asyncio.run(gathered(serving.__new__(serving).completion_stream_generator(asked, [], results)))
+
+    async def results(self, *outputs: Any) -> AsyncGenerator[tuple[int, Any], None]:
+        for output in outputs:
+            yield 0, output
+
+    def test_outputs_that_cannot_be_read(self, caplog: pytest.LogCaptureFixture) -> None:
+        asked = SimpleNamespace(echo=True, return_token_ids=None, n=1)
+
+        assert self.streamed(self.results(SimpleNamespace()), asked) == list(self.VLLMS_EVENTS)
+        assert "noting streamed ids" in caplog.text
+
+    def test_a_request_that_cannot_be_read(self, caplog: pytest.LogCaptureFixture) -> None:
+        assert self.streamed(self.results(SimpleNamespace()), SimpleNamespace()) == list(self.VLLMS_EVENTS)
+        assert "streaming ids beside echo" in caplog.text
+
+    def test_results_that_cannot_be_closed(self, caplog: pytest.LogCaptureFixture) -> None:
+        class Results:
+            """An iterator as any, without `aclose`."""
+
+            def __init__(self) -> None:
+                self.left = [SimpleNamespace(prompt_token_ids=[1], outputs=[SimpleNamespace(index=0, token_ids=[2])])]
+
+            def __aiter__(self) -> Results:
+                return self
+
+            async def __anext__(self) -> tuple[int, Any]:
+                if not self.left:
+                    raise StopAsyncIteration
+                return 0, self.left.pop()
+
+        asked = SimpleNamespace(echo=True, return_token_ids=None, n=1)
+        with_ids = 'data: {"choices":[{"index":0,"text":"ab","prompt_token_ids":[1],"token_ids":[2]}]}\n\n'
+
+        assert self.streamed(Results(), asked) == [with_ids, self.VLLMS_EVENTS[1]]
+        assert not caplog.messages
