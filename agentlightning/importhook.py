@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     Callback = Callable[[ModuleType], object]
 
-__all__ = ["ImportHook", "finders_ahead", "when_imported"]
+__all__ = ["ImportHook", "finders_ahead", "is_executing", "when_imported"]
 
 
 class ImportHook:
@@ -78,6 +78,11 @@ def finders_ahead() -> "list[object]":
     """The finders that `sys.meta_path` asks before ours: a module that one of them finds by itself is never seen."""
     finders = sys.meta_path
     return list(finders[: finders.index(_finder)]) if _finder in finders else []
+
+
+def is_executing(module: "ModuleType") -> bool:
+    """Whether the import of `module` has not ended yet."""
+    return getattr(getattr(module, "__spec__", None), "_initializing", False)
 
 
 class _Finder:
@@ -178,8 +183,8 @@ def _call_when_ready(hook: ImportHook) -> None:
     # import fails.
     sys.modules["_frozen_importlib"]._lock_unlock_module(hook.name)
     module = sys.modules.get(hook.name)
-    # Still initializing: it is halfway through in this very thread, by a loader that we have not seen.
-    if module is not None and not getattr(getattr(module, "__spec__", None), "_initializing", False):
+    # Executing all the same: it is halfway through in this very thread, by a loader that we have not seen.
+    if module is not None and not is_executing(module):
         _call(hook, module)
 
 

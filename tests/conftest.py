@@ -17,6 +17,11 @@ PARSERS = (
 )
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    # Before any test is forked: each would make a base folder of its own, which nobody removes.
+    session.config._tmp_path_factory.getbasetemp()  # type: ignore[attr-defined]
+
+
 @pytest.fixture(scope="session")
 def armed() -> Iterator[RemoteOpenAIServer]:
     """`AGL_INSTRUMENT=1 vllm serve`."""

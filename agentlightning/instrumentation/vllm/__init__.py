@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from agentlightning import _startup
-from agentlightning.importhook import ImportHook, finders_ahead, when_imported
+from agentlightning.importhook import ImportHook, finders_ahead, is_executing, when_imported
 from agentlightning.instrumentation.vllm import chat, completions, releases
 from agentlightning.modules import locate
 from agentlightning.patching import PatchSet, State, Status
@@ -92,7 +92,7 @@ def status() -> dict[str, Status]:
 
 def _status(patch_set: PatchSet) -> Status:
     status = patch_set.status
-    imported = [module for module in patch_set.modules if module in sys.modules]
+    imported = [name for name in patch_set.modules if name in sys.modules and not is_executing(sys.modules[name])]
     if _armed and imported and status.state is State.PENDING:
         ahead = ", ".join(type(finder).__qualname__ for finder in finders_ahead()) or "none"
         reason = f"{imported[0]} was imported past our import hook; finders ahead of it on sys.meta_path: {ahead}"
