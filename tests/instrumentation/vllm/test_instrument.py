@@ -15,8 +15,10 @@ from vllm.entrypoints.openai.chat_completion import serving as chat_serving
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
 from vllm.entrypoints.openai.completion import serving as completion_serving
 from vllm.entrypoints.serve.engine.protocol import UsageInfo
+from vllm.plugins import load_general_plugins
 
 from agentlightning import instrumentation
+from agentlightning._startup import start
 from agentlightning.instrumentation.vllm import answer
 
 pytestmark = pytest.mark.forked
@@ -128,6 +130,37 @@ def test_results_of_run_batch_imported_before_keep_the_ids(undone: bool) -> None
 def test_importing_the_instrumentation_never_imports_vllm() -> None:
     code = "import sys, agentlightning.instrumentation as i; i.instrument_all(); print('vllm' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
+
+
+class TestVllmsPluginEntryPoint:
+    """Where Python runs no .pth file, vLLM calls us, after it has imported what we patch."""
+
+    @staticmethod
+    def load_plugins(monkeypatch: pytest.MonkeyPatch, switch: str) -> None:
+        monkeypatch.setenv("AGL_INSTRUMENT", switch)
+        load_general_plugins()
+
+    def test_it_patches_what_is_imported_already(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.load_plugins(monkeypatch, "1")
+
+        assert statuses() == APPLIED
+
+    def test_off_it_does_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.load_plugins(monkeypatch, "off")
+
+        assert set(statuses().values()) == {"pending"}
+        assert OpenAIServingChat.create_chat_completion is VLLMS_OWN
+
+    def test_after_the_pth_it_changes_nothing(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setenv("AGL_INSTRUMENT", "1")
+        start()
+        patched = OpenAIServingChat.create_chat_completion
+        self.load_plugins(monkeypatch, "1")
+
+        assert OpenAIServingChat.create_chat_completion is patched is not VLLMS_OWN
+        assert not [record for record in caplog.records if record.name == "agentlightning"]
 
 
 @pytest.mark.parametrize(
