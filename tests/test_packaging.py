@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import sysconfig
 import zipfile
 from collections.abc import Callable
@@ -13,62 +10,24 @@ from pathlib import Path
 import pytest
 
 import agentlightning
+from tests.common.environments import (
+    CHECKOUT,
+    OUR_FINDERS,
+    OUR_MODULES,
+    Environment,
+    build,
+    made_up_wheel,
+    run,
+    virtual_environment,
+)
 
-CHECKOUT = Path(__file__).parents[1]
 PACKAGE = CHECKOUT / "agentlightning"
 DIST_INFO = f"agentlightning-{agentlightning.__version__}.dist-info"
 WAYS_TO_INSTALL = ("wheel", "folder", "editable")
 
-OUR_MODULES = "import sys; print(*sorted(name for name in sys.modules if name.split('.')[0] == 'agentlightning'))"
-OUR_FINDERS = "import sys; print(sum(type(f).__module__ == 'agentlightning.importhook' for f in sys.meta_path))"
 DISTRIBUTIONS = (
     "from importlib.metadata import distributions as d; print(*sorted(f'{x.name}=={x.version}' for x in d()))"
 )
-
-
-class Environment:
-    """A virtual environment without pip: that of the tests installs into it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        run(sys.executable, "-m", "venv", "--without-pip", folder)
-        self.scripts = folder / "bin"
-        self.python = self.scripts / "python"
-        (self.site_packages,) = folder.glob("lib/python*/site-packages")
-
-    def pip(self, *arguments: str | Path) -> None:
-        command, *rest = arguments
-        run(sys.executable, "-m", "pip", "--python", self.python, command, "--disable-pip-version-check", "-q", *rest)
-
-    def execute(self, code: str, **variables: str) -> str:
-        return run(self.python, "-c", code, **variables)
-
-    def paths(self) -> set[str]:
-        return {str(path.relative_to(self.folder)) for path in self.folder.rglob("*")}
-
-
-def run(*command: str | Path, **variables: str) -> str:
-    """What the command prints, on stderr too; fails where it fails."""
-    inherited = {n: value for n, value in os.environ.items() if not n.startswith(("AGL_", "PYTHONPATH", "PYTHONHOME"))}
-    result = subprocess.run(
-        command,
-        env=inherited | variables,
-        # Not the checkout, which `-c` and `-m` would import from.
-        cwd=sys.prefix,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout
-    return result.stdout
-
-
-def build(into: Path, *arguments: str) -> Path:
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", into, *arguments, CHECKOUT)
-    (wheel,) = into.glob("*.whl")
-    return wheel
 
 
 def contents(wheel: Path) -> dict[str, bytes]:
@@ -77,20 +36,8 @@ def contents(wheel: Path) -> dict[str, bytes]:
 
 
 def wheel_of_the_other_agentlightning(folder: Path) -> Path:
-    info = "agentlightning-0.3.0.dist-info"
-    files = {
-        "agentlightning/__init__.py": "",
-        "agentlightning/theirs.py": "def main():\n    print('theirs')\n",
-        f"{info}/METADATA": "Metadata-Version: 2.1\nName: agentlightning\nVersion: 0.3.0\n",
-        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-        f"{info}/entry_points.txt": "[console_scripts]\nagl = agentlightning.theirs:main\n",
-    }
-    files[f"{info}/RECORD"] = "".join(f"{name},,\n" for name in [*files, f"{info}/RECORD"])
-    wheel = folder / "agentlightning-0.3.0-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        for name, text in files.items():
-            archive.writestr(name, text)
-    return wheel
+    files = {"agentlightning/__init__.py": "", "agentlightning/theirs.py": "def main():\n    print('theirs')\n"}
+    return made_up_wheel(folder, "agentlightning", "0.3.0", files, "agl = agentlightning.theirs:main")
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +61,7 @@ def installed(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Environment:
     """An environment that holds nothing but the package, installed in each way in turn."""
-    environment = Environment(tmp_path_factory.mktemp(request.param))
+    environment = virtual_environment(tmp_path_factory.mktemp(request.param))
     install(environment, request.param)
     return environment
 
@@ -174,7 +121,7 @@ def test_agl_runs(installed: Environment) -> None:
 def test_uninstalling_takes_everything_away(
     install: Callable[[Environment, str], None], way: str, tmp_path: Path
 ) -> None:
-    environment = Environment(tmp_path)
+    environment = virtual_environment(tmp_path)
     # pip takes a folder away that it leaves empty, site-packages too.
     (environment.site_packages / "neighbour.py").touch()
     before = environment.paths()
@@ -196,7 +143,7 @@ def test_installing_changes_no_other_version_in_the_environment_of_vllm(wheel: P
         for entry in Path(place).iterdir():
             if "agentlightning" not in entry.name:
                 (visible / entry.name).symlink_to(entry)
-    environment = Environment(tmp_path / "environment")
+    environment = virtual_environment(tmp_path / "environment")
     (environment.site_packages / "visible.pth").write_text(f"{visible}\n")
     before = environment.execute(DISTRIBUTIONS).split()
     assert any(distribution.startswith("pydantic==") for distribution in before)
@@ -208,7 +155,7 @@ def test_installing_changes_no_other_version_in_the_environment_of_vllm(wheel: P
 
 
 def test_installing_replaces_another_distribution_of_the_same_name(wheel: Path, tmp_path: Path) -> None:
-    environment = Environment(tmp_path / "environment")
+    environment = virtual_environment(tmp_path / "environment")
     environment.pip("install", wheel_of_the_other_agentlightning(tmp_path))
     assert run(environment.scripts / "agl") == "theirs\n"
 

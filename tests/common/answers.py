@@ -63,6 +63,29 @@ def post(server: RemoteOpenAIServer, path: str, body: dict[str, Any]) -> Any:
     return [json.loads(event) for event in data if event != "[DONE]"]
 
 
+GROWING = {"content", "text", "reasoning", "arguments"}
+"""What a client joins from chunk to chunk."""
+
+
+def joined(events: list[dict[str, Any]]) -> dict[str, Any]:
+    """A stream as one answer, its choices by index: where it is cut into chunks depends on how busy the machine is."""
+    answer: dict[str, Any] = {}
+    for event in events:
+        choices = {choice["index"]: choice for choice in event["choices"]}
+        answer = _merge(answer, {**event, "choices": choices})
+    return answer
+
+
+def _merge(earlier: Any, later: Any, key: Any = None) -> Any:
+    if earlier is None or later is None:
+        return later if earlier is None else earlier
+    if isinstance(later, dict):
+        return {name: _merge(earlier.get(name), later.get(name), name) for name in {**earlier, **later}}
+    if isinstance(later, list) or key in GROWING:
+        return earlier + later
+    return later
+
+
 def steady(answer: Any) -> Any:
     """The answer without what differs from call to call."""
     if isinstance(answer, dict):

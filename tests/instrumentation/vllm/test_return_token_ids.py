@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.common.answers import post, steady
+from tests.common.answers import joined, post, steady
 from tests.common.vllm import RemoteOpenAIServer
 
 MESSAGES: Any = [{"role": "user", "content": "What is the capital of France? 😀"}]
@@ -27,11 +27,9 @@ pytestmark = [
 
 
 def ask(server: RemoteOpenAIServer, path: str, **options: Any) -> Any:
-    """The answer but for what differs from call to call; chunks in the order of their choices."""
+    """The answer but for what differs from call to call; a stream's chunks joined."""
     answer = steady(post(server, path, {"model": server.model, "max_tokens": 16, "temperature": 0, **options}))
-    if isinstance(answer, list):
-        answer.sort(key=lambda chunk: chunk["choices"][0]["index"] if chunk["choices"] else -1)
-    return answer
+    return joined(answer) if isinstance(answer, list) else answer
 
 
 def test_false_gives_exactly_vllms_answer(

@@ -9,7 +9,7 @@ from typing import Any
 import openai
 import psutil
 
-from tests.common.answers import gather, post, steady
+from tests.common.answers import gather, joined, post, steady
 from tests.common.reference import tokenizer
 from tests.common.vllm import RemoteOpenAIServer
 
@@ -24,14 +24,17 @@ def chat(server: RemoteOpenAIServer, **options: Any) -> dict[str, Any]:
 def test_agl_vllm_serve_answers_as_the_variable_does(
     armed: RemoteOpenAIServer, two_api_servers: RemoteOpenAIServer
 ) -> None:
-    for stream in (False, True):
-        answer = post(armed, CHAT, chat(armed, stream=stream))
-        assert steady(post(two_api_servers, CHAT, chat(two_api_servers, stream=stream))) == steady(answer)
-    answer = post(armed, "/v1/completions", {"model": armed.model, "prompt": "one", "temperature": 0})
-    assert answer["response_token_ids"]
-    assert steady(
-        post(two_api_servers, "/v1/completions", {"model": armed.model, "prompt": "one", "temperature": 0})
-    ) == steady(answer)
+    completion = {"model": armed.model, "prompt": "one", "temperature": 0}
+    for path, asked in ((CHAT, chat(armed)), ("/v1/completions", completion)):
+        ours, expected = (steady(post(server, path, asked)) for server in (two_api_servers, armed))
+        assert ours == expected
+        assert ours["response_token_ids"]
+
+        ours, expected = (
+            joined(steady(post(server, path, {**asked, "stream": True}))) for server in (two_api_servers, armed)
+        )
+        assert ours == expected
+        assert ours["choices"][0]["token_ids"]
 
 
 def test_every_api_server_process_attaches_ids(two_api_servers: RemoteOpenAIServer) -> None:
@@ -66,19 +69,21 @@ def test_without_either_vllm_is_untouched(plain: RemoteOpenAIServer) -> None:
     assert "agentlightning" not in plain.log
 
 
-def test_other_endpoints_answer_as_before(armed: RemoteOpenAIServer, plain: RemoteOpenAIServer) -> None:
-    anthropic = {"messages": MESSAGES, "max_tokens": 16, "temperature": 0}
-    for stream in (False, True):
-        ours, vllms = (
-            post(server, "/v1/messages", {"model": server.model, "stream": stream, **anthropic})
-            for server in (armed, plain)
-        )
-        assert without_ids(steady(ours)) == without_ids(steady(vllms))
+def test_anthropic_messages_are_answered_as_before(armed: RemoteOpenAIServer, plain: RemoteOpenAIServer) -> None:
+    asked = {"model": armed.model, "messages": MESSAGES, "max_tokens": 16, "temperature": 0}
+
+    ours, vllms = (steady(post(server, "/v1/messages", asked)) for server in (armed, plain))
+    assert ours == vllms
+
+    ours, vllms = (events_by_type(post(server, "/v1/messages", {**asked, "stream": True})) for server in (armed, plain))
+    assert ours == vllms
 
 
-def without_ids(answer: Any) -> Any:
-    """Anthropic's events hold the message, with its id, one level down."""
-    return [event for event in answer if event["type"] != "message_start"] if isinstance(answer, list) else answer
+def events_by_type(events: list[dict[str, Any]]) -> dict[str, Any]:
+    """The text of an Anthropic stream, and what its other events are; the message's id is in the first."""
+    text = "".join(event["delta"]["text"] for event in events if event["type"] == "content_block_delta")
+    others = [event for event in events if event["type"] not in {"message_start", "content_block_delta"}]
+    return {"text": text, "others": others, "types": {event["type"] for event in events}}
 
 
 def test_sixty_four_requests_at_once_never_mix(armed: RemoteOpenAIServer) -> None:
