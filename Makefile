@@ -3,12 +3,13 @@ VENV := .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format clean
+.PHONY: help demo test lint bench format clean
 
 help:
 	@echo 'make demo    a real vLLM answers with token ids, shown in a table'
 	@echo 'make test    all tests, against a real vLLM'
 	@echo 'make lint    formatting, lint and types'
+	@echo 'make bench   what it costs every Python process, beside its peers (some eight minutes)'
 	@echo 'make format  put the formatting right'
 	@echo 'make clean   remove what the others made'
 
@@ -33,6 +34,9 @@ lint: $(VENV)/.ready
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+bench: $(VENV)/.ready
+	$(VENV)/bin/python -m benchmarks.startup
 
 format: $(VENV)/.ready
 	$(VENV)/bin/ruff format

@@ -33,7 +33,7 @@ CHECKOUT = Path(__file__).parents[1]
 RESULTS = CHECKOUT / "benchmarks" / "RESULTS.md"
 WIDTH = 100
 
-ROUNDS = 500
+ROUNDS = 600
 QUICK_ROUNDS = 30
 MODULES = 500
 
@@ -153,8 +153,9 @@ def main() -> None:
     json_file = options.json and options.json.absolute()
     command = f"python -m benchmarks.startup --rounds {rounds}{' --quick' if options.quick else ''}"
 
-    machine = describe_machine()
-    report = Report(command, machine, measure(rounds, counts=1 if options.quick else 3))
+    busy = BusyMeter()
+    sections = measure(rounds, counts=1 if options.quick else 3)
+    report = Report(command, {**describe_machine(), "busy with something else": busy.share_of_others()}, sections)
 
     sys.stdout.write(report.as_text())
     if json_file:
@@ -194,7 +195,7 @@ def counted_starts(bench: Bench, counts: int) -> list[Section]:
     say("counting the instructions of python -c pass")
     quick = [configuration for configuration in EVERY if not configuration.slow]
     measured = {
-        configuration: Summary.of([bench.count(configuration, *PASS) for _ in range(counts)])
+        configuration: [bench.count(configuration, *PASS) for _ in range(counts)]
         for configuration in quick
         if configuration not in bench.failures
     }
@@ -242,11 +243,11 @@ def lookups(bench: Bench, rounds: int) -> Section:
             continue
         output = bench.output(configuration, "-c", LOOKUP_PROGRAM, package, str(min(max(rounds // 10, 5), 50)))
         timed = json.loads(output.splitlines()[-1])
-        floor, finder = Summary.of(timed["floor"]), Summary.of(timed["finder"])
         if configuration is ARMED:
-            rows.append(Row("one dictionary lookup", floor, 1.0))
+            rows.append(Row("one dictionary lookup", Summary.of(timed["floor"]), 1.0))
+        ratio = median_ratio(timed["finder"], timed["floor"])
         target = 1.2 if configuration is ARMED else None
-        rows.append(Row(bench.label(configuration), finder, finder.median / floor.median, target))
+        rows.append(Row(bench.label(configuration), Summary.of(timed["finder"]), ratio, target))
     return Section("find_spec of a module without a hook", "ns", "To a lookup timed in the same process.", rows)
 
 
@@ -275,62 +276,93 @@ print(json.dumps(timed))
 
 
 def imports(bench: Bench, rounds: int, counts: int) -> list[Section]:
-    """Row 4: importing modules, while armed, to an environment whose hook is off and that has no finder.
+    """Row 4: importing modules while armed, to importing them with no finder.
 
     The modules have one line each and are in the first folder of `sys.path`: no import is shorter, so the finder's
-    share is as large as it gets. Only the imports are timed; of the instructions, those of a process that imports
-    none are taken off.
+    share is as large as it gets.
     """
     modules = bench.folder / "modules"
     modules.mkdir()
     for number in range(MODULES):
         (modules / f"generated_{number}.py").write_text("VALUE = 1\n")
+    bench.output(OFF, "-c", IMPORT_PROGRAM, str(modules), str(MODULES))  # writes the bytecode
+    return [counted_imports(bench, modules, counts), timed_imports(bench, modules, rounds)]
 
-    def program(how_many: int) -> tuple[str, ...]:
-        return ("-c", IMPORT_PROGRAM, str(modules), str(how_many))
 
-    # The off one twice, for the noise.
-    off_again = Configuration("the same, again", OFF.venv, OFF.requires)
-    chosen = [OFF, off_again, ARMED]
-    for configuration in chosen:
-        bench.output(configuration, *program(MODULES))  # writes the bytecode
+def counted_imports(bench: Bench, modules: Path, counts: int) -> Section:
+    """In processes that are armed, and off; without the instructions of such a process that imports none of them."""
+    title = f"importing {MODULES} modules, instructions counted"
+    if not bench.can_count():
+        return Section(title, skipped="skipped: valgrind is not there")
+    say(title)
 
-    title = f"importing {MODULES} modules"
-    sections = []
-    if bench.can_count():
-        say(f"counting the instructions of {title}")
-        counted = {
-            configuration: Summary.of(
-                [
-                    bench.count(configuration, *program(MODULES)) - bench.count(configuration, *program(0))
-                    for _ in range(max(counts - 1, 1))
-                ]
-            )
-            for configuration in (OFF, ARMED)
-        }
-        rows = bench.rows([OFF, ARMED], counted, OFF, {ARMED: 1.02})
-        sections.append(Section(f"{title}, instructions counted", "millions", "", rows))
-    else:
-        sections.append(Section(f"{title}, instructions counted", skipped="skipped: valgrind is not there"))
+    def count(configuration: Configuration, how_many: int) -> float:
+        return bench.count(configuration, "-c", IMPORT_PROGRAM, str(modules), str(how_many))
 
-    times = max(rounds // 2, 5)
-    timed: dict[Configuration, list[float]] = {configuration: [] for configuration in chosen}
-    for configuration in interleaved(chosen, times, f"{title}, timed"):
-        timed[configuration].append(int(bench.output(configuration, *program(MODULES))) / 1e6)
-    measured = {configuration: Summary.of(values) for configuration, values in timed.items()}
-    rows = bench.rows(chosen, measured, OFF, {ARMED: 1.02})
-    sections.append(Section(f"{title}, timed", "ms", "The imports alone, in a process of their own each time.", rows))
-    return sections
+    counted = {
+        configuration: [count(configuration, MODULES) - count(configuration, 0) for _ in range(counts)]
+        for configuration in (OFF, ARMED)
+    }
+    about = "Those of a process that imports none of them are taken off."
+    return Section(title, "millions", about, bench.rows(counted, counted, OFF, {ARMED: 1.02}))
 
 
 IMPORT_PROGRAM = """
-import sys, time
+import sys
 sys.path.insert(0, sys.argv[1])
-names = [f"generated_{number}" for number in range(int(sys.argv[2]))]
-started = time.perf_counter_ns()
-for name in names:
-    __import__(name)
-print(time.perf_counter_ns() - started)
+for number in range(int(sys.argv[2])):
+    __import__(f"generated_{number}")
+"""
+
+
+def timed_imports(bench: Bench, modules: Path, rounds: int) -> Section:
+    """In armed processes, which take the finder off and put it back.
+
+    Each module is imported with the finder, and twice without it, in another order each time, and then the next one:
+    a finder costs so little that between two processes the noise is larger. A run is the sum over all modules.
+    """
+    title = f"importing {MODULES} modules, timed"
+    passes = max(rounds // 60, 2)
+    processes = max(rounds // 60, 2)
+    say(f"{title}: {passes} passes in each of {processes} processes")
+    times: dict[str, list[float]] = {}
+    for _ in range(processes):
+        output = bench.output(ARMED, "-c", TIMED_IMPORT_PROGRAM, str(modules), str(MODULES), str(passes), OURS)
+        for name, values in json.loads(output).items():
+            times.setdefault(name, []).extend(values)
+    rows = [
+        Row("no finder", Summary.of(times["none"]), 1.0),
+        Row("no finder, again", Summary.of(times["again"]), median_ratio(times["again"], times["none"])),
+        Row(bench.label(ARMED), Summary.of(times["armed"]), median_ratio(times["armed"], times["none"]), 1.02),
+    ]
+    return Section(title, "ms", "In the same processes, module by module with the finder and without it.", rows)
+
+
+TIMED_IMPORT_PROGRAM = """
+import json, random, sys, time
+folder, how_many, passes, package = sys.argv[1:]
+sys.path.insert(0, folder)
+names = [f"generated_{number}" for number in range(int(how_many))]
+[finder] = [f for f in sys.meta_path if type(f).__module__.split(".")[0] == package]
+without = [f for f in sys.meta_path if f is not finder]
+meta_paths = {"none": without, "again": without, "armed": [finder, *without]}
+kinds = list(meta_paths)
+
+def one_pass():
+    spent = dict.fromkeys(kinds, 0)
+    for name in names:
+        random.shuffle(kinds)
+        for kind in kinds:
+            sys.meta_path[:] = meta_paths[kind]
+            started = time.perf_counter_ns()
+            __import__(name)
+            spent[kind] += time.perf_counter_ns() - started
+            del sys.modules[name]
+    return spent
+
+one_pass()
+done = [one_pass() for _ in range(int(passes))]
+print(json.dumps({kind: [spent[kind] / 1e6 for spent in done] for kind in kinds}))
 """
 
 
@@ -458,7 +490,7 @@ class Bench:
 
     def time_interleaved(
         self, commands: Mapping[Configuration, list[str]], rounds: int, what: str
-    ) -> dict[Configuration, Summary]:
+    ) -> dict[Configuration, list[float]]:
         """Milliseconds of whole processes; a peer that fails on the way is a failure from there on."""
         times: dict[Configuration, list[float]] = {configuration: [] for configuration in commands}
         environments = {configuration: self.env(configuration) for configuration in commands}
@@ -469,28 +501,24 @@ class Bench:
             times[configuration].append(milliseconds)
             if status:
                 self._fail(configuration, f"ended with status {status} in one of the runs")
-        return {
-            configuration: Summary.of(values)
-            for configuration, values in times.items()
-            if configuration not in self.failures
-        }
+        return {configuration: each for configuration, each in times.items() if configuration not in self.failures}
 
     def rows(
         self,
         configurations: Sequence[Configuration] | Mapping[Configuration, object],
-        measured: Mapping[Configuration, Summary],
+        measured: Mapping[Configuration, Sequence[float]],
         reference: Configuration,
         targets: Mapping[Configuration, float],
     ) -> list[Row]:
         """A row for each, in this order, with its ratio to the reference."""
         rows = []
         for configuration in configurations:
-            label, summary = self.label(configuration), measured.get(configuration)
-            if summary is None:
+            label, values = self.label(configuration), measured.get(configuration)
+            if values is None:
                 rows.append(Row(label, target=targets.get(configuration), note=self.failures[configuration]))
             else:
-                ratio = summary.median / measured[reference].median
-                rows.append(Row(label, summary, ratio, targets.get(configuration)))
+                ratio = median_ratio(values, measured[reference])
+                rows.append(Row(label, Summary.of(values), ratio, targets.get(configuration)))
         return rows
 
 
@@ -528,8 +556,26 @@ def describe_machine() -> dict[str, str]:
         "Python": f"{platform.python_implementation()} {platform.python_version()}",
         "system": f"{platform.system()} {platform.release()}",
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "load when it began": f"{os.getloadavg()[0]:.2f}",
     }
+
+
+class BusyMeter:
+    """How much of the machine others have taken since this was made: what is measured meanwhile is worth less."""
+
+    def __init__(self) -> None:
+        self._elapsed, self._busy, self._own = self._read()
+
+    def share_of_others(self) -> str:
+        elapsed, busy, own = self._read()
+        others = (busy - self._busy) - (own - self._own)
+        return f"{max(others, 0) / (elapsed - self._elapsed) / (os.cpu_count() or 1):.0%} of the time"
+
+    @staticmethod
+    def _read() -> tuple[float, float, float]:
+        """Seconds: of the clock, of all processors, and of this process with the ended ones that it has started."""
+        _, user, nice, system, _, _, interrupts, soft, stolen, *_ = Path("/proc/stat").read_text().split(maxsplit=10)
+        busy = sum(map(int, (user, nice, system, interrupts, soft, stolen))) / os.sysconf("SC_CLK_TCK")
+        return time.monotonic(), busy, sum(os.times()[:4])
 
 
 def say(text: str) -> None:
@@ -554,6 +600,15 @@ class Summary:
             return cls(values[0], (values[0], values[0]), 1)
         first, median, third = statistics.quantiles(values, n=4, method="inclusive")
         return cls(median, (first, third), len(values))
+
+
+def median_ratio(values: Sequence[float], references: Sequence[float]) -> float:
+    """The median of the ratios within each round.
+
+    Both were measured right after each other, so a machine that is faster or slower for a while cancels out; in the
+    ratio of two medians it does not.
+    """
+    return statistics.median(value / reference for value, reference in zip(values, references, strict=True))
 
 
 @dataclass(frozen=True)
@@ -602,6 +657,12 @@ class Section:
         return [self.skipped, *notes] if self.skipped else notes
 
 
+RATIO = (
+    "A ratio is to the first line of its table, or as it says there: the median of the ratios within each round. "
+    "A target is the most that it should be."
+)
+
+
 @dataclass(frozen=True)
 class Report:
     """Everything that is printed and written."""
@@ -619,7 +680,7 @@ class Report:
             lines += ["", *textwrap.wrap(f"{section.title}. {section.about}", WIDTH)]
             lines += [in_columns(cells, widths) for cells in (section.header, *tables[section.title]) if section.rows]
             lines += [wrapped for note in section.notes for wrapped in textwrap.wrap(note, WIDTH)]
-        lines += ["", self.verdict()]
+        lines += ["", *textwrap.wrap(RATIO, WIDTH), self.verdict()]
         return "".join(f"{line.rstrip()}\n" for line in lines)
 
     def as_markdown(self) -> str:
@@ -627,8 +688,7 @@ class Report:
         lines += ["Written by the command below; run it to have it written again.", ""]
         lines += ["```bash", self.command, "```", ""]
         lines += [f"- {name}: {value}" for name, value in self.machine.items()]
-        lines += ["", "A ratio is to the first line of its table, by medians; a target is the most that it should be."]
-        lines += [self.verdict()]
+        lines += ["", RATIO, self.verdict()]
         for section in self.sections:
             lines += ["", f"## {section.title}", ""]
             lines += [section.about, ""] if section.about else []
