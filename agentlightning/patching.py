@@ -1,7 +1,7 @@
 """Patches in sets: each set is checked against the code that is there, applied whole or not at all, and undoable.
 
 A `PatchSet` holds the patches of one module. A `Patch` is anything that can check, apply and undo itself;
-`Wrap`, which lays a wrapper around a method, is the one that needs no other package.
+`Wrap`, which lays a wrapper around a method or a function, is the one that needs no other package.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from types import ModuleType
@@ -39,6 +40,10 @@ class Status:
 
     def __str__(self) -> str:
         return f"{self.state.value}: {self.reason}" if self.reason else self.state.value
+
+    def as_dict(self) -> dict[str, str | None]:
+        """For JSON: `{"state": ..., "reason": ...}`."""
+        return {"state": self.state.value, "reason": self.reason}
 
 
 class Mismatch(Exception):
@@ -134,12 +139,15 @@ def _run_backwards(undo: Sequence[Callable[[], None]]) -> None:
 
 @dataclass(frozen=True)
 class Wrap:
-    """Lay `wrapper(original)` around a method, in place, so that every name that the class goes by sees it.
+    """Lay `wrapper(original)` around a method, or around a function of the module.
+
+    A method is replaced on its class, so that every name that the class goes by sees it. A function is replaced
+    wherever a module of its package, or the main program, holds it by now: who imports it later gets ours.
 
     Args:
-        target: `"Class.method"`, looked up in the patched module.
-        parameters: the names that the method must take, since the wrapper relies on them.
-        wrapper: a decorator for the method; what it returns takes and returns what the method does.
+        target: `"Class.method"` or `"function"`, looked up in the patched module.
+        parameters: the names that it must take, since the wrapper relies on them.
+        wrapper: a decorator; what it returns takes and returns what the original does.
     """
 
     target: str
@@ -148,12 +156,13 @@ class Wrap:
 
     def check(self, module: ModuleType) -> None:
         owner, name = self._owner(module)
-        method = inspect.getattr_static(owner, name, None)
-        if method is None:
+        original = inspect.getattr_static(owner, name, None)
+        if original is None:
             raise Mismatch(f"{module.__name__} has no {self.target}")
-        if not inspect.isfunction(method):
-            raise Mismatch(f"{module.__name__}.{self.target} is not a method but {type(method).__name__}")
-        signature = inspect.signature(method)
+        if not inspect.isfunction(original):
+            kind = "method" if isinstance(owner, type) else "function"
+            raise Mismatch(f"{module.__name__}.{self.target} is not a {kind} but {type(original).__name__}")
+        signature = inspect.signature(original)
         missing = [parameter for parameter in self.parameters if parameter not in signature.parameters]
         if missing:
             raise Mismatch(f"{module.__name__}.{self.target}{signature} does not take {', '.join(missing)}")
@@ -168,8 +177,10 @@ class Wrap:
         seam = _Seam.at(owner, name) or _Seam(owner, name)
         return seam.add(self.wrapper)
 
-    def _owner(self, module: ModuleType) -> tuple[type, str]:
+    def _owner(self, module: ModuleType) -> tuple[type | ModuleType, str]:
         class_name, _, name = self.target.rpartition(".")
+        if not class_name:
+            return module, name
         owner = getattr(module, class_name, None)
         if not isinstance(owner, type):
             raise Mismatch(f"{module.__name__} has no class {class_name}")
@@ -177,13 +188,13 @@ class Wrap:
 
 
 class _Seam:
-    """A patched method: what was there, the wrappers around it, and the entry that stands in its place.
+    """A patched function: what was there, the wrappers around it, and the entry that stands in its place.
 
     The entry looks the outermost wrapper up at each call. So wrappers leave in any order, also from under a wrapper
     that somebody else has laid over ours and that still calls the entry.
     """
 
-    def __init__(self, owner: type, name: str) -> None:
+    def __init__(self, owner: type | ModuleType, name: str) -> None:
         self.wrappers: list[Callable[..., Any]] = []
         self._owner = owner
         self._name = name
@@ -193,14 +204,14 @@ class _Seam:
         self._entry = self._make_entry()
 
     @staticmethod
-    def at(owner: type, name: str) -> _Seam | None:
+    def at(owner: type | ModuleType, name: str) -> _Seam | None:
         seam = getattr(vars(owner).get(name), "__agl_seam__", None)
         return seam if isinstance(seam, _Seam) else None
 
     def add(self, wrapper: Callable[..., Any]) -> Callable[[], None]:
         # Under somebody else's wrapper made with functools.wraps the entry is in place, and must not oust it.
         if _Seam.at(self._owner, self._name) is not self:
-            setattr(self._owner, self._name, self._entry)
+            self._replace(self._original, self._entry)
         self._compose([*self.wrappers, wrapper])
         return functools.partial(self._remove, wrapper)
 
@@ -211,7 +222,13 @@ class _Seam:
             if self._inherited:
                 delattr(self._owner, self._name)
             else:
-                setattr(self._owner, self._name, self._original)
+                self._replace(self._entry, self._original)
+
+    def _replace(self, old: Callable[..., Any], new: Callable[..., Any]) -> None:
+        setattr(self._owner, self._name, new)
+        if isinstance(self._owner, ModuleType):
+            for holder, name in _holders(old, self._owner.__name__.partition(".")[0]):
+                setattr(holder, name, new)
 
     def _compose(self, wrappers: list[Callable[..., Any]]) -> None:
         outermost = self._original
@@ -236,3 +253,12 @@ class _Seam:
         functools.update_wrapper(entry, self._original)
         entry.__agl_seam__ = self
         return entry
+
+
+def _holders(function: Callable[..., Any], package: str) -> Iterator[tuple[ModuleType, str]]:
+    """The modules of `package`, and the main program, that have imported `function`, each with its name for it."""
+    for module_name, module in list(sys.modules.items()):
+        if module_name == "__main__" or module_name.partition(".")[0] == package:
+            for name, value in list(getattr(module, "__dict__", {}).items()):
+                if value is function:
+                    yield module, name

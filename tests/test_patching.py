@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import importlib
 import inspect
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -235,3 +237,148 @@ def test_undo_is_idempotent_and_leaves_the_set_usable(serving: ModuleType) -> No
 def test_a_check_says_which_target_and_how(serving: ModuleType) -> None:
     with pytest.raises(Mismatch, match=r"some_serving\.Serving\.greet\(self, name, greeting='hello'\) does not take x"):
         Wrap("Serving.greet", ("x",), laid_on("never")).check(serving)
+
+
+LAUNCHER = """
+async def serve_http(app, sock=None):
+    return app
+
+def validate(args):
+    return args
+
+class Answers:
+    pass
+"""
+SERVER = """
+from some_package.launcher import serve_http as s, validate
+"""
+
+
+@pytest.fixture
+def launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A module of a package, whose functions other modules import by name: one of its own, and one of another's."""
+    (tmp_path / "some_package").mkdir()
+    for name, text in {"__init__": "", "launcher": LAUNCHER, "server": SERVER, "late": SERVER}.items():
+        (tmp_path / "some_package" / f"{name}.py").write_text(text)
+    (tmp_path / "some_package_of_another.py").write_text(SERVER)
+    monkeypatch.syspath_prepend(tmp_path)
+    return importlib.import_module("some_package.launcher")
+
+
+def validation(mark: str = "patched") -> PatchSet:
+    return PatchSet("validation", ["some_package.launcher"], [Wrap("validate", ("args",), laid_on(mark))])
+
+
+def served(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A wrapper for an asynchronous function."""
+
+    async def patched(app: Any, *args: Any) -> Any:
+        return f"patched({await original(app, *args)})"
+
+    return patched
+
+
+def serving_http() -> PatchSet:
+    return PatchSet("serving", ["some_package.launcher"], [Wrap("serve_http", ("app",), served)])
+
+
+def test_whoever_in_its_package_imported_a_function_earlier_sees_the_patch(launcher: ModuleType) -> None:
+    server = importlib.import_module("some_package.server")
+    original = launcher.serve_http
+    serving = serving_http()
+
+    serving.apply(launcher)
+    assert launcher.serve_http is server.s is not original
+    assert asyncio.run(server.s("app")) == "patched(app)"
+
+    serving.undo()
+    assert launcher.serve_http is server.s is original
+
+
+def test_the_main_program_that_imported_a_function_earlier_sees_the_patch(
+    launcher: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main = ModuleType("__main__")
+    vars(main)["check"] = original = launcher.validate
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    validations = validation()
+
+    validations.apply(launcher)
+    assert vars(main)["check"]("x") == "patched(x)"
+
+    validations.undo()
+    assert vars(main)["check"] is original
+
+
+def test_modules_of_other_packages_keep_the_function_that_they_imported(launcher: ModuleType) -> None:
+    other = importlib.import_module("some_package_of_another")
+    original = other.validate
+    validations = validation()
+
+    validations.apply(launcher)
+
+    assert other.validate is original
+    assert launcher.validate is not original
+
+
+def test_a_module_that_imports_a_function_while_it_is_patched_is_put_back_as_well(launcher: ModuleType) -> None:
+    original = launcher.validate
+    validations = validation()
+    validations.apply(launcher)
+    late = importlib.import_module("some_package.late")
+    assert late.validate("x") == "patched(x)"
+
+    validations.undo()
+
+    assert late.validate is launcher.validate is original
+
+
+def test_who_keeps_a_patched_function_after_the_undo_has_the_original_behaviour(launcher: ModuleType) -> None:
+    validations = validation()
+    validations.apply(launcher)
+    kept = launcher.validate
+
+    validations.undo()
+
+    assert kept("x") == "x"
+
+
+def test_a_patched_function_looks_like_the_original(launcher: ModuleType) -> None:
+    before = inspect.signature(launcher.serve_http)
+
+    serving_http().apply(launcher)
+
+    assert inspect.signature(launcher.serve_http) == before
+    assert inspect.iscoroutinefunction(launcher.serve_http)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=str)
+def test_sets_on_one_function_are_undone_in_any_order(launcher: ModuleType, order: tuple[int, ...]) -> None:
+    server = importlib.import_module("some_package.server")
+    original = launcher.validate
+    sets = [validation(mark) for mark in "ab"]
+    for patches in sets:
+        patches.apply(launcher)
+    assert server.validate("x") == "b(a(x))"
+
+    sets[order[0]].undo()
+    assert server.validate("x") == f"{'ab'[order[1]]}(x)"
+
+    sets[order[1]].undo()
+    assert server.validate is launcher.validate is original
+
+
+@pytest.mark.parametrize(
+    ("target", "parameters", "reason"),
+    [
+        ("gone", (), r"some_package\.launcher has no gone"),
+        ("validate", ("request",), r"some_package\.launcher\.validate\(args\) does not take request"),
+        ("Answers", (), r"some_package\.launcher\.Answers is not a function but type"),
+        ("__name__", (), r"some_package\.launcher\.__name__ is not a function but str"),
+    ],
+)
+def test_a_function_that_is_not_as_expected_is_named(
+    launcher: ModuleType, target: str, parameters: tuple[str, ...], reason: str
+) -> None:
+    with pytest.raises(Mismatch, match=reason):
+        Wrap(target, parameters, laid_on("never")).check(launcher)
