@@ -10,35 +10,28 @@ from agentlightning._startup import INSTRUMENT_OFF
 INSTRUMENT_ON = ("1", "true", "on", "yes")
 RETURN_TOKEN_IDS = ("all", "response", "none")
 
+ALLOWED = {
+    "AGL_INSTRUMENT": (*INSTRUMENT_ON, "strict", *filter(None, INSTRUMENT_OFF)),
+    "AGL_RETURN_TOKEN_IDS": RETURN_TOKEN_IDS,
+}
+"""Each variable's values; what is not set, or empty, counts as the default."""
+DEFAULTS = {"AGL_INSTRUMENT": "off", "AGL_RETURN_TOKEN_IDS": "all"}
+
 _warned: set[str] = set()
 
 
 def instrument() -> str:
-    """What `AGL_INSTRUMENT` asks for: `"off"`, `"on"` or `"strict"`; off, with one warning, for anything else."""
-    value = read("AGL_INSTRUMENT")
-    if value in INSTRUMENT_OFF:
-        return "off"
-    if value in INSTRUMENT_ON:
-        return "on"
-    if value == "strict":
-        _warn_once(
-            "AGL_INSTRUMENT",
-            "AGL_INSTRUMENT=strict cannot refuse a server yet that is not patched whole; it counts as 'on'",
-        )
-        return "strict"
-    return _fall_back("AGL_INSTRUMENT", "off", (*INSTRUMENT_ON, "strict", *INSTRUMENT_OFF[1:]))
+    """What `AGL_INSTRUMENT` asks for: `"off"`, `"on"` or `"strict"`."""
+    value = _checked("AGL_INSTRUMENT")
+    return "on" if value in INSTRUMENT_ON else "off" if value in INSTRUMENT_OFF else value
 
 
 def return_token_ids() -> str:
     """What answers carry when a request does not say (`AGL_RETURN_TOKEN_IDS`).
 
     `"all"` (the default): prompt and response ids; `"response"`: no prompt ids; `"none"`: vLLM's own answer.
-    Anything else counts as the default, with one warning.
     """
-    value = read("AGL_RETURN_TOKEN_IDS")
-    if value in RETURN_TOKEN_IDS:
-        return value
-    return _fall_back("AGL_RETURN_TOKEN_IDS", "all", RETURN_TOKEN_IDS) if value else "all"
+    return _checked("AGL_RETURN_TOKEN_IDS")
 
 
 def read(variable: str) -> str:
@@ -46,13 +39,20 @@ def read(variable: str) -> str:
     return os.environ.get(variable, "").strip().lower()
 
 
-def _fall_back(variable: str, default: str, allowed: tuple[str, ...]) -> str:
-    value = os.environ.get(variable)
-    _warn_once(variable, f"{variable}={value!r} is none of {', '.join(allowed)}; it counts as {default!r}")
-    return default
+def complaint(variable: str) -> str | None:
+    """What is wrong with the variable's value, in one sentence; None where it is allowed or not set."""
+    if read(variable) in ("", *ALLOWED[variable]):
+        return None
+    allowed = ", ".join(ALLOWED[variable])
+    return f"{variable}={os.environ[variable]!r} is none of {allowed}; it counts as {DEFAULTS[variable]!r}"
 
 
-def _warn_once(variable: str, message: str) -> None:
+def _checked(variable: str) -> str:
+    """The value where it is allowed, else the default, with one warning."""
+    wrong = complaint(variable)
+    if wrong is None:
+        return read(variable) or DEFAULTS[variable]
     if variable not in _warned:
         _warned.add(variable)
-        logging.getLogger("agentlightning").warning("agentlightning: %s", message)
+        logging.getLogger("agentlightning").warning("agentlightning: %s", wrong)
+    return DEFAULTS[variable]

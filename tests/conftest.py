@@ -44,8 +44,15 @@ def two_api_servers() -> Iterator[RemoteOpenAIServer]:
 
 
 @pytest.fixture(scope="session")
-def parsing() -> Iterator[RemoteOpenAIServer]:
-    """With a tool-call parser and a reasoning parser, and `AGL_RETURN_TOKEN_IDS=response`."""
-    env = {"AGL_INSTRUMENT": "on", "AGL_RETURN_TOKEN_IDS": "response"}
-    with RemoteOpenAIServer(*PARSERS, env=env) as server:
+def guarded() -> Iterator[RemoteOpenAIServer]:
+    """Strict, with a key, behind a proxy's path and two parsers, and `AGL_RETURN_TOKEN_IDS=response`."""
+    env = {"AGL_INSTRUMENT": "strict", "AGL_RETURN_TOKEN_IDS": "response"}
+    # The key is what the clients send.
+    with RemoteOpenAIServer("--api-key=none", "--root-path=/root", *PARSERS, env=env) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def parsing(guarded: RemoteOpenAIServer) -> RemoteOpenAIServer:
+    """The same one, under the name of what its parsers are about."""
+    return guarded

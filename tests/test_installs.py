@@ -34,7 +34,7 @@ WITH_UV = {
 }
 WAYS = ("wheel from the sdist", "sdist", "--user", *WITH_UV)
 
-LOOKED_AT = ("chat response", "chat", "completions")
+LOOKED_AT = ("chat response", "chat", "completions", "status route", "start-up check")
 """The patch sets that a vLLM without their modules is warned of, in this order, once it has been looked at."""
 
 

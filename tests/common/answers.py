@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import urllib.request
 from collections.abc import Iterable
@@ -61,6 +63,15 @@ def post(server: RemoteOpenAIServer, path: str, body: dict[str, Any]) -> Any:
         return json.loads(text)
     data = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
     return [json.loads(event) for event in data if event != "[DONE]"]
+
+
+def get(server: RemoteOpenAIServer, path: str, **headers: str) -> tuple[int, bytes]:
+    """The status and the body of the answer to a GET of exactly this path: no client tidies it up."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    with contextlib.closing(connection):
+        connection.request("GET", path, headers=headers)
+        response = connection.getresponse()
+        return response.status, response.read()
 
 
 GROWING = {"content", "text", "reasoning", "arguments"}

@@ -74,22 +74,117 @@ class OpenAIServingCompletion:
         yield "data: [DONE]\\n\\n"
 """
 
-Layout = Literal["bare", "to 0.14", "from 0.15"]
+ENVS = """\
+import os
 
-# Below vllm/entrypoints/openai/.
+VLLM_USE_RUST_FRONTEND = bool(int(os.environ.get("VLLM_USE_RUST_FRONTEND", "0")))
+"""
+
+SERVE_ARGUMENTS = """\
+def make_arg_parser(parser):
+    parser.add_argument("--grpc", action="store_true")
+    parser.add_argument("--headless", action="store_true")
+    return parser
+
+def validate_parsed_serve_args(args):
+    print("validated", flush=True)
+"""
+
+LAUNCHER = """\
+async def serve_http(app, sock, **uvicorn_kwargs):
+    print("served", flush=True)
+"""
+
+# It imports what it serves with before the arguments are read, as vLLM does, and what answers only when it serves.
+API_SERVER = """\
+import argparse
+import asyncio
+from types import SimpleNamespace
+
+from {launcher} import serve_http
+from {serve_arguments} import make_arg_parser, validate_parsed_serve_args
+
+class App:
+    middleware_stack = None
+
+    def __init__(self, args, engine_client):
+        self.state = SimpleNamespace(args=args, engine_client=engine_client)
+        self.routes = []
+
+    def add_api_route(self, path, endpoint, **options):
+        self.routes.append(path)
+
+    def build_middleware_stack(self):
+        return self
+
+def run_server(args):
+    from vllm.v1.engine.async_llm import AsyncLLM as Engine
+    asyncio.run(serve_http(App(args, Engine()), None))
+
+def main():
+    args = make_arg_parser(argparse.ArgumentParser()).parse_args()
+    validate_parsed_serve_args(args)
+    run_server(args)
+
+if __name__ == "__main__":
+    main()
+"""
+
+CLI = """\
+import argparse
+
+from vllm.entrypoints.openai.api_server import make_arg_parser, run_server, validate_parsed_serve_args
+
+def main():
+    parser = argparse.ArgumentParser()
+    make_arg_parser(parser.add_subparsers(dest="subparser").add_parser("serve"))
+    args = parser.parse_args()
+    validate_parsed_serve_args(args)
+    if not args.headless:
+        run_server(args)
+
+if __name__ == "__main__":
+    main()
+"""
+
+Layout = Literal["bare", "to 0.14", "from 0.15", "from 0.29"]
+
+
+def _server(launcher: str, serve_arguments: str) -> dict[str, str]:
+    """What a vLLM is started by, whose modules of these names hold `serve_http` and `validate_parsed_serve_args`."""
+    return {
+        "envs.py": ENVS,
+        "v1/engine/async_llm.py": "class AsyncLLM:\n    pass\n",
+        "engine/async_llm_engine.py": "class AsyncLLMEngine:\n    pass\n",
+        f"{launcher.replace('.', '/')}.py": LAUNCHER,
+        f"{serve_arguments.replace('.', '/')}.py": SERVE_ARGUMENTS,
+        "entrypoints/openai/api_server.py": API_SERVER.format(
+            launcher=f"vllm.{launcher}", serve_arguments=f"vllm.{serve_arguments}"
+        ),
+        "entrypoints/cli/main.py": CLI,
+    }
+
+
+TO_0_28 = _server("entrypoints.launcher", "entrypoints.openai.cli_args")
+FROM_0_29 = _server("entrypoints.launchers.launcher", "entrypoints.launchers.cli_args")
+SERVING_FROM_0_15 = {
+    "entrypoints/openai/chat_completion/protocol.py": CHAT_PROTOCOL,
+    "entrypoints/openai/chat_completion/serving.py": CHAT_SERVING,
+    "entrypoints/openai/completion/protocol.py": COMPLETION_PROTOCOL,
+    "entrypoints/openai/completion/serving.py": COMPLETION_SERVING,
+}
+
+# Below vllm/.
 MODULES: Mapping[Layout, Mapping[str, str]] = {
     "bare": {},
     "to 0.14": {
-        "protocol.py": CHAT_PROTOCOL + COMPLETION_PROTOCOL,
-        "serving_chat.py": CHAT_SERVING,
-        "serving_completion.py": COMPLETION_SERVING,
+        "entrypoints/openai/protocol.py": CHAT_PROTOCOL + COMPLETION_PROTOCOL,
+        "entrypoints/openai/serving_chat.py": CHAT_SERVING,
+        "entrypoints/openai/serving_completion.py": COMPLETION_SERVING,
+        **TO_0_28,
     },
-    "from 0.15": {
-        "chat_completion/protocol.py": CHAT_PROTOCOL,
-        "chat_completion/serving.py": CHAT_SERVING,
-        "completion/protocol.py": COMPLETION_PROTOCOL,
-        "completion/serving.py": COMPLETION_SERVING,
-    },
+    "from 0.15": {**SERVING_FROM_0_15, **TO_0_28},
+    "from 0.29": {**SERVING_FROM_0_15, **FROM_0_29},
 }
 
 
@@ -101,7 +196,7 @@ def made_up_vllm(folder: Path, layout: Layout = "from 0.15", edits: Mapping[str,
 
     Args:
         folder: where the package comes to lie.
-        layout: where its serving modules are: as in these releases, or nowhere.
+        layout: where its modules are: as in these releases, or nowhere.
         edits: text in its files, and what stands there instead: how it differs from what the patches rely on.
 
     Raises:
@@ -109,7 +204,7 @@ def made_up_vllm(folder: Path, layout: Layout = "from 0.15", edits: Mapping[str,
     """
     package = folder / "vllm"
     files = {package / "__init__.py": PACKAGE}
-    files |= {package / "entrypoints" / "openai" / name: text for name, text in MODULES[layout].items()}
+    files |= {package / name: text for name, text in MODULES[layout].items()}
     for old, new in (edits or {}).items():
         if not any(old in text for text in files.values()):
             raise ValueError(f"the made-up vLLM has no {old!r}")

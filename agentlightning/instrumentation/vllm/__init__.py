@@ -5,6 +5,7 @@ Importing this never imports vLLM.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import sys
@@ -12,9 +13,9 @@ import threading
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from agentlightning import _startup
+from agentlightning import _startup, settings
 from agentlightning.importhook import ImportHook, finders_ahead, is_executing, when_imported
-from agentlightning.instrumentation.vllm import chat, completions, releases
+from agentlightning.instrumentation.vllm import chat, completions, releases, server, strict
 from agentlightning.modules import locate
 from agentlightning.patching import PatchSet, State, Status
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ChatCompletionResponsePatched",
     "arm_vllm",
+    "import_targets",
     "instrument_vllm",
     "status",
     "uninstrument_vllm",
@@ -31,10 +33,18 @@ __all__ = [
 
 logger = logging.getLogger("agentlightning")
 
+# The lambdas: what reports on this table is itself in it.
+JUDGE = PatchSet("start-up check", releases.SERVE_ARGUMENTS, strict.argument_patches(lambda: _failures()))
 PATCH_SETS = (
     PatchSet("chat response", releases.CHAT_PROTOCOL, chat.RESPONSE_PATCHES),
     PatchSet("chat", releases.CHAT_SERVING, chat.SERVING_PATCHES),
     PatchSet("completions", releases.COMPLETION_SERVING, completions.SERVING_PATCHES),
+    PatchSet(
+        "status route",
+        releases.LAUNCHER,
+        (*server.patches(lambda: status()), *strict.server_patches(lambda: _failures())),
+    ),
+    JUDGE,
 )
 
 _armed = False
@@ -62,7 +72,7 @@ def arm_vllm() -> bool:
     # Not under the lock: registering waits for a thread that is importing the module, which may be about to arm too.
     for patch_set in PATCH_SETS:
         for module in patch_set.modules:
-            _hooks.append(when_imported(module, patch_set.apply))
+            _hooks.append(when_imported(module, functools.partial(_apply, patch_set)))
     # Last, so that what is imported already has been patched, and is not looked for.
     _hooks.append(when_imported("vllm", _look_for_modules))
     if not _armed:
@@ -95,9 +105,14 @@ def _status(patch_set: PatchSet) -> Status:
     imported = [name for name in patch_set.modules if name in sys.modules and not is_executing(sys.modules[name])]
     if _armed and imported and status.state is State.PENDING:
         ahead = ", ".join(type(finder).__qualname__ for finder in finders_ahead()) or "none"
-        reason = f"{imported[0]} was imported past our import hook; finders ahead of it on sys.meta_path: {ahead}"
+        reason = f"{imported[0]} was imported past our import hook (finders ahead of it on sys.meta_path: {ahead})"
         return Status(State.FAILED, reason)
     return status
+
+
+def _apply(patch_set: PatchSet, module: ModuleType) -> None:
+    patch_set.apply(module)
+    _refuse_without_a_judge()
 
 
 def _look_for_modules(vllm: ModuleType) -> None:
@@ -106,6 +121,39 @@ def _look_for_modules(vllm: ModuleType) -> None:
         if not any(map(locate, patch_set.modules)):
             version = getattr(vllm, "__version__", "of unknown version")
             patch_set.fail(f"vLLM {version} has no {' or '.join(patch_set.modules)}")
+    _refuse_without_a_judge()
+
+
+def _refuse_without_a_judge() -> None:
+    # Whoever asked for strict must not get a server that nobody has judged.
+    if settings.instrument() == "strict" and JUDGE.status.state is State.FAILED:
+        strict.refuse(_failed())
+
+
+def import_targets() -> dict[str, str]:
+    """Import all of vLLM that there is to patch, since vLLM may do that only when it serves.
+
+    Returns:
+        The modules that cannot be imported, and why: nothing can answer there, a package that it needs is missing.
+    """
+    failed = {}
+    for module in dict.fromkeys(name for patch_set in PATCH_SETS for name in patch_set.modules if locate(name)):
+        try:
+            importlib.import_module(module)
+        except Exception as error:
+            failed[module] = " ".join(repr(error).split())
+    return failed
+
+
+def _failures() -> list[str]:
+    """What is left off of all that there is to patch."""
+    import_targets()
+    return _failed()
+
+
+def _failed() -> list[str]:
+    """What is left off of what has been imported so far."""
+    return [f"{name}: {found.reason}" for name, found in status().items() if found.state is State.FAILED]
 
 
 def __getattr__(name: str) -> Any:

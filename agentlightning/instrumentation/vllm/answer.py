@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from agentlightning import settings
-from agentlightning.patching import Mismatch, NotForThisRelease
+from agentlightning.patching import Mismatch
 
 __all__ = ["Carried", "Endpoint", "RequestField", "contained", "edited", "failures", "wanted"]
 
@@ -25,7 +25,7 @@ logger = logging.getLogger("agentlightning")
 T = TypeVar("T")
 
 failures: Counter[str] = Counter()
-"""How often, by kind, an answer went out as vLLM made it because putting ids on it failed."""
+"""How often, by kind, something of ours failed and vLLM went on without it: the answer went out as vLLM made it."""
 
 
 @dataclass(frozen=True)
@@ -95,14 +95,14 @@ class Endpoint:
 
 
 def contained(what: str, function: Callable[..., T], *args: Any) -> T | None:
-    """`function(*args)`, or None where it raises: then the client gets vLLM's own answer. Logged once a kind."""
+    """`function(*args)`, or None where it raises: vLLM goes on without it. Counted, and logged once a kind."""
     try:
         return function(*args)
     except Exception as error:
         kind = f"{what}: {type(error).__name__}"
         failures[kind] += 1
         if failures[kind] == 1:
-            logger.exception("agentlightning: %s failed, and the client got vLLM's own answer (said once)", what)
+            logger.exception("agentlightning: %s failed, and vLLM goes on without it (said once)", what)
         return None
 
 
@@ -141,7 +141,7 @@ class RequestField:
         if model is None:
             raise Mismatch(f"{module.__name__} has no {self.model}")
         if self.field not in model.model_fields:
-            raise NotForThisRelease(f"{self.model} knows no {self.field}, which vLLM has had since {self.since}")
+            raise Mismatch(f"{self.model} knows no {self.field}, which vLLM has had since {self.since}")
 
     def is_applied(self, module: ModuleType) -> bool:
         return True

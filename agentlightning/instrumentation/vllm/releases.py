@@ -19,5 +19,14 @@ COMPLETION_SERVING = (
     "vllm.entrypoints.openai.serving_completion",  # to 0.14.1
 )
 
+SERVE_ARGUMENTS = (
+    "vllm.entrypoints.launchers.cli_args",  # from 0.29.0
+    "vllm.entrypoints.openai.cli_args",  # to 0.28.0
+)
+LAUNCHER = (
+    "vllm.entrypoints.launchers.launcher",  # from 0.29.0
+    "vllm.entrypoints.launcher",  # to 0.28.0
+)
+
 RETURN_TOKEN_IDS_SINCE = "0.10.2"
 """The first release whose chat and completions requests know `return_token_ids`."""

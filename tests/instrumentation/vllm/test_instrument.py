@@ -11,6 +11,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.entrypoints.launchers import launcher
+from vllm.entrypoints.launchers.api_server import entry
 from vllm.entrypoints.openai.chat_completion import serving as chat_serving
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
 from vllm.entrypoints.openai.completion import serving as completion_serving
@@ -25,7 +27,11 @@ pytestmark = pytest.mark.forked
 
 OpenAIServingChat = chat_serving.OpenAIServingChat
 VLLMS_OWN = OpenAIServingChat.create_chat_completion
-APPLIED = {"chat response": "applied", "chat": "applied", "completions": "applied"}
+# It imports vLLM's serve_http by name.
+IMPORTS_SERVE_HTTP = vars(entry)
+VLLMS_SERVE_HTTP = launcher.serve_http
+PATCH_SETS = ("chat response", "chat", "completions", "status route", "start-up check")
+APPLIED = dict.fromkeys(PATCH_SETS, "applied")
 
 
 def statuses() -> dict[str, str]:
@@ -58,6 +64,7 @@ def test_instrumenting_patches_what_is_imported_already() -> None:
 
     assert statuses() == APPLIED
     assert OpenAIServingChat.create_chat_completion is not VLLMS_OWN
+    assert IMPORTS_SERVE_HTTP["serve_http"] is launcher.serve_http is not VLLMS_SERVE_HTTP
 
 
 def test_a_forked_test_leaves_nothing_to_the_next() -> None:
@@ -76,6 +83,7 @@ def test_uninstrumenting_puts_everything_back() -> None:
 
     assert vars(completion_serving.OpenAIServingCompletion) == before
     assert OpenAIServingChat.create_chat_completion is VLLMS_OWN
+    assert IMPORTS_SERVE_HTTP["serve_http"] is launcher.serve_http is VLLMS_SERVE_HTTP
     assert list(ChatCompletionResponse.model_fields) == fields
     assert response().model_dump().keys() == dumped
     assert set(statuses().values()) == {"pending"}

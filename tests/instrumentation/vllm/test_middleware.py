@@ -1,0 +1,194 @@
+"""`/rollout/{rollout_id}[/attempt/{attempt_id}]/v1/...`, which is the same as `/v1/...`."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+from urllib.parse import unquote
+
+import openai
+import pytest
+
+from agentlightning.instrumentation.vllm.middleware import RolloutPrefix
+from tests.common.answers import gather, get
+from tests.common.vllm import RemoteOpenAIServer
+
+MODELS = "/v1/models"
+MESSAGES: Any = [{"role": "user", "content": "one two three"}]
+
+GUARDED = {
+    "/rollout/x/v1/models": MODELS,
+    "/rollout/x/attempt/1/v1/models": MODELS,
+    "/rollout/a%2Fb/v1/models": MODELS,
+    "/rollout/a%2Fb/attempt/%2F/v1/models": MODELS,
+    "/rollout/%F0%9F%98%80/v1/models": MODELS,
+    "/rollout/%ff/v1/models": MODELS,
+    "/rollout/a%20b/v1/models": MODELS,
+    "/rollout/attempt/v1/models": MODELS,
+    "/rollout/rollout/v1/models": MODELS,
+    "/rollout/../v1/models": MODELS,
+    "/rollout/%2e%2E/v1/models": MODELS,
+    "/rollout/x/%76%31/models": "/%76%31/models",
+    "/rollout/x/v1%2Fmodels": "/v1%2Fmodels",
+    f"/rollout/{'x' * 256}/v1/models": MODELS,
+    f"/rollout/{'%78' * 256}/attempt/{'%F0%9F%98%80' * 256}/v1/models": MODELS,
+}
+"""Well formed prefixes, and what is left of the path."""
+
+NOWHERE = {
+    "/rollout/x": None,
+    "/rollout/x/": "/",
+    "/rollout/v1/models": "/models",
+    "/rollout//v1/models": None,
+    "/rollout/x//v1/models": "//v1/models",
+    "/rollout/x/./v1/models": "/./v1/models",
+    "/rollout/x/%2e%2e/v1/models": "/%2e%2e/v1/models",
+    "/rollout/x/../../v1/models": "/../../v1/models",
+    "/rollout/x%2Fv1/models": "/models",
+    "/rollout/x/V1/models": "/V1/models",
+    "/rollout/x/%2576%2531/models": "/%2576%2531/models",
+    "/rollout/x/rollout/y/v1/models": "/rollout/y/v1/models",
+    "/rollout/x/attempt/1/attempt/2/v1/models": "/attempt/2/v1/models",
+    "/rollout/x/attempt//v1/models": "/attempt//v1/models",
+    "/Rollout/x/v1/models": None,
+    "/%72ollout/x/v1/models": None,
+    "/rollout%2Fx/v1/models": None,
+    "//rollout/x/v1/models": None,
+    "/./rollout/x/v1/models": None,
+    f"/rollout/{'x' * 257}/v1/models": None,
+    f"/rollout/x/attempt/{'x' * 257}/v1/models": None,
+    "/rollout/x%0a/v1/models": None,
+    "/rollout/x%00/v1/models": None,
+    "/rollout/x/attempt/%1b%5b/v1/models": None,
+}
+"""What leads to no route: malformed, and left on (None), or with nothing of vLLM's behind it."""
+
+KEY = {"Authorization": "Bearer none"}
+
+
+def scope_of(path: str, **others: Any) -> dict[str, Any]:
+    """A request's scope, as the server fills it in."""
+    return {"type": "http", "path": unquote(path), "raw_path": path.encode(), "root_path": "", **others}
+
+
+def passed_on(scope: dict[str, Any]) -> dict[str, Any]:
+    """The scope that reaches whatever lies behind the prefix."""
+    scopes = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        scopes.append(scope)
+
+    before = dict(scope)
+    asyncio.run(RolloutPrefix(app)(scope, None, None))  # type: ignore[arg-type]
+    assert scope == before, "others hold it too"
+    (scope,) = scopes
+    return scope
+
+
+@pytest.mark.parametrize("kind", ["http", "websocket"])
+@pytest.mark.parametrize(("path", "rest"), [*GUARDED.items(), *NOWHERE.items()])
+def test_a_prefix_is_taken_off_once_or_left_on(path: str, rest: str | None, kind: str) -> None:
+    scope = scope_of(path, type=kind, query_string=b"a=/rollout/x/v1", method="GET")
+
+    expected = scope if rest is None else {**scope, "path": unquote(rest), "raw_path": rest.encode()}
+    assert passed_on(scope) == expected
+
+
+@pytest.mark.parametrize(
+    ("path", "rest"),
+    [
+        ("/root/rollout/x/v1/models", "/root/v1/models"),
+        ("/root/rollout/x/attempt/1/v1/models", "/root/v1/models"),
+        ("/rollout/x/v1/models", "/v1/models"),
+        ("/rollout/x/root/v1/models", "/root/v1/models"),
+        ("/root/root/rollout/x/v1/models", None),
+        ("/roots/rollout/x/v1/models", None),
+        ("/%72oot/rollout/x/v1/models", None),
+    ],
+)
+def test_a_root_path_stays_before_what_is_left(path: str, rest: str | None) -> None:
+    scope = scope_of(path, root_path="/root")
+
+    expected = scope if rest is None else {**scope, "path": rest, "raw_path": rest.encode()}
+    assert passed_on(scope) == expected
+
+
+def test_a_server_that_gives_no_raw_path_is_understood() -> None:
+    scope = {"type": "http", "path": "/rollout/x y/v1/models"}
+
+    assert passed_on(scope) == {**scope, "path": MODELS, "raw_path": b"/v1/models"}
+
+
+@pytest.mark.parametrize(
+    "scope",
+    [
+        {"type": "lifespan"},
+        scope_of("/v1/models"),
+        scope_of("/rollouts/x/v1/models"),
+        scope_of("/v1/../rollout/x/v1/models"),
+    ],
+)
+def test_all_else_passes_as_it_is(scope: dict[str, Any]) -> None:
+    assert passed_on(scope) == scope
+
+
+def client(server: RemoteOpenAIServer, before: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}{before}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+@pytest.mark.parametrize("prefix", ["/rollout/x", "/rollout/x/attempt/1", "/rollout/a%2Fb%20c"])
+def test_an_answer_below_a_prefix_is_that_without(armed: RemoteOpenAIServer, prefix: str) -> None:
+    def chat(before: str, **options: Any) -> Any:
+        return client(armed, before).chat.completions.create(
+            model=armed.model, messages=MESSAGES, max_tokens=12, temperature=0, **options
+        )
+
+    ours, expected = chat(prefix), chat("")
+    assert ours.response_token_ids == expected.response_token_ids != []
+    assert ours.prompt_token_ids == expected.prompt_token_ids
+    assert gather(chat(prefix, stream=True)).token_ids == {0: expected.response_token_ids[0]}
+
+
+@pytest.mark.parametrize("before", ["/root/rollout/x", "/rollout/x", "/root/rollout/x/attempt/1", "/root"])
+def test_below_a_root_path_with_the_proxys_part_on_or_off(guarded: RemoteOpenAIServer, before: str) -> None:
+    answer: Any = client(guarded, before).completions.create(
+        model=guarded.model, prompt="one two", max_tokens=4, temperature=0
+    )
+
+    assert answer.response_token_ids == [answer.choices[0].token_ids]
+
+
+@pytest.mark.parametrize(
+    "path", [*GUARDED, *(f"/root{path}" for path in GUARDED), "/rollout/x/root/v1/models", "/rollout/x/v1/agl/status"]
+)
+def test_vllms_key_guards_what_lies_below_a_prefix(guarded: RemoteOpenAIServer, path: str) -> None:
+    assert get(guarded, path)[0] == 401
+    assert get(guarded, path, Authorization="Bearer another")[0] == 401
+    assert get(guarded, path, **KEY)[0] == 200
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *NOWHERE,
+        *(f"/root{path}" for path in NOWHERE),
+        "/root/rollout/x/root/v1/models",
+        "/root/root/rollout/x/v1/models",
+        "/%72oot/rollout/x/v1/models",
+        "/roots/rollout/x/v1/models",
+        "/rollout/x/rootv1/models",
+    ],
+)
+def test_what_leads_nowhere_is_vllms_404_with_the_key_and_without(guarded: RemoteOpenAIServer, path: str) -> None:
+    vllms = b'{"detail":"Not Found"}'
+
+    assert get(guarded, path) == (404, vllms)
+    assert get(guarded, path, **KEY) == (404, vllms)
+
+
+def test_what_vllm_answers_without_a_key_it_answers_below_a_prefix(guarded: RemoteOpenAIServer) -> None:
+    assert get(guarded, "/rollout/x/health")[0] == 200
+
+
+def test_without_us_there_is_no_prefix(plain: RemoteOpenAIServer) -> None:
+    assert get(plain, "/rollout/x/v1/models")[0] == 404

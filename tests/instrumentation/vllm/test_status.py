@@ -1,0 +1,104 @@
+"""`GET /v1/agl/status`: what a server tells of itself."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import platform
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import vllm
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from vllm.entrypoints.launchers import launcher
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+
+import agentlightning
+from agentlightning import instrumentation
+from tests.common.answers import get
+from tests.common.vllm import RemoteOpenAIServer
+
+STATUS = "/v1/agl/status"
+PATCH_SETS = ("chat response", "chat", "completions", "status route", "start-up check")
+WHOLE = {name: {"state": "applied", "reason": None} for name in PATCH_SETS}
+
+
+def status(server: RemoteOpenAIServer, **headers: str) -> dict[str, Any]:
+    code, body = get(server, STATUS, **headers)
+    assert code == 200, body
+    return json.loads(body)
+
+
+def test_a_server_tells_what_it_is_and_that_all_is_patched(armed: RemoteOpenAIServer) -> None:
+    assert status(armed) == {
+        "agentlightning": agentlightning.__version__,
+        "vllm": vllm.__version__,
+        "python": platform.python_version(),
+        "pid": armed.process.pid,
+        "api_servers": 1,
+        "switches": {"AGL_INSTRUMENT": "on", "AGL_RETURN_TOKEN_IDS": "all"},
+        "patches": WHOLE,
+        "counters": {"failures": {}},
+    }
+
+
+def test_each_of_several_api_servers_answers_for_itself(two_api_servers: RemoteOpenAIServer) -> None:
+    told = status(two_api_servers)
+
+    assert told["api_servers"] == 2
+    assert told["patches"] == WHOLE
+    processes = psutil.Process(two_api_servers.process.pid).children(recursive=True)
+    assert told["pid"] in {process.pid for process in processes}
+
+
+def test_a_strict_server_that_started_is_patched_whole(guarded: RemoteOpenAIServer) -> None:
+    told = status(guarded, Authorization="Bearer none")
+
+    assert told["switches"] == {"AGL_INSTRUMENT": "strict", "AGL_RETURN_TOKEN_IDS": "response"}
+    assert told["patches"] == WHOLE
+
+
+@pytest.mark.parametrize("root_path", ["", "/root"])
+def test_vllms_key_guards_it(guarded: RemoteOpenAIServer, root_path: str) -> None:
+    assert get(guarded, root_path + STATUS)[0] == 401
+    assert get(guarded, root_path + STATUS, Authorization="Bearer another")[0] == 401
+    assert get(guarded, root_path + STATUS, Authorization="Bearer none")[0] == 200
+
+
+def test_without_us_there_is_none(plain: RemoteOpenAIServer) -> None:
+    assert get(plain, STATUS)[0] == 404
+
+
+def test_vllms_schema_stays_what_it_was(armed: RemoteOpenAIServer, plain: RemoteOpenAIServer) -> None:
+    ours, vllms = (json.loads(get(server, "/openapi.json")[1])["paths"] for server in (armed, plain))
+
+    assert ours.keys() == vllms.keys()
+    assert not [path for path in ours if "agl" in path or "rollout" in path]
+
+
+@pytest.mark.forked
+def test_what_failed_while_serving_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = SimpleNamespace(choices=[SimpleNamespace(index=0)])
+    serving = OpenAIServingChat.__new__(OpenAIServingChat)
+
+    async def create_chat_completion(self: Any, request: Any, raw_request: Any = None) -> Any:
+        return broken
+
+    async def serve_http(app: FastAPI, sock: Any) -> dict[str, Any]:
+        for _ in range(2):
+            asked: Any = SimpleNamespace(return_token_ids=None)
+            assert await serving.create_chat_completion(asked) is broken
+        return TestClient(app).get(STATUS).json()
+
+    monkeypatch.setattr(OpenAIServingChat, "create_chat_completion", create_chat_completion)
+    monkeypatch.setattr(launcher, "serve_http", serve_http)
+    instrumentation.instrument_vllm()
+
+    told: Any = asyncio.run(launcher.serve_http(FastAPI(), None))
+
+    assert told["counters"] == {"failures": {"/v1/chat/completions: attaching ids: AttributeError": 2}}
+    assert (told["pid"], told["api_servers"]) == (os.getpid(), 1)

@@ -1,0 +1,281 @@
+"""`AGL_INSTRUMENT=strict`: a server that would not be all it was asked to be says why, and does not start."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from pydantic.fields import FieldInfo
+
+from tests.common.made_up_vllm import VERSION, Layout, made_up_vllm
+from tests.common.tiny_model import tiny_model
+from tests.common.vllm import run, without_agl
+
+pytestmark = pytest.mark.skipif(
+    "exclude_if" not in FieldInfo.__slots__, reason="pydantic before 2.12 cannot have the field on chat responses"
+)
+
+REFUSAL = "agentlightning: AGL_INSTRUMENT=strict refuses this server: "
+OPENAI = "vllm.entrypoints.openai"
+CHAT = f"{OPENAI}.chat_completion.serving"
+COMPLETIONS = f"{OPENAI}.completion.serving"
+CREATE_COMPLETION = f"{COMPLETIONS}.OpenAIServingCompletion.create_completion"
+UNKNOWN = "knows no return_token_ids, which vLLM has had since 0.10.2"
+
+GRPC = "vLLM's gRPC server (--grpc) speaks a protocol of its own, its answers are left as they are"
+RUST = (
+    "vLLM's Rust frontend (VLLM_USE_RUST_FRONTEND) answers without Python, "
+    'with token ids only where a request says "return_token_ids": true'
+)
+
+VLLM_SERVE = ("-m", "vllm.entrypoints.cli.main", "serve")
+API_SERVER = ("-m", "vllm.entrypoints.openai.api_server")
+SECONDS = 30
+
+# Both are for a sitecustomize.py, which Python runs after our .pth file.
+FINDER_AHEAD = """\
+import sys
+from importlib.machinery import PathFinder
+
+class Theirs:
+    def find_spec(self, name, path=None, target=None):
+        return PathFinder.find_spec(name, path, target) if name == "{module}" else None
+
+sys.meta_path.insert(0, Theirs())
+"""
+EDITED = """\
+import sys
+from importlib.machinery import PathFinder, SourceFileLoader
+
+class Edited(SourceFileLoader):
+    def get_code(self, name):
+        return compile(self.get_data(self.path).replace(b"{old}", b"{new}"), self.path, "exec")
+
+class Edits:
+    def find_spec(self, name, path=None, target=None):
+        if name == "{module}":
+            spec = PathFinder.find_spec(name, path, target)
+            spec.loader = Edited(name, spec.origin)
+            return spec
+
+sys.meta_path.insert(sys.meta_path.index(PathFinder), Edits())
+"""
+
+
+def python(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a program with the made-up vLLM in `folder`."""
+    inherited = {name: value for name, value in without_agl(os.environ).items() if not name.startswith("PYTHON")}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=inherited | {"AGL_INSTRUMENT": "strict", "PYTHONPATH": str(folder)} | variables,
+        # Not the checkout, which `-c` and `-m` would import from.
+        cwd=sys.prefix,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+
+
+def reasons(refused: subprocess.CompletedProcess[str]) -> list[str]:
+    """What a server that was refused gives as reasons, in the one sentence that is the last on stderr."""
+    assert refused.returncode == 1, refused.stderr
+    assert "served" not in refused.stdout
+    assert "Traceback" not in refused.stderr
+    (sentence,) = (line for line in refused.stderr.splitlines() if line.startswith(REFUSAL))
+    assert refused.stderr.endswith(f"{sentence}\n")
+    return sentence.removeprefix(REFUSAL).split("; ")
+
+
+@pytest.mark.parametrize("layout", ["to 0.14", "from 0.15", "from 0.29"])
+@pytest.mark.parametrize("way", [VLLM_SERVE, API_SERVER], ids=["vllm serve", "python -m"])
+def test_a_server_that_is_patched_whole_serves(way: tuple[str, ...], layout: Layout, tmp_path: Path) -> None:
+    made_up_vllm(tmp_path, layout)
+
+    served = python(tmp_path, *way)
+
+    assert (served.returncode, served.stdout, served.stderr) == (0, "validated\nserved\n", "")
+
+
+@pytest.mark.parametrize("layout", ["to 0.14", "from 0.15", "from 0.29"])
+@pytest.mark.parametrize("way", [VLLM_SERVE, API_SERVER], ids=["vllm serve", "python -m"])
+def test_a_target_that_is_missing_refuses_however_it_is_started(
+    way: tuple[str, ...], layout: Layout, tmp_path: Path
+) -> None:
+    made_up_vllm(tmp_path, layout, {"create_chat_completion": "chat"})
+    module = f"{OPENAI}.serving_chat" if layout == "to 0.14" else CHAT
+
+    assert reasons(python(tmp_path, *way)) == [f"chat: {module} has no OpenAIServingChat.create_chat_completion"]
+
+
+@pytest.mark.parametrize(
+    ("edits", "expected"),
+    [
+        (
+            {"create_completion(self, request,": "create_completion(self, body,"},
+            [f"completions: {CREATE_COMPLETION}(self, body, raw_request=None) does not take request"],
+        ),
+        (
+            {"return_token_ids:": "another_field:"},
+            [f"chat: ChatCompletionRequest {UNKNOWN}", f"completions: CompletionRequest {UNKNOWN}"],
+        ),
+        ({"serve_http": "serve_app"}, ["status route: vllm.entrypoints.launcher has no serve_http"]),
+        (
+            {"validate_parsed_serve_args": "validate_args"},
+            [f"start-up check: {OPENAI}.cli_args has no validate_parsed_serve_args"],
+        ),
+        (
+            {
+                "import AsyncLLM as": "import AsyncLLMEngine as",
+                "vllm.v1.engine.async_llm": "vllm.engine.async_llm_engine",
+            },
+            ["vLLM's V0 engine answers (VLLM_USE_V1=0, or what V1 of this release cannot do), not all of it with ids"],
+        ),
+    ],
+    ids=[
+        "other parameters",
+        "no return_token_ids",
+        "nowhere for the status route",
+        "nowhere to judge the arguments",
+        "the V0 engine",
+    ],
+)
+def test_what_is_not_as_it_should_be_is_named(edits: Mapping[str, str], expected: list[str], tmp_path: Path) -> None:
+    made_up_vllm(tmp_path, edits=edits)
+
+    assert reasons(python(tmp_path, *VLLM_SERVE)) == expected
+
+
+def test_a_module_that_the_release_has_nowhere_is_named(tmp_path: Path) -> None:
+    made_up_vllm(tmp_path)
+    (tmp_path / "vllm/entrypoints/openai/completion/serving.py").unlink()
+
+    assert reasons(python(tmp_path, *VLLM_SERVE)) == [
+        f"completions: vLLM {VERSION} has no {COMPLETIONS} or {OPENAI}.serving_completion"
+    ]
+
+
+def test_a_vllm_that_nobody_can_judge_is_not_imported(tmp_path: Path) -> None:
+    made_up_vllm(tmp_path, "bare")
+
+    refused = reasons(python(tmp_path, "-c", "import vllm\nprint('served')"))
+
+    assert [reason.partition(":")[0] for reason in refused] == [
+        "chat response",
+        "chat",
+        "completions",
+        "status route",
+        "start-up check",
+    ]
+    assert all(f"vLLM {VERSION} has no " in reason for reason in refused)
+
+
+def test_a_finder_ahead_that_imports_a_module_past_ours_is_named(tmp_path: Path) -> None:
+    made_up_vllm(tmp_path)
+    (tmp_path / "sitecustomize.py").write_text(FINDER_AHEAD.format(module=CHAT))
+
+    (reason,) = reasons(python(tmp_path, *VLLM_SERVE))
+
+    assert reason.startswith(f"chat: {CHAT} was imported past our import hook")
+    assert "Theirs" in reason
+
+
+@pytest.mark.parametrize(("argument", "rust", "reason"), [("--grpc", "0", GRPC), (None, "1", RUST)])
+def test_an_answer_past_python_refuses(argument: str | None, rust: str, reason: str, tmp_path: Path) -> None:
+    made_up_vllm(tmp_path)
+
+    refused = python(tmp_path, *VLLM_SERVE, *filter(None, [argument]), VLLM_USE_RUST_FRONTEND=rust)
+
+    assert reasons(refused) == [reason]
+
+
+def test_headless_is_not_judged(tmp_path: Path) -> None:
+    made_up_vllm(tmp_path, edits={"create_chat_completion": "chat"})
+
+    headless = python(tmp_path, *VLLM_SERVE, "--headless", VLLM_USE_RUST_FRONTEND="1")
+
+    assert (headless.returncode, headless.stdout, headless.stderr) == (0, "validated\n", "")
+
+
+def test_the_rust_frontend_is_vllm_serves_alone(tmp_path: Path) -> None:
+    made_up_vllm(tmp_path)
+
+    served = python(tmp_path, *API_SERVER, VLLM_USE_RUST_FRONTEND="1")
+
+    assert (served.returncode, served.stdout, served.stderr) == (0, "validated\nserved\n", "")
+
+
+@pytest.mark.parametrize(("argument", "rust", "reason"), [("--grpc", "0", GRPC), (None, "1", RUST)])
+def test_an_answer_past_python_is_one_warning_where_not_strict(
+    argument: str | None, rust: str, reason: str, tmp_path: Path
+) -> None:
+    made_up_vllm(tmp_path)
+    variables = {"AGL_INSTRUMENT": "1", "VLLM_USE_RUST_FRONTEND": rust}
+
+    served = python(tmp_path, *VLLM_SERVE, *filter(None, [argument]), **variables)
+
+    assert (served.returncode, served.stdout) == (0, "validated\nserved\n")
+    assert served.stderr == f"agentlightning: {reason}\n"
+
+
+def test_a_program_that_serves_without_a_command_line_is_judged_when_it_serves(tmp_path: Path) -> None:
+    made_up_vllm(tmp_path, edits={"create_chat_completion": "chat"})
+    code = "from vllm.entrypoints.openai.api_server import run_server\nprint('started')\nrun_server(None)"
+
+    refused = python(tmp_path, "-c", code)
+
+    assert reasons(refused) == [f"chat: {CHAT} has no OpenAIServingChat.create_chat_completion"]
+    assert refused.stdout == "started\n"
+
+
+def test_what_only_differs_in_what_vllm_can_do_by_itself_refuses_nothing(tmp_path: Path) -> None:
+    edits = {"choices: list[Chat": "response_token_ids: list[list[int]] | None = None\n    choices: list[Chat"}
+    made_up_vllm(tmp_path, edits=edits)
+
+    served = python(tmp_path, *VLLM_SERVE)
+
+    assert (served.returncode, served.stdout) == (0, "validated\nserved\n")
+
+
+def test_vllms_own_refusal_of_its_arguments_comes_first(tmp_path: Path) -> None:
+    edits = {'    print("validated", flush=True)': '    raise ValueError("vLLM says no")'}
+    made_up_vllm(tmp_path, edits={**edits, "create_chat_completion": "chat"})
+
+    refused = python(tmp_path, *VLLM_SERVE)
+
+    assert refused.stderr.endswith("ValueError: vLLM says no\n")
+    assert REFUSAL not in refused.stderr
+
+
+class TestTheRealVLLM:
+    """Refused before a model is loaded."""
+
+    def test_every_reason_is_in_the_one_sentence(self, tmp_path: Path) -> None:
+        sabotage = EDITED.format(module=COMPLETIONS, old="def create_completion(", new="def complete(")
+        (tmp_path / "sitecustomize.py").write_text(sabotage)
+        env = {"AGL_INSTRUMENT": "strict", "PYTHONPATH": str(tmp_path)}
+
+        refused = run("vllm", "serve", str(tiny_model()), "--grpc", env=env)
+
+        assert reasons(refused) == [
+            GRPC,
+            f"completions: {COMPLETIONS} has no OpenAIServingCompletion.create_completion",
+        ]
+
+    def test_the_rust_frontend(self) -> None:
+        env = {"AGL_INSTRUMENT": "strict", "VLLM_USE_RUST_FRONTEND": "1", "VLLM_RUST_FRONTEND_PATH": sys.executable}
+
+        assert reasons(run("agl", "vllm", "serve", str(tiny_model()), env=env)) == [RUST]
+
+    def test_a_finder_ahead_of_python_m(self, tmp_path: Path) -> None:
+        (tmp_path / "sitecustomize.py").write_text(FINDER_AHEAD.format(module=CHAT))
+        env = {"AGL_INSTRUMENT": "strict", "PYTHONPATH": str(tmp_path)}
+
+        (reason,) = reasons(run("python", *API_SERVER, "--model", str(tiny_model()), env=env))
+
+        assert reason.startswith(f"chat: {CHAT} was imported past our import hook")
+        assert "Theirs" in reason
