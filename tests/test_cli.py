@@ -18,6 +18,7 @@ import pytest
 
 import agentlightning
 from agentlightning.modules import locate
+from tests.common.made_up_vllm import made_up_vllm
 
 CHECKOUT = Path(__file__).parents[1]
 SCRIPTS = Path(sysconfig.get_path("scripts"))
@@ -124,8 +125,8 @@ def program(request: pytest.FixtureRequest, environment: Path) -> Iterator[str]:
     script = environment / "bin" / "vllm"
     (site_packages,) = environment.glob("lib/python*/site-packages")
     vllm = site_packages / "vllm"
-    for package in (vllm, vllm / "entrypoints", vllm / "entrypoints" / "cli"):
-        write_package(package)
+    # With what is looked for when it is imported: strict would not let it start without.
+    made_up_vllm(site_packages)
     (vllm / "entrypoints" / "cli" / "main.py").write_text(VLLM_MAIN)
     if request.param == script.name:
         script.write_text(VLLM_SCRIPT.format(python=environment / "bin" / "python"))

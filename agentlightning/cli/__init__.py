@@ -11,6 +11,7 @@ import agentlightning
 
 COMMANDS = {
     "vllm": ("agentlightning.cli.vllm", "run vLLM's own command line, with token ids in every answer"),
+    "doctor": ("agentlightning.cli.doctor", "say whether it is on, here or on a server, and if not, why"),
     "store": (None, "keep rollouts, spans and generations, over HTTP"),
     "agentops": (None, "keep what the AgentOps SDK sends"),
 }

@@ -11,14 +11,12 @@ import sysconfig
 from collections.abc import Sequence
 
 from agentlightning import settings
-from agentlightning.modules import locate
-
-CLI_MODULE = "vllm.entrypoints.cli.main"
+from agentlightning.diagnosis.presence import CLI_MODULE, what_is_missing
 
 
 def main(arguments: Sequence[str]) -> int:
     """Turn into vLLM's command line; returns (with 1) only where there is none, after saying so."""
-    missing = _what_is_missing()
+    missing = what_is_missing()
     if missing:
         sys.stderr.write(f"agl vllm: {missing}\n")
         return 1
@@ -26,21 +24,6 @@ def main(arguments: Sequence[str]) -> int:
     if settings.read("AGL_INSTRUMENT") != "strict":
         os.environ["AGL_INSTRUMENT"] = "1"
     os.execv(sys.executable, [sys.executable, *_command(), *arguments])
-
-
-def _what_is_missing() -> str | None:
-    """One sentence where this interpreter has no vLLM that could run. Imports nothing of vLLM's."""
-    vllm = locate("vllm")
-    if vllm is None:
-        return f"vLLM is not installed for {sys.executable}; install it with: {sys.executable} -m pip install vllm"
-    # A folder that an uninstall left behind has no __init__.py, and so no origin.
-    if vllm.origin is None or locate(CLI_MODULE) is None:
-        where = vllm.origin or ", ".join(vllm.submodule_search_locations or ())
-        return (
-            f"the vLLM at {where} is incomplete, it cannot run {CLI_MODULE}; install it again with: "
-            f"{sys.executable} -m pip install --force-reinstall vllm"
-        )
-    return None
 
 
 def _command() -> list[str]:

@@ -1,0 +1,99 @@
+"""`agl doctor`: is it on, here or on a running server, and if not, why."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import agentlightning
+from agentlightning.diagnosis import Finding, Mark, all_is_well, installation, patches, server, switches
+
+WIDTH = 80
+COLOURS = {Mark.OK: "32", Mark.NOTE: "33", Mark.PROBLEM: "31;1"}
+DESCRIPTION = "Say whether answers will carry token ids, and if not, why and what to do."
+EPILOG = """\
+Without --url it looks at the environment that it runs in, and imports vLLM as a server would, in a process of its own.
+With --url it asks a running server. The exit status is 0 when all is well, 1 when there is a problem."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `agl doctor`; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    report: dict[str, Any] = {}
+    if options.url is not None:
+        title = f"the server at {options.url}"
+        try:
+            report = server.read(options.url, options.api_key)
+            findings = list(server.findings(report))
+        except server.Unreachable as reason:
+            text, advice = reason.args
+            findings = [Finding("server", Mark.PROBLEM, text, advice)]
+    else:
+        title = f"{sys.executable} (Python {sys.version.split()[0]})"
+        findings = list(_local())
+    if options.json:
+        answer = {"ok": all_is_well(findings), "findings": [finding.as_dict() for finding in findings]}
+        text = json.dumps({**answer, "server": report} if options.url is not None else answer, indent=2)
+    else:
+        text = "\n".join(_lines(title, findings, colours=_is_terminal(sys.stdout)))
+    sys.stdout.write(f"{text}\n")
+    return 0 if all_is_well(findings) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="agl doctor", description=DESCRIPTION, epilog=EPILOG)
+    parser.add_argument("--url", metavar="http://HOST:PORT", help="ask the server there instead")
+    parser.add_argument(
+        "--api-key", metavar="KEY", default=os.environ.get("VLLM_API_KEY"), help="its key; VLLM_API_KEY if not given"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    parser.add_argument("--version", action="version", version=f"agl {agentlightning.__version__}")
+    return parser
+
+
+def _local() -> Iterator[Finding]:
+    yield from installation.findings()
+    yield from switches.findings()
+    waiting = _is_terminal(sys.stderr)
+    if waiting:
+        sys.stderr.write("importing vLLM as a server would, some ten to sixty seconds ...")
+        sys.stderr.flush()
+    yield from patches.findings()
+    if waiting:
+        sys.stderr.write("\r\033[K")
+
+
+def _lines(title: str, findings: Sequence[Finding], colours: bool) -> Iterator[str]:
+    yield from _wrapped(f"agl doctor {agentlightning.__version__}: {title}", WIDTH)
+    yield ""
+    width = max(len(finding.subject) for finding in findings)
+    for finding in findings:
+        yield from _block(finding, width, colours)
+    yield ""
+    problems = sum(finding.mark is Mark.PROBLEM for finding in findings)
+    yield "All is well." if not problems else f"{problems} problem{'s' if problems > 1 else ''}."
+
+
+def _block(finding: Finding, width: int, colours: bool) -> Iterator[str]:
+    """The finding's text, and its advice below, beside its mark and subject."""
+    mark = f"{finding.mark.value:<7}"
+    indent = " " * (len(mark) + 2 + width + 2)
+    texts = [finding.text, *([f"-> {finding.advice}"] if finding.advice else [])]
+    body = [line for text in texts for line in _wrapped(text, max(WIDTH - len(indent), 20))] or [""]
+    head = f"\033[{COLOURS[finding.mark]}m{mark}\033[0m" if colours else mark
+    yield f"{head}  {finding.subject:<{width}}  {body[0]}"
+    yield from (indent + line for line in body[1:])
+
+
+def _wrapped(text: str, width: int) -> Iterable[str]:
+    # A path or a command is left whole, to be copied.
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+
+
+def _is_terminal(stream: Any) -> bool:
+    return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"

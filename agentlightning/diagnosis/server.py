@@ -1,0 +1,98 @@
+"""What a running server says of itself."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeGuard
+
+from agentlightning.diagnosis import Finding, Mark
+from agentlightning.diagnosis.patches import of_patches
+
+__all__ = ["STATUS_PATH", "Unreachable", "findings", "read"]
+
+STATUS_PATH = "/v1/agl/status"
+SECONDS = 30
+REPORTED = ("agentlightning", "vllm", "python", "pid", "api_servers", "switches", "patches", "counters")
+
+
+class Unreachable(Exception):
+    """No status was read. The message says why; the second argument says what to do."""
+
+
+def read(url: str, api_key: str | None) -> dict[str, Any]:
+    """The status of the server at `url`: `[http://]host:port`, with or without its `/v1`.
+
+    Raises:
+        Unreachable: where there is no server, or none that gives a status.
+    """
+    server = url.rstrip("/").removesuffix("/v1")
+    address = f"{server if '://' in server else f'http://{server}'}{STATUS_PATH}"
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=SECONDS) as answer:
+            body = answer.read()
+    except urllib.error.HTTPError as error:
+        raise Unreachable(*_refused(address, error.code)) from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        raise Unreachable(
+            f"{address} gives no answer: {reason}", "is the server up, and is this its address?"
+        ) from error
+    try:
+        status = json.loads(body)
+    except ValueError:
+        status = None
+    if not _is_status(status):
+        advice = "is this the address of a vLLM server, with the same version of agentlightning as here?"
+        raise Unreachable(f"{address} answers something else than a status", advice)
+    return status
+
+
+def _is_status(answer: Any) -> TypeGuard[dict[str, Any]]:
+    """Whether it is of the shape that is reported on; another version's may not be."""
+    if not isinstance(answer, dict) or not all(key in answer for key in REPORTED):
+        return False
+    mappings = (answer["switches"], answer["patches"], answer["counters"])
+    return (
+        isinstance(answer["api_servers"], int)
+        and all(isinstance(mapping, dict) for mapping in mappings)
+        and all(isinstance(patch, dict) and patch.keys() >= {"state", "reason"} for patch in answer["patches"].values())
+        and isinstance(answer["counters"].get("failures"), dict)
+    )
+
+
+def _refused(address: str, code: int) -> tuple[str, str]:
+    if code in (401, 403):
+        return f"{address} wants the server's API key", "give it: --api-key KEY, or VLLM_API_KEY in the environment"
+    if code == 404:
+        others = "a program that embeds it, or the Rust frontend"
+        return (
+            f"{address} does not exist: this server is not instrumented, or not served by vLLM itself ({others})",
+            "set AGL_INSTRUMENT=1 in the environment of the server, and run `agl doctor` where it runs",
+        )
+    return f"{address} answers with HTTP {code}", "see the server's log"
+
+
+def findings(status: Mapping[str, Any]) -> Iterator[Finding]:
+    """What the status of a server means."""
+    process = f"process {status['pid']}"
+    if status["api_servers"] > 1:
+        process += f", one of {status['api_servers']} API servers (each answers for itself: ask again for another)"
+    versions = f"agentlightning {status['agentlightning']}, Python {status['python']}"
+    yield Finding("vLLM", Mark.OK, f"{status['vllm']}, {versions}; {process}")
+    switches = ", ".join(f"{name}={value}" for name, value in status["switches"].items())
+    # Not what anybody who asks this expects, and still what was asked for.
+    silent = status["switches"].get("AGL_RETURN_TOKEN_IDS") == "none"
+    yield Finding("switches", Mark.NOTE if silent else Mark.OK, switches)
+    yield from of_patches(status["patches"])
+    for kind, count in status["counters"]["failures"].items():
+        yield Finding(
+            "failures",
+            Mark.PROBLEM,
+            f"{count} times vLLM went on without us: {kind}",
+            "the server's log has the traceback of the first; please report it",
+        )

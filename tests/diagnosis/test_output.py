@@ -1,0 +1,141 @@
+"""The form of what `agl doctor` says: on a terminal, in a pipe, for programs."""
+
+from __future__ import annotations
+
+import os
+import pty
+import shutil
+import subprocess
+
+import pytest
+
+from agentlightning import __version__
+from tests.common.environments import Environment
+from tests.diagnosis.command import SECONDS, agl_doctor, doctor, variables
+
+WAITING = "importing vLLM as a server would"
+
+
+def on_a_terminal(environment: Environment, *arguments: str, which: str = "stdout", **changes: str) -> str:
+    """What the command shows where its stdout, or its stderr, is a terminal."""
+    ours, its = pty.openpty()
+    with subprocess.Popen(
+        [*agl_doctor(environment), *arguments],
+        env=variables(**{"TERM": "xterm", **changes}),
+        cwd="/",
+        stdout=its if which == "stdout" else subprocess.DEVNULL,
+        stderr=its if which == "stderr" else subprocess.DEVNULL,
+    ) as process:
+        os.close(its)
+        shown = b""
+        # Linux ends it with an error, others with nothing.
+        try:
+            while read := os.read(ours, 65536):
+                shown += read
+        except OSError:
+            pass
+        process.wait(SECONDS)
+    os.close(ours)
+    return shown.decode()
+
+
+def spoil(environment: Environment) -> None:
+    """An ok, a note and a problem, without vLLM: quick."""
+    shutil.rmtree(environment.site_packages / "vllm")
+
+
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_it_fits_80_columns_but_for_words_that_must_stay_whole(environment: Environment, spoilt: bool) -> None:
+    if spoilt:
+        spoil(environment)
+
+    lines = doctor(environment, VLLM_PLUGINS="", AGL_INSTRUMENT="maybe").stdout.splitlines()
+
+    column = next(line for line in lines if line.startswith("ok")).index(f"agentlightning {__version__}")
+    assert [line for line in lines if len(line) > 80 and " " in line[column:]] == []
+    assert [line for line in lines if line != line.rstrip()] == []
+
+
+def test_colours_are_for_terminals_alone(environment: Environment) -> None:
+    spoil(environment)
+
+    shown = on_a_terminal(environment)
+    piped = doctor(environment, TERM="xterm")
+
+    for colour, mark in (("32", "ok"), ("33", "note"), ("31;1", "problem")):
+        assert f"\033[{colour}m{mark:<7}\033[0m" in shown
+    assert "\033" not in piped.stdout + piped.stderr
+    assert "\033" not in on_a_terminal(environment, NO_COLOR="1")
+    assert "\033" not in on_a_terminal(environment, TERM="dumb")
+
+
+@pytest.mark.parametrize("arguments", [(), ("--json",)])
+def test_waiting_is_explained_on_a_terminals_stderr_alone(environment: Environment, arguments: tuple[str, ...]) -> None:
+    piped = doctor(environment, *arguments)
+
+    shown = on_a_terminal(environment, *arguments, which="stderr")
+
+    # And taken away again.
+    assert WAITING in shown
+    assert shown.endswith("\r\033[K")
+    assert piped.stderr == ""
+    assert WAITING not in piped.stdout
+
+
+def test_json_is_for_programs(environment: Environment) -> None:
+    said = doctor(environment, "--json")
+
+    assert said.status == 0, said.stdout
+    assert said.json.keys() == {"ok", "findings"}
+    assert said.json["ok"] is True
+    for finding in said.json["findings"]:
+        assert finding.keys() == {"subject", "mark", "text", "advice"}
+        assert finding["mark"] in ("ok", "note")
+
+
+def test_json_names_the_problem_and_what_to_do(environment: Environment) -> None:
+    spoil(environment)
+
+    said = doctor(environment, "--json")
+
+    assert said.status == 1
+    assert said.json["ok"] is False
+    (problem,) = (finding for finding in said.json["findings"] if finding["mark"] == "problem")
+    assert problem["subject"] == "vLLM"
+    assert problem["advice"] == f"install it with: {environment.python} -m pip install vllm"
+
+
+def test_stdout_holds_nothing_of_vllms(environment: Environment) -> None:
+    vllm = environment.site_packages / "vllm" / "__init__.py"
+    vllm.write_text(f"print('hello')\nimport os; os.write(1, b'hello')\n{vllm.read_text()}")
+
+    said = doctor(environment, "--json")
+
+    assert said.json["ok"] is True
+    assert "hello" not in said.stdout + said.stderr
+
+
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_help_tells_the_options_and_what_the_exit_status_means(environment: Environment, option: str) -> None:
+    said = doctor(environment, option, VLLM_API_KEY="secret-%s")
+
+    assert (said.status, said.stderr) == (0, "")
+    assert said.text.startswith("usage: agl doctor ")
+    assert all(option in said.text for option in ("--url", "--api-key", "--json", "VLLM_API_KEY"))
+    assert "The exit status is 0 when all is well, 1 when there is a problem." in said.text
+    assert "secret" not in said.text
+
+
+def test_version(environment: Environment) -> None:
+    assert doctor(environment, "--version").stdout == f"agl {__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [("--colour",), ("http://localhost:8000",), ("--url",)])
+def test_arguments_that_it_does_not_know_end_it_with_status_2(
+    environment: Environment, arguments: tuple[str, ...]
+) -> None:
+    said = doctor(environment, *arguments)
+
+    assert (said.status, said.stdout) == (2, "")
+    assert said.stderr.startswith("usage: agl doctor ")
+    assert arguments[0] in said.stderr

@@ -1,0 +1,266 @@
+"""`agl doctor --url`: what it says of a server that runs, and of one that is none of ours."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import Any
+
+import pytest
+
+from agentlightning import __version__, instrumentation
+from tests.common.vllm import SCRIPTS, RemoteOpenAIServer, free_port
+from tests.diagnosis.command import Said, run
+
+PATCH_SETS = tuple(instrumentation.status())
+KEY = "a-key"
+
+STATUS: dict[str, Any] = {
+    "agentlightning": "0.1.0",
+    "vllm": "0.99.0",
+    "python": "3.11.7",
+    "pid": 4304,
+    "api_servers": 1,
+    "switches": {"AGL_INSTRUMENT": "on", "AGL_RETURN_TOKEN_IDS": "all"},
+    "patches": {"chat": {"state": "applied", "reason": None}},
+    "counters": {"failures": {}},
+}
+FAILURES = {"attaching ids: KeyError": 3, "editing a stream: ValueError": 1}
+
+
+def ask(url: str, *arguments: str, **variables: str) -> Said:
+    return run(SCRIPTS / "agl", "doctor", "--url", url, *arguments, **variables)
+
+
+@contextlib.contextmanager
+def answering(body: bytes, status: int = 200, key: str | None = None) -> Iterator[str]:
+    """A server that answers everything with this, where it is given the key; its address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            allowed = key is None or self.headers["Authorization"] == f"Bearer {key}"
+            found = self.path == "/v1/agl/status"
+            self.send_response((status if found else 404) if allowed else 401)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@contextlib.contextmanager
+def saying(said: bytes) -> Iterator[str]:
+    """A server of some other protocol: it says this to whoever connects, and hangs up; its address."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listener.accept()
+                    with connection:
+                        connection.recv(65536)
+                        connection.sendall(said)
+
+        thread = Thread(target=serve, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+def answering_status(**changes: Any) -> contextlib.AbstractContextManager[str]:
+    return answering(json.dumps(STATUS | changes).encode())
+
+
+def the_problem(said: Said) -> str:
+    """What it says where it has nothing else to say."""
+    assert said.status == 1
+    assert said.stderr == ""
+    assert said.text.endswith("1 problem.")
+    _, _, problem = said.text.partition(" problem server ")
+    assert " -> " in problem, said.stdout
+    return problem
+
+
+def test_a_server_that_answers_with_ids(armed: RemoteOpenAIServer) -> None:
+    said = ask(armed.url)
+
+    assert said.status == 0, said.stdout
+    assert said.text.startswith(f"agl doctor {__version__}: the server at {armed.url} ")
+    assert f", agentlightning {__version__}, Python 3." in said.text
+    assert f"; process {armed.process.pid} " in said.text
+    assert "API servers" not in said.text
+    assert "ok switches AGL_INSTRUMENT=on, AGL_RETURN_TOKEN_IDS=all" in said.text
+    for patch_set in PATCH_SETS:
+        assert f"ok {patch_set} applied" in said.text
+    assert said.text.endswith("All is well.")
+
+
+def test_json_holds_what_the_server_said(armed: RemoteOpenAIServer) -> None:
+    said = ask(armed.url, "--json")
+
+    assert said.status == 0, said.stdout
+    assert said.json.keys() == {"ok", "findings", "server"}
+    assert said.json["ok"] is True
+    assert said.json["server"].keys() == STATUS.keys()
+    assert said.json["server"]["pid"] == armed.process.pid
+    assert tuple(said.json["server"]["patches"]) == PATCH_SETS
+
+
+def test_a_server_without_us_is_said_to_be_not_instrumented(plain: RemoteOpenAIServer) -> None:
+    said = the_problem(ask(plain.url))
+
+    assert f"{plain.url}/v1/agl/status does not exist: this server is not instrumented" in said
+    assert "-> set AGL_INSTRUMENT=1 in the environment of the server" in said
+
+
+def test_one_of_several_api_servers_says_so(two_api_servers: RemoteOpenAIServer) -> None:
+    said = ask(two_api_servers.url)
+
+    assert said.status == 0, said.stdout
+    assert ", one of 2 API servers (each answers for itself: ask again for another)" in said.text
+
+
+@pytest.mark.parametrize("ending", ["", "/", "/v1", "/v1/"])
+@pytest.mark.parametrize("scheme", ["http://", ""])
+def test_the_address_may_be_written_in_many_ways(scheme: str, ending: str) -> None:
+    with answering_status() as url:
+        said = ask(f"{scheme}{url.removeprefix('http://')}{ending}")
+
+    assert said.status == 0, said.stdout
+
+
+@pytest.mark.parametrize("arguments", [(), ("--json",)])
+def test_nobody_there(arguments: tuple[str, ...]) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+
+    said = ask(url, *arguments)
+
+    if arguments:
+        assert (said.status, said.json["ok"], said.json["server"]) == (1, False, {})
+    else:
+        assert f"{url}/v1/agl/status gives no answer: " in the_problem(said)
+        assert "refused" in said.text
+
+
+@pytest.mark.parametrize(
+    "url", ["", "http://", "localhost:port", "gopher://localhost", "http://[::1", "http://no such/"]
+)
+def test_an_address_that_is_none(url: str) -> None:
+    assert " gives no answer: " in the_problem(ask(url))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"<!doctype html><title>a router</title>",
+        b"",
+        b"\xff\xfe",
+        b"null",
+        b"[]",
+        b'{"status": "ok"}',
+        *(
+            json.dumps(STATUS | {key: value}).encode()
+            for key in ("api_servers", "switches", "patches", "counters")
+            for value in (None, [1], {"chat": 1})
+            if (key, value) != ("switches", {"chat": 1})
+        ),
+    ],
+)
+def test_a_server_that_speaks_of_something_else(body: bytes) -> None:
+    with answering(body) as url:
+        said = the_problem(ask(url))
+
+    assert f"{url}/v1/agl/status answers something else than a status" in said
+    assert "-> is this the address of a vLLM server" in said
+
+
+@pytest.mark.parametrize(
+    "said", [b"", b"SSH-2.0-OpenSSH_9.2\r\n", b"\x00\x01\x02", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{"]
+)
+def test_a_server_that_speaks_something_else(said: bytes) -> None:
+    with saying(said) as url:
+        problem = the_problem(ask(url))
+
+    assert f"{url}/v1/agl/status gives no answer: " in problem
+
+
+@pytest.mark.parametrize("status", [500, 503])
+def test_a_server_that_is_in_trouble(status: int) -> None:
+    with answering(b"", status) as url:
+        said = the_problem(ask(url))
+
+    assert f"{url}/v1/agl/status answers with HTTP {status} -> see the server's log" in said
+
+
+@pytest.mark.parametrize("key", [None, "", "another"])
+def test_a_server_that_wants_its_key(key: str | None) -> None:
+    with answering(json.dumps(STATUS).encode(), key=KEY) as url:
+        said = the_problem(ask(url, *([] if key is None else ["--api-key", key])))
+
+    assert "wants the server's API key -> give it: --api-key KEY, or VLLM_API_KEY in the environment" in said
+
+
+def test_a_server_that_is_given_its_key() -> None:
+    with answering(json.dumps(STATUS).encode(), key=KEY) as url:
+        assert ask(url, "--api-key", KEY).status == 0
+        assert ask(url, VLLM_API_KEY=KEY).status == 0
+        assert ask(url, "--api-key", KEY, VLLM_API_KEY="another").status == 0
+
+
+def test_failures_while_serving_are_problems() -> None:
+    with answering_status(counters={"failures": FAILURES}) as url:
+        said, as_json = ask(url), ask(url, "--json")
+
+    assert said.status == 1
+    assert "problem failures 3 times vLLM went on without us: attaching ids: KeyError -> the server's log" in said.text
+    assert said.text.endswith("2 problems.")
+    assert as_json.json["server"]["counters"]["failures"] == FAILURES
+
+
+def test_what_a_server_could_not_patch_is_a_problem() -> None:
+    patches = {
+        "chat": {"state": "failed", "reason": "no OpenAIServingChat"},
+        "completions": {"state": "pending", "reason": None},
+        "chat response": {"state": "not for this release", "reason": "has one of its own"},
+    }
+    with answering_status(patches=patches) as url:
+        said = ask(url)
+
+    assert said.status == 1
+    assert "problem chat failed: no OpenAIServingChat -> use a release" in said.text
+    assert "note completions pending" in said.text
+    assert "note chat response not for this release: has one of its own" in said.text
+    assert said.text.endswith("1 problem.")
+
+
+def test_a_server_that_was_told_to_answer_without_ids_is_a_note() -> None:
+    with answering_status(switches={"AGL_INSTRUMENT": "on", "AGL_RETURN_TOKEN_IDS": "none"}) as url:
+        said = ask(url)
+
+    assert said.status == 0, said.stdout
+    assert "note switches AGL_INSTRUMENT=on, AGL_RETURN_TOKEN_IDS=none" in said.text
+
+
+@pytest.mark.parametrize(
+    "changes", [{"switches": {}}, {"patches": {}}, {"patches": {"a" * 90: STATUS["patches"]["chat"]}}]
+)
+def test_a_status_of_another_version_is_shown_as_well_as_it_goes(changes: dict[str, Any]) -> None:
+    with answering_status(**changes) as url:
+        said = ask(url)
+
+    assert said.status == 0, said.stdout + said.stderr

@@ -1,0 +1,53 @@
+"""`agl doctor` on this shell's variables."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.common.environments import Environment
+from tests.diagnosis.command import doctor
+
+
+@pytest.mark.parametrize(
+    ("value", "said_of_it"),
+    [
+        (None, "note AGL_INSTRUMENT not set in this shell: `vllm serve` needs it, `agl vllm serve` sets it"),
+        ("", "note AGL_INSTRUMENT not set in this shell: `vllm serve` needs it"),
+        ("0", "note AGL_INSTRUMENT 0 in this shell: `vllm serve` needs it"),
+        ("Off", "note AGL_INSTRUMENT off in this shell: `vllm serve` needs it"),
+        ("1", "ok AGL_INSTRUMENT 1 "),
+        (" Yes ", "ok AGL_INSTRUMENT yes "),
+        ("STRICT", "ok AGL_INSTRUMENT strict "),
+    ],
+)
+def test_whether_it_is_on_in_this_shell(environment: Environment, value: str | None, said_of_it: str) -> None:
+    said = doctor(environment, **({} if value is None else {"AGL_INSTRUMENT": value}))
+
+    assert said.status == 0, said.stdout
+    assert said_of_it in said.text
+    # Looked at as if it were on, whatever it is.
+    assert "ok chat applied" in said.text
+
+
+@pytest.mark.parametrize(
+    ("value", "said_of_it"),
+    [
+        ("all", "ok AGL_RETURN_TOKEN_IDS all "),
+        ("Response", "ok AGL_RETURN_TOKEN_IDS response "),
+        ("none", "note AGL_RETURN_TOKEN_IDS none: answers carry ids only where a request asks"),
+    ],
+)
+def test_what_answers_carry(environment: Environment, value: str, said_of_it: str) -> None:
+    said = doctor(environment, AGL_RETURN_TOKEN_IDS=value)
+
+    assert said.status == 0, said.stdout
+    assert said_of_it in said.text
+
+
+@pytest.mark.parametrize("variable", ["AGL_INSTRUMENT", "AGL_RETURN_TOKEN_IDS"])
+def test_nonsense_is_a_problem(environment: Environment, variable: str) -> None:
+    said = doctor(environment, **{variable: "maybe"})
+
+    assert said.status == 1
+    assert f"problem {variable} {variable}='maybe' is none of " in said.text
+    assert f"-> set {variable} to one of these, or unset it" in said.text
