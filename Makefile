@@ -36,7 +36,7 @@ lint: $(VENV)/.ready
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 bench: $(VENV)/.ready
-	$(VENV)/bin/python -m benchmarks.startup
+	$(VENV)/bin/python -m benchmarks
 
 format: $(VENV)/.ready
 	$(VENV)/bin/ruff format
