@@ -8,10 +8,10 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from benchmarks.machine import BusyMeter, describe_machine
+from benchmarks.machine import describe_machine
 from benchmarks.report import Report, say
 
-BENCHMARKS = ("startup",)
+BENCHMARKS = ("startup", "serving")
 RESULTS = Path(__file__).with_name("RESULTS.md")
 
 
@@ -25,13 +25,9 @@ def main() -> None:
         parser.error(f"no benchmark is called {' or '.join(sorted(unknown))}")
     names = options.names or BENCHMARKS
 
-    parts, machine = [], describe_machine()
-    for name in names:
-        busy = BusyMeter()
-        # Imported one by one: what one of them needs, another can be run without.
-        parts.append(import_module(f"benchmarks.{name}").measure(options.quick))
-        machine[f"busy with something else during {name}"] = busy.share_of_others()
-    report = Report(" ".join(["python -m benchmarks", *sys.argv[1:]]), machine, parts)
+    # Imported one by one: what one of them needs, another can be run without.
+    parts = [import_module(f"benchmarks.{name}").measure(options.quick) for name in names]
+    report = Report(" ".join(["python -m benchmarks", *sys.argv[1:]]), describe_machine(), parts)
 
     sys.stdout.write(report.as_text())
     if options.json:

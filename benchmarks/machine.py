@@ -7,6 +7,8 @@ import os
 import platform
 import re
 import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -22,19 +24,35 @@ def describe_machine() -> dict[str, str]:
 
 
 class BusyMeter:
-    """How much of the machine others have taken since this was made: what is measured meanwhile is worth less."""
+    """How much of the machine others take while this one is running: what is measured meanwhile is worth less.
 
-    def __init__(self) -> None:
-        self._elapsed, self._busy, self._own = self._read()
+    Args:
+        descendants: the running processes below this one, which are not others; of ended ones it knows.
+    """
+
+    def __init__(self, descendants: Callable[[], Iterable[int]] = tuple) -> None:
+        self._descendants = descendants
+        self._elapsed = self._others = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        elapsed, others = time.monotonic(), self._seconds_of_others()
+        yield
+        self._elapsed += time.monotonic() - elapsed
+        self._others += self._seconds_of_others() - others
 
     def share_of_others(self) -> str:
-        elapsed, busy, own = self._read()
-        others = (busy - self._busy) - (own - self._own)
-        return f"{max(others, 0) / (elapsed - self._elapsed) / (os.cpu_count() or 1):.0%} of the time"
+        return f"{max(self._others, 0) / self._elapsed / (os.cpu_count() or 1):.0%}"
 
-    @staticmethod
-    def _read() -> tuple[float, float, float]:
-        """Seconds: of the clock, of all processors, and of this process with the ended ones that it has started."""
+    def _seconds_of_others(self) -> float:
         _, user, nice, system, _, _, interrupts, soft, stolen, *_ = Path("/proc/stat").read_text().split(maxsplit=10)
-        busy = sum(map(int, (user, nice, system, interrupts, soft, stolen))) / os.sysconf("SC_CLK_TCK")
-        return time.monotonic(), busy, sum(os.times()[:4])
+        everyone = sum(map(int, (user, nice, system, interrupts, soft, stolen))) / os.sysconf("SC_CLK_TCK")
+        return everyone - sum(os.times()[:4]) - sum(map(cpu_seconds, self._descendants()))
+
+
+def cpu_seconds(pid: int) -> float:
+    """What one process has had of the processors, in all its threads and in the kernel, without its children.
+
+    From the clock that clock_getcpuclockid(3) names: in nanoseconds, where utime and stime have hundredths of a second.
+    """
+    return time.clock_gettime(~pid << 3 | 2)

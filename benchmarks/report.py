@@ -142,6 +142,12 @@ class Part:
     title: str
     about: str
     sections: Sequence[Section]
+    busy: str
+    """The share of the machine that others had meanwhile."""
+
+    @property
+    def paragraph(self) -> list[str]:
+        return textwrap.wrap(f"{self.about} Others kept {self.busy} of the machine busy meanwhile.".strip(), WIDTH)
 
 
 RATIO = (
@@ -164,7 +170,7 @@ class Report:
         widths = [max(map(len, column)) for column in zip(*every_line, strict=True)]
         widths[0] = min(widths[0], WIDTH - sum(widths[1:]) - 2 * len(widths[1:]))
         for part in self.parts:
-            lines += ["", part.title.upper(), *textwrap.wrap(part.about, WIDTH)]
+            lines += ["", part.title.upper(), *part.paragraph]
             for section in part.sections:
                 lines += ["", *textwrap.wrap(f"{section.title}. {section.about}", WIDTH)]
                 lines += [in_columns(cells, widths) for cells in section.lines]
@@ -179,7 +185,7 @@ class Report:
         lines += [f"- {name}: {value}" for name, value in self.machine.items()]
         lines += ["", *textwrap.wrap(RATIO, WIDTH), self.verdict()]
         for part in self.parts:
-            lines += ["", f"## {part.title}", "", *textwrap.wrap(part.about, WIDTH)]
+            lines += ["", f"## {part.title}", "", *part.paragraph]
             for section in part.sections:
                 lines += ["", f"### {section.title}", ""]
                 lines += [section.about, ""] if section.about else []

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from benchmarks.configurations import ARMED, CLEAN, DDTRACE, EVERY, NEWRELIC, OFF, OURS, WRAPT, Configuration
 from benchmarks.environments import CHECKOUT, PASS, Bench
+from benchmarks.machine import BusyMeter
 from benchmarks.report import Part, Row, Section, Target, say
 
 ROUNDS = 600
@@ -26,7 +27,8 @@ MODULES = 500
 def measure(quick: bool) -> Part:
     """Everything, in environments that are gone afterwards."""
     rounds, counts = (QUICK_ROUNDS, 1) if quick else (ROUNDS, 3)
-    with tempfile.TemporaryDirectory(prefix="agl-bench-") as folder:
+    busy = BusyMeter()
+    with busy.running(), tempfile.TemporaryDirectory(prefix="agl-bench-") as folder:
         # `python -c` and `python -m` look for modules here first: in an empty folder, not in the checkout.
         (Path(folder) / "empty").mkdir()
         os.chdir(Path(folder) / "empty")
@@ -40,7 +42,7 @@ def measure(quick: bool) -> Part:
             help_command(bench, rounds),
         ]
         os.chdir(CHECKOUT)
-    return Part("The start of a Python process", "", sections)
+    return Part("The start of a Python process", "", sections, busy.share_of_others())
 
 
 def counted_starts(bench: Bench, counts: int) -> list[Section]:
