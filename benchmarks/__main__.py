@@ -24,14 +24,15 @@ def main() -> None:
     if unknown := set(options.names) - set(BENCHMARKS):
         parser.error(f"no benchmark is called {' or '.join(sorted(unknown))}")
     names = options.names or BENCHMARKS
+    json_file = options.json and options.json.absolute()
 
     # Imported one by one: what one of them needs, another can be run without.
     parts = [import_module(f"benchmarks.{name}").measure(options.quick) for name in names]
     report = Report(" ".join(["python -m benchmarks", *sys.argv[1:]]), describe_machine(), parts)
 
     sys.stdout.write(report.as_text())
-    if options.json:
-        options.json.write_text(json.dumps(report.as_data(), indent=2) + "\n")
+    if json_file:
+        json_file.write_text(json.dumps(report.as_data(), indent=2) + "\n")
     if options.quick or set(names) != set(BENCHMARKS):
         say(f"{RESULTS.name} is left as it is: only a full run of everything writes it")
     else:

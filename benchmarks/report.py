@@ -25,26 +25,26 @@ class Summary:
 
     median: float
     quartiles: tuple[float, float]
-    interval: tuple[float, float]
+    interval: tuple[float, float] | None
     runs: int
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Summary:
         if len(values) == 1:
-            return cls(values[0], (values[0], values[0]), (values[0], values[0]), 1)
+            return cls(values[0], (values[0], values[0]), None, 1)
         first, median, third = statistics.quantiles(values, n=4, method="inclusive")
         return cls(median, (first, third), interval_of_median(values), len(values))
 
 
-def interval_of_median(values: Sequence[float]) -> tuple[float, float]:
-    """Where the true median is, with 95 % confidence.
+def interval_of_median(values: Sequence[float]) -> tuple[float, float] | None:
+    """Where the true median is, with 95 % confidence; None for five values and fewer, which cannot tell.
 
     As many values are below it as tosses of a coin are heads, whatever their distribution: so two of them bound it.
     """
     ordered, tosses = sorted(values), len(values)
     ways = itertools.accumulate(math.comb(tosses, heads) for heads in range(tosses))
-    lowest = max(sum(1 for so_many in ways if so_many / 2**tosses <= 0.025) - 1, 0)
-    return ordered[lowest], ordered[-1 - lowest]
+    outside = sum(1 for so_many in ways if so_many / 2**tosses <= 0.025)
+    return (ordered[outside - 1], ordered[-outside]) if outside else None
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,9 @@ class Row:
         counted = unit == "millions"
         middle = f"{self.values.median:.3f}" if counted else readable(self.values.median)
         spread = "" if counted else " - ".join(map(readable, self.values.quartiles))
-        low, high = (f"{bound:.3f}" for bound in self.ratios.interval)
-        interval = f"{low} - {high}" if low != high else ""
+        # Nor is there anything to be unsure of where something is compared with itself.
+        low, high = self.ratios.interval or (0.0, 0.0)
+        interval = f"{low:.3f} - {high:.3f}" if low != high else ""
         ratio = f"{self.ratios.median:.3f}"
         return [self.label, middle, spread, str(self.values.runs), ratio, interval, target, self.verdict]
 
