@@ -9,7 +9,7 @@ help:
 	@echo 'make demo    a real vLLM answers with token ids, shown in a table'
 	@echo 'make test    all tests, against a real vLLM'
 	@echo 'make lint    formatting, lint and types'
-	@echo 'make bench   what it costs every Python process, beside its peers (some eight minutes)'
+	@echo 'make bench   what it costs every Python process, beside its peers, and a server (some 25 minutes)'
 	@echo 'make format  put the formatting right'
 	@echo 'make clean   remove what the others made'
 
@@ -35,8 +35,8 @@ lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
-bench: $(VENV)/.ready
-	$(VENV)/bin/python -m benchmarks.startup
+bench: $(VENV)/.ready .cache/tiny-model/config.json
+	$(VENV)/bin/python -m benchmarks
 
 format: $(VENV)/.ready
 	$(VENV)/bin/ruff format

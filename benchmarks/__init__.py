@@ -1,1 +1,4 @@
-"""What this package costs: `python -m benchmarks.startup`."""
+"""What this package costs: `python -m benchmarks` measures everything and writes `RESULTS.md`.
+
+A benchmark is a module with a `measure(quick)` that gives a `report.Part`, and its name in `__main__.BENCHMARKS`.
+"""

@@ -1,0 +1,58 @@
+"""The machine that was measured on."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def describe_machine() -> dict[str, str]:
+    """Enough to repeat it by, and nothing that names this very machine."""
+    models = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return {
+        "processor": f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores",
+        "Python": f"{platform.python_implementation()} {platform.python_version()}",
+        "system": f"{platform.system()} {platform.release()}",
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }
+
+
+class BusyMeter:
+    """How much of the machine others take while this one is running: what is measured meanwhile is worth less.
+
+    Args:
+        descendants: the running processes below this one, which are not others; of ended ones it knows.
+    """
+
+    def __init__(self, descendants: Callable[[], Iterable[int]] = tuple) -> None:
+        self._descendants = descendants
+        self._elapsed = self._others = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        elapsed, others = time.monotonic(), self._seconds_of_others()
+        yield
+        self._elapsed += time.monotonic() - elapsed
+        self._others += self._seconds_of_others() - others
+
+    def share_of_others(self) -> str:
+        return f"{max(self._others, 0) / self._elapsed / (os.cpu_count() or 1):.0%}"
+
+    def _seconds_of_others(self) -> float:
+        _, user, nice, system, _, _, interrupts, soft, stolen, *_ = Path("/proc/stat").read_text().split(maxsplit=10)
+        everyone = sum(map(int, (user, nice, system, interrupts, soft, stolen))) / os.sysconf("SC_CLK_TCK")
+        return everyone - sum(os.times()[:4]) - sum(map(cpu_seconds, self._descendants()))
+
+
+def cpu_seconds(pid: int) -> float:
+    """What one process has had of the processors, in all its threads and in the kernel, without its children.
+
+    From the clock that clock_getcpuclockid(3) names: in nanoseconds, where utime and stime have hundredths of a second.
+    """
+    return time.clock_gettime(~pid << 3 | 2)
