@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 
-from agentlightning._startup import INSTRUMENT_OFF
+from agentlightning import INSTRUMENT_OFF
 
 INSTRUMENT_ON = ("1", "true", "on", "yes")
 RETURN_TOKEN_IDS = ("all", "response", "none")

@@ -24,6 +24,7 @@ from typing import Any
 
 import pytest
 
+import agentlightning
 from agentlightning import importhook
 from agentlightning.importhook import ImportHook, finders_ahead, when_imported
 
@@ -93,16 +94,17 @@ def load(spec: ModuleSpec) -> ModuleType:
     return module
 
 
-def copy_of_the_hook() -> ModuleType:
-    """The module executed a second time, as another copy of the package would be."""
-    spec = importlib.util.spec_from_file_location("copy_of_importhook", importhook.__file__)
-    assert spec is not None
-    return load(spec)
+def copy_of_the_hook(folder: Path) -> ModuleType:
+    """The one of another copy of the package, under a name of its own."""
+    for module in (agentlightning, importhook):
+        file = Path(module.__file__ or "")
+        write(folder, {f"vendored/{file.name}": file.read_text().replace("agentlightning", "vendored")})
+    return importlib.import_module("vendored.importhook")
 
 
 def our_finders() -> list[object]:
     """The finders of ours that are installed: whatever a registration adds is one of them."""
-    return [finder for finder in sys.meta_path if type(finder).__module__ == importhook.__name__]
+    return [finder for finder in sys.meta_path if isinstance(finder, agentlightning.Finder)]
 
 
 class Finder:
@@ -604,7 +606,7 @@ def test_a_finder_that_asks_the_others_and_ours_get_along(folder: Path, kind: ty
 @pytest.mark.parametrize("kind", [None, AsksEverybody, AsksImportlib])
 def test_two_copies_of_the_hook_both_see_the_module(folder: Path, kind: type[Finder] | None) -> None:
     write(folder, {"hooked.py": "LOADERS = [__spec__.loader, __loader__]\n"})
-    register: Register = copy_of_the_hook().when_imported
+    register: Register = copy_of_the_hook(folder).when_imported
     seen: list[str] = []
     when_imported("hooked", lambda module: seen.append("ours"))
     register("hooked", lambda module: seen.append("the copy's"))
@@ -752,6 +754,24 @@ def test_the_finder_is_there_once_while_there_is_a_hook() -> None:
     for hook in hooks * 2:
         hook.remove()
     assert sys.meta_path == before
+
+
+@pytest.mark.parametrize("change", ["added", "removed"])
+def test_a_hook_that_comes_or_goes_while_a_thread_asks_the_finders_hides_no_module(folder: Path, change: str) -> None:
+    write(folder, {"other.py": ""})
+    hooks = [] if change == "added" else [when_imported("hooked", lambda module: None)]
+
+    class Changes(Finder):
+        def find_spec(
+            self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+        ) -> ModuleSpec | None:
+            if fullname == "other":
+                hooks.pop().remove() if hooks else when_imported("hooked", lambda module: None)
+            return None
+
+    sys.meta_path.insert(sys.meta_path.index(PathFinder), Changes({}))
+
+    importlib.import_module("other")
 
 
 def test_a_package_that_waits_for_a_thread_that_imports_a_hooked_submodule_is_imported(folder: Path) -> None:

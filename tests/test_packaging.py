@@ -97,7 +97,7 @@ def test_the_pth_is_at_the_top_of_site_packages(installed: Environment) -> None:
 
 @pytest.mark.parametrize("value", ["1", "strict", "On", "yes", " true "])
 def test_an_interpreter_is_armed_where_the_variable_asks_for_it(installed: Environment, value: str) -> None:
-    assert "agentlightning.importhook" in installed.execute(OUR_MODULES, AGL_INSTRUMENT=value).split()
+    assert installed.execute(OUR_FINDERS, AGL_INSTRUMENT=value) == "1\n"
 
 
 @pytest.mark.parametrize("value", [None, "", " ", "0", "false", "OFF", "No"])

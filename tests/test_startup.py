@@ -28,7 +28,7 @@ ON = ["1", "true", "on", "yes", "strict", "True", "ON", "yEs", "STRICT", " 1 ", 
 NONSENSE = ["maybe", "2", " Enable "]
 
 MODULES = "import sys; print(*sys.modules, sep='\\n')"
-FINDERS = "import sys; print(sum(type(f).__module__.startswith('agentlightning.') for f in sys.meta_path))"
+FINDERS = "import sys; print(sum(type(f).__module__ == 'agentlightning' for f in sys.meta_path))"
 
 IMPORT_ALL = """\
 import importlib, pkgutil, vllm
@@ -174,13 +174,12 @@ def test_armed_an_interpreter_has_only_our_modules_more() -> None:
 
 def test_arming_imports_only_our_modules_where_no_other_startup_file_has_run() -> None:
     package = Path(agentlightning.__file__).parents[1]
-    # `os` is what the .pth file's own line imports.
-    code = "import os, sys; before = {*sys.modules}; from agentlightning._startup import start; start(); "
+    # `os` is what the .pth file's own line imports, and `agentlightning` all that it imports besides.
+    code = "import os, sys; before = {*sys.modules}; import agentlightning; "
 
     output = python("-S", "-c", f"{code}print(*{{*sys.modules}} - before)", instrument="1", path=package)
 
-    (modules,) = output.stdout
-    assert {module.partition(".")[0] for module in modules.split()} == {"agentlightning"}
+    assert output.stdout == ["agentlightning"]
 
 
 @pytest.mark.parametrize("before", ["pass", "importlib.util.find_spec('vllm')", "import vllm"])
@@ -541,6 +540,18 @@ def test_uninstrumenting_before_vllm_is_imported_leaves_it_alone(tmp_path: Path)
     output = python("-c", undo + answers(), instrument="1", path=tmp_path)
 
     assert list(map(json.loads, output.stdout)) == PLAIN_ANSWERS
+
+
+@pytest.mark.parametrize("module", ["agentlightning._startup", "agentlightning.importhook"])
+def test_a_package_that_is_gone_since_the_start_leaves_vllm_alone_and_says_so(module: str, tmp_path: Path) -> None:
+    made_up_vllm(tmp_path)
+    gone = f"import sys\nsys.modules[{module!r}] = None\n"
+
+    output = python("-c", gone + answers(), instrument="1", path=tmp_path)
+
+    assert list(map(json.loads, output.stdout)) == PLAIN_ANSWERS
+    (line,) = output.stderr
+    assert line.startswith("agentlightning: vllm is left as it is, unpatched: ModuleNotFoundError")
 
 
 HIDES_CHAT = """\

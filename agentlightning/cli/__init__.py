@@ -1,8 +1,10 @@
-"""The command `agl`: one module a subcommand, imported when it is called."""
+"""The command `agl`: one module a subcommand, imported when it is called.
+
+Written without `argparse`, which takes longer to import than all else here together.
+"""
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 from collections.abc import Sequence
@@ -17,37 +19,47 @@ COMMANDS = {
 }
 """Each subcommand's module, which has `main(arguments) -> exit status`, and what it does. No module: not there yet."""
 
+USAGE = "usage: agl [-h] [--version] COMMAND ...\n"
+HELP = """{usage}
+Exact token ids from an unmodified vLLM.
+
+options:
+  -h, --help  show this help message and exit
+  --version   show program's version number and exit
+
+commands:
+{commands}
+
+agl COMMAND --help tells about a command.
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `agl`. `arguments` default to the process's own; returns the exit status."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    # Not left to argparse: it would answer --help, and swallow a --, that are meant for the subcommand.
-    if arguments and arguments[0] in COMMANDS:
-        name, *rest = arguments
-        module, _ = COMMANDS[name]
-        if module is None:
-            sys.stderr.write(f"agl {name}: not in version {agentlightning.__version__} yet\n")
-            return 1
-        return importlib.import_module(module).main(rest)
-    parser = _parser()
-    parser.parse_args(arguments)
-    parser.print_help()
-    return 0
+    command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if command in COMMANDS:
+        return _run(command, rest)
+    if command in ("-h", "--help"):
+        sys.stdout.write(HELP.format(usage=USAGE, commands="\n".join(_lines())))
+        return 0
+    if command == "--version":
+        sys.stdout.write(f"agl {agentlightning.__version__}\n")
+        return 0
+    sys.stderr.write(f"{USAGE}agl: error: there is no {command!r}; the commands are {', '.join(COMMANDS)}\n")
+    return 2
 
 
-def _parser() -> argparse.ArgumentParser:
+def _run(command: str, arguments: Sequence[str]) -> int:
+    module, _ = COMMANDS[command]
+    if module is None:
+        sys.stderr.write(f"agl {command}: not in version {agentlightning.__version__} yet\n")
+        return 1
+    return importlib.import_module(module).main(arguments)
+
+
+def _lines() -> list[str]:
     width = max(map(len, COMMANDS))
-    commands = "\n".join(
+    return [
         f"  {name:<{width}}  {description}{'' if module else ' (not there yet)'}"
         for name, (module, description) in COMMANDS.items()
-    )
-    parser = argparse.ArgumentParser(
-        prog="agl",
-        usage="agl [-h] [--version] COMMAND ...",
-        description="Exact token ids from an unmodified vLLM.",
-        epilog=f"commands:\n{commands}\n\nagl COMMAND --help tells about a command.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"agl {agentlightning.__version__}")
-    parser.add_argument("command", nargs="?", choices=COMMANDS, help=argparse.SUPPRESS)
-    return parser
+    ]

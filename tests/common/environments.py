@@ -13,7 +13,7 @@ from pathlib import Path
 CHECKOUT = Path(__file__).parents[2]
 
 OUR_MODULES = "import sys; print(*sorted(name for name in sys.modules if name.split('.')[0] == 'agentlightning'))"
-OUR_FINDERS = "import sys; print(sum(type(f).__module__ == 'agentlightning.importhook' for f in sys.meta_path))"
+OUR_FINDERS = "import sys; print(sum(type(f).__module__ == 'agentlightning' for f in sys.meta_path))"
 
 
 def run(*command: str | Path, **variables: str) -> str:
