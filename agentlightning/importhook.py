@@ -56,7 +56,8 @@ def when_imported(name: str, callback: Callback) -> ImportHook:
     A module that is imported already is handed over at once; one that another thread is importing, when that is
     done. Reloading it, or dropping it from `sys.modules` and importing it again, calls again. The module handed
     over is the one in `sys.modules`, which a module may have replaced itself in. What the callback raises is logged
-    and goes no further. The same callback for the same name is registered once.
+    and goes no further, but for what ends a process (`SystemExit`). The same callback for the same name is registered
+    once.
     """
     with _lock:
         hooks = _hooks.get(name, [])

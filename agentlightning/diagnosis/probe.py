@@ -1,6 +1,6 @@
 """Import vLLM as a server would, and write to a file what became of the patches: `python -m ... FILE`.
 
-A process of its own, since `agl doctor` shall neither import vLLM nor be patched, and shall outlive what vLLM does.
+Importing this arms it, whatever Python does by itself: whether a server is armed is not asked here. A process of its own, since `agl doctor` shall neither import vLLM nor be patched, and shall outlive what vLLM does.
 """
 
 from __future__ import annotations

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from agentlightning import settings
-from agentlightning._startup import INSTRUMENT_OFF
+from agentlightning import INSTRUMENT_OFF, settings
 from agentlightning.diagnosis import Finding, Mark
 
 __all__ = ["findings"]
