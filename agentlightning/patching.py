@@ -76,10 +76,12 @@ class PatchSet:
         name: what users see in the status and in warnings.
         modules: the names that the module has had over the releases; whichever is imported is patched.
         patches: checked in this order, then applied in this order.
+        since: the release that the module came with, if not every release has it.
     """
 
-    def __init__(self, name: str, modules: Sequence[str], patches: Sequence[Patch]) -> None:
+    def __init__(self, name: str, modules: Sequence[str], patches: Sequence[Patch], since: str | None = None) -> None:
         self.name = name
+        self.since = since
         self.modules = tuple(modules)
         self._patches = tuple(patches)
         self._undo: list[Callable[[], None]] = []
@@ -115,6 +117,10 @@ class PatchSet:
             else:
                 self._undo += undo
                 self._status = Status(State.APPLIED)
+
+    def skip(self, reason: str) -> None:
+        """Mark the set as not for this release, silently: what it would patch is not there at all, and not missed."""
+        self._status = Status(State.NOT_FOR_THIS_RELEASE, reason)
 
     def fail(self, reason: str) -> None:
         """Mark the set as failed, with one warning: what it patches cannot be found, or not be patched."""

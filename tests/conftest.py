@@ -17,6 +17,11 @@ PARSERS = (
 )
 
 
+# What is off in vLLM unless it is asked for.
+OPTIONAL = ("--enable-prompt-embeds", "--enable-scale-out")
+OPTIONAL_ENV = {"VLLM_ENABLE_RESPONSES_API_STORE": "1"}
+
+
 def pytest_sessionstart(session: pytest.Session) -> None:
     # Before any test is forked: each would make a base folder of its own, which nobody removes.
     session.config._tmp_path_factory.getbasetemp()  # type: ignore[attr-defined]
@@ -25,14 +30,14 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 @pytest.fixture(scope="session")
 def armed() -> Iterator[RemoteOpenAIServer]:
     """`AGL_INSTRUMENT=1 vllm serve`."""
-    with RemoteOpenAIServer("--enable-prompt-embeds", env={"AGL_INSTRUMENT": "1"}) as server:
+    with RemoteOpenAIServer(*OPTIONAL, env={"AGL_INSTRUMENT": "1", **OPTIONAL_ENV}) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def plain() -> Iterator[RemoteOpenAIServer]:
     """`vllm serve`, without us."""
-    with RemoteOpenAIServer("--enable-prompt-embeds") as server:
+    with RemoteOpenAIServer(*OPTIONAL, env=OPTIONAL_ENV) as server:
         yield server
 
 

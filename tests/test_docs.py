@@ -18,10 +18,15 @@ from agentlightning.settings import ALLOWED
 from tests.common.environments import CHECKOUT, Environment, build, run, virtual_environment
 
 DEPLOYMENT = CHECKOUT / "docs" / "deployment.md"
-PAGES = (CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").glob("*.md")))
+ENGLISH, CHINESE = CHECKOUT / "README.md", CHECKOUT / "README.zh.md"
+PAGES = (ENGLISH, CHINESE, *sorted((CHECKOUT / "docs").glob("*.md")))
 
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+ANY_FENCED = re.compile(r"^```(.*)\n((?:.*\n)*?)```$", re.MULTILINE)
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
+LEVEL = re.compile(r"^(#+) ", re.MULTILINE)
+TABLE = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)
+COLUMN = re.compile(r"(?<!\\)\|")
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 
 LOADED_BY_VLLM = """\
@@ -73,9 +78,22 @@ def mounts(container: dict[str, Any]) -> dict[str, str]:
     return {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
 
 
+def prose(page: Path) -> str:
+    return FENCED.sub("", page.read_text())
+
+
+def relative_links(page: Path) -> list[str]:
+    return [link for link in LINK.findall(prose(page)) if "://" not in link]
+
+
+def table_shapes(page: Path) -> list[list[int]]:
+    """For each table, the number of columns of each of its rows."""
+    return [[len(COLUMN.findall(row)) - 1 for row in table.splitlines()] for table in TABLE.findall(prose(page))]
+
+
 def anchors(page: Path) -> set[str]:
     """The headings of a page as GitHub makes anchors of them."""
-    headings = HEADING.findall(FENCED.sub("", page.read_text()))
+    headings = HEADING.findall(prose(page))
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
@@ -128,7 +146,7 @@ def test_each_yaml_block_is_one_or_more_kubernetes_objects(block: Block) -> None
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_each_link_leads_somewhere(page: Path) -> None:
-    links = [link for link in LINK.findall(FENCED.sub("", page.read_text())) if "://" not in link]
+    links = relative_links(page)
     assert links
 
     for link in links:
@@ -136,6 +154,36 @@ def test_each_link_leads_somewhere(page: Path) -> None:
         target = (page.parent / path).resolve() if path else page
         assert target.is_file(), link
         assert not anchor or anchor in anchors(target), link
+
+
+def test_the_chinese_readme_has_the_headings_of_the_english_one() -> None:
+    levels = LEVEL.findall(prose(ENGLISH))
+
+    assert levels
+    assert LEVEL.findall(prose(CHINESE)) == levels
+
+
+def test_the_chinese_readme_has_the_blocks_of_the_english_one() -> None:
+    fenced = ANY_FENCED.findall(ENGLISH.read_text())
+
+    assert fenced
+    assert ANY_FENCED.findall(CHINESE.read_text()) == fenced
+
+
+def test_the_chinese_readme_has_tables_of_the_shapes_of_the_english_one() -> None:
+    shapes = table_shapes(ENGLISH)
+
+    assert shapes
+    assert table_shapes(CHINESE) == shapes
+
+
+def test_the_chinese_readme_has_the_links_of_the_english_one() -> None:
+    assert set(relative_links(CHINESE)) - {ENGLISH.name} == set(relative_links(ENGLISH)) - {CHINESE.name}
+
+
+def test_each_readme_leads_to_the_other_below_its_title() -> None:
+    assert ENGLISH.read_text().splitlines()[2] == "English | [中文](README.zh.md)"
+    assert CHINESE.read_text().splitlines()[2] == "[English](README.md) | 中文"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import agentlightning
+from agentlightning import instrumentation
 from tests.common.environments import (
     CHECKOUT,
     OUR_FINDERS,
@@ -34,7 +35,7 @@ WITH_UV = {
 }
 WAYS = ("wheel from the sdist", "sdist", "--user", *WITH_UV)
 
-LOOKED_AT = ("chat response", "chat", "completions", "status route", "start-up check")
+LOOKED_AT = tuple(instrumentation.status())
 """The patch sets that a vLLM without their modules is warned of, in this order, once it has been looked at."""
 
 

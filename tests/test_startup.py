@@ -16,8 +16,9 @@ import pytest
 from pydantic.fields import FieldInfo
 
 import agentlightning
-from agentlightning import importhook
+from agentlightning import importhook, instrumentation
 from agentlightning._startup import start
+from agentlightning.instrumentation import vllm
 from tests.common.made_up_vllm import PROMPT, RESPONSE, VERSION, Layout, made_up_vllm
 
 CHECKOUT = Path(__file__).parents[1]
@@ -71,7 +72,7 @@ CHAT_PROTOCOL = "vllm.entrypoints.openai.chat_completion.protocol"
 LAUNCHER = "vllm.entrypoints.launcher"
 SERVE_ARGUMENTS = "vllm.entrypoints.openai.cli_args"
 JUDGE = "start-up check"
-PATCH_SETS = ("chat response", "chat", "completions", "status route", JUDGE)
+PATCH_SETS = tuple(instrumentation.status())
 
 PLAIN_ANSWERS = [{"choices": [{"index": 0}]}] * 2
 ANSWERS_WITH_IDS = [
@@ -417,13 +418,8 @@ def test_a_thread_that_instruments_vllm_while_another_imports_it_stops_neither(
 
 def test_a_vllm_without_the_modules_works_and_each_patch_set_says_what_it_misses(tmp_path: Path) -> None:
     made_up_vllm(tmp_path, "bare")
-    entrypoints, openai = "vllm.entrypoints", "vllm.entrypoints.openai"
     reasons = {
-        "chat response": f"vLLM {VERSION} has no {openai}.chat_completion.protocol or {openai}.protocol",
-        "chat": f"vLLM {VERSION} has no {openai}.chat_completion.serving or {openai}.serving_chat",
-        "completions": f"vLLM {VERSION} has no {openai}.completion.serving or {openai}.serving_completion",
-        "status route": f"vLLM {VERSION} has no {entrypoints}.launchers.launcher or {entrypoints}.launcher",
-        JUDGE: f"vLLM {VERSION} has no {entrypoints}.launchers.cli_args or {openai}.cli_args",
+        patch_set.name: f"vLLM {VERSION} has no {' or '.join(patch_set.modules)}" for patch_set in vllm.PATCH_SETS
     }
 
     output = python("-c", f"import vllm\nprint(vllm.__version__)\n{STATUS}", instrument="1", path=tmp_path)
@@ -451,7 +447,7 @@ def test_a_vllm_without_the_modules_works_and_each_patch_set_says_what_it_misses
             "chat",
             f"{CHAT}.OpenAIServingChat.create_chat_completion is not a method but staticmethod",
         ),
-        ("OpenAIServingChat", "ChatServing", "chat", f"{CHAT} has no class OpenAIServingChat"),
+        ("class OpenAIServingChat:", "class ChatServing:", "chat", f"{CHAT} has no class OpenAIServingChat"),
         ("ChatCompletionRequest", "ChatRequest", "chat", f"{CHAT} has no ChatCompletionRequest"),
         (
             "ChatCompletionResponse",

@@ -1,6 +1,7 @@
 """Import vLLM as a server would, and write to a file what became of the patches: `python -m ... FILE`.
 
-Importing this arms it, whatever Python does by itself: whether a server is armed is not asked here. A process of its own, since `agl doctor` shall neither import vLLM nor be patched, and shall outlive what vLLM does.
+A process of its own, since `agl doctor` shall neither import vLLM nor be patched, and shall outlive what vLLM does.
+Importing this arms it: whether Python arms a process by itself is not asked here.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import Any
 
 from tests.common.vllm import RemoteOpenAIServer
 
-VARYING = {"id", "created", "system_fingerprint"}
+VARYING = {"id", "item_id", "request_id", "created", "created_at", "system_fingerprint"}
 """What differs from call to call, and from server to server."""
 
 
@@ -54,13 +54,21 @@ def _append(texts: dict[int, str], index: int, text: str | None) -> None:
 
 def post(server: RemoteOpenAIServer, path: str, body: dict[str, Any]) -> Any:
     """The JSON answer to a request that no client library has touched; a list of events where it is a stream."""
-    request = urllib.request.Request(
-        f"{server.url}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=120) as response:
+    return _answer(server, path, json.dumps(body).encode())
+
+
+def fetch(server: RemoteOpenAIServer, path: str) -> Any:
+    """The same for what is fetched."""
+    return _answer(server, path, None)
+
+
+def _answer(server: RemoteOpenAIServer, path: str, body: bytes | None) -> Any:
+    # The key of servers that have one; others do not look at it.
+    headers = {"Content-Type": "application/json", "Authorization": "Bearer none"}
+    with urllib.request.urlopen(urllib.request.Request(f"{server.url}{path}", body, headers), timeout=120) as response:
         text = response.read().decode()
-    if not body.get("stream"):
-        return json.loads(text)
+        if response.headers.get_content_type() != "text/event-stream":
+            return json.loads(text)
     data = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
     return [json.loads(event) for event in data if event != "[DONE]"]
 
@@ -76,6 +84,10 @@ def get(server: RemoteOpenAIServer, path: str, **headers: str) -> tuple[int, byt
 
 GROWING = {"content", "text", "reasoning", "arguments"}
 """What a client joins from chunk to chunk."""
+
+
+DELTAS = {"response.output_text.delta", "content_block_delta"}
+"""The events that grow a text."""
 
 
 def joined(events: list[dict[str, Any]]) -> dict[str, Any]:
@@ -95,6 +107,17 @@ def _merge(earlier: Any, later: Any, key: Any = None) -> Any:
     if isinstance(later, list) or key in GROWING:
         return earlier + later
     return later
+
+
+def joined_events(answer: Any) -> Any:
+    """The same for the events of Responses and Messages: their deltas as one text, before the others."""
+    if not isinstance(answer, list):
+        return answer
+    deltas = [event["delta"] for event in answer if event["type"] in DELTAS]
+    text = "".join(delta if isinstance(delta, str) else delta.get("text", "") for delta in deltas)
+    whole = [event for event in answer if event["type"] not in DELTAS]
+    # They are counted through, deltas too.
+    return [text, *({key: value for key, value in event.items() if key != "sequence_number"} for event in whole)]
 
 
 def steady(answer: Any) -> Any:

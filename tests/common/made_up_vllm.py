@@ -34,6 +34,7 @@ class CompletionRequest(BaseModel):
     return_token_ids: bool | None = None
     echo: bool = False
     n: int = 1
+    max_tokens: int = 16
     prompt_embeds: bytes | None = None
 
 class CompletionResponseChoice(BaseModel):
@@ -72,6 +73,51 @@ class OpenAIServingCompletion:
 
     async def completion_stream_generator(self, request, result_generator):
         yield "data: [DONE]\\n\\n"
+"""
+
+OUTPUT_PROCESSOR = """\
+class OutputProcessor:
+    def add_request(self, request, prompt, parent_req=None, request_index=0, queue=None):
+        pass
+"""
+
+RESPONSES_SERVING = """\
+class OpenAIServingResponses:
+    async def create_responses(self, request, raw_request=None):
+        pass
+
+    async def responses_full_generator(self, request):
+        pass
+"""
+
+MESSAGES_PROTOCOL = """\
+from pydantic import BaseModel
+
+class AnthropicMessagesResponse(BaseModel):
+    id: str
+"""
+
+MESSAGES_SERVING = """\
+class AnthropicServingMessages:
+    async def create_messages(self, request, raw_request=None):
+        pass
+"""
+
+BATCH_SERVING = """\
+class OpenAIServingChatBatch:
+    async def create_batch_chat_completion(self, request, raw_request=None):
+        pass
+"""
+
+GENERATE_SERVING = """\
+from pydantic import BaseModel
+
+class GenerateRequest(BaseModel):
+    return_token_ids: bool | None = None
+
+class ServingTokens:
+    async def serve_tokens(self, request, raw_request=None):
+        pass
 """
 
 ENVS = """\
@@ -174,6 +220,16 @@ SERVING_FROM_0_15 = {
     "entrypoints/openai/completion/serving.py": COMPLETION_SERVING,
 }
 
+# Where these have been in every release that has them, or in the newest.
+THE_SAME_EVERYWHERE = {
+    "v1/engine/output_processor.py": OUTPUT_PROCESSOR,
+    "entrypoints/anthropic/protocol.py": MESSAGES_PROTOCOL,
+    "entrypoints/anthropic/serving.py": MESSAGES_SERVING,
+    "entrypoints/openai/chat_completion/batch_serving.py": BATCH_SERVING,
+    "entrypoints/openai/responses/serving.py": RESPONSES_SERVING,
+    "entrypoints/scale_out/token_in_token_out/serving.py": GENERATE_SERVING,
+}
+
 # Below vllm/.
 MODULES: Mapping[Layout, Mapping[str, str]] = {
     "bare": {},
@@ -182,9 +238,10 @@ MODULES: Mapping[Layout, Mapping[str, str]] = {
         "entrypoints/openai/serving_chat.py": CHAT_SERVING,
         "entrypoints/openai/serving_completion.py": COMPLETION_SERVING,
         **TO_0_28,
+        **THE_SAME_EVERYWHERE,
     },
-    "from 0.15": {**SERVING_FROM_0_15, **TO_0_28},
-    "from 0.29": {**SERVING_FROM_0_15, **FROM_0_29},
+    "from 0.15": {**SERVING_FROM_0_15, **TO_0_28, **THE_SAME_EVERYWHERE},
+    "from 0.29": {**SERVING_FROM_0_15, **FROM_0_29, **THE_SAME_EVERYWHERE},
 }
 
 

@@ -15,9 +15,20 @@ from typing import TYPE_CHECKING, Any
 
 from agentlightning import _startup, settings
 from agentlightning.importhook import ImportHook, finders_ahead, is_executing, when_imported
-from agentlightning.instrumentation.vllm import chat, completions, releases, server, strict
+from agentlightning.instrumentation.vllm import (
+    batch,
+    chat,
+    completions,
+    generate,
+    messages,
+    output_processor,
+    releases,
+    responses,
+    server,
+    strict,
+)
 from agentlightning.modules import locate
-from agentlightning.patching import PatchSet, State, Status
+from agentlightning.patching import Patch, PatchSet, State, Status
 
 if TYPE_CHECKING:
     ChatCompletionResponsePatched: type[Any]
@@ -33,16 +44,28 @@ __all__ = [
 
 logger = logging.getLogger("agentlightning")
 
+
+def _patch_set(name: str, home: releases.Home, *patches: Patch) -> PatchSet:
+    return PatchSet(name, home.modules, patches, since=home.since)
+
+
 # The lambdas: what reports on this table is itself in it.
-JUDGE = PatchSet("start-up check", releases.SERVE_ARGUMENTS, strict.argument_patches(lambda: _failures()))
+JUDGE = _patch_set("start-up check", releases.SERVE_ARGUMENTS, *strict.argument_patches(lambda: _failures()))
 PATCH_SETS = (
-    PatchSet("chat response", releases.CHAT_PROTOCOL, chat.RESPONSE_PATCHES),
-    PatchSet("chat", releases.CHAT_SERVING, chat.SERVING_PATCHES),
-    PatchSet("completions", releases.COMPLETION_SERVING, completions.SERVING_PATCHES),
-    PatchSet(
+    _patch_set("capture", releases.OUTPUT_PROCESSOR, *output_processor.CAPTURE_PATCHES),
+    _patch_set("chat response", releases.CHAT_PROTOCOL, *chat.RESPONSE_PATCHES),
+    _patch_set("chat", releases.CHAT_SERVING, *chat.SERVING_PATCHES),
+    _patch_set("chat batch", releases.BATCH_SERVING, *batch.SERVING_PATCHES),
+    _patch_set("completions", releases.COMPLETION_SERVING, *completions.SERVING_PATCHES),
+    _patch_set("responses", releases.RESPONSES_SERVING, *responses.SERVING_PATCHES),
+    _patch_set("messages response", releases.MESSAGES_PROTOCOL, *messages.RESPONSE_PATCHES),
+    _patch_set("messages", releases.MESSAGES_SERVING, *messages.SERVING_PATCHES),
+    _patch_set("generate", releases.GENERATE_SERVING, *generate.SERVING_PATCHES),
+    _patch_set(
         "status route",
         releases.LAUNCHER,
-        (*server.patches(lambda: status()), *strict.server_patches(lambda: _failures())),
+        *server.patches(lambda: status()),
+        *strict.server_patches(lambda: _failures()),
     ),
     JUDGE,
 )
@@ -118,8 +141,12 @@ def _apply(patch_set: PatchSet, module: ModuleType) -> None:
 def _look_for_modules(vllm: ModuleType) -> None:
     """Without this, a patch set whose module will never be seen would be pending for ever, and nobody told."""
     for patch_set in PATCH_SETS:
-        if not any(map(locate, patch_set.modules)):
-            version = getattr(vllm, "__version__", "of unknown version")
+        if any(map(locate, patch_set.modules)):
+            continue
+        version = getattr(vllm, "__version__", "of unknown version")
+        if patch_set.since and releases.is_before(version, patch_set.since):
+            patch_set.skip(f"came with vLLM {patch_set.since}")
+        else:
             patch_set.fail(f"vLLM {version} has no {' or '.join(patch_set.modules)}")
     _refuse_without_a_judge()
 
@@ -164,5 +191,5 @@ def __getattr__(name: str) -> Any:
 
 def _chat_completion_response() -> type[Any]:
     """vLLM's own `ChatCompletionResponse`, which is extended in place; imports vLLM, instrumented or not."""
-    module = next((name for name in releases.CHAT_PROTOCOL if locate(name)), releases.CHAT_PROTOCOL[0])
+    module = next((name for name in releases.CHAT_PROTOCOL.modules if locate(name)), releases.CHAT_PROTOCOL.modules[0])
     return importlib.import_module(module).ChatCompletionResponse

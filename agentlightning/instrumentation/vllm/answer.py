@@ -9,16 +9,29 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, TypeVar
 
 from agentlightning import settings
+from agentlightning.instrumentation.vllm.request_context import RequestContext
 from agentlightning.patching import Mismatch
 
-__all__ = ["Carried", "Endpoint", "RequestField", "contained", "edited", "failures", "wanted"]
+__all__ = [
+    "NOTHING",
+    "Carried",
+    "Endpoint",
+    "RequestField",
+    "captured_fields",
+    "contained",
+    "contained_async",
+    "edited",
+    "failures",
+    "response_token_ids",
+    "wanted",
+]
 
 logger = logging.getLogger("agentlightning")
 
@@ -41,14 +54,45 @@ NOTHING = Carried(response=False, prompt=False)
 _BY_SETTING = {"all": ALL, "response": Carried(response=True, prompt=False), "none": NOTHING}
 
 
-def wanted(request: Any) -> Carried:
-    """What the answer to `request` is to carry: its own `return_token_ids` wins over `AGL_RETURN_TOKEN_IDS`.
+def wanted(said: object) -> Carried:
+    """What an answer is to carry: the request's own `return_token_ids` wins over `AGL_RETURN_TOKEN_IDS`.
 
-    Null counts as not said.
+    What is neither true nor false counts as not said: null, and what an endpoint that knows no such field lets pass.
     """
-    if request.return_token_ids is None:
+    if not isinstance(said, bool):
         return _BY_SETTING[settings.return_token_ids()]
-    return ALL if request.return_token_ids else NOTHING
+    return ALL if said else NOTHING
+
+
+def response_token_ids(answer: Any) -> list[list[int]] | None:
+    """One list of ids a choice, in index order; None where vLLM leaves ids out.
+
+    It does where it must hide what was generated (include_reasoning=false): then so do we.
+    """
+    token_ids = [choice.token_ids for choice in sorted(answer.choices, key=lambda choice: choice.index)]
+    return None if any(ids is None for ids in token_ids) else token_ids
+
+
+def captured_fields(context: RequestContext | None, carried: Carried) -> dict[str, Any]:
+    """The fields of an answer whose endpoint knows nothing of ids, from what the engine was asked for it.
+
+    The ids are those of the last engine request; where there were several, as in a loop of tool calls, `generations`
+    has those of all, in order. Empty where nothing is wanted, or the engine was not asked.
+    """
+    if context is None or not carried.response or not context.engine_requests:
+        return {}
+    generations = [
+        {
+            # A prompt of embeddings has none.
+            **({"prompt_token_ids": request.prompt_token_ids} if carried.prompt and request.prompt_token_ids else {}),
+            "token_ids": request.token_ids,
+        }
+        for request in context.engine_requests
+    ]
+    last = dict(generations[-1])
+    ids = last.pop("token_ids")
+    fields: dict[str, Any] = {**last, "response_token_ids": [ids]}
+    return {**fields, "generations": generations} if len(generations) > 1 else fields
 
 
 @dataclass(frozen=True)
@@ -88,7 +132,7 @@ class Endpoint:
     def _ask(self, serving: Any, request: Any) -> Carried:
         if not self.serves(serving):
             return NOTHING
-        carried = wanted(request)
+        carried = wanted(request.return_token_ids)
         if carried.response and self.asks_vllm(request):
             request.return_token_ids = True
         return carried
@@ -99,11 +143,24 @@ def contained(what: str, function: Callable[..., T], *args: Any) -> T | None:
     try:
         return function(*args)
     except Exception as error:
-        kind = f"{what}: {type(error).__name__}"
-        failures[kind] += 1
-        if failures[kind] == 1:
-            logger.exception("agentlightning: %s failed, and vLLM goes on without it (said once)", what)
+        _note_failure(what, error)
         return None
+
+
+async def contained_async(what: str, function: Callable[..., Awaitable[T]], *args: Any) -> T | None:
+    """The same for what must be awaited."""
+    try:
+        return await function(*args)
+    except Exception as error:
+        _note_failure(what, error)
+        return None
+
+
+def _note_failure(what: str, error: Exception) -> None:
+    kind = f"{what}: {type(error).__name__}"
+    failures[kind] += 1
+    if failures[kind] == 1:
+        logger.exception("agentlightning: %s failed, and vLLM goes on without it (said once)", what)
 
 
 async def edited(
@@ -135,13 +192,14 @@ class RequestField:
     model: str
     field: str
     since: str
+    otherwise: type[Exception] = Mismatch
 
     def check(self, module: ModuleType) -> None:
         model = getattr(module, self.model, None)
         if model is None:
             raise Mismatch(f"{module.__name__} has no {self.model}")
         if self.field not in model.model_fields:
-            raise Mismatch(f"{self.model} knows no {self.field}, which vLLM has had since {self.since}")
+            raise self.otherwise(f"{self.model} knows no {self.field}, which vLLM has had since {self.since}")
 
     def is_applied(self, module: ModuleType) -> bool:
         return True

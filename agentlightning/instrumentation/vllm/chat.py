@@ -17,9 +17,8 @@ def attach(response: Any, request: Any, carried: Carried) -> None:
     """vLLM's answer has `prompt_token_ids` and each choice's `token_ids`: add `response_token_ids`."""
     if not carried.prompt:
         response.prompt_token_ids = None
-    token_ids = [choice.token_ids for choice in sorted(response.choices, key=lambda choice: choice.index)]
-    # vLLM leaves them out where it must hide what was generated (include_reasoning=false): then so do we.
-    if all(ids is not None for ids in token_ids):
+    token_ids = answer.response_token_ids(response)
+    if token_ids is not None:
         response.response_token_ids = token_ids
 
 

@@ -17,27 +17,39 @@ __all__ = ["SERVING_PATCHES"]
 def attach(response: Any, request: Any, carried: Carried) -> None:
     """Each of vLLM's choices has its `prompt_token_ids` and `token_ids`: add `response_token_ids` for all."""
     hidden = _choices_without_prompt_ids(request, carried)
-    choices = sorted(response.choices, key=lambda choice: choice.index)
-    for choice in choices:
+    for choice in response.choices:
         if choice.index < hidden:
             choice.prompt_token_ids = None
-    token_ids = [choice.token_ids for choice in choices]
-    if all(ids is not None for ids in token_ids):
+        if _generates_nothing(request) and choice.token_ids is not None:
+            choice.token_ids = []
+    token_ids = answer.response_token_ids(response)
+    if token_ids is not None:
         response.response_token_ids = token_ids
 
 
 def trim(stream: AsyncGenerator[str, None], request: Any, carried: Carried) -> AsyncGenerator[str, None]:
     """vLLM's stream has all that it should; some of its prompt ids may be too many."""
     hidden = _choices_without_prompt_ids(request, carried)
-    if not hidden:
-        return stream
 
     def drop_prompt_ids(chunk: dict[str, Any]) -> None:
         for choice in chunk["choices"]:
             if choice["index"] < hidden and "prompt_token_ids" in choice:
                 choice["prompt_token_ids"] = None
 
-    return answer.edited(stream, "prompt_token_ids", drop_prompt_ids)
+    if _generates_nothing(request):
+        stream = answer.edited(stream, "token_ids", _drop_token_ids)
+    return answer.edited(stream, "prompt_token_ids", drop_prompt_ids) if hidden else stream
+
+
+def _drop_token_ids(chunk: dict[str, Any]) -> None:
+    for choice in chunk["choices"]:
+        if choice.get("token_ids"):
+            choice["token_ids"] = []
+
+
+def _generates_nothing(request: Any) -> bool:
+    # Asked for an echo alone, vLLM has the engine generate one token all the same, and leaves it out of the text.
+    return request.echo and request.max_tokens == 0
 
 
 def _choices_without_prompt_ids(request: Any, carried: Carried) -> float:
@@ -62,7 +74,7 @@ def _asks_vllm(request: Any) -> bool:
 def _echoes(request: Any) -> Carried:
     """What we attach to the answer to `request` beside its echo; nothing where it has none, or vLLM was asked."""
     if request.echo and request.return_token_ids is None:
-        return answer.wanted(request)
+        return answer.wanted(request.return_token_ids)
     return answer.NOTHING
 
 

@@ -1,25 +1,35 @@
-"""ASGI: what stands before a route in the path, taken off before vLLM looks at it."""
+"""ASGI: opens each request's context, with the rollout that its path or headers name, before vLLM looks at it."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from typing import Any
 from urllib.parse import unquote
 
-__all__ = ["RolloutPrefix"]
+from agentlightning.instrumentation.vllm import request_context
+from agentlightning.instrumentation.vllm.answer import contained
+from agentlightning.instrumentation.vllm.request_context import RequestContext
+
+__all__ = ["RequestContexts", "ignored"]
 
 Scope = MutableMapping[str, Any]
 App = Callable[[Scope, Any, Any], Awaitable[None]]
 
 MAX_ID_LENGTH = 256
 
+ignored: Counter[str] = Counter()
+"""How often, by where it stood, an id was ignored: over 256 characters, or with control characters in it."""
+
 # On the path as it was sent: an encoded slash is part of an id, not the end of it.
 _PREFIX = re.compile(rb"/rollout/(?P<rollout>[^/]+)(?:/attempt/(?P<attempt>[^/]+))?(?P<rest>/.*)", re.DOTALL)
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_SESSION_HEADERS = (b"x-session-id", b"x-claude-code-session-id")
 
 
-class RolloutPrefix:
-    """Makes `/rollout/{rollout_id}[/attempt/{attempt_id}]/v1/...` the same as `/v1/...`.
+class RequestContexts:
+    """Opens a `RequestContext` for each request, and takes `/rollout/{rollout_id}[/attempt/{attempt_id}]` off its path.
 
     It is to be outermost, so that whoever guards a path sees the one that is routed. A prefix that is not well formed
     is left on, and vLLM answers as to any path that it does not know.
@@ -29,24 +39,84 @@ class RolloutPrefix:
         self._app = app
 
     def __call__(self, scope: Scope, receive: Any, send: Any) -> Awaitable[None]:
-        # Looked at first, since it runs for every request.
-        if "/rollout/" in scope.get("path", "") and scope["type"] in ("http", "websocket"):
-            scope = _without_prefix(scope)
+        if scope["type"] in ("http", "websocket"):
+            understood = contained("reading whose a request is", _understood, scope)
+            scope, context = understood or (scope, RequestContext())
+            # A websocket has none: its engine requests are as many as its messages. To none, not left as it is, since
+            # a server may handle it in the context of the request that came before it on the same connection.
+            request_context.enter(context if scope["type"] == "http" else None)
         return self._app(scope, receive, send)
 
 
-def _without_prefix(scope: Scope) -> Scope:
+def _understood(scope: Scope) -> tuple[Scope, RequestContext]:
+    """The scope without a prefix, and the context that prefix and headers describe."""
+    context = RequestContext()
+    # Looked at first, since this runs for every request.
+    if "/rollout/" in scope["path"]:
+        scope = _without_prefix(scope, context)
+    _read_headers(dict(scope["headers"]), context)
+    return scope, context
+
+
+def _without_prefix(scope: Scope, context: RequestContext) -> Scope:
     root = scope.get("root_path", "").encode()
     path: bytes = scope.get("raw_path") or scope["path"].encode()
     # Both ways of reaching a server behind a proxy: with --root-path still on, or taken off by the proxy.
     before = root if root and path.startswith(root + b"/") else b""
     match = _PREFIX.fullmatch(path[len(before) :])
-    if match is None or not all(_is_id(unquote(part)) for part in match.group("rollout", "attempt") if part):
+    if match is None:
         return scope
+    ids = [unquote(part) if part else None for part in match.group("rollout", "attempt")]
+    if not all(_is_id(part) for part in ids if part):
+        return scope
+    context.rollout_id, context.attempt_id = ids
     rest = before + match["rest"]
     # Decoded as the server decodes it, and once: what is guarded and what is routed are both read from "path".
     return {**scope, "path": unquote(rest), "raw_path": rest}
 
 
+def _read_headers(headers: dict[bytes, bytes], context: RequestContext) -> None:
+    # The first that names a rollout wins whole: an attempt belongs to the rollout beside it.
+    if context.rollout_id is None:
+        context.rollout_id = _header(headers, b"x-agl-rollout-id")
+        context.attempt_id = _header(headers, b"x-agl-attempt-id")
+    if context.rollout_id is None and b"baggage" in headers:
+        members = dict(_baggage(headers[b"baggage"].decode("latin-1")))
+        context.rollout_id = _checked("baggage", members.get("agentlightning.rollout_id"))
+        context.attempt_id = _checked("baggage", members.get("agentlightning.attempt_id"))
+    context.session_id = next(filter(None, (_header(headers, name) for name in _SESSION_HEADERS)), None)
+    context.request_id = _header(headers, b"x-request-id")
+    if b"traceparent" in headers:
+        context.trace_id = _trace_id(headers[b"traceparent"].decode("latin-1"))
+
+
+def _header(headers: dict[bytes, bytes], name: bytes) -> str | None:
+    value = headers.get(name)
+    return None if value is None else _checked(name.decode(), value.decode("utf-8", "replace").strip())
+
+
+def _checked(where: str, value: str | None) -> str | None:
+    if not value:
+        return None
+    if _is_id(value):
+        return value
+    ignored[where] += 1
+    return None
+
+
 def _is_id(value: str) -> bool:
-    return len(value) <= MAX_ID_LENGTH and value.isprintable()
+    return len(value) <= MAX_ID_LENGTH and not _CONTROL.search(value)
+
+
+def _baggage(header: str) -> Iterator[tuple[str, str]]:
+    """The members of a W3C baggage header, without their properties (https://www.w3.org/TR/baggage/)."""
+    for member in header.split(","):
+        key, equals, value = member.partition(";")[0].partition("=")
+        if equals:
+            yield key.strip(), unquote(value.strip())
+
+
+def _trace_id(header: str) -> str | None:
+    """The trace id of a W3C traceparent header (https://www.w3.org/TR/trace-context/); None if it is not one."""
+    match = re.match(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}", header.strip())
+    return match[1] if match and set(match[1]) != {"0"} else None

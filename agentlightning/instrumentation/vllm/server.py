@@ -1,4 +1,4 @@
-"""What one server process tells of itself: `GET /v1/agl/status`, a route of vLLM's own app."""
+"""What one server process has of ours: its door, and `GET /v1/agl/status`, a route of vLLM's own app."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import agentlightning
 from agentlightning import settings
 from agentlightning.instrumentation.vllm.answer import contained, failures
-from agentlightning.instrumentation.vllm.middleware import RolloutPrefix
+from agentlightning.instrumentation.vllm.middleware import RequestContexts, ignored
 from agentlightning.patching import Patch, Status, Wrap
 
 __all__ = ["STATUS_ROUTE", "patches"]
@@ -25,7 +25,7 @@ def patches(status: Callable[[], Mapping[str, Status]]) -> tuple[Patch, ...]:
     def with_status_route(serve_http: Callable[..., Any]) -> Callable[..., Any]:
         async def serve_http_with_status_route(app: Any, *args: Any, **kwargs: Any) -> Any:
             contained(f"adding {STATUS_ROUTE}", _add_route, app, status)
-            contained("understanding /rollout/ prefixes", _wrap_middleware, app)
+            contained("opening request contexts", _wrap_middleware, app)
             return await serve_http(app, *args, **kwargs)
 
         return serve_http_with_status_route
@@ -44,7 +44,7 @@ def _add_route(app: Any, status: Callable[[], Mapping[str, Status]]) -> None:
 def _wrap_middleware(app: Any) -> None:
     # Not add_middleware: a library that vLLM brings along has built the stack by then, and it would raise. Around the
     # stack it is outermost, so that vLLM's authentication sees the path without the prefix.
-    app.middleware_stack = RolloutPrefix(app.middleware_stack or app.build_middleware_stack())
+    app.middleware_stack = RequestContexts(app.middleware_stack or app.build_middleware_stack())
 
 
 def _report(app: Any, statuses: Mapping[str, Status]) -> dict[str, Any]:
@@ -62,5 +62,5 @@ def _report(app: Any, statuses: Mapping[str, Status]) -> dict[str, Any]:
             "AGL_RETURN_TOKEN_IDS": settings.return_token_ids(),
         },
         "patches": {name: status.as_dict() for name, status in statuses.items()},
-        "counters": {"failures": dict(failures)},
+        "counters": {"failures": dict(failures), "ignored_ids": dict(ignored)},
     }

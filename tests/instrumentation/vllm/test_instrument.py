@@ -21,7 +21,10 @@ from vllm.plugins import load_general_plugins
 
 from agentlightning import instrumentation
 from agentlightning._startup import start
-from agentlightning.instrumentation.vllm import answer
+from agentlightning.instrumentation.vllm import answer, import_targets
+
+# As a vLLM that serves everything has them.
+import_targets()
 
 pytestmark = pytest.mark.forked
 
@@ -30,7 +33,7 @@ VLLMS_OWN = OpenAIServingChat.create_chat_completion
 # It imports vLLM's serve_http by name.
 IMPORTS_SERVE_HTTP = vars(entry)
 VLLMS_SERVE_HTTP = launcher.serve_http
-PATCH_SETS = ("chat response", "chat", "completions", "status route", "start-up check")
+PATCH_SETS = tuple(instrumentation.status())
 APPLIED = dict.fromkeys(PATCH_SETS, "applied")
 
 

@@ -9,7 +9,7 @@ from urllib.parse import unquote
 import openai
 import pytest
 
-from agentlightning.instrumentation.vllm.middleware import RolloutPrefix
+from agentlightning.instrumentation.vllm.middleware import RequestContexts
 from tests.common.answers import gather, get
 from tests.common.vllm import RemoteOpenAIServer
 
@@ -79,7 +79,7 @@ def passed_on(scope: dict[str, Any]) -> dict[str, Any]:
         scopes.append(scope)
 
     before = dict(scope)
-    asyncio.run(RolloutPrefix(app)(scope, None, None))  # type: ignore[arg-type]
+    asyncio.run(RequestContexts(app)(scope, None, None))  # type: ignore[arg-type]
     assert scope == before, "others hold it too"
     (scope,) = scopes
     return scope

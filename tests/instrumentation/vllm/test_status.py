@@ -23,7 +23,7 @@ from tests.common.answers import get
 from tests.common.vllm import RemoteOpenAIServer
 
 STATUS = "/v1/agl/status"
-PATCH_SETS = ("chat response", "chat", "completions", "status route", "start-up check")
+PATCH_SETS = tuple(instrumentation.status())
 WHOLE = {name: {"state": "applied", "reason": None} for name in PATCH_SETS}
 
 

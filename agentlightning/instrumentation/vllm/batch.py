@@ -1,0 +1,55 @@
+"""Token ids in the answers of `/v1/chat/completions/batch`: one choice for each conversation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from agentlightning.instrumentation.vllm import request_context
+from agentlightning.instrumentation.vllm.answer import NOTHING, Carried, contained, response_token_ids, wanted
+from agentlightning.instrumentation.vllm.request_context import RequestContext
+from agentlightning.patching import Patch, Wrap
+
+__all__ = ["SERVING_PATCHES"]
+
+ROUTE = "/v1/chat/completions/batch"
+
+
+def with_token_ids(create: Callable[..., Any]) -> Callable[..., Any]:
+    """The wrapper around `create_batch_chat_completion`."""
+
+    async def create_batch_chat_completion(serving: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        carried = contained(f"{ROUTE}: asking for ids", _ask, request) or NOTHING
+        answer, context = await request_context.collecting(lambda: create(serving, request, *args, **kwargs))
+        if carried.response and hasattr(answer, "choices"):
+            contained(f"{ROUTE}: attaching ids", _attach, answer, context, carried)
+        return answer
+
+    return create_batch_chat_completion
+
+
+def _ask(request: Any) -> Carried:
+    # Its default is False, unlike that of a chat request: whether it was said tells the set of fields.
+    said = "return_token_ids" in request.model_fields_set
+    carried = wanted(request.return_token_ids if said else None)
+    if carried.response:
+        request.return_token_ids = True
+    return carried
+
+
+def _attach(answer: Any, context: RequestContext, carried: Carried) -> None:
+    if carried.prompt:
+        # The conversations are worked on side by side, so they are told apart by the number in their request's id.
+        prompts = {
+            int(request.request_id.rpartition("_")[2]): request.prompt_token_ids for request in context.engine_requests
+        }
+        for choice in answer.choices:
+            choice.prompt_token_ids = prompts[choice.index]
+    token_ids = response_token_ids(answer)
+    if token_ids is not None:
+        answer.response_token_ids = token_ids
+
+
+SERVING_PATCHES: tuple[Patch, ...] = (
+    Wrap("OpenAIServingChatBatch.create_batch_chat_completion", ("request",), with_token_ids),
+)

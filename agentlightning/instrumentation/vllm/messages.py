@@ -1,0 +1,75 @@
+"""Token ids in the answers of `/v1/messages`, Anthropic's API."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any
+
+from agentlightning.instrumentation.vllm import request_context
+from agentlightning.instrumentation.vllm.answer import Carried, captured_fields, contained, contained_async, wanted
+from agentlightning.instrumentation.vllm.fields import ExtraField
+from agentlightning.instrumentation.vllm.request_context import RequestContext
+from agentlightning.patching import Patch, Wrap
+
+__all__ = ["RESPONSE_PATCHES", "SERVING_PATCHES"]
+
+ROUTE = "/v1/messages"
+
+
+def with_token_ids(create: Callable[..., Any]) -> Callable[..., Any]:
+    """The wrapper around `create_messages`, which turns a chat answer into one of Anthropic's."""
+
+    async def create_messages(serving: Any, request: Any, raw_request: Any = None, *args: Any, **kwargs: Any) -> Any:
+        carried = await contained_async(f"{ROUTE}: asking for ids", _wanted, raw_request)
+        if carried is None or not carried.response:
+            return await create(serving, request, raw_request, *args, **kwargs)
+        answer, context = await request_context.collecting(
+            lambda: create(serving, request, raw_request, *args, **kwargs)
+        )
+        if isinstance(answer, AsyncGenerator):
+            return _streamed(answer, context, carried)
+        if hasattr(answer, "content"):
+            contained(f"{ROUTE}: attaching ids", _attach, answer, context, carried)
+        return answer
+
+    return create_messages
+
+
+async def _wanted(raw_request: Any) -> Carried:
+    # Anthropic's request model drops what it does not know. Most bodies are not parsed a second time.
+    body = await raw_request.body() if raw_request is not None else b""
+    return wanted(json.loads(body).get("return_token_ids") if b'"return_token_ids"' in body else None)
+
+
+def _attach(answer: Any, context: RequestContext, carried: Carried) -> None:
+    for name, value in captured_fields(context, carried).items():
+        setattr(answer, name, value)
+
+
+async def _streamed(
+    stream: AsyncGenerator[str, None], context: RequestContext, carried: Carried
+) -> AsyncGenerator[str, None]:
+    """The stream with the ids on its last event but one, which says how the message ended."""
+    async with aclosing(stream):
+        async for event in stream:
+            if event.startswith("event: message_delta\n"):
+                event = contained(f"{ROUTE}: attaching ids", _edit, event, context, carried) or event
+            yield event
+
+
+def _edit(event: str, context: RequestContext, carried: Carried) -> str:
+    head, _, data = event.partition("data: ")
+    message = {**json.loads(data), **captured_fields(context, carried)}
+    # As pydantic writes it: not escaped, no space.
+    return f"{head}data: {json.dumps(message, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+RESPONSE_PATCHES: tuple[Patch, ...] = (
+    ExtraField("AnthropicMessagesResponse", "prompt_token_ids", list[int] | None),
+    ExtraField("AnthropicMessagesResponse", "response_token_ids", list[list[int]] | None),
+)
+SERVING_PATCHES: tuple[Patch, ...] = (
+    Wrap("AnthropicServingMessages.create_messages", ("request", "raw_request"), with_token_ids),
+)

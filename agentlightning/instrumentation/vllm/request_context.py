@@ -1,0 +1,96 @@
+"""One HTTP request, from its arrival to its answer: whose it is, and what the engine was asked for it.
+
+A context variable leads from the place where token ids are born back to the request that they are for: vLLM registers
+a request to the engine in the task that serves the HTTP request, or in one that this has started.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["EngineRequest", "RequestContext", "collecting", "current", "enter"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """What one request to the engine consumes and produces.
+
+    Attributes:
+        request_id: as the frontend names it: vLLM's own suffix is not part of it.
+        prompt_token_ids: the ids that went in; None for a prompt of embeddings, which has none.
+        detokenizer: vLLM's, which keeps the ids that come out.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int] | None
+    detokenizer: Any
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The ids that have come out so far: all of them, once the request has ended."""
+        # Copied: vLLM extends its list for as long as the request lives.
+        return list(self.detokenizer.output_token_ids)
+
+
+@dataclass(slots=True)
+class RequestContext:
+    """Whose a request is, where it says so, and its requests to the engine, where an endpoint wants them."""
+
+    rollout_id: str | None = None
+    attempt_id: str | None = None
+    session_id: str | None = None
+    trace_id: str | None = None
+    request_id: str | None = None
+    # Not for every endpoint: a beam search makes thousands, and nobody would read them.
+    collects: bool = False
+    engine_requests: list[EngineRequest] = field(default_factory=list)
+
+
+_current: ContextVar[RequestContext | None] = ContextVar("agentlightning.request", default=None)
+
+
+def current() -> RequestContext | None:
+    """The request that this task works for; None where none was opened."""
+    return _current.get()
+
+
+def enter(context: RequestContext | None) -> None:
+    """From here on this task, and those that it starts, work for `context`."""
+    _current.set(context)
+
+
+async def collecting(create: Callable[[], Awaitable[Any]]) -> tuple[Any, RequestContext]:
+    """What `create()` answers, and the context that collects the engine requests made for it.
+
+    The one that is open by then, or one of its own: a server inside another program may have no door of ours. An
+    answer that is a stream goes on collecting until its end.
+    """
+    context = _current.get()
+    if context is not None:
+        context.collects = True
+        return await create(), context
+    context = RequestContext(collects=True)
+    token = _current.set(context)
+    try:
+        answer = await create()
+    finally:
+        _current.reset(token)
+    return _within(context, answer) if isinstance(answer, AsyncGenerator) else answer, context
+
+
+async def _within(context: RequestContext, stream: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
+    """The stream as it is, each step of it made in `context`: a generator runs in the context of who asks for more."""
+    async with aclosing(stream):
+        while True:
+            token = _current.set(context)
+            try:
+                item = await anext(stream)
+            except StopAsyncIteration:
+                return
+            finally:
+                _current.reset(token)
+            yield item

@@ -1,0 +1,71 @@
+"""Token ids where many conversations are answered at once: /v1/chat/completions/batch, and vllm run-batch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.common.answers import post, steady, tokenize
+from tests.common.reference import greedy
+from tests.common.tiny_model import tiny_model
+from tests.common.vllm import SMALL, RemoteOpenAIServer, run
+
+BATCH = "/v1/chat/completions/batch"
+CONVERSATIONS = [[{"role": "user", "content": " ".join(["word"] * (30 - length))}] for length in range(30)]
+
+
+def body(server: RemoteOpenAIServer, **options: Any) -> dict[str, Any]:
+    return {"model": server.model, "messages": CONVERSATIONS, "max_tokens": 4, "temperature": 0, **options}
+
+
+def test_every_choice_has_the_ids_of_its_own_conversation(armed: RemoteOpenAIServer) -> None:
+    answer = post(armed, BATCH, body(armed))
+
+    expected = [tokenize(armed, messages=messages) for messages in CONVERSATIONS]
+    assert [choice["prompt_token_ids"] for choice in answer["choices"]] == expected
+    assert answer["response_token_ids"] == [choice["token_ids"] for choice in answer["choices"]]
+    assert answer["response_token_ids"] == [greedy(prompt, 4) for prompt in expected]
+
+
+def test_a_request_that_declines_gets_vllms_own_answer(armed: RemoteOpenAIServer, plain: RemoteOpenAIServer) -> None:
+    ours = post(armed, BATCH, body(armed, return_token_ids=False))
+
+    assert steady(ours) == steady(post(plain, BATCH, body(plain)))
+
+
+def test_a_request_that_asks_gets_prompt_ids_too(parsing: RemoteOpenAIServer) -> None:
+    # AGL_RETURN_TOKEN_IDS=response
+    unsaid, asked = (post(parsing, BATCH, body(parsing, **said)) for said in ({}, {"return_token_ids": True}))
+
+    assert unsaid["response_token_ids"] == asked["response_token_ids"]
+    assert all(choice["prompt_token_ids"] for choice in asked["choices"])
+    assert not any(choice.get("prompt_token_ids") for choice in unsaid["choices"])
+
+
+@pytest.mark.parametrize("command", [("vllm", "run-batch"), ("python", "-m", "vllm.entrypoints.launchers.run_batch")])
+def test_result_lines_of_run_batch_carry_the_ids_of_their_endpoint(tmp_path: Path, command: tuple[str, ...]) -> None:
+    model = str(tiny_model())
+    chat = {"model": model, "messages": CONVERSATIONS[-1], "max_tokens": 4, "temperature": 0}
+    asked = {
+        "chat": ("/v1/chat/completions", chat),
+        "declined": ("/v1/chat/completions", {**chat, "return_token_ids": False}),
+        "pooled": ("/v1/embeddings", {"model": model, "input": "one"}),
+    }
+    lines = [
+        json.dumps({"custom_id": name, "method": "POST", "url": url, "body": body})
+        for name, (url, body) in asked.items()
+    ]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    files = ("-i", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl"))
+    ran = run(*command, *files, "--model", model, *SMALL, env={"AGL_INSTRUMENT": "1"})
+
+    assert ran.returncode == 0, ran.stderr
+    results = {line["custom_id"]: line for line in map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())}
+    answer = results["chat"]["response"]["body"]
+    assert answer["response_token_ids"] == [greedy(answer["prompt_token_ids"], 4)]
+    assert "response_token_ids" not in results["declined"]["response"]["body"]
+    assert results["declined"]["response"]["body"]["choices"][0]["token_ids"] is None
+    assert results["pooled"]["error"] or results["pooled"]["response"]["status_code"] != 200
