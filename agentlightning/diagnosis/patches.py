@@ -20,6 +20,14 @@ from agentlightning.modules import locate
 __all__ = ["findings", "of_patches"]
 
 PROBE_SECONDS = 600
+# Importing us arms a process where the variable is on; that must not hide whether Python arms it by itself.
+PROBE = """\
+import os, sys
+switch = os.environ.pop("AGL_INSTRUMENT")
+from agentlightning.diagnosis import probe
+os.environ["AGL_INSTRUMENT"] = switch
+probe.main(sys.argv[1])
+"""
 
 
 def findings() -> Iterator[Finding]:
@@ -86,7 +94,7 @@ def _finders(ahead: Sequence[str], all_applied: bool) -> Finding:
 def _probed() -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="agl-doctor-") as folder:
         file = Path(folder, "outcome.json")
-        probe = [*interpreter(), "-m", "agentlightning.diagnosis.probe", str(file)]
+        probe = [*interpreter(), "-c", PROBE, str(file)]
         try:
             # Not strict: it would end the probe instead of telling.
             ran = subprocess.run(

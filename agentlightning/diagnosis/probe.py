@@ -1,13 +1,11 @@
-"""Import vLLM as a server would, and write to a file what became of the patches: `python -m ... FILE`.
+"""Import vLLM as a server would, and write to a file what became of the patches.
 
 A process of its own, since `agl doctor` shall neither import vLLM nor be patched, and shall outlive what vLLM does.
-Importing this arms it: whether Python arms a process by itself is not asked here.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +41,3 @@ def _outcome() -> dict[str, Any]:
 def _class(finder: object) -> type:
     """A finder may be a class itself, as the standard library's are."""
     return finder if isinstance(finder, type) else type(finder)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from agentlightning import instrumentation
+from agentlightning.instrumentation import vllm
 from agentlightning.modules import locate
 from tests.common.environments import Environment
 from tests.common.made_up_vllm import VERSION
@@ -130,14 +131,15 @@ def test_what_cannot_be_patched_is_a_problem(environment: Environment, switch: s
 def test_a_vllm_in_which_nothing_is_known_is_a_problem_for_each_patch_set(
     environment: Environment, switch: str
 ) -> None:
-    for folder in ("openai", "launchers"):
-        shutil.rmtree(environment.site_packages / "vllm" / "entrypoints" / folder)
+    package = environment.site_packages / "vllm"
+    for module in {package.parent.joinpath(*name.split(".")) for known in vllm.PATCH_SETS for name in known.modules}:
+        module.with_suffix(".py").unlink(missing_ok=True)
 
     said = doctor(environment, AGL_INSTRUMENT=switch)
 
     assert said.status == 1
     for patch_set in PATCH_SETS:
-        assert f"problem {patch_set} failed: vLLM {VERSION} has no vllm.entrypoints." in said.text
+        assert f"problem {patch_set} failed: vLLM {VERSION} has no vllm." in said.text
     assert said.text.endswith(f"{len(PATCH_SETS)} problems.")
 
 
@@ -192,10 +194,18 @@ def test_a_finder_in_front_that_hides_nothing_is_a_note(environment: Environment
     assert f"note finders asked before ours on sys.meta_path: {name}; harmless, since all is applied" in said.text
 
 
-@pytest.mark.parametrize("hidden", ["vllm.entrypoints.openai.chat_completion.serving", "vllm"])
-def test_a_finder_in_front_that_hides_what_there_is_to_patch_is_named(environment: Environment, hidden: str) -> None:
-    sitecustomize = FINDER.format(hidden=[hidden], finder="InFront()")
-    (environment.site_packages / "sitecustomize.py").write_text(sitecustomize)
+def test_a_finder_in_front_that_hides_vllm_itself_is_made_up_for_by_the_plugin(environment: Environment) -> None:
+    (environment.site_packages / "sitecustomize.py").write_text(FINDER.format(hidden=["vllm"], finder="InFront()"))
+
+    said = doctor(environment)
+
+    assert said.status == 0, said.stdout
+    assert "ok chat applied" in said.text
+
+
+def test_a_finder_in_front_that_hides_what_there_is_to_patch_is_named(environment: Environment) -> None:
+    hidden = ["vllm.entrypoints.openai.chat_completion.serving"]
+    (environment.site_packages / "sitecustomize.py").write_text(FINDER.format(hidden=hidden, finder="InFront()"))
 
     said = doctor(environment)
 

@@ -54,7 +54,7 @@ def _understood(scope: Scope) -> tuple[Scope, RequestContext]:
     # Looked at first, since this runs for every request.
     if "/rollout/" in scope["path"]:
         scope = _without_prefix(scope, context)
-    _read_headers(dict(scope["headers"]), context)
+    _read_headers(dict(scope.get("headers", ())), context)
     return scope, context
 
 

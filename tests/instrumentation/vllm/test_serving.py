@@ -69,23 +69,6 @@ def test_without_either_vllm_is_untouched(plain: RemoteOpenAIServer) -> None:
     assert "agentlightning" not in plain.log
 
 
-def test_anthropic_messages_are_answered_as_before(armed: RemoteOpenAIServer, plain: RemoteOpenAIServer) -> None:
-    asked = {"model": armed.model, "messages": MESSAGES, "max_tokens": 16, "temperature": 0}
-
-    ours, vllms = (steady(post(server, "/v1/messages", asked)) for server in (armed, plain))
-    assert ours == vllms
-
-    ours, vllms = (events_by_type(post(server, "/v1/messages", {**asked, "stream": True})) for server in (armed, plain))
-    assert ours == vllms
-
-
-def events_by_type(events: list[dict[str, Any]]) -> dict[str, Any]:
-    """The text of an Anthropic stream, and what its other events are; the message's id is in the first."""
-    text = "".join(event["delta"]["text"] for event in events if event["type"] == "content_block_delta")
-    others = [event for event in events if event["type"] not in {"message_start", "content_block_delta"}]
-    return {"text": text, "others": others, "types": {event["type"] for event in events}}
-
-
 def test_sixty_four_requests_at_once_never_mix(armed: RemoteOpenAIServer) -> None:
     async def ask(client: openai.AsyncOpenAI, number: int) -> None:
         messages: Any = [{"role": "user", "content": f"Number {number}?"}]
