@@ -11,10 +11,10 @@ from typing import Any, TypeGuard
 
 from agentlightning.diagnosis import Finding, Mark
 from agentlightning.diagnosis.patches import of_patches
+from agentlightning.instrumentation.vllm.server import STATUS_ROUTE
 
-__all__ = ["STATUS_PATH", "Unreachable", "findings", "read"]
+__all__ = ["Unreachable", "findings", "read"]
 
-STATUS_PATH = "/v1/agl/status"
 SECONDS = 30
 REPORTED = ("agentlightning", "vllm", "python", "pid", "api_servers", "switches", "patches", "counters")
 
@@ -30,7 +30,7 @@ def read(url: str, api_key: str | None) -> dict[str, Any]:
         Unreachable: where there is no server, or none that gives a status.
     """
     server = url.rstrip("/").removesuffix("/v1")
-    address = f"{server if '://' in server else f'http://{server}'}{STATUS_PATH}"
+    address = f"{server if '://' in server else f'http://{server}'}{STATUS_ROUTE}"
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
         with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=SECONDS) as answer:

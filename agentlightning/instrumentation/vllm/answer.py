@@ -24,12 +24,13 @@ __all__ = [
     "Carried",
     "Endpoint",
     "RequestField",
+    "add_response_token_ids",
+    "as_json",
     "captured_fields",
     "contained",
     "contained_async",
     "edited",
     "failures",
-    "response_token_ids",
     "wanted",
 ]
 
@@ -64,13 +65,14 @@ def wanted(said: object) -> Carried:
     return ALL if said else NOTHING
 
 
-def response_token_ids(answer: Any) -> list[list[int]] | None:
-    """One list of ids a choice, in index order; None where vLLM leaves ids out.
+def add_response_token_ids(answer: Any) -> None:
+    """Put `response_token_ids` on an answer whose choices have their ids: one list a choice, in index order.
 
-    It does where it must hide what was generated (include_reasoning=false): then so do we.
+    Where vLLM leaves ids out, since it must hide what was generated (include_reasoning=false), so do we.
     """
     token_ids = [choice.token_ids for choice in sorted(answer.choices, key=lambda choice: choice.index)]
-    return None if any(ids is None for ids in token_ids) else token_ids
+    if all(ids is not None for ids in token_ids):
+        answer.response_token_ids = token_ids
 
 
 def captured_fields(context: RequestContext | None, carried: Carried) -> dict[str, Any]:
@@ -181,13 +183,24 @@ async def edited(
 def _edit(event: str, edit: Callable[[dict[str, Any]], None]) -> str:
     chunk = json.loads(event.removeprefix("data: "))
     edit(chunk)
-    # As pydantic writes it: not escaped, no space.
-    return f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {as_json(chunk)}\n\n"
+
+
+def as_json(event: dict[str, Any]) -> str:
+    """As pydantic writes it, not escaped and without spaces: an event that was edited differs only where it was."""
+    return json.dumps(event, ensure_ascii=False, separators=(",", ":"))
 
 
 @dataclass(frozen=True)
 class RequestField:
-    """A check without a change: a request model must have a field that the wrappers read and set."""
+    """A check without a change: a request model must have a field that the wrappers read and set.
+
+    Args:
+        model: the request model, by the name that the patched module knows it by.
+        field: the field that it must have.
+        since: the vLLM that it came with.
+        otherwise: what to raise without it: `Mismatch`, or `NotForThisRelease` where nothing is missed then.
+    """
 
     model: str
     field: str

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from agentlightning.instrumentation.vllm import request_context
-from agentlightning.instrumentation.vllm.answer import NOTHING, Carried, contained, response_token_ids, wanted
+from agentlightning.instrumentation.vllm.answer import NOTHING, Carried, add_response_token_ids, contained, wanted
 from agentlightning.instrumentation.vllm.request_context import RequestContext
 from agentlightning.patching import Patch, Wrap
 
@@ -45,9 +45,7 @@ def _attach(answer: Any, context: RequestContext, carried: Carried) -> None:
         }
         for choice in answer.choices:
             choice.prompt_token_ids = prompts[choice.index]
-    token_ids = response_token_ids(answer)
-    if token_ids is not None:
-        answer.response_token_ids = token_ids
+    add_response_token_ids(answer)
 
 
 SERVING_PATCHES: tuple[Patch, ...] = (

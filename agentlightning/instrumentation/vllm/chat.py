@@ -17,9 +17,7 @@ def attach(response: Any, request: Any, carried: Carried) -> None:
     """vLLM's answer has `prompt_token_ids` and each choice's `token_ids`: add `response_token_ids`."""
     if not carried.prompt:
         response.prompt_token_ids = None
-    token_ids = answer.response_token_ids(response)
-    if token_ids is not None:
-        response.response_token_ids = token_ids
+    answer.add_response_token_ids(response)
 
 
 def trim(stream: AsyncGenerator[str, None], request: Any, carried: Carried) -> AsyncGenerator[str, None]:

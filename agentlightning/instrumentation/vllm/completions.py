@@ -22,9 +22,7 @@ def attach(response: Any, request: Any, carried: Carried) -> None:
             choice.prompt_token_ids = None
         if _generates_nothing(request) and choice.token_ids is not None:
             choice.token_ids = []
-    token_ids = answer.response_token_ids(response)
-    if token_ids is not None:
-        response.response_token_ids = token_ids
+    answer.add_response_token_ids(response)
 
 
 def trim(stream: AsyncGenerator[str, None], request: Any, carried: Carried) -> AsyncGenerator[str, None]:

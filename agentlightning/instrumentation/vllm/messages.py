@@ -8,7 +8,14 @@ from contextlib import aclosing
 from typing import Any
 
 from agentlightning.instrumentation.vllm import request_context
-from agentlightning.instrumentation.vllm.answer import Carried, captured_fields, contained, contained_async, wanted
+from agentlightning.instrumentation.vllm.answer import (
+    Carried,
+    as_json,
+    captured_fields,
+    contained,
+    contained_async,
+    wanted,
+)
 from agentlightning.instrumentation.vllm.fields import ExtraField
 from agentlightning.instrumentation.vllm.request_context import RequestContext
 from agentlightning.patching import Patch, Wrap
@@ -61,9 +68,7 @@ async def _streamed(
 
 def _edit(event: str, context: RequestContext, carried: Carried) -> str:
     head, _, data = event.partition("data: ")
-    message = {**json.loads(data), **captured_fields(context, carried)}
-    # As pydantic writes it: not escaped, no space.
-    return f"{head}data: {json.dumps(message, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"{head}data: {as_json({**json.loads(data), **captured_fields(context, carried)})}\n\n"
 
 
 RESPONSE_PATCHES: tuple[Patch, ...] = (
