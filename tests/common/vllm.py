@@ -36,9 +36,10 @@ class RemoteOpenAIServer:
 
     Args:
         arguments: what follows the model on the command line.
-        command: what comes before it: a script of this interpreter's environment, and its subcommand.
+        command: what comes before it: a script, and its subcommand.
         env: environment variables of the server; `AGL_*` variables of this process do not reach it.
         model: a model's folder; the tiny one if not given.
+        scripts: the folder that the command is in, where it is another environment's.
 
     Raises:
         RuntimeError: on entering, if the server ends or is not healthy after five minutes; shows its log's end.
@@ -50,11 +51,12 @@ class RemoteOpenAIServer:
         command: Sequence[str] = PLAIN,
         env: Mapping[str, str] | None = None,
         model: Path | None = None,
+        scripts: Path = SCRIPTS,
     ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.model = str(model or tiny_model())
-        self.command = [str(SCRIPTS / command[0]), *command[1:], self.model, "--port", str(self.port)]
+        self.command = [str(scripts / command[0]), *command[1:], self.model, "--port", str(self.port)]
         self.command += ["--host", "127.0.0.1", *SMALL, *arguments]
         self.env = {**without_agl(os.environ), **QUIET, **(env or {})}
         self._owner = os.getpid()
