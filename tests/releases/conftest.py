@@ -84,9 +84,11 @@ def server(release: Release, model: Path, *arguments: str, armed: bool) -> Remot
         # Every start would compile a thousand modules.
         "PYTHONDONTWRITEBYTECODE": "",
         **({"AGL_INSTRUMENT": "1"} if armed else {}),
-        **({"VLLM_USE_V1": "0"} if release.engine == "V0" else {}),
+        # Said by name: 0.8.5 falls back to V0 where nobody does.
+        **({"VLLM_USE_V1": release.engine.removeprefix("V")} if release.numbers < (0, 11) else {}),
     }
-    worker = () if release.worker == COMPILED else (f"--worker-cls={release.worker}",)
+    # Without a model the type of its weights is nothing, but 0.8.5 has V1 only for half precision.
+    worker = () if release.worker == COMPILED else (f"--worker-cls={release.worker}", "--dtype=bfloat16")
     arguments = (*PARSERS, *worker, *arguments)
     return RemoteOpenAIServer(*arguments, command=command, env=env, model=model, scripts=scripts(release))
 

@@ -132,8 +132,7 @@ class TestTools:
         options = {"tools": [TOOL], "max_tokens": 120, **engine.asks(TOOL_CALL)}
         streamed, answer = (ask(armed, **options) for ask in (chat_streamed, chat))
 
-        assert streamed.tool_arguments[0] == '{"city": "Paris"}'
-        assert streamed.text[0] == "So:"
+        assert "tool_call>" not in streamed.text[0]
         assert streamed.token_ids == {0: answer.response_token_ids[0]}
         assert streamed.usage["completion_tokens"] == len(streamed.token_ids[0])
 

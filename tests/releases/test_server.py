@@ -31,7 +31,7 @@ def running(server: RemoteOpenAIServer) -> float:
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
 def test_a_client_that_hangs_up_harms_nobody(armed: RemoteOpenAIServer, engine: Engine, stream: bool) -> None:
     options = engine.asks(ANYTHING, max_tokens=900, ignore_eos=True)
-    client = armed.client().with_options(timeout=2)
+    client, log = armed.client(), len(armed.log)
     for _ in range(3):
         if stream:
             create = client.chat.completions.create
@@ -47,7 +47,7 @@ def test_a_client_that_hangs_up_harms_nobody(armed: RemoteOpenAIServer, engine: 
     assert running(armed) == 0
     answer = chat(armed, **engine.asks(ANYTHING))
     assert answer.response_token_ids == [engine.says(ANYTHING, answer.prompt_token_ids, 24)]
-    assert "Traceback" not in armed.log
+    assert "Traceback" not in armed.log[log:]
 
 
 @pytest.mark.check(API_SERVERS)
@@ -78,9 +78,9 @@ def processes_that_serve(server: RemoteOpenAIServer) -> set[int]:
 
 def test_nothing_of_ours_has_failed_meanwhile(armed: RemoteOpenAIServer) -> None:
     status = fetch(armed, STATUS)
+    states = {name: patch["state"] for name, patch in status["patches"].items()}
 
-    assert {
-        name: patch for name, patch in status["patches"].items() if patch["state"] not in ("applied", "skipped")
-    } == {}
+    assert states["capture"] == states["chat"] == states["completions"] == "applied"
+    assert "failed" not in states.values()
     assert status["counters"]["failures"] == {}
     assert "agentlightning: " not in armed.log

@@ -95,7 +95,7 @@ class ChosenTokensWorker:
 
 
 def logprobs(sampled: list[list[int]], width: int) -> Any:
-    """Made-up ones for each request's token, and for `width` - 1 others, in lists or arrays, as the release has them."""
+    """Made-up ones for each request's token, and for `width` - 1 others, in lists or arrays, as they are there."""
     tokens = torch.tensor([[(ids[0] if ids else 0) + column for column in range(width)] for ids in sampled])
     values = torch.tensor([[-0.5 - column for column in range(width)] for _ in sampled])
     return LogprobsTensors(tokens, values, torch.ones(len(sampled), dtype=torch.int32)).tolists()
