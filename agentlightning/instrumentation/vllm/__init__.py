@@ -13,8 +13,8 @@ import threading
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from agentlightning import _startup, settings
-from agentlightning.importhook import ImportHook, finders_ahead, is_executing, when_imported
+from agentlightning import settings, tripwire
+from agentlightning.importhook import ImportHook, finders_ahead, is_executing, take_off, when_imported
 from agentlightning.instrumentation.vllm import (
     batch,
     chat,
@@ -70,7 +70,7 @@ PATCH_SETS = (
     JUDGE,
 )
 
-_armed = False
+_armed = _declined = False
 _hooks: list[ImportHook] = []
 _lock = threading.RLock()
 
@@ -81,12 +81,19 @@ def instrument_vllm() -> None:
     Every answer then carries its token ids, as `AGL_RETURN_TOKEN_IDS` says. Raises nothing: `status()` tells what
     became of it. A second call is a no-op with a warning.
     """
-    if not arm_vllm():
+    global _declined
+    _declined = False
+    if not _arm():
         logger.warning("agentlightning: vLLM is instrumented already")
 
 
-def arm_vllm() -> bool:
-    """As `instrument_vllm`, but silent where that has been done already; returns whether it had not."""
+def arm_vllm() -> None:
+    """As `instrument_vllm`, where nobody has called that or `uninstrument_vllm` yet: a program has the last word."""
+    if not _declined:
+        _arm()
+
+
+def _arm() -> bool:
     global _armed
     with _lock:
         if _armed:
@@ -108,8 +115,9 @@ def uninstrument_vllm() -> None:
 
     Requests under way end as they began. `instrument_vllm` patches again.
     """
-    global _armed
-    _startup.stop()
+    global _armed, _declined
+    _declined = True
+    take_off(tripwire)
     with _lock:
         while _hooks:
             _hooks.pop().remove()

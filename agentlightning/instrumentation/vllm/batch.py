@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from agentlightning.instrumentation.vllm import request_context
-from agentlightning.instrumentation.vllm.answer import NOTHING, Carried, add_response_token_ids, contained, wanted
+from agentlightning.instrumentation.vllm.answer import NOTHING, Carried, add_response_token_ids, wanted
+from agentlightning.instrumentation.vllm.containment import contained
 from agentlightning.instrumentation.vllm.request_context import RequestContext
 from agentlightning.patching import Patch, Wrap
 

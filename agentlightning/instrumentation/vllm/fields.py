@@ -1,4 +1,4 @@
-"""A field more on one of vLLM's pydantic models, declared in place, so that every name the model goes by has it."""
+"""Fields of vLLM's pydantic models: one more, declared in place so that every name of the model has it; one needed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from agentlightning.patching import Mismatch, NotForThisRelease
 
-__all__ = ["ExtraField"]
+__all__ = ["ExtraField", "RequestField", "model_of"]
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,7 @@ class ExtraField:
         import pydantic
         from pydantic.fields import FieldInfo
 
-        model = getattr(module, self.model, None)
-        if not (isinstance(model, type) and issubclass(model, pydantic.BaseModel)):
-            raise Mismatch(f"{module.__name__} has no model {self.model}")
-        if self.field in model.model_fields:
+        if self.field in model_of(module, self.model).model_fields:
             raise NotForThisRelease(f"{self.model} has a {self.field} of its own")
         if "exclude_if" not in FieldInfo.__slots__:
             raise NotForThisRelease(
@@ -65,6 +62,20 @@ class ExtraField:
         return undo
 
 
+def model_of(module: ModuleType, name: str) -> Any:
+    """The pydantic model that `module` knows by this name.
+
+    Raises:
+        Mismatch: where it is not there, or something else.
+    """
+    from pydantic import BaseModel
+
+    model = getattr(module, name, None)
+    if not (isinstance(model, type) and issubclass(model, BaseModel)):
+        raise Mismatch(f"{module.__name__} has no model {name}")
+    return model
+
+
 def _rebuild(model: Any) -> None:
     """Rebuild `model`, and the models that hold it: they write it as it was when they were built.
 
@@ -95,3 +106,30 @@ _DESCRIPTION = "The token ids that the engine produced: one list a choice, in in
 
 def _is_none(value: object) -> bool:
     return value is None
+
+
+@dataclass(frozen=True)
+class RequestField:
+    """A check without a change: a request model must have a field that the wrappers read and set.
+
+    Args:
+        model: the request model, by the name that the patched module knows it by.
+        field: the field that it must have.
+        since: the vLLM that it came with.
+        otherwise: what to raise without it: `Mismatch`, or `NotForThisRelease` where nothing is missed then.
+    """
+
+    model: str
+    field: str
+    since: str
+    otherwise: type[Exception] = Mismatch
+
+    def check(self, module: ModuleType) -> None:
+        if self.field not in model_of(module, self.model).model_fields:
+            raise self.otherwise(f"{self.model} knows no {self.field}, which vLLM has had since {self.since}")
+
+    def is_applied(self, module: ModuleType) -> bool:
+        return True
+
+    def apply(self, module: ModuleType) -> Callable[[], None]:
+        return lambda: None

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from agentlightning.instrumentation.vllm import releases
-from agentlightning.instrumentation.vllm.answer import RequestField, contained, wanted
+from agentlightning.instrumentation.vllm.answer import wanted
+from agentlightning.instrumentation.vllm.containment import contained
+from agentlightning.instrumentation.vllm.fields import RequestField
 from agentlightning.patching import NotForThisRelease, Patch, Wrap
 
 __all__ = ["SERVING_PATCHES"]

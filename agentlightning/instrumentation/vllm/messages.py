@@ -8,16 +8,11 @@ from contextlib import aclosing
 from typing import Any
 
 from agentlightning.instrumentation.vllm import request_context
-from agentlightning.instrumentation.vllm.answer import (
-    Carried,
-    as_json,
-    captured_fields,
-    contained,
-    contained_async,
-    wanted,
-)
+from agentlightning.instrumentation.vllm.answer import Carried, captured_fields, wanted
+from agentlightning.instrumentation.vllm.containment import contained, contained_async
 from agentlightning.instrumentation.vllm.fields import ExtraField
 from agentlightning.instrumentation.vllm.request_context import RequestContext
+from agentlightning.instrumentation.vllm.sse import as_json
 from agentlightning.patching import Patch, Wrap
 
 __all__ = ["RESPONSE_PATCHES", "SERVING_PATCHES"]

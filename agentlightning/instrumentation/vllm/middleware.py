@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from agentlightning.instrumentation.vllm import request_context
-from agentlightning.instrumentation.vllm.answer import contained
+from agentlightning.instrumentation.vllm.containment import contained
 from agentlightning.instrumentation.vllm.request_context import RequestContext
 
 __all__ = ["RequestContexts", "ignored"]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from agentlightning.instrumentation.vllm import request_context
-from agentlightning.instrumentation.vllm.answer import contained
+from agentlightning.instrumentation.vllm.containment import contained
 from agentlightning.instrumentation.vllm.request_context import EngineRequest, RequestContext
 from agentlightning.patching import Patch, Wrap
 

@@ -16,12 +16,13 @@ from vllm.entrypoints.launchers.api_server import entry
 from vllm.entrypoints.openai.chat_completion import serving as chat_serving
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
 from vllm.entrypoints.openai.completion import serving as completion_serving
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve.engine.protocol import UsageInfo
 from vllm.plugins import load_general_plugins
 
 from agentlightning import instrumentation
 from agentlightning._startup import start
-from agentlightning.instrumentation.vllm import answer, import_targets
+from agentlightning.instrumentation.vllm import containment, import_targets
 
 # As a vLLM that serves everything has them.
 import_targets()
@@ -173,6 +174,14 @@ class TestVllmsPluginEntryPoint:
         assert OpenAIServingChat.create_chat_completion is patched is not VLLMS_OWN
         assert not [record for record in caplog.records if record.name == "agentlightning"]
 
+    def test_after_a_program_has_taken_the_patches_back_it_changes_nothing(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        instrumentation.uninstrument_vllm()
+        self.load_plugins(monkeypatch, "1")
+
+        assert OpenAIServingChat.create_chat_completion is VLLMS_OWN
+
 
 @pytest.mark.parametrize(
     ("setting", "said", "asked"),
@@ -211,7 +220,7 @@ def test_an_attachment_that_raises_gives_vllms_answer_and_is_told_once(caplog: p
     [record] = caplog.records
     assert record.levelno == logging.ERROR
     assert "/v1/chat/completions: attaching ids" in record.message
-    assert answer.failures == {"/v1/chat/completions: attaching ids: AttributeError": 3}
+    assert containment.failures == {"/v1/chat/completions: attaching ids: AttributeError": 3}
 
 
 def test_a_request_that_cannot_be_read_is_answered_by_vllm_alone(caplog: pytest.LogCaptureFixture) -> None:
@@ -314,14 +323,14 @@ class TestEchoWhereSomethingGoesWrong:
             yield 0, output
 
     def test_outputs_that_cannot_be_read(self, caplog: pytest.LogCaptureFixture) -> None:
-        asked = SimpleNamespace(echo=True, return_token_ids=None, n=1)
+        asked = CompletionRequest.model_validate({"prompt": "a", "echo": True})
 
         assert self.streamed(self.results(SimpleNamespace()), asked) == list(self.VLLMS_EVENTS)
         assert "noting streamed ids" in caplog.text
 
     def test_a_request_that_cannot_be_read(self, caplog: pytest.LogCaptureFixture) -> None:
         assert self.streamed(self.results(SimpleNamespace()), SimpleNamespace()) == list(self.VLLMS_EVENTS)
-        assert "streaming ids beside echo" in caplog.text
+        assert "streaming taken ids" in caplog.text
 
     def test_results_that_cannot_be_closed(self, caplog: pytest.LogCaptureFixture) -> None:
         class Results:
@@ -338,7 +347,7 @@ class TestEchoWhereSomethingGoesWrong:
                     raise StopAsyncIteration
                 return 0, self.left.pop()
 
-        asked = SimpleNamespace(echo=True, return_token_ids=None, n=1)
+        asked = CompletionRequest.model_validate({"prompt": "a", "echo": True})
         with_ids = 'data: {"choices":[{"index":0,"text":"ab","prompt_token_ids":[1],"token_ids":[2]}]}\n\n'
 
         assert self.streamed(Results(), asked) == [with_ids, self.VLLMS_EVENTS[1]]
