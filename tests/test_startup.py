@@ -19,6 +19,7 @@ import agentlightning
 from agentlightning import importhook, instrumentation
 from agentlightning._startup import start
 from agentlightning.instrumentation import vllm
+from agentlightning.instrumentation.vllm import releases
 from tests.common.made_up_vllm import PROMPT, RESPONSE, VERSION, Layout, made_up_vllm
 
 CHECKOUT = Path(__file__).parents[1]
@@ -428,6 +429,40 @@ def test_a_vllm_without_the_modules_works_and_each_patch_set_says_what_it_misses
     assert version == VERSION
     assert json.loads(status) == {patch_set: f"failed: {reason}" for patch_set, reason in reasons.items()}
     assert output.stderr == [unpatched(patch_set, reason) for patch_set, reason in reasons.items()]
+
+
+@all_can_be_patched
+def test_a_release_that_nobody_has_seen_is_patched_and_named_once(tmp_path: Path) -> None:
+    made_up_vllm(tmp_path, edits={VERSION: "1.2.3.post4+cpu"})
+    # A process that vLLM starts imports it too.
+    code = "import multiprocessing\nif __name__ == '__main__':\n    import vllm\n"
+    spawn = "    process = multiprocessing.get_context('spawn').Process(target=exec, args=('import vllm',))\n"
+    (tmp_path / "program.py").write_text(f"{code}{spawn}    process.start(); process.join()\n")
+
+    started = python(str(tmp_path / "program.py"), instrument="1", path=tmp_path)
+    answered = python("-c", answers(), instrument="1", path=tmp_path)
+
+    newer = f"vLLM 1.2.3.post4+cpu is newer than any that is known here ({VERSION}); it is patched by what is found"
+    assert started.stderr == [f"agentlightning: {newer} in it"]
+    assert list(map(json.loads, answered.stdout)) == ANSWERS_WITH_IDS
+
+
+@pytest.mark.parametrize(
+    ("version", "older"),
+    [
+        ("0.12.0", True),
+        ("0.8.5.post2", True),
+        ("0.10.2.post2+cpu", True),
+        ("0.13.0", False),
+        ("0.13.0rc1", False),
+        ("1.0.0", False),
+        ("0.1.dev9234+g1a2b3c", False),
+        ("dev", False),
+        ("0.0.0", False),
+    ],
+)
+def test_what_is_no_release_is_older_than_none(version: str, older: bool) -> None:
+    assert releases.is_before(version, "0.13.0") is older
 
 
 @all_can_be_patched

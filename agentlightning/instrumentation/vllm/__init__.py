@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import multiprocessing
 import sys
 import threading
 from types import ModuleType
@@ -148,10 +149,16 @@ def _apply(patch_set: PatchSet, module: ModuleType) -> None:
 
 def _look_for_modules(vllm: ModuleType) -> None:
     """Without this, a patch set whose module will never be seen would be pending for ever, and nobody told."""
+    version = getattr(vllm, "__version__", "of unknown version")
+    # Said by the process that starts the others, once.
+    if releases.is_before(releases.NEWEST_KNOWN, version) and multiprocessing.parent_process() is None:
+        logger.warning(
+            "agentlightning: vLLM %s is newer than any that is known here (%s); it is patched by what is found in it",
+            *(version, releases.NEWEST_KNOWN),
+        )
     for patch_set in PATCH_SETS:
         if any(map(locate, patch_set.modules)):
             continue
-        version = getattr(vllm, "__version__", "of unknown version")
         if patch_set.since and releases.is_before(version, patch_set.since):
             patch_set.skip(f"came with vLLM {patch_set.since}")
         else:

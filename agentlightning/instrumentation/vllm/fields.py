@@ -16,20 +16,27 @@ __all__ = ["ExtraField", "RequestField", "model_of"]
 class ExtraField:
     """A patch: `model` gets the optional field `field`, left out of what it writes where it was not set.
 
-    Without it the attribute can be set all the same, since vLLM's models allow extra ones, but no schema shows it.
+    Without it the attribute can be set on most of vLLM's models all the same: they allow extra ones, which no schema
+    shows.
+
+    Args:
+        model: the model, by the name that the patched module knows it by.
+        field: the field's name.
+        annotation: its type.
+        written_without_null: whether vLLM leaves out itself what is null, wherever it writes this model.
     """
 
     model: str
     field: str
     annotation: Any
+    written_without_null: bool = False
 
     def check(self, module: ModuleType) -> None:
         import pydantic
-        from pydantic.fields import FieldInfo
 
         if self.field in model_of(module, self.model).model_fields:
             raise NotForThisRelease(f"{self.model} has a {self.field} of its own")
-        if "exclude_if" not in FieldInfo.__slots__:
+        if not (self.written_without_null or _can_exclude()):
             raise NotForThisRelease(
                 f"pydantic {pydantic.VERSION} cannot leave out a field that was not set, 2.12 can; "
                 f"answers carry {self.field} all the same, but no schema shows it"
@@ -45,7 +52,8 @@ class ExtraField:
         from pydantic.fields import FieldInfo
 
         model = getattr(module, self.model)
-        default = Field(default=None, description=_DESCRIPTION, exclude_if=_is_none)
+        exclude: Any = {"exclude_if": _is_none} if _can_exclude() else {}
+        default = Field(default=None, description=_DESCRIPTION, **exclude)
         model.model_fields[self.field] = FieldInfo.from_annotated_attribute(self.annotation, default)
 
         def undo() -> None:
@@ -102,6 +110,12 @@ def _mentions(annotation: Any, model: type[Any]) -> bool:
 
 
 _DESCRIPTION = "The token ids that the engine produced: one list a choice, in index order. Added by Agent Lightning."
+
+
+def _can_exclude() -> bool:
+    from pydantic.fields import FieldInfo
+
+    return "exclude_if" in FieldInfo.__slots__  # from pydantic 2.12
 
 
 def _is_none(value: object) -> bool:

@@ -67,8 +67,9 @@ def _edit(event: str, context: RequestContext, carried: Carried) -> str:
 
 
 RESPONSE_PATCHES: tuple[Patch, ...] = (
-    ExtraField("AnthropicMessagesResponse", "prompt_token_ids", list[int] | None),
-    ExtraField("AnthropicMessagesResponse", "response_token_ids", list[list[int]] | None),
+    # Its model takes no extra attributes, and its route leaves out what is null.
+    ExtraField("AnthropicMessagesResponse", "prompt_token_ids", list[int] | None, written_without_null=True),
+    ExtraField("AnthropicMessagesResponse", "response_token_ids", list[list[int]] | None, written_without_null=True),
 )
 SERVING_PATCHES: tuple[Patch, ...] = (
     Wrap("AnthropicServingMessages.create_messages", ("request", "raw_request"), with_token_ids),

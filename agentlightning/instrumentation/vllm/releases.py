@@ -75,6 +75,9 @@ LAUNCHER = Home(
     )
 )
 
+NEWEST_KNOWN = "0.33.0"
+"""The newest release that this table was written from."""
+
 WHOLE_TOKEN_IDS_SINCE = "0.13.0"
 """The first release that gives all ids of chat and completions if it is asked to.
 
@@ -93,6 +96,11 @@ def gives_token_ids(request_model: Any) -> bool:
 
 @cache
 def is_before(version: str, since: str) -> bool:
-    """Whether a release is older than `since`; a version that is not a release's (`dev`) is never older."""
-    numbers = [int(number) for number in re.findall(r"\d+", version.partition("+")[0])[:3]]
-    return len(numbers) == 3 and any(numbers) and numbers < [int(number) for number in since.split(".")]
+    """Whether a release is older than `since`; what is no release's version (`dev`) is neither older nor newer."""
+    older, newer = _release(version), _release(since)
+    return older is not None and newer is not None and older < newer
+
+
+def _release(version: str) -> tuple[int, ...] | None:
+    numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
+    return tuple(map(int, numbers.groups())) if numbers and any(map(int, numbers.groups())) else None

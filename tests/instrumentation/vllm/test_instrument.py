@@ -294,8 +294,8 @@ def test_an_endpoint_built_upon_chat_is_left_alone() -> None:
     assert asked == [None, None, True]
 
 
-class TestEchoWhereSomethingGoesWrong:
-    """Beside an echo we take the ids from the engine's outputs: what fails there is ours, and the answer is vLLM's."""
+class TestTakenIds:
+    """Beside an echo we take the ids from the engine's results: what fails there is ours, and the answer is vLLM's."""
 
     VLLMS_EVENTS = ('data: {"choices":[{"index":0,"text":"ab"}]}\n\n', "data: [DONE]\n\n")
 
@@ -310,6 +310,11 @@ class TestEchoWhereSomethingGoesWrong:
                 yield event
             yield done
 
+        return self.answered(completion_stream_generator, results, asked)
+
+    def answered(self, completion_stream_generator: Any, results: Any, asked: Any) -> list[str]:
+        """What is streamed where this is how vLLM streams."""
+
         async def gathered(stream: AsyncGenerator[str, None]) -> list[str]:
             return [event async for event in stream]
 
@@ -321,6 +326,34 @@ class TestEchoWhereSomethingGoesWrong:
     async def results(self, *outputs: Any) -> AsyncGenerator[tuple[int, Any], None]:
         for output in outputs:
             yield 0, output
+
+    def test_ids_that_no_chunk_carried_ride_on_one_more(self) -> None:
+        """As in releases where a parser can be silent to the end of a stream."""
+        first, second, last = (
+            SimpleNamespace(prompt_token_ids=[1], outputs=[SimpleNamespace(index=0, token_ids=[number])])
+            for number in (2, 3, 4)
+        )
+        head = '"id":"cmpl-1","object":"text_completion","created":7,"model":"m"'
+        usage = f'data: {{{head},"choices":[],"usage":{{}}}}\n\n'
+
+        async def completion_stream_generator(
+            self: Any, request: Any, engine_inputs: Any, result_generator: Any
+        ) -> AsyncGenerator[str, None]:
+            async for _, result in result_generator:
+                if result is first:
+                    yield f'data: {{{head},"choices":[{{"index":0,"text":"ab"}}],"usage":null}}\n\n'
+            yield usage
+            yield "data: [DONE]\n\n"
+
+        asked = CompletionRequest.model_validate({"prompt": "a", "echo": True})
+        said = '{"index":0,"text":"ab","prompt_token_ids":[1],"token_ids":[2]}'
+        unsaid = '{"index":0,"text":"","logprobs":null,"finish_reason":null,"token_ids":[3,4]}'
+        assert self.answered(completion_stream_generator, self.results(first, second, last), asked) == [
+            f'data: {{{head},"choices":[{said}],"usage":null}}\n\n',
+            f'data: {{{head},"choices":[{unsaid}]}}\n\n',
+            usage,
+            "data: [DONE]\n\n",
+        ]
 
     def test_outputs_that_cannot_be_read(self, caplog: pytest.LogCaptureFixture) -> None:
         asked = CompletionRequest.model_validate({"prompt": "a", "echo": True})
