@@ -138,8 +138,10 @@ class SqliteStore(Store):
     def tally(self, **filters: Unpack[Filters]) -> dict[Status, int]:
         status = tables.generations.c.status
         with self._connected() as connection:
-            query = select(status, func.count()).where(*_conditions(connection, filters)).group_by(status)
-            found = dict(connection.execute(query).tuples().all())
+            query = (
+                select(status, func.count().label("count")).where(*_conditions(connection, filters)).group_by(status)
+            )
+            found = {row.status: row.count for row in connection.execute(query)}
         return {name: found.get(number, 0) for number, name in enumerate(STATUSES)}
 
     def add_losses(self, losses: Sequence[Loss]) -> None:
@@ -170,7 +172,8 @@ class SqliteStore(Store):
             self._texts = {None: None}
         table, known = tables.texts, self._texts
         for some in _in_parts(keys - known.keys()):
-            known |= connection.execute(select(table.c.key, table.c.text).where(table.c.key.in_(some))).tuples().all()
+            found = connection.execute(select(table.c.key, table.c.text).where(table.c.key.in_(some)))
+            known |= {row.key: row.text for row in found}
         return known
 
     def _make_file(self) -> None:
@@ -307,7 +310,7 @@ def _keys_of(connection: Connection, wanted: Iterable[str]) -> dict[str, int]:
     known: dict[bytes, int] = {}
     for some in _in_parts(list(digests.values())):
         query = select(table.c.digest, table.c.key).where(table.c.digest.in_(some))
-        known |= dict(connection.execute(query).tuples().all())
+        known |= {row.digest: row.key for row in connection.execute(query)}
     fresh = {digest: text for text, digest in digests.items() if digest not in known}
     new = [
         (key, digest, rows.storable(text))
