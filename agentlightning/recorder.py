@@ -80,11 +80,15 @@ class Recorder:
     Args:
         url: where the store is. It is opened by the thread, and again after every failure.
         queue_bytes: how much may wait, as `record` is told it.
+        observe: is given the counters by the thread, after each write and each failure.
     """
 
-    def __init__(self, url: str, queue_bytes: int) -> None:
+    def __init__(
+        self, url: str, queue_bytes: int, observe: Callable[[Counters], object] = lambda counters: None
+    ) -> None:
         self._url = url
         self._queue_bytes = queue_bytes
+        self._observe = observe
         self._store: Store | None = None
         self._begin()
         begin = weakref.WeakMethod(self._begin)
@@ -280,6 +284,7 @@ class Recorder:
         """The store could not be written: it is opened again the next time."""
         self._counters.failed_writes += 1
         self._counters.trouble = str(error)
+        self._observe(self.counters())
         self._say("store", f"generations wait for the store: {error}")
         self._let_go()
 
@@ -300,6 +305,7 @@ class Recorder:
         if counters.trouble is not None:
             counters.trouble = None
             logger.info("agentlightning: generations are written to the store again")
+        self._observe(self.counters())
 
     def _lose(self, kind: str, count: int, detail: str) -> None:
         self._counters.lost[kind] += count
@@ -308,6 +314,7 @@ class Recorder:
         loss = self._losing.setdefault(kind, _loss(0, f"{kind}: {detail}", now, now))
         loss.count += count
         loss.last_at = now
+        self._observe(self.counters())
 
     def _say(self, kind: str, message: str) -> None:
         """Log it, but not this kind more than once in a while."""

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from types import ModuleType
 from typing import Any
 
-from agentlightning.instrumentation.vllm import releases
+from agentlightning.instrumentation.vllm import recording, releases
 from agentlightning.instrumentation.vllm.answer import Carried, add_response_token_ids
 from agentlightning.instrumentation.vllm.containment import contained
 from agentlightning.instrumentation.vllm.endpoint import Endpoint
@@ -116,6 +116,7 @@ RESPONSE_PATCHES: tuple[Patch, ...] = (
     ExtraField("ChatCompletionResponse", "response_token_ids", list[list[int]] | None),
 )
 SERVING_PATCHES: tuple[Patch, ...] = (
+    recording.calls("OpenAIServingChat.create_chat_completion", ENDPOINT.name),
     Wrap("OpenAIServingChat.create_chat_completion", ("request",), ENDPOINT.wrap),
     Where(
         _loses_ids,

@@ -6,7 +6,7 @@ import math
 from collections.abc import AsyncGenerator, Callable, Iterable
 from typing import Any
 
-from agentlightning.instrumentation.vllm import releases
+from agentlightning.instrumentation.vllm import recording, releases
 from agentlightning.instrumentation.vllm.answer import Carried, add_response_token_ids, said
 from agentlightning.instrumentation.vllm.containment import contained
 from agentlightning.instrumentation.vllm.endpoint import Endpoint
@@ -133,6 +133,7 @@ class _StreamedIds(StreamedIds):
 
 
 SERVING_PATCHES: tuple[Patch, ...] = (
+    recording.calls("OpenAIServingCompletion.create_completion", ENDPOINT.name),
     Wrap("OpenAIServingCompletion.create_completion", ("request",), ENDPOINT.wrap),
     Wrap(
         "OpenAIServingCompletion.request_output_to_completion_response",

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
-from agentlightning.instrumentation.vllm import request_context
+from agentlightning.instrumentation.vllm import recording, request_context
 from agentlightning.instrumentation.vllm.answer import Carried, captured_fields, wanted
 from agentlightning.instrumentation.vllm.containment import contained, contained_async
 from agentlightning.instrumentation.vllm.fields import ExtraField
@@ -72,5 +72,6 @@ RESPONSE_PATCHES: tuple[Patch, ...] = (
     ExtraField("AnthropicMessagesResponse", "response_token_ids", list[list[int]] | None, written_without_null=True),
 )
 SERVING_PATCHES: tuple[Patch, ...] = (
+    recording.calls("AnthropicServingMessages.create_messages", ROUTE),
     Wrap("AnthropicServingMessages.create_messages", ("request", "raw_request"), with_token_ids),
 )

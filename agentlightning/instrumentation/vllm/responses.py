@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from agentlightning.instrumentation.vllm import request_context
+from agentlightning.instrumentation.vllm import recording, request_context
 from agentlightning.instrumentation.vllm.answer import captured_fields, said, wanted
 from agentlightning.instrumentation.vllm.containment import contained
 from agentlightning.patching import Patch, Wrap
@@ -47,6 +47,7 @@ def _attach(response: Any, request: Any) -> None:
 
 
 SERVING_PATCHES: tuple[Patch, ...] = (
+    recording.calls("OpenAIServingResponses.create_responses", ROUTE),
     Wrap("OpenAIServingResponses.create_responses", ("request",), collected),
     Wrap("OpenAIServingResponses.responses_full_generator", ("request",), with_token_ids),
 )
