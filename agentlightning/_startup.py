@@ -8,28 +8,19 @@ from types import ModuleType
 
 from agentlightning import importhook, is_on, tripwire
 
-_hook: importhook.ImportHook | None = None
-
 
 def start() -> None:
     """Arm this interpreter if `AGL_INSTRUMENT` asks for it: a vLLM that is imported, or has been, is patched.
 
     Idempotent: vLLM calls it as a plugin, armed or not. Raises nothing: what goes wrong is one line on stderr.
     """
-    global _hook
     try:
         if is_on():
             importhook.take_place_of(tripwire)
-            _hook = importhook.when_imported("vllm", instrument)
+            # Once: what follows vLLM from then on is the instrumentation's own, and goes when that is taken back.
+            importhook.when_imported("vllm", instrument, once=True)
     except BaseException as error:
         _say(f"not armed: {error!r}")
-
-
-def stop() -> None:
-    """Take back what `start` did: a vLLM that is imported from now on is not patched. Idempotent."""
-    importhook.take_off(tripwire)
-    if _hook is not None:
-        _hook.remove()
 
 
 def execute_vllm(spec: ModuleSpec, module: ModuleType) -> None:

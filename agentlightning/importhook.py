@@ -26,11 +26,12 @@ logger = logging.getLogger("agentlightning")
 class ImportHook:
     """One registration, as `when_imported` returns it; as a context manager, it ends with the block."""
 
-    __slots__ = ("callback", "name")
+    __slots__ = ("callback", "name", "once")
 
-    def __init__(self, name: str, callback: Callback) -> None:
+    def __init__(self, name: str, callback: Callback, once: bool = False) -> None:
         self.name = name
         self.callback = callback
+        self.once = once
 
     def remove(self) -> None:
         """Call no more; what the callback has done stays. Idempotent."""
@@ -50,21 +51,21 @@ class ImportHook:
         self.remove()
 
 
-def when_imported(name: str, callback: Callback) -> ImportHook:
+def when_imported(name: str, callback: Callback, once: bool = False) -> ImportHook:
     """Call `callback(module)` each time the module called `name` has been executed, until the hook is removed.
 
     A module that is imported already is handed over at once; one that another thread is importing, when that is
     done. Reloading it, or dropping it from `sys.modules` and importing it again, calls again. The module handed
     over is the one in `sys.modules`, which a module may have replaced itself in. What the callback raises is logged
     and goes no further, but for what ends a process (`SystemExit`). The same callback for the same name is registered
-    once.
+    once; with `once`, the hook is removed when it has been called.
     """
     with _lock:
         hooks = _hooks.get(name, [])
         hook = next((known for known in hooks if known.callback == callback), None)
         if hook is not None:
             return hook
-        hook = ImportHook(name, callback)
+        hook = ImportHook(name, callback, once)
         # A new list each time: a thread that is calling the old one's hooks is not disturbed.
         _hooks[name] = [*hooks, hook]
         if _finder not in sys.meta_path:
@@ -151,6 +152,10 @@ def _call(hook: ImportHook, module: ModuleType) -> None:
             " ".join(repr(error).split()),
             exc_info=logger.isEnabledFor(logging.DEBUG),
         )
+    finally:
+        # Not before: what the callback registers keeps the finder at its place among the others.
+        if hook.once:
+            hook.remove()
 
 
 _lock = threading.RLock()

@@ -17,7 +17,7 @@ from enum import Enum
 from types import ModuleType
 from typing import Any, Protocol
 
-__all__ = ["Mismatch", "NotForThisRelease", "Patch", "PatchSet", "State", "Status", "Wrap"]
+__all__ = ["Mismatch", "NotForThisRelease", "Patch", "PatchSet", "State", "Status", "Where", "Wrap"]
 
 logger = logging.getLogger("agentlightning")
 
@@ -141,6 +141,24 @@ class PatchSet:
 def _run_backwards(undo: Sequence[Callable[[], None]]) -> None:
     for put_back in reversed(undo):
         put_back()
+
+
+@dataclass(frozen=True)
+class Where:
+    """A patch for some releases only: where `applies(module)` is false, there is nothing to check or to apply."""
+
+    applies: Callable[[ModuleType], bool]
+    patch: Patch
+
+    def check(self, module: ModuleType) -> None:
+        if self.applies(module):
+            self.patch.check(module)
+
+    def is_applied(self, module: ModuleType) -> bool:
+        return not self.applies(module) or self.patch.is_applied(module)
+
+    def apply(self, module: ModuleType) -> Callable[[], None]:
+        return self.patch.apply(module) if self.applies(module) else lambda: None
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,48 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+from dataclasses import dataclass
 
 from agentlightning import INSTRUMENT_OFF
 
-INSTRUMENT_ON = ("1", "true", "on", "yes")
-RETURN_TOKEN_IDS = ("all", "response", "none")
+ON = ("1", "true", "on", "yes")
+OFF = tuple(filter(None, INSTRUMENT_OFF))
 
-ALLOWED = {
-    "AGL_INSTRUMENT": (*INSTRUMENT_ON, "strict", *filter(None, INSTRUMENT_OFF)),
-    "AGL_RETURN_TOKEN_IDS": RETURN_TOKEN_IDS,
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """What a variable may be.
+
+    Attributes:
+        default: what counts where it is not set, is empty or has a value that it may not have.
+        values: what it may be, in lower case; empty where `pattern` says it.
+        pattern: what it may look like.
+        otherwise: what a value that it may not have is.
+    """
+
+    default: str
+    values: tuple[str, ...] = ()
+    pattern: str = ""
+    otherwise: str = ""
+
+    def allows(self, value: str) -> bool:
+        return value in self.values if self.values else re.fullmatch(self.pattern, value) is not None
+
+    @property
+    def objection(self) -> str:
+        return f"none of {', '.join(self.values)}" if self.values else self.otherwise
+
+
+VARIABLES = {
+    "AGL_INSTRUMENT": Variable("off", (*ON, "strict", *OFF)),
+    "AGL_RETURN_TOKEN_IDS": Variable("all", ("all", "response", "none")),
+    "AGL_STORE": Variable(
+        "", pattern=r"(?s)sqlite:///.+|(?!\w[\w+.-]*://).+", otherwise="neither the path of a file nor sqlite:///PATH"
+    ),
+    "AGL_RECORD_TEXT": Variable("on", (*ON, *OFF)),
+    "AGL_QUEUE_MB": Variable("256", pattern=r"0*[1-9][0-9]{0,6}", otherwise="no whole number from 1 to 9999999"),
 }
-"""Each variable's values; what is not set, or empty, counts as the default."""
-DEFAULTS = {"AGL_INSTRUMENT": "off", "AGL_RETURN_TOKEN_IDS": "all"}
 
 _warned: set[str] = set()
 
@@ -23,7 +53,7 @@ _warned: set[str] = set()
 def instrument() -> str:
     """What `AGL_INSTRUMENT` asks for: `"off"`, `"on"` or `"strict"`."""
     value = _checked("AGL_INSTRUMENT")
-    return "on" if value in INSTRUMENT_ON else "off" if value in INSTRUMENT_OFF else value
+    return "on" if value in ON else "off" if value in OFF else value
 
 
 def return_token_ids() -> str:
@@ -34,25 +64,51 @@ def return_token_ids() -> str:
     return _checked("AGL_RETURN_TOKEN_IDS")
 
 
+def store() -> str | None:
+    """Where generations are recorded (`AGL_STORE`), for `agentlightning.store.open_store`; None for nowhere.
+
+    It is shown by way of `without_secrets` alone.
+    """
+    return _checked("AGL_STORE") or None
+
+
+def record_text() -> bool:
+    """Whether the text of prompts and answers is recorded beside their ids (`AGL_RECORD_TEXT`)."""
+    return _checked("AGL_RECORD_TEXT") in ON
+
+
+def queue_bytes() -> int:
+    """How much may wait in memory for the store (`AGL_QUEUE_MB`, in MiB)."""
+    return int(_checked("AGL_QUEUE_MB")) << 20
+
+
 def read(variable: str) -> str:
-    """The variable's value without case or outer white space; empty where it is not set."""
-    return os.environ.get(variable, "").strip().lower()
+    """The variable's value without outer white space, and in lower case unless it is a place; empty where not set."""
+    value = os.environ.get(variable, "").strip()
+    return value.lower() if VARIABLES[variable].values else value
 
 
 def complaint(variable: str) -> str | None:
     """What is wrong with the variable's value, in one sentence; None where it is allowed or not set."""
-    if read(variable) in ("", *ALLOWED[variable]):
+    value, allowed = read(variable), VARIABLES[variable]
+    if not value or allowed.allows(value):
         return None
-    allowed = ", ".join(ALLOWED[variable])
-    return f"{variable}={os.environ[variable]!r} is none of {allowed}; it counts as {DEFAULTS[variable]!r}"
+    shown = repr(without_secrets(os.environ[variable]))
+    counts = f"it counts as {allowed.default!r}" if allowed.default else "it counts as not set"
+    return f"{variable}={shown} is {allowed.objection}; {counts}"
+
+
+def without_secrets(url: str) -> str:
+    """A path or URL as it may be shown: without the user, password and options of a URL."""
+    return re.sub(r"(?s)\?.*", "", re.sub(r"(?s)(://).*@", r"\1***@", url)) if "://" in url else url
 
 
 def _checked(variable: str) -> str:
     """The value where it is allowed, else the default, with one warning."""
     wrong = complaint(variable)
     if wrong is None:
-        return read(variable) or DEFAULTS[variable]
+        return read(variable) or VARIABLES[variable].default
     if variable not in _warned:
         _warned.add(variable)
         logging.getLogger("agentlightning").warning("agentlightning: %s", wrong)
-    return DEFAULTS[variable]
+    return VARIABLES[variable].default

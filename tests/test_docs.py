@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from agentlightning.settings import ALLOWED
+from agentlightning.settings import VARIABLES
 from tests.common.environments import CHECKOUT, Environment, build, run, virtual_environment
 
 DEPLOYMENT = CHECKOUT / "docs" / "deployment.md"
@@ -188,7 +188,7 @@ def test_each_readme_leads_to_the_other_below_its_title() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_each_variable_of_ours_exists(page: Path) -> None:
-    assert set(re.findall(r"\bAGL_[A-Z_]*[A-Z]", page.read_text())) <= ALLOWED.keys()
+    assert set(re.findall(r"\bAGL_[A-Z_]*[A-Z]", page.read_text())) <= VARIABLES.keys()
 
 
 def test_each_deployment_switches_its_server_on_with_a_value_that_counts() -> None:
@@ -196,7 +196,7 @@ def test_each_deployment_switches_its_server_on_with_a_value_that_counts() -> No
 
     for pod in pods():
         (container,) = pod["containers"]
-        assert variables(container)["AGL_INSTRUMENT"] in ALLOWED["AGL_INSTRUMENT"]
+        assert variables(container)["AGL_INSTRUMENT"] in VARIABLES["AGL_INSTRUMENT"].values
 
 
 def test_each_deployment_is_of_a_piece_with_itself_and_with_the_service() -> None:

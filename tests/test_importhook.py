@@ -709,6 +709,17 @@ def test_a_hook_removed_while_the_module_is_executed_is_not_called(folder: Path)
     assert isinstance(module.__loader__, SourceFileLoader)
 
 
+def test_a_hook_for_once_is_called_once_and_takes_the_finder_with_it(folder: Path) -> None:
+    write(folder, {"hooked.py": ""})
+    seen: list[str] = []
+    when_imported("hooked", lambda module: seen.append(module.__name__), once=True)
+    finders = len(sys.meta_path)
+    importlib.reload(importlib.import_module("hooked"))
+
+    assert seen == ["hooked"]
+    assert len(sys.meta_path) == finders - 1
+
+
 def test_a_hook_as_a_context_manager_ends_with_the_block(folder: Path) -> None:
     write(folder, {"hooked.py": ""})
     seen: list[ModuleType] = []

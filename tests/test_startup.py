@@ -19,6 +19,7 @@ import agentlightning
 from agentlightning import importhook, instrumentation
 from agentlightning._startup import start
 from agentlightning.instrumentation import vllm
+from agentlightning.instrumentation.vllm import releases
 from tests.common.made_up_vllm import PROMPT, RESPONSE, VERSION, Layout, made_up_vllm
 
 CHECKOUT = Path(__file__).parents[1]
@@ -193,7 +194,7 @@ def test_starting_again_adds_nothing(before: str, after: str, tmp_path: Path) ->
 
 
 def let_arming_fail(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*arguments: object) -> None:
+    def fail(*arguments: object, **options: object) -> None:
         raise error
 
     monkeypatch.setenv("AGL_INSTRUMENT", "1")
@@ -431,6 +432,40 @@ def test_a_vllm_without_the_modules_works_and_each_patch_set_says_what_it_misses
 
 
 @all_can_be_patched
+def test_a_release_that_nobody_has_seen_is_patched_and_named_once(tmp_path: Path) -> None:
+    made_up_vllm(tmp_path, edits={VERSION: "1.2.3.post4+cpu"})
+    # A process that vLLM starts imports it too.
+    code = "import multiprocessing\nif __name__ == '__main__':\n    import vllm\n"
+    spawn = "    process = multiprocessing.get_context('spawn').Process(target=exec, args=('import vllm',))\n"
+    (tmp_path / "program.py").write_text(f"{code}{spawn}    process.start(); process.join()\n")
+
+    started = python(str(tmp_path / "program.py"), instrument="1", path=tmp_path)
+    answered = python("-c", answers(), instrument="1", path=tmp_path)
+
+    newer = f"vLLM 1.2.3.post4+cpu is newer than any that is known here ({VERSION}); it is patched by what is found"
+    assert started.stderr == [f"agentlightning: {newer} in it"]
+    assert list(map(json.loads, answered.stdout)) == ANSWERS_WITH_IDS
+
+
+@pytest.mark.parametrize(
+    ("version", "older"),
+    [
+        ("0.12.0", True),
+        ("0.8.5.post2", True),
+        ("0.10.2.post2+cpu", True),
+        ("0.13.0", False),
+        ("0.13.0rc1", False),
+        ("1.0.0", False),
+        ("0.1.dev9234+g1a2b3c", False),
+        ("dev", False),
+        ("0.0.0", False),
+    ],
+)
+def test_what_is_no_release_is_older_than_none(version: str, older: bool) -> None:
+    assert releases.is_before(version, "0.13.0") is older
+
+
+@all_can_be_patched
 @pytest.mark.parametrize(
     ("old", "new", "patch_set", "reason"),
     [
@@ -448,7 +483,7 @@ def test_a_vllm_without_the_modules_works_and_each_patch_set_says_what_it_misses
             f"{CHAT}.OpenAIServingChat.create_chat_completion is not a method but staticmethod",
         ),
         ("class OpenAIServingChat:", "class ChatServing:", "chat", f"{CHAT} has no class OpenAIServingChat"),
-        ("ChatCompletionRequest", "ChatRequest", "chat", f"{CHAT} has no ChatCompletionRequest"),
+        ("ChatCompletionRequest", "ChatRequest", "chat", f"{CHAT} has no model ChatCompletionRequest"),
         (
             "ChatCompletionResponse",
             "ChatResponse",
@@ -477,7 +512,8 @@ def test_a_vllm_without_the_modules_works_and_each_patch_set_says_what_it_misses
             "return_token_ids: bool | None = None\n\nclass Chat",
             "another_field: bool | None = None\n\nclass Chat",
             "chat",
-            "ChatCompletionRequest knows no return_token_ids, which vLLM has had since 0.10.2",
+            # They would be taken from the engine's results, as in releases before 0.10.2.
+            f"{CHAT} has no OpenAIServingChat.chat_completion_full_generator",
         ),
         ("serve_http", "serve_app", "status route", f"{LAUNCHER} has no serve_http"),
         (

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-VERSION = "0.99.0"
+VERSION = "0.33.0"
 PROMPT, RESPONSE = [1, 2], [3, 4]
 
 PACKAGE = f'__version__ = "{VERSION}"\n'

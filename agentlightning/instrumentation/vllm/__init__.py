@@ -8,13 +8,14 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import multiprocessing
 import sys
 import threading
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from agentlightning import _startup, settings
-from agentlightning.importhook import ImportHook, finders_ahead, is_executing, when_imported
+from agentlightning import settings, tripwire
+from agentlightning.importhook import ImportHook, finders_ahead, is_executing, take_off, when_imported
 from agentlightning.instrumentation.vllm import (
     batch,
     chat,
@@ -70,7 +71,7 @@ PATCH_SETS = (
     JUDGE,
 )
 
-_armed = False
+_armed = _declined = False
 _hooks: list[ImportHook] = []
 _lock = threading.RLock()
 
@@ -81,12 +82,19 @@ def instrument_vllm() -> None:
     Every answer then carries its token ids, as `AGL_RETURN_TOKEN_IDS` says. Raises nothing: `status()` tells what
     became of it. A second call is a no-op with a warning.
     """
-    if not arm_vllm():
+    global _declined
+    _declined = False
+    if not _arm():
         logger.warning("agentlightning: vLLM is instrumented already")
 
 
-def arm_vllm() -> bool:
-    """As `instrument_vllm`, but silent where that has been done already; returns whether it had not."""
+def arm_vllm() -> None:
+    """As `instrument_vllm`, where nobody has called that or `uninstrument_vllm` yet: a program has the last word."""
+    if not _declined:
+        _arm()
+
+
+def _arm() -> bool:
     global _armed
     with _lock:
         if _armed:
@@ -108,8 +116,9 @@ def uninstrument_vllm() -> None:
 
     Requests under way end as they began. `instrument_vllm` patches again.
     """
-    global _armed
-    _startup.stop()
+    global _armed, _declined
+    _declined = True
+    take_off(tripwire)
     with _lock:
         while _hooks:
             _hooks.pop().remove()
@@ -140,10 +149,16 @@ def _apply(patch_set: PatchSet, module: ModuleType) -> None:
 
 def _look_for_modules(vllm: ModuleType) -> None:
     """Without this, a patch set whose module will never be seen would be pending for ever, and nobody told."""
+    version = getattr(vllm, "__version__", "of unknown version")
+    # Said by the process that starts the others, once.
+    if releases.is_before(releases.NEWEST_KNOWN, version) and multiprocessing.parent_process() is None:
+        logger.warning(
+            "agentlightning: vLLM %s is newer than any that is known here (%s); it is patched by what is found in it",
+            *(version, releases.NEWEST_KNOWN),
+        )
     for patch_set in PATCH_SETS:
         if any(map(locate, patch_set.modules)):
             continue
-        version = getattr(vllm, "__version__", "of unknown version")
         if patch_set.since and releases.is_before(version, patch_set.since):
             patch_set.skip(f"came with vLLM {patch_set.since}")
         else:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from agentlightning.instrumentation.vllm import request_context
-from agentlightning.instrumentation.vllm.answer import NOTHING, Carried, add_response_token_ids, contained, wanted
+from agentlightning.instrumentation.vllm import recording, request_context
+from agentlightning.instrumentation.vllm.answer import NOTHING, Carried, add_response_token_ids, wanted
+from agentlightning.instrumentation.vllm.containment import contained
 from agentlightning.instrumentation.vllm.request_context import RequestContext
 from agentlightning.patching import Patch, Wrap
 
@@ -49,5 +50,6 @@ def _attach(answer: Any, context: RequestContext, carried: Carried) -> None:
 
 
 SERVING_PATCHES: tuple[Patch, ...] = (
+    recording.calls("OpenAIServingChatBatch.create_batch_chat_completion", ROUTE),
     Wrap("OpenAIServingChatBatch.create_batch_chat_completion", ("request",), with_token_ids),
 )

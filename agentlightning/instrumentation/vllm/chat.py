@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from types import ModuleType
 from typing import Any
 
-from agentlightning.instrumentation.vllm import answer, releases
-from agentlightning.instrumentation.vllm.answer import Carried, Endpoint, RequestField
-from agentlightning.instrumentation.vllm.fields import ExtraField
-from agentlightning.patching import Patch, Wrap
+from agentlightning.instrumentation.vllm import recording, releases
+from agentlightning.instrumentation.vllm.answer import Carried, add_response_token_ids
+from agentlightning.instrumentation.vllm.containment import contained
+from agentlightning.instrumentation.vllm.endpoint import Endpoint
+from agentlightning.instrumentation.vllm.fields import ExtraField, model_of
+from agentlightning.instrumentation.vllm.results import Output, StreamedIds, with_results
+from agentlightning.instrumentation.vllm.sse import edited
+from agentlightning.patching import Patch, Where, Wrap
 
 __all__ = ["RESPONSE_PATCHES", "SERVING_PATCHES"]
 
 
 def attach(response: Any, request: Any, carried: Carried) -> None:
-    """vLLM's answer has `prompt_token_ids` and each choice's `token_ids`: add `response_token_ids`."""
+    """The answer has `prompt_token_ids` and each choice's `token_ids`: add `response_token_ids`."""
     if not carried.prompt:
         response.prompt_token_ids = None
-    answer.add_response_token_ids(response)
+    add_response_token_ids(response)
 
 
 def trim(stream: AsyncGenerator[str, None], request: Any, carried: Carried) -> AsyncGenerator[str, None]:
-    """vLLM's stream has all that it should; its prompt ids may be one thing too many."""
-    return stream if carried.prompt else answer.edited(stream, "prompt_token_ids", _drop_prompt_ids)
+    """The stream has all that it should; its prompt ids may be one thing too many."""
+    return stream if carried.prompt else edited(stream, "prompt_token_ids", _drop_prompt_ids)
 
 
 def _drop_prompt_ids(chunk: dict[str, Any]) -> None:
@@ -37,12 +42,92 @@ def _answers_chat(serving: Any) -> bool:
     return vllms_own is None or vllms_own.__name__ == "OpenAIServingChat"
 
 
-ENDPOINT = Endpoint("/v1/chat/completions", attach, trim, serves=_answers_chat)
+def _asks_vllm(request: Any) -> bool:
+    return releases.gives_token_ids(type(request))
+
+
+ENDPOINT = Endpoint("/v1/chat/completions", attach, trim, asks_vllm=_asks_vllm, serves=_answers_chat)
+
+
+def with_ids_taken(build: Callable[..., Any]) -> Callable[..., Any]:
+    """The wrapper around `chat_completion_full_generator`: one choice for each output of the last result."""
+    build_from = with_results(build)
+
+    async def chat_completion_full_generator(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        carried = contained(f"{ENDPOINT.name}: taking ids", ENDPOINT.takes, self, request)
+        if carried is None or not carried.response:
+            return await build(self, request, *args, **kwargs)
+        last = None
+
+        async def noted(results: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
+            nonlocal last
+            async for last in results:
+                yield last
+
+        response = await build_from(noted, self, request, *args, **kwargs)
+        if hasattr(response, "choices"):
+            contained(f"{ENDPOINT.name}: taking ids", _take, response, last)
+        return response
+
+    return chat_completion_full_generator
+
+
+def _take(response: Any, result: Any) -> None:
+    token_ids = {output.index: list(output.token_ids) for output in result.outputs}
+    for choice in response.choices:
+        choice.token_ids = token_ids[choice.index]
+    response.prompt_token_ids = result.prompt_token_ids
+
+
+def with_streamed_ids_taken(generate: Callable[..., Any]) -> Callable[..., Any]:
+    """The wrapper around `chat_completion_stream_generator`: one chunk for each delta, or none where a parser waits."""
+    generate_from = with_results(generate)
+
+    def chat_completion_stream_generator(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        carried = contained(f"{ENDPOINT.name}: streaming taken ids", ENDPOINT.takes, self, request)
+        if carried is None or not carried.response:
+            return generate(self, request, *args, **kwargs)
+        ids = _StreamedIds(carried)
+        return ids.put_on(generate_from(ids.noted, self, request, *args, **kwargs))
+
+    return chat_completion_stream_generator
+
+
+class _StreamedIds(StreamedIds):
+    def outputs(self, result: Any) -> Iterable[Output]:
+        return (Output(output.index, result.prompt_token_ids, output.token_ids) for output in result.outputs)
+
+    def holder(self, chunk: dict[str, Any], choice: dict[str, Any]) -> dict[str, Any]:
+        return chunk
+
+    def says_something(self, choice: dict[str, Any]) -> bool:
+        # A choice's first chunk says whose turn it is.
+        return "role" not in choice["delta"]
+
+    def silent(self, index: int) -> dict[str, Any]:
+        return {"index": index, "delta": {}, "logprobs": None, "finish_reason": None}
+
+
+def _loses_ids(module: ModuleType) -> bool:
+    return not releases.gives_token_ids(model_of(module, "ChatCompletionRequest"))
+
 
 RESPONSE_PATCHES: tuple[Patch, ...] = (
     ExtraField("ChatCompletionResponse", "response_token_ids", list[list[int]] | None),
 )
 SERVING_PATCHES: tuple[Patch, ...] = (
-    RequestField("ChatCompletionRequest", "return_token_ids", releases.RETURN_TOKEN_IDS_SINCE),
+    recording.calls("OpenAIServingChat.create_chat_completion", ENDPOINT.name),
     Wrap("OpenAIServingChat.create_chat_completion", ("request",), ENDPOINT.wrap),
+    Where(
+        _loses_ids,
+        Wrap("OpenAIServingChat.chat_completion_full_generator", ("request", "result_generator"), with_ids_taken),
+    ),
+    Where(
+        _loses_ids,
+        Wrap(
+            "OpenAIServingChat.chat_completion_stream_generator",
+            ("request", "result_generator"),
+            with_streamed_ids_taken,
+        ),
+    ),
 )

@@ -1,4 +1,4 @@
-"""A field more on one of vLLM's pydantic models, declared in place, so that every name the model goes by has it."""
+"""Fields of vLLM's pydantic models: one more, declared in place so that every name of the model has it; one needed."""
 
 from __future__ import annotations
 
@@ -9,30 +9,34 @@ from typing import Any, get_args
 
 from agentlightning.patching import Mismatch, NotForThisRelease
 
-__all__ = ["ExtraField"]
+__all__ = ["ExtraField", "RequestField", "model_of"]
 
 
 @dataclass(frozen=True)
 class ExtraField:
     """A patch: `model` gets the optional field `field`, left out of what it writes where it was not set.
 
-    Without it the attribute can be set all the same, since vLLM's models allow extra ones, but no schema shows it.
+    Without it the attribute can be set on most of vLLM's models all the same: they allow extra ones, which no schema
+    shows.
+
+    Args:
+        model: the model, by the name that the patched module knows it by.
+        field: the field's name.
+        annotation: its type.
+        written_without_null: whether vLLM leaves out itself what is null, wherever it writes this model.
     """
 
     model: str
     field: str
     annotation: Any
+    written_without_null: bool = False
 
     def check(self, module: ModuleType) -> None:
         import pydantic
-        from pydantic.fields import FieldInfo
 
-        model = getattr(module, self.model, None)
-        if not (isinstance(model, type) and issubclass(model, pydantic.BaseModel)):
-            raise Mismatch(f"{module.__name__} has no model {self.model}")
-        if self.field in model.model_fields:
+        if self.field in model_of(module, self.model).model_fields:
             raise NotForThisRelease(f"{self.model} has a {self.field} of its own")
-        if "exclude_if" not in FieldInfo.__slots__:
+        if not (self.written_without_null or _can_exclude()):
             raise NotForThisRelease(
                 f"pydantic {pydantic.VERSION} cannot leave out a field that was not set, 2.12 can; "
                 f"answers carry {self.field} all the same, but no schema shows it"
@@ -48,7 +52,8 @@ class ExtraField:
         from pydantic.fields import FieldInfo
 
         model = getattr(module, self.model)
-        default = Field(default=None, description=_DESCRIPTION, exclude_if=_is_none)
+        exclude: Any = {"exclude_if": _is_none} if _can_exclude() else {}
+        default = Field(default=None, description=_DESCRIPTION, **exclude)
         model.model_fields[self.field] = FieldInfo.from_annotated_attribute(self.annotation, default)
 
         def undo() -> None:
@@ -63,6 +68,20 @@ class ExtraField:
             undo()
             raise
         return undo
+
+
+def model_of(module: ModuleType, name: str) -> Any:
+    """The pydantic model that `module` knows by this name.
+
+    Raises:
+        Mismatch: where it is not there, or something else.
+    """
+    from pydantic import BaseModel
+
+    model = getattr(module, name, None)
+    if not (isinstance(model, type) and issubclass(model, BaseModel)):
+        raise Mismatch(f"{module.__name__} has no model {name}")
+    return model
 
 
 def _rebuild(model: Any) -> None:
@@ -93,5 +112,38 @@ def _mentions(annotation: Any, model: type[Any]) -> bool:
 _DESCRIPTION = "The token ids that the engine produced: one list a choice, in index order. Added by Agent Lightning."
 
 
+def _can_exclude() -> bool:
+    from pydantic.fields import FieldInfo
+
+    return "exclude_if" in FieldInfo.__slots__  # from pydantic 2.12
+
+
 def _is_none(value: object) -> bool:
     return value is None
+
+
+@dataclass(frozen=True)
+class RequestField:
+    """A check without a change: a request model must have a field that the wrappers read and set.
+
+    Args:
+        model: the request model, by the name that the patched module knows it by.
+        field: the field that it must have.
+        since: the vLLM that it came with.
+        otherwise: what to raise without it: `Mismatch`, or `NotForThisRelease` where nothing is missed then.
+    """
+
+    model: str
+    field: str
+    since: str
+    otherwise: type[Exception] = Mismatch
+
+    def check(self, module: ModuleType) -> None:
+        if self.field not in model_of(module, self.model).model_fields:
+            raise self.otherwise(f"{self.model} knows no {self.field}, which vLLM has had since {self.since}")
+
+    def is_applied(self, module: ModuleType) -> bool:
+        return True
+
+    def apply(self, module: ModuleType) -> Callable[[], None]:
+        return lambda: None

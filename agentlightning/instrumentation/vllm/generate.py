@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from agentlightning.instrumentation.vllm import releases
-from agentlightning.instrumentation.vllm.answer import RequestField, contained, wanted
+from agentlightning.instrumentation.vllm import recording, releases
+from agentlightning.instrumentation.vllm.answer import wanted
+from agentlightning.instrumentation.vllm.containment import contained
+from agentlightning.instrumentation.vllm.fields import RequestField
 from agentlightning.patching import NotForThisRelease, Patch, Wrap
 
 __all__ = ["SERVING_PATCHES"]
@@ -34,5 +36,6 @@ SERVING_PATCHES: tuple[Patch, ...] = (
     RequestField(
         "GenerateRequest", "return_token_ids", releases.GENERATE_RETURN_TOKEN_IDS_SINCE, otherwise=NotForThisRelease
     ),
+    recording.calls("ServingTokens.serve_tokens", ROUTE),
     Wrap("ServingTokens.serve_tokens", ("request",), with_prompt_ids),
 )

@@ -7,17 +7,12 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
-from agentlightning.instrumentation.vllm import request_context
-from agentlightning.instrumentation.vllm.answer import (
-    Carried,
-    as_json,
-    captured_fields,
-    contained,
-    contained_async,
-    wanted,
-)
+from agentlightning.instrumentation.vllm import recording, request_context
+from agentlightning.instrumentation.vllm.answer import Carried, captured_fields, wanted
+from agentlightning.instrumentation.vllm.containment import contained, contained_async
 from agentlightning.instrumentation.vllm.fields import ExtraField
 from agentlightning.instrumentation.vllm.request_context import RequestContext
+from agentlightning.instrumentation.vllm.sse import as_json
 from agentlightning.patching import Patch, Wrap
 
 __all__ = ["RESPONSE_PATCHES", "SERVING_PATCHES"]
@@ -72,9 +67,11 @@ def _edit(event: str, context: RequestContext, carried: Carried) -> str:
 
 
 RESPONSE_PATCHES: tuple[Patch, ...] = (
-    ExtraField("AnthropicMessagesResponse", "prompt_token_ids", list[int] | None),
-    ExtraField("AnthropicMessagesResponse", "response_token_ids", list[list[int]] | None),
+    # Its model takes no extra attributes, and its route leaves out what is null.
+    ExtraField("AnthropicMessagesResponse", "prompt_token_ids", list[int] | None, written_without_null=True),
+    ExtraField("AnthropicMessagesResponse", "response_token_ids", list[list[int]] | None, written_without_null=True),
 )
 SERVING_PATCHES: tuple[Patch, ...] = (
+    recording.calls("AnthropicServingMessages.create_messages", ROUTE),
     Wrap("AnthropicServingMessages.create_messages", ("request", "raw_request"), with_token_ids),
 )

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from agentlightning.instrumentation.vllm import request_context
-from agentlightning.instrumentation.vllm.answer import contained
+from agentlightning.instrumentation.vllm.containment import contained
 from agentlightning.instrumentation.vllm.request_context import RequestContext
 
 __all__ = ["RequestContexts", "ignored"]
@@ -50,10 +50,12 @@ class RequestContexts:
 
 def _understood(scope: Scope) -> tuple[Scope, RequestContext]:
     """The scope without a prefix, and the context that prefix and headers describe."""
-    context = RequestContext()
+    # vLLM's routes write to it; without one, as under some servers, they would write to one of their own.
+    context = RequestContext(state=scope.setdefault("state", {}))
     # Looked at first, since this runs for every request.
     if "/rollout/" in scope["path"]:
         scope = _without_prefix(scope, context)
+    context.endpoint = scope["path"].removeprefix(scope.get("root_path", ""))
     _read_headers(dict(scope.get("headers", ())), context)
     return scope, context
 

@@ -1,41 +1,105 @@
-"""The capture: where token ids are born, each request to the engine is tied to the HTTP request that it is for."""
+"""The capture: where token ids are born, each request to the engine is tied to the HTTP request that it is for.
+
+A request ends in one of three ways, each a method of vLLM's `OutputProcessor`: the engine is done with it
+(`process_outputs`), nobody waits for it any more (`abort_requests`), or the engine is dead (`propagate_error`). Only
+where generations are kept are these followed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from agentlightning.instrumentation.vllm import request_context
-from agentlightning.instrumentation.vllm.answer import contained
+from agentlightning.instrumentation.vllm import recording, request_context
+from agentlightning.instrumentation.vllm.containment import contained
 from agentlightning.instrumentation.vllm.request_context import EngineRequest, RequestContext
-from agentlightning.patching import Patch, Wrap
+from agentlightning.instrumentation.vllm.running import name_of
+from agentlightning.patching import Patch, Where, Wrap
 
 __all__ = ["CAPTURE_PATCHES"]
 
 
 def tied(add_request: Callable[..., Any]) -> Callable[..., Any]:
     """The wrapper around `OutputProcessor.add_request`, which runs once for each request to the engine."""
+    records = recording.is_on()
 
-    def add_request_and_tie(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+    def add_request_and_tie(
+        self: Any, request: Any, prompt: Any, parent_req: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
         context = request_context.current()
-        if context is None or not context.collects:
-            return add_request(self, request, *args, **kwargs)
+        collects = context is not None and context.collects
         # More input for a request that is known already (realtime) comes the same way.
-        is_new = request.request_id not in self.request_states
-        answer = add_request(self, request, *args, **kwargs)
-        if is_new:
-            contained("capturing a request", _tie, self.request_states[request.request_id], request, context)
+        if not (collects or records) or request.request_id in self.request_states:
+            return add_request(self, request, prompt, parent_req, *args, **kwargs)
+        answer = add_request(self, request, prompt, parent_req, *args, **kwargs)
+        state = self.request_states[request.request_id]
+        # A pooling request has no detokenizer, and gives out no ids.
+        if state.detokenizer is not None:
+            if context is not None and collects:
+                contained("capturing a request", _tie, state, request, context)
+            # An offline LLM has no queue.
+            if records and state.queue is not None:
+                contained("recording a request", _note, self, state, request, parent_req, context)
         return answer
 
     return add_request_and_tie
 
 
 def _tie(state: Any, request: Any, context: RequestContext) -> None:
-    # A pooling request has no detokenizer, and gives out no ids.
-    if state.detokenizer is not None:
-        # From 0.14 vLLM appends eight characters to the id that the frontend gave.
-        name = getattr(request, "external_req_id", None) or request.request_id
-        context.engine_requests.append(EngineRequest(name, request.prompt_token_ids, state.detokenizer))
+    context.engine_requests.append(EngineRequest(name_of(request), request.prompt_token_ids, state.detokenizer))
 
 
-CAPTURE_PATCHES: tuple[Patch, ...] = (Wrap("OutputProcessor.add_request", ("request",), tied),)
+def _note(processor: Any, state: Any, request: Any, parent_req: Any, context: RequestContext | None) -> None:
+    recording.running(processor).add(state, request, parent_req, context)
+
+
+def finishing(process_outputs: Callable[..., Any]) -> Callable[..., Any]:
+    """The wrapper around `OutputProcessor.process_outputs`: one look-up for each output of a step."""
+
+    def process_outputs_and_finish(self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        answer = process_outputs(self, engine_core_outputs, *args, **kwargs)
+        running = recording.under_way(self)
+        if running is not None:
+            states = self.request_states
+            for ended in [output for output in engine_core_outputs if output.request_id not in states]:
+                contained("recording what ended", running.finish, ended)
+        return answer
+
+    return process_outputs_and_finish
+
+
+def aborting(abort_requests: Callable[..., Any]) -> Callable[..., Any]:
+    """The wrapper around `OutputProcessor.abort_requests`, which answers with the ids of those that it has ended."""
+
+    def abort_requests_and_give_up(self: Any, *args: Any, **kwargs: Any) -> Any:
+        aborted = abort_requests(self, *args, **kwargs)
+        running = recording.under_way(self)
+        if running is not None:
+            contained("recording an abort", running.give_up, aborted, "abort")
+        return aborted
+
+    return abort_requests_and_give_up
+
+
+def failing(propagate_error: Callable[..., Any]) -> Callable[..., Any]:
+    """The wrapper around `OutputProcessor.propagate_error`: the engine is dead, and with it all that is under way."""
+
+    def propagate_error_and_give_up(self: Any, *args: Any, **kwargs: Any) -> Any:
+        running = recording.under_way(self)
+        if running is not None:
+            contained("recording the engine's death", running.give_up_all, "error")
+        return propagate_error(self, *args, **kwargs)
+
+    return propagate_error_and_give_up
+
+
+def _records(module: object) -> bool:
+    return recording.is_on()
+
+
+CAPTURE_PATCHES: tuple[Patch, ...] = (
+    Wrap("OutputProcessor.add_request", ("request", "prompt", "parent_req"), tied),
+    Where(_records, Wrap("OutputProcessor.process_outputs", ("engine_core_outputs",), finishing)),
+    Where(_records, Wrap("OutputProcessor.abort_requests", ("request_ids",), aborting)),
+    Where(_records, Wrap("OutputProcessor.propagate_error", (), failing)),
+)

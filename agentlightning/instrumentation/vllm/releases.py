@@ -7,7 +7,9 @@ vLLM imports is patched. Read from 38 releases between 0.8.5 and 0.33.0.
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+import sys
+from functools import cache
+from typing import Any, NamedTuple
 
 
 class Home(NamedTuple):
@@ -73,13 +75,32 @@ LAUNCHER = Home(
     )
 )
 
-RETURN_TOKEN_IDS_SINCE = "0.10.2"
-"""The first release whose chat and completions requests know `return_token_ids`."""
+NEWEST_KNOWN = "0.33.0"
+"""The newest release that this table was written from."""
+
+WHOLE_TOKEN_IDS_SINCE = "0.13.0"
+"""The first release that gives all ids of chat and completions if it is asked to.
+
+To 0.10.1 requests know no `return_token_ids`; to 0.11.0 gpt-oss answers have none, and completions streams show prompt
+ids to who did not ask; to 0.12 streams lose the ids of chunks that are left out while a parser waits for more.
+"""
 GENERATE_RETURN_TOKEN_IDS_SINCE = "0.30.0"
 """The first whose `/inference/v1/generate` does."""
 
 
+def gives_token_ids(request_model: Any) -> bool:
+    """Whether this vLLM gives all ids of a chat or completions answer if such a request says `return_token_ids`."""
+    version = getattr(sys.modules.get("vllm"), "__version__", "")
+    return "return_token_ids" in request_model.model_fields and not is_before(version, WHOLE_TOKEN_IDS_SINCE)
+
+
+@cache
 def is_before(version: str, since: str) -> bool:
-    """Whether a release is older than `since`; a version that is not a release's (`dev`) is never older."""
-    numbers = [int(number) for number in re.findall(r"\d+", version.partition("+")[0])[:3]]
-    return len(numbers) == 3 and any(numbers) and numbers < [int(number) for number in since.split(".")]
+    """Whether a release is older than `since`; what is no release's version (`dev`) is neither older nor newer."""
+    older, newer = _release(version), _release(since)
+    return older is not None and newer is not None and older < newer
+
+
+def _release(version: str) -> tuple[int, ...] | None:
+    numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
+    return tuple(map(int, numbers.groups())) if numbers and any(map(int, numbers.groups())) else None

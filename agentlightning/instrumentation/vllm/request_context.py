@@ -6,13 +6,15 @@ a request to the engine in the task that serves the HTTP request, or in one that
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["EngineRequest", "RequestContext", "collecting", "current", "enter"]
+from agentlightning.generation import new_id
+
+__all__ = ["EngineRequest", "RequestContext", "collecting", "current", "enter", "opened"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,16 +40,35 @@ class EngineRequest:
 
 @dataclass(slots=True)
 class RequestContext:
-    """Whose a request is, where it says so, and its requests to the engine, where an endpoint wants them."""
+    """Whose a request is, where it says so, and its requests to the engine, where an endpoint wants them.
+
+    Attributes:
+        rollout_id, attempt_id, session_id, trace_id, request_id: as its path or its headers say.
+        endpoint: the path of its route.
+        model: the one that it asks for.
+        state: what vLLM keeps with the HTTP request.
+        collects: whether `engine_requests` are wanted.
+    """
 
     rollout_id: str | None = None
     attempt_id: str | None = None
     session_id: str | None = None
     trace_id: str | None = None
     request_id: str | None = None
+    endpoint: str | None = None
+    model: str | None = None
+    state: Mapping[str, Any] | None = None
     # Not for every endpoint: a beam search makes thousands, and nobody would read them.
     collects: bool = False
     engine_requests: list[EngineRequest] = field(default_factory=list)
+    _call_id: str | None = None
+
+    @property
+    def call_id(self) -> str:
+        """A UUID, made when it is first asked for: most requests are not kept."""
+        if self._call_id is None:
+            self._call_id = new_id()
+        return self._call_id
 
 
 _current: ContextVar[RequestContext | None] = ContextVar("agentlightning.request", default=None)
@@ -64,22 +85,26 @@ def enter(context: RequestContext | None) -> None:
 
 
 async def collecting(create: Callable[[], Awaitable[Any]]) -> tuple[Any, RequestContext]:
-    """What `create()` answers, and the context that collects the engine requests made for it.
+    """What `create()` answers, and the context that collects the engine requests made for it."""
+    context = _current.get() or RequestContext()
+    context.collects = True
+    return await opened(create, context), context
 
-    The one that is open by then, or one of its own: a server inside another program may have no door of ours. An
-    answer that is a stream goes on collecting until its end.
+
+async def opened(create: Callable[[], Awaitable[Any]], context: RequestContext) -> Any:
+    """What `create()` answers in `context`: the one that is open by then, or one of its own.
+
+    A server inside another program may have no door of ours, and run-batch has none. An answer that is a stream is made
+    in the context to its end.
     """
-    context = _current.get()
-    if context is not None:
-        context.collects = True
-        return await create(), context
-    context = RequestContext(collects=True)
+    if _current.get() is context:
+        return await create()
     token = _current.set(context)
     try:
         answer = await create()
     finally:
         _current.reset(token)
-    return _within(context, answer) if isinstance(answer, AsyncGenerator) else answer, context
+    return _within(context, answer) if isinstance(answer, AsyncGenerator) else answer
 
 
 async def _within(context: RequestContext, stream: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:

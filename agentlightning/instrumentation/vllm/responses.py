@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from agentlightning.instrumentation.vllm import request_context
-from agentlightning.instrumentation.vllm.answer import captured_fields, contained, wanted
+from agentlightning.instrumentation.vllm import recording, request_context
+from agentlightning.instrumentation.vllm.answer import captured_fields, said, wanted
+from agentlightning.instrumentation.vllm.containment import contained
 from agentlightning.patching import Patch, Wrap
 
 __all__ = ["SERVING_PATCHES"]
@@ -41,13 +42,12 @@ def with_token_ids(build: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _attach(response: Any, request: Any) -> None:
-    # vLLM's model has no such field, but lets requests say more than it knows.
-    carried = wanted((request.model_extra or {}).get("return_token_ids"))
-    for name, value in captured_fields(request_context.current(), carried).items():
+    for name, value in captured_fields(request_context.current(), wanted(said(request))).items():
         setattr(response, name, value)
 
 
 SERVING_PATCHES: tuple[Patch, ...] = (
+    recording.calls("OpenAIServingResponses.create_responses", ROUTE),
     Wrap("OpenAIServingResponses.create_responses", ("request",), collected),
     Wrap("OpenAIServingResponses.responses_full_generator", ("request",), with_token_ids),
 )

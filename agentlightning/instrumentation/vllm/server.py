@@ -9,7 +9,7 @@ from typing import Any
 
 import agentlightning
 from agentlightning import settings
-from agentlightning.instrumentation.vllm.answer import contained, failures
+from agentlightning.instrumentation.vllm.containment import contained, failures
 from agentlightning.instrumentation.vllm.middleware import RequestContexts, ignored
 from agentlightning.patching import Patch, Status, Wrap
 

@@ -16,12 +16,13 @@ from vllm.entrypoints.launchers.api_server import entry
 from vllm.entrypoints.openai.chat_completion import serving as chat_serving
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
 from vllm.entrypoints.openai.completion import serving as completion_serving
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve.engine.protocol import UsageInfo
 from vllm.plugins import load_general_plugins
 
 from agentlightning import instrumentation
 from agentlightning._startup import start
-from agentlightning.instrumentation.vllm import answer, import_targets
+from agentlightning.instrumentation.vllm import containment, import_targets
 
 # As a vLLM that serves everything has them.
 import_targets()
@@ -173,6 +174,14 @@ class TestVllmsPluginEntryPoint:
         assert OpenAIServingChat.create_chat_completion is patched is not VLLMS_OWN
         assert not [record for record in caplog.records if record.name == "agentlightning"]
 
+    def test_after_a_program_has_taken_the_patches_back_it_changes_nothing(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        instrumentation.uninstrument_vllm()
+        self.load_plugins(monkeypatch, "1")
+
+        assert OpenAIServingChat.create_chat_completion is VLLMS_OWN
+
 
 @pytest.mark.parametrize(
     ("setting", "said", "asked"),
@@ -211,7 +220,7 @@ def test_an_attachment_that_raises_gives_vllms_answer_and_is_told_once(caplog: p
     [record] = caplog.records
     assert record.levelno == logging.ERROR
     assert "/v1/chat/completions: attaching ids" in record.message
-    assert answer.failures == {"/v1/chat/completions: attaching ids: AttributeError": 3}
+    assert containment.failures == {"/v1/chat/completions: attaching ids: AttributeError": 3}
 
 
 def test_a_request_that_cannot_be_read_is_answered_by_vllm_alone(caplog: pytest.LogCaptureFixture) -> None:
@@ -285,8 +294,8 @@ def test_an_endpoint_built_upon_chat_is_left_alone() -> None:
     assert asked == [None, None, True]
 
 
-class TestEchoWhereSomethingGoesWrong:
-    """Beside an echo we take the ids from the engine's outputs: what fails there is ours, and the answer is vLLM's."""
+class TestTakenIds:
+    """Beside an echo we take the ids from the engine's results: what fails there is ours, and the answer is vLLM's."""
 
     VLLMS_EVENTS = ('data: {"choices":[{"index":0,"text":"ab"}]}\n\n', "data: [DONE]\n\n")
 
@@ -301,6 +310,11 @@ class TestEchoWhereSomethingGoesWrong:
                 yield event
             yield done
 
+        return self.answered(completion_stream_generator, results, asked)
+
+    def answered(self, completion_stream_generator: Any, results: Any, asked: Any) -> list[str]:
+        """What is streamed where this is how vLLM streams."""
+
         async def gathered(stream: AsyncGenerator[str, None]) -> list[str]:
             return [event async for event in stream]
 
@@ -313,15 +327,43 @@ class TestEchoWhereSomethingGoesWrong:
         for output in outputs:
             yield 0, output
 
+    def test_ids_that_no_chunk_carried_ride_on_one_more(self) -> None:
+        """As in releases where a parser can be silent to the end of a stream."""
+        first, second, last = (
+            SimpleNamespace(prompt_token_ids=[1], outputs=[SimpleNamespace(index=0, token_ids=[number])])
+            for number in (2, 3, 4)
+        )
+        head = '"id":"cmpl-1","object":"text_completion","created":7,"model":"m"'
+        usage = f'data: {{{head},"choices":[],"usage":{{}}}}\n\n'
+
+        async def completion_stream_generator(
+            self: Any, request: Any, engine_inputs: Any, result_generator: Any
+        ) -> AsyncGenerator[str, None]:
+            async for _, result in result_generator:
+                if result is first:
+                    yield f'data: {{{head},"choices":[{{"index":0,"text":"ab"}}],"usage":null}}\n\n'
+            yield usage
+            yield "data: [DONE]\n\n"
+
+        asked = CompletionRequest.model_validate({"prompt": "a", "echo": True})
+        said = '{"index":0,"text":"ab","prompt_token_ids":[1],"token_ids":[2]}'
+        unsaid = '{"index":0,"text":"","logprobs":null,"finish_reason":null,"token_ids":[3,4]}'
+        assert self.answered(completion_stream_generator, self.results(first, second, last), asked) == [
+            f'data: {{{head},"choices":[{said}],"usage":null}}\n\n',
+            f'data: {{{head},"choices":[{unsaid}]}}\n\n',
+            usage,
+            "data: [DONE]\n\n",
+        ]
+
     def test_outputs_that_cannot_be_read(self, caplog: pytest.LogCaptureFixture) -> None:
-        asked = SimpleNamespace(echo=True, return_token_ids=None, n=1)
+        asked = CompletionRequest.model_validate({"prompt": "a", "echo": True})
 
         assert self.streamed(self.results(SimpleNamespace()), asked) == list(self.VLLMS_EVENTS)
         assert "noting streamed ids" in caplog.text
 
     def test_a_request_that_cannot_be_read(self, caplog: pytest.LogCaptureFixture) -> None:
         assert self.streamed(self.results(SimpleNamespace()), SimpleNamespace()) == list(self.VLLMS_EVENTS)
-        assert "streaming ids beside echo" in caplog.text
+        assert "streaming taken ids" in caplog.text
 
     def test_results_that_cannot_be_closed(self, caplog: pytest.LogCaptureFixture) -> None:
         class Results:
@@ -338,7 +380,7 @@ class TestEchoWhereSomethingGoesWrong:
                     raise StopAsyncIteration
                 return 0, self.left.pop()
 
-        asked = SimpleNamespace(echo=True, return_token_ids=None, n=1)
+        asked = CompletionRequest.model_validate({"prompt": "a", "echo": True})
         with_ids = 'data: {"choices":[{"index":0,"text":"ab","prompt_token_ids":[1],"token_ids":[2]}]}\n\n'
 
         assert self.streamed(Results(), asked) == [with_ids, self.VLLMS_EVENTS[1]]

@@ -1,0 +1,59 @@
+"""What chat and completions share: vLLM is asked for its ids, or they are taken from the engine's results."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from agentlightning.instrumentation.vllm.answer import NOTHING, Carried, said, wanted
+from agentlightning.instrumentation.vllm.containment import contained
+
+__all__ = ["Endpoint"]
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """How the answers of one endpoint get their ids.
+
+    Args:
+        name: the route, for the log.
+        attach: puts on a plain answer what vLLM leaves out, and takes off what it must not carry.
+        trim: the same for a stream of SSE events; the stream itself where nothing is to be taken off.
+        asks_vllm: whether vLLM gives all ids if it is asked, and answers as before; where not, they are taken.
+        serves: whether a serving object answers for this endpoint itself, and not for one that is built upon it.
+    """
+
+    name: str
+    attach: Callable[[Any, Any, Carried], None]
+    trim: Callable[[AsyncGenerator[str, None], Any, Carried], AsyncGenerator[str, None]]
+    asks_vllm: Callable[[Any], bool]
+    serves: Callable[[Any], bool] = lambda serving: True
+
+    def wrap(self, create: Callable[..., Any]) -> Callable[..., Any]:
+        """The wrapper for the `create_*` method, which gives an answer, an error or a stream."""
+
+        async def create_with_token_ids(serving: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+            carried = contained(f"{self.name}: asking for ids", self._ask, serving, request)
+            answer = await create(serving, request, *args, **kwargs)
+            if carried is None or not carried.response:
+                return answer
+            if isinstance(answer, AsyncGenerator):
+                return contained(f"{self.name}: trimming a stream", self.trim, answer, request, carried) or answer
+            if hasattr(answer, "choices"):
+                contained(f"{self.name}: attaching ids", self.attach, answer, request, carried)
+            return answer
+
+        return create_with_token_ids
+
+    def _ask(self, serving: Any, request: Any) -> Carried:
+        if not self.serves(serving):
+            return NOTHING
+        carried = wanted(said(request))
+        if carried.response and self.asks_vllm(request):
+            request.return_token_ids = True
+        return carried
+
+    def takes(self, serving: Any, request: Any) -> Carried:
+        """What of the ids is to be taken from the engine's results."""
+        return wanted(said(request)) if self.serves(serving) and not self.asks_vllm(request) else NOTHING

@@ -1,0 +1,329 @@
+"""From an event loop to a store: a queue that is bounded in bytes, and one thread that writes. Knows no vLLM.
+
+`Recorder.record` takes microseconds, however long the generation. All else is the thread's: putting the generation
+together, packing, writing, waiting for a store that is slow or away, and writing down what had to be left out.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import time
+import weakref
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from queue import Empty, SimpleQueue
+from threading import Event, Thread
+
+from agentlightning.generation import Generation, Loss
+from agentlightning.store import Store, StoreRefused, StoreUnavailable, open_store
+
+__all__ = ["LOST", "WRITE_SECONDS", "Counters", "Recorder"]
+
+logger = logging.getLogger("agentlightning")
+
+QUEUE_FULL, NOT_BUILT, REFUSED, STOPPED = LOST = ("queue full", "not built", "refused", "stopped")
+"""Why generations are lost: no room in the queue; an error of ours before or in the store; the process ended."""
+ENDED = "the process ended before they were written"
+WRITE_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+"""The upper bounds of the buckets that writes are counted in, by how long they took."""
+
+# How long the thread waits for more after the first: a transaction costs as much as writing twenty generations, and
+# each time the thread wakes it takes the interpreter from the event loop.
+GATHERING_SECONDS = 0.1
+BATCH_GENERATIONS = 500
+BATCH_BYTES = 8 << 20
+FIRST_PAUSE_SECONDS = 0.05
+LONGEST_PAUSE_SECONDS = 2.0
+# Short, so that the thread hears in time that the process is to end.
+PATIENCE_SECONDS = 0.5
+SECONDS_BETWEEN_LOGS = 10.0
+
+# The parent's, in a process that was forked: never collected there, since closing them would meddle with its files.
+_left_open: list[Store] = []
+
+
+@dataclass(slots=True)
+class Counters:
+    """What has become of what was recorded, since the process started.
+
+    Attributes:
+        generations, prompt_tokens, output_tokens: what the store has.
+        queue_bytes: what waits now.
+        lost: generations that the store does not have, by one of `LOST`.
+        writes: transactions, in a list as long as `WRITE_SECONDS` and one more: those that took no longer than each
+            bound and longer than the one before it, and the rest.
+        write_seconds: what all of them took together.
+        failed_writes: how often the store could not be written; each is tried again.
+        trouble: why it cannot be written now; None where it can.
+    """
+
+    generations: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    queue_bytes: int = 0
+    lost: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LOST, 0))
+    writes: list[int] = field(default_factory=lambda: [0] * (len(WRITE_SECONDS) + 1))
+    write_seconds: float = 0.0
+    failed_writes: int = 0
+    trouble: str | None = None
+
+
+class Recorder:
+    """Writes generations to the store at `url`, as `open_store` takes it.
+
+    A process that is forked starts with an empty queue and counters at zero: what waits is written by its parent.
+
+    Args:
+        url: where the store is. It is opened by the thread, and again after every failure.
+        queue_bytes: how much may wait, as `record` is told it.
+        observe: is given the counters by the thread, after each write and each failure.
+    """
+
+    def __init__(
+        self, url: str, queue_bytes: int, observe: Callable[[Counters], object] = lambda counters: None
+    ) -> None:
+        self._url = url
+        self._queue_bytes = queue_bytes
+        self._observe = observe
+        self._store: Store | None = None
+        self._begin()
+        begin = weakref.WeakMethod(self._begin)
+        os.register_at_fork(after_in_child=lambda: (method := begin()) and method())
+
+    def _begin(self) -> None:
+        if self._store is not None:
+            _left_open.append(self._store)
+        self._store = None
+        self._thread: Thread | None = None
+        self._queue: SimpleQueue[tuple[Callable[[], Generation], int] | None] = SimpleQueue()
+        self._closing = Event()
+        self._deadline = float("inf")
+        self._counters = Counters()
+        # Bytes that came in and bytes that went out. Each number here is written by one thread alone, so that nobody
+        # ever waits for a lock: these and what is turned away by the caller's, all others by ours.
+        self._came = self._went = 0
+        self._turned_away = self._noted = self._late = 0
+        self._turned_away_at = (0, 0)
+        self._losing: dict[str, Loss] = {}
+        self._losses: list[Loss] = []
+        self._silent_until: dict[str, float] = {}
+
+    def start(self) -> None:
+        """Start the thread, which opens the store. Idempotent; the first `record` does it too, but then has to wait."""
+        if self._thread is None:
+            thread = Thread(target=self._run, name="agentlightning-recorder", daemon=True)
+            thread.start()
+            self._thread = thread
+            atexit.register(self.close)
+
+    def record(self, build: Callable[[], Generation], nbytes: int) -> None:
+        """Have a generation written. To be called by one thread alone; never waits, never raises.
+
+        Args:
+            build: makes the generation, in the thread that writes.
+            nbytes: what it holds on to until then.
+        """
+        try:
+            if self._closing.is_set():
+                self._come_too_late("it is closed")
+                return
+            waiting = self._came - self._went
+            # One that is larger than the queue has it for itself.
+            if waiting and waiting + nbytes > self._queue_bytes:
+                self._turn_away()
+                return
+            self.start()
+            self._came += nbytes
+            self._queue.put((build, nbytes))
+        except Exception as error:
+            # No thread can be started where the interpreter is about to end.
+            self._come_too_late(repr(error))
+
+    def counters(self) -> Counters:
+        """What has become of what was recorded, by now."""
+        mine = self._counters
+        lost = {**mine.lost, QUEUE_FULL: self._turned_away, STOPPED: mine.lost[STOPPED] + self._late}
+        return replace(mine, queue_bytes=self._came - self._went, lost=lost, writes=list(mine.writes))
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Write what waits, for at most `timeout` seconds; what is left is counted and, if that works, written down.
+
+        Idempotent. What is recorded afterwards is lost, and counted.
+        """
+        # Time enough for a last attempt, and for writing down what it left.
+        self._deadline = min(self._deadline, time.monotonic() + max(timeout - 2 * PATIENCE_SECONDS, 0))
+        self._closing.set()
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join(timeout)
+            if self._thread.is_alive():
+                logger.error("agentlightning: the store does not answer: %d bytes are left", self._came - self._went)
+
+    def _turn_away(self) -> None:
+        now = time.time_ns()
+        self._turned_away_at = (self._turned_away_at[0] if self._turned_away > self._noted else now, now)
+        self._turned_away += 1
+        full = f"the queue of {self._queue_bytes >> 20} MiB is full"
+        self._say(QUEUE_FULL, f"{full}; generations lost so far: {self._turned_away}")
+
+    def _come_too_late(self, why: str) -> None:
+        # Nobody is there to write this down.
+        self._late += 1
+        self._say("late", f"the recorder takes no more generations: {why}; lost so far: {self._late}")
+
+    def _run(self) -> None:
+        try:
+            self._opened()
+        except StoreUnavailable as error:
+            self._failed(error)
+        while not (self._closing.is_set() and self._queue.empty()):
+            try:
+                self._round()
+            except Exception as error:
+                self._say("round", f"writing generations failed: {error!r}")
+        self._write_losses()
+        self._let_go()
+
+    def _round(self) -> None:
+        """Write what has come, wait for more if nothing has."""
+        items = self._gathered()
+        try:
+            if items and time.monotonic() > self._deadline:
+                self._lose(STOPPED, len(items), ENDED)
+                return
+            if generations := self._built(items):
+                self._write(generations)
+        finally:
+            self._went += sum(nbytes for _, nbytes in items)
+        self._write_losses()
+
+    def _gathered(self) -> list[tuple[Callable[[], Generation], int]]:
+        items, nbytes = [], 0
+        try:
+            item = self._queue.get(timeout=LONGEST_PAUSE_SECONDS if self._losses else None)
+            if self._queue.qsize() < BATCH_GENERATIONS and self._came - self._went < BATCH_BYTES:
+                self._closing.wait(GATHERING_SECONDS)
+            while True:
+                # None only wakes this thread.
+                if item is not None:
+                    items.append(item)
+                    nbytes += item[1]
+                if len(items) == BATCH_GENERATIONS or nbytes >= BATCH_BYTES:
+                    break
+                item = self._queue.get_nowait()
+        except Empty:
+            pass
+        return items
+
+    def _built(self, items: Iterable[tuple[Callable[[], Generation], int]]) -> list[Generation]:
+        generations = []
+        for build, _ in items:
+            try:
+                generations.append(build())
+            except Exception as error:
+                self._lose(NOT_BUILT, 1, repr(error))
+        return generations
+
+    def _write(self, generations: list[Generation]) -> None:
+        """Write them all, as soon as the store lets it, or count them as lost."""
+        pause = FIRST_PAUSE_SECONDS
+        while True:
+            try:
+                store = self._opened()
+                started = time.perf_counter()
+                store.add(generations)
+            except (StoreUnavailable, StoreRefused) as error:
+                self._failed(error)
+            except Exception as error:
+                # One of them is at fault, and the others shall not be lost with it.
+                if len(generations) == 1:
+                    self._lose(REFUSED, 1, repr(error))
+                else:
+                    for generation in generations:
+                        self._write([generation])
+                return
+            else:
+                self._count(generations, time.perf_counter() - started)
+                return
+            left = self._deadline - time.monotonic()
+            if left <= 0:
+                self._lose(STOPPED, len(generations), ENDED)
+                return
+            if self._closing.wait(pause):
+                time.sleep(min(pause, left))
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    def _write_losses(self) -> None:
+        turned_away, at = self._turned_away, self._turned_away_at
+        if turned_away > self._noted:
+            self._losses.append(_loss(turned_away - self._noted, QUEUE_FULL, *at))
+            self._noted = turned_away
+        # From here on these stay as they are: whether an attempt that failed has written them is not known.
+        self._losses += self._losing.values()
+        self._losing = {}
+        if self._losses:
+            try:
+                self._opened().add_losses(self._losses)
+                self._losses = []
+            except Exception as error:
+                self._failed(error)
+
+    def _opened(self) -> Store:
+        if self._store is None:
+            try:
+                self._store = open_store(self._url, patience=PATIENCE_SECONDS)
+            except Exception as error:
+                raise StoreUnavailable(str(error)) from error
+        return self._store
+
+    def _failed(self, error: Exception) -> None:
+        """The store could not be written: it is opened again the next time."""
+        self._counters.failed_writes += 1
+        self._counters.trouble = str(error)
+        self._observe(self.counters())
+        self._say("store", f"generations wait for the store: {error}")
+        self._let_go()
+
+    def _let_go(self) -> None:
+        store, self._store = self._store, None
+        if store is not None:
+            with suppress(Exception):
+                store.close()
+
+    def _count(self, generations: Iterable[Generation], seconds: float) -> None:
+        counters = self._counters
+        for generation in generations:
+            counters.generations += 1
+            counters.prompt_tokens += len(generation.prompt_token_ids or ())
+            counters.output_tokens += sum(len(choice.token_ids or ()) for choice in generation.choices)
+        counters.writes[bisect_left(WRITE_SECONDS, seconds)] += 1
+        counters.write_seconds += seconds
+        if counters.trouble is not None:
+            counters.trouble = None
+            logger.info("agentlightning: generations are written to the store again")
+        self._observe(self.counters())
+
+    def _lose(self, kind: str, count: int, detail: str) -> None:
+        self._counters.lost[kind] += count
+        self._say(kind, f"generations lost so far, {kind}: {self._counters.lost[kind]}, the last by {detail}")
+        now = time.time_ns()
+        loss = self._losing.setdefault(kind, _loss(0, f"{kind}: {detail}", now, now))
+        loss.count += count
+        loss.last_at = now
+        self._observe(self.counters())
+
+    def _say(self, kind: str, message: str) -> None:
+        """Log it, but not this kind more than once in a while."""
+        now = time.monotonic()
+        if now >= self._silent_until.get(kind, 0):
+            self._silent_until[kind] = now + SECONDS_BETWEEN_LOGS
+            logger.warning("agentlightning: %s", message)
+
+
+def _loss(count: int, reason: str, first_at: int, last_at: int) -> Loss:
+    where = {"host": os.uname().nodename, "pid": os.getpid()}
+    return Loss(count=count, reason=reason, first_at=first_at, last_at=last_at, **where)

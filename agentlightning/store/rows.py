@@ -1,0 +1,198 @@
+"""A `Generation` as rows of the tables, and back."""
+
+from __future__ import annotations
+
+import json
+import sys
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from agentlightning.generation import STATUSES, Choice, Generation, Loss
+
+__all__ = [
+    "choice_row",
+    "generation_of",
+    "generation_row",
+    "loss_of",
+    "loss_row",
+    "repeated_texts",
+    "storable",
+    "text_keys",
+    "uuid_bytes",
+]
+
+Row = tuple[Any, ...]
+"""A row's values, in the order of its table's columns."""
+
+
+def repeated_texts(generation: Generation) -> Iterator[str | None]:
+    """What its rows have the keys of, in the place of the text itself."""
+    yield generation.endpoint
+    yield generation.model
+    yield generation.rollout_id
+    yield generation.attempt_id
+    yield generation.session_id
+    yield generation.sampling_params
+    yield generation.logprobs_mode
+    for choice in generation.choices:
+        yield choice.finish_reason
+
+
+def text_keys(rows: Iterable[Any]) -> Iterator[int | None]:
+    """What the rows, of generations or of choices, have in the place of a text."""
+    for row in rows:
+        yield from (value for name, value in row._mapping.items() if name.endswith("_key"))
+
+
+def generation_row(generation: Generation, key: int, keys: Mapping[str | None, int | None]) -> Row:
+    """The row of `generations`; `keys` gives each repeated text's, and None for None.
+
+    Raises:
+        ValueError: an id is no UUID, or the status is none.
+    """
+    return (
+        key,
+        uuid_bytes(generation.id),
+        None if generation.call_id is None else uuid_bytes(generation.call_id),
+        storable(generation.request_id),
+        storable(generation.response_id),
+        keys[generation.endpoint],
+        keys[generation.model],
+        keys[generation.rollout_id],
+        keys[generation.attempt_id],
+        keys[generation.session_id],
+        storable(generation.trace_id),
+        generation.started_at,
+        generation.first_token_at,
+        generation.finished_at,
+        STATUSES.index(generation.status),
+        keys[generation.sampling_params],
+        keys[generation.logprobs_mode],
+        generation.cached_tokens,
+        _bytes(generation.prompt_token_ids),
+        storable(generation.prompt_text),
+    )
+
+
+def choice_row(choice: Choice, generation_key: int, keys: Mapping[str | None, int | None]) -> Row:
+    """The row of `choices`."""
+    return (
+        generation_key,
+        choice.index,
+        _bytes(choice.token_ids),
+        _bytes(choice.logprobs),
+        storable(choice.text),
+        keys[choice.finish_reason],
+        None if choice.stop_reason is None else json.dumps(choice.stop_reason),
+        None if choice.weight_versions is None else json.dumps(choice.weight_versions),
+    )
+
+
+def generation_of(row: Any, choices: Iterable[Any], texts: Mapping[int | None, str | None]) -> Generation:
+    """The generation that these rows are of; `texts` gives each repeated text by its key, and None for None."""
+    return Generation(
+        id=_uuid_text(row.id),
+        call_id=None if row.call_id is None else _uuid_text(row.call_id),
+        request_id=row.request_id,
+        response_id=row.response_id,
+        endpoint=texts[row.endpoint_key],
+        model=texts[row.model_key],
+        rollout_id=texts[row.rollout_key],
+        attempt_id=texts[row.attempt_key],
+        session_id=texts[row.session_key],
+        trace_id=row.trace_id,
+        started_at=row.started_at,
+        first_token_at=row.first_token_at,
+        finished_at=row.finished_at,
+        status=STATUSES[row.status],
+        prompt_token_ids=_array("i", row.prompt_token_ids),
+        prompt_text=row.prompt_text,
+        sampling_params=texts[row.sampling_params_key],
+        logprobs_mode=texts[row.logprobs_mode_key],
+        cached_tokens=row.cached_tokens,
+        choices=[_choice_of(choice, texts) for choice in choices],
+    )
+
+
+def _choice_of(row: Any, texts: Mapping[int | None, str | None]) -> Choice:
+    versions = None if row.weight_versions is None else json.loads(row.weight_versions)
+    return Choice(
+        index=row.index,
+        token_ids=_array("i", row.token_ids),
+        logprobs=_array("f", row.logprobs),
+        text=row.text,
+        finish_reason=texts[row.finish_reason_key],
+        stop_reason=None if row.stop_reason is None else json.loads(row.stop_reason),
+        weight_versions=None if versions is None else [tuple(version) for version in versions],
+    )
+
+
+def loss_row(loss: Loss, key: int) -> Row:
+    """The row of `losses`."""
+    return (
+        key,
+        uuid_bytes(loss.id),
+        loss.count,
+        storable(loss.reason),
+        loss.first_at,
+        loss.last_at,
+        storable(loss.host),
+        loss.pid,
+    )
+
+
+def loss_of(row: Any) -> Loss:
+    """The loss that this row is of."""
+    return Loss(
+        id=_uuid_text(row.id),
+        count=row.count,
+        reason=row.reason,
+        first_at=row.first_at,
+        last_at=row.last_at,
+        host=row.host,
+        pid=row.pid,
+    )
+
+
+def uuid_bytes(text: str) -> bytes:
+    """The sixteen bytes of a UUID.
+
+    Raises:
+        ValueError: it is none, or not written as `new_id` writes one, and so could not be given back as it was.
+    """
+    digits = text.replace("-", "")
+    try:
+        found = bytes.fromhex(digits)
+    except ValueError:
+        found = b""
+    if len(text) == 36 and text[8:24:5] == "----" and found.hex() == digits:
+        return found
+    raise ValueError(f"{text[:100]!r} is no UUID in lower case")
+
+
+def _uuid_text(found: bytes) -> str:
+    digits = found.hex()
+    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+
+
+def storable(text: str | None) -> str | None:
+    """The text, with a question mark for each half of a surrogate pair: JSON may have one, and UTF-8 has no way to."""
+    return text if text is None or text.isascii() else text.encode("utf-8", "replace").decode()
+
+
+def _bytes(numbers: array[Any] | None) -> bytes | None:
+    if numbers is None or sys.byteorder == "little":
+        return None if numbers is None else numbers.tobytes()
+    swapped = numbers[:]
+    swapped.byteswap()
+    return swapped.tobytes()
+
+
+def _array(kind: str, found: bytes | None) -> Any:
+    if found is None:
+        return None
+    numbers = array(kind, found)
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return numbers

@@ -1,0 +1,144 @@
+"""Several processes and one file: nothing mixed, nothing twice, and nothing lost that was acknowledged."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentlightning.generation import Generation
+from agentlightning.store import open_store
+from tests.common.generations import generation
+
+SECONDS = 120
+WRITERS = 4
+BATCHES = 25
+BATCH = 20
+KILLS = 20
+# A generation longer than a page of the file, so that a torn one could be told.
+LONG = 5_000
+
+fork = multiprocessing.get_context("fork")
+
+
+def batch(writer: int, number: int) -> list[Generation]:
+    first = (writer * BATCHES + number) * BATCH
+    # The same rollouts and models for everybody: each process finds out which numbers the others gave their texts.
+    return [
+        generation(each, model=f"model-{each % 7}", rollout_id=f"rollout-{each % 10}")
+        for each in range(first, first + BATCH)
+    ]
+
+
+def together(count: int, work: Callable[[int], object]) -> None:
+    """`work` in so many processes at once, each of which starts when all are there."""
+    barrier = fork.Barrier(count)
+
+    def start(number: int) -> None:
+        barrier.wait(SECONDS)
+        work(number)
+
+    processes = [fork.Process(target=start, args=(number,)) for number in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(SECONDS)
+    assert [process.exitcode for process in processes] == [0] * count
+
+
+def is_whole(path: Path) -> bool:
+    with closing(sqlite3.connect(path)) as connection:
+        return connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
+def by_request(generations: Any) -> list[Generation]:
+    return sorted(generations, key=lambda found: found.request_id)
+
+
+def same_but_for_ids(found: list[Generation], wanted: list[Generation]) -> bool:
+    """Whether they are the same; each process has made ids of its own."""
+    for one, other in zip(found, wanted, strict=True):
+        other.id, other.call_id = one.id, one.call_id
+    return found == wanted
+
+
+def test_several_processes_write_a_new_file_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "generations.db"
+
+    def write(writer: int) -> None:
+        with open_store(str(path), patience=SECONDS) as store:
+            for number in range(BATCHES):
+                store.add(batch(writer, number))
+
+    together(WRITERS, write)
+
+    wanted = [each for writer in range(WRITERS) for number in range(BATCHES) for each in batch(writer, number)]
+    with open_store(str(path)) as store:
+        found = [*store.generations()]
+        of_one_rollout = [*store.generations(rollout_id="rollout-3")]
+    assert len({each.id for each in found}) == len(wanted)
+    assert same_but_for_ids(by_request(found), by_request(wanted))
+    assert len(of_one_rollout) == len(wanted) / 10
+    assert is_whole(path)
+
+
+@pytest.mark.parametrize("attempt", range(5))
+def test_many_processes_make_one_file_at_once(tmp_path: Path, attempt: int) -> None:
+    path = tmp_path / "generations.db"
+
+    together(10, lambda number: open_store(str(path), patience=SECONDS).add([generation(number)]))
+
+    with open_store(str(path)) as store:
+        assert store.tally()["finished"] == 10
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA page_size").fetchone() == (16384,)
+
+
+def write_until_killed(path: Path, first: int, acknowledge: Connection) -> None:
+    with open_store(str(path), patience=SECONDS) as store:
+        number = first
+        while True:
+            some = [generation(each, prompt=LONG) for each in range(number, number + random.randint(1, 30))]
+            store.add(some)
+            acknowledge.send([each.id for each in some])
+            number += len(some)
+
+
+def test_a_writer_is_killed_at_any_moment_and_what_it_acknowledged_is_there_once_and_whole(tmp_path: Path) -> None:
+    path = tmp_path / "generations.db"
+    acknowledged: list[str] = []
+    for round_ in range(KILLS):
+        ours, its = fork.Pipe(duplex=False)
+        process = fork.Process(target=write_until_killed, args=(path, round_ * 1_000_000, its))
+        process.start()
+        its.close()
+        for _ in range(random.randint(1, 10)):
+            acknowledged += ours.recv()
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        process.join(SECONDS)
+        assert process.exitcode == -signal.SIGKILL
+        # What it had still acknowledged by then.
+        try:
+            while True:
+                acknowledged += ours.recv()
+        except EOFError:
+            ours.close()
+
+        assert is_whole(path)
+        with open_store(str(path)) as store:
+            found = {each.id: each for each in store.generations()}
+            assert sum(store.tally().values()) == len(found)
+        assert found.keys() >= set(acknowledged)
+        for each in found.values():
+            number = int(str(each.response_id).removeprefix("chatcmpl-"), 16)
+            assert same_but_for_ids([each], [generation(number, prompt=LONG)])

@@ -1,0 +1,490 @@
+"""Generations in a SQLite file: what is put in comes out, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import stat
+from array import array
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentlightning.generation import Choice, Generation, Loss, new_id
+from agentlightning.store import Store, StoreRefused, StoreUnavailable, filesystem, open_store, sqlite
+from tests.common.generations import SECOND, START, generation
+
+HOSTILE = {
+    "long": "x" * 10_000,
+    "a path": "../../etc/passwd",
+    "an absolute path": "/etc/passwd",
+    "quotes": "'; DROP TABLE generations; --\"",
+    "a NUL": "a\0b",
+    "a NUL alone": "\0",
+    "any Unicode": "größe 北京 \N{GRINNING FACE} e\N{COMBINING ACUTE ACCENT}\u2028\x85",
+    "a pattern": "%_*?[a-z]",
+    "blanks": " ",
+    "nothing": "",
+}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "generations.db"
+
+
+@pytest.fixture
+def store(path: Path) -> Iterator[Store]:
+    with open_store(str(path)) as store:
+        yield store
+
+
+def ids(store: Store, **filters: Any) -> list[str]:
+    return [found.id for found in store.generations(**filters)]
+
+
+def query(path: Path, statement: str) -> Any:
+    with closing(sqlite3.connect(path)) as connection:
+        return connection.execute(statement).fetchone()[0]
+
+
+FULL = Generation(
+    call_id=new_id(),
+    request_id="chatcmpl-1-abcdef01",
+    response_id="chatcmpl-1",
+    endpoint="/v1/chat/completions",
+    model="a model/größe",
+    rollout_id="rollout",
+    attempt_id="attempt",
+    session_id="session",
+    trace_id="0af7651916cd43dd8448eb211c80319c",
+    started_at=START,
+    first_token_at=START + 1,
+    finished_at=START + 2,
+    status="aborted",
+    prompt_token_ids=array("i", [0, 1, 2**31 - 1, -1]),
+    prompt_text="what went in: \N{GRINNING FACE}\0",
+    sampling_params='{"n": 3, "stop": ["\\ud800"]}',
+    logprobs_mode="raw_logprobs",
+    cached_tokens=3,
+    choices=[
+        Choice(
+            token_ids=array("i", [7, 8]),
+            logprobs=array("f", [-0.1, float("-inf")]),
+            text="what came out",
+            finish_reason="stop",
+            stop_reason="7",
+            weight_versions=[("v1", 0, 1), ("v2", 1, 2)],
+        ),
+        Choice(index=1, token_ids=array("i"), finish_reason="abort", stop_reason=7, weight_versions=[]),
+        Choice(index=2),
+    ],
+)
+EMPTY = Generation(request_id="", finished_at=0, status="error")
+
+
+@pytest.mark.parametrize("kept", [FULL, EMPTY], ids=["everything known", "nothing known"])
+def test_a_generation_comes_back_as_it_was(store: Store, path: Path, kept: Generation) -> None:
+    assert store.add([kept]) == 1
+
+    with open_store(str(path)) as another:
+        assert [*store.generations()] == [*another.generations()] == [kept]
+
+
+def test_a_generation_may_be_as_long_as_a_context_is(store: Store) -> None:
+    kept = generation(1, prompt=1_000_000, output=131_072, prompt_text="a" * 4_000_000)
+
+    store.add([kept])
+
+    assert [*store.generations()] == [kept]
+
+
+def test_many_choices_stay_with_their_generation_and_in_order(store: Store) -> None:
+    kept = [
+        generation(number, choices=[Choice(index=i, token_ids=array("i", [number, i])) for i in range(number)])
+        for number in range(200)
+    ]
+
+    store.add(kept)
+
+    assert [*store.generations()] == kept
+
+
+def test_ids_on_disk_are_little_endian_int32_and_logprobs_float32(store: Store, path: Path) -> None:
+    store.add([FULL])
+
+    assert query(path, "SELECT hex(prompt_token_ids) FROM generations") == "0000000001000000FFFFFF7FFFFFFFFF"
+    assert query(path, 'SELECT hex(token_ids) FROM choices WHERE "index" = 0') == "0700000008000000"
+    assert query(path, 'SELECT hex(logprobs) FROM choices WHERE "index" = 0') == "CDCCCCBD000080FF"
+
+
+def test_half_a_surrogate_pair_which_no_file_can_hold_becomes_a_question_mark(store: Store) -> None:
+    store.add([generation(1, prompt_text="a\ud800b", rollout_id="r\udfff")])
+
+    (found,) = store.generations()
+    assert (found.prompt_text, found.rollout_id) == ("a?b", "r?")
+
+
+def test_generations_come_in_the_order_in_which_they_finished(store: Store) -> None:
+    kept = [generation(number) for number in range(300)]
+    # Three finished at the same moment: they come as they were written.
+    for same in kept[100:103]:
+        same.finished_at = kept[100].finished_at
+    for start in (200, 100, 0):
+        store.add(kept[start : start + 100])
+
+    assert [*store.generations()] == kept
+    assert ids(store, rollout_id="rollout-20") == [found.id for found in kept[200:210]]
+
+
+@pytest.mark.parametrize(
+    ("filters", "numbers"),
+    [
+        ({}, range(30)),
+        ({"rollout_id": "rollout-1"}, range(10, 20)),
+        ({"rollout_id": "rollout"}, ()),
+        ({"rollout_id": None}, (25,)),
+        ({"attempt_id": "attempt-2"}, range(20, 30)),
+        ({"attempt_id": "attempt-1", "rollout_id": "rollout-2"}, ()),
+        ({"session_id": "a session"}, (3, 4)),
+        ({"response_id": "chatcmpl-00000000000000000000000000000005"}, (5,)),
+        ({"response_id": "CHATCMPL-00000000000000000000000000000005"}, ()),
+        ({"call_id": "01a20c2a-865d-7b56-9503-9601311bea6e"}, (6, 7)),
+        ({"call_id": "01A20C2A-865D-7B56-9503-9601311BEA6E"}, ()),
+        ({"call_id": "no UUID"}, ()),
+        ({"model": "another model"}, (8,)),
+        ({"model": "another model", "rollout_id": "rollout-1"}, ()),
+        ({"status": "aborted"}, (9, 10)),
+        ({"status": "aborted", "rollout_id": "rollout-1"}, (10,)),
+        ({"since": START + 28 * SECOND}, (28, 29)),
+        ({"until": START + 2 * SECOND}, (0, 1)),
+        ({"since": START + 5 * SECOND, "until": START + 6 * SECOND, "rollout_id": "rollout-0"}, (5,)),
+        ({"since": START + 6 * SECOND, "until": START + 6 * SECOND}, ()),
+    ],
+)
+def test_filters_let_through_what_all_of_them_hold_for(
+    store: Store, filters: dict[str, Any], numbers: range | tuple[int, ...]
+) -> None:
+    kept = [generation(number) for number in range(30)]
+    kept[25].rollout_id = None
+    kept[3].session_id = kept[4].session_id = "a session"
+    kept[6].call_id = kept[7].call_id = "01a20c2a-865d-7b56-9503-9601311bea6e"
+    kept[8].model = "another model"
+    kept[9].status = kept[10].status = "aborted"
+    store.add(kept)
+    if filters.get("rollout_id") is None:
+        wanted = [kept[number].id for number in numbers]
+    else:
+        wanted = [kept[number].id for number in numbers if kept[number].rollout_id is not None]
+
+    assert ids(store, **filters) == wanted
+    assert sum(store.tally(**filters).values()) == len(wanted)
+
+
+def test_the_tally_tells_how_many_there_are_of_each_status(store: Store) -> None:
+    assert store.tally() == {"finished": 0, "aborted": 0, "error": 0}
+
+    store.add([generation(1), generation(2), generation(3, status="aborted")])
+
+    assert store.tally() == {"finished": 2, "aborted": 1, "error": 0}
+
+
+def test_a_filter_that_there_is_not_is_an_error_and_not_everything(store: Store) -> None:
+    store.add([generation(1)])
+
+    with pytest.raises(KeyError, match="rollout"):
+        ids(store, rollout="rollout-0")
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_ids_are_ids_like_any_other(store: Store, path: Path, text: str) -> None:
+    names = dict.fromkeys(("rollout_id", "attempt_id", "session_id", "response_id", "model", "request_id"), text)
+    kept, other = generation(1, **names), generation(2)
+    store.add([kept, other])
+
+    for name in ("rollout_id", "attempt_id", "session_id", "response_id", "model"):
+        assert [*store.generations(**{name: text})] == [kept]
+    assert [*store.generations()] == [kept, other]
+    assert {file.name for file in path.parent.iterdir()} == {path.name, f"{path.name}-wal", f"{path.name}-shm"}
+
+
+def test_what_is_added_twice_is_there_once(store: Store) -> None:
+    kept = [generation(number) for number in range(1_200)]
+
+    assert store.add(kept[:700]) == 700
+    assert store.add(kept[:700]) == 0
+    assert store.add([*kept[600:], *kept[600:]]) == 500
+
+    assert [*store.generations()] == kept
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ({"id": "no-uuid"}, "'no-uuid' is no UUID"),
+        ({"id": "01A20C2A-865D-7B56-9503-9601311BEA6E"}, "is no UUID in lower case"),
+        ({"call_id": "x" * 32}, "is no UUID"),
+        ({"status": "asleep"}, "not in tuple"),
+        ({"finished_at": None}, "NOT NULL"),
+        ({"started_at": 2**63}, "a number that SQLite cannot hold"),
+    ],
+)
+def test_a_batch_with_one_that_no_store_can_keep_is_refused_whole(
+    store: Store, bad: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(ValueError, match=reason):
+        store.add([generation(1, rollout_id="first"), generation(2, **bad)])
+
+    assert [*store.generations()] == []
+    # What the refused batch has called its rollout is not taken for another one's.
+    kept = [generation(3, rollout_id="second"), generation(4, rollout_id="first")]
+    store.add(kept)
+    assert [*store.generations()] == kept
+
+
+def test_losses_are_written_down_once(store: Store) -> None:
+    losses = [
+        Loss(count=number, reason="queue full", first_at=START, last_at=START + number, host="host", pid=7)
+        for number in range(1, 4)
+    ]
+
+    store.add_losses(losses[:2])
+    store.add_losses(losses)
+
+    assert [*store.losses()] == losses
+
+
+def test_iterating_keeps_nobody_from_writing_nor_sqlite_from_emptying_its_wal(store: Store, path: Path) -> None:
+    kept = [generation(number) for number in range(500)]
+    store.add(kept)
+    reading = store.generations()
+    first = next(reading)
+
+    with open_store(str(path)) as another:
+        another.add([generation(500)])
+    assert query(path, "PRAGMA wal_checkpoint(TRUNCATE)") == 0
+    assert os.path.getsize(f"{path}-wal") == 0
+
+    assert [found.id for found in (first, *reading)] == [*(each.id for each in kept), *ids(store)[500:]]
+
+
+def test_a_new_file_is_its_owners_alone(path: Path) -> None:
+    before = os.umask(0)
+    try:
+        with open_store(str(path)) as store:
+            store.add([generation(1)])
+            modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in path.parent.iterdir()}
+    finally:
+        os.umask(before)
+
+    assert modes == {path.name: 0o600, f"{path.name}-wal": 0o600, f"{path.name}-shm": 0o600}
+
+
+def test_the_file_has_wal_mode_large_pages_and_our_name_on_it(store: Store, path: Path) -> None:
+    store.add([generation(1)])
+
+    assert query(path, "PRAGMA journal_mode") == "wal"
+    assert query(path, "PRAGMA page_size") == 16384
+    assert query(path, "PRAGMA application_id").to_bytes(4, "big") == b"AgL1"
+
+
+@pytest.mark.parametrize("url", ["{}", "sqlite:///{}", "runs.db", "sqlite:///runs.db", "a b?c#d%20.db"])
+def test_a_store_is_named_by_a_path_or_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / url.removeprefix("sqlite:///").format("runs.db")
+
+    with open_store(url.format(file)) as store:
+        store.add([generation(1)])
+
+    assert query(file, "SELECT count(*) FROM generations") == 1
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("postgresql://host/db", "postgresql:// stores are not supported in this version"),
+        ("http://host:4747", "http:// stores are not supported in this version"),
+        ("https://host", "https:// stores are not supported in this version"),
+        ("mongodb://host", "there is no mongodb:// store"),
+        ("sqlite://generations.db", "it is sqlite:///PATH"),
+        ("sqlite:///", "needs the path of a file"),
+        ("sqlite:///:memory:", "needs the path of a file"),
+        (":memory:", "needs the path of a file"),
+        ("", "needs the path of a file"),
+    ],
+)
+def test_what_is_no_store_is_refused_with_the_reason(url: str, reason: str) -> None:
+    with pytest.raises(StoreRefused, match=reason):
+        open_store(url)
+
+
+def test_no_file_is_made_where_none_is_asked_for(path: Path) -> None:
+    with pytest.raises(StoreUnavailable, match=f"{path} cannot be opened: No such file or directory"):
+        open_store(str(path), create=False)
+
+    assert not path.exists()
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StoreUnavailable, match=r"missing/a\.db cannot be opened: No such file or directory"):
+        open_store(str(tmp_path / "missing" / "a.db"))
+
+
+def test_an_empty_file_becomes_a_store(path: Path) -> None:
+    path.touch()
+
+    with open_store(str(path)) as store:
+        store.add([generation(1)])
+
+    assert query(path, "PRAGMA page_size") == 16384
+
+
+def test_the_database_of_another_program_is_refused_and_left_as_it_is(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE generations (theirs)")
+    before = path.read_bytes()
+
+    with pytest.raises(StoreRefused, match=f"{path} is the database of another program"):
+        open_store(str(path))
+
+    assert path.read_bytes() == before
+    assert [*path.parent.iterdir()] == [path]
+
+
+def test_a_file_that_is_no_database_is_refused_and_left_as_it_is(path: Path) -> None:
+    path.write_text("a text, and a longer one than the header of a database is\n" * 100)
+    before = path.read_bytes()
+
+    with pytest.raises(StoreRefused, match=f"{path} is no SQLite file, or a broken one: file is not a database"):
+        open_store(str(path))
+
+    assert path.read_bytes() == before
+
+
+def test_a_file_that_is_broken_is_refused_when_that_shows(path: Path) -> None:
+    with open_store(str(path)) as store:
+        store.add([generation(number) for number in range(2_000)])
+    with path.open("r+b") as file:
+        file.seek(3 * 16384)
+        file.write(b"\xff" * (path.stat().st_size - 3 * 16384))
+
+    with open_store(str(path)) as store, pytest.raises(StoreRefused, match=r"or a broken one: .*malformed"):
+        ids(store)
+
+
+def test_a_file_of_a_newer_schema_is_refused_and_left_as_it_is(path: Path) -> None:
+    open_store(str(path)).close()
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA user_version = 7")
+    before = path.read_bytes()
+
+    with pytest.raises(StoreRefused, match=r"written by a newer agentlightning \(schema 7, this one knows 1\)"):
+        open_store(str(path))
+
+    assert path.read_bytes() == before
+
+
+def test_a_file_of_an_older_schema_is_brought_up_to_date_when_it_is_opened(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no older one yet: today's is the older one here, and two steps lead on from it."""
+    kept = [generation(number) for number in range(10)]
+    with open_store(str(path)) as store:
+        store.add(kept)
+    steps = {
+        1: ("ALTER TABLE losses ADD COLUMN note TEXT", "UPDATE losses SET note = 'of version 2'"),
+        2: ("CREATE TABLE notes (note TEXT)", "INSERT INTO notes VALUES ('of version 3')"),
+    }
+    monkeypatch.setattr(sqlite, "VERSION", 3)
+    monkeypatch.setattr(sqlite, "MIGRATIONS", steps)
+
+    with open_store(str(path)) as store:
+        assert [*store.generations()] == kept
+
+    assert query(path, "PRAGMA user_version") == 3
+    assert query(path, "SELECT note FROM notes") == "of version 3"
+    # The steps are not taken again.
+    open_store(str(path)).close()
+    assert query(path, "SELECT count(*) FROM notes") == 1
+
+
+def test_a_step_that_fails_leaves_the_older_file_whole(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_store(str(path)) as store:
+        store.add([generation(1)])
+    with monkeypatch.context() as newer:
+        newer.setattr(sqlite, "VERSION", 2)
+        newer.setattr(sqlite, "MIGRATIONS", {1: ("CREATE TABLE notes (note TEXT)", "CREATE TABLE generations (again)")})
+        with pytest.raises(StoreUnavailable, match="already exists"):
+            open_store(str(path))
+
+    assert query(path, "PRAGMA user_version") == 1
+    assert query(path, "SELECT count(*) FROM sqlite_master WHERE name = 'notes'") == 0
+    with open_store(str(path)) as store:
+        assert [*store.generations()] == [*store.generations(rollout_id="rollout-0")] != []
+
+
+def test_a_file_that_was_replaced_is_not_written_to(store: Store, path: Path) -> None:
+    store.add([generation(1)])
+    path.rename(path.with_suffix(".old"))
+
+    with pytest.raises(StoreUnavailable, match="No such file or directory"):
+        store.add([generation(2)])
+    open_store(str(path)).close()
+    with pytest.raises(StoreUnavailable, match="was replaced since it was opened"):
+        store.add([generation(2)])
+
+
+MOUNTS = """\
+/dev/vda / ext4 rw,relatime 0 0
+server:/home /home nfs4 rw,vers=4.2 0 0
+/dev/vdb /home/local\\040disk xfs rw 0 0
+//server/share /mnt cifs rw 0 0
+/dev/vdc /mnt ext4 rw 0 0
+me@host: /remote fuse.sshfs rw 0 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/data/a.db", None),
+        ("/home/me/a.db", "nfs4"),
+        ("/homeless/a.db", None),
+        ("/home/local disk/a.db", None),
+        ("/mnt/a.db", None),
+        ("/remote/deep/below/a.db", "fuse.sshfs"),
+    ],
+)
+def test_a_network_file_system_is_refused_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, kind: str | None
+) -> None:
+    (tmp_path / "mounts").write_text(MOUNTS)
+    monkeypatch.setattr(filesystem, "MOUNTS", tmp_path / "mounts")
+
+    # None of these folders is there: what is let through ends there.
+    with pytest.raises((StoreRefused, StoreUnavailable)) as refused:
+        open_store(path, create=False)
+
+    if kind is None:
+        assert "No such file or directory" in str(refused.value)
+    else:
+        assert f"{path} is on a network file system ({kind})" in str(refused.value)
+
+
+def test_a_link_into_a_network_file_system_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mounts").write_text(f"/dev/vda / ext4 rw 0 0\nserver:/ {tmp_path}/remote nfs rw 0 0\n")
+    monkeypatch.setattr(filesystem, "MOUNTS", tmp_path / "mounts")
+    (tmp_path / "link").symlink_to(tmp_path / "remote")
+
+    with pytest.raises(StoreRefused, match="network file system"):
+        open_store(str(tmp_path / "link" / "a.db"))
+
+
+def test_where_the_system_tells_of_no_mounts_every_path_is_local(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(filesystem, "MOUNTS", Path("/nowhere"))
+
+    with open_store(str(path)) as store:
+        assert store.add([generation(1)]) == 1
