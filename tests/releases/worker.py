@@ -34,7 +34,8 @@ class Request:
 class ChosenTokensWorker:
     """What vLLM's V1 engine asks of a worker."""
 
-    def __init__(self, vllm_config: Any, **_: Any) -> None:
+    def __init__(self, vllm_config: Any, rank: int, **_: Any) -> None:
+        self.rank = rank
         self._model = Path(vllm_config.model_config.model)
         self._block_size = vllm_config.cache_config.block_size
         self._requests: dict[str, Request] = {}
