@@ -16,7 +16,7 @@ from agentlightning.instrumentation.vllm.server import STATUS_ROUTE
 __all__ = ["Unreachable", "findings", "read"]
 
 SECONDS = 30
-REPORTED = ("agentlightning", "vllm", "python", "pid", "api_servers", "switches", "patches", "counters")
+REPORTED = ("agentlightning", "vllm", "python", "pid", "api_servers", "switches", "patches", "counters", "recording")
 
 
 class Unreachable(Exception):
@@ -62,6 +62,7 @@ def _is_status(answer: Any) -> TypeGuard[dict[str, Any]]:
         and all(isinstance(mapping, dict) for mapping in mappings)
         and all(isinstance(patch, dict) and patch.keys() >= {"state", "reason"} for patch in answer["patches"].values())
         and isinstance(answer["counters"].get("failures"), dict)
+        and isinstance(answer["recording"], dict | None)
     )
 
 
@@ -89,6 +90,8 @@ def findings(status: Mapping[str, Any]) -> Iterator[Finding]:
     silent = status["switches"].get("AGL_RETURN_TOKEN_IDS") == "none"
     yield Finding("switches", Mark.NOTE if silent else Mark.OK, switches)
     yield from of_patches(status["patches"])
+    if status["recording"] is not None:
+        yield from _recording(status["recording"])
     for kind, count in status["counters"]["failures"].items():
         yield Finding(
             "failures",
@@ -96,3 +99,19 @@ def findings(status: Mapping[str, Any]) -> Iterator[Finding]:
             f"{count} times vLLM went on without us: {kind}",
             "the server's log has the traceback of the first; please report it",
         )
+
+
+def _recording(recording: Mapping[str, Any]) -> Iterator[Finding]:
+    kept = (
+        f"{recording['generations']} generations in {recording['store']}, {recording['queue_bytes']} bytes wait for it"
+    )
+    if recording["trouble"] is None:
+        yield Finding("store", Mark.OK, kept)
+    else:
+        advice = "make the store writable again: what waits is written then, and what finds no room is lost"
+        yield Finding("store", Mark.PROBLEM, f"{kept}: {recording['trouble']}", advice)
+    lost = {reason: count for reason, count in recording["lost"].items() if count}
+    if lost:
+        reasons = ", ".join(f"{count} ({reason})" for reason, count in lost.items())
+        advice = "the server's log says why; `agl doctor --store` shows what was lost when"
+        yield Finding("store", Mark.PROBLEM, f"generations lost: {reasons}", advice)

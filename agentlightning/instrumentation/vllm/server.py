@@ -9,6 +9,7 @@ from typing import Any
 
 import agentlightning
 from agentlightning import settings
+from agentlightning.instrumentation.vllm import recording
 from agentlightning.instrumentation.vllm.containment import contained, failures
 from agentlightning.instrumentation.vllm.middleware import RequestContexts, ignored
 from agentlightning.patching import Patch, Status, Wrap
@@ -63,4 +64,5 @@ def _report(app: Any, statuses: Mapping[str, Status]) -> dict[str, Any]:
         },
         "patches": {name: status.as_dict() for name, status in statuses.items()},
         "counters": {"failures": dict(failures), "ignored_ids": dict(ignored)},
+        "recording": recording.report(),
     }

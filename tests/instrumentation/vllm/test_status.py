@@ -43,6 +43,7 @@ def test_a_server_tells_what_it_is_and_that_all_is_patched(armed: RemoteOpenAISe
         "switches": {"AGL_INSTRUMENT": "on", "AGL_RETURN_TOKEN_IDS": "all"},
         "patches": WHOLE,
         "counters": {"failures": {}, "ignored_ids": {}},
+        "recording": None,
     }
 
 
