@@ -112,4 +112,7 @@ def named(versions: Iterable[str]) -> list[Release]:
 
 
 if __name__ == "__main__":
-    make(named(sys.argv[1:]))
+    try:
+        make(named(sys.argv[1:]))
+    except ValueError as error:
+        sys.exit(str(error))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from importlib.metadata import distributions
 from typing import Any
 
 import pytest
 
 from benchmarks.machine import describe_machine
 from tests.common.environments import CHECKOUT
+from tests.releases.environments import scripts
 from tests.releases.table import COMPILED, Release
 
 PAGE = CHECKOUT / "docs" / "releases.md"
@@ -31,14 +33,21 @@ servers, and taking the patches off. All is asked over HTTP of the release's own
 not run on the machine, the tokens come from a worker of the tests (`tests/releases/worker.py`) that has no model: what
 stands above a worker, from the API server down to the engine's scheduler, is vLLM's. Elsewhere vLLM runs whole.
 
-| vLLM | engine | worker | passed | failed | left out |
-|---|---|---|---:|---:|---|
+| vLLM | engine | worker | pydantic | passed | failed | left out |
+|---|---|---|---|---:|---:|---|
 """
 
 
 def release_of(item: pytest.Item) -> Release:
     """The row that a test is for."""
     return item.callspec.params["release"]  # type: ignore[attr-defined]
+
+
+def version_of(package: str, release: Release) -> str:
+    """Of what is installed in the release's environment."""
+    [site_packages] = scripts(release).parent.glob("lib/python*/site-packages")
+    [distribution] = distributions(name=package, path=[str(site_packages)])
+    return distribution.version
 
 
 class Report:
@@ -71,6 +80,7 @@ class Report:
             f"{release.version}{f' ({build})' if build else ''}",
             release.engine,
             worker,
+            version_of("pydantic", release),
             str(outcomes["passed"]),
             str(outcomes["failed"]),
             left_out,

@@ -24,7 +24,8 @@ BLOCKS = 4096
 class ChosenTokensWorker:
     """What vLLM's V0 engine asks of a worker."""
 
-    def __init__(self, vllm_config: Any, **_: Any) -> None:
+    def __init__(self, vllm_config: Any, rank: int, **_: Any) -> None:
+        self.rank = rank
         self._model = Path(vllm_config.model_config.model)
 
     def init_device(self) -> None: ...
