@@ -69,6 +69,7 @@ CHAT = SERVING["from 0.15"]["chat"]
 COMPLETIONS = SERVING["from 0.15"]["completions"]
 GENERATOR = f"{COMPLETIONS}.OpenAIServingCompletion.completion_stream_generator"
 CHAT_PROTOCOL = "vllm.entrypoints.openai.chat_completion.protocol"
+API_SERVER = "vllm.entrypoints.openai.api_server"
 LAUNCHER = "vllm.entrypoints.launcher"
 SERVE_ARGUMENTS = "vllm.entrypoints.openai.cli_args"
 JUDGE = "start-up check"
@@ -479,11 +480,12 @@ def test_a_vllm_without_the_modules_works_and_each_patch_set_says_what_it_misses
             "chat",
             "ChatCompletionRequest knows no return_token_ids, which vLLM has had since 0.10.2",
         ),
-        ("serve_http", "serve_app", "status route", f"{LAUNCHER} has no serve_http"),
+        ("build_app", "build_application", "status route", f"{API_SERVER} has no build_app"),
+        ("serve_http", "serve_app", "server", f"{LAUNCHER} has no serve_http"),
         (
             "serve_http(app, sock,",
             "serve_http(application, sock,",
-            "status route",
+            "server",
             f"{LAUNCHER}.serve_http(application, sock, **uvicorn_kwargs) does not take app",
         ),
         (
