@@ -47,7 +47,7 @@ class Filters(TypedDict, total=False):
 
 
 class Store(AbstractContextManager["Store"], ABC):
-    """Keeps generations. Safe for several threads; a process that forks opens it anew.
+    """Keeps generations. Safe for several threads, not for a fork: each process opens its own, and forks without it.
 
     Every method raises `StoreUnavailable` or `StoreRefused` where the store is the reason that it cannot do its work.
     """

@@ -139,9 +139,9 @@ class SqliteStore(Store):
         status = tables.generations.c.status
         with self._connected() as connection:
             query = (
-                select(status, func.count().label("count")).where(*_conditions(connection, filters)).group_by(status)
+                select(status, func.count().label("how_many")).where(*_conditions(connection, filters)).group_by(status)
             )
-            found = {row.status: row.count for row in connection.execute(query)}
+            found = {row.status: row.how_many for row in connection.execute(query)}
         return {name: found.get(number, 0) for number, name in enumerate(STATUSES)}
 
     def add_losses(self, losses: Sequence[Loss]) -> None:
