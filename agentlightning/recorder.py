@@ -20,7 +20,7 @@ from threading import Event, Lock, Thread
 from agentlightning.generation import Generation, Loss
 from agentlightning.store import Store, StoreRefused, StoreUnavailable, open_store
 
-__all__ = ["LOST", "WRITE_SECONDS", "Counters", "Recorder"]
+__all__ = ["LOST", "NOT_BUILT", "QUEUE_FULL", "REFUSED", "STOPPED", "WRITE_SECONDS", "Counters", "Recorder"]
 
 logger = logging.getLogger("agentlightning")
 
