@@ -9,11 +9,11 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard
 
-from agentlightning.diagnosis import Finding, Mark
+from agentlightning.diagnosis import Finding, Mark, Unreachable
 from agentlightning.diagnosis.patches import of_patches
 from agentlightning.instrumentation.vllm.server import STATUS_ROUTE
 
-__all__ = ["Unreachable", "findings", "read"]
+__all__ = ["findings", "read"]
 
 SECONDS = 30
 REPORTED = (
@@ -28,10 +28,6 @@ REPORTED = (
     "limits",
     "recording",
 )
-
-
-class Unreachable(Exception):
-    """No status was read. The message says why; the second argument says what to do."""
 
 
 def read(url: str, api_key: str | None) -> dict[str, Any]:
