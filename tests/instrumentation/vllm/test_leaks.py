@@ -8,7 +8,7 @@ import random
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from agentlightning.instrumentation.vllm.server import STATUS_ROUTE
-from tests.common.answers import fetch
+from tests.common.answers import fetch, post
 from tests.common.census import PATH
 from tests.common.vllm import RemoteOpenAIServer
 
@@ -68,25 +68,27 @@ KINDS: list[tuple[str, Body]] = [
 ]
 
 
+CENSUS = "--middleware=tests.common.census.Census"
+ENV = {"AGL_INSTRUMENT": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
+
+
 @pytest.fixture(scope="module")
 def watched() -> Iterator[RemoteOpenAIServer]:
     """Tells what it holds of ours, and goes on when its engine has died."""
-    env = {
-        "AGL_INSTRUMENT": "1",
-        "PYTHONPATH": str(Path(__file__).parents[3]),
-        "VLLM_ENABLE_RESPONSES_API_STORE": "1",
-        "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH": "1",
-    }
-    with RemoteOpenAIServer("--middleware=tests.common.census.Census", env=env) as server:
+    env = {**ENV, "VLLM_ENABLE_RESPONSES_API_STORE": "1", "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH": "1"}
+    with RemoteOpenAIServer(CENSUS, env=env) as server:
         yield server
 
 
 class Crowd:
     """Many clients at once that ask for all kinds of things; every other one hangs up at a random moment."""
 
-    def __init__(self, server: RemoteOpenAIServer, client: aiohttp.ClientSession) -> None:
+    def __init__(
+        self, server: RemoteOpenAIServer, client: aiohttp.ClientSession, kinds: Sequence[tuple[str, Body]]
+    ) -> None:
         self._server = server
         self._client = client
+        self._kinds = kinds
         self._chance = random.Random(0)
         self.outcomes: Counter[str] = Counter()
 
@@ -100,7 +102,7 @@ class Crowd:
         await asyncio.gather(*(one_after_the_other() for _ in range(AT_ONCE)))
 
     async def _ask(self) -> None:
-        path, body = self._chance.choice(KINDS)
+        path, body = self._chance.choice(self._kinds)
         leaves = self._one_in(2)
         # Whoever leaves asks for so much that it is mostly before the end.
         asked = body(TOO_LONG if self._one_in(20) else TEXT, 64 if leaves else 2)
@@ -126,12 +128,12 @@ class Crowd:
         return self._chance.random() * number < 1
 
 
-async def crowd(server: RemoteOpenAIServer, requests: int) -> Counter[str]:
+async def crowd(server: RemoteOpenAIServer, requests: int, kinds: Sequence[tuple[str, Body]] = KINDS) -> Counter[str]:
     """What became of so many requests."""
     # A connection for each: on one that has been kept, an aborted request's would be missed by the next.
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
     async with aiohttp.ClientSession(server.url, connector=connector) as client:
-        many = Crowd(server, client)
+        many = Crowd(server, client, kinds)
         await many.ask(requests)
     return many.outcomes
 
@@ -183,3 +185,18 @@ def test_nothing_is_left_of_the_streams_under_which_an_engine_died(watched: Remo
     outcomes = asyncio.run(crowd(watched, 100))
     assert outcomes["500"]
     assert left_over(watched, at_first) == at_first
+
+
+def test_nothing_is_left_of_requests_for_embeddings() -> None:
+    asked = {"input": [TEXT, "one"], "encoding_format": "float"}
+    with RemoteOpenAIServer(CENSUS, "--runner=pooling", "--convert=embed", env=ENV) as server:
+        at_first = fetch(server, PATH)
+        answer = post(server, "/v1/embeddings", {"model": server.model, **asked})
+        outcomes = asyncio.run(
+            crowd(server, 500, [("/v1/embeddings", lambda text, tokens: {"input": [text] * tokens})])
+        )
+
+        assert set(answer) == {"id", "object", "created", "model", "data", "usage"}
+        assert left_over(server, at_first) == at_first
+        assert min(outcomes[each] for each in ("200", "400", "hung up")) > 10, outcomes
+        assert fetch(server, STATUS_ROUTE)["counters"]["failures"] == {}

@@ -13,7 +13,7 @@ import openai
 import psutil
 
 from tests.common.answers import gather, joined, post, steady
-from tests.common.reference import shows, tokenizer
+from tests.common.reference import tokenizer
 from tests.common.vllm import RemoteOpenAIServer
 
 CHAT = "/v1/chat/completions"
@@ -166,18 +166,17 @@ EVERY_ENDPOINT: list[tuple[str, Callable[[int], dict[str, Any]], Callable[[Any],
 
 
 def test_no_request_to_any_endpoint_reads_the_ids_of_another(armed: RemoteOpenAIServer) -> None:
-    def ask(number: int) -> None:
+    def ask(number: int) -> Spoken:
         path, body, read = EVERY_ENDPOINT[number % len(EVERY_ENDPOINT)]
-        asked = body(number)
         # Hot, so that no two say the same.
-        for prompt, response, text in read(post(armed, path, {"model": armed.model, "temperature": 1, **asked})):
-            said = tokenizer().decode(prompt)
-            assert question(number) in said
-            assert said.count("Number") == 1
-            assert shows(response, text.removeprefix(question(number)) if asked.get("echo") else text)
+        return read(post(armed, path, {"model": armed.model, "temperature": 1, **body(number)}))
 
     with ThreadPoolExecutor(64) as threads:
-        list(threads.map(ask, range(256)))
+        answers = list(threads.map(ask, range(256)))
+
+    for number, answer in enumerate(answers):
+        for spoken in answer:
+            assert_own(number, *spoken)
 
 
 def test_requests_that_follow_each_other_on_one_connection_never_mix(armed: RemoteOpenAIServer) -> None:
@@ -192,10 +191,22 @@ def test_requests_that_follow_each_other_on_one_connection_never_mix(armed: Remo
         answers = [next_answer(stream) for stream in [connection.makefile("rb")] * len(bodies)]
 
     for number, answer in enumerate(answers):
-        ((prompt, response, text),) = of_response(answer)
-        assert question(number) in tokenizer().decode(prompt)
-        assert shows(response, text)
+        (spoken,) = of_response(answer)
+        assert_own(number, *spoken)
         assert "generations" not in answer
+
+
+def assert_own(number: int, prompt: list[int], response: list[int], text: str) -> None:
+    said = tokenizer().decode(prompt)
+    assert question(number) in said
+    assert said.count("Number") == 1
+    answered = tokenizer().decode(response, skip_special_tokens=True)
+    assert characters(answered) == characters(text.removeprefix(question(number)))
+
+
+def characters(text: str) -> str:
+    """Without what stands for bytes that are none: how often it does depends on how many are decoded at once."""
+    return text.replace("\ufffd", "")
 
 
 def next_answer(stream: IO[bytes]) -> Any:
@@ -205,6 +216,7 @@ def next_answer(stream: IO[bytes]) -> Any:
 
 
 def test_a_client_that_hangs_up_harms_nobody(armed: RemoteOpenAIServer) -> None:
+    logged = len(armed.log)
     for _ in range(5):
         with armed.client().chat.completions.create(
             model=armed.model, messages=MESSAGES, max_tokens=900, stream=True, extra_body={"ignore_eos": True}
@@ -212,5 +224,5 @@ def test_a_client_that_hangs_up_harms_nobody(armed: RemoteOpenAIServer) -> None:
             next(iter(stream))
 
     assert post(armed, CHAT, chat(armed))["response_token_ids"]
-    assert "Traceback" not in armed.log
-    assert "agentlightning" not in armed.log
+    assert "Traceback" not in armed.log[logged:]
+    assert "agentlightning" not in armed.log[logged:]
