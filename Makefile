@@ -43,4 +43,4 @@ format: $(VENV)/.ready
 	$(VENV)/bin/ruff check --fix
 
 clean:
-	rm -rf $(VENV) .cache dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) .cache dist .hypothesis .pytest_cache .ruff_cache
