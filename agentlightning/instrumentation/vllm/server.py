@@ -9,6 +9,7 @@ from typing import Any
 
 import agentlightning
 from agentlightning import settings
+from agentlightning.instrumentation.vllm import recording
 from agentlightning.instrumentation.vllm.containment import contained, failures
 from agentlightning.instrumentation.vllm.middleware import RequestContexts, ignored
 from agentlightning.patching import Patch, Status, Wrap
@@ -26,6 +27,8 @@ def patches(status: Callable[[], Mapping[str, Status]]) -> tuple[Patch, ...]:
         async def serve_http_with_status_route(app: Any, *args: Any, **kwargs: Any) -> Any:
             contained(f"adding {STATUS_ROUTE}", _add_route, app, status)
             contained("opening request contexts", _wrap_middleware, app)
+            if recording.is_on():
+                contained("opening the store", recording.start)
             return await serve_http(app, *args, **kwargs)
 
         return serve_http_with_status_route
