@@ -51,11 +51,11 @@ class RequestContexts:
 
 def _understood(scope: Scope) -> tuple[Scope, RequestContext]:
     """The scope without a prefix, and the context that prefix and headers describe."""
-    # vLLM's routes write to it; without one, as under some servers, they would write to one of their own.
-    context = RequestContext(state=scope.setdefault("state", {}))
+    context = RequestContext()
     # Looked at first, since this runs for every request.
     if "/rollout/" in scope["path"]:
         scope = _without_prefix(scope, context)
+    context.scope = scope
     context.endpoint = scope["path"].removeprefix(scope.get("root_path", ""))
     _read_headers(dict(scope.get("headers", ())), context)
     return scope, context
@@ -91,6 +91,7 @@ def _read_headers(headers: dict[bytes, bytes], context: RequestContext) -> None:
     context.request_id = _header(headers, b"x-request-id")
     if b"traceparent" in headers:
         context.trace_id = _trace_id(headers[b"traceparent"].decode("latin-1"))
+        ignored["traceparent"] += context.trace_id is None
 
 
 def _header(headers: dict[bytes, bytes], name: bytes) -> str | None:

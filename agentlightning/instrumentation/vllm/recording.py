@@ -160,7 +160,7 @@ def _status(record: Record) -> Status:
 
 def _response_id(record: Record, context: RequestContext) -> str:
     """The `id` of the answer: vLLM leaves it in the HTTP request's state; without one, the engine's name has it."""
-    metadata = (context.state or {}).get("request_metadata")
+    metadata = (context.scope or {}).get("state", {}).get("request_metadata")
     if metadata is not None:
         return metadata.request_id
     # Each prompt of a completions request has its number behind it.
