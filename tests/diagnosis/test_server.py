@@ -28,6 +28,15 @@ STATUS: dict[str, Any] = {
     "switches": {"AGL_INSTRUMENT": "on", "AGL_RETURN_TOKEN_IDS": "all"},
     "patches": {"chat": {"state": "applied", "reason": None}},
     "counters": {"failures": {}},
+    "limits": [],
+    "recording": None,
+}
+RECORDING: dict[str, Any] = {
+    "store": "run.db",
+    "generations": 12,
+    "queue_bytes": 0,
+    "lost": {"queue full": 0, "not built": 0, "refused": 0, "stopped": 0},
+    "trouble": None,
 }
 FAILURES = {"attaching ids: KeyError": 3, "editing a stream: ValueError": 1}
 
@@ -230,6 +239,37 @@ def test_failures_while_serving_are_problems() -> None:
     assert "problem failures 3 times vLLM went on without us: attaching ids: KeyError -> the server's log" in said.text
     assert said.text.endswith("2 problems.")
     assert as_json.json["server"]["counters"]["failures"] == FAILURES
+
+
+def test_an_engine_that_does_not_give_all_ids_is_a_note() -> None:
+    limit = "vLLM's V0 engine answers"
+    with answering_status(limits=[limit]) as url:
+        said = ask(url)
+
+    assert said.status == 0
+    assert f"note engine {limit}" in said.text
+
+
+def test_a_server_that_keeps_what_it_generates() -> None:
+    with answering_status(recording=RECORDING) as url:
+        said = ask(url)
+
+    assert said.status == 0
+    assert "ok store 12 generations in run.db, 0 bytes wait for it" in said.text
+
+
+def test_a_store_that_cannot_be_written_and_what_was_lost_are_problems() -> None:
+    trouble = {
+        "queue_bytes": 4096,
+        "lost": {"queue full": 3, "not built": 0, "refused": 1, "stopped": 0},
+        "trouble": "database is locked",
+    }
+    with answering_status(recording={**RECORDING, **trouble}) as url:
+        said = ask(url)
+
+    assert said.status == 1
+    assert "12 generations in run.db, 4096 bytes wait for it: database is locked" in said.text
+    assert "generations lost: 3 (queue full), 1 (refused)" in said.text
 
 
 def test_what_a_server_could_not_patch_is_a_problem() -> None:

@@ -11,6 +11,7 @@ import functools
 import time
 from array import array
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,7 +24,7 @@ from agentlightning.instrumentation.vllm.running import Ended, Record, Running
 from agentlightning.patching import Patch, Where, Wrap
 from agentlightning.recorder import Recorder
 
-__all__ = ["calls", "is_on", "recorder", "running", "start", "under_way"]
+__all__ = ["calls", "is_on", "recorder", "report", "running", "start", "under_way"]
 
 # An integer of Python's, and its place in a list.
 BYTES_PER_ID = 36
@@ -55,6 +56,13 @@ def start() -> None:
     recorder().start()
     # After the recorder's own, and so called before it: what is under way then is kept too.
     atexit.register(_give_up_all)
+
+
+def report() -> dict[str, Any] | None:
+    """For the status: where generations are kept, and what has become of them; None where they are not kept."""
+    if not is_on():
+        return None
+    return {"store": settings.without_secrets(settings.store() or ""), **asdict(recorder().counters())}
 
 
 def calls(target: str, endpoint: str) -> Patch:
