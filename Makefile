@@ -9,7 +9,7 @@ help:
 	@echo 'make demo    a real vLLM answers with token ids, shown in a table'
 	@echo 'make test    all tests, against a real vLLM'
 	@echo 'make lint    formatting, lint and types'
-	@echo 'make bench   what it costs every Python process, beside its peers, and a server (some 25 minutes)'
+	@echo 'make bench   what it costs every Python process, beside its peers, a server, and recording (some 30 minutes)'
 	@echo 'make format  put the formatting right'
 	@echo 'make clean   remove what the others made'
 
