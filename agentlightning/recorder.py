@@ -10,18 +10,17 @@ import atexit
 import logging
 import os
 import time
-import weakref
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 
 from agentlightning.generation import Generation, Loss
 from agentlightning.store import Store, StoreRefused, StoreUnavailable, open_store
 
-__all__ = ["LOST", "WRITE_SECONDS", "Counters", "Recorder"]
+__all__ = ["LOST", "NOT_BUILT", "QUEUE_FULL", "REFUSED", "STOPPED", "WRITE_SECONDS", "Counters", "Recorder"]
 
 logger = logging.getLogger("agentlightning")
 
@@ -41,9 +40,6 @@ LONGEST_PAUSE_SECONDS = 2.0
 # Short, so that the thread hears in time that the process is to end.
 PATIENCE_SECONDS = 0.5
 SECONDS_BETWEEN_LOGS = 10.0
-
-# The parent's, in a process that was forked: never collected there, since closing them would meddle with its files.
-_left_open: list[Store] = []
 
 
 @dataclass(slots=True)
@@ -90,21 +86,29 @@ class Recorder:
         self._queue_bytes = queue_bytes
         self._observe = observe
         self._store: Store | None = None
+        self._storing = Lock()
         self._begin()
-        begin = weakref.WeakMethod(self._begin)
-        os.register_at_fork(after_in_child=lambda: (method := begin()) and method())
+        os.register_at_fork(
+            before=self._before_fork, after_in_parent=self._storing.release, after_in_child=self._forked
+        )
+
+    def _before_fork(self) -> None:
+        # SQLite in the child would take locks that the parent holds for its own, and overwrite what the parent writes.
+        self._storing.acquire()
+        self._let_go()
+
+    def _forked(self) -> None:
+        self._begin()
+        self._storing.release()
 
     def _begin(self) -> None:
-        if self._store is not None:
-            _left_open.append(self._store)
-        self._store = None
         self._thread: Thread | None = None
         self._queue: SimpleQueue[tuple[Callable[[], Generation], int] | None] = SimpleQueue()
         self._closing = Event()
         self._deadline = float("inf")
         self._counters = Counters()
-        # Bytes that came in and bytes that went out. Each number here is written by one thread alone, so that nobody
-        # ever waits for a lock: these and what is turned away by the caller's, all others by ours.
+        # Bytes that came in and bytes that went out: each number is written by one thread alone, the caller's or ours,
+        # so that neither ever waits for a lock of the other.
         self._came = self._went = 0
         self._turned_away = self._noted = self._late = 0
         self._turned_away_at = (0, 0)
@@ -177,7 +181,8 @@ class Recorder:
 
     def _run(self) -> None:
         try:
-            self._opened()
+            with self._opened():
+                pass
         except StoreUnavailable as error:
             self._failed(error)
         while not (self._closing.is_set() and self._queue.empty()):
@@ -186,7 +191,8 @@ class Recorder:
             except Exception as error:
                 self._say("round", f"writing generations failed: {error!r}")
         self._write_losses()
-        self._let_go()
+        with self._storing:
+            self._let_go()
 
     def _round(self) -> None:
         """Write what has come, wait for more if nothing has."""
@@ -233,9 +239,9 @@ class Recorder:
         pause = FIRST_PAUSE_SECONDS
         while True:
             try:
-                store = self._opened()
-                started = time.perf_counter()
-                store.add(generations)
+                with self._opened() as store:
+                    started = time.perf_counter()
+                    store.add(generations)
             except (StoreUnavailable, StoreRefused) as error:
                 self._failed(error)
             except Exception as error:
@@ -267,18 +273,21 @@ class Recorder:
         self._losing = {}
         if self._losses:
             try:
-                self._opened().add_losses(self._losses)
+                with self._opened() as store:
+                    store.add_losses(self._losses)
                 self._losses = []
             except Exception as error:
                 self._failed(error)
 
-    def _opened(self) -> Store:
-        if self._store is None:
-            try:
-                self._store = open_store(self._url, patience=PATIENCE_SECONDS)
-            except Exception as error:
-                raise StoreUnavailable(str(error)) from error
-        return self._store
+    @contextmanager
+    def _opened(self) -> Iterator[Store]:
+        with self._storing:
+            if self._store is None:
+                try:
+                    self._store = open_store(self._url, patience=PATIENCE_SECONDS)
+                except Exception as error:
+                    raise StoreUnavailable(str(error)) from error
+            yield self._store
 
     def _failed(self, error: Exception) -> None:
         """The store could not be written: it is opened again the next time."""
@@ -286,7 +295,8 @@ class Recorder:
         self._counters.trouble = str(error)
         self._observe(self.counters())
         self._say("store", f"generations wait for the store: {error}")
-        self._let_go()
+        with self._storing:
+            self._let_go()
 
     def _let_go(self) -> None:
         store, self._store = self._store, None

@@ -13,9 +13,12 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import distributions
 from pathlib import Path
+from typing import TypeVar
 
 from benchmarks.configurations import EVERY, OURS, PEERS, Configuration
 from benchmarks.report import Row, Target, say
+
+T = TypeVar("T")
 
 CHECKOUT = Path(__file__).parents[1]
 PASS = ("-c", "pass")
@@ -165,13 +168,13 @@ class Bench:
         return rows
 
 
-def interleaved(configurations: Sequence[Configuration], rounds: int, what: str) -> list[Configuration]:
+def interleaved(kinds: Sequence[T], rounds: int, what: str) -> list[T]:
     """Each of them once a round, in another order each time, the same on every machine."""
-    say(f"{what}: {rounds} rounds of {len(configurations)}")
+    say(f"{what}: {rounds} rounds of {len(kinds)}")
     shuffle = random.Random(0).shuffle
-    order: list[Configuration] = []
+    order: list[T] = []
     for _ in range(rounds):
-        this_round = list(configurations)
+        this_round = list(kinds)
         shuffle(this_round)
         order += this_round
     return order

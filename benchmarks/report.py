@@ -91,18 +91,27 @@ class Row:
         ratios = [value / reference for value, reference in zip(values, references, strict=True)]
         return cls(label, Summary.of(values), Summary.of(ratios), target)
 
+    @classmethod
+    def of_difference(
+        cls, label: str, values: Sequence[float], references: Sequence[float], target: Target | None = None
+    ) -> Row:
+        """With the differences within each round instead, of which the target says how large they should be."""
+        return cls(label, Summary.of([value - of for value, of in zip(values, references, strict=True)]), None, target)
+
     @property
     def verdict(self) -> str:
-        return self.target.verdict(self.ratios) if self.target else ""
+        return self.target.verdict(self.ratios or self.values) if self.target else ""
 
     def cells(self, unit: str) -> list[str]:
         target = str(self.target or "")
-        if self.values is None or self.ratios is None:
+        if self.values is None:
             return [self.label, "", "", "", "", "", target, ""]
         # Counted instructions are the same each time: quartiles would only repeat them.
         counted = unit == "millions"
         middle = f"{self.values.median:.3f}" if counted else readable(self.values.median)
         spread = "" if counted else " - ".join(map(readable, self.values.quartiles))
+        if self.ratios is None:
+            return [self.label, middle, spread, str(self.values.runs), "", "", target, self.verdict]
         # Nor is there anything to be unsure of where something is compared with itself.
         low, high = self.ratios.interval or (0.0, 0.0)
         interval = f"{low:.3f} - {high:.3f}" if low != high else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -25,6 +26,8 @@ OPTIONAL_ENV = {"VLLM_ENABLE_RESPONSES_API_STORE": "1"}
 def pytest_sessionstart(session: pytest.Session) -> None:
     # Before any test is forked: each would make a base folder of its own, which nobody removes.
     session.config._tmp_path_factory.getbasetemp()  # type: ignore[attr-defined]
+    # Ended in this way too, pytest ends its fixtures, and so the servers that it has started.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

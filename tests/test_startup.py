@@ -70,6 +70,7 @@ CHAT = SERVING["from 0.15"]["chat"]
 COMPLETIONS = SERVING["from 0.15"]["completions"]
 GENERATOR = f"{COMPLETIONS}.OpenAIServingCompletion.completion_stream_generator"
 CHAT_PROTOCOL = "vllm.entrypoints.openai.chat_completion.protocol"
+API_SERVER = "vllm.entrypoints.openai.api_server"
 LAUNCHER = "vllm.entrypoints.launcher"
 SERVE_ARGUMENTS = "vllm.entrypoints.openai.cli_args"
 JUDGE = "start-up check"
@@ -515,11 +516,12 @@ def test_what_is_no_release_is_older_than_none(version: str, older: bool) -> Non
             # They would be taken from the engine's results, as in releases before 0.10.2.
             f"{CHAT} has no OpenAIServingChat.chat_completion_full_generator",
         ),
-        ("serve_http", "serve_app", "status route", f"{LAUNCHER} has no serve_http"),
+        ("build_app", "build_application", "status route", f"{API_SERVER} has no build_app"),
+        ("serve_http", "serve_app", "server", f"{LAUNCHER} has no serve_http"),
         (
             "serve_http(app, sock,",
             "serve_http(application, sock,",
-            "status route",
+            "server",
             f"{LAUNCHER}.serve_http(application, sock, **uvicorn_kwargs) does not take app",
         ),
         (

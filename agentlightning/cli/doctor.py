@@ -7,47 +7,80 @@ import json
 import os
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import agentlightning
-from agentlightning.diagnosis import Finding, Mark, all_is_well, installation, patches, server, switches
+from agentlightning.diagnosis import (
+    Finding,
+    Mark,
+    Unreachable,
+    all_is_well,
+    installation,
+    patches,
+    recording,
+    server,
+    switches,
+)
+from agentlightning.settings import without_secrets
 
 WIDTH = 80
 COLOURS = {Mark.OK: "32", Mark.NOTE: "33", Mark.PROBLEM: "31;1"}
-DESCRIPTION = "Say whether answers will carry token ids, and if not, why and what to do."
+DESCRIPTION = "Say whether answers will carry token ids and be recorded, and if not, why and what to do."
 EPILOG = """\
 Without --url it looks at the environment that it runs in, and imports vLLM as a server would, in a process of its own.
-With --url it asks a running server. The exit status is 0 when all is well, 1 when there is a problem."""
+With --url it asks a running server, with --store it looks at what was recorded. The exit status is 0 when all is well,
+1 when there is a problem."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run `agl doctor`; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    options = _options(arguments)
     report: dict[str, Any] = {}
     if options.url is not None:
         title = f"the server at {options.url}"
-        try:
-            report = server.read(options.url, options.api_key)
-            findings = list(server.findings(report))
-        except server.Unreachable as reason:
-            text, advice = reason.args
-            findings = [Finding("server", Mark.PROBLEM, text, advice)]
+        report, findings = _asked("server", lambda: server.read(options.url, options.api_key), server.findings)
+    elif options.store is not None:
+        title = f"the store at {without_secrets(options.store)}"
+        report, findings = _asked("store", lambda: recording.read(options.store, options.rollout), recording.findings)
     else:
         title = f"{sys.executable} (Python {sys.version.split()[0]})"
         findings = list(_local())
     if options.json:
         answer = {"ok": all_is_well(findings), "findings": [finding.as_dict() for finding in findings]}
-        text = json.dumps({**answer, "server": report} if options.url is not None else answer, indent=2)
+        text = json.dumps(answer | report, indent=2)
     else:
         text = "\n".join(_lines(title, findings, colours=_is_terminal(sys.stdout)))
     sys.stdout.write(f"{text}\n")
     return 0 if all_is_well(findings) else 1
 
 
+def _asked(
+    what: str, read: Callable[[], dict[str, Any]], explain: Callable[[dict[str, Any]], Iterable[Finding]]
+) -> tuple[dict[str, Any], list[Finding]]:
+    """What it says of itself, by its name, and what that means."""
+    try:
+        report = read()
+    except Unreachable as reason:
+        text, advice = reason.args
+        return {what: {}}, [Finding(what, Mark.PROBLEM, text, advice)]
+    return {what: report}, list(explain(report))
+
+
+def _options(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.rollout is not None and options.store is None:
+        parser.error("--rollout needs --store")
+    return options
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="agl doctor", description=DESCRIPTION, epilog=EPILOG)
-    parser.add_argument("--url", metavar="http://HOST:PORT", help="ask the server there instead")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--url", metavar="http://HOST:PORT", help="ask the server there instead")
+    instead.add_argument("--store", metavar="URL", help="look into the store there instead")
+    parser.add_argument("--rollout", metavar="ID", help="why the store has nothing of this one")
     parser.add_argument(
         "--api-key", metavar="KEY", default=os.environ.get("VLLM_API_KEY"), help="its key; VLLM_API_KEY if not given"
     )

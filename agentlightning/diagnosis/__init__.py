@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
-__all__ = ["Finding", "Mark", "all_is_well"]
+__all__ = ["Finding", "Mark", "Unreachable", "all_is_well"]
 
 
 class Mark(Enum):
@@ -39,6 +39,10 @@ class Finding:
     def as_dict(self) -> dict[str, str | None]:
         """For JSON."""
         return {"subject": self.subject, "mark": self.mark.value, "text": self.text, "advice": self.advice}
+
+
+class Unreachable(Exception):
+    """What was to be asked gave no answer. The message says why; the second argument says what to do."""
 
 
 def all_is_well(findings: Iterable[Finding]) -> bool:

@@ -9,18 +9,25 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard
 
-from agentlightning.diagnosis import Finding, Mark
+from agentlightning.diagnosis import Finding, Mark, Unreachable
 from agentlightning.diagnosis.patches import of_patches
 from agentlightning.instrumentation.vllm.server import STATUS_ROUTE
 
-__all__ = ["Unreachable", "findings", "read"]
+__all__ = ["findings", "read"]
 
 SECONDS = 30
-REPORTED = ("agentlightning", "vllm", "python", "pid", "api_servers", "switches", "patches", "counters", "recording")
-
-
-class Unreachable(Exception):
-    """No status was read. The message says why; the second argument says what to do."""
+REPORTED = (
+    "agentlightning",
+    "vllm",
+    "python",
+    "pid",
+    "api_servers",
+    "switches",
+    "patches",
+    "counters",
+    "limits",
+    "recording",
+)
 
 
 def read(url: str, api_key: str | None) -> dict[str, Any]:
@@ -62,6 +69,7 @@ def _is_status(answer: Any) -> TypeGuard[dict[str, Any]]:
         and all(isinstance(mapping, dict) for mapping in mappings)
         and all(isinstance(patch, dict) and patch.keys() >= {"state", "reason"} for patch in answer["patches"].values())
         and isinstance(answer["counters"].get("failures"), dict)
+        and isinstance(answer["limits"], list)
         and isinstance(answer["recording"], dict | None)
     )
 
@@ -70,9 +78,8 @@ def _refused(address: str, code: int) -> tuple[str, str]:
     if code in (401, 403):
         return f"{address} wants the server's API key", "give it: --api-key KEY, or VLLM_API_KEY in the environment"
     if code == 404:
-        others = "a program that embeds it, or the Rust frontend"
         return (
-            f"{address} does not exist: this server is not instrumented, or not served by vLLM itself ({others})",
+            f"{address} does not exist: this server is not instrumented, or it is vLLM's Rust frontend that answers",
             "set AGL_INSTRUMENT=1 in the environment of the server, and run `agl doctor` where it runs",
         )
     return f"{address} answers with HTTP {code}", "see the server's log"
@@ -90,6 +97,8 @@ def findings(status: Mapping[str, Any]) -> Iterator[Finding]:
     silent = status["switches"].get("AGL_RETURN_TOKEN_IDS") == "none"
     yield Finding("switches", Mark.NOTE if silent else Mark.OK, switches)
     yield from of_patches(status["patches"])
+    for limit in status["limits"]:
+        yield Finding("engine", Mark.NOTE, limit)
     if status["recording"] is not None:
         yield from _recording(status["recording"])
     for kind, count in status["counters"]["failures"].items():

@@ -5,6 +5,7 @@ Nothing above this knows which store it is. What a store is made of is imported 
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -47,7 +48,7 @@ class Filters(TypedDict, total=False):
 
 
 class Store(AbstractContextManager["Store"], ABC):
-    """Keeps generations. Safe for several threads; a process that forks opens it anew.
+    """Keeps generations. Safe for several threads, not for a fork: each process opens its own, and forks without it.
 
     Every method raises `StoreUnavailable` or `StoreRefused` where the store is the reason that it cannot do its work.
     """
@@ -111,8 +112,11 @@ def open_store(url: str, *, create: bool = True, patience: float = SECONDS_FOR_O
         path = rest.removeprefix("/")
     match scheme:
         case "sqlite" if not separator or rest.startswith("/"):
-            from agentlightning.store.sqlite import SqliteStore
-
+            try:
+                from agentlightning.store.sqlite import SqliteStore
+            except ImportError as error:
+                install = f"{sys.executable} -m pip install 'sqlalchemy>=2'"
+                raise StoreRefused(f"a SQLite store needs SQLAlchemy: {install}") from error
             return SqliteStore(path, create, patience)
         case "sqlite":
             raise StoreRefused(f"{url} has no path: it is sqlite:///PATH, or sqlite:////PATH from the root on")

@@ -6,6 +6,8 @@ import json
 import sys
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 from agentlightning.generation import STATUSES, Choice, Generation, Loss
@@ -25,6 +27,16 @@ __all__ = [
 Row = tuple[Any, ...]
 """A row's values, in the order of its table's columns."""
 
+_TEXT_KEYS = attrgetter(
+    "endpoint_key",
+    "model_key",
+    "rollout_key",
+    "attempt_key",
+    "session_key",
+    "sampling_params_key",
+    "logprobs_mode_key",
+)
+
 
 def repeated_texts(generation: Generation) -> Iterator[str | None]:
     """What its rows have the keys of, in the place of the text itself."""
@@ -39,10 +51,10 @@ def repeated_texts(generation: Generation) -> Iterator[str | None]:
         yield choice.finish_reason
 
 
-def text_keys(rows: Iterable[Any]) -> Iterator[int | None]:
-    """What the rows, of generations or of choices, have in the place of a text."""
-    for row in rows:
-        yield from (value for name, value in row._mapping.items() if name.endswith("_key"))
+def text_keys(generations: Iterable[Any], choices: Iterable[Any]) -> set[int | None]:
+    """What these rows have in the place of a text."""
+    of_generations = chain.from_iterable(map(_TEXT_KEYS, generations))
+    return {*of_generations, *(choice.finish_reason_key for choice in choices)}
 
 
 def generation_row(generation: Generation, key: int, keys: Mapping[str | None, int | None]) -> Row:

@@ -139,9 +139,9 @@ class SqliteStore(Store):
         status = tables.generations.c.status
         with self._connected() as connection:
             query = (
-                select(status, func.count().label("count")).where(*_conditions(connection, filters)).group_by(status)
+                select(status, func.count().label("how_many")).where(*_conditions(connection, filters)).group_by(status)
             )
-            found = {row.status: row.count for row in connection.execute(query)}
+            found = {row.status: row.how_many for row in connection.execute(query)}
         return {name: found.get(number, 0) for number, name in enumerate(STATUSES)}
 
     def add_losses(self, losses: Sequence[Loss]) -> None:
@@ -163,7 +163,7 @@ class SqliteStore(Store):
         in_order = table.c.generation_key, table.c.index
         query = select(table).where(table.c.generation_key.in_([row.key for row in found])).order_by(*in_order)
         choices = connection.execute(query).all()
-        texts = self._texts_of(connection, {*rows.text_keys(found), *rows.text_keys(choices)})
+        texts = self._texts_of(connection, rows.text_keys(found, choices))
         of_each = {key: list(group) for key, group in groupby(choices, lambda choice: choice.generation_key)}
         return [rows.generation_of(row, of_each.get(row.key, ()), texts) for row in found]
 
@@ -171,7 +171,7 @@ class SqliteStore(Store):
         if len(self._texts) > TEXTS_IN_MEMORY:
             self._texts = {None: None}
         table, known = tables.texts, self._texts
-        for some in _in_parts(keys - known.keys()):
+        for some in _in_parts([key for key in keys if key not in known]):
             found = connection.execute(select(table.c.key, table.c.text).where(table.c.key.in_(some)))
             known |= {row.key: row.text for row in found}
         return known
@@ -350,8 +350,7 @@ def _condition(connection: Connection, name: str, value: Any) -> ColumnElement[b
     return false() if key is None else column == key
 
 
-def _in_parts(values: Iterable[T]) -> Iterator[list[T]]:
+def _in_parts(values: Sequence[T]) -> Iterator[Sequence[T]]:
     """As many at a time as a statement has room for."""
-    listed = list(values)
-    for start in range(0, len(listed), VARIABLES_AT_ONCE):
-        yield listed[start : start + VARIABLES_AT_ONCE]
+    for start in range(0, len(values), VARIABLES_AT_ONCE):
+        yield values[start : start + VARIABLES_AT_ONCE]

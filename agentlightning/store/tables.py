@@ -85,8 +85,6 @@ _index_where_set("rollout", "rollout_key", "finished_at")
 _index_where_set("session", "session_key", "finished_at")
 _index_where_set("call", "call_id")
 _index_where_set("response", "response_id")
-# What follows the time is looked at in the index, without going to rows that hold long blobs.
-Index(
-    "generations_by_time",
-    *(generations.c[n] for n in ("finished_at", "status", "model_key", "rollout_key", "attempt_key")),
-)
+# By what the rows are read in the order of; the rest is looked at here, without going to rows that hold long blobs.
+_BY_TIME = ("finished_at", "key", "status", "model_key", "rollout_key", "attempt_key")
+Index("generations_by_time", *(generations.c[column] for column in _BY_TIME))

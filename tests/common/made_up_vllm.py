@@ -141,31 +141,41 @@ async def serve_http(app, sock, **uvicorn_kwargs):
     print("served", flush=True)
 """
 
-# It imports what it serves with before the arguments are read, as vLLM does, and what answers only when it serves.
-API_SERVER = """\
-import argparse
-import asyncio
+APP = """\
 from types import SimpleNamespace
-
-from {launcher} import serve_http
-from {serve_arguments} import make_arg_parser, validate_parsed_serve_args
 
 class App:
     middleware_stack = None
 
-    def __init__(self, args, engine_client):
-        self.state = SimpleNamespace(args=args, engine_client=engine_client)
+    def __init__(self, args):
+        self.state = SimpleNamespace(args=args)
         self.routes = []
 
     def add_api_route(self, path, endpoint, **options):
-        self.routes.append(path)
+        self.routes.append(SimpleNamespace(path=path, endpoint=endpoint))
 
     def build_middleware_stack(self):
         return self
 
+def build_app(args, supported_tasks=None):
+    return App(args)
+"""
+
+# It imports what it serves with before the arguments are read, as vLLM does, and what answers only when it serves.
+API_SERVER = """\
+import argparse
+import asyncio
+
+from {launcher} import serve_http
+from {serve_arguments} import make_arg_parser, validate_parsed_serve_args
+
+{app}
+
 def run_server(args):
     from vllm.v1.engine.async_llm import AsyncLLM as Engine
-    asyncio.run(serve_http(App(args, Engine()), None))
+    app = build_app(args)
+    app.state.engine_client = Engine()
+    asyncio.run(serve_http(app, None))
 
 def main():
     args = make_arg_parser(argparse.ArgumentParser()).parse_args()
@@ -186,6 +196,8 @@ def main():
     make_arg_parser(parser.add_subparsers(dest="subparser").add_parser("serve"))
     args = parser.parse_args()
     validate_parsed_serve_args(args)
+    if args.grpc:
+        import vllm.grpc
     if not args.headless:
         run_server(args)
 
@@ -196,23 +208,33 @@ if __name__ == "__main__":
 Layout = Literal["bare", "to 0.14", "from 0.15", "from 0.29"]
 
 
-def _server(launcher: str, serve_arguments: str) -> dict[str, str]:
-    """What a vLLM is started by, whose modules of these names hold `serve_http` and `validate_parsed_serve_args`."""
+def _server(launcher: str, serve_arguments: str, app: str | None = None) -> dict[str, str]:
+    """What a vLLM is started by.
+
+    Args:
+        launcher: the module that holds `serve_http`.
+        serve_arguments: the one that holds `validate_parsed_serve_args`.
+        app: the one that holds `build_app`; `vllm.entrypoints.openai.api_server` itself if not given.
+    """
+    modules = {launcher: LAUNCHER, serve_arguments: SERVE_ARGUMENTS, **({app: APP} if app else {})}
+    api_server = API_SERVER.format(
+        launcher=f"vllm.{launcher}",
+        serve_arguments=f"vllm.{serve_arguments}",
+        app=f"from vllm.{app} import build_app" if app else APP,
+    )
     return {
         "envs.py": ENVS,
+        "grpc/__init__.py": "",
         "v1/engine/async_llm.py": "class AsyncLLM:\n    pass\n",
         "engine/async_llm_engine.py": "class AsyncLLMEngine:\n    pass\n",
-        f"{launcher.replace('.', '/')}.py": LAUNCHER,
-        f"{serve_arguments.replace('.', '/')}.py": SERVE_ARGUMENTS,
-        "entrypoints/openai/api_server.py": API_SERVER.format(
-            launcher=f"vllm.{launcher}", serve_arguments=f"vllm.{serve_arguments}"
-        ),
+        **{f"{name.replace('.', '/')}.py": text for name, text in modules.items()},
+        "entrypoints/openai/api_server.py": api_server,
         "entrypoints/cli/main.py": CLI,
     }
 
 
 TO_0_28 = _server("entrypoints.launcher", "entrypoints.openai.cli_args")
-FROM_0_29 = _server("entrypoints.launchers.launcher", "entrypoints.launchers.cli_args")
+FROM_0_29 = _server("entrypoints.launchers.launcher", "entrypoints.launchers.cli_args", "entrypoints.launchers.app")
 SERVING_FROM_0_15 = {
     "entrypoints/openai/chat_completion/protocol.py": CHAT_PROTOCOL,
     "entrypoints/openai/chat_completion/serving.py": CHAT_SERVING,

@@ -14,7 +14,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -23,12 +23,21 @@ import openai
 from tests.common.tiny_model import tiny_model
 
 SCRIPTS = Path(sysconfig.get_path("scripts"))
-START_SECONDS = 300
+START_SECONDS = 600
 STOP_SECONDS = 30
 QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
 SMALL = ("--max-model-len", "1024", "--enforce-eager", "--dtype", "float32")
 PLAIN = ("vllm", "serve")
 AGL = ("agl", "vllm", "serve")
+
+
+def is_healthy(server: RemoteOpenAIServer) -> bool:
+    """Whether it answers to /health."""
+    try:
+        with urllib.request.urlopen(f"{server.url}/health", timeout=5):
+            return True
+    except (urllib.error.URLError, OSError):
+        return False
 
 
 class RemoteOpenAIServer:
@@ -40,9 +49,10 @@ class RemoteOpenAIServer:
         env: environment variables of the server; `AGL_*` variables of this process do not reach it.
         model: a model's folder; the tiny one if not given.
         scripts: the folder that the command is in, where it is another environment's.
+        is_up: whether the server is what it is waited for, for one that answers to no /health.
 
     Raises:
-        RuntimeError: on entering, if the server ends or is not healthy after five minutes; shows its log's end.
+        RuntimeError: on entering, if the server ends or is not up after ten minutes; shows its log's end.
     """
 
     def __init__(
@@ -52,6 +62,7 @@ class RemoteOpenAIServer:
         env: Mapping[str, str] | None = None,
         model: Path | None = None,
         scripts: Path = SCRIPTS,
+        is_up: Callable[[RemoteOpenAIServer], bool] = is_healthy,
     ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -59,27 +70,32 @@ class RemoteOpenAIServer:
         self.command = [str(scripts / command[0]), *command[1:], self.model, "--port", str(self.port)]
         self.command += ["--host", "127.0.0.1", *SMALL, *arguments]
         self.env = {**without_agl(os.environ), **QUIET, **(env or {})}
+        self._is_up = is_up
         self._owner = os.getpid()
         self._log_folder = tempfile.mkdtemp(prefix="vllm-")
         self._log = Path(self._log_folder) / "server.log"
 
     def __enter__(self) -> RemoteOpenAIServer:
-        with self._log.open("w") as log:
-            # A group of its own, so that the engine cores end with the server.
-            self.process = subprocess.Popen(
-                self.command, env=self.env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
+        self.start()
         try:
-            self._wait_until_healthy()
+            self.wait_until_up()
         except BaseException:
-            self._stop()
+            self.stop()
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._stop()
+        self.stop()
+
+    def start(self) -> None:
+        """Start it, and do not wait."""
+        with self._log.open("w") as log:
+            # A group of its own, so that the engine cores end with the server.
+            self.process = subprocess.Popen(
+                self.command, env=self.env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
 
     @property
     def log(self) -> str:
@@ -94,19 +110,19 @@ class RemoteOpenAIServer:
         """The same, asynchronous."""
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
 
-    def _wait_until_healthy(self) -> None:
+    def wait_until_up(self) -> None:
+        """Raises `RuntimeError` where it ends instead, or takes more than ten minutes."""
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 raise RuntimeError(f"the server ended with {self.process.returncode}:\n{self.log[-5000:]}")
-            try:
-                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
-                    return
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.25)
-        raise RuntimeError(f"the server was not healthy after {START_SECONDS} s:\n{self.log[-5000:]}")
+            if self._is_up(self):
+                return
+            time.sleep(0.25)
+        raise RuntimeError(f"the server was not up after {START_SECONDS} s:\n{self.log[-5000:]}")
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """Interrupt it, as Ctrl-C does, and end what is left of it."""
         # A forked test ends every fixture that it has inherited, in its own process: this server is not its own.
         if os.getpid() != self._owner:
             return
@@ -118,6 +134,18 @@ class RemoteOpenAIServer:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         shutil.rmtree(self._log_folder)
+
+
+@contextlib.contextmanager
+def side_by_side(*servers: RemoteOpenAIServer) -> Iterator[None]:
+    """Start all of them at once, which is quicker than one after the other, and stop them with the block."""
+    with contextlib.ExitStack() as stack:
+        for server in servers:
+            server.start()
+            stack.callback(server.stop)
+        for server in servers:
+            server.wait_until_up()
+        yield
 
 
 def without_agl(environment: Mapping[str, str]) -> dict[str, str]:

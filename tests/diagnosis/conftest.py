@@ -10,6 +10,7 @@ import annotated_types
 import pydantic
 import pydantic_core
 import pytest
+import sqlalchemy
 import typing_extensions
 import typing_inspection
 
@@ -45,7 +46,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pristine(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
     environment = virtual_environment(tmp_path_factory.mktemp("pristine"))
     environment.pip("install", "--no-deps", wheel)
-    for library in (pydantic, pydantic_core, annotated_types, typing_inspection):
+    for library in (pydantic, pydantic_core, annotated_types, typing_inspection, sqlalchemy):
         folder = Path(library.__path__[0])
         (environment.site_packages / folder.name).symlink_to(folder)
     (environment.site_packages / "typing_extensions.py").symlink_to(typing_extensions.__file__)

@@ -28,6 +28,7 @@ STATUS: dict[str, Any] = {
     "switches": {"AGL_INSTRUMENT": "on", "AGL_RETURN_TOKEN_IDS": "all"},
     "patches": {"chat": {"state": "applied", "reason": None}},
     "counters": {"failures": {}},
+    "limits": [],
     "recording": None,
 }
 RECORDING: dict[str, Any] = {
@@ -238,6 +239,15 @@ def test_failures_while_serving_are_problems() -> None:
     assert "problem failures 3 times vLLM went on without us: attaching ids: KeyError -> the server's log" in said.text
     assert said.text.endswith("2 problems.")
     assert as_json.json["server"]["counters"]["failures"] == FAILURES
+
+
+def test_an_engine_that_does_not_give_all_ids_is_a_note() -> None:
+    limit = "vLLM's V0 engine answers"
+    with answering_status(limits=[limit]) as url:
+        said = ask(url)
+
+    assert said.status == 0
+    assert f"note engine {limit}" in said.text
 
 
 def test_a_server_that_keeps_what_it_generates() -> None:

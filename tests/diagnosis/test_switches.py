@@ -51,3 +51,41 @@ def test_nonsense_is_a_problem(environment: Environment, variable: str) -> None:
     assert said.status == 1
     assert f"problem {variable} {variable}='maybe' is none of " in said.text
     assert f"-> set {variable} to one of these, or unset it" in said.text
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said_of_it"),
+    [
+        ("AGL_STORE", " /data/Runs.db ", "ok AGL_STORE /data/Runs.db"),
+        ("AGL_STORE", "none", "ok AGL_STORE none"),
+        ("AGL_RECORD_TEXT", "OFF", "ok AGL_RECORD_TEXT off"),
+        ("AGL_QUEUE_MB", "64", "ok AGL_QUEUE_MB 64"),
+    ],
+)
+def test_what_is_recorded(environment: Environment, variable: str, value: str, said_of_it: str) -> None:
+    said = doctor(environment, **{variable: value})
+
+    assert said.status == 0, said.stdout
+    assert said_of_it in said.text
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said_of_it"),
+    [
+        (
+            "AGL_STORE",
+            "postgresql://me:secret@host/runs",
+            "AGL_STORE='postgresql://***@host/runs' is neither the path of a file nor sqlite:///PATH; it counts as not",
+        ),
+        ("AGL_QUEUE_MB", "lots", "AGL_QUEUE_MB='lots' is no whole number from 1 to 9999999; it counts as '256'"),
+    ],
+)
+def test_nonsense_about_recording_is_a_problem_and_no_password_is_shown(
+    environment: Environment, variable: str, value: str, said_of_it: str
+) -> None:
+    said = doctor(environment, **{variable: value})
+
+    assert said.status == 1
+    assert f"problem {variable} {said_of_it}" in said.text
+    assert f"-> correct or unset {variable}" in said.text
+    assert "secret" not in said.stdout

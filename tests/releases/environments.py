@@ -42,7 +42,7 @@ def make(releases: Iterable[Release]) -> None:
         _install_vllm(release)
     for release in releases:
         if release.build and not _is_there(release, "us", _us()):
-            _uv(release, f"{release.version}: this checkout", "--no-deps", "--editable", str(CHECKOUT))
+            _uv(release, f"{release.version}: this checkout", "--editable", str(CHECKOUT))
             _note(release, "us", _us())
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sqlite3
 import stat
+import subprocess
+import sys
 from array import array
 from collections.abc import Iterator
 from contextlib import closing
@@ -206,7 +208,7 @@ def test_hostile_ids_are_ids_like_any_other(store: Store, path: Path, text: str)
     store.add([kept, other])
 
     for name in ("rollout_id", "attempt_id", "session_id", "response_id", "model"):
-        assert [*store.generations(**{name: text})] == [kept]
+        assert ids(store, **{name: text}) == [kept.id]
     assert [*store.generations()] == [kept, other]
     assert {file.name for file in path.parent.iterdir()} == {path.name, f"{path.name}-wal", f"{path.name}-shm"}
 
@@ -319,6 +321,19 @@ def test_a_store_is_named_by_a_path_or_a_url(tmp_path: Path, monkeypatch: pytest
 def test_what_is_no_store_is_refused_with_the_reason(url: str, reason: str) -> None:
     with pytest.raises(StoreRefused, match=reason):
         open_store(url)
+
+
+def test_without_sqlalchemy_the_install_command_is_named(tmp_path: Path) -> None:
+    (tmp_path / "sqlalchemy.py").write_text("raise ImportError\n")
+    program = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import agentlightning.store as s; s.open_store('a.db')"
+    )
+
+    result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    install = f"{sys.executable} -m pip install 'sqlalchemy>=2'"
+    assert result.stderr.splitlines()[-1].endswith(f"StoreRefused: a SQLite store needs SQLAlchemy: {install}")
+    assert not (tmp_path / "a.db").exists()
 
 
 def test_no_file_is_made_where_none_is_asked_for(path: Path) -> None:

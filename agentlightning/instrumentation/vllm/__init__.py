@@ -64,8 +64,14 @@ PATCH_SETS = (
     _patch_set("generate", releases.GENERATE_SERVING, *generate.SERVING_PATCHES),
     _patch_set(
         "status route",
+        releases.APP,
+        *server.app_patches(lambda: status()),
+        *strict.app_patches(lambda: _failures()),
+    ),
+    _patch_set(
+        "server",
         releases.LAUNCHER,
-        *server.patches(lambda: status()),
+        *server.server_patches(lambda: status()),
         *strict.server_patches(lambda: _failures()),
     ),
     JUDGE,
@@ -104,6 +110,8 @@ def _arm() -> bool:
     for patch_set in PATCH_SETS:
         for module in patch_set.modules:
             _hooks.append(when_imported(module, functools.partial(_apply, patch_set)))
+    for module in releases.GRPC:
+        _hooks.append(when_imported(module, strict.judge_grpc))
     # Last, so that what is imported already has been patched, and is not looked for.
     _hooks.append(when_imported("vllm", _look_for_modules))
     if not _armed:
@@ -143,8 +151,14 @@ def _status(patch_set: PatchSet) -> Status:
 
 
 def _apply(patch_set: PatchSet, module: ModuleType) -> None:
-    patch_set.apply(module)
+    if module.__name__ == (_home(patch_set) or module.__name__):
+        patch_set.apply(module)
     _refuse_without_a_judge()
+
+
+def _home(patch_set: PatchSet) -> str | None:
+    """The newest name that the module has here: under an older one vLLM may keep a shim, for whoever imports it yet."""
+    return next(filter(locate, patch_set.modules), None)
 
 
 def _look_for_modules(vllm: ModuleType) -> None:
@@ -157,7 +171,7 @@ def _look_for_modules(vllm: ModuleType) -> None:
             *(version, releases.NEWEST_KNOWN),
         )
     for patch_set in PATCH_SETS:
-        if any(map(locate, patch_set.modules)):
+        if _home(patch_set):
             continue
         if patch_set.since and releases.is_before(version, patch_set.since):
             patch_set.skip(f"came with vLLM {patch_set.since}")
@@ -179,7 +193,7 @@ def import_targets() -> dict[str, str]:
         The modules that cannot be imported, and why: nothing can answer there, a package that it needs is missing.
     """
     failed = {}
-    for module in dict.fromkeys(name for patch_set in PATCH_SETS for name in patch_set.modules if locate(name)):
+    for module in dict.fromkeys(filter(None, map(_home, PATCH_SETS))):
         try:
             importlib.import_module(module)
         except Exception as error:

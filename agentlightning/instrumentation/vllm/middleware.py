@@ -20,11 +20,12 @@ App = Callable[[Scope, Any, Any], Awaitable[None]]
 MAX_ID_LENGTH = 256
 
 ignored: Counter[str] = Counter()
-"""How often, by where it stood, an id was ignored: over 256 characters, or with control characters in it."""
+"""How often, by where it stood, an id was ignored: over 256 characters, or with something in it that no id has."""
 
 # On the path as it was sent: an encoded slash is part of an id, not the end of it.
 _PREFIX = re.compile(rb"/rollout/(?P<rollout>[^/]+)(?:/attempt/(?P<attempt>[^/]+))?(?P<rest>/.*)", re.DOTALL)
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+# Ids come to stand in paths, shells and queries of whoever reads them. U+FFFD is what was not UTF-8.
+_IN_NO_ID = re.compile(r"""[\x00-\x1f\x7f-\x9f\ufffd"'`\\]|(?:^|/)\.\.(?:/|$)""")
 _SESSION_HEADERS = (b"x-session-id", b"x-claude-code-session-id")
 
 
@@ -50,11 +51,11 @@ class RequestContexts:
 
 def _understood(scope: Scope) -> tuple[Scope, RequestContext]:
     """The scope without a prefix, and the context that prefix and headers describe."""
-    # vLLM's routes write to it; without one, as under some servers, they would write to one of their own.
-    context = RequestContext(state=scope.setdefault("state", {}))
+    context = RequestContext()
     # Looked at first, since this runs for every request.
     if "/rollout/" in scope["path"]:
         scope = _without_prefix(scope, context)
+    context.scope = scope
     context.endpoint = scope["path"].removeprefix(scope.get("root_path", ""))
     _read_headers(dict(scope.get("headers", ())), context)
     return scope, context
@@ -83,13 +84,14 @@ def _read_headers(headers: dict[bytes, bytes], context: RequestContext) -> None:
         context.rollout_id = _header(headers, b"x-agl-rollout-id")
         context.attempt_id = _header(headers, b"x-agl-attempt-id")
     if context.rollout_id is None and b"baggage" in headers:
-        members = dict(_baggage(headers[b"baggage"].decode("latin-1")))
+        members = dict(_baggage(headers[b"baggage"].decode("utf-8", "replace")))
         context.rollout_id = _checked("baggage", members.get("agentlightning.rollout_id"))
         context.attempt_id = _checked("baggage", members.get("agentlightning.attempt_id"))
     context.session_id = next(filter(None, (_header(headers, name) for name in _SESSION_HEADERS)), None)
     context.request_id = _header(headers, b"x-request-id")
     if b"traceparent" in headers:
         context.trace_id = _trace_id(headers[b"traceparent"].decode("latin-1"))
+        ignored["traceparent"] += context.trace_id is None
 
 
 def _header(headers: dict[bytes, bytes], name: bytes) -> str | None:
@@ -107,7 +109,7 @@ def _checked(where: str, value: str | None) -> str | None:
 
 
 def _is_id(value: str) -> bool:
-    return len(value) <= MAX_ID_LENGTH and not _CONTROL.search(value)
+    return len(value) <= MAX_ID_LENGTH and not _IN_NO_ID.search(value)
 
 
 def _baggage(header: str) -> Iterator[tuple[str, str]]:

@@ -37,8 +37,8 @@ def tied(add_request: Callable[..., Any]) -> Callable[..., Any]:
         if state.detokenizer is not None:
             if context is not None and collects:
                 contained("capturing a request", _tie, state, request, context)
-            # An offline LLM has no queue.
-            if records and state.queue is not None:
+            # An offline LLM has no queue. Where more input comes in between (realtime), it is no prompt and its answer.
+            if records and state.queue is not None and not getattr(request, "resumable", False):
                 contained("recording a request", _note, self, state, request, parent_req, context)
         return answer
 

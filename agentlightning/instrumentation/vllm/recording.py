@@ -31,6 +31,9 @@ BYTES_PER_ID = 36
 # What else a record holds on to.
 BYTES_PER_RECORD = 2000
 
+# Sampling parameters in which a client says what a text is to have or not to have.
+TEXTS = ("stop", "bad_words", "structured_outputs", "extra_args")
+
 _running: WeakKeyDictionary[Any, Running] = WeakKeyDictionary()
 
 
@@ -129,7 +132,7 @@ def _generation(record: Record, finished_at: int) -> Generation:
         # A prompt of embeddings has none.
         prompt_token_ids=array("i", prompt_token_ids) if prompt_token_ids else None,
         prompt_text=state.prompt if keeps_text else None,
-        sampling_params=_as_json(record.sampling_params),
+        sampling_params=_as_json(record.sampling_params, keeps_text),
         cached_tokens=getattr(state, "num_cached_tokens", None),
         choices=sorted((_choice(ended, keeps_text) for ended in record.ended), key=lambda choice: choice.index),
     )
@@ -145,7 +148,7 @@ def _choice(ended: Ended, keeps_text: bool) -> Choice:
         # None has been made where the client wanted none (detokenize).
         text=getattr(state.detokenizer, "output_text", None) if keeps_text else None,
         finish_reason=ended.finish_reason,
-        stop_reason=ended.stop_reason,
+        stop_reason=ended.stop_reason if keeps_text or not isinstance(ended.stop_reason, str) else None,
         weight_versions=[(span.version, span.start, span.end) for span in ended.weight_versions or ()] or None,
     )
 
@@ -165,7 +168,7 @@ def _status(record: Record) -> Status:
 
 def _response_id(record: Record, context: RequestContext) -> str:
     """The `id` of the answer: vLLM leaves it in the HTTP request's state; without one, the engine's name has it."""
-    metadata = (context.state or {}).get("request_metadata")
+    metadata = (context.scope or {}).get("state", {}).get("request_metadata")
     if metadata is not None:
         return metadata.request_id
     # Each prompt of a completions request has its number behind it.
@@ -178,11 +181,13 @@ def _first_token_at(state: Any) -> int | None:
     return int((state.stats.arrival_time + latency) * 1e9) if latency else None
 
 
-def _as_json(sampling_params: Any) -> str:
+def _as_json(sampling_params: Any, keeps_text: bool) -> str:
     import msgspec  # vLLM's own: its parameters are a Struct that leaves out defaults.
 
     said = {
-        name: value for name, value in msgspec.to_builtins(sampling_params, enc_hook=repr).items() if _is_said(name)
+        name: value
+        for name, value in msgspec.to_builtins(sampling_params, enc_hook=repr).items()
+        if _is_said(name) and (keeps_text or name not in TEXTS)
     }
     return msgspec.json.encode(said).decode()
 

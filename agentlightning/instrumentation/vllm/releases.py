@@ -68,12 +68,24 @@ SERVE_ARGUMENTS = Home(
         "vllm.entrypoints.openai.cli_args",  # to 0.28.0
     )
 )
+APP = Home(
+    (
+        "vllm.entrypoints.launchers.app",  # from 0.29.0
+        "vllm.entrypoints.openai.api_server",  # to 0.28.0
+    )
+)
 LAUNCHER = Home(
     (
         "vllm.entrypoints.launchers.launcher",  # from 0.29.0
         "vllm.entrypoints.launcher",  # to 0.28.0
     )
 )
+
+GRPC = (
+    "smg_grpc_servicer.vllm.servicer",  # as read in 0.18.1 and later
+    "vllm.grpc",  # as read in 0.14.1 and 0.15.1
+)
+"""Imported by what serves gRPC, and by nothing else."""
 
 NEWEST_KNOWN = "0.33.0"
 """The newest release that this table was written from."""

@@ -46,7 +46,7 @@ class RequestContext:
         rollout_id, attempt_id, session_id, trace_id, request_id: as its path or its headers say.
         endpoint: the path of its route.
         model: the one that it asks for.
-        state: what vLLM keeps with the HTTP request.
+        scope: the HTTP request as ASGI has it, with what vLLM keeps in its `state`.
         collects: whether `engine_requests` are wanted.
     """
 
@@ -57,7 +57,7 @@ class RequestContext:
     request_id: str | None = None
     endpoint: str | None = None
     model: str | None = None
-    state: Mapping[str, Any] | None = None
+    scope: Mapping[str, Any] | None = None
     # Not for every endpoint: a beam search makes thousands, and nobody would read them.
     collects: bool = False
     engine_requests: list[EngineRequest] = field(default_factory=list)

@@ -9,43 +9,78 @@ from typing import Any
 
 import agentlightning
 from agentlightning import settings
-from agentlightning.instrumentation.vllm import recording
+from agentlightning.instrumentation.vllm import recording, strict
 from agentlightning.instrumentation.vllm.containment import contained, failures
 from agentlightning.instrumentation.vllm.middleware import RequestContexts, ignored
 from agentlightning.patching import Patch, Status, Wrap
 
-__all__ = ["STATUS_ROUTE", "patches"]
+__all__ = ["STATUS_ROUTE", "app_patches", "server_patches"]
 
 # Below /v1, which vLLM's own key guards; that is all that it has guarded in every release.
 STATUS_ROUTE = "/v1/agl/status"
 
+Statuses = Callable[[], Mapping[str, Status]]
 
-def patches(status: Callable[[], Mapping[str, Status]]) -> tuple[Patch, ...]:
-    """The patch of vLLM's `serve_http`; `status` gives each patch set's state."""
 
-    def with_status_route(serve_http: Callable[..., Any]) -> Callable[..., Any]:
-        async def serve_http_with_status_route(app: Any, *args: Any, **kwargs: Any) -> Any:
-            contained(f"adding {STATUS_ROUTE}", _add_route, app, status)
-            contained("opening request contexts", _wrap_middleware, app)
+def app_patches(statuses: Statuses) -> tuple[Patch, ...]:
+    """The patch of vLLM's `build_app`, by which also programs get its app that serve it themselves.
+
+    Args:
+        statuses: gives each patch set's state.
+    """
+
+    def set_up(build_app: Callable[..., Any]) -> Callable[..., Any]:
+        def build_app_and_set_up(args: Any, *others: Any, **options: Any) -> Any:
+            app = build_app(args, *others, **options)
+            contained("setting up an app", _set_up, app, statuses)
+            return app
+
+        return build_app_and_set_up
+
+    return (Wrap("build_app", ("args",), set_up),)
+
+
+def server_patches(statuses: Statuses) -> tuple[Patch, ...]:
+    """The patch of vLLM's `serve_http`.
+
+    To 0.28 `build_app` is in a module that `python -m` runs as the main program, which no import hook sees.
+    """
+
+    def set_up(serve_http: Callable[..., Any]) -> Callable[..., Any]:
+        async def set_up_and_serve_http(app: Any, *args: Any, **kwargs: Any) -> Any:
+            contained("setting up an app", _set_up, app, statuses)
             return await serve_http(app, *args, **kwargs)
 
-        return serve_http_with_status_route
+        return set_up_and_serve_http
 
-    return (Wrap("serve_http", ("app",), with_status_route),)
+    return (Wrap("serve_http", ("app",), set_up),)
 
 
-def _add_route(app: Any, status: Callable[[], Mapping[str, Status]]) -> None:
+def _set_up(app: Any, statuses: Statuses) -> None:
+    if any(getattr(route, "path", None) == STATUS_ROUTE for route in app.routes):
+        return
+    _open_contexts(app)
+    _add_route(app, statuses)
+    if recording.is_on():
+        contained("opening the store", recording.start)
+
+
+def _open_contexts(app: Any) -> None:
+    # Not add_middleware, which raises where a library that vLLM brings along has built the stack by now, and which
+    # would not be outermost: vLLM's authentication is to see the path without the prefix.
+    build = app.build_middleware_stack
+    # Built again, where the program adds middleware of its own, it is wrapped again.
+    app.build_middleware_stack = lambda: RequestContexts(build())
+    if app.middleware_stack is not None:
+        app.middleware_stack = RequestContexts(app.middleware_stack)
+
+
+def _add_route(app: Any, statuses: Statuses) -> None:
     async def agl_status() -> dict[str, Any]:
-        return _report(app, status())
+        return _report(app, statuses())
 
     # Not in vLLM's schema: /openapi.json stays what it was.
     app.add_api_route(STATUS_ROUTE, agl_status, methods=["GET"], include_in_schema=False, response_model=None)
-
-
-def _wrap_middleware(app: Any) -> None:
-    # Not add_middleware: a library that vLLM brings along has built the stack by then, and it would raise. Around the
-    # stack it is outermost, so that vLLM's authentication sees the path without the prefix.
-    app.middleware_stack = RequestContexts(app.middleware_stack or app.build_middleware_stack())
 
 
 def _report(app: Any, statuses: Mapping[str, Status]) -> dict[str, Any]:
@@ -64,5 +99,6 @@ def _report(app: Any, statuses: Mapping[str, Status]) -> dict[str, Any]:
         },
         "patches": {name: status.as_dict() for name, status in statuses.items()},
         "counters": {"failures": dict(failures), "ignored_ids": dict(ignored)},
+        "limits": strict.limits(app),
         "recording": recording.report(),
     }

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 from agentlightning import settings
 from agentlightning.patching import Patch, Wrap
 
-__all__ = ["argument_patches", "refuse", "server_patches"]
+__all__ = ["app_patches", "argument_patches", "judge_grpc", "limits", "refuse", "server_patches"]
 
 logger = logging.getLogger("agentlightning")
 
@@ -39,18 +40,43 @@ def argument_patches(failures: Failures) -> tuple[Patch, ...]:
     return (Wrap("validate_parsed_serve_args", ("args",), judged),)
 
 
+def app_patches(failures: Failures) -> tuple[Patch, ...]:
+    """The patch of vLLM's `build_app`, for programs that neither read arguments as vLLM does nor serve as it does."""
+
+    def judged(build_app: Callable[..., Any]) -> Callable[..., Any]:
+        def judge_and_build_app(args: Any, *others: Any, **options: Any) -> Any:
+            if settings.instrument() == "strict":
+                refuse(failures())
+            return build_app(args, *others, **options)
+
+        return judge_and_build_app
+
+    return (Wrap("build_app", ("args",), judged),)
+
+
 def server_patches(failures: Failures) -> tuple[Patch, ...]:
     """The patch of vLLM's `serve_http`, the last thing before a server serves."""
 
     def judged(serve_http: Callable[..., Any]) -> Callable[..., Any]:
         async def judge_and_serve_http(app: Any, *args: Any, **kwargs: Any) -> Any:
+            limited = limits(app)
             if settings.instrument() == "strict":
-                refuse([*_v0_engine(app), *failures()])
+                refuse([*limited, *failures()])
+            for limit in limited:
+                logger.warning("agentlightning: %s", limit)
             return await serve_http(app, *args, **kwargs)
 
         return judge_and_serve_http
 
     return (Wrap("serve_http", ("app",), judged),)
+
+
+def judge_grpc(servicer: ModuleType) -> None:
+    """Called when what serves gRPC has been imported: not all that starts it reads arguments as `vllm serve` does."""
+    reason = "vLLM's gRPC server (--grpc) speaks a protocol of its own, its answers are left as they are"
+    if settings.instrument() == "strict":
+        refuse([reason])
+    logger.warning("agentlightning: %s", reason)
 
 
 def refuse(reasons: Sequence[str]) -> None:
@@ -74,10 +100,8 @@ def _judge_arguments(args: Any, failures: Failures) -> None:
 def _past_us(args: Any) -> list[str]:
     """The ways to answer that no patch of ours can reach, where `args` ask for one."""
     # As ServeSubcommand.cmd decides; where no subcommand was read (python -m ...api_server), Python answers.
-    if getattr(args, "subparser", None) != "serve":
+    if getattr(args, "subparser", None) != "serve" or getattr(args, "grpc", False):
         return []
-    if getattr(args, "grpc", False):
-        return ["vLLM's gRPC server (--grpc) speaks a protocol of its own, its answers are left as they are"]
     from vllm import envs
 
     if getattr(envs, "VLLM_USE_RUST_FRONTEND", False):
@@ -86,11 +110,11 @@ def _past_us(args: Any) -> list[str]:
     return []
 
 
-def _v0_engine(app: Any) -> list[str]:
+def limits(app: Any) -> list[str]:
+    """What the engine behind an app keeps from its answers, whatever is patched: a sentence each."""
     # From 0.11 vllm.engine.async_llm_engine is another name for V1's AsyncLLM, which says where it is from.
     engine = getattr(app.state, "engine_client", None)
     if type(engine).__module__.startswith("vllm.engine."):
-        return [
-            "vLLM's V0 engine answers (VLLM_USE_V1=0, or what V1 of this release cannot do), not all of it with ids"
-        ]
+        why = "VLLM_USE_V1=0, or what V1 of this release cannot do"
+        return [f"vLLM's V0 engine answers ({why}): only chat and completions carry ids, and nothing is recorded"]
     return []

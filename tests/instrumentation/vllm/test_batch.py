@@ -45,7 +45,7 @@ def test_a_request_that_asks_gets_prompt_ids_too(parsing: RemoteOpenAIServer) ->
     assert not any(choice.get("prompt_token_ids") for choice in unsaid["choices"])
 
 
-@pytest.mark.parametrize("command", [("vllm", "run-batch"), ("python", "-m", "vllm.entrypoints.launchers.run_batch")])
+@pytest.mark.parametrize("command", [("vllm", "run-batch"), ("python", "-m", "vllm.entrypoints.openai.run_batch")])
 def test_result_lines_of_run_batch_carry_the_ids_of_their_endpoint(tmp_path: Path, command: tuple[str, ...]) -> None:
     model = str(tiny_model())
     chat = {"model": model, "messages": CONVERSATIONS[-1], "max_tokens": 4, "temperature": 0}

@@ -22,12 +22,9 @@ GUARDED = {
     "/rollout/a%2Fb/v1/models": MODELS,
     "/rollout/a%2Fb/attempt/%2F/v1/models": MODELS,
     "/rollout/%F0%9F%98%80/v1/models": MODELS,
-    "/rollout/%ff/v1/models": MODELS,
     "/rollout/a%20b/v1/models": MODELS,
     "/rollout/attempt/v1/models": MODELS,
     "/rollout/rollout/v1/models": MODELS,
-    "/rollout/../v1/models": MODELS,
-    "/rollout/%2e%2E/v1/models": MODELS,
     "/rollout/x/%76%31/models": "/%76%31/models",
     "/rollout/x/v1%2Fmodels": "/v1%2Fmodels",
     f"/rollout/{'x' * 256}/v1/models": MODELS,
@@ -60,6 +57,11 @@ NOWHERE = {
     "/rollout/x%0a/v1/models": None,
     "/rollout/x%00/v1/models": None,
     "/rollout/x/attempt/%1b%5b/v1/models": None,
+    "/rollout/%ff/v1/models": None,
+    "/rollout/../v1/models": None,
+    "/rollout/%2e%2E/v1/models": None,
+    "/rollout/x%2F..%2Fy/v1/models": None,
+    "/rollout/x/attempt/%27/v1/models": None,
 }
 """What leads to no route: malformed, and left on (None), or with nothing of vLLM's behind it."""
 

@@ -11,6 +11,7 @@ import pytest
 
 from tests.common.answers import fetch, joined_events, post, steady, tokenize
 from tests.common.reference import greedy, shows
+from tests.common.tool_loop import with_tool_loop
 from tests.common.vllm import RemoteOpenAIServer
 
 RESPONSES = "/v1/responses"
@@ -23,27 +24,6 @@ TOOL = {
     "parameters": {"type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"]},
 }
 DEADLINE = 60
-
-MADE_UP_TOOL_LOOP = """\
-# A tool that vLLM is told to call once, and that answers nothing: random weights never ask for one. What the model is
-# asked for before and after it is real.
-from agentlightning.importhook import when_imported
-
-def loop(context):
-    def need_builtin_tool_call(self):
-        first, self.called = not getattr(self, "called", False), True
-        return first
-
-    async def call_tool(self):
-        return []
-
-    context.SimpleContext.need_builtin_tool_call = need_builtin_tool_call
-    context.SimpleContext.call_tool = call_tool
-    context.SimpleContext.append_tool_output = lambda self, output: None
-
-when_imported("vllm.entrypoints.openai.responses.context", loop)
-"""
-
 
 def body(server: RemoteOpenAIServer, **options: Any) -> dict[str, Any]:
     return {"model": server.model, "input": INPUT, "max_output_tokens": 24, "temperature": 0, **options}
@@ -170,8 +150,7 @@ def test_a_refused_request_is_refused_as_before(armed: RemoteOpenAIServer, plain
 
 
 def test_where_a_tool_was_called_every_call_of_the_model_is_listed(tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(MADE_UP_TOOL_LOOP)
-    with RemoteOpenAIServer(env={"AGL_INSTRUMENT": "1", "PYTHONPATH": str(tmp_path)}) as server:
+    with RemoteOpenAIServer(env={"AGL_INSTRUMENT": "1", "PYTHONPATH": str(with_tool_loop(tmp_path))}) as server:
         answer = post(server, RESPONSES, body(server))
         streamed = post(server, RESPONSES, body(server, stream=True))[-1]["response"]
         response_only = post(server, RESPONSES, body(server, return_token_ids=False))

@@ -14,6 +14,7 @@ import pytest
 import vllm
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from vllm.entrypoints.launchers import app as vllms_app
 from vllm.entrypoints.launchers import launcher
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 
@@ -43,6 +44,7 @@ def test_a_server_tells_what_it_is_and_that_all_is_patched(armed: RemoteOpenAISe
         "switches": {"AGL_INSTRUMENT": "on", "AGL_RETURN_TOKEN_IDS": "all"},
         "patches": WHOLE,
         "counters": {"failures": {}, "ignored_ids": {}},
+        "limits": [],
         "recording": None,
     }
 
@@ -68,6 +70,10 @@ def test_vllms_key_guards_it(guarded: RemoteOpenAIServer, root_path: str) -> Non
     assert get(guarded, root_path + STATUS)[0] == 401
     assert get(guarded, root_path + STATUS, Authorization="Bearer another")[0] == 401
     assert get(guarded, root_path + STATUS, Authorization="Bearer none")[0] == 200
+
+
+def test_there_is_one(armed: RemoteOpenAIServer) -> None:
+    assert armed.log.count(f"Route: {STATUS}, Methods: GET\n") == 1
 
 
 def test_without_us_there_is_none(plain: RemoteOpenAIServer) -> None:
@@ -103,3 +109,28 @@ def test_what_failed_while_serving_is_counted(monkeypatch: pytest.MonkeyPatch) -
 
     assert told["counters"]["failures"] == {"/v1/chat/completions: attaching ids: AttributeError": 2}
     assert (told["pid"], told["api_servers"]) == (os.getpid(), 1)
+
+
+@pytest.mark.forked
+def test_a_program_may_add_middleware_to_an_app_and_we_stay_outermost(monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = []
+
+    class Theirs:
+        def __init__(self, app: Any) -> None:
+            self.app = app
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            paths.append(scope["path"])
+            await self.app(scope, receive, send)
+
+    def build_app(args: Any) -> FastAPI:
+        return FastAPI()
+
+    # As in releases whose own build_app leaves the middleware to be put together by the first request.
+    monkeypatch.setattr(vllms_app, "build_app", build_app)
+    instrumentation.instrument_vllm()
+    app: Any = vllms_app.build_app(None)  # type: ignore[arg-type]
+    app.add_middleware(Theirs)
+
+    assert TestClient(app).get(f"/rollout/x{STATUS}").status_code == 200
+    assert paths == [STATUS]

@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from agentlightning import instrumentation
 from tests.common.made_up_vllm import VERSION, Layout, made_up_vllm
+from tests.common.rust_frontend import rust_frontend
 from tests.common.tiny_model import tiny_model
 from tests.common.vllm import run, without_agl
 
@@ -25,8 +26,10 @@ OPENAI = "vllm.entrypoints.openai"
 CHAT = f"{OPENAI}.chat_completion.serving"
 COMPLETIONS = f"{OPENAI}.completion.serving"
 CREATE_COMPLETION = f"{COMPLETIONS}.OpenAIServingCompletion.create_completion"
-UNKNOWN = "knows no return_token_ids, which vLLM has had since 0.10.2"
-
+V0 = (
+    "vLLM's V0 engine answers (VLLM_USE_V1=0, or what V1 of this release cannot do): only chat and completions carry "
+    "ids, and nothing is recorded"
+)
 GRPC = "vLLM's gRPC server (--grpc) speaks a protocol of its own, its answers are left as they are"
 RUST = (
     "vLLM's Rust frontend (VLLM_USE_RUST_FRONTEND) answers without Python, "
@@ -122,9 +125,11 @@ def test_a_target_that_is_missing_refuses_however_it_is_started(
         ),
         (
             {"return_token_ids:": "another_field:"},
-            [f"chat: ChatCompletionRequest {UNKNOWN}", f"completions: CompletionRequest {UNKNOWN}"],
+            # They are taken from the engine's results then, which are nowhere here.
+            [f"chat: {CHAT} has no OpenAIServingChat.chat_completion_full_generator"],
         ),
-        ({"serve_http": "serve_app"}, ["status route: vllm.entrypoints.launcher has no serve_http"]),
+        ({"build_app": "build"}, [f"status route: {OPENAI}.api_server has no build_app"]),
+        ({"serve_http": "serve_app"}, ["server: vllm.entrypoints.launcher has no serve_http"]),
         (
             {"validate_parsed_serve_args": "validate_args"},
             [f"start-up check: {OPENAI}.cli_args has no validate_parsed_serve_args"],
@@ -134,13 +139,14 @@ def test_a_target_that_is_missing_refuses_however_it_is_started(
                 "import AsyncLLM as": "import AsyncLLMEngine as",
                 "vllm.v1.engine.async_llm": "vllm.engine.async_llm_engine",
             },
-            ["vLLM's V0 engine answers (VLLM_USE_V1=0, or what V1 of this release cannot do), not all of it with ids"],
+            [V0],
         ),
     ],
     ids=[
         "other parameters",
         "no return_token_ids",
         "nowhere for the status route",
+        "nowhere to judge a server",
         "nowhere to judge the arguments",
         "the V0 engine",
     ],
@@ -217,13 +223,19 @@ def test_an_answer_past_python_is_one_warning_where_not_strict(
     assert served.stderr == f"agentlightning: {reason}\n"
 
 
-def test_a_program_that_serves_without_a_command_line_is_judged_when_it_serves(tmp_path: Path) -> None:
-    made_up_vllm(tmp_path, edits={"create_chat_completion": "chat"})
-    code = "from vllm.entrypoints.openai.api_server import run_server\nprint('started')\nrun_server(None)"
+@pytest.mark.parametrize("layout", ["to 0.14", "from 0.29"])
+@pytest.mark.parametrize("call", ["run_server", "build_app"])
+def test_a_program_that_reads_no_command_line_is_judged_when_it_serves(
+    call: str, layout: Layout, tmp_path: Path
+) -> None:
+    made_up_vllm(tmp_path, layout, {"create_completion": "complete"})
+    code = f"from vllm.entrypoints.openai.api_server import {call}\nprint('started')\n{call}(None)\nprint('served')"
 
     refused = python(tmp_path, "-c", code)
 
-    assert reasons(refused) == [f"chat: {CHAT} has no OpenAIServingChat.create_chat_completion"]
+    [reason] = reasons(refused)
+    assert reason.startswith("completions: ")
+    assert reason.endswith(" has no OpenAIServingCompletion.create_completion")
     assert refused.stdout == "started\n"
 
 
@@ -252,19 +264,15 @@ class TestTheRealVLLM:
     def test_every_reason_is_in_the_one_sentence(self, tmp_path: Path) -> None:
         sabotage = EDITED.format(module=COMPLETIONS, old="def create_completion(", new="def complete(")
         (tmp_path / "sitecustomize.py").write_text(sabotage)
-        env = {"AGL_INSTRUMENT": "strict", "PYTHONPATH": str(tmp_path)}
+        frontend = {"VLLM_USE_RUST_FRONTEND": "1", "VLLM_RUST_FRONTEND_PATH": str(rust_frontend())}
+        env = {"AGL_INSTRUMENT": "strict", "PYTHONPATH": str(tmp_path), **frontend}
 
-        refused = run("vllm", "serve", str(tiny_model()), "--grpc", env=env)
+        refused = run("vllm", "serve", str(tiny_model()), env=env)
 
         assert reasons(refused) == [
-            GRPC,
+            RUST,
             f"completions: {COMPLETIONS} has no OpenAIServingCompletion.create_completion",
         ]
-
-    def test_the_rust_frontend(self) -> None:
-        env = {"AGL_INSTRUMENT": "strict", "VLLM_USE_RUST_FRONTEND": "1", "VLLM_RUST_FRONTEND_PATH": sys.executable}
-
-        assert reasons(run("agl", "vllm", "serve", str(tiny_model()), env=env)) == [RUST]
 
     def test_a_finder_ahead_of_python_m(self, tmp_path: Path) -> None:
         (tmp_path / "sitecustomize.py").write_text(FINDER_AHEAD.format(module=CHAT))

@@ -1,0 +1,101 @@
+"""What a store has, and why it has nothing of what somebody looks for there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from datetime import datetime, timezone
+from typing import Any
+
+from agentlightning.diagnosis import Finding, Mark, Unreachable
+from agentlightning.recorder import QUEUE_FULL, STOPPED
+from agentlightning.store import StoreRefused, StoreUnavailable, open_store
+
+__all__ = ["findings", "read"]
+
+NAME_IT = "call http://HOST:PORT/rollout/ROLLOUT/v1, or send the header x-agl-rollout-id"
+IS_IT_CALLED = (
+    "is this the store that AGL_STORE names where the server runs, and is the server called? `agl doctor --url` asks it"
+)
+ADVICE = {
+    QUEUE_FULL: "give the store a faster disk, or the server a larger AGL_QUEUE_MB",
+    STOPPED: "give the store a faster disk: it was behind when the server ended",
+}
+"""For what is not a bug of ours."""
+
+
+def read(url: str, rollout_id: str | None) -> dict[str, Any]:
+    """What the store at `url` has: how many generations by status, in all and for the rollout, and what was lost.
+
+    Raises:
+        Unreachable: where there is no store, or none that can be read.
+    """
+    try:
+        with open_store(url, create=False) as store:
+            lost: dict[str, dict[str, int]] = {}
+            for loss in store.losses():
+                so_far = lost.setdefault(loss.reason.partition(":")[0], {"count": 0, "last_at": 0})
+                so_far["count"] += loss.count
+                so_far["last_at"] = max(so_far["last_at"], loss.last_at)
+            report: dict[str, Any] = {
+                "generations": store.tally(),
+                "without_rollout": sum(store.tally(rollout_id=None).values()),
+                "lost": lost,
+            }
+            if rollout_id is not None:
+                report |= {"rollout_id": rollout_id, "of_rollout": store.tally(rollout_id=rollout_id)}
+            return report
+    except StoreRefused as reason:
+        raise Unreachable(str(reason), "give the path that AGL_STORE has where the server runs") from reason
+    except StoreUnavailable as reason:
+        raise Unreachable(str(reason), f"a server makes it when it starts: {IS_IT_CALLED}") from reason
+
+
+def findings(report: Mapping[str, Any]) -> Iterator[Finding]:
+    """What the report of a store means."""
+    total, without_rollout = sum(report["generations"].values()), report["without_rollout"]
+    if "rollout_id" in report:
+        yield _of_rollout(report, total)
+    if total:
+        yield Finding("generations", Mark.OK, _counted(report["generations"]))
+    elif not report["lost"]:
+        yield Finding("generations", Mark.PROBLEM, "none: no server that records here was ever called", IS_IT_CALLED)
+    if without_rollout:
+        every = "all of them" if without_rollout == total else f"{without_rollout} of them"
+        yield Finding("no rollout", Mark.NOTE, f"{every} belong to none, since their calls named none: {NAME_IT}")
+    for reason, loss in report["lost"].items():
+        when = datetime.fromtimestamp(loss["last_at"] / 1e9, timezone.utc).isoformat(" ", "seconds")
+        text = f"{loss['count']} could not be kept, the last at {when}: {reason}"
+        advice = ADVICE.get(reason, "the server's log has the error; please report it")
+        yield Finding("lost", Mark.NOTE if total else Mark.PROBLEM, text, advice)
+
+
+def _of_rollout(report: Mapping[str, Any], total: int) -> Finding:
+    counts, subject = report["of_rollout"], "rollout"
+    if counts["finished"]:
+        return Finding(subject, Mark.OK, _counted(counts))
+    if any(counts.values()):
+        return Finding(
+            subject,
+            Mark.PROBLEM,
+            f"{_counted(counts)}: its clients hung up, or the engine failed, before an answer was through",
+            "look at the client's timeout, and at the server's log",
+        )
+    nothing = f"nothing is recorded for {report['rollout_id'][:100]!r}"
+    if report["lost"]:
+        return Finding(subject, Mark.PROBLEM, f"{nothing}; what was lost may be its", "see what was lost, below")
+    if not total:
+        return Finding(subject, Mark.PROBLEM, f"{nothing}, nor for any other", IS_IT_CALLED)
+    if report["without_rollout"]:
+        return Finding(
+            subject, Mark.PROBLEM, f"{nothing}; was it called without naming it? Some calls named no rollout", NAME_IT
+        )
+    return Finding(
+        subject,
+        Mark.PROBLEM,
+        f"{nothing}: the server was never called for it, only for others",
+        "compare its id with the one in the agent's base URL or headers",
+    )
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return f"{sum(counts.values())}: {', '.join(f'{count} {status}' for status, count in counts.items() if count)}"

@@ -1,0 +1,382 @@
+"""`agl export`: what is in a store, in files that others open."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import pty
+import re
+import signal
+import stat
+import struct
+import subprocess
+import sys
+import termios
+import time
+from array import array
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pandas
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from agentlightning.generation import Choice, Generation
+from agentlightning.store import open_store
+from tests.common.generations import START, generation
+from tests.common.vllm import SCRIPTS
+
+SECONDS = 120
+EXPORT = (str(SCRIPTS / "agl"), "export")
+
+MEASURED = """\
+import resource, sys
+from agentlightning.cli.export import main
+status = main(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+sys.exit(status)
+"""
+
+
+def run(*arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [*EXPORT, *arguments], capture_output=True, env=environment(**variables), timeout=SECONDS, check=False
+    )
+
+
+def environment(**variables: str) -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("AGL_")} | variables
+
+
+def exported(*arguments: str | Path, **variables: str) -> list[dict[str, Any]]:
+    result = run(*arguments, **variables)
+    assert (result.returncode, result.stderr) == (0, b"")
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+GENERATIONS = [generation(number) for number in range(25)]
+GENERATIONS[3] = generation(
+    3,
+    session_id="a session",
+    status="aborted",
+    model="another model",
+    prompt_text="größe \u2028 \N{GRINNING FACE} \0",
+    trace_id="0af7651916cd43dd8448eb211c80319c",
+    logprobs_mode="raw_logprobs",
+    choices=[
+        Choice(
+            token_ids=array("i", [2**31 - 1, 0]),
+            logprobs=array("f", [-0.25, -1.5]),
+            text="two\nlines",
+            finish_reason="stop",
+            stop_reason=7,
+            weight_versions=[("v1", 0, 1), ("v2", 1, 2)],
+        ),
+        Choice(index=1, token_ids=array("i"), finish_reason="abort", stop_reason="</s>"),
+    ],
+)
+GENERATIONS[4] = Generation(request_id="chatcmpl-4", finished_at=GENERATIONS[4].finished_at, status="error")
+
+
+def row(kept: Generation) -> dict[str, Any]:
+    """What is to be written of it: what it is, and what stopped it as text, and versions by name."""
+    written = kept.as_dict()
+    for choice in written["choices"]:
+        if choice["stop_reason"] is not None:
+            choice["stop_reason"] = str(choice["stop_reason"])
+        if choice["weight_versions"] is not None:
+            choice["weight_versions"] = [
+                {"version": version, "start": start, "end": end} for version, start, end in choice["weight_versions"]
+            ]
+    return written
+
+
+ROWS = [row(kept) for kept in GENERATIONS]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("store") / "generations.db"
+    with open_store(str(path)) as opened:
+        opened.add(GENERATIONS)
+    return path
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("large") / "generations.db"
+    with open_store(str(path)) as opened:
+        for first in range(0, 320, 40):
+            opened.add([generation(number, prompt=50_000) for number in range(first, first + 40)])
+    return path
+
+
+@pytest.fixture(params=["jsonl", "parquet"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def file(store: Path, tmp_path: Path, kind: str) -> Path:
+    """All that is in the store, in a file of each kind."""
+    file = tmp_path / f"generations.{kind}"
+    result = run("--store", store, "--format", kind, "-o", file)
+    assert (result.returncode, result.stdout, result.stderr) == (0, b"", b"")
+    return file
+
+
+def test_jsonl_has_a_line_for_each_generation_with_its_fields(store: Path) -> None:
+    assert exported("--store", store) == ROWS
+
+
+def test_parquet_has_a_row_for_each_generation_with_its_fields_and_ids_as_int32(store: Path) -> None:
+    result = run("--store", store, "--format", "parquet", "-o", "-")
+
+    assert (result.returncode, result.stderr) == (0, b"")
+    table = pyarrow.parquet.read_table(pyarrow.BufferReader(result.stdout))
+    assert table.to_pylist() == ROWS
+    assert table.schema.names == list(Generation.__slots__)
+    assert table.schema.field("prompt_token_ids").type == pyarrow.list_(pyarrow.int32())
+    choice = table.schema.field("choices").type.value_type
+    assert choice.names == list(Choice.__slots__)
+    assert choice.field("token_ids").type == pyarrow.list_(pyarrow.int32())
+    assert choice.field("logprobs").type == pyarrow.list_(pyarrow.float32())
+
+
+def test_pandas_opens_it(file: Path, kind: str) -> None:
+    frame = pandas.read_parquet(file) if kind == "parquet" else pandas.read_json(file, lines=True)
+
+    assert list(frame["id"]) == [each["id"] for each in ROWS]
+    assert [None if ids is None else list(ids) for ids in frame["prompt_token_ids"]] == [
+        each["prompt_token_ids"] for each in ROWS
+    ]
+    assert list(frame["choices"][3][0]["token_ids"]) == [2**31 - 1, 0]
+
+
+def test_hugging_face_datasets_opens_it(file: Path, kind: str, tmp_path: Path) -> None:
+    builder = "parquet" if kind == "parquet" else "json"
+
+    loaded = datasets.load_dataset(builder, data_files=str(file), split="train", cache_dir=str(tmp_path / "cache"))
+
+    assert loaded["id"][:] == [each["id"] for each in ROWS]
+    assert loaded["prompt_token_ids"][:] == [each["prompt_token_ids"] for each in ROWS]
+    assert loaded[3]["choices"][0]["token_ids"] == [2**31 - 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("options", "numbers"),
+    [
+        (("--rollout", "rollout-1"), range(10, 20)),
+        (("--rollout", "../../rollout-1"), ()),
+        (("--attempt", "attempt-2"), range(20, 25)),
+        (("--session", "a session"), (3,)),
+        (("--model", "another model"), (3,)),
+        (("--status", "error"), (4,)),
+        (("--rollout", "rollout-0", "--status", "aborted"), (3,)),
+        (("--since", "2026-09-21T14:13:42Z"), (22, 23, 24)),
+        (("--until", "2026-09-21T16:13:22+02:00"), (0, 1)),
+        (("--since", "2026-09-21T14:13:24.5+00:00", "--until", "2026-09-21T14:13:26Z"), (5,)),
+        (("--since", "2026-09-22"), ()),
+    ],
+)
+def test_options_choose_among_them(store: Path, options: tuple[str, ...], numbers: range | tuple[int, ...]) -> None:
+    assert START == 1_790_000_000_000_000_000  # 2026-09-21T14:13:20Z
+
+    assert exported("--store", store, *options) == [ROWS[number] for number in numbers]
+
+
+def test_a_moment_without_a_zone_is_in_local_time(store: Path) -> None:
+    # Two hours ahead, without summer time; POSIX has the sign the other way round.
+    assert exported("--store", store, "--until", "2026-09-21T16:13:22", TZ="AHEAD-2") == ROWS[:2]
+
+
+def test_the_store_is_the_one_of_the_environment_if_none_is_given(store: Path) -> None:
+    assert exported("--rollout", "rollout-2", AGL_STORE=str(store)) == ROWS[20:]
+
+
+def test_logprobs_that_json_has_no_number_for_are_null_there(tmp_path: Path) -> None:
+    path = tmp_path / "generations.db"
+    choice = Choice(token_ids=array("i", [1, 2]), logprobs=array("f", [float("-inf"), -0.5]))
+    with open_store(str(path)) as opened:
+        opened.add([generation(1, choices=[choice, Choice(index=1)])])
+
+    (only,) = exported("--store", path)
+
+    assert [each["logprobs"] for each in only["choices"]] == [[None, -0.5], None]
+
+
+def test_an_empty_store_makes_an_empty_file(tmp_path: Path, kind: str) -> None:
+    path, file = tmp_path / "generations.db", tmp_path / "out"
+    open_store(str(path)).close()
+
+    assert run("--store", path, "--format", kind, "-o", file).returncode == 0
+
+    assert len(pyarrow.parquet.read_table(file)) == 0 if kind == "parquet" else file.read_bytes() == b""
+
+
+def test_the_file_is_its_owners_alone(file: Path) -> None:
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+def test_a_link_stays_a_link_and_the_file_that_it_leads_to_is_replaced(store: Path, tmp_path: Path) -> None:
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_text("before")
+    link.symlink_to(target)
+
+    assert run("--store", store, "-o", link).returncode == 0
+
+    assert link.is_symlink()
+    assert len(target.read_bytes().splitlines()) == len(ROWS)
+
+
+def test_what_is_no_file_is_written_to_and_not_replaced(store: Path, tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+
+    with subprocess.Popen([*EXPORT, "--store", store, "-o", fifo], env=environment()) as process:
+        lines = fifo.read_bytes().splitlines()
+        assert process.wait(SECONDS) == 0
+
+    assert len(lines) == len(ROWS)
+    assert stat.S_ISFIFO(fifo.stat().st_mode)
+
+
+def test_an_export_that_fails_half_way_leaves_the_file_as_it_was(large: Path, tmp_path: Path, kind: str) -> None:
+    broken, file = tmp_path / "broken.db", tmp_path / "out"
+    broken.write_bytes(large.read_bytes())
+    with broken.open("r+b") as half:
+        half.seek(large.stat().st_size // 2)
+        half.write(b"\xff" * (large.stat().st_size // 2))
+    file.write_text("before")
+
+    result = run("--store", broken, "--format", kind, "-o", file)
+
+    assert result.returncode == 1
+    (line,) = result.stderr.decode().splitlines()
+    assert line.startswith(f"agl export: {broken} is no SQLite file, or a broken one: ")
+    assert file.read_text() == "before"
+    assert {path.name for path in tmp_path.iterdir() if not path.name.startswith("broken.db")} == {"out"}
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_export_that_is_interrupted_leaves_nothing(large: Path, tmp_path: Path, how: signal.Signals) -> None:
+    command = [*EXPORT, "--store", large, "-o", tmp_path / "out"]
+    with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + SECONDS
+        while not any(path.stat().st_size for path in tmp_path.iterdir()):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        process.send_signal(how)
+        _, stderr = process.communicate(timeout=SECONDS)
+
+    assert (process.returncode, stderr) == (130, b"")
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_reader_that_hangs_up_is_no_error(large: Path, kind: str) -> None:
+    command = [*EXPORT, "--store", large, "--format", kind]
+    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+        assert process.wait(SECONDS) == 128 + signal.SIGPIPE
+
+
+def test_a_bar_shows_how_far_it_is_on_a_terminal_alone(store: Path, tmp_path: Path) -> None:
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    command = [*EXPORT, "--store", store, "-o", tmp_path / "out"]
+    subprocess.run(command, env=environment(TERM="xterm"), stderr=its, timeout=SECONDS, check=True)
+    os.close(its)
+    shown = ""
+    # Linux ends it with an error.
+    with contextlib.suppress(OSError):
+        while read := os.read(ours, 65536):
+            shown += read.decode()
+    os.close(ours)
+
+    assert f"{len(ROWS)}/{len(ROWS)}" in shown
+    assert run("--store", store).stderr == b""
+
+
+def test_memory_does_not_grow_with_what_is_exported(large: Path, kind: str) -> None:
+    def kibibytes(*options: str) -> int:
+        command = [sys.executable, "-c", MEASURED, "--store", large, "--format", kind, "-o", "/dev/null", *options]
+        return int(
+            subprocess.run(command, env=environment(), stdout=subprocess.PIPE, check=True, timeout=SECONDS).stdout
+        )
+
+    half = kibibytes("--until", "2026-09-21T14:16:00Z")
+    everything = kibibytes()
+
+    # 160 generations, and 320 of 200 kB each.
+    assert everything - half < 160 * 200 / 4
+
+
+def test_without_pyarrow_the_install_command_is_named(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "pyarrow.py").write_text("raise ImportError\n")
+
+    result = run(
+        "--store",
+        store,
+        "--format",
+        "parquet",
+        "-o",
+        tmp_path / "out",
+        PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}",
+    )
+
+    assert (result.returncode, result.stdout) == (1, b"")
+    said = r"agl export: Parquet needs pyarrow: \S+/python\S* -m pip install pyarrow\n"
+    assert re.fullmatch(said, result.stderr.decode())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_store_that_is_not_there_is_not_made(tmp_path: Path) -> None:
+    result = run("--store", tmp_path / "typo.db")
+
+    assert (result.returncode, result.stdout) == (1, b"")
+    reason = "cannot be opened: No such file or directory"
+    assert result.stderr.decode() == f"agl export: {tmp_path}/typo.db {reason}\n"
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_folder_that_is_not_there_is_named(store: Path) -> None:
+    result = run("--store", store, "-o", "/nowhere/out")
+
+    assert result.returncode == 1
+    assert result.stderr.decode().startswith("agl export: ")
+    assert "/nowhere" in result.stderr.decode()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ((), "--store"),
+        (("--store", "a.db", "--format", "csv"), "csv"),
+        (("--store", "a.db", "--since", "yesterday"), "'yesterday' is no moment, such as 2026-11-24T10:30"),
+        (("--store", "a.db", "--status", "asleep"), "asleep"),
+    ],
+)
+def test_options_that_make_no_sense_end_it_with_status_2(options: tuple[str, ...], reason: str) -> None:
+    result = run(*options)
+
+    assert (result.returncode, result.stdout) == (2, b"")
+    assert reason in result.stderr.decode()
+
+
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_help_tells_the_options(option: str) -> None:
+    result = run(option, AGL_STORE="postgresql://me:secret@host/db")
+
+    assert (result.returncode, result.stderr) == (0, b"")
+    said = result.stdout.decode()
+    assert said.startswith("usage: agl export ")
+    assert all(name in said for name in ("--store", "--format", "--rollout", "--attempt", "--since", "AGL_STORE"))
+    assert "secret" not in said

@@ -1,0 +1,185 @@
+"""`agl doctor --store`: what was recorded, and why there is nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentlightning.generation import Generation, Loss
+from agentlightning.store import open_store
+from tests.common.environments import Environment
+from tests.common.generations import START, generation
+from tests.diagnosis.command import Said, doctor
+
+NEVER_CALLED = "problem generations none: no server that records here was ever called"
+HOW_TO_NAME_IT = "call http://HOST:PORT/rollout/ROLLOUT/v1, or send the header x-agl-rollout-id"
+
+
+def loss(count: int, reason: str) -> Loss:
+    return Loss(count=count, reason=reason, first_at=START, last_at=START, host="host", pid=7)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "generations.db"
+
+
+@pytest.fixture
+def said(pristine: Environment, path: Path) -> Any:
+    """What it says of a store with these in it."""
+
+    def said(generations: list[Generation], losses: list[Loss], *arguments: str) -> Said:
+        with open_store(str(path)) as store:
+            store.add(generations)
+            store.add_losses(losses)
+        return doctor(pristine, "--store", str(path), *arguments)
+
+    return said
+
+
+def test_it_counts_what_was_recorded(said: Any, path: Path) -> None:
+    generations = [generation(1), generation(2), generation(3, status="aborted"), generation(4, status="error")]
+
+    answer = said(generations, [])
+
+    assert (answer.status, answer.stderr) == (0, "")
+    assert f"the store at {path} " in answer.text
+    assert "ok generations 4: 2 finished, 1 aborted, 1 error" in answer.text
+    assert "lost" not in answer.text
+
+
+def test_it_counts_what_belongs_to_a_rollout(said: Any) -> None:
+    answer = said([generation(1), generation(2, status="aborted"), generation(11)], [], "--rollout", "rollout-0")
+
+    assert answer.status == 0
+    assert "ok rollout 2: 1 finished, 1 aborted" in answer.text
+    assert "ok generations 3: 2 finished, 1 aborted" in answer.text
+
+
+@pytest.mark.parametrize("arguments", [(), ("--rollout", "rollout-0")])
+def test_never_called(said: Any, arguments: tuple[str, ...]) -> None:
+    answer = said([], [], *arguments)
+
+    assert answer.status == 1
+    assert NEVER_CALLED in answer.text
+    assert "is this the store that AGL_STORE names where the server runs" in answer.text
+    assert ("problem rollout nothing is recorded for 'rollout-0', nor for any other" in answer.text) == bool(arguments)
+
+
+def test_called_without_naming_the_rollout(said: Any) -> None:
+    unnamed = [generation(number, rollout_id=None) for number in range(3)]
+
+    answer = said([*unnamed, generation(30)], [], "--rollout", "rollout-0")
+
+    assert answer.status == 1
+    assert "problem rollout nothing is recorded for 'rollout-0'; was it called without naming it?" in answer.text
+    assert HOW_TO_NAME_IT in answer.text
+    assert "note no rollout 3 of them belong to none" in answer.text
+
+
+def test_called_for_other_rollouts_only(said: Any) -> None:
+    answer = said([generation(1)], [], "--rollout", "ROLLOUT-0")
+
+    assert answer.status == 1
+    assert "nothing is recorded for 'ROLLOUT-0': the server was never called for it, only for others" in answer.text
+    assert "compare its id with the one in the agent's base URL or headers" in answer.text
+
+
+def test_aborted(said: Any) -> None:
+    answer = said([generation(1, status="aborted"), generation(2, status="error")], [], "--rollout", "rollout-0")
+
+    assert answer.status == 1
+    assert "problem rollout 2: 1 aborted, 1 error: its clients hung up, or the engine failed, before" in answer.text
+    assert "look at the client's timeout, and at the server's log" in answer.text
+
+
+def test_dropped(said: Any) -> None:
+    losses = [loss(30, "queue full"), loss(12, "queue full"), loss(1, "not built: KeyError('x')")]
+
+    answer = said([], losses, "--rollout", "rollout-0")
+
+    assert answer.status == 1
+    assert "problem rollout nothing is recorded for 'rollout-0'; what was lost may be its" in answer.text
+    assert "problem lost 42 could not be kept, the last at 2026-09-21 14:13:20+00:00: queue full" in answer.text
+    assert "give the store a faster disk, or the server a larger AGL_QUEUE_MB" in answer.text
+    assert "problem lost 1 could not be kept, the last at 2026-09-21 14:13:20+00:00: not built" in answer.text
+    assert NEVER_CALLED not in answer.text
+
+
+def test_what_was_lost_is_a_note_where_the_rest_was_kept(said: Any) -> None:
+    answer = said([generation(1)], [loss(1, "stopped: the process ended before they were written")])
+
+    assert answer.status == 0
+    assert "note lost 1 could not be kept" in answer.text
+
+
+def test_no_rollouts_at_all(said: Any) -> None:
+    answer = said([generation(1, rollout_id=None)], [])
+
+    assert answer.status == 0
+    assert f"note no rollout all of them belong to none, since their calls named none: {HOW_TO_NAME_IT}" in answer.text
+
+
+def test_a_store_that_is_not_there_is_a_problem_and_is_not_made(pristine: Environment, path: Path) -> None:
+    answer = doctor(pristine, "--store", str(path))
+
+    assert answer.status == 1
+    assert f"problem store {path} cannot be opened: No such file or directory" in answer.text
+    assert not path.exists()
+
+
+def test_a_file_that_is_none_of_ours_is_a_problem(pristine: Environment, path: Path) -> None:
+    path.write_text("a text " * 1000)
+
+    answer = doctor(pristine, "--store", str(path))
+
+    assert answer.status == 1
+    assert f"problem store {path} is no SQLite file, or a broken one" in answer.text
+    assert "-> give the path that AGL_STORE has where the server runs" in answer.text
+
+
+def test_no_password_is_shown(pristine: Environment) -> None:
+    answer = doctor(pristine, "--store", "postgresql://me:secret@host/db")
+
+    assert answer.status == 1
+    assert "the store at postgresql://***@host/db" in answer.text
+    assert "secret" not in answer.stdout
+
+
+def test_json_has_the_counts(said: Any) -> None:
+    answer = said(
+        [generation(1, rollout_id=None), generation(11)], [loss(3, "queue full")], "--rollout", "x'", "--json"
+    )
+
+    assert answer.status == 1
+    assert answer.json.keys() == {"ok", "findings", "store"}
+    assert answer.json["store"] == {
+        "generations": {"finished": 2, "aborted": 0, "error": 0},
+        "without_rollout": 1,
+        "lost": {"queue full": {"count": 3, "last_at": START}},
+        "rollout_id": "x'",
+        "of_rollout": {"finished": 0, "aborted": 0, "error": 0},
+    }
+
+
+def test_json_of_a_store_that_is_not_there_is_a_problem(pristine: Environment, path: Path) -> None:
+    answer = doctor(pristine, "--store", str(path), "--json")
+
+    assert answer.status == 1
+    assert answer.json["store"] == {}
+    assert [finding["mark"] for finding in answer.json["findings"]] == ["problem"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [(("--rollout", "x"), "--rollout needs --store"), (("--store", "a.db", "--url", "x"), "not allowed with")],
+)
+def test_options_that_make_no_sense_end_it_with_status_2(
+    pristine: Environment, arguments: tuple[str, ...], reason: str
+) -> None:
+    answer = doctor(pristine, *arguments)
+
+    assert (answer.status, answer.stdout) == (2, "")
+    assert reason in answer.stderr

@@ -1,0 +1,28 @@
+"""A program that serves vLLM's app itself, as trainers do: by a uvicorn of its own, past vLLM's `serve_http`."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import uvicorn
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.entrypoints.openai.api_server import build_app, init_app_state
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.async_llm import AsyncLLM
+
+
+async def serve(args: Any) -> None:
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args))
+    try:
+        tasks = await engine.get_supported_tasks()
+        app = build_app(args, tasks, engine.model_config)
+        await init_app_state(engine, app.state, args, tasks)
+        await uvicorn.Server(uvicorn.Config(app, host=args.host, port=args.port)).serve()
+    finally:
+        engine.shutdown()
+
+
+if __name__ == "__main__":
+    asyncio.run(serve(make_arg_parser(FlexibleArgumentParser()).parse_args()))

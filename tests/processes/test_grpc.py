@@ -1,0 +1,68 @@
+"""`vllm serve --grpc`: a protocol of its own, in which ids go in and come out anyway."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import pytest
+
+from tests.common.reference import greedy
+from tests.common.tiny_model import tiny_model
+from tests.common.vllm import PLAIN, RemoteOpenAIServer, run
+from tests.processes.every_endpoint import prompt_token_ids
+
+PYTHON_M = ("python", "-m", "vllm.entrypoints.grpc_server", "--model")
+WHY = "vLLM's gRPC server (--grpc) speaks a protocol of its own, its answers are left as they are"
+TOKENS = 8
+
+ASK = """\
+import json, sys
+import grpc
+from smg_grpc_proto import vllm_engine_pb2, vllm_engine_pb2_grpc
+
+port, prompt, tokens = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+engine = vllm_engine_pb2_grpc.VllmEngineStub(grpc.insecure_channel(f"127.0.0.1:{port}"))
+request = vllm_engine_pb2.GenerateRequest(
+    request_id="x",
+    tokenized=vllm_engine_pb2.TokenizedInput(input_ids=prompt),
+    sampling_params=vllm_engine_pb2.SamplingParams(temperature=0, max_tokens=tokens),
+)
+print([list(answer.complete.output_ids) for answer in engine.Generate(request)])
+"""
+
+
+@pytest.fixture(scope="module")
+def grpc_packages(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with what vLLM's gRPC server needs besides.
+
+    Not in the tests' environment, since it brings a plugin that vLLM loads in every process.
+    """
+    folder = tmp_path_factory.mktemp("grpc")
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", "install")
+    subprocess.run([*pip, "--target", folder, "smg-grpc-servicer>=0.5.2"], check=True)
+    return str(folder)
+
+
+def test_it_answers_as_ever(grpc_packages: str) -> None:
+    environment = {"PYTHONPATH": grpc_packages}
+    with RemoteOpenAIServer(
+        "--grpc",
+        env={**environment, "AGL_INSTRUMENT": "1"},
+        is_up=lambda server: "Server is ready to accept requests" in server.log,
+    ) as server:
+        prompt = prompt_token_ids()
+        told = run("python", "-c", ASK, str(server.port), json.dumps(prompt), str(TOKENS), env=environment)
+
+        assert told.stdout == f"{[greedy(prompt, TOKENS)]}\n", told.stderr
+        assert server.log.count(WHY) == server.log.count("agentlightning: ") == 1
+
+
+@pytest.mark.parametrize("command", [(*PLAIN, "--grpc"), PYTHON_M], ids=["vllm serve --grpc", "python -m"])
+def test_strict_refuses_it_however_it_is_started(grpc_packages: str, command: Sequence[str]) -> None:
+    refused = run(*command, str(tiny_model()), env={"PYTHONPATH": grpc_packages, "AGL_INSTRUMENT": "strict"})
+
+    assert refused.returncode == 1
+    assert refused.stderr.endswith(f"agentlightning: AGL_INSTRUMENT=strict refuses this server: {WHY}\n")

@@ -1,0 +1,38 @@
+"""`vllm.LLM`, which answers without a server: as ever, also where the variable is on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.common.reference import greedy
+from tests.common.tiny_model import tiny_model
+from tests.common.vllm import run
+from tests.processes.engine_core import started_by
+from tests.processes.every_endpoint import prompt_token_ids
+
+PROGRAM = """\
+import json, sys
+from vllm import LLM, SamplingParams
+
+if __name__ == "__main__":
+    model = LLM(sys.argv[1], max_model_len=1024, enforce_eager=True, dtype="float32")
+    prompt = {"prompt_token_ids": json.loads(sys.argv[2])}
+    [answer] = model.generate(prompt, SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
+    with open(sys.argv[3], "w") as file:
+        json.dump([answer.prompt_token_ids, answer.outputs[0].token_ids], file)
+"""
+
+
+def test_it_answers_as_ever(tmp_path: Path) -> None:
+    program, told = tmp_path / "program.py", tmp_path / "told.json"
+    program.write_text(PROGRAM)
+    prompt = prompt_token_ids()
+
+    # By fork, as vLLM does by itself where it has a GPU.
+    environment = {**started_by("fork"), "AGL_INSTRUMENT": "1"}
+    ran = run("python", str(program), str(tiny_model()), json.dumps(prompt), str(told), env=environment)
+
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(told.read_text()) == [prompt, greedy(prompt, 8)]
+    assert "agentlightning" not in ran.stdout + ran.stderr

@@ -1,0 +1,63 @@
+"""vLLM's Rust frontend, a binary: nothing of ours takes part in its answers, which are vLLM's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.common.answers import get, post
+from tests.common.reference import greedy
+from tests.common.rust_frontend import rust_frontend
+from tests.common.vllm import RemoteOpenAIServer, run
+from tests.processes.every_endpoint import MESSAGES, TOKENS, prompt_token_ids
+
+WHY = (
+    "agentlightning: vLLM's Rust frontend (VLLM_USE_RUST_FRONTEND) answers without Python, "
+    'with token ids only where a request says "return_token_ids": true'
+)
+
+
+@pytest.fixture(scope="module")
+def rust() -> Iterator[RemoteOpenAIServer]:
+    frontend = {"VLLM_USE_RUST_FRONTEND": "1", "VLLM_RUST_FRONTEND_PATH": str(rust_frontend())}
+    with RemoteOpenAIServer(env={**frontend, "AGL_INSTRUMENT": "1"}) as server:
+        yield server
+
+
+def ask(server: RemoteOpenAIServer, route: str, **options: Any) -> Any:
+    return post(server, route, {"model": server.model, "max_tokens": TOKENS, "temperature": 0, **options})
+
+
+def chat(server: RemoteOpenAIServer, **options: Any) -> Any:
+    return ask(server, "/v1/chat/completions", messages=MESSAGES, **options)
+
+
+def test_an_answer_carries_ids_where_the_request_asks(rust: RemoteOpenAIServer) -> None:
+    prompt = prompt_token_ids()
+    answer = chat(rust, return_token_ids=True)
+    chunks = chat(rust, return_token_ids=True, stream=True)
+    completion = ask(rust, "/v1/completions", prompt=prompt, return_token_ids=True)
+
+    assert answer["prompt_token_ids"] == completion["choices"][0]["prompt_token_ids"] == prompt
+    assert answer["choices"][0]["token_ids"] == completion["choices"][0]["token_ids"] == greedy(prompt, TOKENS)
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    assert [ids for choice in choices for ids in choice.get("token_ids") or []] == greedy(prompt, TOKENS)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
+def test_it_carries_none_where_the_request_does_not(rust: RemoteOpenAIServer, stream: bool) -> None:
+    assert "_ids': [" not in str(chat(rust, stream=stream))
+
+
+def test_the_log_says_so_once(rust: RemoteOpenAIServer) -> None:
+    assert rust.log.count(WHY) == rust.log.count("agentlightning: ") == 1
+
+
+def test_doctor_tells_that_nothing_of_ours_answers(rust: RemoteOpenAIServer) -> None:
+    said = run("agl", "doctor", "--url", rust.url)
+
+    assert said.returncode != 0
+    assert "the Rust frontend" in said.stdout
+    assert get(rust, "/v1/agl/status")[0] == 404

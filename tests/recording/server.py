@@ -1,0 +1,67 @@
+"""A real server that keeps what it generates, and what it has kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from typing_extensions import Unpack
+
+from agentlightning.generation import Generation
+from agentlightning.store import Filters, StoreUnavailable, open_store
+from tests.common.answers import get, post
+from tests.common.environments import CHECKOUT
+from tests.common.vllm import RemoteOpenAIServer
+
+SECONDS = 60
+"""A safety net: what is waited for comes within a second or two."""
+
+
+class RecordingServer(RemoteOpenAIServer):
+    """`AGL_INSTRUMENT=1 AGL_STORE=PATH vllm serve`.
+
+    Args:
+        path: where it keeps what it generates.
+        arguments, env: as `RemoteOpenAIServer` takes them.
+    """
+
+    def __init__(self, path: Path, *arguments: str, env: Mapping[str, str] | None = None) -> None:
+        self.path = path
+        ours = {"AGL_INSTRUMENT": "1", "AGL_STORE": str(path), "PYTHONPATH": str(CHECKOUT)}
+        super().__init__(*arguments, env={**ours, **(env or {})})
+
+    def kept(self, **filters: Unpack[Filters]) -> list[Generation]:
+        """What is in the file now."""
+        try:
+            with open_store(str(self.path), create=False) as store:
+                return [*store.generations(**filters)]
+        except StoreUnavailable:
+            return []
+
+    def recorded(self, **filters: Unpack[Filters]) -> list[Generation]:
+        """What comes to be in the file of all that has ended: one server process writes it in that order."""
+        last = post(self, "/v1/completions", {"model": self.model, "prompt": "last", "max_tokens": 1})
+        until(lambda: self.kept(response_id=last["id"]), "the last one")
+        return self.kept(**filters)
+
+    def metrics(self) -> dict[str, float]:
+        """vLLM's `/metrics`, as they are now."""
+        _, body = get(self, "/metrics/")
+        lines = [line.rpartition(" ") for line in body.decode().splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, _, value in lines}
+
+    def body(self, **options: Any) -> dict[str, Any]:
+        """A greedy request: what it generates can be known."""
+        return {"model": self.model, "max_tokens": 24, "temperature": 0, **options}
+
+
+def until(condition: Callable[[], Any], what: str) -> Any:
+    """What `condition` gives, as soon as that is something."""
+    deadline = time.monotonic() + SECONDS
+    while not (found := condition()):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not within {SECONDS} s: {what}")
+        time.sleep(0.05)
+    return found

@@ -1,0 +1,240 @@
+"""Whose a generation is: an agent says it with its base URL or with headers, and need not know of us."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from typing import Any
+from urllib.parse import quote
+
+import anthropic
+import openai
+import pytest
+
+from agentlightning.generation import Generation
+from tests.common.answers import fetch
+from tests.recording.server import RecordingServer
+
+TALK: Any = [{"role": "user", "content": "one two"}]
+TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
+
+Ask = Callable[[RecordingServer, str, dict[str, str]], object]
+
+
+def chat(server: RecordingServer, before: str, headers: dict[str, str]) -> object:
+    return openai_client(server, before, headers).chat.completions.create(
+        model=server.model, messages=TALK, max_tokens=2
+    )
+
+
+def streamed_chat(server: RecordingServer, before: str, headers: dict[str, str]) -> object:
+    create = openai_client(server, before, headers).chat.completions.create
+    return [*create(model=server.model, messages=TALK, max_tokens=2, stream=True)]
+
+
+def completion(server: RecordingServer, before: str, headers: dict[str, str]) -> object:
+    return openai_client(server, before, headers).completions.create(model=server.model, prompt="one", max_tokens=2)
+
+
+def response(server: RecordingServer, before: str, headers: dict[str, str]) -> object:
+    create = openai_client(server, before, headers).responses.create
+    return create(model=server.model, input="one", max_output_tokens=2)
+
+
+def message(server: RecordingServer, before: str, headers: dict[str, str]) -> object:
+    return anthropic_client(server, before, headers).messages.create(
+        model=server.model, messages=TALK, max_tokens=2
+    )
+
+
+def streamed_message(server: RecordingServer, before: str, headers: dict[str, str]) -> object:
+    client = anthropic_client(server, before, headers)
+    with client.messages.stream(model=server.model, messages=TALK, max_tokens=2) as stream:
+        return [*stream]
+
+
+def openai_client(server: RecordingServer, before: str, headers: dict[str, str]) -> openai.OpenAI:
+    base_url = f"{server.url}{before}/v1"
+    return openai.OpenAI(base_url=base_url, default_headers=headers, api_key="none", max_retries=0, timeout=120)
+
+
+def anthropic_client(server: RecordingServer, before: str, headers: dict[str, str]) -> anthropic.Anthropic:
+    # vLLM looks for its key where OpenAI's clients have it.
+    options: dict[str, Any] = {"auth_token": "none", "default_headers": headers, "max_retries": 0, "timeout": 120}
+    return anthropic.Anthropic(base_url=f"{server.url}{before}", **options)
+
+
+CLIENTS = pytest.mark.parametrize(
+    "ask", [chat, streamed_chat, completion, response, message, streamed_message], ids=lambda ask: ask.__name__
+)
+
+
+def whose(generations: list[Generation]) -> set[tuple[str | None, str | None]]:
+    return {(each.rollout_id, each.attempt_id) for each in generations}
+
+
+@CLIENTS
+def test_a_base_url_says_it(recording: RecordingServer, rollout: str, ask: Ask) -> None:
+    ask(recording, f"/rollout/{quote(rollout)}/attempt/2", {})
+    ask(recording, f"/rollout/{quote(rollout)}", {})
+
+    assert whose(recording.recorded(rollout_id=rollout)) == {(rollout, "2"), (rollout, None)}
+    assert whose(recording.kept(rollout_id=rollout, attempt_id="2")) == {(rollout, "2")}
+
+
+@CLIENTS
+def test_headers_say_it(recording: RecordingServer, rollout: str, ask: Ask) -> None:
+    ask(recording, "", {"x-agl-rollout-id": rollout, "X-AGL-Attempt-Id": "a/b"})
+
+    assert whose(recording.recorded(rollout_id=rollout)) == {(rollout, "a/b")}
+
+
+def test_baggage_says_it(recording: RecordingServer, rollout: str) -> None:
+    members = f"other=1, agentlightning.rollout_id={quote(rollout)};kept=yes,agentlightning.attempt_id=%C3%A4%2C3"
+    chat(recording, "", {"baggage": members})
+
+    assert whose(recording.recorded(rollout_id=rollout)) == {(rollout, "ä,3")}
+
+
+def test_the_first_that_names_a_rollout_wins_whole(recording: RecordingServer, rollout: str) -> None:
+    baggage = {"baggage": f"agentlightning.rollout_id={quote(rollout)} c,agentlightning.attempt_id=3"}
+    headers = {"x-agl-rollout-id": f"{rollout} b", "x-agl-attempt-id": "2", **baggage}
+    chat(recording, f"/rollout/{quote(rollout)} a", headers)
+    chat(recording, "", headers)
+    chat(recording, "", baggage)
+    chat(recording, "", {**baggage, "x-agl-rollout-id": f"{rollout} d"})
+
+    recording.recorded()
+    assert [whose(recording.kept(rollout_id=f"{rollout} {letter}")) for letter in "abcd"] == [
+        {(f"{rollout} a", None)},
+        {(f"{rollout} b", "2")},
+        {(f"{rollout} c", "3")},
+        {(f"{rollout} d", None)},
+    ]
+
+
+@pytest.mark.parametrize("header", ["x-session-id", "x-claude-code-session-id"])
+@CLIENTS
+def test_sessions_and_traces_are_kept_beside_it(
+    recording: RecordingServer, rollout: str, ask: Ask, header: str
+) -> None:
+    ask(recording, "", {header: rollout, "traceparent": f"00-{TRACE}-00f067aa0ba902b7-01"})
+
+    kept = recording.recorded(session_id=rollout)
+    assert {(each.session_id, each.trace_id, each.rollout_id) for each in kept} == {(rollout, TRACE, None)}
+
+
+@CLIENTS
+def test_what_is_nobodys_is_kept_all_the_same(recording: RecordingServer, rollout: str, ask: Ask) -> None:
+    before = {each.id for each in recording.recorded(rollout_id=None)}
+    ask(recording, "", {})
+
+    kept = [each for each in recording.recorded(rollout_id=None) if each.id not in before]
+    *its, last = kept
+    assert len(its) == (2 if ask is response else 1)
+    assert {(each.rollout_id, each.attempt_id, each.session_id, each.trace_id) for each in its} == {(None,) * 4}
+
+
+def test_who_has_no_key_leaves_nothing(recording: RecordingServer, rollout: str) -> None:
+    client = openai_client(recording, f"/rollout/{quote(rollout)}", {}).with_options(api_key="another")
+    with pytest.raises(openai.AuthenticationError):
+        client.completions.create(model=recording.model, prompt="one", max_tokens=2)
+
+    assert recording.recorded(rollout_id=rollout) == []
+
+
+@pytest.mark.parametrize("name", ["x-agl-rollout-id", "x-session-id"])
+@pytest.mark.parametrize("said", ["a/b", "Größe 😀", "50% off", "r;x=1", "a, b", "...", "x" * 210], ids=ascii)
+def test_ids_are_any_text(recording: RecordingServer, rollout: str, name: str, said: str) -> None:
+    own = f"{said} {rollout[-32:]}"
+    assert ask_with(recording, {name: own.encode()}) == 200
+
+    filters: Any = {"rollout_id" if name == "x-agl-rollout-id" else "session_id": own}
+    assert len(recording.recorded(**filters)) == 1
+
+
+HOSTILE = {
+    "10 kB": b"x" * 10_000,
+    "257 characters": b"x" * 257,
+    "a way up": b"../../../../tmp/generations.db",
+    "a way up inside": b"x/../y",
+    "nothing but up": b"..",
+    "an apostrophe": b"x'; DROP TABLE generations; --",
+    "quotes": b'"; ATTACH DATABASE "other.db" AS other; --',
+    "backslashes": b"..\\..\\x",
+    "not UTF-8": b"\xff\xfe\xc3",
+    "C1 control characters": "x\x85y".encode(),
+    "a tab": b"x\ty",
+}
+HEADERS = ("x-agl-rollout-id", "x-agl-attempt-id", "x-session-id", "x-claude-code-session-id", "x-request-id")
+
+
+def ask_with(server: RecordingServer, headers: dict[str, bytes]) -> int:
+    """The status of the answer to a request with these headers, which no client library has looked at."""
+    body = json.dumps({"model": server.model, "prompt": "one", "max_tokens": 1})
+    with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)) as connection:
+        connection.putrequest("POST", "/v1/completions")
+        usual = {"Content-Type": b"application/json", "Authorization": b"Bearer none"}
+        for name, value in {**usual, "Content-Length": str(len(body)).encode(), **headers}.items():
+            connection.putheader(name, value)
+        connection.endheaders(body.encode())
+        with connection.getresponse() as response:
+            return response.status
+
+
+def ids_in(server: RecordingServer) -> set[str | None]:
+    found = server.recorded()
+    return {text for each in found for text in (each.rollout_id, each.attempt_id, each.session_id, each.trace_id)}
+
+
+def ignored(server: RecordingServer) -> dict[str, int]:
+    return fetch(server, "/v1/agl/status")["counters"]["ignored_ids"]
+
+
+@pytest.mark.parametrize("value", HOSTILE.values(), ids=HOSTILE)
+def test_a_header_that_is_no_id_is_ignored_and_counted(recording: RecordingServer, value: bytes) -> None:
+    before = ignored(recording)
+    # vLLM makes the answer's id of the last one, and refuses one that is too long for it.
+    assert all(ask_with(recording, {name: value}) in (200, 400) for name in HEADERS)
+    members = f"agentlightning.rollout_id={quote(value)},agentlightning.attempt_id={quote(value)}"
+    assert ask_with(recording, {"baggage": members.encode()}) == 200
+
+    counted = {name: count - before.get(name, 0) for name, count in ignored(recording).items()}
+    assert {name: counted[name] for name in (*HEADERS, "baggage")} == {**dict.fromkeys(HEADERS, 1), "baggage": 2}
+    assert not {value.decode("utf-8", "replace"), value.decode("latin-1")} & ids_in(recording)
+
+
+@pytest.mark.parametrize("value", [b"", b"00-", b"00-" + b"0" * 32 + b"-00f067aa0ba902b7-01", b"\xff" * 55, b"x" * 9999])
+def test_a_traceparent_that_is_none_is_ignored_and_counted(recording: RecordingServer, value: bytes) -> None:
+    before = ignored(recording).get("traceparent", 0)
+    assert ask_with(recording, {"traceparent": value}) == 200
+
+    assert ignored(recording)["traceparent"] == before + 1
+    assert recording.recorded()[-2].trace_id is None
+
+
+@pytest.mark.parametrize("value", [b"x\x00y", b"\x1b[31m"], ids=["NUL", "escape"])
+def test_control_characters_are_refused_by_the_server_and_ignored_by_us(
+    recording: RecordingServer, value: bytes
+) -> None:
+    # Before us, the server's own parser of HTTP looks at headers.
+    assert {ask_with(recording, {name: value}) for name in (*HEADERS, "baggage", "traceparent")} == {400}
+    before = ignored(recording).get("baggage", 0)
+    assert ask_with(recording, {"baggage": f"agentlightning.rollout_id={quote(value)}".encode()}) == 200
+
+    assert ignored(recording)["baggage"] == before + 1
+    assert value.decode() not in ids_in(recording)
+
+
+def test_after_all_that_the_file_is_whole_and_alone(recording: RecordingServer) -> None:
+    assert {each.name.removeprefix(recording.path.name) for each in recording.path.parent.iterdir()} <= FILES
+    with closing(sqlite3.connect(recording.path)) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    assert fetch(recording, "/v1/agl/status")["counters"]["failures"] == {}
+    assert "Traceback" not in recording.log
+
+
+FILES = {"", "-wal", "-shm"}

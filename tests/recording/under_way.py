@@ -1,0 +1,25 @@
+"""A route for the tests: how many requests to the engine one API server waits for, as the capture has it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from agentlightning.instrumentation.vllm import recording
+
+ROUTE = "/under_way"
+
+
+class UnderWay:
+    """A middleware, for `vllm serve --middleware`."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or scope["path"] != ROUTE:
+            await self._app(scope, receive, send)
+            return
+        running = [*recording._running.values()]
+        held = sum(len(each._requests) + len(each._parents) for each in running)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": str(held).encode()})

@@ -1,0 +1,375 @@
+"""From the event loop to the store: nothing waits for the store, and what is lost is counted and written down."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import resource
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from threading import Event
+
+import pytest
+
+from agentlightning.generation import Generation
+from agentlightning.recorder import LOST, Recorder
+from agentlightning.store import open_store
+from tests.common.generations import generation
+
+SECONDS = 60
+NOBODY = 65534
+NBYTES = 1_000
+PROGRAM = """\
+import sys
+from agentlightning.recorder import Recorder
+from tests.common.generations import generation
+
+recorder = Recorder(sys.argv[1], 1 << 30)
+for number in range(300):
+    recorder.record(lambda number=number: generation(number), 1_000)
+"""
+ROOMY = 1 << 30
+
+
+def record(recorder: Recorder, generations: list[Generation]) -> None:
+    for each in generations:
+        recorder.record(lambda each=each: each, NBYTES)
+
+
+def until(holds: Callable[[], object]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not holds():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def kept(path: Path) -> list[str]:
+    with open_store(str(path), create=False) as store:
+        return [each.id for each in store.generations()]
+
+
+def ids(generations: list[Generation]) -> list[str]:
+    return [each.id for each in generations]
+
+
+def some(count: int, first: int = 0, prompt: int = 12) -> list[Generation]:
+    return [generation(number, prompt=prompt) for number in range(first, first + count)]
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Another one writes the file, until the end of the block."""
+    open_store(str(path)).close()
+    with closing(sqlite3.connect(path, isolation_level=None)) as another:
+        another.execute("BEGIN IMMEDIATE")
+        yield
+        another.execute("ROLLBACK")
+
+
+@contextlib.contextmanager
+def not_as_root(folder: str) -> Iterator[None]:
+    """root may write any file; so not as root, and in a folder of whoever it is instead."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.chown(folder, NOBODY, NOBODY)
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "generations.db"
+
+
+@pytest.fixture
+def recorder(path: Path) -> Iterator[Recorder]:
+    recorder = Recorder(str(path), ROOMY)
+    yield recorder
+    recorder.close()
+
+
+def test_what_is_recorded_is_in_the_store_and_counted(recorder: Recorder, path: Path) -> None:
+    generations = some(2_000)
+
+    record(recorder, generations)
+    recorder.close()
+
+    assert kept(path) == ids(generations)
+    counters = recorder.counters()
+    assert (counters.generations, counters.prompt_tokens, counters.output_tokens) == (2_000, 24_000, 10_000)
+    assert (counters.queue_bytes, counters.trouble, counters.failed_writes) == (0, None, 0)
+    assert counters.lost == dict.fromkeys(LOST, 0)
+    assert 1 <= sum(counters.writes) <= 2_000
+    assert counters.write_seconds > 0
+
+
+def test_it_is_in_the_store_soon_without_anything_coming_after_it(recorder: Recorder, path: Path) -> None:
+    (only,) = some(1)
+
+    record(recorder, [only])
+
+    until(lambda: recorder.counters().generations == 1)
+    assert kept(path) == [only.id]
+
+
+def test_nothing_is_opened_before_there_is_something_to_record(path: Path) -> None:
+    Recorder(str(path), ROOMY).close()
+
+    assert not path.exists()
+
+
+def test_a_recorder_that_is_started_opens_its_store_at_once(recorder: Recorder, path: Path) -> None:
+    recorder.start()
+
+    until(path.exists)
+
+
+def test_what_waits_is_counted_in_the_bytes_that_it_was_told(recorder: Recorder, path: Path) -> None:
+    with locked(path):
+        record(recorder, some(10))
+        assert recorder.counters().queue_bytes == 10 * NBYTES
+
+    until(lambda: recorder.counters().queue_bytes == 0)
+
+
+def test_while_another_one_writes_the_queue_fills_and_then_generations_are_lost_counted_and_written_down(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder, generations = Recorder(str(path), 50 * NBYTES), some(80)
+
+    caplog.set_level(logging.INFO)
+    with locked(path):
+        # Were it to wait for the store, it would wait here for ever.
+        record(recorder, generations)
+        until(lambda: recorder.counters().trouble)
+        assert "database is locked" in str(recorder.counters().trouble)
+        assert recorder.counters().lost["queue full"] == 30
+        assert recorder.counters().generations == 0
+    until(lambda: recorder.counters().generations == 50)
+    recorder.close()
+
+    assert kept(path) == ids(generations[:50])
+    assert recorder.counters().trouble is None
+    (full,) = (message for message in caplog.messages if "is full" in message)
+    assert full == "agentlightning: the queue of 0 MiB is full; generations lost so far: 1"
+    assert "agentlightning: generations are written to the store again" in caplog.messages
+    with open_store(str(path)) as store:
+        (loss,) = store.losses()
+    assert (loss.count, loss.reason, loss.pid, loss.host) == (30, "queue full", os.getpid(), os.uname().nodename)
+    assert loss.first_at <= loss.last_at <= time.time_ns()
+
+
+def test_one_that_is_larger_than_the_queue_has_it_for_itself(path: Path) -> None:
+    recorder, (large, after) = Recorder(str(path), NBYTES), some(2)
+
+    with locked(path):
+        recorder.record(lambda: large, 5 * NBYTES)
+        recorder.record(lambda: after, 1)
+    recorder.close()
+
+    assert kept(path) == [large.id]
+    assert recorder.counters().lost["queue full"] == 1
+
+
+def test_one_that_cannot_be_put_together_is_lost_alone(recorder: Recorder, path: Path) -> None:
+    before, after = some(1), some(1, first=1)
+
+    def fail() -> Generation:
+        raise LookupError("no such thing")
+
+    record(recorder, before)
+    recorder.record(fail, NBYTES)
+    record(recorder, after)
+    recorder.close()
+
+    assert kept(path) == ids(before + after)
+    assert recorder.counters().lost["not built"] == 1
+    with open_store(str(path)) as store:
+        (loss,) = store.losses()
+    assert (loss.count, loss.reason) == (1, "not built: LookupError('no such thing')")
+
+
+def test_one_that_the_store_cannot_keep_is_lost_alone(recorder: Recorder, path: Path) -> None:
+    generations = some(20)
+    generations[7].id = "no UUID"
+
+    record(recorder, generations)
+    recorder.close()
+
+    assert kept(path) == ids(generations[:7] + generations[8:])
+    assert recorder.counters().lost["refused"] == 1
+    with open_store(str(path)) as store:
+        (loss,) = store.losses()
+    assert (loss.count, loss.reason) == (1, "refused: ValueError(\"'no UUID' is no UUID in lower case\")")
+
+
+def test_a_store_that_is_not_there_yet_is_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "to come" / "generations.db"
+    recorder, generations = Recorder(str(path), ROOMY), some(5)
+
+    record(recorder, generations)
+    until(lambda: recorder.counters().trouble)
+    assert "No such file or directory" in str(recorder.counters().trouble)
+    path.parent.mkdir()
+    until(lambda: recorder.counters().generations == 5)
+    recorder.close()
+
+    assert kept(path) == ids(generations)
+
+
+def test_a_file_that_is_moved_away_is_made_anew(recorder: Recorder, path: Path) -> None:
+    first, second = some(3), some(3, first=3)
+    record(recorder, first)
+    until(lambda: recorder.counters().generations == 3)
+
+    for file in path.parent.iterdir():
+        file.rename(path.parent / file.name.replace("generations", "old"))
+    record(recorder, second)
+    until(lambda: recorder.counters().generations == 6)
+
+    assert kept(path) == ids(second)
+    assert kept(path.parent / "old.db") == ids(first)
+
+
+def test_closing_it_twice_is_closing_it_once_and_what_comes_after_is_counted(recorder: Recorder, path: Path) -> None:
+    record(recorder, some(1))
+    recorder.close()
+    recorder.close()
+
+    record(recorder, some(2))
+
+    assert recorder.counters().lost["stopped"] == 2
+    assert len(kept(path)) == 1
+
+
+def test_what_cannot_be_written_before_the_end_is_counted(path: Path) -> None:
+    recorder = Recorder(str(path), ROOMY)
+
+    with locked(path):
+        record(recorder, some(700))
+        recorder.close(timeout=2)
+        until(lambda: recorder.counters().lost["stopped"] == 700)
+
+    assert kept(path) == []
+
+
+def test_what_is_left_at_the_end_is_written_down_if_that_works(path: Path) -> None:
+    recorder, (first, *others) = Recorder(str(path), ROOMY), some(700)
+    building, go_on = Event(), Event()
+
+    def build() -> Generation:
+        building.set()
+        assert go_on.wait(SECONDS)
+        return first
+
+    recorder.record(build, NBYTES)
+    assert building.wait(SECONDS)
+    record(recorder, others)
+    # No time is left, and the thread is at work.
+    recorder.close(timeout=0)
+    go_on.set()
+    recorder.close()
+
+    assert kept(path) == [first.id]
+    assert recorder.counters().lost["stopped"] == 699
+    with open_store(str(path)) as store:
+        losses = [*store.losses()]
+    assert sum(loss.count for loss in losses) == 699
+    assert {loss.reason for loss in losses} == {"stopped: the process ended before they were written"}
+
+
+def test_a_program_that_ends_without_closing_it_loses_nothing(path: Path) -> None:
+    subprocess.run([sys.executable, "-c", PROGRAM, path], check=True, timeout=SECONDS)
+
+    assert len(kept(path)) == 300
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a small disk")
+def test_what_waits_for_a_full_disk_is_written_once_when_there_is_room(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=True)
+    try:
+        path, generations = disk / "generations.db", some(100, prompt=5_000)
+        recorder = Recorder(str(path), 60 * NBYTES)
+        record(recorder, generations)
+        until(lambda: "full" in str(recorder.counters().trouble))
+        assert recorder.counters().lost["queue full"] == 40
+
+        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        until(lambda: recorder.counters().generations == 60)
+        recorder.close()
+
+        assert kept(path) == ids(generations[:60])
+        with open_store(str(path)) as store:
+            assert [loss.count for loss in store.losses()] == [40]
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+@pytest.mark.forked
+def test_what_waits_for_a_file_that_may_not_grow_is_written_once_when_it_may(path: Path) -> None:
+    open_store(str(path)).close()
+    generations, recorder = some(100, prompt=5_000), Recorder(str(path), ROOMY)
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, unlimited[1]))
+    record(recorder, generations)
+    until(lambda: "disk I/O error" in str(recorder.counters().trouble))
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    until(lambda: recorder.counters().generations == 100)
+    recorder.close()
+
+    assert kept(path) == ids(generations)
+
+
+@pytest.mark.forked
+def test_what_waits_for_a_read_only_file_is_written_once_when_it_may_be() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder, not_as_root(folder):
+        path, generations = Path(folder, "generations.db"), some(10)
+        open_store(str(path)).close()
+        path.chmod(0o400)
+        recorder = Recorder(str(path), ROOMY)
+        record(recorder, generations)
+        until(lambda: recorder.counters().trouble)
+        assert "readonly" in str(recorder.counters().trouble)
+
+        # SQLite has given the files beside it the same mode by then.
+        for file in Path(folder).iterdir():
+            file.chmod(0o600)
+        until(lambda: recorder.counters().generations == 10)
+        recorder.close()
+
+        assert kept(path) == ids(generations)
+
+
+@pytest.mark.forked
+def test_a_forked_process_writes_what_it_records_itself_and_its_parent_the_rest(path: Path) -> None:
+    recorder, before, in_child, in_parent = Recorder(str(path), ROOMY), some(50), some(50, 50), some(50, 100)
+    # So that it is open when the process is forked.
+    record(recorder, before[:1])
+    until(lambda: recorder.counters().generations == 1)
+    record(recorder, before[1:])
+
+    child = os.fork()
+    if child == 0:
+        record(recorder, in_child)
+        recorder.close()
+        os._exit(0 if recorder.counters().generations == 50 else 1)
+    record(recorder, in_parent)
+    recorder.close()
+
+    assert os.waitpid(child, 0)[1] == 0
+    assert recorder.counters().generations == 100
+    assert kept(path) == ids(before + in_child + in_parent)
