@@ -45,9 +45,10 @@ class RemoteOpenAIServer:
 
     Args:
         arguments: what follows the model on the command line.
-        command: what comes before it: a script of this interpreter's environment, and its subcommand.
+        command: what comes before it: a script, and its subcommand.
         env: environment variables of the server; `AGL_*` variables of this process do not reach it.
         model: a model's folder; the tiny one if not given.
+        scripts: the folder that the command is in, where it is another environment's.
         is_up: whether the server is what it is waited for, for one that answers to no /health.
 
     Raises:
@@ -60,12 +61,13 @@ class RemoteOpenAIServer:
         command: Sequence[str] = PLAIN,
         env: Mapping[str, str] | None = None,
         model: Path | None = None,
+        scripts: Path = SCRIPTS,
         is_up: Callable[[RemoteOpenAIServer], bool] = is_healthy,
     ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.model = str(model or tiny_model())
-        self.command = [str(SCRIPTS / command[0]), *command[1:], self.model, "--port", str(self.port)]
+        self.command = [str(scripts / command[0]), *command[1:], self.model, "--port", str(self.port)]
         self.command += ["--host", "127.0.0.1", *SMALL, *arguments]
         self.env = {**without_agl(os.environ), **QUIET, **(env or {})}
         self._is_up = is_up
