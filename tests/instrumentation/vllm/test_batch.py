@@ -48,9 +48,7 @@ def test_a_request_that_asks_gets_prompt_ids_too(parsing: RemoteOpenAIServer) ->
 
 
 @pytest.mark.parametrize("command", [("vllm", "run-batch"), ("python", "-m", "vllm.entrypoints.openai.run_batch")])
-def test_result_lines_of_run_batch_carry_the_ids_of_their_endpoint_and_are_kept(
-    tmp_path: Path, command: tuple[str, ...]
-) -> None:
+def test_result_lines_of_run_batch_carry_their_ids_and_are_kept(tmp_path: Path, command: tuple[str, ...]) -> None:
     model = str(tiny_model())
     chat = {"model": model, "messages": CONVERSATIONS[-1], "max_tokens": 4, "temperature": 0}
     asked = {
