@@ -49,7 +49,12 @@ def server_patches(statuses: Statuses) -> tuple[Patch, ...]:
     def set_up(serve_http: Callable[..., Any]) -> Callable[..., Any]:
         async def set_up_and_serve_http(app: Any, *args: Any, **kwargs: Any) -> Any:
             contained("setting up an app", _set_up, app, statuses)
-            return await serve_http(app, *args, **kwargs)
+            try:
+                return await serve_http(app, *args, **kwargs)
+            finally:
+                # The engine is stopped, or will be in a moment. Who still waits for it is told by nobody: vLLM itself
+                # waits then until they leave, or until it is killed.
+                contained("recording what is under way", recording.give_up_all)
 
         return set_up_and_serve_http
 
