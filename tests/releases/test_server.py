@@ -14,15 +14,16 @@ from tests.common.answers import fetch, get, tokenize
 from tests.common.vllm import RemoteOpenAIServer
 from tests.releases.chosen import ANYTHING
 from tests.releases.engine import Engine
-from tests.releases.table import API_SERVERS
+from tests.releases.table import API_SERVERS, Release
 from tests.releases.test_ids import MESSAGES, chat
 
 STATUS = "/v1/agl/status"
 SECONDS = 60
+MOST_CLIENTS = 640
 
 
 def running(server: RemoteOpenAIServer) -> float:
-    """How many requests the engine has, as the server's metrics say."""
+    """How many requests the engine has, as the server's metrics say: with what it sends, so as of its last answer."""
     _, metrics = get(server, "/metrics/")
     lines = [line for line in metrics.decode().splitlines() if line.startswith("vllm:num_requests_running")]
     return sum(float(line.rpartition(" ")[2]) for line in lines)
@@ -42,27 +43,31 @@ def test_a_client_that_hangs_up_harms_nobody(armed: RemoteOpenAIServer, engine: 
                 client.chat.completions.create(model=armed.model, messages=MESSAGES, extra_body=options, timeout=0.2)
 
     deadline = time.monotonic() + SECONDS
-    while running(armed) and time.monotonic() < deadline:
-        time.sleep(0.5)
+    while True:
+        answer = chat(armed, **engine.asks(ANYTHING))
+        assert answer.response_token_ids == [engine.says(ANYTHING, answer.prompt_token_ids, 24)]
+        if not running(armed) or time.monotonic() > deadline:
+            break
     assert running(armed) == 0
-    answer = chat(armed, **engine.asks(ANYTHING))
-    assert answer.response_token_ids == [engine.says(ANYTHING, answer.prompt_token_ids, 24)]
     assert "Traceback" not in armed.log[log:]
 
 
 @pytest.mark.check(API_SERVERS)
 def test_each_of_two_api_servers_attaches_ids(two_api_servers: RemoteOpenAIServer, engine: Engine) -> None:
-    clients = [two_api_servers.client() for _ in range(32)]
+    clients: list[openai.OpenAI] = []
     expected = engine.says(ANYTHING, tokenize(two_api_servers, messages=MESSAGES), 16)
 
     def ask(client: openai.OpenAI) -> Any:
         options = engine.asks(ANYTHING, max_tokens=16)
         return client.chat.completions.create(model=two_api_servers.model, messages=MESSAGES, extra_body=options)
 
-    with ThreadPoolExecutor(len(clients)) as threads:
-        answers = list(threads.map(ask, clients))
+    # The system chooses which of them is given a connection.
+    while len(processes_that_serve(two_api_servers)) < 2 and len(clients) < MOST_CLIENTS:
+        new = [two_api_servers.client() for _ in range(32)]
+        clients += new
+        with ThreadPoolExecutor(len(new)) as threads:
+            assert all(answer.response_token_ids == [expected] for answer in threads.map(ask, new))
 
-    assert all(answer.response_token_ids == [expected] for answer in answers)
     assert len(processes_that_serve(two_api_servers)) == 2
 
 
@@ -76,11 +81,13 @@ def processes_that_serve(server: RemoteOpenAIServer) -> set[int]:
     }
 
 
-def test_nothing_of_ours_has_failed_meanwhile(armed: RemoteOpenAIServer) -> None:
+def test_nothing_of_ours_has_failed_meanwhile(armed: RemoteOpenAIServer, release: Release) -> None:
     status = fetch(armed, STATUS)
     states = {name: patch["state"] for name, patch in status["patches"].items()}
 
-    assert states["capture"] == states["chat"] == states["completions"] == "applied"
+    assert states["chat"] == states["completions"] == "applied"
+    # The V0 engine has another output processor.
+    assert states["capture"] == ("applied" if release.engine == "V1" else "pending")
     assert "failed" not in states.values()
     assert status["counters"]["failures"] == {}
     assert "agentlightning: " not in armed.log

@@ -5,6 +5,7 @@ Nothing of it was left in 0.11: where vLLM is newer, this cannot be imported.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from vllm.sequence import (  # pyright: ignore[reportAttributeAccessIssue]
 )
 
 from tests.releases.chosen import chosen_token_ids
+from tests.releases.worker import PACE
 
 BLOCKS = 4096
 """Blocks of the cache of keys and values, of which there is none."""
@@ -40,6 +42,7 @@ class ChosenTokensWorker:
     def start_worker_execution_loop(self) -> None: ...
 
     def execute_model(self, asked: Any = None) -> list[SamplerOutput]:
+        time.sleep(PACE)
         # Without requests it is the end of a batch.
         return [SamplerOutput(outputs=[self._step(group) for group in asked.seq_group_metadata_list])] if asked else []
 

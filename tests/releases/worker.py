@@ -7,6 +7,7 @@ chooses.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from vllm.v1.outputs import LogprobsTensors, ModelRunnerOutput
 
 from tests.releases.chosen import chosen_token_ids
 
+PACE = 0.003
+"""Seconds for a step, or a client could not hang up before the end of the longest answer."""
 MEMORY = 2**27
 """Bytes that the worker says it has for the cache of keys and values, of which it has none."""
 
@@ -67,6 +70,7 @@ class ChosenTokensWorker:
         return {"model.layers.0.self_attn.attn": FullAttentionSpec(**options)}
 
     def execute_model(self, scheduled: Any) -> ModelRunnerOutput:
+        time.sleep(PACE)
         for request_id in scheduled.finished_req_ids:
             self._requests.pop(request_id, None)
         for new in scheduled.scheduled_new_reqs:
