@@ -76,7 +76,7 @@ class Recorder:
     Args:
         url: where the store is. It is opened by the thread, and again after every failure.
         queue_bytes: how much may wait, as `record` is told it.
-        observe: is given the counters by the thread, after each write and each failure.
+        observe: is given the counters by the thread, after each write and each failure, and when the queue is shorter.
     """
 
     def __init__(
@@ -205,6 +205,7 @@ class Recorder:
                 self._write(generations)
         finally:
             self._went += sum(nbytes for _, nbytes in items)
+            self._observe(self.counters())
         self._write_losses()
 
     def _gathered(self) -> list[tuple[Callable[[], Generation], int]]:

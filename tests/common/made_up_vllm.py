@@ -245,6 +245,7 @@ SERVING_FROM_0_15 = {
 # Where these have been in every release that has them, or in the newest.
 THE_SAME_EVERYWHERE = {
     "v1/engine/output_processor.py": OUTPUT_PROCESSOR,
+    "v1/utils.py": "",
     "entrypoints/anthropic/protocol.py": MESSAGES_PROTOCOL,
     "entrypoints/anthropic/serving.py": MESSAGES_SERVING,
     "entrypoints/openai/chat_completion/batch_serving.py": BATCH_SERVING,

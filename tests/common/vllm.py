@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 
 import openai
+import psutil
 
 from tests.common.tiny_model import tiny_model
 
@@ -126,12 +127,19 @@ class RemoteOpenAIServer:
         # A forked test ends every fixture that it has inherited, in its own process: this server is not its own.
         if os.getpid() != self._owner:
             return
+        started: list[psutil.Process] = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            started = psutil.Process(self.process.pid).children(recursive=True)
         self.process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(STOP_SECONDS)
         # What is left of the group: engine cores that outlived the server, or a server that did not end.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
+        # The servers of vLLM's data-parallel supervisor have groups of their own.
+        for process in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         self.process.wait()
         shutil.rmtree(self._log_folder)
 

@@ -1,4 +1,4 @@
-"""`vllm.LLM`, which answers without a server: as ever, also where the variable is on."""
+"""`vllm.LLM`, which answers without a server: as ever, also where the variables are set; nothing of it is kept."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ def test_it_answers_as_ever(tmp_path: Path) -> None:
     prompt = prompt_token_ids()
 
     # By fork, as vLLM does by itself where it has a GPU.
-    environment = {**started_by("fork"), "AGL_INSTRUMENT": "1"}
+    environment = {**started_by("fork"), "AGL_INSTRUMENT": "1", "AGL_STORE": str(tmp_path / "generations.db")}
     ran = run("python", str(program), str(tiny_model()), json.dumps(prompt), str(told), env=environment)
 
     assert ran.returncode == 0, ran.stderr
     assert json.loads(told.read_text()) == [prompt, greedy(prompt, 8)]
     assert "agentlightning" not in ran.stdout + ran.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {program.name, told.name}

@@ -10,6 +10,7 @@ import pytest
 
 from tests.common.environments import CHECKOUT
 from tests.common.tool_loop import with_tool_loop
+from tests.recording.nursery import Nursery
 from tests.recording.server import RecordingServer
 
 # What is off in vLLM unless it is asked for.
@@ -41,3 +42,10 @@ def two_recording(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recordin
 def rollout(request: pytest.FixtureRequest) -> str:
     """An id that no other test uses."""
     return f"{request.node.name} {uuid.uuid4().hex}"
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    """Servers that start within seconds."""
+    with Nursery() as nursery:
+        yield nursery

@@ -1,4 +1,4 @@
-"""What is kept of a generation, whatever the endpoint: exact ids, text, parameters, times, and the call that it is for."""
+"""What is kept of a generation, whatever the endpoint: exact ids, text, parameters, times, and whose call it was."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ class TestChat:
         assert (choice.index, choice.text, choice.finish_reason, choice.stop_reason) == (0, text, "length", None)
         assert kept.response_id == first["id"]
         assert (kept.endpoint, kept.model, kept.status) == (CHAT, recording.model, "finished")
-        assert kept.started_at and kept.first_token_at
+        assert kept.started_at is not None
+        assert kept.first_token_at is not None
         assert kept.started_at < kept.first_token_at <= kept.finished_at
         params = json.loads(str(kept.sampling_params))
         assert {"temperature": 0, "max_tokens": 24, "seed": 7, "ignore_eos": True}.items() <= params.items()

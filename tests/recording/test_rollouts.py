@@ -45,9 +45,7 @@ def response(server: RecordingServer, before: str, headers: dict[str, str]) -> o
 
 
 def message(server: RecordingServer, before: str, headers: dict[str, str]) -> object:
-    return anthropic_client(server, before, headers).messages.create(
-        model=server.model, messages=TALK, max_tokens=2
-    )
+    return anthropic_client(server, before, headers).messages.create(model=server.model, messages=TALK, max_tokens=2)
 
 
 def streamed_message(server: RecordingServer, before: str, headers: dict[str, str]) -> object:
@@ -132,8 +130,8 @@ def test_what_is_nobodys_is_kept_all_the_same(recording: RecordingServer, rollou
     before = {each.id for each in recording.recorded(rollout_id=None)}
     ask(recording, "", {})
 
-    kept = [each for each in recording.recorded(rollout_id=None) if each.id not in before]
-    *its, last = kept
+    # The last one is that which was asked for to see the others.
+    *its, _ = [each for each in recording.recorded(rollout_id=None) if each.id not in before]
     assert len(its) == (2 if ask is response else 1)
     assert {(each.rollout_id, each.attempt_id, each.session_id, each.trace_id) for each in its} == {(None,) * 4}
 
@@ -207,7 +205,9 @@ def test_a_header_that_is_no_id_is_ignored_and_counted(recording: RecordingServe
     assert not {value.decode("utf-8", "replace"), value.decode("latin-1")} & ids_in(recording)
 
 
-@pytest.mark.parametrize("value", [b"", b"00-", b"00-" + b"0" * 32 + b"-00f067aa0ba902b7-01", b"\xff" * 55, b"x" * 9999])
+@pytest.mark.parametrize(
+    "value", [b"", b"00-", b"00-" + b"0" * 32 + b"-00f067aa0ba902b7-01", b"\xff" * 55, b"x" * 9999]
+)
 def test_a_traceparent_that_is_none_is_ignored_and_counted(recording: RecordingServer, value: bytes) -> None:
     before = ignored(recording).get("traceparent", 0)
     assert ask_with(recording, {"traceparent": value}) == 200

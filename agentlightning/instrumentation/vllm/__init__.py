@@ -26,6 +26,7 @@ from agentlightning.instrumentation.vllm import (
     releases,
     responses,
     server,
+    shutdown,
     strict,
 )
 from agentlightning.modules import locate
@@ -74,6 +75,7 @@ PATCH_SETS = (
         *server.server_patches(lambda: status()),
         *strict.server_patches(lambda: _failures()),
     ),
+    _patch_set("shutdown", releases.PROCESS_MANAGERS, *shutdown.MANAGER_PATCHES),
     JUDGE,
 )
 

@@ -54,13 +54,15 @@ def _note(processor: Any, state: Any, request: Any, parent_req: Any, context: Re
 
 
 def finishing(process_outputs: Callable[..., Any]) -> Callable[..., Any]:
-    """The wrapper around `OutputProcessor.process_outputs`: one look-up for each output of a step."""
+    """The wrapper around `OutputProcessor.process_outputs`, which runs once for each step of the engine."""
 
     def process_outputs_and_finish(self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        states = self.request_states
+        before = len(states)
         answer = process_outputs(self, engine_core_outputs, *args, **kwargs)
-        running = recording.under_way(self)
+        # Most steps end nothing, and those cost the same however many requests are in them.
+        running = recording.under_way(self) if len(states) < before else None
         if running is not None:
-            states = self.request_states
             for ended in [output for output in engine_core_outputs if output.request_id not in states]:
                 contained("recording what ended", running.finish, ended)
         return answer

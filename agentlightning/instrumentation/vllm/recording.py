@@ -24,7 +24,7 @@ from agentlightning.instrumentation.vllm.running import Ended, Record, Running
 from agentlightning.patching import Patch, Where, Wrap
 from agentlightning.recorder import Recorder
 
-__all__ = ["calls", "is_on", "recorder", "report", "running", "start", "under_way"]
+__all__ = ["calls", "give_up_all", "is_on", "recorder", "report", "running", "start", "under_way"]
 
 # An integer of Python's, and its place in a list.
 BYTES_PER_ID = 36
@@ -55,7 +55,7 @@ def start() -> None:
     """Open the store before the first request needs it, so that what stands in its way is told when a server starts."""
     recorder().start()
     # After the recorder's own, and so called before it: what is under way then is kept too.
-    atexit.register(_give_up_all)
+    atexit.register(give_up_all)
 
 
 def report() -> dict[str, Any] | None:
@@ -99,7 +99,8 @@ def under_way(processor: Any) -> Running | None:
     return _running.get(processor)
 
 
-def _give_up_all() -> None:
+def give_up_all() -> None:
+    """The server ends: what is under way ends with it."""
     for each in list(_running.values()):
         each.give_up_all("abort")
 

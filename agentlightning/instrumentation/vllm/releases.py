@@ -62,6 +62,7 @@ GENERATE_SERVING = Home(
     since="0.11.1",
 )
 OUTPUT_PROCESSOR = Home(("vllm.v1.engine.output_processor",))
+PROCESS_MANAGERS = Home(("vllm.v1.utils",))
 SERVE_ARGUMENTS = Home(
     (
         "vllm.entrypoints.launchers.cli_args",  # from 0.29.0

@@ -49,7 +49,12 @@ def server_patches(statuses: Statuses) -> tuple[Patch, ...]:
     def set_up(serve_http: Callable[..., Any]) -> Callable[..., Any]:
         async def set_up_and_serve_http(app: Any, *args: Any, **kwargs: Any) -> Any:
             contained("setting up an app", _set_up, app, statuses)
-            return await serve_http(app, *args, **kwargs)
+            try:
+                return await serve_http(app, *args, **kwargs)
+            finally:
+                # The engine is stopped, or will be in a moment. Who still waits for it is told by nobody: vLLM itself
+                # waits then until they leave, or until it is killed.
+                contained("recording what is under way", recording.give_up_all)
 
         return set_up_and_serve_http
 
@@ -59,10 +64,18 @@ def server_patches(statuses: Statuses) -> tuple[Patch, ...]:
 def _set_up(app: Any, statuses: Statuses) -> None:
     if any(getattr(route, "path", None) == STATUS_ROUTE for route in app.routes):
         return
-    _open_contexts(app)
     _add_route(app, statuses)
+    _open_contexts(app)
     if recording.is_on():
         contained("opening the store", recording.start)
+
+
+def _add_route(app: Any, statuses: Statuses) -> None:
+    async def agl_status() -> dict[str, Any]:
+        return _report(app, statuses())
+
+    # Not in vLLM's schema: /openapi.json stays what it was.
+    app.add_api_route(STATUS_ROUTE, agl_status, methods=["GET"], include_in_schema=False, response_model=None)
 
 
 def _open_contexts(app: Any) -> None:
@@ -73,14 +86,6 @@ def _open_contexts(app: Any) -> None:
     app.build_middleware_stack = lambda: RequestContexts(build())
     if app.middleware_stack is not None:
         app.middleware_stack = RequestContexts(app.middleware_stack)
-
-
-def _add_route(app: Any, statuses: Statuses) -> None:
-    async def agl_status() -> dict[str, Any]:
-        return _report(app, statuses())
-
-    # Not in vLLM's schema: /openapi.json stays what it was.
-    app.add_api_route(STATUS_ROUTE, agl_status, methods=["GET"], include_in_schema=False, response_model=None)
 
 
 def _report(app: Any, statuses: Mapping[str, Status]) -> dict[str, Any]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from array import array
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from agentlightning.store import open_store
 from tests.common.answers import post, steady, tokenize
 from tests.common.reference import greedy
 from tests.common.tiny_model import tiny_model
@@ -46,7 +48,7 @@ def test_a_request_that_asks_gets_prompt_ids_too(parsing: RemoteOpenAIServer) ->
 
 
 @pytest.mark.parametrize("command", [("vllm", "run-batch"), ("python", "-m", "vllm.entrypoints.openai.run_batch")])
-def test_result_lines_of_run_batch_carry_the_ids_of_their_endpoint(tmp_path: Path, command: tuple[str, ...]) -> None:
+def test_result_lines_of_run_batch_carry_their_ids_and_are_kept(tmp_path: Path, command: tuple[str, ...]) -> None:
     model = str(tiny_model())
     chat = {"model": model, "messages": CONVERSATIONS[-1], "max_tokens": 4, "temperature": 0}
     asked = {
@@ -60,7 +62,8 @@ def test_result_lines_of_run_batch_carry_the_ids_of_their_endpoint(tmp_path: Pat
     ]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     files = ("-i", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl"))
-    ran = run(*command, *files, "--model", model, *SMALL, env={"AGL_INSTRUMENT": "1"})
+    store = tmp_path / "generations.db"
+    ran = run(*command, *files, "--model", model, *SMALL, env={"AGL_INSTRUMENT": "1", "AGL_STORE": str(store)})
 
     assert ran.returncode == 0, ran.stderr
     results = {line["custom_id"]: line for line in map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())}
@@ -69,3 +72,12 @@ def test_result_lines_of_run_batch_carry_the_ids_of_their_endpoint(tmp_path: Pat
     assert "response_token_ids" not in results["declined"]["response"]["body"]
     assert results["declined"]["response"]["body"]["choices"][0]["token_ids"] is None
     assert results["pooled"]["error"] or results["pooled"]["response"]["status_code"] != 200
+
+    with open_store(str(store)) as opened:
+        kept = {each.response_id: each for each in opened.generations()}
+    assert kept.keys() == {results[name]["response"]["body"]["id"] for name in ("chat", "declined")}
+    for each in kept.values():
+        assert (each.endpoint, each.model, each.status) == ("/v1/chat/completions", model, "finished")
+        assert each.prompt_token_ids == array("i", answer["prompt_token_ids"])
+        assert [choice.token_ids for choice in each.choices] == [array("i", answer["response_token_ids"][0])]
+    assert len({each.call_id for each in kept.values()}) == len(kept)

@@ -25,6 +25,7 @@ TOOL = {
 }
 DEADLINE = 60
 
+
 def body(server: RemoteOpenAIServer, **options: Any) -> dict[str, Any]:
     return {"model": server.model, "input": INPUT, "max_output_tokens": 24, "temperature": 0, **options}
 

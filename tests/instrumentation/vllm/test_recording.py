@@ -1,0 +1,124 @@
+"""Ends that no server shows at will, by vLLM's own `OutputProcessor`, in processes that are forked for each test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from vllm.pooling_params import PoolingParams
+from vllm.v1.engine import FinishReason
+
+from agentlightning import instrumentation
+from agentlightning.generation import Generation
+from agentlightning.instrumentation.vllm import recording
+from agentlightning.store import open_store
+from tests.common.engine import Engine
+
+pytestmark = pytest.mark.forked
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "generations.db"
+
+
+@pytest.fixture
+def engine(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    monkeypatch.setenv("AGL_STORE", str(path))
+    instrumentation.instrument_vllm()
+    engine = Engine()
+    yield engine
+    # Whatever the end was, nothing is held on to.
+    running = recording.under_way(engine.processor)
+    assert running is None or (running._requests, running._parents) == ({}, {})
+
+
+def kept(path: Path) -> list[Generation]:
+    recording.recorder().close()
+    with open_store(str(path), create=False) as store:
+        return [*store.generations()]
+
+
+def ends(generation: Generation) -> list[tuple[int, list[int], str | None]]:
+    return [(choice.index, list(choice.token_ids or ()), choice.finish_reason) for choice in generation.choices]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_of_two_choices_one_ends_and_the_other_is_given_up(engine: Engine, path: Path, stream: bool) -> None:
+    engine.add("two", [1, 2, 3], n=2, stream=stream)
+    engine.says("0_two-0", [5])
+    engine.says("1_two-0", [6, 7], FinishReason.LENGTH)
+    engine.processor.abort_requests(["two-0"], internal=True)
+
+    [generation] = kept(path)
+    assert ends(generation) == [(0, [5], "abort"), (1, [6, 7], "length")]
+    assert (generation.status, generation.request_id) == ("aborted", "two")
+    assert list(generation.prompt_token_ids or ()) == [1, 2, 3]
+
+
+def test_choices_that_end_one_after_the_other_are_one_generation(engine: Engine, path: Path) -> None:
+    engine.add("three", [1], n=3)
+    for index in (2, 0, 1):
+        engine.says(f"{index}_three-0", [index], FinishReason.STOP)
+
+    [generation] = kept(path)
+    assert ends(generation) == [(0, [0], "stop"), (1, [1], "stop"), (2, [2], "stop")]
+    assert generation.status == "finished"
+
+
+def test_a_request_that_the_engine_fails_is_kept_as_failed(engine: Engine, path: Path) -> None:
+    engine.add("failing", [1])
+    engine.says("failing-0", [2, 3])
+    engine.says("failing-0", [], FinishReason.ERROR)
+
+    [generation] = kept(path)
+    assert (generation.status, ends(generation)) == ("error", [(0, [2, 3], "error")])
+
+
+def test_a_request_that_is_given_up_before_its_first_id_is_kept(engine: Engine, path: Path) -> None:
+    engine.add("early", [1])
+    engine.processor.abort_requests(["early"], internal=False)
+    # What the engine had on its way by then.
+    engine.says("early-0", [2], FinishReason.LENGTH)
+
+    [generation] = kept(path)
+    assert (generation.status, ends(generation)) == ("aborted", [(0, [], "abort")])
+
+
+def test_all_that_is_under_way_when_the_engine_dies_has_failed(engine: Engine, path: Path) -> None:
+    engine.add("one", [1])
+    engine.add("two", [1], n=2)
+    engine.says("1_two-0", [6], FinishReason.LENGTH)
+    engine.processor.propagate_error(RuntimeError("dead"))
+
+    assert {each.request_id: (each.status, ends(each)) for each in kept(path)} == {
+        "one": ("error", [(0, [], "error")]),
+        "two": ("error", [(0, [], "error"), (1, [6], "length")]),
+    }
+
+
+def test_what_is_fed_in_between_leaves_nothing(engine: Engine, path: Path) -> None:
+    engine.add("realtime", [1], stream=True, resumable=True)
+    engine.says("realtime-0", [2], FinishReason.LENGTH)
+    engine.add("realtime", [3], stream=True, resumable=True)
+    engine.says("realtime-0", [4], FinishReason.LENGTH)
+    engine.add("realtime", [0], stream=True)
+
+    assert engine.processor.request_states == {}
+    assert not path.exists()
+
+
+def test_pooling_leaves_nothing(engine: Engine, path: Path) -> None:
+    engine.add("pooled", [1], pooling_params=PoolingParams())
+    engine.processor.abort_requests(["pooled"], internal=False)
+
+    assert not path.exists()
+
+
+def test_what_is_generated_without_a_server_leaves_nothing(engine: Engine, path: Path) -> None:
+    engine.add("offline", [1], queue=False)
+    engine.says("offline-0", [2], FinishReason.LENGTH)
+
+    assert engine.processor.request_states == {}
+    assert not path.exists()

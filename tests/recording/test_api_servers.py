@@ -1,0 +1,132 @@
+"""Two API servers and one file: nothing mixed, nothing twice, all there; and no text, where none is wanted."""
+
+from __future__ import annotations
+
+import asyncio
+import stat
+from typing import Any
+
+import psutil
+
+from tests.common.answers import fetch, post
+from tests.common.reference import tokenizer
+from tests.recording.server import RecordingServer, until
+from tests.recording.test_endpoints import ids_of
+
+CALLS = 200
+FEW = 30
+AT_ONCE = 32
+ROLLOUTS = 7
+SECRETS = ("Xanthippe", "Zwiebelkuchen", "Quetzalcoatl", "Brummkreisel")
+"""In the prompt, in the answer, as a stop string, and in what the answer may be."""
+
+
+def talk(number: int) -> Any:
+    return [{"role": "user", "content": f"{SECRETS[0]} says that it is number {number}."}]
+
+
+def said(number: int) -> str:
+    return f"{SECRETS[1]} number {number}"
+
+
+async def ask_all(server: RecordingServer, rollout: str, calls: int) -> list[Any]:
+    limit = asyncio.Semaphore(AT_ONCE)
+
+    async def ask(number: int) -> Any:
+        whose = {"x-agl-rollout-id": f"{rollout} {number % ROLLOUTS}", "x-agl-attempt-id": str(number)}
+        options: dict[str, Any] = {
+            "model": server.model,
+            "messages": talk(number),
+            "max_tokens": 60,
+            "stop": [SECRETS[2]],
+            "extra_headers": whose,
+            "extra_body": {"structured_outputs": {"choice": [said(number), f"{SECRETS[3]} {number}"]}},
+        }
+        # A connection each: the server's processes take connections, not requests.
+        async with limit, server.async_client() as client:
+            return await client.chat.completions.create(**options)
+
+    return await asyncio.gather(*map(ask, range(calls)))
+
+
+def test_each_generation_of_both_is_there_once_and_is_nobody_elses(
+    two_recording: RecordingServer, rollout: str
+) -> None:
+    answers = asyncio.run(ask_all(two_recording, rollout, CALLS))
+    mine = [f"{rollout} {number}" for number in range(ROLLOUTS)]
+    until(lambda: sum(len(two_recording.kept(rollout_id=each)) for each in mine) >= CALLS, "all of them")
+    kept = [each for one in mine for each in two_recording.kept(rollout_id=one)]
+
+    assert sorted(int(str(each.attempt_id)) for each in kept) == list(range(CALLS))
+    assert len({each.id for each in kept}) == len({each.call_id for each in kept}) == CALLS
+    for each in kept:
+        number = int(str(each.attempt_id))
+        answer = answers[number]
+        prompt, [sampled] = ids_of(each)
+        assert each.rollout_id == f"{rollout} {number % ROLLOUTS}"
+        assert each.response_id == answer.id
+        assert (prompt, [sampled]) == (answer.prompt_token_ids, answer.response_token_ids)
+        assert f"is number {number}." in tokenizer().decode(prompt)
+        assert tokenizer().decode(sampled, skip_special_tokens=True) == answer.choices[0].message.content
+
+
+def test_metrics_show_the_sums_of_both(two_recording: RecordingServer, rollout: str) -> None:
+    asyncio.run(ask_all(two_recording, rollout, FEW))
+    until(lambda: len(two_recording.kept()) == counters(two_recording)["generations"], "the counters")
+    until(lambda: counters(two_recording)["queue bytes"] == 0, "an empty queue")
+
+    kept = two_recording.kept()
+    found = counters(two_recording)
+    assert found["generations"] >= FEW
+    assert found["prompt tokens"] == sum(len(ids_of(each)[0]) for each in kept)
+    assert found["output tokens"] == sum(len(ids) for each in kept for ids in ids_of(each)[1])
+    assert found["lost"] == 0
+    assert 0 < found["writes"] <= found["generations"]
+    # Each process for itself has seen fewer.
+    pids = {process.pid for process in psutil.Process(two_recording.process.pid).children(recursive=True)}
+    status = fetch(two_recording, "/v1/agl/status")
+    assert status["pid"] in pids
+    assert 0 < status["recording"]["generations"] < found["generations"]
+
+
+def counters(server: RecordingServer) -> dict[str, float]:
+    metrics = server.metrics()
+    lost = [value for name, value in metrics.items() if name.startswith("agentlightning_lost_generations_total")]
+    # Shown before the first is lost: from a counter that is not there yet, no alert can be made.
+    assert len(lost) == 4
+    return {
+        "generations": metrics["agentlightning_generations_total"],
+        "prompt tokens": metrics['agentlightning_tokens_total{kind="prompt"}'],
+        "output tokens": metrics['agentlightning_tokens_total{kind="output"}'],
+        "queue bytes": metrics["agentlightning_queue_bytes"],
+        "writes": metrics["agentlightning_write_seconds_count"],
+        "lost": sum(lost),
+    }
+
+
+def test_one_server_shows_its_own(recording: RecordingServer) -> None:
+    kept = recording.recorded()
+    until(lambda: counters(recording)["generations"] == len(kept), "the counters")
+
+    assert counters(recording)["output tokens"] == sum(len(ids) for each in kept for ids in ids_of(each)[1])
+
+
+def test_without_text_there_is_none_in_the_file(two_recording: RecordingServer, rollout: str) -> None:
+    asyncio.run(ask_all(two_recording, rollout, FEW))
+    body = two_recording.body(prompt=SECRETS[0], stop=[SECRETS[2]], bad_words=[SECRETS[3]])
+    stopped = post(two_recording, "/v1/completions", {**body, "structured_outputs": {"choice": [SECRETS[2]]}})
+    until(lambda: two_recording.kept(response_id=stopped["id"]), "the last one")
+
+    files = [path.read_bytes() for path in two_recording.path.parent.iterdir()]
+    # What is looked for would be found: ids of rollouts are kept.
+    assert any(rollout.encode() in content for content in files)
+    assert [secret for secret in SECRETS for content in files if secret.encode() in content] == []
+    [kept] = two_recording.kept(response_id=stopped["id"])
+    assert (kept.choices[0].finish_reason, kept.choices[0].stop_reason, kept.choices[0].text) == ("stop", None, None)
+
+
+def test_the_files_are_their_owners_alone(two_recording: RecordingServer, recording: RecordingServer) -> None:
+    for server in (two_recording, recording):
+        server.kept()
+        modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in server.path.parent.iterdir()}
+        assert set(modes.values()) == {0o600}

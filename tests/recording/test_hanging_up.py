@@ -1,0 +1,52 @@
+"""Clients that hang up in the midst of an answer: what the engine has sampled for them is kept, once, as aborted."""
+
+from __future__ import annotations
+
+import random
+
+from tests.common.answers import get, post
+from tests.recording.load import PROMPTS, TOKENS, Load, Stream, checked
+from tests.recording.server import RecordingServer, until
+from tests.recording.under_way import ROUTE
+
+CALLS = 1000
+AT_ONCE = 64
+# More than the engine can usually come to before it is told that nobody waits any more.
+NEVER_ENDING = 900
+
+
+def plan() -> list[Stream]:
+    chance = random.Random(6)
+    stay = [Stream(number, chance.choice(PROMPTS)) for number in range(0, CALLS, 2)]
+    leave = [
+        Stream(number, chance.choice(PROMPTS), NEVER_ENDING, leaves_after=chance.randint(1, TOKENS))
+        for number in range(1, CALLS, 2)
+    ]
+    return [stream for both in zip(stay, leave, strict=True) for stream in both]
+
+
+def said_in_full(server: RecordingServer, prompt: str) -> list[int]:
+    body = server.body(prompt=prompt, max_tokens=NEVER_ENDING, ignore_eos=True, return_token_ids=True)
+    return post(server, "/v1/completions", body)["choices"][0]["token_ids"]
+
+
+def test_what_was_sampled_for_a_thousand_clients_is_kept_though_half_of_them_hang_up(
+    recording: RecordingServer, rollout: str
+) -> None:
+    with Load(recording, rollout, plan(), AT_ONCE) as load:
+        load.wait()
+    until(lambda: len(recording.kept(rollout_id=rollout)) >= CALLS, "all of them")
+    kept = checked(recording.recorded(rollout_id=rollout), load.streams)
+
+    assert kept.keys() == set(range(CALLS))
+    assert [stream.number for stream in load.streams if not stream.token_ids] == []
+    assert all(kept[stream.number].status == "finished" for stream in load.streams if not stream.leaves_after)
+    assert sum(each.status == "aborted" for each in kept.values()) > CALLS / 4
+    # To the last id: what it would have said to who waits for all of it.
+    longest = {prompt: said_in_full(recording, prompt) for prompt in PROMPTS}
+    for stream in load.streams:
+        [choice] = kept[stream.number].choices
+        assert choice.token_ids is not None
+        assert choice.token_ids.tolist() == longest[stream.prompt][: len(choice.token_ids)]
+
+    assert get(recording, ROUTE) == (200, b"0")

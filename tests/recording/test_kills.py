@@ -1,0 +1,73 @@
+"""Servers and engines that are killed: the file is whole, and has what was answered before."""
+
+from __future__ import annotations
+
+import random
+import sqlite3
+import time
+from contextlib import closing
+from pathlib import Path
+
+import psutil
+
+from tests.recording.load import Load, checked, endless
+from tests.recording.nursery import Nursery
+from tests.recording.server import RecordingServer, until
+
+KILLS = 10
+TOKENS_UNTIL_THE_END = 900
+
+
+def is_whole(path: Path) -> bool:
+    with closing(sqlite3.connect(path)) as connection:
+        return connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
+def kill(server: RecordingServer) -> None:
+    """The API server at once, and what it leaves behind."""
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    server.process.kill()
+    server.process.wait()
+    for child in children:
+        child.kill()
+
+
+def test_an_api_server_is_killed_ten_times_and_what_was_answered_a_second_before_is_there(
+    nursery: Nursery, tmp_path: Path, rollout: str
+) -> None:
+    path = tmp_path / "generations.db"
+    chance = random.Random(9)
+    for round_ in range(KILLS):
+        whose = f"{rollout} {round_}"
+        with nursery.server(path) as server, Load(server, whose, endless()) as load:
+            enough = chance.randint(1, 100)
+            until(lambda enough=enough, load=load: len(load.answered) >= enough, "answers")
+            before = {stream.number for stream in load.answered}
+            time.sleep(1)
+            kill(server)
+            load.wait()
+
+        assert is_whole(path)
+        kept = checked(server.kept(rollout_id=whose), load.streams)
+        assert before <= kept.keys()
+
+
+def test_where_the_engine_is_killed_everything_under_way_is_kept_as_failed(
+    nursery: Nursery, tmp_path: Path, rollout: str
+) -> None:
+    with nursery.server(tmp_path / "generations.db") as server:
+        with Load(server, rollout, endless(TOKENS_UNTIL_THE_END)) as load:
+            until(lambda: len(load.begun) == len(load.streams) == 16, "answers that have begun")
+            [engine] = [
+                process
+                for process in psutil.Process(server.process.pid).children(recursive=True)
+                if process.name() == "VLLM::EngineCore"
+            ]
+            engine.kill()
+            load.wait()
+        server.process.wait(60)
+
+        assert is_whole(server.path)
+        kept = checked(server.kept(rollout_id=rollout), load.streams)
+        assert kept.keys() == {stream.number for stream in load.streams}
+        assert {each.status for each in kept.values()} == {"error"}

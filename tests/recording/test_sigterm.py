@@ -1,0 +1,52 @@
+"""SIGTERM under load: what is under way ends with the server, and is kept."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from agentlightning.store import open_store
+from tests.recording.load import Load, checked, endless
+from tests.recording.nursery import Nursery
+from tests.recording.server import RecordingServer, until
+
+TOKENS_UNTIL_THE_END = 900
+AT_ONCE = 16
+
+
+@pytest.mark.parametrize("arguments", [(), ("--api-server-count=2",)], ids=["one API server", "two API servers"])
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
+def test_what_is_under_way_is_kept_though_clients_stay(
+    nursery: Nursery, tmp_path: Path, rollout: str, arguments: tuple[str, ...], end: signal.Signals
+) -> None:
+    with nursery.server(tmp_path / "generations.db", *arguments) as server:
+        with Load(server, rollout, endless(TOKENS_UNTIL_THE_END), AT_ONCE) as load:
+            until(lambda: len(load.begun) == AT_ONCE, "answers that have begun")
+            server.process.send_signal(end)
+            # vLLM waits for its clients, or kills the process that they wait for.
+            until(lambda: len(server.kept(rollout_id=rollout)) == AT_ONCE, "all of them")
+        server.process.wait(60)
+
+        kept = checked(server.kept(rollout_id=rollout), load.streams)
+        assert {kept[stream.number].status for stream in load.begun} <= {"aborted", "finished"}
+        assert losses(server) == 0
+
+
+def test_what_has_ended_is_kept_though_the_queue_is_full_of_it(nursery: Nursery, tmp_path: Path, rollout: str) -> None:
+    with nursery.server(tmp_path / "generations.db") as server:
+        with Load(server, rollout, endless(1), 64) as load:
+            until(lambda: len(load.answered) > 200, "answers")
+            server.process.send_signal(signal.SIGTERM)
+            load.wait()
+        server.process.wait(60)
+
+        kept = checked(server.kept(rollout_id=rollout), load.streams)
+        assert {stream.number for stream in load.answered} <= kept.keys()
+        assert losses(server) == 0
+
+
+def losses(server: RecordingServer) -> int:
+    with open_store(str(server.path)) as store:
+        return sum(loss.count for loss in store.losses())

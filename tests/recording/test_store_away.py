@@ -1,0 +1,93 @@
+"""A store that cannot be written for a while: answers go on, and what was lost is counted and written down."""
+
+from __future__ import annotations
+
+import resource
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentlightning.store import open_store
+from tests.common.answers import post
+from tests.recording.nursery import Nursery
+from tests.recording.server import RecordingServer, until
+
+# So long that some thirty of them fill the queue of one MiB.
+PROMPT = [7] * 900
+CALLS = 60
+
+
+@pytest.fixture
+def server(nursery: Nursery, tmp_path: Path) -> Iterator[RecordingServer]:
+    with nursery.server(tmp_path / "generations.db", env={"AGL_QUEUE_MB": "1"}) as server:
+        yield server
+
+
+@contextmanager
+def locked(server: RecordingServer) -> Iterator[None]:
+    """Another one writes."""
+    with closing(sqlite3.connect(server.path, isolation_level=None)) as another:
+        another.execute("BEGIN IMMEDIATE")
+        yield
+        another.execute("ROLLBACK")
+
+
+@contextmanager
+def full(server: RecordingServer) -> Iterator[None]:
+    """The server's files cannot grow."""
+    _, most = resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (1 << 16, most))
+    yield
+    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (most, most))
+
+
+def ask(server: RecordingServer, **options: Any) -> str:
+    return post(server, "/v1/completions", server.body(prompt=PROMPT, max_tokens=1, **options))["id"]
+
+
+def lost(server: RecordingServer) -> float:
+    return server.metrics()['agentlightning_lost_generations_total{reason="queue full"}']
+
+
+@pytest.mark.parametrize("away", [locked, full])
+def test_answers_go_on_and_what_was_lost_is_counted_and_written_down(server: RecordingServer, away: Any) -> None:
+    first = ask(server)
+    until(lambda: server.kept(response_id=first), "the first one")
+    with away(server):
+        answered = [ask(server) for _ in range(CALLS)]
+        until(lambda: lost(server), "a loss")
+        status = server.metrics()["agentlightning_queue_bytes"]
+        assert 0 < status <= 1 << 20
+
+    until(lambda: len(server.kept()) + lost(server) == 1 + CALLS, "what waited")
+    kept = [each.response_id for each in server.kept()]
+    # What fitted the queue, in order; what came when it was full is lost.
+    assert kept == [first, *answered][: len(kept)]
+    assert 10 < len(kept) < CALLS
+    until(lambda: written_down(server) == 1 + CALLS - len(kept), "the losses")
+    again = ask(server)
+    until(lambda: server.kept(response_id=again), "the one after that")
+
+
+def written_down(server: RecordingServer) -> int:
+    with open_store(str(server.path)) as store:
+        return sum(loss.count for loss in store.losses())
+
+
+def test_what_is_left_when_the_server_ends_is_counted(server: RecordingServer) -> None:
+    first = ask(server)
+    until(lambda: server.kept(response_id=first), "the first one")
+    with closing(sqlite3.connect(server.path, isolation_level=None)) as another:
+        another.execute("BEGIN IMMEDIATE")
+        for _ in range(5):
+            ask(server)
+        server.process.terminate()
+        server.process.wait(60)
+        another.execute("ROLLBACK")
+
+    assert [each.response_id for each in server.kept()] == [first]
+    assert "generations lost so far, stopped: 5," in server.log
