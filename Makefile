@@ -3,13 +3,15 @@ VENV := .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench format clean
+.PHONY: help demo test test-releases lint bench format clean
 
 help:
 	@echo 'make demo    a real vLLM answers with token ids, shown in a table'
 	@echo 'make test    all tests, against a real vLLM'
+	@echo 'make test-releases [RELEASES="0.8.5 0.32.0"]'
+	@echo '             the same questions to each vLLM since 0.8.5, each in an environment of its own (30 GB for all)'
 	@echo 'make lint    formatting, lint and types'
-	@echo 'make bench   what it costs every Python process, beside its peers, and a server (some 25 minutes)'
+	@echo 'make bench   what it costs every Python process, beside its peers, a server, and recording (some 30 minutes)'
 	@echo 'make format  put the formatting right'
 	@echo 'make clean   remove what the others made'
 
@@ -30,6 +32,10 @@ demo: $(VENV)/.ready .cache/tiny-model/config.json
 test: $(VENV)/.ready .cache/tiny-model/config.json
 	$(VENV)/bin/python -m pytest
 
+test-releases: $(VENV)/.ready .cache/tiny-model/config.json
+	$(VENV)/bin/python -m tests.releases.environments $(RELEASES)
+	$(VENV)/bin/python -m pytest tests/releases --releases='$(RELEASES)'
+
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/ruff check
@@ -43,4 +49,4 @@ format: $(VENV)/.ready
 	$(VENV)/bin/ruff check --fix
 
 clean:
-	rm -rf $(VENV) .cache dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) .cache dist .hypothesis .pytest_cache .ruff_cache

@@ -102,7 +102,8 @@ class PatchSet:
         with self._lock:
             undo: list[Callable[[], None]] = []
             try:
-                if all(patch.is_applied(module) for patch in self._patches):
+                applied = self._status.state is State.APPLIED
+                if applied and all(patch.is_applied(module) for patch in self._patches):
                     logger.warning("agentlightning: %s is patched already (%s)", module.__name__, self.name)
                     return
                 for patch in self._patches:

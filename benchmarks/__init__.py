@@ -1,4 +1,4 @@
-"""What this package costs: `python -m benchmarks` measures everything and writes `RESULTS.md`.
+"""What this package costs: `python -m benchmarks` measures everything and writes a page of `results/` for each.
 
 A benchmark is a module with a `measure(quick)` that gives a `report.Part`, and its name in `__main__.BENCHMARKS`.
 """

@@ -1,4 +1,4 @@
-"""`python -m benchmarks [NAME...] [--quick]`: measures and prints; writes RESULTS.md after a full run of everything."""
+"""`python -m benchmarks [NAME...] [--quick]`: measures and prints; a full run writes `results/NAME.md`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 from benchmarks.machine import describe_machine
 from benchmarks.report import Report, say
 
-BENCHMARKS = ("startup", "store", "serving")
-RESULTS = Path(__file__).with_name("RESULTS.md")
+BENCHMARKS = ("startup", "serving", "step", "store")
+RESULTS = Path(__file__).with_name("results")
 
 
 def main() -> None:
@@ -23,20 +23,21 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.names) - set(BENCHMARKS):
         parser.error(f"no benchmark is called {' or '.join(sorted(unknown))}")
-    names = options.names or BENCHMARKS
     json_file = options.json and options.json.absolute()
 
-    # Imported one by one: what one of them needs, another can be run without.
-    parts = [import_module(f"benchmarks.{name}").measure(options.quick) for name in names]
-    report = Report(" ".join(["python -m benchmarks", *sys.argv[1:]]), describe_machine(), parts)
-
-    sys.stdout.write(report.as_text())
+    reports = []
+    for name in options.names or BENCHMARKS:
+        # Imported one by one: what one of them needs, another can be run without.
+        part = import_module(f"benchmarks.{name}").measure(options.quick)
+        report = Report(f"python -m benchmarks {name}", describe_machine(), part)
+        if options.quick:
+            say(f"{RESULTS.name}/{name}.md is left as it is: only a full run writes it")
+        else:
+            (RESULTS / f"{name}.md").write_text(report.as_markdown())
+        sys.stdout.write(report.as_text())
+        reports.append(report.as_data())
     if json_file:
-        json_file.write_text(json.dumps(report.as_data(), indent=2) + "\n")
-    if options.quick or set(names) != set(BENCHMARKS):
-        say(f"{RESULTS.name} is left as it is: only a full run of everything writes it")
-    else:
-        RESULTS.write_text(report.as_markdown())
+        json_file.write_text(json.dumps(reports, indent=2) + "\n")
 
 
 if __name__ == "__main__":

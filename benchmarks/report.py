@@ -91,18 +91,27 @@ class Row:
         ratios = [value / reference for value, reference in zip(values, references, strict=True)]
         return cls(label, Summary.of(values), Summary.of(ratios), target)
 
+    @classmethod
+    def of_difference(
+        cls, label: str, values: Sequence[float], references: Sequence[float], target: Target | None = None
+    ) -> Row:
+        """With the differences within each round instead, of which the target says how large they should be."""
+        return cls(label, Summary.of([value - of for value, of in zip(values, references, strict=True)]), None, target)
+
     @property
     def verdict(self) -> str:
-        return self.target.verdict(self.ratios) if self.target else ""
+        return self.target.verdict(self.ratios or self.values) if self.target else ""
 
     def cells(self, unit: str) -> list[str]:
         target = str(self.target or "")
-        if self.values is None or self.ratios is None:
+        if self.values is None:
             return [self.label, "", "", "", "", "", target, ""]
         # Counted instructions are the same each time: quartiles would only repeat them.
         counted = unit == "millions"
         middle = f"{self.values.median:.3f}" if counted else readable(self.values.median)
         spread = "" if counted else " - ".join(map(readable, self.values.quartiles))
+        if self.ratios is None:
+            return [self.label, middle, spread, str(self.values.runs), "", "", target, self.verdict]
         # Nor is there anything to be unsure of where something is compared with itself.
         low, high = self.ratios.interval or (0.0, 0.0)
         interval = f"{low:.3f} - {high:.3f}" if low != high else ""
@@ -159,56 +168,50 @@ RATIO = (
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that is printed and written."""
+    """All that is printed and written of one benchmark."""
 
     command: str
     machine: Mapping[str, str]
-    parts: Sequence[Part]
+    part: Part
 
     def as_text(self) -> str:
         lines = [f"$ {self.command}", *(f"{name}: {value}" for name, value in self.machine.items())]
-        every_line = [cells for section in self.sections for cells in section.lines]
+        every_line = [cells for section in self.part.sections for cells in section.lines]
         widths = [max(map(len, column)) for column in zip(*every_line, strict=True)]
         widths[0] = min(widths[0], WIDTH - sum(widths[1:]) - 2 * len(widths[1:]))
-        for part in self.parts:
-            lines += ["", part.title.upper(), *part.paragraph]
-            for section in part.sections:
-                lines += ["", *textwrap.wrap(f"{section.title}. {section.about}", WIDTH)]
-                lines += [in_columns(cells, widths) for cells in section.lines]
-                lines += [wrapped for note in section.notes for wrapped in textwrap.wrap(note, WIDTH)]
-        lines += ["", *textwrap.wrap(RATIO, WIDTH), self.verdict()]
+        lines += ["", self.part.title.upper(), *self.part.paragraph]
+        for section in self.part.sections:
+            lines += ["", *textwrap.wrap(f"{section.title}. {section.about}", WIDTH)]
+            lines += [in_columns(cells, widths) for cells in section.lines]
+            lines += [wrapped for note in section.notes for wrapped in textwrap.wrap(note, WIDTH)]
+        lines += ["", *textwrap.wrap(RATIO, WIDTH), self.verdict(), ""]
         return "".join(f"{line.rstrip()}\n" for line in lines)
 
     def as_markdown(self) -> str:
-        lines = ["# What it costs", ""]
+        lines = [f"# {self.part.title}", ""]
         lines += ["Written by the command below; run it to have it written again.", ""]
         lines += ["```bash", self.command, "```", ""]
         lines += [f"- {name}: {value}" for name, value in self.machine.items()]
-        lines += ["", *textwrap.wrap(RATIO, WIDTH), self.verdict()]
-        for part in self.parts:
-            lines += ["", f"## {part.title}", "", *part.paragraph]
-            for section in part.sections:
-                lines += ["", f"### {section.title}", ""]
-                lines += [section.about, ""] if section.about else []
-                lines += in_markdown(section.lines)
-                lines += [line for note in section.notes for line in ("", note)]
+        lines += ["", *self.part.paragraph, "", *textwrap.wrap(RATIO, WIDTH), self.verdict()]
+        for section in self.part.sections:
+            lines += ["", f"## {section.title}", ""]
+            lines += [section.about, ""] if section.about else []
+            lines += in_markdown(section.lines)
+            lines += [line for note in section.notes for line in ("", note)]
         return "".join(f"{line}\n" for line in lines)
 
     def as_data(self) -> dict[str, object]:
         return {
             "command": self.command,
             "machine": dict(self.machine),
-            "sections": [{**asdict(section), "notes": section.notes} for section in self.sections],
+            "sections": [{**asdict(section), "notes": section.notes} for section in self.part.sections],
             "verdict": self.verdict(),
         }
 
-    @property
-    def sections(self) -> list[Section]:
-        return [section for part in self.parts for section in part.sections]
-
     def verdict(self) -> str:
-        verdicts = [row.verdict for section in self.sections for row in section.rows if row.target]
-        noisy, skipped = verdicts.count(TOO_NOISY), sum(1 for section in self.sections if section.skipped)
+        sections = self.part.sections
+        verdicts = [row.verdict for section in sections for row in section.rows if row.target]
+        noisy, skipped = verdicts.count(TOO_NOISY), sum(1 for section in sections if section.skipped)
         judged = f"{verdicts.count(REACHED)} of {len(verdicts) - noisy} targets reached"
         others = {"too noisy to judge": noisy, "tables skipped": skipped}
         return "; ".join([judged, *(f"{number} {what}" for what, number in others.items() if number)]) + "."

@@ -1,14 +1,14 @@
 """What the patches cost a server while it serves.
 
-Three real servers with the tiny model, side by side: vLLM, a second such vLLM, and vLLM with `AGL_INSTRUMENT=1`. The
-first two are asked for `return_token_ids` by every request, the third is asked for nothing, and all answer with the
-same ids. What would make such numbers lie, and what is done about it:
+One real server with the tiny model, whose process is instrumented and not in turns (`benchmarks/switch.py`). What would
+make such numbers lie, and what is done about it:
 
-- The machine is faster at one moment than at the next. So a load is short, one server after the other takes its own, in
-  another order each round, never two at once, and only ratios within a round count: hundreds of them.
-- Two processes of the same program differ, by where things lie in their memory. So the servers are started again and
-  again, with another hash seed each time but the same for all three; and the second vLLM shows what is left of it:
-  what it differs by from the first is what the method reads when nothing differs.
+- The machine is faster at one moment than at the next. So a load is short, the turns of a round follow each other in
+  another order each time, and only ratios within a round count: hundreds of them.
+- Two processes of the same program differ by more than what is to be seen. So all turns are taken by one. It is started
+  again a few times, with another hash seed: what holds in one memory layout may not in another.
+- What is left of all this is shown: vLLM takes two turns a round, and what the second differs by from the first is what
+  the method reads when nothing differs.
 - CPU time is that of the API server's process alone, where the patches are. The engine is a process of its own, and so
   is the client, this one.
 - A tiny model and short answers leave as little work to hide in as there can be.
@@ -17,44 +17,49 @@ same ids. What would make such numbers lie, and what is done about it:
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import random
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import aiohttp
 import psutil
 
 from benchmarks.machine import BusyMeter, cpu_seconds
 from benchmarks.report import Part, Row, Section, Target, say
+from benchmarks.switch import ROUTE
 from tests.common.vllm import RemoteOpenAIServer
 
-STARTS, SECONDS = 4, 120
-QUICK_STARTS, QUICK_SECONDS = 1, 40
+STARTS, SECONDS = 2, 360
+QUICK_STARTS, QUICK_SECONDS = 1, 60
 MIN_ROUNDS = 5
 """Of each start, however slow the machine is."""
 CONCURRENCY = 64
 REQUESTS = 128
 TOKENS = 32
 
-VLLM, AGAIN, ARMED = "vLLM", "vLLM, a second server", "vLLM, AGL_INSTRUMENT=1"
-MODES = {"plain answers": False, "streamed answers": True}
+WARM_UP = 32
+"""The first requests of a turn, which are not measured: what was patched is looked up anew."""
+
+VLLM, AGAIN, OURS = "vLLM", "vLLM, again", "vLLM, instrumented"
+PROMPT = "What is the capital of France?"
+MESSAGES = [{"role": "user", "content": PROMPT}]
 
 ABOUT = (
-    f"Chat completions of {TOKENS} tokens by a tiny model, {CONCURRENCY} at once. A run is {REQUESTS} requests to one "
-    "server while the others wait. Every request asks vLLM for ids; with AGL_INSTRUMENT=1 none does. The second server "
-    "shows what is read where nothing differs. "
-    "All but CPU time is judged only where the quartiles of its ratios are within 3 %."
+    f"Answers of {TOKENS} tokens by a tiny model, {CONCURRENCY} at once. A turn is {REQUESTS} requests to one server "
+    "process, in which vLLM is instrumented for the turn, or is not. There a chat request asks vLLM for ids, and here "
+    "it does not; for Responses and Messages vLLM has none. The second turn of vLLM shows what is read where nothing "
+    "differs. All but CPU time is judged only where the quartiles of its ratios are within 3 %."
 )
 
 
 @dataclass(frozen=True)
 class Load:
-    """What one load on one server took."""
+    """What one load on the server took."""
 
     cpu: float
     rate: float
@@ -62,118 +67,154 @@ class Load:
     slowest: float
 
 
-MEASURES = (
-    ("CPU time of the API server", "ms a request", Target(1.02)),
-    ("throughput", "requests a second", Target(0.98, at_least=True, max_spread=0.03)),
-    ("latency, p50", "ms", Target(1.02, max_spread=0.03)),
-    ("latency, p99", "ms", Target(1.02, max_spread=0.03)),
-)
-"""Of a `Load`, in its order: what it is, its unit and what its ratio should be."""
+@dataclass(frozen=True)
+class Measure:
+    """One number of a `Load`: what it is, its unit and what its ratio should be."""
 
-Rounds = list[Mapping[str, Load]]
+    field: str
+    what: str
+    unit: str
+    target: Target
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One kind of requests.
+
+    Attributes:
+        asks: what a request says besides where it is vLLM that is to answer with ids.
+    """
+
+    name: str
+    path: str
+    body: Mapping[str, Any]
+    measures: tuple[Measure, ...]
+    asks: Mapping[str, Any] = field(default_factory=dict)
+
+
+def cpu(most: float) -> Measure:
+    return Measure("cpu", "CPU time of the API server", "ms a request", Target(most))
+
+
+OF_CHAT = (
+    cpu(1.02),
+    Measure("rate", "throughput", "requests a second", Target(0.98, at_least=True, max_spread=0.03)),
+    Measure("median", "latency, p50", "ms", Target(1.02, max_spread=0.03)),
+    Measure("slowest", "latency, p99", "ms", Target(1.02, max_spread=0.03)),
+)
+CHAT = {"messages": MESSAGES, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+RESPONSE = {"input": PROMPT, "max_output_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+MESSAGE = {"messages": MESSAGES, "max_tokens": TOKENS, "temperature": 0}
+WORKLOADS = [
+    workload
+    for mode, stream in (("plain", {"stream": False}), ("streamed", {"stream": True}))
+    for workload in (
+        Workload(f"chat, {mode}", "/v1/chat/completions", {**CHAT, **stream}, OF_CHAT, {"return_token_ids": True}),
+        Workload(f"Responses, {mode}", "/v1/responses", {**RESPONSE, **stream}, (cpu(1.03),)),
+        Workload(f"Messages, {mode}", "/v1/messages", {**MESSAGE, **stream}, (cpu(1.03),)),
+    )
+]
+
+Round = Mapping[str, Load]
 
 
 def measure(quick: bool) -> Part:
-    """Start the servers, load them for a while, and all over again."""
+    """Start a server, load it for a while, and all over again."""
     starts, seconds = (QUICK_STARTS, QUICK_SECONDS) if quick else (STARTS, SECONDS)
-    rounds: dict[str, Rounds] = {mode: [] for mode in MODES}
+    rounds: dict[str, list[Round]] = {workload.name: [] for workload in WORKLOADS}
     busy = BusyMeter(lambda: [process.pid for process in psutil.Process().children(recursive=True)])
     for start in range(starts):
-        say(f"serving: starting the servers, {start + 1} of {starts}")
-        with contextlib.ExitStack() as stack, ThreadPoolExecutor() as pool:
-            servers = new_servers(seed=start)
-            list(pool.map(stack.enter_context, servers.values()))
-            for mode, streamed in MODES.items():
-                say(f"serving: {mode}")
+        say(f"serving: starting a server, {start + 1} of {starts}")
+        with RemoteOpenAIServer("--middleware=benchmarks.switch.Switch", env=environment(seed=start)) as server:
+            for workload in WORKLOADS:
+                say(f"serving: {workload.name}")
                 with busy.running():
-                    rounds[mode] += asyncio.run(take_turns(servers, streamed, seconds / len(MODES)))
-    sections = [section for mode in MODES for section in tables(mode, rounds[mode])]
+                    rounds[workload.name] += asyncio.run(take_turns(server, workload, seconds / len(WORKLOADS)))
+    sections = [
+        table(workload, measure, rounds[workload.name]) for workload in WORKLOADS for measure in workload.measures
+    ]
     return Part("Serving", ABOUT, sections, busy.share_of_others())
 
 
-def new_servers(seed: int) -> dict[str, RemoteOpenAIServer]:
-    # A connection that waits for its turn is kept open: opening it again would cost more than what is measured.
-    env = {"PYTHONHASHSEED": str(seed), "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600"}
-    return {
-        VLLM: RemoteOpenAIServer(env=env),
-        AGAIN: RemoteOpenAIServer(env=env),
-        ARMED: RemoteOpenAIServer(env={**env, "AGL_INSTRUMENT": "1"}),
-    }
+def environment(seed: int) -> dict[str, str]:
+    # The server is vLLM's own script, which does not look for modules in the folder that it is started in.
+    return {"PYTHONHASHSEED": str(seed), "PYTHONPATH": str(Path(__file__).parents[1])}
 
 
-async def take_turns(servers: Mapping[str, RemoteOpenAIServer], streamed: bool, seconds: float) -> Rounds:
-    """Load each in turn until the time is over; the first rounds, in which a server warms up, are not among them."""
-    rounds: Rounds = []
-    order = list(servers)
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as client:
-        clients = {name: Client(client, server, name != ARMED, streamed) for name, server in servers.items()}
-        for name in order * 3:
-            await clients[name].load()
+async def take_turns(server: RemoteOpenAIServer, workload: Workload, seconds: float) -> list[Round]:
+    """Load it in turns until the time is over; the first, in which a server warms up, are not among them."""
+    rounds: list[Round] = []
+    order = [VLLM, AGAIN, OURS]
+    async with aiohttp.ClientSession(server.url, connector=aiohttp.TCPConnector(limit=0)) as session:
+        client = Client(session, server, workload)
         for name in order:
-            await clients[name].check()
+            await client.turn(name)
+            await client.check(name)
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline or len(rounds) < MIN_ROUNDS:
             random.shuffle(order)
-            rounds.append({name: await clients[name].load() for name in order})
+            rounds.append({name: await client.turn(name) for name in order})
     return rounds
 
 
 class Client:
-    """Sends one server the same request over and over."""
+    """Sends the server the same request over and over."""
 
-    def __init__(self, client: aiohttp.ClientSession, server: RemoteOpenAIServer, asks: bool, streamed: bool) -> None:
-        self._client = client
-        self._url = f"{server.url}/v1/chat/completions"
+    def __init__(self, session: aiohttp.ClientSession, server: RemoteOpenAIServer, workload: Workload) -> None:
+        self._session = session
         self._pid = server.process.pid
-        request = {
-            "model": server.model,
-            "messages": [{"role": "user", "content": "What is the capital of France?"}],
-            "max_tokens": TOKENS,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": streamed,
-            **({"return_token_ids": True} if asks else {}),
+        self._path = workload.path
+        self._vllm_gives_ids = bool(workload.asks)
+        request = {"model": server.model, **workload.body}
+        self._bodies = {
+            name: json.dumps(request if name == OURS else {**request, **workload.asks}).encode()
+            for name in (VLLM, AGAIN, OURS)
         }
-        self._body = json.dumps(request).encode()
 
-    async def load(self) -> Load:
-        """All requests, so many at once."""
-        seconds: list[float] = []
-        left = iter(range(REQUESTS))
-
-        async def one_after_the_other() -> None:
-            for _ in left:
-                started = time.perf_counter()
-                await self._answer()
-                seconds.append(time.perf_counter() - started)
-
+    async def turn(self, name: str) -> Load:
+        """Turn the server, and load it."""
+        async with self._session.get(f"{ROUTE}{'on' if name == OURS else 'off'}") as response:
+            response.raise_for_status()
+        await self._requests(name, WARM_UP)
         cpu, started = cpu_seconds(self._pid), time.perf_counter()
-        await asyncio.gather(*(one_after_the_other() for _ in range(CONCURRENCY)))
+        seconds = await self._requests(name, REQUESTS)
         elapsed, cpu = time.perf_counter() - started, cpu_seconds(self._pid) - cpu
         hundredths = statistics.quantiles(seconds, n=100, method="inclusive")
         return Load(cpu / REQUESTS * 1e3, REQUESTS / elapsed, hundredths[49] * 1e3, hundredths[98] * 1e3)
 
-    async def check(self) -> None:
-        """Lest something else be measured than answers with ids."""
-        answer = await self._answer()
-        if b'"prompt_token_ids":[' not in answer or b'"token_ids":[' not in answer:
-            raise RuntimeError(f"{self._url} answers without ids: {answer[:1000]!r}")
+    async def check(self, name: str) -> None:
+        """Lest something else be measured than answers with ids, or without."""
+        answer = await self._answer(name)
+        if (b'token_ids":[' in answer) is not (name == OURS or self._vllm_gives_ids):
+            raise RuntimeError(f"{self._path} of {name} answers: {answer[:1000]!r}")
 
-    async def _answer(self) -> bytes:
+    async def _requests(self, name: str, number: int) -> list[float]:
+        """So many, as many at once as there may be, and the seconds that each took."""
+        seconds: list[float] = []
+        left = iter(range(number))
+
+        async def one_after_the_other() -> None:
+            for _ in left:
+                started = time.perf_counter()
+                await self._answer(name)
+                seconds.append(time.perf_counter() - started)
+
+        await asyncio.gather(*(one_after_the_other() for _ in range(CONCURRENCY)))
+        return seconds
+
+    async def _answer(self, name: str) -> bytes:
         headers = {"Content-Type": "application/json"}
-        async with self._client.post(self._url, data=self._body, headers=headers) as response:
+        async with self._session.post(self._path, data=self._bodies[name], headers=headers) as response:
             answer = await response.read()
             if response.status != 200:
-                raise RuntimeError(f"{self._url} answers {response.status}: {answer[:1000]!r}")
+                raise RuntimeError(f"{self._path} answers {response.status}: {answer[:1000]!r}")
             return answer
 
 
-def tables(mode: str, rounds: Sequence[Mapping[str, Load]]) -> list[Section]:
-    sections = []
-    for number, (what, unit, target) in enumerate(MEASURES):
-        measured = {name: [astuple(each[name])[number] for each in rounds] for name in (VLLM, AGAIN, ARMED)}
-        rows = [
-            Row.of(name, values, measured[VLLM], target if name == ARMED else None) for name, values in measured.items()
-        ]
-        sections.append(Section(f"{what}, {mode}", unit, "", rows))
-    return sections
+def table(workload: Workload, measure: Measure, rounds: Sequence[Round]) -> Section:
+    measured = {name: [getattr(each[name], measure.field) for each in rounds] for name in (VLLM, AGAIN, OURS)}
+    rows = [
+        Row.of(name, values, measured[VLLM], measure.target if name == OURS else None)
+        for name, values in measured.items()
+    ]
+    return Section(f"{measure.what}, {workload.name}", measure.unit, "", rows)

@@ -144,6 +144,8 @@ def test_agl_names_its_commands(arguments: tuple[str, ...]) -> None:
     # The first word of each indented line.
     assert {line.split()[0] for line in result.stdout.splitlines() if line.startswith("  ")} >= {
         "vllm",
+        "doctor",
+        "export",
         "store",
         "agentops",
     }

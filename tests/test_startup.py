@@ -35,7 +35,8 @@ FINDERS = "import sys; print(sum(type(f).__module__ == 'agentlightning' for f in
 IMPORT_ALL = """\
 import importlib, pkgutil, vllm
 for module in pkgutil.walk_packages(vllm.__path__, "vllm."):
-    importlib.import_module(module.name)
+    if module.name != "vllm.grpc":  # Only what serves gRPC imports it.
+        importlib.import_module(module.name)
 """
 STATUS = """\
 import json

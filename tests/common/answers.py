@@ -100,6 +100,8 @@ def joined(events: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _merge(earlier: Any, later: Any, key: Any = None) -> Any:
+    if key == "tool_calls" and isinstance(later, list):
+        later = {call["index"]: call for call in later}
     if earlier is None or later is None:
         return later if earlier is None else earlier
     if isinstance(later, dict):

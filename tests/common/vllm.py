@@ -17,10 +17,15 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import openai
+import psutil
 
 from tests.common.tiny_model import tiny_model
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 SCRIPTS = Path(sysconfig.get_path("scripts"))
 START_SECONDS = 600
@@ -45,9 +50,10 @@ class RemoteOpenAIServer:
 
     Args:
         arguments: what follows the model on the command line.
-        command: what comes before it: a script of this interpreter's environment, and its subcommand.
+        command: what comes before it: a script, and its subcommand.
         env: environment variables of the server; `AGL_*` variables of this process do not reach it.
         model: a model's folder; the tiny one if not given.
+        scripts: the folder that the command is in, where it is another environment's.
         is_up: whether the server is what it is waited for, for one that answers to no /health.
 
     Raises:
@@ -60,12 +66,13 @@ class RemoteOpenAIServer:
         command: Sequence[str] = PLAIN,
         env: Mapping[str, str] | None = None,
         model: Path | None = None,
+        scripts: Path = SCRIPTS,
         is_up: Callable[[RemoteOpenAIServer], bool] = is_healthy,
     ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.model = str(model or tiny_model())
-        self.command = [str(SCRIPTS / command[0]), *command[1:], self.model, "--port", str(self.port)]
+        self.command = [str(scripts / command[0]), *command[1:], self.model, "--port", str(self.port)]
         self.command += ["--host", "127.0.0.1", *SMALL, *arguments]
         self.env = {**without_agl(os.environ), **QUIET, **(env or {})}
         self._is_up = is_up
@@ -73,7 +80,7 @@ class RemoteOpenAIServer:
         self._log_folder = tempfile.mkdtemp(prefix="vllm-")
         self._log = Path(self._log_folder) / "server.log"
 
-    def __enter__(self) -> RemoteOpenAIServer:
+    def __enter__(self) -> Self:
         self.start()
         try:
             self.wait_until_up()
@@ -124,12 +131,19 @@ class RemoteOpenAIServer:
         # A forked test ends every fixture that it has inherited, in its own process: this server is not its own.
         if os.getpid() != self._owner:
             return
+        started: list[psutil.Process] = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            started = psutil.Process(self.process.pid).children(recursive=True)
         self.process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(STOP_SECONDS)
         # What is left of the group: engine cores that outlived the server, or a server that did not end.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
+        # The servers of vLLM's data-parallel supervisor have groups of their own.
+        for process in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         self.process.wait()
         shutil.rmtree(self._log_folder)
 

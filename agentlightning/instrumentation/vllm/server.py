@@ -64,10 +64,18 @@ def server_patches(statuses: Statuses) -> tuple[Patch, ...]:
 def _set_up(app: Any, statuses: Statuses) -> None:
     if any(getattr(route, "path", None) == STATUS_ROUTE for route in app.routes):
         return
-    _open_contexts(app)
     _add_route(app, statuses)
+    _open_contexts(app)
     if recording.is_on():
         contained("opening the store", recording.start)
+
+
+def _add_route(app: Any, statuses: Statuses) -> None:
+    async def agl_status() -> dict[str, Any]:
+        return _report(app, statuses())
+
+    # Not in vLLM's schema: /openapi.json stays what it was.
+    app.add_api_route(STATUS_ROUTE, agl_status, methods=["GET"], include_in_schema=False, response_model=None)
 
 
 def _open_contexts(app: Any) -> None:
@@ -78,14 +86,6 @@ def _open_contexts(app: Any) -> None:
     app.build_middleware_stack = lambda: RequestContexts(build())
     if app.middleware_stack is not None:
         app.middleware_stack = RequestContexts(app.middleware_stack)
-
-
-def _add_route(app: Any, statuses: Statuses) -> None:
-    async def agl_status() -> dict[str, Any]:
-        return _report(app, statuses())
-
-    # Not in vLLM's schema: /openapi.json stays what it was.
-    app.add_api_route(STATUS_ROUTE, agl_status, methods=["GET"], include_in_schema=False, response_model=None)
 
 
 def _report(app: Any, statuses: Mapping[str, Status]) -> dict[str, Any]:

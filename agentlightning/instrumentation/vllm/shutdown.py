@@ -14,7 +14,7 @@ from agentlightning.patching import Patch, Where, Wrap
 
 __all__ = ["MANAGER_PATCHES"]
 
-# What a recorder takes at most, and what vLLM does before it comes to it. They are not waited for longer than they take.
+# What a recorder takes at most, and what vLLM does before it comes to it. Nobody waits longer than they take.
 SECONDS = 7.0
 
 

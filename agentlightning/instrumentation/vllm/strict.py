@@ -115,8 +115,6 @@ def limits(app: Any) -> list[str]:
     # From 0.11 vllm.engine.async_llm_engine is another name for V1's AsyncLLM, which says where it is from.
     engine = getattr(app.state, "engine_client", None)
     if type(engine).__module__.startswith("vllm.engine."):
-        return [
-            "vLLM's V0 engine answers (VLLM_USE_V1=0, or what V1 of this release cannot do): only chat and completions "
-            "carry ids, and nothing is recorded"
-        ]
+        why = "VLLM_USE_V1=0, or what V1 of this release cannot do"
+        return [f"vLLM's V0 engine answers ({why}): only chat and completions carry ids, and nothing is recorded"]
     return []

@@ -1,0 +1,43 @@
+"""One server process, instrumented and not in turns: `vllm serve --middleware benchmarks.switch.Switch`.
+
+Two processes of the same program differ by more than what is measured: by where things lie in their memory. One that
+is patched, and of which every patch is taken off again, is the same process both times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, MutableMapping
+from typing import Any
+
+from agentlightning.instrumentation.vllm import instrument_vllm, uninstrument_vllm
+from agentlightning.instrumentation.vllm.middleware import App, RequestContexts
+
+__all__ = ["ROUTE", "Switch"]
+
+ROUTE = "/instrumented/"
+"""What follows it is `on` or `off`."""
+
+
+class Switch:
+    """Turns the instrumentation on and off for all requests that come after."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+        self._vllms_stack: App | None = None
+
+    def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> Awaitable[None]:
+        if scope["type"] == "http" and scope["path"].startswith(ROUTE):
+            return self._turn(scope["app"], scope["path"].removeprefix(ROUTE) == "on", send)
+        return self._app(scope, receive, send)
+
+    async def _turn(self, app: Any, on: bool, send: Any) -> None:
+        # As it is before anything of ours: the server starts without us.
+        stack = self._vllms_stack = self._vllms_stack or app.middleware_stack
+        # On or off, what was on is taken off: one turn is as much work as another.
+        uninstrument_vllm()
+        if on:
+            instrument_vllm()
+        # What is put on when a server starts.
+        app.middleware_stack = RequestContexts(stack) if on else stack
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body", "body": b""})

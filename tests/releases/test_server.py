@@ -1,0 +1,93 @@
+"""The server around the answers: clients that hang up, several processes, and what it says of itself."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import openai
+import psutil
+import pytest
+
+from tests.common.answers import fetch, get, tokenize
+from tests.common.vllm import RemoteOpenAIServer
+from tests.releases.chosen import ANYTHING
+from tests.releases.engine import Engine
+from tests.releases.table import API_SERVERS, Release
+from tests.releases.test_ids import MESSAGES, chat
+
+STATUS = "/v1/agl/status"
+SECONDS = 60
+MOST_CLIENTS = 640
+
+
+def running(server: RemoteOpenAIServer) -> float:
+    """How many requests the engine has, as the server's metrics say: with what it sends, so as of its last answer."""
+    _, metrics = get(server, "/metrics/")
+    lines = [line for line in metrics.decode().splitlines() if line.startswith("vllm:num_requests_running")]
+    return sum(float(line.rpartition(" ")[2]) for line in lines)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
+def test_a_client_that_hangs_up_harms_nobody(armed: RemoteOpenAIServer, engine: Engine, stream: bool) -> None:
+    options = engine.asks(ANYTHING, max_tokens=900, ignore_eos=True)
+    client, log = armed.client(), len(armed.log)
+    for _ in range(3):
+        if stream:
+            create = client.chat.completions.create
+            with create(model=armed.model, messages=MESSAGES, stream=True, extra_body=options) as chunks:
+                next(iter(chunks))
+        else:
+            with pytest.raises(openai.APITimeoutError):
+                client.chat.completions.create(model=armed.model, messages=MESSAGES, extra_body=options, timeout=0.2)
+
+    deadline = time.monotonic() + SECONDS
+    while True:
+        answer = chat(armed, **engine.asks(ANYTHING))
+        assert answer.response_token_ids == [engine.says(ANYTHING, answer.prompt_token_ids, 24)]
+        if not running(armed) or time.monotonic() > deadline:
+            break
+    assert running(armed) == 0
+    assert "Traceback" not in armed.log[log:]
+
+
+@pytest.mark.check(API_SERVERS)
+def test_each_of_two_api_servers_attaches_ids(two_api_servers: RemoteOpenAIServer, engine: Engine) -> None:
+    clients: list[openai.OpenAI] = []
+    expected = engine.says(ANYTHING, tokenize(two_api_servers, messages=MESSAGES), 16)
+
+    def ask(client: openai.OpenAI) -> Any:
+        options = engine.asks(ANYTHING, max_tokens=16)
+        return client.chat.completions.create(model=two_api_servers.model, messages=MESSAGES, extra_body=options)
+
+    # The system chooses which of them is given a connection.
+    while len(processes_that_serve(two_api_servers)) < 2 and len(clients) < MOST_CLIENTS:
+        new = [two_api_servers.client() for _ in range(32)]
+        clients += new
+        with ThreadPoolExecutor(len(new)) as threads:
+            assert all(answer.response_token_ids == [expected] for answer in threads.map(ask, new))
+
+    assert len(processes_that_serve(two_api_servers)) == 2
+
+
+def processes_that_serve(server: RemoteOpenAIServer) -> set[int]:
+    """The processes that hold the server's side of a connection, while the clients keep theirs."""
+    return {
+        process.pid
+        for process in psutil.Process(server.process.pid).children(recursive=True)
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_ESTABLISHED and connection.laddr.port == server.port
+    }
+
+
+def test_nothing_of_ours_has_failed_meanwhile(armed: RemoteOpenAIServer, release: Release) -> None:
+    status = fetch(armed, STATUS)
+    states = {name: patch["state"] for name, patch in status["patches"].items()}
+
+    assert states["chat"] == states["completions"] == "applied"
+    # The V0 engine has another output processor.
+    assert states["capture"] == ("applied" if release.engine == "V1" else "pending")
+    assert "failed" not in states.values()
+    assert status["counters"]["failures"] == {}
+    assert "agentlightning: " not in armed.log
