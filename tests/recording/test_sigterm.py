@@ -30,7 +30,9 @@ def test_what_is_under_way_is_kept_though_clients_stay(
         server.process.wait(60)
 
         kept = checked(server.kept(rollout_id=rollout), load.streams)
-        assert {kept[stream.number].status for stream in load.begun} <= {"aborted", "finished"}
+        assert kept.keys() == {stream.number for stream in load.streams}
+        # Where vLLM tells its clients that its engine is gone, an error, and where it does not, aborted.
+        assert {each.status for each in kept.values()} <= {"aborted", "error"}
         assert losses(server) == 0
 
 
