@@ -21,6 +21,9 @@ TEXTS = {
     SENTENCE: "One two three four five six.",
 }
 
+PACE = 0.003
+"""Seconds for a token, so that a client can hang up before the end of a long answer."""
+
 
 @cache
 def chosen_token_ids(model: Path, seed: int) -> list[int]:

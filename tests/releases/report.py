@@ -12,14 +12,15 @@ import pytest
 from benchmarks.machine import describe_machine
 from tests.common.environments import CHECKOUT
 from tests.releases.environments import scripts
-from tests.releases.table import COMPILED, Release
+from tests.releases.table import COMPILED, RELEASES, Release
 
 PAGE = CHECKOUT / "docs" / "releases.md"
 
 HEADER = """\
 # Releases
 
-Written by the command below, in an environment for each release; run it to have it written again.
+Written by the command below, in an environment for each release; run it to have it written again, or with
+`RELEASES="0.8.5 0.32.0"` to have these rows written again.
 
 ```bash
 make test-releases
@@ -33,8 +34,8 @@ servers, and taking the patches off. All is asked over HTTP of the release's own
 not run on the machine, the tokens come from a worker of the tests (`tests/releases/worker.py`) that has no model: what
 stands above a worker, from the API server down to the engine's scheduler, is vLLM's. Elsewhere vLLM runs whole.
 
-| vLLM | engine | worker | pydantic | passed | failed | left out |
-|---|---|---|---|---:|---:|---|
+| vLLM | engine | worker | pydantic | run on | passed | failed | left out |
+|---|---|---|---|---|---:|---:|---|
 """
 
 
@@ -51,11 +52,11 @@ def version_of(package: str, release: Release) -> str:
 
 
 class Report:
-    """A pytest plugin that counts, and writes the page if the whole matrix was run."""
+    """A pytest plugin that counts, and writes the rows of the releases that were run."""
 
-    def __init__(self, releases: Sequence[Release], whole: bool) -> None:
+    def __init__(self, releases: Sequence[Release]) -> None:
         self._releases = releases
-        self._whole = whole
+        self._machine = describe_machine()
         self._outcomes: dict[str, Counter[str]] = defaultdict(Counter)
 
     @pytest.hookimpl(wrapper=True)
@@ -67,9 +68,16 @@ class Report:
         return report
 
     def pytest_sessionfinish(self) -> None:
-        if self._whole:
-            machine = "\n".join(f"- {name}: {value}" for name, value in describe_machine().items())
-            PAGE.write_text(HEADER.format(machine=machine) + "".join(map(self._row, self._releases)))
+        machine = "\n".join(f"- {name}: {value}" for name, value in self._machine.items() if name != "date")
+        earlier = PAGE.read_text().splitlines(keepends=True) if PAGE.exists() else []
+        rows = [row for release in RELEASES for row in self._rows(release, earlier)]
+        PAGE.write_text(HEADER.format(machine=machine) + "".join(rows))
+
+    def _rows(self, release: Release, earlier: Sequence[str]) -> list[str]:
+        """The release's row: a new one, or that of an earlier run, if there was one."""
+        row = self._row(release)
+        start = " | ".join(row.split(" | ")[:2])
+        return [row] if release in self._releases else [line for line in earlier if line.startswith(f"{start} |")]
 
     def _row(self, release: Release) -> str:
         outcomes = self._outcomes[release.name]
@@ -80,7 +88,8 @@ class Report:
             f"{release.version}{f' ({build})' if build else ''}",
             release.engine,
             worker,
-            version_of("pydantic", release),
+            version_of("pydantic", release) if release in self._releases else "",
+            self._machine["date"],
             str(outcomes["passed"]),
             str(outcomes["failed"]),
             left_out,

@@ -47,7 +47,7 @@ class Release:
         return tuple(map(int, self.version.split(".")))
 
 
-# The CPU builds up to 0.10.2 want a C++ library (GLIBCXX_3.4.32) newer than the one of Debian 12.
+# The CPU builds up to 0.11.2 want C and C++ libraries (GLIBC_2.38, GLIBCXX_3.4.32) newer than those of Debian 12.
 OLD = ("numpy<2.3", "setuptools<81")
 TORCH_2_6 = ("torch==2.6.0", *OLD)
 TORCH_2_8 = ("torch==2.8.0", "triton==3.4.0", *OLD)
@@ -80,7 +80,7 @@ RELEASES: Sequence[Release] = (
     ),
     Release("0.10.1.1", "0.10.1.1.post2", ("transformers==4.55.4", *TORCH_2_6), CHOSEN_TOKENS, left_out=BURSTS),
     Release("0.10.2", "0.10.2.post2", ("transformers==4.55.4", *TORCH_2_6), CHOSEN_TOKENS, left_out=BURSTS),
-    Release("0.11.2", "0.11.2.post2", ("transformers==4.57.6", *TORCH_2_8)),
+    Release("0.11.2", "0.11.2.post2", ("transformers==4.57.6", *TORCH_2_8), CHOSEN_TOKENS),
     Release("0.14.1", "0.14.1", ("transformers==4.57.6", *TORCH_2_9)),
     Release("0.15.1", "0.15.1", ("transformers==4.57.6", *TORCH_2_10)),
     Release("0.18.1", "0.18.1", ("transformers==4.57.6", *TORCH_2_10)),

@@ -16,8 +16,7 @@ from vllm.sequence import (  # pyright: ignore[reportAttributeAccessIssue]
     SequenceOutput,  # pyright: ignore[reportAttributeAccessIssue]
 )
 
-from tests.releases.chosen import chosen_token_ids
-from tests.releases.worker import PACE
+from tests.releases.chosen import PACE, chosen_token_ids
 
 BLOCKS = 4096
 """Blocks of the cache of keys and values, of which there is none."""

@@ -16,10 +16,8 @@ import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.outputs import LogprobsTensors, ModelRunnerOutput
 
-from tests.releases.chosen import chosen_token_ids
+from tests.releases.chosen import PACE, chosen_token_ids
 
-PACE = 0.003
-"""Seconds for a step, or a client could not hang up before the end of the longest answer."""
 MEMORY = 2**27
 """Bytes that the worker says it has for the cache of keys and values, of which it has none."""
 
