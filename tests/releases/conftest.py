@@ -15,7 +15,7 @@ from tests.common.vllm import PLAIN, RemoteOpenAIServer
 from tests.releases.engine import Engine, engine_of
 from tests.releases.environments import named, scripts
 from tests.releases.report import Report, release_of
-from tests.releases.table import COMPILED, RELEASES, Release
+from tests.releases.table import COMPILED, Release
 
 PARSERS = ("--enable-auto-tool-choice", "--tool-call-parser=hermes")
 # Before 0.10.2 by this package's command.
@@ -23,9 +23,9 @@ AGL = ("python", "-m", "agentlightning.cli.vllm", "serve")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--releases", help="tests/releases on these: versions, or an empty text for all (make test-releases)"
-    )
+    releases = "tests/releases on these: versions, or an empty text for all (make test-releases)"
+    parser.addoption("--releases", help=releases)
+    parser.addoption("--keep-results", action="store_true", help="for docs/releases.md, which tells those of all")
 
 
 def pytest_ignore_collect(config: pytest.Config) -> bool | None:
@@ -41,7 +41,8 @@ def pytest_configure(config: pytest.Config) -> None:
         except ValueError as error:
             raise pytest.UsageError(error) from None
         config.stash[SELECTED] = releases
-        config.pluginmanager.register(Report(releases, whole=len(releases) == len(RELEASES)))
+        if config.getoption("--keep-results"):
+            config.pluginmanager.register(Report(releases))
 
 
 SELECTED = pytest.StashKey[list[Release]]()
