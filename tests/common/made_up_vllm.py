@@ -79,6 +79,15 @@ OUTPUT_PROCESSOR = """\
 class OutputProcessor:
     def add_request(self, request, prompt, parent_req=None, request_index=0, queue=None):
         pass
+
+    def process_outputs(self, engine_core_outputs):
+        pass
+
+    def abort_requests(self, request_ids, internal):
+        pass
+
+    def propagate_error(self, error):
+        pass
 """
 
 RESPONSES_SERVING = """\
@@ -224,7 +233,7 @@ def _server(launcher: str, serve_arguments: str, app: str | None = None) -> dict
     )
     return {
         "envs.py": ENVS,
-        "grpc/__init__.py": "",
+        "grpc.py": "",
         "v1/engine/async_llm.py": "class AsyncLLM:\n    pass\n",
         "engine/async_llm_engine.py": "class AsyncLLMEngine:\n    pass\n",
         **{f"{name.replace('.', '/')}.py": text for name, text in modules.items()},

@@ -17,11 +17,15 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import openai
 import psutil
 
 from tests.common.tiny_model import tiny_model
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 SCRIPTS = Path(sysconfig.get_path("scripts"))
 START_SECONDS = 600
@@ -76,7 +80,7 @@ class RemoteOpenAIServer:
         self._log_folder = tempfile.mkdtemp(prefix="vllm-")
         self._log = Path(self._log_folder) / "server.log"
 
-    def __enter__(self) -> RemoteOpenAIServer:
+    def __enter__(self) -> Self:
         self.start()
         try:
             self.wait_until_up()

@@ -117,8 +117,10 @@ class Load:
             async for line in response.content:
                 if line.startswith(b"data: {"):
                     chunk = json.loads(line[6:])
-                    stream.response_id = chunk.get("id", stream.response_id)
-                    for choice in chunk.get("choices", ()):
+                    if "error" in chunk:
+                        raise aiohttp.ClientError(chunk["error"])
+                    stream.response_id = chunk["id"]
+                    for choice in chunk["choices"]:
                         stream.token_ids += choice["token_ids"] or []
                     chunks += 1
                 stream.answered = line.startswith(b"data: [DONE]")

@@ -78,9 +78,10 @@ class _Process(psutil.Process):
         with contextlib.suppress(psutil.NoSuchProcess):
             super().send_signal(sig)
 
-    def wait(self, timeout: float | None = None) -> int | None:
+    def wait(self, timeout: float | None = None) -> int:
         try:
-            return super().wait(timeout)
+            # No child of ours has no status for us.
+            return super().wait(timeout) or 0
         except psutil.TimeoutExpired:
             raise subprocess.TimeoutExpired(str(self), timeout or 0) from None
 

@@ -17,20 +17,21 @@ AT_ONCE = 16
 
 
 @pytest.mark.parametrize("arguments", [(), ("--api-server-count=2",)], ids=["one API server", "two API servers"])
-@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
 def test_what_is_under_way_is_kept_though_clients_stay(
-    nursery: Nursery, tmp_path: Path, rollout: str, arguments: tuple[str, ...], end: signal.Signals
+    nursery: Nursery, tmp_path: Path, rollout: str, arguments: tuple[str, ...]
 ) -> None:
     with nursery.server(tmp_path / "generations.db", *arguments) as server:
         with Load(server, rollout, endless(TOKENS_UNTIL_THE_END), AT_ONCE) as load:
             until(lambda: len(load.begun) == AT_ONCE, "answers that have begun")
-            server.process.send_signal(end)
+            server.process.send_signal(signal.SIGTERM)
             # vLLM waits for its clients, or kills the process that they wait for.
             until(lambda: len(server.kept(rollout_id=rollout)) == AT_ONCE, "all of them")
         server.process.wait(60)
 
         kept = checked(server.kept(rollout_id=rollout), load.streams)
-        assert {kept[stream.number].status for stream in load.begun} <= {"aborted", "finished"}
+        assert kept.keys() == {stream.number for stream in load.streams}
+        # Where vLLM tells its clients that its engine is gone, an error, and where it does not, aborted.
+        assert {each.status for each in kept.values()} <= {"aborted", "error"}
         assert losses(server) == 0
 
 

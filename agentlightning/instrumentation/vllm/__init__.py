@@ -108,6 +108,9 @@ def _arm() -> bool:
         if _armed:
             return False
         _armed = True
+    # A library that vLLM brings along (model_hosting_container_standards) lets nothing below an error through the root.
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.WARNING)
     # Not under the lock: registering waits for a thread that is importing the module, which may be about to arm too.
     for patch_set in PATCH_SETS:
         for module in patch_set.modules:

@@ -58,7 +58,7 @@ def _choices_without_prompt_ids(request: Any, carried: Carried) -> float:
     if not carried.prompt:
         return math.inf
     # Embedded prompts have no ids, vLLM gives zeros; it answers them before the others, n choices each.
-    embeds = request.prompt_embeds
+    embeds = getattr(request, "prompt_embeds", None)  # from 0.10
     if embeds is None:
         return 0
     return (len(embeds) if isinstance(embeds, list) else 1) * (request.n or 1)
