@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from vllm.entrypoints.launchers import app as vllms_app
 from vllm.entrypoints.launchers import launcher
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 
 import agentlightning
@@ -97,7 +98,7 @@ def test_what_failed_while_serving_is_counted(monkeypatch: pytest.MonkeyPatch) -
 
     async def serve_http(app: FastAPI, sock: Any) -> dict[str, Any]:
         for _ in range(2):
-            asked: Any = SimpleNamespace(return_token_ids=None)
+            asked = ChatCompletionRequest(messages=[])
             assert await serving.create_chat_completion(asked) is broken
         return TestClient(app).get(STATUS).json()
 
