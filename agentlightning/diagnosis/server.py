@@ -79,7 +79,8 @@ def _refused(address: str, code: int) -> tuple[str, str]:
         return f"{address} wants the server's API key", "give it: --api-key KEY, or VLLM_API_KEY in the environment"
     if code == 404:
         return (
-            f"{address} does not exist: this server is not instrumented, or it is vLLM's Rust frontend that answers",
+            f"{address} does not exist: this server is not instrumented, or it is vLLM's Rust frontend that answers, with "
+            "token ids only where a request asks for them",
             "set AGL_INSTRUMENT=1 in the environment of the server, and run `agl doctor` where it runs",
         )
     return f"{address} answers with HTTP {code}", "see the server's log"
