@@ -78,9 +78,9 @@ def _refused(address: str, code: int) -> tuple[str, str]:
     if code in (401, 403):
         return f"{address} wants the server's API key", "give it: --api-key KEY, or VLLM_API_KEY in the environment"
     if code == 404:
+        rust = "vLLM's Rust frontend that answers, with token ids only where a request asks for them"
         return (
-            f"{address} does not exist: this server is not instrumented, or it is vLLM's Rust frontend that answers, with "
-            "token ids only where a request asks for them",
+            f"{address} does not exist: this server is not instrumented, or it is {rust}",
             "set AGL_INSTRUMENT=1 in the environment of the server, and run `agl doctor` where it runs",
         )
     return f"{address} answers with HTTP {code}", "see the server's log"
