@@ -98,7 +98,7 @@ def test_what_failed_while_serving_is_counted(monkeypatch: pytest.MonkeyPatch) -
 
     async def serve_http(app: FastAPI, sock: Any) -> dict[str, Any]:
         for _ in range(2):
-            asked = ChatCompletionRequest(messages=[])
+            asked = ChatCompletionRequest.model_validate({"messages": []})
             assert await serving.create_chat_completion(asked) is broken
         return TestClient(app).get(STATUS).json()
 
