@@ -34,7 +34,7 @@ test: $(VENV)/.ready .cache/tiny-model/config.json
 
 test-releases: $(VENV)/.ready .cache/tiny-model/config.json
 	$(VENV)/bin/python -m tests.releases.environments $(RELEASES)
-	$(VENV)/bin/python -m pytest tests/releases --releases='$(RELEASES)'
+	$(VENV)/bin/python -m pytest tests/releases --releases='$(RELEASES)' --keep-results
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff format --check

@@ -23,9 +23,9 @@ AGL = ("python", "-m", "agentlightning.cli.vllm", "serve")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--releases", help="tests/releases on these: versions, or an empty text for all (make test-releases)"
-    )
+    releases = "tests/releases on these: versions, or an empty text for all (make test-releases)"
+    parser.addoption("--releases", help=releases)
+    parser.addoption("--keep-results", action="store_true", help="for docs/releases.md, which tells those of all")
 
 
 def pytest_ignore_collect(config: pytest.Config) -> bool | None:
@@ -41,8 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
         except ValueError as error:
             raise pytest.UsageError(error) from None
         config.stash[SELECTED] = releases
-        # Some of the questions are no row.
-        if not (config.option.keyword or config.option.markexpr):
+        if config.getoption("--keep-results"):
             config.pluginmanager.register(Report(releases))
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import distributions
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.machine import describe_machine
 from tests.common.environments import CHECKOUT
-from tests.releases.environments import scripts
+from tests.releases.environments import FOLDER, scripts
 from tests.releases.table import COMPILED, RELEASES, Release
 
 PAGE = CHECKOUT / "docs" / "releases.md"
@@ -19,24 +21,21 @@ PAGE = CHECKOUT / "docs" / "releases.md"
 HEADER = """\
 # Releases
 
-Written by the command below, in an environment for each release; run it to have it written again, or with
-`RELEASES="0.8.5 0.32.0"` to have these rows written again.
+Written by the tests, which the command below runs on each release, in an environment of its own; run it to have it
+written again.
 
 ```bash
 make test-releases
 ```
 
-{machine}
+The same is asked of every release: chat and completions, plain and streamed, several choices and prompts, stop strings,
+logprobs, usage, tool calls beside a parser, requests that want no ids, clients that hang up, several API servers, and
+taking the patches off. All is asked over HTTP of the release's own server. Where its compiled part does not run on the
+machine, the tokens come from a worker of the tests (`tests/releases/worker.py`) that has no model: what stands above a
+worker, from the API server down to the engine's scheduler, is vLLM's. Elsewhere vLLM runs whole.
 
-The same checks are made on every release: chat and completions, plain and streamed, several choices and prompts, stop
-strings, logprobs, usage, tool calls beside a parser, requests that want no ids, clients that hang up, several API
-servers, and taking the patches off. All is asked over HTTP of the release's own server. Where its compiled part does
-not run on the machine, the tokens come from a worker of the tests (`tests/releases/worker.py`) that has no model: what
-stands above a worker, from the API server down to the engine's scheduler, is vLLM's. Elsewhere vLLM runs whole.
-
-| vLLM | engine | worker | pydantic | run on | passed | failed | left out |
-|---|---|---|---|---|---:|---:|---|
 """
+COLUMNS = ("vLLM", "engine", "worker", "pydantic", "passed", "failed", "date")
 
 
 def release_of(item: pytest.Item) -> Release:
@@ -44,19 +43,11 @@ def release_of(item: pytest.Item) -> Release:
     return item.callspec.params["release"]  # type: ignore[attr-defined]
 
 
-def version_of(package: str, release: Release) -> str:
-    """Of what is installed in the release's environment."""
-    [site_packages] = scripts(release).parent.glob("lib/python*/site-packages")
-    [distribution] = distributions(name=package, path=[str(site_packages)])
-    return distribution.version
-
-
 class Report:
-    """A pytest plugin that counts, and writes the rows of the releases that were run."""
+    """A pytest plugin that counts, keeps each release's result, and writes the page where every release has one."""
 
     def __init__(self, releases: Sequence[Release]) -> None:
         self._releases = releases
-        self._machine = describe_machine()
         self._outcomes: dict[str, Counter[str]] = defaultdict(Counter)
 
     @pytest.hookimpl(wrapper=True)
@@ -67,31 +58,42 @@ class Report:
             self._outcomes[release_of(item).name][report.outcome] += 1
         return report
 
-    def pytest_sessionfinish(self) -> None:
-        machine = "\n".join(f"- {name}: {value}" for name, value in self._machine.items() if name != "date")
-        earlier = PAGE.read_text().splitlines(keepends=True) if PAGE.exists() else []
-        rows = [row for release in RELEASES for row in self._rows(release, earlier)]
-        PAGE.write_text(HEADER.format(machine=machine) + "".join(rows))
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
+        if exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+            return
+        for release in self._releases:
+            outcomes = {name: self._outcomes[release.name][name] for name in ("passed", "failed")}
+            pydantic = version_of("pydantic", release)
+            _kept(release).write_text(json.dumps({**outcomes, "pydantic": pydantic, **describe_machine()}))
+        if all(_kept(release).exists() for release in RELEASES):
+            PAGE.write_text(HEADER + "".join(_page()))
 
-    def _rows(self, release: Release, earlier: Sequence[str]) -> list[str]:
-        """The release's row: a new one, or that of an earlier run, if there was one."""
-        row = self._row(release)
-        start = " | ".join(row.split(" | ")[:2])
-        return [row] if release in self._releases else [line for line in earlier if line.startswith(f"{start} |")]
 
-    def _row(self, release: Release) -> str:
-        outcomes = self._outcomes[release.name]
-        build = release.build if release.build and release.build != release.version else ""
+def version_of(package: str, release: Release) -> str:
+    """Of what is installed in the release's environment."""
+    [site_packages] = scripts(release).parent.glob("lib/python*/site-packages")
+    return next(distributions(name=package, path=[str(site_packages)])).version
+
+
+def _kept(release: Release) -> Path:
+    return FOLDER / f"{release.name}.json"
+
+
+def _page() -> Iterator[str]:
+    results = [json.loads(_kept(release).read_text()) for release in RELEASES]
+    for name in ("processor", "system", "Python"):
+        yield f"- {name}: {', '.join(dict.fromkeys(result[name] for result in results))}\n"
+    yield f"\n| {' | '.join(COLUMNS)} |\n|---|---|---|---|---:|---:|---|\n"
+    for release, result in zip(RELEASES, results, strict=True):
+        build = f" ({release.build})" if release.build and release.build != release.version else ""
         worker = "vLLM's" if release.worker == COMPILED else "the tests'"
-        left_out = "; ".join(f"{check}: {why}" for check, why in release.left_out.items())
-        cells = (
-            f"{release.version}{f' ({build})' if build else ''}",
-            release.engine,
-            worker,
-            version_of("pydantic", release) if release in self._releases else "",
-            self._machine["date"],
-            str(outcomes["passed"]),
-            str(outcomes["failed"]),
-            left_out,
-        )
-        return f"| {' | '.join(cells)} |\n"
+        counts = (str(result["passed"]), str(result["failed"]))
+        yield f"| {' | '.join((release.version + build, release.engine, worker, result['pydantic'], *counts))} "
+        yield f"| {result['date']} |\n"
+    yield "\nLeft out is what a release breaks by itself, patched or not:\n\n"
+    left_out: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for release in RELEASES:
+        for check_and_why in release.left_out.items():
+            left_out[check_and_why].append(release.name)
+    for (check, why), releases in left_out.items():
+        yield f"- {check} ({', '.join(releases)}): {why}.\n"

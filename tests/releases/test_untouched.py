@@ -103,7 +103,9 @@ def test_all_but_the_ids_is_vllms_own(
 ) -> None:
     ours = answer_of(armed, engine, asked, stream)
 
-    assert without(IDS, ours) == without(IDS, answer_of(plain, engine, asked, stream))
+    # Asked for ids, vLLM sends logprobs that it loses otherwise; before 0.10.2 it does not hear that.
+    vllms = answer_of(plain, engine, asked, stream, return_token_ids=True)
+    assert without(IDS, ours) == without(IDS, vllms)
     assert without(IDS, ours) != ours
 
 

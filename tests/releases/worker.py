@@ -12,12 +12,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.outputs import LogprobsTensors, ModelRunnerOutput
 
 from tests.releases.chosen import PACE, chosen_token_ids
 
+AS_ARRAY: Any = numpy.array if "ndarray" in str(ModelRunnerOutput.__annotations__["sampled_token_ids"]) else list
+"""Around 0.11 the ids of a step are an array."""
 MEMORY = 2**27
 """Bytes that the worker says it has for the cache of keys and values, of which it has none."""
 
@@ -50,6 +53,8 @@ class ChosenTokensWorker:
     def initialize_cache(self, num_gpu_blocks: int, num_cpu_blocks: int) -> None: ...
 
     def compile_or_warm_up_model(self) -> None: ...
+
+    def reset_mm_cache(self) -> None: ...
 
     def check_health(self) -> None: ...
 
@@ -85,7 +90,7 @@ class ChosenTokensWorker:
         return ModelRunnerOutput(
             req_ids=list(requests),
             req_id_to_index={request_id: index for index, request_id in enumerate(requests)},
-            sampled_token_ids=sampled,
+            sampled_token_ids=[AS_ARRAY(ids) for ids in sampled],
             logprobs=logprobs(sampled, 1 + max((request.logprobs for request in requests.values()), default=0)),
             **{name: value for name, value in options.items() if name in names},
         )
