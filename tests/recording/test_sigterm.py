@@ -35,7 +35,7 @@ def test_what_is_under_way_is_kept_though_clients_stay(
         assert losses(server) == 0
 
 
-def test_what_has_ended_is_kept_though_the_queue_is_full_of_it(nursery: Nursery, tmp_path: Path, rollout: str) -> None:
+def test_what_has_ended_is_kept_though_it_was_still_waiting(nursery: Nursery, tmp_path: Path, rollout: str) -> None:
     with nursery.server(tmp_path / "generations.db") as server:
         with Load(server, rollout, endless(1), 64) as load:
             until(lambda: len(load.answered) > 200, "answers")
