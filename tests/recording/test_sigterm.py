@@ -40,7 +40,6 @@ def test_what_has_ended_is_kept_though_it_was_still_waiting(nursery: Nursery, tm
         with Load(server, rollout, endless(1), 64) as load:
             until(lambda: len(load.answered) > 200, "answers")
             server.process.send_signal(signal.SIGTERM)
-            load.wait()
         server.process.wait(60)
 
         kept = checked(server.kept(rollout_id=rollout), load.streams)
