@@ -160,6 +160,16 @@ def side_by_side(*servers: RemoteOpenAIServer) -> Iterator[None]:
         yield
 
 
+def processes_that_serve(server: RemoteOpenAIServer) -> set[int]:
+    """The processes that hold the server's side of a connection, while the clients keep theirs."""
+    return {
+        process.pid
+        for process in psutil.Process(server.process.pid).children(recursive=True)
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_ESTABLISHED and connection.laddr.port == server.port
+    }
+
+
 def without_agl(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment without our own variables, whatever the shell that runs the tests has set."""
     return {name: value for name, value in environment.items() if not name.startswith("AGL_")}

@@ -7,11 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
-import psutil
 import pytest
 
 from tests.common.answers import fetch, get, tokenize
-from tests.common.vllm import RemoteOpenAIServer
+from tests.common.vllm import RemoteOpenAIServer, processes_that_serve
 from tests.releases.chosen import ANYTHING
 from tests.releases.engine import Engine
 from tests.releases.table import API_SERVERS, Release
@@ -69,16 +68,6 @@ def test_each_of_two_api_servers_attaches_ids(two_api_servers: RemoteOpenAIServe
             assert all(answer.response_token_ids == [expected] for answer in threads.map(ask, new))
 
     assert len(processes_that_serve(two_api_servers)) == 2
-
-
-def processes_that_serve(server: RemoteOpenAIServer) -> set[int]:
-    """The processes that hold the server's side of a connection, while the clients keep theirs."""
-    return {
-        process.pid
-        for process in psutil.Process(server.process.pid).children(recursive=True)
-        for connection in process.net_connections("tcp")
-        if connection.status == psutil.CONN_ESTABLISHED and connection.laddr.port == server.port
-    }
 
 
 def test_nothing_of_ours_has_failed_meanwhile(armed: RemoteOpenAIServer, release: Release) -> None:

@@ -11,6 +11,7 @@ import logging
 import multiprocessing
 import sys
 import threading
+from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -156,14 +157,14 @@ def _status(patch_set: PatchSet) -> Status:
 
 
 def _apply(patch_set: PatchSet, module: ModuleType) -> None:
-    if module.__name__ == (_home(patch_set) or module.__name__):
+    if module.__name__ == (_home(patch_set.modules) or module.__name__):
         patch_set.apply(module)
     _refuse_without_a_judge()
 
 
-def _home(patch_set: PatchSet) -> str | None:
-    """The newest name that the module has here: under an older one vLLM may keep a shim, for whoever imports it yet."""
-    return next(filter(locate, patch_set.modules), None)
+def _home(modules: Sequence[str]) -> str | None:
+    """The newest name that a module has here: under an older one vLLM may keep a shim, for whoever imports it yet."""
+    return next(filter(locate, modules), None)
 
 
 def _look_for_modules(vllm: ModuleType) -> None:
@@ -176,7 +177,7 @@ def _look_for_modules(vllm: ModuleType) -> None:
             *(version, releases.NEWEST_KNOWN),
         )
     for patch_set in PATCH_SETS:
-        if _home(patch_set):
+        if _home(patch_set.modules):
             continue
         if patch_set.since and releases.is_before(version, patch_set.since):
             patch_set.skip(f"came with vLLM {patch_set.since}")
@@ -198,7 +199,7 @@ def import_targets() -> dict[str, str]:
         The modules that cannot be imported, and why: nothing can answer there, a package that it needs is missing.
     """
     failed = {}
-    for module in dict.fromkeys(filter(None, map(_home, PATCH_SETS))):
+    for module in dict.fromkeys(filter(None, (_home(patch_set.modules) for patch_set in PATCH_SETS))):
         try:
             importlib.import_module(module)
         except Exception as error:
@@ -225,5 +226,5 @@ def __getattr__(name: str) -> Any:
 
 def _chat_completion_response() -> type[Any]:
     """vLLM's own `ChatCompletionResponse`, which is extended in place; imports vLLM, instrumented or not."""
-    module = next((name for name in releases.CHAT_PROTOCOL.modules if locate(name)), releases.CHAT_PROTOCOL.modules[0])
-    return importlib.import_module(module).ChatCompletionResponse
+    modules = releases.CHAT_PROTOCOL.modules
+    return importlib.import_module(_home(modules) or modules[0]).ChatCompletionResponse

@@ -54,8 +54,7 @@ def with_ids_taken(build: Callable[..., Any]) -> Callable[..., Any]:
     build_from = with_results(build)
 
     async def chat_completion_full_generator(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        carried = contained(f"{ENDPOINT.name}: taking ids", ENDPOINT.takes, self, request)
-        if carried is None or not carried.response:
+        if not ENDPOINT.takes(self, request).response:
             return await build(self, request, *args, **kwargs)
         last = None
 
@@ -84,8 +83,8 @@ def with_streamed_ids_taken(generate: Callable[..., Any]) -> Callable[..., Any]:
     generate_from = with_results(generate)
 
     def chat_completion_stream_generator(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        carried = contained(f"{ENDPOINT.name}: streaming taken ids", ENDPOINT.takes, self, request)
-        if carried is None or not carried.response:
+        carried = ENDPOINT.takes(self, request)
+        if not carried.response:
             return generate(self, request, *args, **kwargs)
         ids = _StreamedIds(carried)
         return ids.put_on(generate_from(ids.noted, self, request, *args, **kwargs))

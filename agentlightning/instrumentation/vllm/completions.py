@@ -82,8 +82,7 @@ def with_ids_taken(build: Callable[..., Any]) -> Callable[..., Any]:
         self: Any, final_res_batch: Any, request: Any, *args: Any, **kwargs: Any
     ) -> Any:
         response = build(self, final_res_batch, request, *args, **kwargs)
-        carried = contained(f"{ENDPOINT.name}: taking ids", ENDPOINT.takes, self, request)
-        if carried is not None and carried.response:
+        if ENDPOINT.takes(self, request).response:
             contained(f"{ENDPOINT.name}: taking ids", _take, response, final_res_batch)
         return response
 
@@ -103,8 +102,8 @@ def with_streamed_ids_taken(generate: Callable[..., Any]) -> Callable[..., Any]:
     generate_from = with_results(generate)
 
     def completion_stream_generator(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        carried = contained(f"{ENDPOINT.name}: streaming taken ids", ENDPOINT.takes, self, request)
-        if carried is None or not carried.response:
+        carried = ENDPOINT.takes(self, request)
+        if not carried.response:
             return generate(self, request, *args, **kwargs)
         ids = _StreamedIds(carried, request.n or 1)
         return ids.put_on(generate_from(ids.noted, self, request, *args, **kwargs))

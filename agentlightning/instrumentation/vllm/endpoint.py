@@ -34,9 +34,9 @@ class Endpoint:
         """The wrapper for the `create_*` method, which gives an answer, an error or a stream."""
 
         async def create_with_token_ids(serving: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-            carried = contained(f"{self.name}: asking for ids", self._ask, serving, request)
+            carried = contained(f"{self.name}: asking for ids", self._ask, serving, request) or NOTHING
             answer = await create(serving, request, *args, **kwargs)
-            if carried is None or not carried.response:
+            if not carried.response:
                 return answer
             if isinstance(answer, AsyncGenerator):
                 return contained(f"{self.name}: trimming a stream", self.trim, answer, request, carried) or answer
@@ -55,5 +55,8 @@ class Endpoint:
         return carried
 
     def takes(self, serving: Any, request: Any) -> Carried:
-        """What of the ids is to be taken from the engine's results."""
+        """What of the ids is to be taken from the engine's results; nothing where that cannot be told."""
+        return contained(f"{self.name}: taking ids", self._takes, serving, request) or NOTHING
+
+    def _takes(self, serving: Any, request: Any) -> Carried:
         return wanted(said(request)) if self.serves(serving) and not self.asks_vllm(request) else NOTHING

@@ -129,18 +129,16 @@ class RequestField:
     Args:
         model: the request model, by the name that the patched module knows it by.
         field: the field that it must have.
-        since: the vLLM that it came with.
-        otherwise: what to raise without it: `Mismatch`, or `NotForThisRelease` where nothing is missed then.
+        since: the vLLM that it came with; before, there is nothing to patch.
     """
 
     model: str
     field: str
     since: str
-    otherwise: type[Exception] = Mismatch
 
     def check(self, module: ModuleType) -> None:
         if self.field not in model_of(module, self.model).model_fields:
-            raise self.otherwise(f"{self.model} knows no {self.field}, which vLLM has had since {self.since}")
+            raise NotForThisRelease(f"{self.model} knows no {self.field}, which vLLM has had since {self.since}")
 
     def is_applied(self, module: ModuleType) -> bool:
         return True

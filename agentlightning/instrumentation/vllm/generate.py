@@ -9,7 +9,7 @@ from agentlightning.instrumentation.vllm import recording, releases
 from agentlightning.instrumentation.vllm.answer import wanted
 from agentlightning.instrumentation.vllm.containment import contained
 from agentlightning.instrumentation.vllm.fields import RequestField
-from agentlightning.patching import NotForThisRelease, Patch, Wrap
+from agentlightning.patching import Patch, Wrap
 
 __all__ = ["SERVING_PATCHES"]
 
@@ -33,9 +33,7 @@ def _ask(request: Any) -> None:
 
 SERVING_PATCHES: tuple[Patch, ...] = (
     # Before, its prompt ids are only what the client has sent itself.
-    RequestField(
-        "GenerateRequest", "return_token_ids", releases.GENERATE_RETURN_TOKEN_IDS_SINCE, otherwise=NotForThisRelease
-    ),
+    RequestField("GenerateRequest", "return_token_ids", releases.GENERATE_RETURN_TOKEN_IDS_SINCE),
     recording.calls("ServingTokens.serve_tokens", ROUTE),
     Wrap("ServingTokens.serve_tokens", ("request",), with_prompt_ids),
 )

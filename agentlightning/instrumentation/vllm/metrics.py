@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from agentlightning.recorder import LOST, WRITE_SECONDS, Counters
@@ -37,7 +36,7 @@ class Metrics:
 
     def __call__(self, counters: Counters) -> None:
         """To be called after every write."""
-        seen, self._seen = self._seen, replace(counters, lost=dict(counters.lost), writes=list(counters.writes))
+        seen, self._seen = self._seen, counters
         self._generations.inc(counters.generations - seen.generations)
         self._tokens.labels("prompt").inc(counters.prompt_tokens - seen.prompt_tokens)
         self._tokens.labels("output").inc(counters.output_tokens - seen.output_tokens)

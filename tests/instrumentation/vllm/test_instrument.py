@@ -363,7 +363,7 @@ class TestTakenIds:
 
     def test_a_request_that_cannot_be_read(self, caplog: pytest.LogCaptureFixture) -> None:
         assert self.streamed(self.results(SimpleNamespace()), SimpleNamespace()) == list(self.VLLMS_EVENTS)
-        assert "streaming taken ids" in caplog.text
+        assert "/v1/completions: taking ids" in caplog.text
 
     def test_results_that_cannot_be_closed(self, caplog: pytest.LogCaptureFixture) -> None:
         class Results:

@@ -10,11 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any
 
 import openai
-import psutil
 
 from tests.common.answers import gather, joined, post, steady
 from tests.common.reference import tokenizer
-from tests.common.vllm import RemoteOpenAIServer
+from tests.common.vllm import RemoteOpenAIServer, processes_that_serve
 
 CHAT = "/v1/chat/completions"
 MESSAGES: Any = [{"role": "user", "content": "one two three"}]
@@ -51,16 +50,6 @@ def test_every_api_server_process_attaches_ids(two_api_servers: RemoteOpenAIServ
 
     assert all(answer.model_extra["response_token_ids"] for answer in answers)
     assert len(processes_that_serve(two_api_servers)) == 2
-
-
-def processes_that_serve(server: RemoteOpenAIServer) -> set[int]:
-    """The processes that hold the server's side of a connection, while the clients keep theirs."""
-    return {
-        process.pid
-        for process in psutil.Process(server.process.pid).children(recursive=True)
-        for connection in process.net_connections("tcp")
-        if connection.status == psutil.CONN_ESTABLISHED and connection.laddr.port == server.port
-    }
 
 
 def test_without_either_vllm_is_untouched(plain: RemoteOpenAIServer) -> None:
