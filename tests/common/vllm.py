@@ -30,8 +30,18 @@ if TYPE_CHECKING:
 SCRIPTS = Path(sysconfig.get_path("scripts"))
 START_SECONDS = 600
 STOP_SECONDS = 30
-QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+QUIET = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    # The tiny model is quicker in one thread; those of several engines would wait for each other's cores.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+}
 SMALL = ("--max-model-len", "1024", "--enforce-eager", "--dtype", "float32")
+# Without a worker process, as on one GPU. On CPUs vLLM starts one, for whose sake both it and the engine core spin.
+NO_WORKER = ("--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor")
 PLAIN = ("vllm", "serve")
 AGL = ("agl", "vllm", "serve")
 
@@ -53,6 +63,7 @@ class RemoteOpenAIServer:
         command: what comes before it: a script, and its subcommand.
         env: environment variables of the server; `AGL_*` variables of this process do not reach it.
         model: a model's folder; the tiny one if not given.
+        small: arguments that make it small.
         scripts: the folder that the command is in, where it is another environment's.
         is_up: whether the server is what it is waited for, for one that answers to no /health.
 
@@ -66,6 +77,7 @@ class RemoteOpenAIServer:
         command: Sequence[str] = PLAIN,
         env: Mapping[str, str] | None = None,
         model: Path | None = None,
+        small: Sequence[str] = (*SMALL, *NO_WORKER),
         scripts: Path = SCRIPTS,
         is_up: Callable[[RemoteOpenAIServer], bool] = is_healthy,
     ) -> None:
@@ -73,7 +85,7 @@ class RemoteOpenAIServer:
         self.url = f"http://127.0.0.1:{self.port}"
         self.model = str(model or tiny_model())
         self.command = [str(scripts / command[0]), *command[1:], self.model, "--port", str(self.port)]
-        self.command += ["--host", "127.0.0.1", *SMALL, *arguments]
+        self.command += ["--host", "127.0.0.1", *small, *arguments]
         self.env = {**without_agl(os.environ), **QUIET, **(env or {})}
         self._is_up = is_up
         self._owner = os.getpid()

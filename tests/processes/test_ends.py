@@ -23,16 +23,19 @@ SECONDS = 60
 SAID = re.compile(r"^INFO: +([A-Z][^\d\n]+)$", re.MULTILINE)
 
 
-def terminate(server: RemoteOpenAIServer) -> None:
-    server.process.send_signal(signal.SIGTERM)
+End = Callable[[], None]
 
 
-def interrupt(server: RemoteOpenAIServer) -> None:
-    server.process.send_signal(signal.SIGINT)
+def terminate(server: RemoteOpenAIServer) -> End:
+    return lambda: server.process.send_signal(signal.SIGTERM)
 
 
-def kill_engine(server: RemoteOpenAIServer) -> None:
-    engine_core(server).kill()
+def interrupt(server: RemoteOpenAIServer) -> End:
+    return lambda: server.process.send_signal(signal.SIGINT)
+
+
+def kill_engine(server: RemoteOpenAIServer) -> End:
+    return engine_core(server).kill
 
 
 @pytest.mark.parametrize(
@@ -47,7 +50,7 @@ def test_a_server_ends_as_without_us(
     command: Sequence[str],
     agl: Sequence[str],
     start_method: str,
-    end: Callable[[RemoteOpenAIServer], None],
+    end: Callable[[RemoteOpenAIServer], End],
     is_told: bool,
 ) -> None:
     environment = started_by(start_method)
@@ -56,13 +59,11 @@ def test_a_server_ends_as_without_us(
     with side_by_side(ours, vllms):
         assert carried(ours) == expected()
 
-        assert ended(ours, end, is_told) == ended(vllms, end, is_told)
+        assert ended(ours, end(ours), is_told) == ended(vllms, end(vllms), is_told)
         assert "agentlightning" not in ours.log
 
 
-def ended(
-    server: RemoteOpenAIServer, end: Callable[[RemoteOpenAIServer], None], is_told: bool
-) -> tuple[int, list[str], list[str]]:
+def ended(server: RemoteOpenAIServer, end: End, is_told: bool) -> tuple[int, list[str], list[str]]:
     """The exit status of a server that ends during a stream, what its client got of that, and how it says that it ends.
 
     Args:
@@ -71,12 +72,12 @@ def ended(
         is_told: whether its client is told; else vLLM waits for the client to leave.
     """
     so_far = len(server.log)
-    body = {"model": server.model, "messages": MESSAGES, "max_tokens": 900, "ignore_eos": True, "stream": True}
+    body = {"model": server.model, "messages": MESSAGES, "max_tokens": 900, "ignore_eos": True, "n": 8, "stream": True}
     told = []
     with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=SECONDS) as stream:
         lines = stream.iter_lines()
         next(lines)
-        end(server)
+        end()
         if is_told:
             told = [line for line in lines if line and "chat.completion.chunk" not in line]
     status = server.process.wait(SECONDS)

@@ -11,7 +11,7 @@ import pytest
 
 from tests.common.environments import CHECKOUT
 from tests.common.tiny_model import tiny_model
-from tests.common.vllm import PLAIN, RemoteOpenAIServer
+from tests.common.vllm import PLAIN, SMALL, RemoteOpenAIServer
 from tests.releases.engine import Engine, engine_of
 from tests.releases.environments import named, scripts
 from tests.releases.report import Report, release_of
@@ -88,7 +88,7 @@ def server(release: Release, model: Path, *arguments: str, armed: bool) -> Remot
     # Without a model the type of its weights is nothing, but 0.8.5 has V1 only for half precision.
     worker = () if release.worker == COMPILED else (f"--worker-cls={release.worker}", "--dtype=bfloat16")
     arguments = (*PARSERS, *worker, *arguments)
-    return RemoteOpenAIServer(*arguments, command=command, env=env, model=model, scripts=scripts(release))
+    return RemoteOpenAIServer(*arguments, command=command, env=env, model=model, small=SMALL, scripts=scripts(release))
 
 
 @pytest.fixture(scope="session")
