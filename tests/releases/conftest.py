@@ -15,7 +15,7 @@ from tests.common.vllm import PLAIN, SMALL, RemoteOpenAIServer
 from tests.releases.engine import Engine, engine_of
 from tests.releases.environments import named, scripts
 from tests.releases.report import Report, release_of
-from tests.releases.table import COMPILED, Release
+from tests.releases.table import COMPILED, RELEASES, Release
 
 PARSERS = ("--enable-auto-tool-choice", "--tool-call-parser=hermes")
 # Before 0.10.2 by this package's command.
@@ -54,7 +54,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("release", releases, ids=[release.name for release in releases], scope="session")
 
 
+def is_of_a_release(item: pytest.Item) -> bool:
+    return "release" in getattr(item, "fixturenames", ())
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # One release after the other, whose servers are started once: pytest's own order comes back to each.
+    names = [release.name for release in RELEASES]
+    items.sort(key=lambda item: names.index(release_of(item).name) if is_of_a_release(item) else -1)
     for item in items:
         check = item.get_closest_marker("check")
         if check and (why := release_of(item).left_out.get(check.args[0])):
