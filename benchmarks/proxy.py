@@ -1,7 +1,8 @@
 """A gateway of the kind that others put in front of vLLM to have token ids: for comparison, and for nothing else.
 
-It asks for ids, waits for the whole answer, keeps the ids in dictionaries, by session, and passes the answer on. All
-else goes through. `python -m benchmarks.proxy UPSTREAM PORT`
+As those of rLLM and miles it stands on FastAPI and httpx: it asks for ids, waits for the whole answer, keeps the ids in
+dictionaries, by session, and passes on what is left of the answer without them. All else goes through.
+`python -m benchmarks.proxy UPSTREAM PORT`
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-import aiohttp
+import httpx
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
+
+ITS_OWN = {"connection", "content-length", "host", "transfer-encoding"}
+"""Headers of one connection, which are not passed on."""
 
 
 def gateway(upstream: str) -> FastAPI:
@@ -23,8 +27,9 @@ def gateway(upstream: str) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with aiohttp.ClientSession(upstream, connector=aiohttp.TCPConnector(limit=0)) as session:
-            app.state.session = session
+        unlimited = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        async with httpx.AsyncClient(base_url=upstream, limits=unlimited, timeout=None) as client:
+            app.state.client = client
             yield
 
     app = FastAPI(lifespan=lifespan)
@@ -34,24 +39,29 @@ def gateway(upstream: str) -> FastAPI:
         body = await request.json()
         if body.get("stream"):
             return JSONResponse({"error": {"message": "no streams"}}, 400)
-        async with app.state.session.post(request.url.path, json={**body, "return_token_ids": True}) as response:
-            answer = await response.json()
+        headers = {name: value for name, value in request.headers.items() if name not in ITS_OWN}
+        response = await app.state.client.post(
+            request.url.path, json={**body, "return_token_ids": True}, headers=headers
+        )
+        answer = response.json()
+        prompt_token_ids = answer.pop("prompt_token_ids", None)
         for choice in answer.get("choices", ()):
             kept[request.headers.get("x-session-id", "")].append(
                 {
                     "response_id": answer["id"],
                     "messages": body["messages"],
-                    "prompt_token_ids": answer["prompt_token_ids"],
-                    "token_ids": choice["token_ids"],
+                    "prompt_token_ids": prompt_token_ids,
+                    "token_ids": choice.pop("token_ids"),
+                    "message": choice["message"],
                     "finish_reason": choice["finish_reason"],
                 }
             )
-        return JSONResponse(answer, response.status)
+        return JSONResponse(answer, response.status_code)
 
     @app.get("/{path:path}")
     async def others(path: str) -> Response:
-        async with app.state.session.get(f"/{path}") as response:
-            return Response(await response.read(), response.status, media_type=response.content_type)
+        response = await app.state.client.get(f"/{path}")
+        return Response(response.content, response.status_code, media_type=response.headers.get("content-type"))
 
     return app
 

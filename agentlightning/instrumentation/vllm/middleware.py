@@ -91,7 +91,8 @@ def _read_headers(headers: dict[bytes, bytes], context: RequestContext) -> None:
     context.request_id = _header(headers, b"x-request-id")
     if b"traceparent" in headers:
         context.trace_id = _trace_id(headers[b"traceparent"].decode("latin-1"))
-        ignored["traceparent"] += context.trace_id is None
+        if context.trace_id is None:
+            ignored["traceparent"] += 1
 
 
 def _header(headers: dict[bytes, bytes], name: bytes) -> str | None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from agentlightning.instrumentation.vllm.containment import contained
 from agentlightning.instrumentation.vllm.request_context import RequestContext
 
 __all__ = ["Ended", "Record", "Running", "name_of"]
@@ -97,7 +98,7 @@ class Running:
                 if not record.open:
                     closing.append(record)
         for record in closing:
-            self._close(record)
+            contained("recording what was given up", self._close, record)
 
     def give_up_all(self, finish_reason: str) -> None:
         """The same for all of them."""
@@ -112,8 +113,11 @@ class Running:
 
 def _last_output(state: Any) -> Any:
     """The `CompletionOutput` that ended a request: it has just been put where who waits for it takes it from."""
-    waiting = getattr(state.queue.output, "outputs", None) or []
+    for output in getattr(state.queue.output, "outputs", ()):
+        if output.index == state.request_index:
+            return output
     # Several that are answered as one are put together first.
-    together = getattr(state.parent_req, "output_aggregator", None) or []
-    outputs = (output for output in [*waiting, *together] if output is not None)
-    return next((output for output in outputs if output.index == state.request_index), None)
+    for output in getattr(state.parent_req, "output_aggregator", None) or ():
+        if output is not None and output.index == state.request_index:
+            return output
+    return None
