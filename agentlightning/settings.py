@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import re
@@ -46,8 +47,6 @@ VARIABLES = {
     "AGL_RECORD_TEXT": Variable("on", (*ON, *OFF)),
     "AGL_QUEUE_MB": Variable("256", pattern=r"0*[1-9][0-9]{0,6}", otherwise="no whole number from 1 to 9999999"),
 }
-
-_warned: set[str] = set()
 
 
 def instrument() -> str:
@@ -104,11 +103,15 @@ def without_secrets(url: str) -> str:
 
 
 def _checked(variable: str) -> str:
-    """The value where it is allowed, else the default, with one warning."""
+    """The value where it is allowed, else the default, with one warning; quick, since every request asks."""
+    return _judged(variable, os.environ.get(variable))
+
+
+@functools.cache
+def _judged(variable: str, value: str | None) -> str:
+    """The same; `value` is what it is set to, so that another is judged anew."""
     wrong = complaint(variable)
     if wrong is None:
         return read(variable) or VARIABLES[variable].default
-    if variable not in _warned:
-        _warned.add(variable)
-        logging.getLogger("agentlightning").warning("agentlightning: %s", wrong)
+    logging.getLogger("agentlightning").warning("agentlightning: %s", wrong)
     return VARIABLES[variable].default

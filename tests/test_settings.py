@@ -10,8 +10,8 @@ from agentlightning import settings
 
 
 @pytest.fixture(autouse=True)
-def _not_warned_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settings, "_warned", set())
+def _not_warned_yet() -> None:
+    settings._judged.cache_clear()
 
 
 @pytest.mark.parametrize("value", ["/data/Runs/A.db", " runs/a b?.db ", "sqlite:///runs/a.db", "sqlite:////Data/A.db"])
