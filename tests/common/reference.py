@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -28,10 +29,18 @@ def _model() -> Any:
 
 
 def shows(token_ids: Sequence[int], text: str) -> bool:
-    """Whether `text` is what these ids say; vLLM keeps back what ends in half a character."""
+    """Whether `text` is what these ids say.
+
+    vLLM keeps back what ends in half a character. How many replacement characters bytes become that are none depends on
+    where a stream cuts them.
+    """
     ends = range(len(token_ids), max(len(token_ids) - KEPT_BACK, 0) - 1, -1)
     said = (tokenizer().decode(token_ids[:end], skip_special_tokens=True) for end in ends)
-    return any(each.rstrip("\ufffd") == text.rstrip("\ufffd") for each in said)
+    return any(_replaced(each) == _replaced(text) for each in said)
+
+
+def _replaced(text: str) -> str:
+    return re.sub("\ufffd+", "\ufffd", text).rstrip("\ufffd")
 
 
 def greedy(prompt_token_ids: Sequence[int], tokens: int) -> list[int]:
