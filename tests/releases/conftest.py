@@ -13,7 +13,7 @@ from tests.common.environments import CHECKOUT
 from tests.common.tiny_model import tiny_model
 from tests.common.vllm import PLAIN, SMALL, RemoteOpenAIServer
 from tests.releases.engine import Engine, engine_of
-from tests.releases.environments import named, scripts
+from tests.releases.environments import folder, named, scripts
 from tests.releases.report import Report, release_of
 from tests.releases.table import COMPILED, RELEASES, Release
 
@@ -90,6 +90,7 @@ def server(release: Release, model: Path, *arguments: str, armed: bool) -> Remot
         # Every start would compile a thousand modules.
         "PYTHONDONTWRITEBYTECODE": "",
         **({"AGL_INSTRUMENT": "1"} if armed else {}),
+        "LD_PRELOAD": ":".join(str(folder(release) / "lib" / library) for library in release.preload),
         # Said by name: 0.8.5 falls back to V0 where nobody does.
         **({"VLLM_USE_V1": release.engine.removeprefix("V")} if release.numbers < (0, 11) else {}),
     }

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tests.common.environments import CHECKOUT
-from tests.releases.table import RELEASES, Release
+from tests.releases.table import RELEASES, TCMALLOC, Release
 from tools.make_env import BROKEN_COMPANIONS, name_it_vllm, run, say
 
 FOLDER = CHECKOUT / ".cache" / "releases"
@@ -44,6 +44,14 @@ def make(releases: Iterable[Release]) -> None:
         if release.build and not _is_there(release, "us", _us()):
             _uv(release, f"{release.version}: this checkout", "--editable", str(CHECKOUT))
             _note(release, "us", _us())
+        if TCMALLOC in release.preload:
+            _stand_in_for_tcmalloc(folder(release) / "lib" / TCMALLOC)
+
+
+def _stand_in_for_tcmalloc(library: Path) -> None:
+    # vLLM looks for its name in LD_PRELOAD, and does not start without. It is Debian's to install, and only quicker.
+    if not library.exists():
+        library.symlink_to("libiomp5.so")
 
 
 def _say_what_it_takes(missing: list[Release]) -> None:

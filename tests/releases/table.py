@@ -15,6 +15,8 @@ CALL_STREAMED = "tool calls in streams"
 REQUIRED_STREAMED = "tool_choice required, streamed"
 N_STREAMED = "n, streamed"
 
+TCMALLOC = "libtcmalloc.so"
+
 
 @dataclass(frozen=True)
 class Release:
@@ -27,6 +29,7 @@ class Release:
         worker: vLLM's own, with a model, or (`--worker-cls`) the tests' one, where the compiled part does not run.
         engine: V1 unless it says V0; up to 0.10 vLLM has both.
         platform: an entry point that stands for vLLM's CPU platform.
+        preload: libraries of the environment that it wants in LD_PRELOAD.
         left_out: the checks that the release fails by itself, patched or not, and why.
     """
 
@@ -36,6 +39,7 @@ class Release:
     worker: str = COMPILED
     engine: Literal["V0", "V1"] = "V1"
     platform: str | None = None
+    preload: tuple[str, ...] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -83,7 +87,7 @@ RELEASES: Sequence[Release] = (
     Release("0.11.2", "0.11.2.post2", ("transformers==4.57.6", *TORCH_2_8), CHOSEN_TOKENS),
     Release("0.14.1", "0.14.1", ("transformers==4.57.6", *TORCH_2_9)),
     Release("0.15.1", "0.15.1", ("transformers==4.57.6", *TORCH_2_10)),
-    Release("0.18.1", "0.18.1", ("transformers==4.57.6", *TORCH_2_10)),
+    Release("0.18.1", "0.18.1", ("transformers==4.57.6", *TORCH_2_10), preload=("libiomp5.so", TCMALLOC)),
     Release("0.22.1", "0.22.1", ("transformers==4.57.6", *TORCH_2_11)),
     Release("0.28.0", "0.28.0", TORCH_2_13),
     Release("0.32.0"),
