@@ -27,7 +27,8 @@ def gateway(upstream: str) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        unlimited = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        # vLLM closes a connection that has been idle for five seconds.
+        unlimited = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=1)
         async with httpx.AsyncClient(base_url=upstream, limits=unlimited, timeout=None) as client:
             app.state.client = client
             yield

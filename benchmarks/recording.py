@@ -46,7 +46,7 @@ from benchmarks.serving import (
 from tests.common.engine import Engine
 from tests.common.vllm import RemoteOpenAIServer, free_port
 
-STARTS, SECONDS = 2, 180
+STARTS, SECONDS = 2, 110
 QUICK_STARTS, QUICK_SECONDS = 1, 60
 MIN_ROUNDS = 15
 """Of all starts together, however slow the machine is."""

@@ -88,7 +88,9 @@ class TestChat:
 
     @pytest.mark.check(N_STREAMED)
     def test_with_n_so_has_every_choice_of_a_stream(self, armed: RemoteOpenAIServer, engine: Engine) -> None:
-        streamed = chat_streamed(armed, **engine.asks(ANYTHING, n=2, temperature=1))
+        # The parser of a release keeps back what follows such a word, whether there are tools or not.
+        options = engine.asks(ANYTHING, n=2, temperature=1, bad_words=["<tool_call>"])
+        streamed = chat_streamed(armed, **options)
 
         assert sorted(streamed.token_ids) == [0, 1]
         assert streamed.prompt_token_ids[0] == tokenize(armed, messages=MESSAGES)
