@@ -20,9 +20,9 @@ from tests.releases.test_ids import MESSAGES, PROMPTS, TOOL, USAGE
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 IDS = {"prompt_token_ids", "token_ids", "response_token_ids"}
-CUT = {"text_offset", "tool_calls"}
+CUT = {"text_offset", "name", "type"}
 """What depends on where vLLM cuts a stream: where a busy server has several tokens in one chunk, 0.32's hermes parser
-loses the name of the tool, with us and without."""
+loses what a tool call begins with, with us and without."""
 ASKS: Mapping[str, tuple[str, int, dict[str, Any]]] = {
     "chat": (CHAT, ANYTHING, {"messages": MESSAGES, "logprobs": True, "top_logprobs": 1}),
     "chat, stopped": (CHAT, SENTENCE, {"messages": MESSAGES, "stop": ["four"], "max_tokens": 60}),
