@@ -32,7 +32,7 @@ WRITE_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0,
 
 # How long the thread waits for more after the first: a transaction costs as much as writing twenty generations, and
 # each time the thread wakes it takes the interpreter from the event loop.
-GATHERING_SECONDS = 0.1
+GATHERING_SECONDS = 0.25
 BATCH_GENERATIONS = 500
 BATCH_BYTES = 8 << 20
 FIRST_PAUSE_SECONDS = 0.05

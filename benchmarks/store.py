@@ -50,7 +50,7 @@ def measure(quick: bool) -> Part:
             reading(folder, rounds, QUICK_MANY if quick else MANY),
             size(folder),
         ]
-    return Part("Recording", "", sections, busy.share_of_others())
+    return Part("The store", "", sections, busy.share_of_others())
 
 
 def recording(folder: Path, rounds: int) -> Section:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import json
 import time
 from array import array
 from collections.abc import Callable
@@ -185,12 +186,18 @@ def _first_token_at(state: Any) -> int | None:
 def _as_json(sampling_params: Any, keeps_text: bool) -> str:
     import msgspec  # vLLM's own: its parameters are a Struct that leaves out defaults.
 
+    return _said(msgspec.json.encode(sampling_params, enc_hook=repr), keeps_text)
+
+
+# An agent's calls mostly have the same ones.
+@functools.lru_cache(1_000)
+def _said(sampling_params: bytes, keeps_text: bool) -> str:
     said = {
         name: value
-        for name, value in msgspec.to_builtins(sampling_params, enc_hook=repr).items()
+        for name, value in json.loads(sampling_params).items()
         if _is_said(name) and (keeps_text or name not in TEXTS)
     }
-    return msgspec.json.encode(said).decode()
+    return json.dumps(said, separators=(",", ":"))
 
 
 def _is_said(name: str) -> bool:
