@@ -8,7 +8,7 @@ from array import array
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-__all__ = ["STATUSES", "Choice", "Generation", "Loss", "Status", "new_id"]
+__all__ = ["STATUSES", "Choice", "Generation", "Loss", "RoutedExperts", "Status", "new_id"]
 
 Status = Literal["finished", "aborted", "error"]
 """How a generation ended: by itself, because nobody waited for it any more, or because the engine failed."""
@@ -26,6 +26,26 @@ def new_id(at: int | None = None) -> str:
     return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
 
 
+@dataclass(slots=True, frozen=True)
+class RoutedExperts:
+    """The experts of a mixture-of-experts model that ids went through.
+
+    Attributes:
+        shape: how many ids, how many layers, and how many experts for each.
+        ids: the experts, in that order; `array('h')`, as many as the shape has places.
+    """
+
+    shape: tuple[int, int, int]
+    ids: array[int]
+
+    def tolist(self) -> list[list[list[int]]]:
+        """Nested: of each id each layer's."""
+        count, layers, experts = self.shape
+        flat = self.ids.tolist()
+        rows = [flat[start : start + experts] for start in range(0, count * layers * experts, experts)]
+        return [rows[start : start + layers] for start in range(0, count * layers, layers)]
+
+
 @dataclass(slots=True, kw_only=True)
 class Choice:
     """One of the answers to a prompt. What is unknown is None.
@@ -38,6 +58,8 @@ class Choice:
         finish_reason: vLLM's word for why it ended: `stop`, `length`, `abort`, ...
         stop_reason: the stop string or token id that ended it.
         weight_versions: `(version, start, end)`: the weights that the ids from `start` up to `end` were sampled with.
+        routed_experts: where vLLM was told to return them (`--enable-return-routed-experts`): of the ids of prompt and
+            answer, as many and as far as vLLM gives them.
     """
 
     index: int = 0
@@ -47,6 +69,7 @@ class Choice:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     weight_versions: list[tuple[str, int, int]] | None = None
+    routed_experts: RoutedExperts | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: the fields by name, ids and logprobs as lists."""
@@ -125,4 +148,6 @@ class Loss:
 
 def _as_dict(record: Generation | Choice) -> dict[str, Any]:
     values = {name: getattr(record, name) for name in record.__slots__}
-    return {name: value.tolist() if isinstance(value, array) else value for name, value in values.items()}
+    return {
+        name: value.tolist() if isinstance(value, array | RoutedExperts) else value for name, value in values.items()
+    }

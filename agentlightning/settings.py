@@ -44,6 +44,7 @@ VARIABLES = {
     "AGL_STORE": Variable(
         "", pattern=r"(?s)sqlite:///.+|(?!\w[\w+.-]*://).+", otherwise="neither the path of a file nor sqlite:///PATH"
     ),
+    "AGL_LOGPROBS": Variable("off", (*ON, *OFF)),
     "AGL_RECORD_TEXT": Variable("on", (*ON, *OFF)),
     "AGL_QUEUE_MB": Variable("256", pattern=r"0*[1-9][0-9]{0,6}", otherwise="no whole number from 1 to 9999999"),
 }
@@ -69,6 +70,11 @@ def store() -> str | None:
     It is shown by way of `without_secrets` alone.
     """
     return _checked("AGL_STORE") or None
+
+
+def logprobs() -> bool:
+    """Whether the sampled ids' logprobs are recorded though nobody asked for them (`AGL_LOGPROBS`)."""
+    return _checked("AGL_LOGPROBS") in ON
 
 
 def record_text() -> bool:

@@ -2,14 +2,14 @@
 
 As those of rLLM and miles it stands on FastAPI and httpx: it asks for ids, waits for the whole answer, keeps the ids in
 dictionaries, by session, and passes on what is left of the answer without them. All else goes through.
-`python -m benchmarks.proxy UPSTREAM PORT`
+`python -m benchmarks.proxy UPSTREAM PORT [logprobs]`: with the word, it asks for logprobs too.
 """
 
 from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -22,7 +22,7 @@ ITS_OWN = {"connection", "content-length", "host", "transfer-encoding"}
 """Headers of one connection, which are not passed on."""
 
 
-def gateway(upstream: str) -> FastAPI:
+def gateway(upstream: str, asks: Mapping[str, Any]) -> FastAPI:
     kept: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
 
     @asynccontextmanager
@@ -42,7 +42,7 @@ def gateway(upstream: str) -> FastAPI:
             return JSONResponse({"error": {"message": "no streams"}}, 400)
         headers = {name: value for name, value in request.headers.items() if name not in ITS_OWN}
         response = await app.state.client.post(
-            request.url.path, json={**body, "return_token_ids": True}, headers=headers
+            request.url.path, json={**body, "return_token_ids": True, **asks}, headers=headers
         )
         answer = response.json()
         prompt_token_ids = answer.pop("prompt_token_ids", None)
@@ -53,6 +53,7 @@ def gateway(upstream: str) -> FastAPI:
                     "messages": body["messages"],
                     "prompt_token_ids": prompt_token_ids,
                     "token_ids": choice.pop("token_ids"),
+                    "logprobs": choice.pop("logprobs", None),
                     "message": choice["message"],
                     "finish_reason": choice["finish_reason"],
                 }
@@ -68,4 +69,5 @@ def gateway(upstream: str) -> FastAPI:
 
 
 if __name__ == "__main__":
-    uvicorn.run(gateway(sys.argv[1]), port=int(sys.argv[2]), log_level="warning")
+    asks = {"logprobs": True} if sys.argv[3:] == ["logprobs"] else {}
+    uvicorn.run(gateway(sys.argv[1], asks), port=int(sys.argv[2]), log_level="warning")

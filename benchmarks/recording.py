@@ -34,6 +34,7 @@ from benchmarks.serving import (
     AGAIN,
     CHAT,
     CONCURRENCY,
+    IDS,
     OURS,
     TOKENS,
     VLLM,
@@ -118,10 +119,10 @@ def of_rate(rounds: Sequence[Round]) -> Section:
 
 
 @contextmanager
-def gateway(server: RemoteOpenAIServer) -> Iterator[str]:
+def gateway(server: RemoteOpenAIServer, *asks: str) -> Iterator[str]:
     """The address of a gateway to this server, while it runs."""
     port = free_port()
-    process = subprocess.Popen([sys.executable, "-m", "benchmarks.proxy", server.url, str(port)])
+    process = subprocess.Popen([sys.executable, "-m", "benchmarks.proxy", server.url, str(port), *asks])
     try:
         yield f"http://127.0.0.1:{port}"
     finally:
@@ -135,13 +136,13 @@ async def take_turns_with(url: str, server: RemoteOpenAIServer, seconds: float) 
     order = [GATEWAY, VLLM, OURS]
     async with session(server.url) as straight, session(url) as through:
         await is_up(through)
-        clients = {GATEWAY: Client(through, server, PLAIN)}
-        clients[VLLM] = clients[OURS] = Client(straight, server, PLAIN)
+        clients = {GATEWAY: Client.of(PLAIN, through, server)}
+        clients[VLLM] = clients[OURS] = Client.of(PLAIN, straight, server)
         turns = {GATEWAY: VLLM, VLLM: VLLM, OURS: OURS}
         for name in order:
             await clients[name].turn(turns[name])
             if name != GATEWAY:
-                await clients[name].check(turns[name])
+                await clients[name].check(turns[name], IDS)
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline or len(rounds) < MIN_ROUNDS:
             random.shuffle(order)
@@ -166,8 +167,6 @@ async def is_up(gateway: aiohttp.ClientSession) -> None:
 def on_the_event_loop(folder: Path, turns: int) -> Section:
     """What a generation costs the thread of the event loop more than vLLM's own, from its arrival to the queue."""
     os.environ["AGL_STORE"] = str(folder / "event-loop.db")
-    # What waits is more than there would be in a server, which does something between generations.
-    os.environ["AGL_QUEUE_MB"] = "4000"
     prompts = {length: [random.randrange(500) for _ in range(length)] for length in PROMPTS}
     more: dict[int, list[float]] = {length: [] for length in PROMPTS}
     ways = [(length, records) for length in PROMPTS for records in (False, True)]
@@ -197,6 +196,9 @@ def generate(prompt: list[int], records: bool) -> float:
     uninstrument_vllm()
     if records:
         instrument_vllm()
+        # Else the thread that writes would take the interpreter from this one, and what waits fill the queue.
+        while recording.recorder().counters().queue_bytes:
+            time.sleep(0.01)
     engine, names = Engine(), [f"generation {number}" for number in range(GENERATIONS)]
     scope = {"type": "http", "path": "/rollout/r/v1/completions", "raw_path": b"/rollout/r/v1/completions"}
     scopes: list[Any] = [{**scope, "headers": HEADERS, "state": {}} for _ in names]

@@ -46,6 +46,7 @@ WARM_UP = 32
 """The first requests of a turn, which are not measured: what was patched is looked up anew."""
 
 VLLM, AGAIN, OURS = "vLLM", "vLLM, again", "vLLM, instrumented"
+IDS = b'token_ids":['
 PROMPT = "What is the capital of France?"
 MESSAGES = [{"role": "user", "content": PROMPT}]
 
@@ -146,10 +147,10 @@ async def take_turns(server: RemoteOpenAIServer, workload: Workload, seconds: fl
     rounds: list[Round] = []
     order = [VLLM, AGAIN, OURS]
     async with aiohttp.ClientSession(server.url, connector=aiohttp.TCPConnector(limit=0)) as session:
-        client = Client(session, server, workload)
+        client = Client.of(workload, session, server)
         for name in order:
             await client.turn(name)
-            await client.check(name)
+            await client.check(name, IDS, name == OURS or bool(workload.asks))
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline or len(rounds) < MIN_ROUNDS:
             random.shuffle(order)
@@ -158,23 +159,43 @@ async def take_turns(server: RemoteOpenAIServer, workload: Workload, seconds: fl
 
 
 class Client:
-    """Sends the server the same request over and over."""
+    """Sends a server the same request over and over.
 
-    def __init__(self, session: aiohttp.ClientSession, server: RemoteOpenAIServer, workload: Workload) -> None:
+    Args:
+        session: leads to the server.
+        pid: the process whose CPU time counts.
+        path: the route.
+        bodies: the request, for each kind of turn.
+        positions: of the server's switch, for each kind of turn; none of a server that has none.
+    """
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        pid: int,
+        path: str,
+        bodies: Mapping[str, Any],
+        positions: Mapping[str, str],
+    ) -> None:
         self._session = session
-        self._pid = server.process.pid
-        self._path = workload.path
-        self._vllm_gives_ids = bool(workload.asks)
+        self._pid = pid
+        self._path = path
+        self._bodies = {name: json.dumps(body).encode() for name, body in bodies.items()}
+        self._positions = positions
+
+    @classmethod
+    def of(cls, workload: Workload, session: aiohttp.ClientSession, server: RemoteOpenAIServer) -> Client:
+        """One for vLLM and us in turns."""
         request = {"model": server.model, **workload.body}
-        self._bodies = {
-            name: json.dumps(request if name == OURS else {**request, **workload.asks}).encode()
-            for name in (VLLM, AGAIN, OURS)
-        }
+        bodies = {name: request if name == OURS else {**request, **workload.asks} for name in (VLLM, AGAIN, OURS)}
+        positions = {VLLM: "off", AGAIN: "off", OURS: "on"}
+        return cls(session, server.process.pid, workload.path, bodies, positions)
 
     async def turn(self, name: str) -> Load:
         """Turn the server, and load it."""
-        async with self._session.get(f"{ROUTE}{'on' if name == OURS else 'off'}") as response:
-            response.raise_for_status()
+        if self._positions:
+            async with self._session.get(f"{ROUTE}{self._positions[name]}") as response:
+                response.raise_for_status()
         await self._requests(name, WARM_UP)
         cpu, started = cpu_seconds(self._pid), time.perf_counter()
         seconds = await self._requests(name, REQUESTS)
@@ -182,10 +203,10 @@ class Client:
         hundredths = statistics.quantiles(seconds, n=100, method="inclusive")
         return Load(cpu / REQUESTS * 1e3, REQUESTS / elapsed, hundredths[49] * 1e3, hundredths[98] * 1e3)
 
-    async def check(self, name: str) -> None:
-        """Lest something else be measured than answers with ids, or without."""
+    async def check(self, name: str, shows: bytes, does: bool = True) -> None:
+        """Lest something else be measured than answers that show this, or do not."""
         answer = await self._answer(name)
-        if (b'token_ids":[' in answer) is not (name == OURS or self._vllm_gives_ids):
+        if (shows in answer) is not does:
             raise RuntimeError(f"{self._path} of {name} answers: {answer[:1000]!r}")
 
     async def _requests(self, name: str, number: int) -> list[float]:

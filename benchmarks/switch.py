@@ -6,6 +6,7 @@ is patched, and of which every patch is taken off again, is the same process bot
 
 from __future__ import annotations
 
+import os
 from collections.abc import Awaitable, MutableMapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from agentlightning.instrumentation.vllm.middleware import App, RequestContexts
 __all__ = ["ROUTE", "Switch"]
 
 ROUTE = "/instrumented/"
-"""What follows it is `on` or `off`."""
+"""What follows it is `off`, `on`, or `logprobs`: on, with `AGL_LOGPROBS`."""
 
 
 class Switch:
@@ -27,14 +28,17 @@ class Switch:
 
     def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> Awaitable[None]:
         if scope["type"] == "http" and scope["path"].startswith(ROUTE):
-            return self._turn(scope["app"], scope["path"].removeprefix(ROUTE) == "on", send)
+            return self._turn(scope["app"], scope["path"].removeprefix(ROUTE), send)
         return self._app(scope, receive, send)
 
-    async def _turn(self, app: Any, on: bool, send: Any) -> None:
+    async def _turn(self, app: Any, position: str, send: Any) -> None:
+        on = position != "off"
         # As it is before anything of ours: the server starts without us.
         stack = self._vllms_stack = self._vllms_stack or app.middleware_stack
         # On or off, what was on is taken off: one turn is as much work as another.
         uninstrument_vllm()
+        # Read when the patches are put on.
+        os.environ["AGL_LOGPROBS"] = "on" if position == "logprobs" else "off"
         if on:
             instrument_vllm()
         # What is put on when a server starts.

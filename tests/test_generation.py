@@ -8,7 +8,7 @@ import sys
 import uuid
 from array import array
 
-from agentlightning.generation import Choice, Generation, new_id
+from agentlightning.generation import Choice, Generation, RoutedExperts, new_id
 from tests.common.generations import START
 
 LIGHT = """\
@@ -44,6 +44,7 @@ def test_what_is_unknown_is_none() -> None:
 
 def test_a_generation_as_a_dictionary_is_json_with_the_fields_names() -> None:
     choice = Choice(token_ids=array("i", [7, 8]), logprobs=array("f", [-0.5, -2.0]), weight_versions=[("v1", 0, 2)])
+    choice.routed_experts = RoutedExperts((2, 1, 2), array("h", [4, 5, 6, 7]))
     generation = Generation(
         request_id="chatcmpl-1",
         finished_at=START,
@@ -65,6 +66,7 @@ def test_a_generation_as_a_dictionary_is_json_with_the_fields_names() -> None:
             "finish_reason": None,
             "stop_reason": None,
             "weight_versions": [["v1", 0, 2]],
+            "routed_experts": [[[4, 5]], [[6, 7]]],
         }
     ]
 

@@ -57,6 +57,15 @@ def test_text_is_recorded_unless_it_is_switched_off(
     assert settings.record_text() is recorded
 
 
+@pytest.mark.parametrize(("value", "recorded"), [("", False), ("On", True), ("1", True), ("off", False)])
+def test_logprobs_are_recorded_where_they_are_switched_on(
+    monkeypatch: pytest.MonkeyPatch, value: str, recorded: bool
+) -> None:
+    monkeypatch.setenv("AGL_LOGPROBS", value)
+
+    assert settings.logprobs() is recorded
+
+
 @pytest.mark.parametrize(("value", "mebibytes"), [("", 256), ("1", 1), (" 064 ", 64), ("4096", 4096)])
 def test_the_queue_is_bounded_in_mebibytes(monkeypatch: pytest.MonkeyPatch, value: str, mebibytes: int) -> None:
     monkeypatch.setenv("AGL_QUEUE_MB", value)

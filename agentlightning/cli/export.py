@@ -176,6 +176,7 @@ def _schema(pyarrow: Any) -> Any:
             "finish_reason": text,
             "stop_reason": text,
             "weight_versions": pyarrow.list_(span),
+            "routed_experts": pyarrow.list_(pyarrow.list_(pyarrow.list_(pyarrow.int16()))),
         }
     )
     others = {

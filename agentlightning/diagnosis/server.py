@@ -79,8 +79,9 @@ def _refused(address: str, code: int) -> tuple[str, str]:
         return f"{address} wants the server's API key", "give it: --api-key KEY, or VLLM_API_KEY in the environment"
     if code == 404:
         rust = "vLLM's Rust frontend that answers, with token ids only where a request asks for them"
+        records = "what its engine cores record, `agl doctor --store` shows"
         return (
-            f"{address} does not exist: this server is not instrumented, or it is {rust}",
+            f"{address} does not exist: this server is not instrumented, or it is {rust}: {records}",
             "set AGL_INSTRUMENT=1 in the environment of the server, and run `agl doctor` where it runs",
         )
     return f"{address} answers with HTTP {code}", "see the server's log"
@@ -113,7 +114,8 @@ def findings(status: Mapping[str, Any]) -> Iterator[Finding]:
 
 def _recording(recording: Mapping[str, Any]) -> Iterator[Finding]:
     kept = (
-        f"{recording['generations']} generations in {recording['store']}, {recording['queue_bytes']} bytes wait for it"
+        f"this API server has recorded {recording['generations']} generations in {recording['store']}, "
+        f"{recording['queue_bytes']} bytes wait for it"
     )
     if recording["trouble"] is None:
         yield Finding("store", Mark.OK, kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import sys
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,7 +11,7 @@ from itertools import chain
 from operator import attrgetter
 from typing import Any
 
-from agentlightning.generation import STATUSES, Choice, Generation, Loss
+from agentlightning.generation import STATUSES, Choice, Generation, Loss, RoutedExperts
 
 __all__ = [
     "choice_row",
@@ -98,6 +99,7 @@ def choice_row(choice: Choice, generation_key: int, keys: Mapping[str | None, in
         keys[choice.finish_reason],
         None if choice.stop_reason is None else json.dumps(choice.stop_reason),
         None if choice.weight_versions is None else json.dumps(choice.weight_versions),
+        _experts_bytes(choice.routed_experts),
     )
 
 
@@ -137,6 +139,7 @@ def _choice_of(row: Any, texts: Mapping[int | None, str | None]) -> Choice:
         finish_reason=texts[row.finish_reason_key],
         stop_reason=None if row.stop_reason is None else json.loads(row.stop_reason),
         weight_versions=None if versions is None else [tuple(version) for version in versions],
+        routed_experts=_experts(row.routed_experts),
     )
 
 
@@ -208,3 +211,14 @@ def _array(kind: str, found: bytes | None) -> Any:
     if sys.byteorder == "big":
         numbers.byteswap()
     return numbers
+
+
+_SHAPE = struct.Struct("<3I")
+
+
+def _experts_bytes(experts: RoutedExperts | None) -> bytes | None:
+    return None if experts is None else _SHAPE.pack(*experts.shape) + (_bytes(experts.ids) or b"")
+
+
+def _experts(found: bytes | None) -> RoutedExperts | None:
+    return None if found is None else RoutedExperts(_SHAPE.unpack_from(found), _array("h", found[_SHAPE.size :]))

@@ -40,9 +40,9 @@ __all__ = ["SqliteStore"]
 
 APPLICATION_ID = int.from_bytes(b"AgL1", "big")
 """What `PRAGMA application_id` says in our files."""
-VERSION = 1
+VERSION = 2
 """The schema's, as `PRAGMA user_version` says it."""
-MIGRATIONS: Mapping[int, Sequence[str]] = {}
+MIGRATIONS: Mapping[int, Sequence[str]] = {1: ("ALTER TABLE choices ADD COLUMN routed_experts BLOB",)}
 """The statements that make a file of this version one of the next."""
 
 # Set before the file's first page is written, or never: smaller pages waste more of themselves on rows of some KiB.

@@ -59,8 +59,9 @@ choices = Table(
     Column("finish_reason_key", Integer),
     Column("stop_reason", Text),
     Column("weight_versions", Text),
+    Column("routed_experts", LargeBinary),
 )
-"""`stop_reason` and `weight_versions` are JSON."""
+"""`stop_reason` and `weight_versions` are JSON; `routed_experts` is its shape, three uint32, and then int16."""
 
 losses = Table(
     "losses",

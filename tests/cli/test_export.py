@@ -25,7 +25,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from agentlightning.generation import Choice, Generation
+from agentlightning.generation import Choice, Generation, RoutedExperts
 from agentlightning.store import open_store
 from tests.common.generations import START, generation
 from tests.common.vllm import SCRIPTS
@@ -75,6 +75,7 @@ GENERATIONS[3] = generation(
             finish_reason="stop",
             stop_reason=7,
             weight_versions=[("v1", 0, 1), ("v2", 1, 2)],
+            routed_experts=RoutedExperts((2, 3, 2), array("h", range(12))),
         ),
         Choice(index=1, token_ids=array("i"), finish_reason="abort", stop_reason="</s>"),
     ],

@@ -6,7 +6,7 @@ import contextlib
 import http.client
 import json
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,19 +52,19 @@ def _append(texts: dict[int, str], index: int, text: str | None) -> None:
     texts[index] = texts.get(index, "") + (text or "")
 
 
-def post(server: RemoteOpenAIServer, path: str, body: dict[str, Any]) -> Any:
+def post(server: RemoteOpenAIServer, path: str, body: dict[str, Any], headers: Mapping[str, str] | None = None) -> Any:
     """The JSON answer to a request that no client library has touched; a list of events where it is a stream."""
-    return _answer(server, path, json.dumps(body).encode())
+    return _answer(server, path, json.dumps(body).encode(), headers or {})
 
 
 def fetch(server: RemoteOpenAIServer, path: str) -> Any:
     """The same for what is fetched."""
-    return _answer(server, path, None)
+    return _answer(server, path, None, {})
 
 
-def _answer(server: RemoteOpenAIServer, path: str, body: bytes | None) -> Any:
+def _answer(server: RemoteOpenAIServer, path: str, body: bytes | None, more: Mapping[str, str]) -> Any:
     # The key of servers that have one; others do not look at it.
-    headers = {"Content-Type": "application/json", "Authorization": "Bearer none"}
+    headers = {"Content-Type": "application/json", "Authorization": "Bearer none", **more}
     with urllib.request.urlopen(urllib.request.Request(f"{server.url}{path}", body, headers), timeout=120) as response:
         text = response.read().decode()
         if response.headers.get_content_type() != "text/event-stream":

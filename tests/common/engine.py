@@ -50,6 +50,6 @@ class Engine:
         """One step for one request."""
         self.steps([EngineCoreOutput(request_id, [*token_ids], finish_reason=finish_reason)])
 
-    def steps(self, outputs: list[EngineCoreOutput]) -> None:
-        """One step for several of them."""
-        self.processor.process_outputs(outputs)
+    def steps(self, outputs: list[EngineCoreOutput], weights: str | None = None) -> None:
+        """One step for several of them, with the weights of this name."""
+        self.processor.process_outputs(outputs, weight_version=weights)

@@ -254,6 +254,10 @@ SERVING_FROM_0_15 = {
 # Where these have been in every release that has them, or in the newest.
 THE_SAME_EVERYWHERE = {
     "v1/engine/output_processor.py": OUTPUT_PROCESSOR,
+    "v1/engine/async_llm.py": "",
+    "v1/engine/core.py": "",
+    "v1/engine/utils.py": "",
+    "v1/core/sched/scheduler.py": "",
     "v1/utils.py": "",
     "entrypoints/anthropic/protocol.py": MESSAGES_PROTOCOL,
     "entrypoints/anthropic/serving.py": MESSAGES_SERVING,

@@ -255,7 +255,7 @@ def test_a_server_that_keeps_what_it_generates() -> None:
         said = ask(url)
 
     assert said.status == 0
-    assert "ok store 12 generations in run.db, 0 bytes wait for it" in said.text
+    assert "ok store this API server has recorded 12 generations in run.db, 0 bytes wait for it" in said.text
 
 
 def test_a_store_that_cannot_be_written_and_what_was_lost_are_problems() -> None:
@@ -268,7 +268,7 @@ def test_a_store_that_cannot_be_written_and_what_was_lost_are_problems() -> None
         said = ask(url)
 
     assert said.status == 1
-    assert "12 generations in run.db, 4096 bytes wait for it: database is locked" in said.text
+    assert "has recorded 12 generations in run.db, 4096 bytes wait for it: database is locked" in said.text
     assert "generations lost: 3 (queue full), 1 (refused)" in said.text
 
 

@@ -6,9 +6,11 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
+from agentlightning.store import open_store
 from tests.common.reference import greedy
 from tests.common.tiny_model import tiny_model
 from tests.common.vllm import PLAIN, RemoteOpenAIServer, run
@@ -23,10 +25,10 @@ import json, sys
 import grpc
 from smg_grpc_proto import vllm_engine_pb2, vllm_engine_pb2_grpc
 
-port, prompt, tokens = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+port, prompt, tokens, request_id = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 engine = vllm_engine_pb2_grpc.VllmEngineStub(grpc.insecure_channel(f"127.0.0.1:{port}"))
 request = vllm_engine_pb2.GenerateRequest(
-    request_id="x",
+    request_id=request_id,
     tokenized=vllm_engine_pb2.TokenizedInput(input_ids=prompt),
     sampling_params=vllm_engine_pb2.SamplingParams(temperature=0, max_tokens=tokens),
 )
@@ -46,18 +48,32 @@ def grpc_packages(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def test_it_answers_as_ever(grpc_packages: str) -> None:
+def test_it_answers_as_ever_and_is_recorded_for_the_rollout_that_a_requests_id_names(
+    grpc_packages: str, tmp_path: Path
+) -> None:
     environment = {"PYTHONPATH": grpc_packages}
+    store = str(tmp_path / "generations.db")
     with RemoteOpenAIServer(
         "--grpc",
-        env={**environment, "AGL_INSTRUMENT": "1"},
+        env={**environment, "AGL_INSTRUMENT": "1", "AGL_STORE": store, "AGL_LOGPROBS": "on"},
         is_up=lambda server: "Server is ready to accept requests" in server.log,
     ) as server:
         prompt = prompt_token_ids()
-        told = run("python", "-c", ASK, str(server.port), json.dumps(prompt), str(TOKENS), env=environment)
+        asked = (str(server.port), json.dumps(prompt), str(TOKENS), "rollout-7.at-1")
+        told = run("python", "-c", ASK, *asked, env=environment)
 
         assert told.stdout == f"{[greedy(prompt, TOKENS)]}\n", told.stderr
         assert server.log.count(WHY) == server.log.count("agentlightning: ") == 1
+    with open_store(store) as recorded:
+        # The server warms up with requests of its own, which are for none.
+        [kept] = [each for each in recorded.generations() if each.rollout_id is not None]
+    assert (kept.rollout_id, kept.attempt_id, kept.request_id) == ("rollout-7", "at-1", "rollout-7.at-1")
+    assert kept.prompt_token_ids is not None
+    assert kept.prompt_token_ids.tolist() == prompt
+    [choice] = kept.choices
+    assert choice.token_ids is not None
+    assert choice.token_ids.tolist() == greedy(prompt, TOKENS)
+    assert len(choice.logprobs or ()) == TOKENS
 
 
 @pytest.mark.parametrize("command", [(*PLAIN, "--grpc"), PYTHON_M], ids=["vllm serve --grpc", "python -m"])

@@ -52,9 +52,18 @@ class Load:
         rollout: whose all of it is.
         streams: what is asked for.
         at_once: how many clients there are. One whose stream is broken off by the server does not come again.
+        by_request_id: whether they say whose a request is by X-Request-Id alone.
     """
 
-    def __init__(self, server: RecordingServer, rollout: str, streams: Iterable[Stream], at_once: int = 16) -> None:
+    def __init__(
+        self,
+        server: RecordingServer,
+        rollout: str,
+        streams: Iterable[Stream],
+        at_once: int = 16,
+        by_request_id: bool = False,
+    ) -> None:
+        self._by_request_id = by_request_id
         self._server = server
         self._rollout = rollout
         self._next = iter(streams)
@@ -110,6 +119,8 @@ class Load:
             prompt=stream.prompt, max_tokens=stream.tokens, ignore_eos=True, stream=True, return_token_ids=True
         )
         headers = {"x-agl-rollout-id": self._rollout, "x-agl-attempt-id": str(stream.number)}
+        if self._by_request_id:
+            headers = {"X-Request-Id": f"{self._rollout}.{stream.number}"}
         headers["Authorization"] = "Bearer none"
         async with session.post("/v1/completions", json=body, headers=headers) as response:
             response.raise_for_status()
@@ -141,7 +152,7 @@ def checked(kept: Iterable[Generation], streams: Iterable[Stream]) -> dict[int, 
     found = [*kept]
     by_number = {int(str(each.attempt_id)): each for each in found}
     asked = {stream.number: stream for stream in streams}
-    assert len(by_number) == len({each.id for each in found}) == len({each.call_id for each in found}) == len(found)
+    assert len(by_number) == len({each.id for each in found}) == len({each.request_id for each in found}) == len(found)
     assert by_number.keys() <= asked.keys()
     for number, each in by_number.items():
         stream = asked[number]

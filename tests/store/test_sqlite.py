@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from agentlightning.generation import Choice, Generation, Loss, new_id
+from agentlightning.generation import Choice, Generation, Loss, RoutedExperts, new_id
 from agentlightning.store import Store, StoreRefused, StoreUnavailable, filesystem, open_store, sqlite
 from tests.common.generations import SECOND, START, generation
 
@@ -80,6 +80,7 @@ FULL = Generation(
             finish_reason="stop",
             stop_reason="7",
             weight_versions=[("v1", 0, 1), ("v2", 1, 2)],
+            routed_experts=RoutedExperts((2, 3, 2), array("h", range(12))),
         ),
         Choice(index=1, token_ids=array("i"), finish_reason="abort", stop_reason=7, weight_versions=[]),
         Choice(index=2),
@@ -396,31 +397,44 @@ def test_a_file_of_a_newer_schema_is_refused_and_left_as_it_is(path: Path) -> No
         connection.execute("PRAGMA user_version = 7")
     before = path.read_bytes()
 
-    with pytest.raises(StoreRefused, match=r"written by a newer agentlightning \(schema 7, this one knows 1\)"):
+    with pytest.raises(StoreRefused, match=r"written by a newer agentlightning \(schema 7, this one knows 2\)"):
         open_store(str(path))
 
     assert path.read_bytes() == before
 
 
-def test_a_file_of_an_older_schema_is_brought_up_to_date_when_it_is_opened(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """There is no older one yet: today's is the older one here, and two steps lead on from it."""
+def test_a_file_of_version_1_is_brought_up_to_date_when_it_is_opened(path: Path) -> None:
+    old = [generation(number) for number in range(10)]
+    with open_store(str(path)) as store:
+        store.add(old)
+    with closing(sqlite3.connect(path)) as connection:
+        # All that version 2 has more.
+        connection.execute("ALTER TABLE choices DROP COLUMN routed_experts")
+        connection.execute("PRAGMA user_version = 1")
+
+    with open_store(str(path)) as store:
+        store.add([FULL])
+        assert [*store.generations()] == sorted([*old, FULL], key=lambda each: each.finished_at)
+    assert query(path, "PRAGMA user_version") == 2
+
+
+def test_every_step_from_an_older_schema_is_taken_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Today's is the older one here, and two steps lead on from it."""
     kept = [generation(number) for number in range(10)]
     with open_store(str(path)) as store:
         store.add(kept)
     steps = {
-        1: ("ALTER TABLE losses ADD COLUMN note TEXT", "UPDATE losses SET note = 'of version 2'"),
-        2: ("CREATE TABLE notes (note TEXT)", "INSERT INTO notes VALUES ('of version 3')"),
+        2: ("ALTER TABLE losses ADD COLUMN note TEXT", "UPDATE losses SET note = 'of version 3'"),
+        3: ("CREATE TABLE notes (note TEXT)", "INSERT INTO notes VALUES ('of version 4')"),
     }
-    monkeypatch.setattr(sqlite, "VERSION", 3)
+    monkeypatch.setattr(sqlite, "VERSION", 4)
     monkeypatch.setattr(sqlite, "MIGRATIONS", steps)
 
     with open_store(str(path)) as store:
         assert [*store.generations()] == kept
 
-    assert query(path, "PRAGMA user_version") == 3
-    assert query(path, "SELECT note FROM notes") == "of version 3"
+    assert query(path, "PRAGMA user_version") == 4
+    assert query(path, "SELECT note FROM notes") == "of version 4"
     # The steps are not taken again.
     open_store(str(path)).close()
     assert query(path, "SELECT count(*) FROM notes") == 1
@@ -430,12 +444,12 @@ def test_a_step_that_fails_leaves_the_older_file_whole(path: Path, monkeypatch: 
     with open_store(str(path)) as store:
         store.add([generation(1)])
     with monkeypatch.context() as newer:
-        newer.setattr(sqlite, "VERSION", 2)
-        newer.setattr(sqlite, "MIGRATIONS", {1: ("CREATE TABLE notes (note TEXT)", "CREATE TABLE generations (again)")})
+        newer.setattr(sqlite, "VERSION", 3)
+        newer.setattr(sqlite, "MIGRATIONS", {2: ("CREATE TABLE notes (note TEXT)", "CREATE TABLE generations (again)")})
         with pytest.raises(StoreUnavailable, match="already exists"):
             open_store(str(path))
 
-    assert query(path, "PRAGMA user_version") == 1
+    assert query(path, "PRAGMA user_version") == 2
     assert query(path, "SELECT count(*) FROM sqlite_master WHERE name = 'notes'") == 0
     with open_store(str(path)) as store:
         assert [*store.generations()] == [*store.generations(rollout_id="rollout-0")] != []

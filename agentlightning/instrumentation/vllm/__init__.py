@@ -21,6 +21,7 @@ from agentlightning.instrumentation.vllm import (
     batch,
     chat,
     completions,
+    engine_core,
     generate,
     messages,
     output_processor,
@@ -56,6 +57,9 @@ def _patch_set(name: str, home: releases.Home, *patches: Patch) -> PatchSet:
 JUDGE = _patch_set("start-up check", releases.SERVE_ARGUMENTS, *strict.argument_patches(lambda: _failures()))
 PATCH_SETS = (
     _patch_set("capture", releases.OUTPUT_PROCESSOR, *output_processor.CAPTURE_PATCHES),
+    _patch_set("engine client", releases.ENGINE_CLIENT, *output_processor.CLIENT_PATCHES),
+    _patch_set("engine core", releases.ENGINE_CORE, *engine_core.CORE_PATCHES),
+    _patch_set("scheduler", releases.SCHEDULER, *engine_core.SCHEDULER_PATCHES),
     _patch_set("chat response", releases.CHAT_PROTOCOL, *chat.RESPONSE_PATCHES),
     _patch_set("chat", releases.CHAT_SERVING, *chat.SERVING_PATCHES),
     _patch_set("chat batch", releases.BATCH_SERVING, *batch.SERVING_PATCHES),
@@ -76,7 +80,8 @@ PATCH_SETS = (
         *server.server_patches(lambda: status()),
         *strict.server_patches(lambda: _failures()),
     ),
-    _patch_set("shutdown", releases.PROCESS_MANAGERS, *shutdown.MANAGER_PATCHES),
+    _patch_set("shutdown", releases.API_SERVER_MANAGER, *shutdown.API_SERVER_PATCHES),
+    _patch_set("engine shutdown", releases.ENGINE_CORE_MANAGER, *shutdown.ENGINE_CORE_PATCHES),
     JUDGE,
 )
 

@@ -12,7 +12,7 @@ from agentlightning.instrumentation.vllm import request_context
 from agentlightning.instrumentation.vllm.containment import contained
 from agentlightning.instrumentation.vllm.request_context import RequestContext
 
-__all__ = ["RequestContexts", "ignored"]
+__all__ = ["RequestContexts", "ignored", "is_id"]
 
 Scope = MutableMapping[str, Any]
 App = Callable[[Scope, Any, Any], Awaitable[None]]
@@ -69,13 +69,18 @@ def _without_prefix(scope: Scope, context: RequestContext) -> Scope:
     match = _PREFIX.fullmatch(path[len(before) :])
     if match is None:
         return scope
-    ids = [unquote(part) if part else None for part in match.group("rollout", "attempt")]
-    if not all(_is_id(part) for part in ids if part):
+    ids = [_decoded(part) if part else None for part in match.group("rollout", "attempt")]
+    if not all(is_id(part) for part in ids if part):
         return scope
     context.rollout_id, context.attempt_id = ids
     rest = before + match["rest"]
     # Decoded as the server decodes it, and once: what is guarded and what is routed are both read from "path".
-    return {**scope, "path": unquote(rest), "raw_path": rest}
+    return {**scope, "path": _decoded(rest), "raw_path": rest}
+
+
+def _decoded(part: bytes) -> str:
+    # Most have nothing to decode, and this runs for every request.
+    return unquote(part) if b"%" in part or not part.isascii() else part.decode()
 
 
 def _read_headers(headers: dict[bytes, bytes], context: RequestContext) -> None:
@@ -103,13 +108,14 @@ def _header(headers: dict[bytes, bytes], name: bytes) -> str | None:
 def _checked(where: str, value: str | None) -> str | None:
     if not value:
         return None
-    if _is_id(value):
+    if is_id(value):
         return value
     ignored[where] += 1
     return None
 
 
-def _is_id(value: str) -> bool:
+def is_id(value: str) -> bool:
+    """Whether a value can be the id of a rollout, an attempt or a session."""
     return len(value) <= MAX_ID_LENGTH and not _IN_NO_ID.search(value)
 
 

@@ -10,18 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from agentlightning.instrumentation.vllm import recording, request_context
+from agentlightning import settings
+from agentlightning.instrumentation.vllm import claims, logprobs, recording, request_context, running
 from agentlightning.instrumentation.vllm.containment import contained
 from agentlightning.instrumentation.vllm.request_context import EngineRequest, RequestContext
-from agentlightning.instrumentation.vllm.running import name_of
 from agentlightning.patching import Patch, Where, Wrap
 
-__all__ = ["CAPTURE_PATCHES"]
+__all__ = ["CAPTURE_PATCHES", "CLIENT_PATCHES"]
 
 
 def tied(add_request: Callable[..., Any]) -> Callable[..., Any]:
     """The wrapper around `OutputProcessor.add_request`, which runs once for each request to the engine."""
-    records = recording.is_on()
+    records, asks = recording.is_on(), settings.logprobs()
 
     def add_request_and_tie(
         self: Any, request: Any, prompt: Any, parent_req: Any = None, *args: Any, **kwargs: Any
@@ -37,20 +37,30 @@ def tied(add_request: Callable[..., Any]) -> Callable[..., Any]:
         if state.detokenizer is not None:
             if context is not None and collects:
                 contained("capturing a request", _tie, state, request, context)
-            # An offline LLM has no queue. Where more input comes in between (realtime), it is no prompt and its answer.
-            if records and state.queue is not None and not getattr(request, "resumable", False):
-                contained("recording a request", _note, self, state, request, parent_req, context)
+            if records:
+                contained("recording a request", _note, self, state, request, parent_req, context, asks)
         return answer
 
     return add_request_and_tie
 
 
 def _tie(state: Any, request: Any, context: RequestContext) -> None:
-    context.engine_requests.append(EngineRequest(name_of(request), request.prompt_token_ids, state.detokenizer))
+    name = running.name_of(request)
+    context.engine_requests.append(EngineRequest(name, request.prompt_token_ids, state.detokenizer))
 
 
-def _note(processor: Any, state: Any, request: Any, parent_req: Any, context: RequestContext | None) -> None:
-    recording.running(processor).add(state, request, parent_req, context)
+def _note(
+    processor: Any, state: Any, request: Any, parent_req: Any, context: RequestContext | None, asks: bool
+) -> None:
+    asked: dict[str, Any] = {}
+    # An offline LLM has no queue. Where more input comes in between (realtime), it is no prompt and its answer.
+    if state.queue is not None and not getattr(request, "resumable", False):
+        running.running(processor).add(state, request, parent_req, context)
+        if asks and not logprobs.are_wanted(request.sampling_params):
+            state.logprobs_processor.update_from_output = logprobs.Taking(state.logprobs_processor.update_from_output)
+            asked = {"logprobs": logprobs.NUMBER_ASKED_FOR}
+    # vLLM sends it to the engine when this has returned.
+    claims.claim(request, **asked)
 
 
 def finishing(process_outputs: Callable[..., Any]) -> Callable[..., Any]:
@@ -61,10 +71,10 @@ def finishing(process_outputs: Callable[..., Any]) -> Callable[..., Any]:
         before = len(states)
         answer = process_outputs(self, engine_core_outputs, *args, **kwargs)
         # Most steps end nothing, and those cost the same however many requests are in them.
-        running = recording.under_way(self) if len(states) < before else None
-        if running is not None:
+        under_way = running.under_way(self) if len(states) < before else None
+        if under_way is not None:
             for ended in [output for output in engine_core_outputs if output.request_id not in states]:
-                contained("recording what ended", running.finish, ended)
+                contained("recording what ended", under_way.finish, ended)
         return answer
 
     return process_outputs_and_finish
@@ -75,9 +85,9 @@ def aborting(abort_requests: Callable[..., Any]) -> Callable[..., Any]:
 
     def abort_requests_and_give_up(self: Any, *args: Any, **kwargs: Any) -> Any:
         aborted = abort_requests(self, *args, **kwargs)
-        running = recording.under_way(self)
-        if running is not None:
-            contained("recording an abort", running.give_up, aborted, "abort")
+        under_way = running.under_way(self)
+        if under_way is not None:
+            contained("recording an abort", under_way.give_up, aborted, "abort")
         return aborted
 
     return abort_requests_and_give_up
@@ -87,12 +97,26 @@ def failing(propagate_error: Callable[..., Any]) -> Callable[..., Any]:
     """The wrapper around `OutputProcessor.propagate_error`: the engine is dead, and with it all that is under way."""
 
     def propagate_error_and_give_up(self: Any, *args: Any, **kwargs: Any) -> Any:
-        running = recording.under_way(self)
-        if running is not None:
-            contained("recording the engine's death", running.give_up_all, "error")
+        under_way = running.under_way(self)
+        if under_way is not None:
+            contained("recording the engine's death", under_way.give_up_all, "error")
         return propagate_error(self, *args, **kwargs)
 
     return propagate_error_and_give_up
+
+
+def knowing_the_mode(init: Callable[..., Any]) -> Callable[..., Any]:
+    """The wrapper around `AsyncLLM.__init__`, which knows what the engine's logprobs will be of."""
+
+    def init_and_tell_the_mode(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, vllm_config, *args, **kwargs)
+        contained("reading the logprobs' mode", _note_mode, self.output_processor, vllm_config.model_config)
+
+    return init_and_tell_the_mode
+
+
+def _note_mode(processor: Any, model_config: Any) -> None:
+    running.note_logprobs_mode(processor, logprobs.mode_of(model_config))
 
 
 def _records(module: object) -> bool:
@@ -105,3 +129,4 @@ CAPTURE_PATCHES: tuple[Patch, ...] = (
     Where(_records, Wrap("OutputProcessor.abort_requests", ("request_ids",), aborting)),
     Where(_records, Wrap("OutputProcessor.propagate_error", (), failing)),
 )
+CLIENT_PATCHES: tuple[Patch, ...] = (Where(_records, Wrap("AsyncLLM.__init__", ("vllm_config",), knowing_the_mode)),)

@@ -62,7 +62,11 @@ GENERATE_SERVING = Home(
     since="0.11.1",
 )
 OUTPUT_PROCESSOR = Home(("vllm.v1.engine.output_processor",))
-PROCESS_MANAGERS = Home(("vllm.v1.utils",))
+ENGINE_CLIENT = Home(("vllm.v1.engine.async_llm",))
+ENGINE_CORE = Home(("vllm.v1.engine.core",))
+SCHEDULER = Home(("vllm.v1.core.sched.scheduler",))
+API_SERVER_MANAGER = Home(("vllm.v1.utils",))
+ENGINE_CORE_MANAGER = Home(("vllm.v1.engine.utils",), since="0.9.2")
 SERVE_ARGUMENTS = Home(
     (
         "vllm.entrypoints.launchers.cli_args",  # from 0.29.0
@@ -99,6 +103,11 @@ ids to who did not ask; to 0.12 streams lose the ids of chunks that are left out
 """
 GENERATE_RETURN_TOKEN_IDS_SINCE = "0.30.0"
 """The first whose `/inference/v1/generate` does."""
+
+
+def serves_grpc() -> bool:
+    """Whether this process serves vLLM's gRPC."""
+    return any(module in sys.modules for module in GRPC)
 
 
 def gives_token_ids(request_model: Any) -> bool:

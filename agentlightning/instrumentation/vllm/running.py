@@ -2,14 +2,65 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
+from agentlightning.instrumentation.vllm import recording
 from agentlightning.instrumentation.vllm.containment import contained
+from agentlightning.instrumentation.vllm.generations import generation_of
+from agentlightning.instrumentation.vllm.records import Ended, Record
 from agentlightning.instrumentation.vllm.request_context import RequestContext
 
-__all__ = ["Ended", "Record", "Running", "name_of"]
+__all__ = ["Running", "give_up_all", "name_of", "note_logprobs_mode", "running", "start", "under_way"]
+
+_running: WeakKeyDictionary[Any, Running] = WeakKeyDictionary()
+_logprobs_modes: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+
+
+@functools.cache
+def start() -> None:
+    """Open the store before the first request needs it, so that what stands in its way is told when a server starts."""
+    recording.recorder().start()
+    # After the recorder's own, and so called before it: what is under way then is kept too.
+    atexit.register(give_up_all)
+
+
+def running(processor: Any) -> Running:
+    """What is under way in one of vLLM's `OutputProcessor`s, from its first request on."""
+    found = _running.get(processor)
+    if found is None:
+        start()
+        found = _running[processor] = Running(_keep, _logprobs_modes.get(processor))
+    return found
+
+
+def note_logprobs_mode(processor: Any, mode: str) -> None:
+    """Say what the logprobs are of, in vLLM's words, that one of vLLM's `OutputProcessor`s will see."""
+    _logprobs_modes[processor] = mode
+
+
+def under_way(processor: Any) -> Running | None:
+    """The same where there has been a request that is kept: in an offline LLM there is none."""
+    return _running.get(processor)
+
+
+def give_up_all() -> None:
+    """The server ends: what is under way ends with it."""
+    for each in list(_running.values()):
+        each.give_up_all("abort")
+
+
+def _keep(record: Record) -> None:
+    token_ids, experts = len(record.request.prompt_token_ids or ()), 0
+    for ended in record.ended:
+        token_ids += len(ended.state.detokenizer.token_ids)
+        if ended.routed_experts:
+            experts += sum(chunk.nbytes for chunk in ended.routed_experts)
+    recording.keep(functools.partial(generation_of, record, time.time_ns()), token_ids, experts)
 
 
 def name_of(request: Any) -> str:
@@ -17,54 +68,29 @@ def name_of(request: Any) -> str:
     return getattr(request, "external_req_id", None) or request.request_id
 
 
-@dataclass(slots=True)
-class Ended:
-    """How one request to the engine ended.
-
-    Attributes:
-        state: vLLM's `RequestState`, whose lists it does not touch any more.
-        finish_reason, stop_reason, weight_versions: as vLLM's last `CompletionOutput` for it has them.
-    """
-
-    state: Any
-    finish_reason: str | None
-    stop_reason: int | str | None = None
-    weight_versions: Any = None
-
-
-@dataclass(slots=True)
-class Record:
-    """What becomes one generation: a request to the engine, or the `n` that vLLM makes of one."""
-
-    name: str
-    request: Any
-    sampling_params: Any
-    context: RequestContext | None
-    n: int = 1
-    open: int = 0
-    ended: list[Ended] = field(default_factory=list)
-
-
 class Running:
     """The requests of one `OutputProcessor` that have not ended.
 
     Args:
         keep: is given each record when it is complete.
+        logprobs_mode: what the engine's logprobs are of, in vLLM's words.
     """
 
-    def __init__(self, keep: Callable[[Record], object]) -> None:
+    def __init__(self, keep: Callable[[Record], object], logprobs_mode: str | None = None) -> None:
         self._keep = keep
+        self._logprobs_mode = logprobs_mode
         self._requests: dict[str, tuple[Record, Any]] = {}
         self._parents: dict[str, Record] = {}
 
     def add(self, state: Any, request: Any, parent: Any, context: RequestContext | None) -> None:
         """Note a request when vLLM does; `parent` is that of the requests that it makes of one with n > 1."""
         if parent is None:
-            record = Record(name_of(request), request, request.sampling_params, context)
+            record = Record(name_of(request), request, request.sampling_params, context, self._logprobs_mode)
         elif parent.request_id in self._parents:
             record = self._parents[parent.request_id]
         else:
-            record = Record(name_of(parent), request, parent.sampling_params, context, parent.n)
+            params = parent.sampling_params
+            record = Record(name_of(parent), request, params, context, self._logprobs_mode, parent.n)
             self._parents[parent.request_id] = record
         record.open += 1
         self._requests[request.request_id] = (record, state)
@@ -76,11 +102,11 @@ class Running:
         record, state = self._requests.pop(output.request_id)
         last = _last_output(state)
         if last is not None:
-            ended = Ended(state, last.finish_reason, last.stop_reason, getattr(last, "weight_versions", None))
+            ended = Ended(state, last.finish_reason, last.stop_reason, _routed_experts(state, last))
         else:
             # Without a reason of the engine's, vLLM has found a stop string.
             reason = "stop" if output.finish_reason is None else str(output.finish_reason)
-            ended = Ended(state, reason, output.stop_reason)
+            ended = Ended(state, reason, output.stop_reason, _routed_experts(state, None))
         record.open -= 1
         record.ended.append(ended)
         if len(record.ended) == record.n:
@@ -93,7 +119,7 @@ class Running:
             if request_id in self._requests:
                 record, state = self._requests.pop(request_id)
                 record.open -= 1
-                record.ended.append(Ended(state, finish_reason))
+                record.ended.append(Ended(state, finish_reason, routed_experts=_routed_experts(state, None)))
                 # What vLLM has not registered by now of one with n > 1 never comes.
                 if not record.open:
                     closing.append(record)
@@ -121,3 +147,13 @@ def _last_output(state: Any) -> Any:
         if output is not None and output.index == state.request_index:
             return output
     return None
+
+
+def _routed_experts(state: Any, last: Any) -> list[Any]:
+    """The arrays of the experts that the ids went through, where vLLM was told to return them."""
+    # Before they came with every step (as read, in 0.14.1 and 0.18.1), they came with the last output.
+    chunks = getattr(state, "routed_experts_chunks", None)
+    if chunks is None:
+        whole = getattr(last, "routed_experts", None)
+        chunks = [] if whole is None else [whole]
+    return chunks

@@ -9,7 +9,7 @@ from typing import Any
 
 import agentlightning
 from agentlightning import settings
-from agentlightning.instrumentation.vllm import recording, strict
+from agentlightning.instrumentation.vllm import recording, running, strict
 from agentlightning.instrumentation.vllm.containment import contained, failures
 from agentlightning.instrumentation.vllm.middleware import RequestContexts, ignored
 from agentlightning.patching import Patch, Status, Wrap
@@ -54,7 +54,7 @@ def server_patches(statuses: Statuses) -> tuple[Patch, ...]:
             finally:
                 # The engine is stopped, or will be in a moment. Who still waits for it is told by nobody: vLLM itself
                 # waits then until they leave, or until it is killed.
-                contained("recording what is under way", recording.give_up_all)
+                contained("recording what is under way", running.give_up_all)
 
         return set_up_and_serve_http
 
@@ -67,7 +67,7 @@ def _set_up(app: Any, statuses: Statuses) -> None:
     _add_route(app, statuses)
     _open_contexts(app)
     if recording.is_on():
-        contained("opening the store", recording.start)
+        contained("opening the store", running.start)
 
 
 def _add_route(app: Any, statuses: Statuses) -> None:

@@ -1,24 +1,25 @@
-"""The time that API servers get to write down what they hold, where vLLM runs several of them.
+"""The time that processes get to write down what they hold, where vLLM's main process stops them.
 
 From 0.18 (as read; not yet in 0.15.1) it kills them right after their SIGTERM, unless it is given a --shutdown-timeout.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from agentlightning.instrumentation.vllm import recording
+from agentlightning.instrumentation.vllm import claims, recording
 from agentlightning.patching import Patch, Where, Wrap
 
-__all__ = ["MANAGER_PATCHES"]
+__all__ = ["API_SERVER_PATCHES", "ENGINE_CORE_PATCHES"]
 
 # What a recorder takes at most, and what vLLM does before it comes to it. Nobody waits longer than they take.
 SECONDS = 7.0
 
 
-def patient(shutdown: Callable[..., Any]) -> Callable[..., Any]:
+def patient_with_api_servers(shutdown: Callable[..., Any]) -> Callable[..., Any]:
     """The wrapper around `APIServerProcessManager.shutdown`."""
 
     def shutdown_patiently(manager: Any, timeout: float | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -27,11 +28,31 @@ def patient(shutdown: Callable[..., Any]) -> Callable[..., Any]:
     return shutdown_patiently
 
 
-def _has_no_patience(module: ModuleType) -> bool:
-    manager = getattr(module, "APIServerProcessManager", None)
-    return recording.is_on() and hasattr(manager, "shutdown")
+def patient_with_engine_cores(shutdown: Callable[..., Any]) -> Callable[..., Any]:
+    """The wrapper around `CoreEngineProcManager.shutdown`."""
+
+    def shutdown_patiently(manager: Any, timeout: float | None = None, *args: Any, **kwargs: Any) -> Any:
+        # Others have nothing to write down, and take their time to clean up.
+        if timeout is not None and claims.frontend_is_elsewhere(sys.argv):
+            timeout = max(timeout, SECONDS)
+        return shutdown(manager, timeout, *args, **kwargs)
+
+    return shutdown_patiently
 
 
-MANAGER_PATCHES: tuple[Patch, ...] = (
-    Where(_has_no_patience, Wrap("APIServerProcessManager.shutdown", ("timeout",), patient)),
+def _manages(name: str) -> Callable[[ModuleType], bool]:
+    return lambda module: recording.is_on() and hasattr(getattr(module, name, None), "shutdown")
+
+
+API_SERVER_PATCHES: tuple[Patch, ...] = (
+    Where(
+        _manages("APIServerProcessManager"),
+        Wrap("APIServerProcessManager.shutdown", ("timeout",), patient_with_api_servers),
+    ),
+)
+ENGINE_CORE_PATCHES: tuple[Patch, ...] = (
+    Where(
+        _manages("CoreEngineProcManager"),
+        Wrap("CoreEngineProcManager.shutdown", ("timeout",), patient_with_engine_cores),
+    ),
 )

@@ -12,11 +12,14 @@ from types import ModuleType
 from typing import Any
 
 from agentlightning import settings
+from agentlightning.instrumentation.vllm import claims, recording
 from agentlightning.patching import Patch, Wrap
 
 __all__ = ["app_patches", "argument_patches", "judge_grpc", "limits", "refuse", "server_patches"]
 
 logger = logging.getLogger("agentlightning")
+
+RECORDED_BY_ENGINE = "the engine core records what it generates, for the rollout that X-Request-Id names"
 
 Failures = Callable[[], Sequence[str]]
 
@@ -102,12 +105,11 @@ def _past_us(args: Any) -> list[str]:
     # As ServeSubcommand.cmd decides; where no subcommand was read (python -m ...api_server), Python answers.
     if getattr(args, "subparser", None) != "serve" or getattr(args, "grpc", False):
         return []
-    from vllm import envs
-
-    if getattr(envs, "VLLM_USE_RUST_FRONTEND", False):
-        answers = 'with token ids only where a request says "return_token_ids": true'
-        return [f"vLLM's Rust frontend (VLLM_USE_RUST_FRONTEND) answers without Python, {answers}"]
-    return []
+    if not claims.uses_rust_frontend():
+        return []
+    answers = 'with token ids only where a request says "return_token_ids": true'
+    records = f"; {RECORDED_BY_ENGINE}" if recording.is_on() else ""
+    return [f"vLLM's Rust frontend (VLLM_USE_RUST_FRONTEND) answers without Python, {answers}{records}"]
 
 
 def limits(app: Any) -> list[str]:

@@ -12,6 +12,7 @@ from vllm.v1.engine import FinishReason
 from agentlightning import instrumentation
 from agentlightning.generation import Generation
 from agentlightning.instrumentation.vllm import recording
+from agentlightning.instrumentation.vllm.running import under_way
 from agentlightning.store import open_store
 from tests.common.engine import Engine
 
@@ -30,7 +31,7 @@ def engine(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     engine = Engine()
     yield engine
     # Whatever the end was, nothing is held on to.
-    running = recording.under_way(engine.processor)
+    running = under_way(engine.processor)
     assert running is None or (running._requests, running._parents) == ({}, {})
 
 

@@ -1,0 +1,296 @@
+"""The capture where no frontend of ours is: the engine core records the requests that nobody has claimed.
+
+They come and go by three methods of vLLM's `Scheduler`: `add_request`, `update_from_output` with what each step has
+sampled, and `finish_requests` for those that are given up. All of it happens in the one thread of the engine core.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from array import array
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from agentlightning import settings
+from agentlightning.generation import Choice, Generation, Status
+from agentlightning.instrumentation.vllm import claims, logprobs, recording, request_names
+from agentlightning.instrumentation.vllm.containment import contained
+from agentlightning.instrumentation.vllm.generations import as_json, routed_experts, weight_versions
+from agentlightning.patching import Patch, Where, Wrap
+
+__all__ = ["CORE_PATCHES", "SCHEDULER_PATCHES"]
+
+logger = logging.getLogger("agentlightning")
+
+STATUS_OF: dict[str, Status] = {"abort": "aborted", "error": "error"}
+
+_unclaimed: WeakKeyDictionary[Any, Unclaimed] = WeakKeyDictionary()
+_weights: str | None = None
+"""Those of the engine core in this process, where vLLM names them."""
+
+
+@dataclass(slots=True)
+class Followed:
+    """A request to the engine, while it is followed.
+
+    Attributes:
+        request: vLLM's `Request`, which has the ids so far.
+        sampling_params: as the frontend made them.
+        asks: whether only the recording wants logprobs.
+        logprobs, routed_experts: arrays of each step.
+        weight_versions: the weights that it is sampled with, from which place on.
+        finish_reason, stop_reason: as the engine says them.
+    """
+
+    request: Any
+    sampling_params: Any
+    asks: bool = False
+    logprobs: list[Any] = field(default_factory=list)
+    routed_experts: list[Any] = field(default_factory=list)
+    weight_versions: list[tuple[str, int]] = field(default_factory=list)
+    first_token_at: int | None = None
+    cached_tokens: int | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    def take(self, output: Any) -> None:
+        """What a step has sampled for it: an `EngineCoreOutput` on its way to the frontend."""
+        if self.first_token_at is None:
+            self.first_token_at = time.time_ns()
+            # In the statistics of the prefill from 0.22 on (as read); before, in every output.
+            self.cached_tokens = getattr(getattr(output, "prefill_stats", output), "num_cached_tokens", None)
+        if self.asks:
+            logprobs.take(output, self.logprobs)
+        elif output.new_logprobs is not None:
+            self.logprobs.append(output.new_logprobs.logprobs)
+        experts = getattr(output, "routed_experts", None)
+        if experts is not None:
+            self.routed_experts.append(experts)
+
+
+class Unclaimed:
+    """The requests of one `Scheduler` that nobody has claimed, and that have not ended."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self._config = getattr(getattr(scheduler, "vllm_config", None), "model_config", None)
+        self._followed: dict[str, Followed] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._followed)
+
+    def follow(self, request: Any) -> None:
+        """Follow a request from here on."""
+        params = request.sampling_params
+        followed = self._followed[request.request_id] = Followed(request, params)
+        if settings.logprobs() and not logprobs.are_wanted(params):
+            claims.claim(request, logprobs=logprobs.NUMBER_ASKED_FOR)
+            followed.asks = True
+        if _weights is not None:
+            followed.weight_versions.append((_weights, 0))
+
+    def sampled(self, outputs: Any) -> None:
+        """A step is over: `outputs` is what `update_from_output` gives, a batch for each frontend."""
+        # To 0.9.0 there is one.
+        for batch in outputs.values() if isinstance(outputs, dict) else (outputs,):
+            for output in batch.outputs:
+                followed = self._followed.get(output.request_id)
+                if followed is not None:
+                    followed.take(output)
+                    if output.finish_reason is not None:
+                        followed.stop_reason = output.stop_reason
+                        self._end(followed, str(output.finish_reason))
+
+    def given_up(self, request_ids: Iterable[str] | None) -> None:
+        """These are to have ended, all of them for None."""
+        for request_id in list(self._followed if request_ids is None else request_ids):
+            followed = self._followed.get(request_id)
+            if followed is not None and followed.request.is_finished():
+                self._end(followed, str(followed.request.get_finished_reason()))
+
+    def give_up_all(self, finish_reason: str) -> None:
+        """The engine ends, and with it all that is under way."""
+        for followed in list(self._followed.values()):
+            self._end(followed, finish_reason)
+
+    def weights_are(self, version: str) -> None:
+        """From the next step on other weights are sampled with."""
+        for followed in self._followed.values():
+            followed.weight_versions.append((version, len(followed.request.output_token_ids)))
+
+    def _end(self, followed: Followed, finish_reason: str) -> None:
+        del self._followed[followed.request.request_id]
+        followed.finish_reason = finish_reason
+        request = followed.request
+        ids = len(request.prompt_token_ids or ()) + len(request.output_token_ids)
+        experts = sum(chunk.nbytes for chunk in followed.routed_experts)
+        recording.keep(functools.partial(_generation_of, followed, self._config, time.time_ns()), ids, experts)
+
+
+def _generation_of(followed: Followed, config: Any, finished_at: int) -> Generation:
+    request = followed.request
+    name = request_names.read(request.request_id, from_rust=claims.uses_rust_frontend())
+    token_ids = array("i", request.output_token_ids)
+    found = logprobs.of_sampled_ids(followed.logprobs, len(token_ids)) if followed.logprobs else None
+    return Generation(
+        request_id=name.request_id,
+        response_id=name.response_id,
+        endpoint=name.endpoint,
+        model=_model(request, config),
+        rollout_id=name.rollout_id,
+        attempt_id=name.attempt_id,
+        started_at=int(request.arrival_time * 1e9),
+        first_token_at=followed.first_token_at,
+        finished_at=finished_at,
+        status=STATUS_OF.get(str(followed.finish_reason), "finished"),
+        prompt_token_ids=array("i", request.prompt_token_ids) if request.prompt_token_ids else None,
+        sampling_params=as_json(followed.sampling_params, settings.record_text()),
+        logprobs_mode=None if found is None else logprobs.mode_of(config),
+        cached_tokens=followed.cached_tokens,
+        choices=[
+            Choice(
+                index=name.choice,
+                token_ids=token_ids,
+                logprobs=found,
+                finish_reason=followed.finish_reason,
+                stop_reason=followed.stop_reason,
+                weight_versions=weight_versions(followed.weight_versions, len(token_ids)),
+                routed_experts=routed_experts(followed.routed_experts),
+            )
+        ],
+    )
+
+
+def _model(request: Any, config: Any) -> str | None:
+    """The name that a frontend answers with: the first that the model is served under, or an adapter's."""
+    if request.lora_request is not None:
+        return request.lora_request.lora_name
+    names = getattr(config, "served_model_name", None)
+    return names[0] if isinstance(names, list) else names
+
+
+def following(add_request: Callable[..., Any]) -> Callable[..., Any]:
+    """The wrapper around `Scheduler.add_request`."""
+
+    def add_request_and_follow(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        params = request.sampling_params
+        # A pooling request has none. Where more input comes in between (realtime), it is no prompt and its answer.
+        if params is not None and not getattr(request, "resumable", False) and not claims.is_claimed(params):
+            contained("recording an unclaimed request", _follow, self, request)
+        return add_request(self, request, *args, **kwargs)
+
+    return add_request_and_follow
+
+
+def _follow(scheduler: Any, request: Any) -> None:
+    found = _unclaimed.get(scheduler)
+    if found is None:
+        logger.warning(
+            "agentlightning: requests come from a frontend that is not instrumented: the engine core records them"
+        )
+        found = _unclaimed[scheduler] = Unclaimed(scheduler)
+    found.follow(request)
+
+
+def sampling(update_from_output: Callable[..., Any]) -> Callable[..., Any]:
+    """The wrapper around `Scheduler.update_from_output`, which runs once for each step of the engine."""
+
+    def update_from_output_and_take(self: Any, *args: Any, **kwargs: Any) -> Any:
+        outputs = update_from_output(self, *args, **kwargs)
+        unclaimed = _unclaimed.get(self)
+        if unclaimed:
+            contained("recording a step of the engine", unclaimed.sampled, outputs)
+        return outputs
+
+    return update_from_output_and_take
+
+
+def giving_up(finish_requests: Callable[..., Any]) -> Callable[..., Any]:
+    """The wrapper around `Scheduler.finish_requests`."""
+
+    def finish_requests_and_give_up(self: Any, request_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        unclaimed = _unclaimed.get(self)
+        if not unclaimed:
+            return finish_requests(self, request_ids, *args, **kwargs)
+        if request_ids is not None:
+            # What can be iterated over only once is iterated over here.
+            request_ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
+        answer = finish_requests(self, request_ids, *args, **kwargs)
+        contained("recording what was given up", unclaimed.given_up, request_ids)
+        return answer
+
+    return finish_requests_and_give_up
+
+
+def ending(finish_reason: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The wrapper around what an engine core does when it ends, by itself (`"abort"`) or by an error (`"error"`)."""
+
+    def with_an_end(end: Callable[..., Any]) -> Callable[..., Any]:
+        def record_and_end(self: Any, *args: Any, **kwargs: Any) -> Any:
+            contained("recording what is under way", _give_up_all, finish_reason)
+            return end(self, *args, **kwargs)
+
+        return record_and_end
+
+    return with_an_end
+
+
+def _give_up_all(finish_reason: str) -> None:
+    if _unclaimed:
+        for unclaimed in list(_unclaimed.values()):
+            unclaimed.give_up_all(finish_reason)
+        # Here and not at the interpreter's exit: who started this process waits for it only so long.
+        recording.recorder().close()
+
+
+def beginning(init: Callable[..., Any]) -> Callable[..., Any]:
+    """The wrapper around `EngineCore.__init__`, which names the weights that it begins with."""
+
+    def init_and_note_weights(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        contained("recording the first weights", lambda: _note_weights(self.get_weight_version()))
+
+    return init_and_note_weights
+
+
+def changing_weights(set_weight_version: Callable[..., Any]) -> Callable[..., Any]:
+    """The wrapper around `EngineCore.set_weight_version`."""
+
+    def set_weight_version_and_note(self: Any, weight_version: str, *args: Any, **kwargs: Any) -> Any:
+        answer = set_weight_version(self, weight_version, *args, **kwargs)
+        contained("recording other weights", _note_weights, weight_version)
+        return answer
+
+    return set_weight_version_and_note
+
+
+def _note_weights(version: str) -> None:
+    global _weights
+    _weights = version
+    for unclaimed in _unclaimed.values():
+        unclaimed.weights_are(version)
+
+
+def _records(module: ModuleType) -> bool:
+    return recording.is_on()
+
+
+def _has_weight_versions(module: ModuleType) -> bool:
+    return recording.is_on() and hasattr(module.EngineCore, "set_weight_version")
+
+
+CORE_PATCHES: tuple[Patch, ...] = (
+    Where(_records, Wrap("EngineCoreProc._send_engine_dead", (), ending("error"))),
+    Where(_records, Wrap("EngineCore.shutdown", (), ending("abort"))),
+    Where(_has_weight_versions, Wrap("EngineCore.__init__", (), beginning)),
+    Where(_has_weight_versions, Wrap("EngineCore.set_weight_version", ("weight_version",), changing_weights)),
+)
+SCHEDULER_PATCHES: tuple[Patch, ...] = (
+    Where(_records, Wrap("Scheduler.add_request", ("request",), following)),
+    Where(_records, Wrap("Scheduler.update_from_output", (), sampling)),
+    Where(_records, Wrap("Scheduler.finish_requests", ("request_ids",), giving_up)),
+)

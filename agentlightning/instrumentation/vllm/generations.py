@@ -1,0 +1,150 @@
+"""What vLLM knows of a request to the engine that has ended, as a `Generation`: the work of the thread that writes."""
+
+from __future__ import annotations
+
+import functools
+import json
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+from agentlightning import settings
+from agentlightning.generation import Choice, Generation, RoutedExperts, Status
+from agentlightning.instrumentation.vllm import logprobs, releases, request_names
+from agentlightning.instrumentation.vllm.records import Ended, Record
+from agentlightning.instrumentation.vllm.request_context import RequestContext
+
+__all__ = ["as_json", "generation_of", "routed_experts", "weight_versions"]
+
+# Sampling parameters in which a client says what a text is to have or not to have.
+TEXTS = ("stop", "bad_words", "structured_outputs", "extra_args")
+
+
+def generation_of(record: Record, finished_at: int) -> Generation:
+    """The generation that a complete record is; `finished_at` is in nanoseconds since the epoch."""
+    state, context = record.ended[0].state, record.context or _named(record)
+    keeps_text = settings.record_text()
+    prompt_token_ids = state.prompt_token_ids
+    choices = sorted((_choice(ended, keeps_text) for ended in record.ended), key=lambda choice: choice.index)
+    return Generation(
+        call_id=context.call_id if record.context is not None else None,
+        request_id=record.name,
+        response_id=_response_id(record, context),
+        endpoint=context.endpoint,
+        model=context.model,
+        rollout_id=context.rollout_id,
+        attempt_id=context.attempt_id,
+        session_id=context.session_id,
+        trace_id=context.trace_id,
+        started_at=int(record.request.arrival_time * 1e9),
+        first_token_at=_first_token_at(state),
+        finished_at=finished_at,
+        status=_status(record),
+        # A prompt of embeddings has none.
+        prompt_token_ids=array("i", prompt_token_ids) if prompt_token_ids else None,
+        prompt_text=state.prompt if keeps_text else None,
+        sampling_params=as_json(record.sampling_params, keeps_text),
+        logprobs_mode=record.logprobs_mode if any(choice.logprobs for choice in choices) else None,
+        cached_tokens=getattr(state, "num_cached_tokens", None),
+        choices=choices,
+    )
+
+
+def _named(record: Record) -> RequestContext:
+    """What is known of a request that is behind no HTTP request: over gRPC its id names the rollout."""
+    context = RequestContext()
+    if releases.serves_grpc():
+        name = request_names.read(record.name, from_rust=True)
+        context.rollout_id, context.attempt_id = name.rollout_id, name.attempt_id
+    return context
+
+
+def _choice(ended: Ended, keeps_text: bool) -> Choice:
+    state = ended.state
+    token_ids = array("i", state.detokenizer.output_token_ids)
+    return Choice(
+        index=state.request_index,
+        token_ids=token_ids,
+        logprobs=_logprobs(state, token_ids),
+        # None has been made where the client wanted none (detokenize).
+        text=getattr(state.detokenizer, "output_text", None) if keeps_text else None,
+        finish_reason=ended.finish_reason,
+        stop_reason=ended.stop_reason if keeps_text or not isinstance(ended.stop_reason, str) else None,
+        weight_versions=weight_versions(getattr(state, "weight_version_starts", ()), len(token_ids)),
+        routed_experts=routed_experts(ended.routed_experts),
+    )
+
+
+def _logprobs(state: Any, token_ids: array[int]) -> array[float] | None:
+    """Those of the sampled ids, where the client or we asked the engine for any; one an id, or none at all."""
+    taking = state.logprobs_processor.update_from_output
+    if isinstance(taking, logprobs.Taking):
+        return logprobs.of_sampled_ids(taking.parts, len(token_ids))
+    positions = state.logprobs_processor.logprobs
+    if not positions or len(positions) != len(token_ids):
+        return None
+    return array("f", (position[token_id].logprob for position, token_id in zip(positions, token_ids, strict=True)))
+
+
+def _status(record: Record) -> Status:
+    reasons = {ended.finish_reason for ended in record.ended}
+    return "error" if "error" in reasons else "aborted" if "abort" in reasons else "finished"
+
+
+def _response_id(record: Record, context: RequestContext) -> str:
+    """The `id` of the answer: vLLM leaves it in the HTTP request's state; without one, the engine's name has it."""
+    metadata = (context.scope or {}).get("state", {}).get("request_metadata")
+    if metadata is not None:
+        return metadata.request_id
+    # Each prompt of a completions request has its number behind it.
+    return record.name.rpartition("-")[0] if record.name.startswith("cmpl-") else record.name
+
+
+def _first_token_at(state: Any) -> int | None:
+    # Without --disable-log-stats, and from 0.10.2.
+    latency = getattr(state.stats, "first_token_latency", 0.0)
+    return int((state.stats.arrival_time + latency) * 1e9) if latency else None
+
+
+def weight_versions(starts: Sequence[tuple[str, int]], count: int) -> list[tuple[str, int, int]] | None:
+    """The weights that `count` ids were sampled with, from the places where vLLM began to sample with others."""
+    ends = [*(start for _, start in starts[1:]), count]
+    spans = [(version, start, end) for (version, start), end in zip(starts, ends, strict=False)]
+    return [span for span in spans if span[1] < span[2]] or None
+
+
+def routed_experts(chunks: Sequence[Any]) -> RoutedExperts | None:
+    """vLLM's arrays, put together; their shape is [ids, layers, experts an id]."""
+    if not chunks:
+        return None
+    ids = array("h")
+    for chunk in chunks:
+        ids.frombytes(chunk.astype("int16").tobytes())
+    return RoutedExperts((sum(len(chunk) for chunk in chunks), *chunks[0].shape[1:]), ids)
+
+
+def as_json(sampling_params: Any, keeps_text: bool) -> str:
+    """vLLM's `SamplingParams` as they are kept: what a client may have said, without defaults.
+
+    Args:
+        keeps_text: leave in what a client says about texts.
+    """
+    import msgspec  # vLLM's own: its parameters are a Struct that leaves out defaults.
+
+    return _said(msgspec.json.encode(sampling_params, enc_hook=repr), keeps_text)
+
+
+# An agent's calls mostly have the same ones.
+@functools.lru_cache(1_000)
+def _said(sampling_params: bytes, keeps_text: bool) -> str:
+    said = {
+        name: value
+        for name, value in json.loads(sampling_params).items()
+        if _is_said(name) and (keeps_text or name not in TEXTS)
+    }
+    return json.dumps(said, separators=(",", ":"))
+
+
+def _is_said(name: str) -> bool:
+    # The others are how vLLM works with them: what it has derived, and how it hands out and copies results.
+    return not name.startswith("_") and name not in ("output_kind", "skip_clone")

@@ -1,0 +1,178 @@
+"""What training wants beside ids, of engines that no test machine has, in processes that are forked for each test.
+
+vLLM's own `OutputProcessor` and `Request` are given what such an engine would say.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+from vllm.v1.outputs import LogprobsLists
+from vllm.v1.request import Request
+
+from agentlightning import instrumentation
+from agentlightning.generation import Generation, RoutedExperts
+from agentlightning.instrumentation.vllm import engine_core, recording
+from agentlightning.store import open_store
+from tests.common.engine import Engine
+
+pytestmark = pytest.mark.forked
+
+LENGTH, ABORT = FinishReason.LENGTH, FinishReason.ABORT
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "generations.db"
+    monkeypatch.setenv("AGL_STORE", str(path))
+    monkeypatch.setenv("AGL_LOGPROBS", "on")
+    instrumentation.instrument_vllm()
+    return path
+
+
+@pytest.fixture
+def engine(path: Path) -> Engine:
+    return Engine()
+
+
+def kept(path: Path) -> list[Generation]:
+    recording.recorder().close()
+    with open_store(str(path), create=False) as store:
+        return [*store.generations()]
+
+
+def arrays(*logprobs: float) -> LogprobsLists:
+    """What the engine gives for that many ids, where somebody else in the batch has asked for one more each."""
+    of_each = numpy.array([[logprob, -9.0] for logprob in logprobs], dtype=numpy.float32)
+    return LogprobsLists(numpy.ones_like(of_each, dtype=numpy.int32), of_each, numpy.ones(len(logprobs)))
+
+
+def experts(*of_ids: int) -> Any:
+    """Of each of these ids the experts of two layers, which have its number."""
+    return numpy.array([[[each, each + 1], [each + 2, each + 3]] for each in of_ids], dtype=numpy.uint8)
+
+
+def output(name: str, ids: Sequence[int], end: FinishReason | None = None, **more: Any) -> EngineCoreOutput:
+    return EngineCoreOutput(name, [*ids], finish_reason=end, **more)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
+def test_logprobs_are_one_an_id_however_many_a_step_samples(engine: Engine, path: Path, stream: bool) -> None:
+    engine.add("one", [1], stream=stream)
+    engine.steps([output("one-0", [5], new_logprobs=arrays(-0.5))])
+    engine.steps([output("one-0", [6, 7, 8], LENGTH, new_logprobs=arrays(-0.25, -1, -2))])
+
+    [choice] = kept(path)[0].choices
+    assert choice.logprobs is not None
+    assert choice.logprobs.tolist() == [-0.5, -0.25, -1, -2]
+
+
+def test_more_logprobs_than_ids_are_cut(engine: Engine, path: Path) -> None:
+    """Up to 0.31 an engine that speculates gives those past a stop string too."""
+    engine.add("one", [1])
+    engine.steps([output("one-0", [5, 6], LENGTH, new_logprobs=arrays(-0.5, -1, -2))])
+
+    [choice] = kept(path)[0].choices
+    assert choice.logprobs is not None
+    assert choice.logprobs.tolist() == [-0.5, -1]
+
+
+def test_an_engine_that_gives_fewer_than_it_was_asked_for_is_not_made_up_for(engine: Engine, path: Path) -> None:
+    engine.add("one", [1])
+    engine.steps([output("one-0", [5], new_logprobs=arrays(-0.5))])
+    engine.steps([output("one-0", [6], LENGTH)])
+
+    [generation] = kept(path)
+    assert (generation.choices[0].logprobs, generation.logprobs_mode) == (None, None)
+
+
+def test_each_of_n_has_its_own_and_vllm_none(engine: Engine, path: Path) -> None:
+    engine.add("two", [1, 2, 3], n=2)
+    states = list(engine.processor.request_states.values())
+    engine.steps(
+        [
+            output("0_two-0", [5], LENGTH, new_logprobs=arrays(-0.5)),
+            output("1_two-0", [6], LENGTH, new_logprobs=arrays(-1)),
+        ]
+    )
+
+    found = [choice.logprobs for choice in kept(path)[0].choices]
+    assert [each.tolist() for each in found if each is not None] == [[-0.5], [-1]]
+    assert [state.logprobs_processor and state.logprobs_processor.logprobs for state in states] == [None, None]
+
+
+def test_what_is_given_up_keeps_what_it_had(engine: Engine, path: Path) -> None:
+    engine.add("one", [1])
+    engine.steps([output("one-0", [5], new_logprobs=arrays(-0.5), routed_experts=experts(3, 4))], weights="v1")
+    engine.steps([output("one-0", [6], new_logprobs=arrays(-1), routed_experts=experts(5))], weights="v2")
+    engine.processor.abort_requests(["one-0"], internal=True)
+
+    [choice] = kept(path)[0].choices
+    assert choice.logprobs is not None
+    assert choice.logprobs.tolist() == [-0.5, -1]
+    assert choice.weight_versions == [("v1", 0, 1), ("v2", 1, 2)]
+    assert choice.routed_experts is not None
+    assert choice.routed_experts.tolist() == experts(3, 4, 5).tolist()
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
+def test_experts_and_weights_of_what_ends_are_kept(engine: Engine, path: Path, stream: bool) -> None:
+    engine.add("one", [1], stream=stream)
+    engine.steps([output("one-0", [5, 6], routed_experts=experts(1, 2, 3))], weights="v1")
+    engine.steps([output("one-0", [7], LENGTH, routed_experts=experts(250))], weights="v2")
+
+    [choice] = kept(path)[0].choices
+    assert choice.weight_versions == [("v1", 0, 2), ("v2", 2, 3)]
+    assert choice.routed_experts is not None
+    assert choice.routed_experts.shape == (4, 2, 2)
+    assert choice.routed_experts.tolist() == experts(1, 2, 3, 250).tolist()
+
+
+class Scheduler:
+    """In the place of vLLM's, which needs a model: no more than one to hold on to."""
+
+
+def unclaimed(name: str, **params: Any) -> Request:
+    sampling = SamplingParams(max_tokens=9, **params)
+    return Request(name, [1, 2], sampling, None, arrival_time=1.0)
+
+
+def step(request: Request, ids: Sequence[int], end: FinishReason | None = None, **more: Any) -> EngineCoreOutput:
+    request.append_output_token_ids([*ids])
+    return output(request.request_id, ids, end, **more)
+
+
+def test_an_engine_core_keeps_the_same(path: Path) -> None:
+    requests = engine_core.Unclaimed(Scheduler())
+    engine_core._note_weights("default")
+    asks, asked = unclaimed("cmpl-a-00000000"), unclaimed("cmpl-b-00000000", logprobs=1)
+    for request in (asks, asked):
+        requests.follow(request)
+    assert asks.sampling_params is not None
+    assert asks.sampling_params.logprobs == 0
+    sent = [step(each, [5], new_logprobs=arrays(-0.5), routed_experts=experts(3, 4)) for each in (asks, asked)]
+    requests.sampled({0: EngineCoreOutputs(outputs=sent)})
+    requests.weights_are("v2")
+    requests.sampled({0: EngineCoreOutputs(outputs=[step(asked, [6], LENGTH, new_logprobs=arrays(-1))])})
+    requests.give_up_all("error")
+
+    # To a frontend that has asked for them they go on.
+    assert [each.new_logprobs is None for each in sent] == [True, False]
+    assert not requests
+    by_name = {each.request_id: each for each in kept(path)}
+    assert by_name.keys() == {"cmpl-a", "cmpl-b"}
+    [failed], [finished] = by_name["cmpl-a"].choices, by_name["cmpl-b"].choices
+    assert failed.logprobs is not None
+    assert finished.logprobs is not None
+    assert (failed.logprobs.tolist(), finished.logprobs.tolist()) == ([-0.5], [-0.5, -1])
+    assert finished.weight_versions == [("default", 0, 1), ("v2", 1, 2)]
+    experts_of_both = RoutedExperts((2, 2, 2), array("h", [3, 4, 5, 6, 4, 5, 6, 7]))
+    assert finished.routed_experts == failed.routed_experts == experts_of_both
+    assert (by_name["cmpl-a"].status, by_name["cmpl-b"].status) == ("error", "finished")
