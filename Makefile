@@ -11,7 +11,7 @@ help:
 	@echo 'make test-releases [RELEASES="0.8.5 0.32.0"]'
 	@echo '             the same questions to each vLLM since 0.8.5, each in an environment of its own (30 GB for all)'
 	@echo 'make lint    formatting, lint and types'
-	@echo 'make bench   what it costs every Python process, beside its peers, a server, and recording (some 30 minutes)'
+	@echo 'make bench   what it costs every Python process, beside its peers, a server, and recording (an hour)'
 	@echo 'make format  put the formatting right'
 	@echo 'make clean   remove what the others made'
 

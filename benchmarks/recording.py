@@ -151,7 +151,8 @@ async def take_turns_with(url: str, server: RemoteOpenAIServer, seconds: float) 
 
 
 def session(url: str) -> aiohttp.ClientSession:
-    return aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0))
+    # Servers close a connection that has been idle for five seconds, as between two turns it may be.
+    return aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2))
 
 
 async def is_up(gateway: aiohttp.ClientSession) -> None:

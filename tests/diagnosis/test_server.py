@@ -25,7 +25,7 @@ STATUS: dict[str, Any] = {
     "python": "3.11.7",
     "pid": 4304,
     "api_servers": 1,
-    "switches": {"AGL_INSTRUMENT": "on", "AGL_RETURN_TOKEN_IDS": "all"},
+    "switches": {"AGL_INSTRUMENT": "on", "AGL_RETURN_TOKEN_IDS": "all", "AGL_LOGPROBS": "off"},
     "patches": {"chat": {"state": "applied", "reason": None}},
     "counters": {"failures": {}},
     "limits": [],

@@ -82,7 +82,9 @@ def model(release: Release, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return model
 
 
-def server(release: Release, model: Path, *arguments: str, armed: bool) -> RemoteOpenAIServer:
+def server(
+    release: Release, model: Path, *arguments: str, armed: bool, store: Path | None = None
+) -> RemoteOpenAIServer:
     command = AGL if armed and release.numbers < (0, 10, 2) else PLAIN
     env = {
         # For the worker that is not vLLM's.
@@ -90,6 +92,7 @@ def server(release: Release, model: Path, *arguments: str, armed: bool) -> Remot
         # Every start would compile a thousand modules.
         "PYTHONDONTWRITEBYTECODE": "",
         **({"AGL_INSTRUMENT": "1"} if armed else {}),
+        **({"AGL_STORE": str(store), "AGL_LOGPROBS": "on"} if store else {}),
         "LD_PRELOAD": ":".join(str(folder(release) / "lib" / library) for library in release.preload),
         # Said by name: 0.8.5 falls back to V0 where nobody does.
         **({"VLLM_USE_V1": release.engine.removeprefix("V")} if release.numbers < (0, 11) else {}),
@@ -106,9 +109,9 @@ def engine(release: Release) -> Engine:
 
 
 @pytest.fixture(scope="session")
-def armed(release: Release, model: Path) -> Iterator[RemoteOpenAIServer]:
-    """The release's server with us."""
-    with server(release, model, armed=True) as armed:
+def armed(release: Release, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RemoteOpenAIServer]:
+    """The release's server with us, which records too."""
+    with server(release, model, armed=True, store=tmp_path_factory.mktemp("store") / "generations.db") as armed:
         yield armed
 
 

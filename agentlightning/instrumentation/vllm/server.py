@@ -101,6 +101,7 @@ def _report(app: Any, statuses: Mapping[str, Status]) -> dict[str, Any]:
         "switches": {
             "AGL_INSTRUMENT": settings.instrument(),
             "AGL_RETURN_TOKEN_IDS": settings.return_token_ids(),
+            "AGL_LOGPROBS": "on" if settings.logprobs() else "off",
         },
         "patches": {name: status.as_dict() for name, status in statuses.items()},
         "counters": {"failures": dict(failures), "ignored_ids": dict(ignored)},

@@ -42,7 +42,7 @@ def test_a_server_tells_what_it_is_and_that_all_is_patched(armed: RemoteOpenAISe
         "python": platform.python_version(),
         "pid": armed.process.pid,
         "api_servers": 1,
-        "switches": {"AGL_INSTRUMENT": "on", "AGL_RETURN_TOKEN_IDS": "all"},
+        "switches": {"AGL_INSTRUMENT": "on", "AGL_RETURN_TOKEN_IDS": "all", "AGL_LOGPROBS": "off"},
         "patches": WHOLE,
         "counters": {"failures": {}, "ignored_ids": {}},
         "limits": [],
@@ -62,7 +62,11 @@ def test_each_of_several_api_servers_answers_for_itself(two_api_servers: RemoteO
 def test_a_strict_server_that_started_is_patched_whole(guarded: RemoteOpenAIServer) -> None:
     told = status(guarded, Authorization="Bearer none")
 
-    assert told["switches"] == {"AGL_INSTRUMENT": "strict", "AGL_RETURN_TOKEN_IDS": "response"}
+    assert told["switches"] == {
+        "AGL_INSTRUMENT": "strict",
+        "AGL_RETURN_TOKEN_IDS": "response",
+        "AGL_LOGPROBS": "off",
+    }
     assert told["patches"] == WHOLE
 
 
