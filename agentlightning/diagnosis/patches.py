@@ -64,6 +64,8 @@ def of_patches(patches: Mapping[str, Mapping[str, str | None]]) -> Iterator[Find
     """
     for name, patch in patches.items():
         state, reason = patch["state"], patch["reason"]
+        if state == "pending":
+            reason = reason or "this process has not imported it, others may have"
         text = f"{state}: {reason}" if reason else f"{state}"
         if state == "failed":
             advice = (

@@ -90,6 +90,34 @@ class OutputProcessor:
         pass
 """
 
+ENGINE_CLIENT = """\
+class AsyncLLM:
+    def __init__(self, vllm_config=None):
+        pass
+"""
+
+ENGINE_CORE = """\
+class EngineCore:
+    def shutdown(self):
+        pass
+
+class EngineCoreProc(EngineCore):
+    def _send_engine_dead(self):
+        pass
+"""
+
+SCHEDULER = """\
+class Scheduler:
+    def add_request(self, request):
+        pass
+
+    def update_from_output(self, scheduler_output, model_runner_output):
+        pass
+
+    def finish_requests(self, request_ids, finished_status):
+        pass
+"""
+
 RESPONSES_SERVING = """\
 class OpenAIServingResponses:
     async def create_responses(self, request, raw_request=None):
@@ -234,7 +262,6 @@ def _server(launcher: str, serve_arguments: str, app: str | None = None) -> dict
     return {
         "envs.py": ENVS,
         "grpc.py": "",
-        "v1/engine/async_llm.py": "class AsyncLLM:\n    pass\n",
         "engine/async_llm_engine.py": "class AsyncLLMEngine:\n    pass\n",
         **{f"{name.replace('.', '/')}.py": text for name, text in modules.items()},
         "entrypoints/openai/api_server.py": api_server,
@@ -254,10 +281,10 @@ SERVING_FROM_0_15 = {
 # Where these have been in every release that has them, or in the newest.
 THE_SAME_EVERYWHERE = {
     "v1/engine/output_processor.py": OUTPUT_PROCESSOR,
-    "v1/engine/async_llm.py": "",
-    "v1/engine/core.py": "",
+    "v1/engine/async_llm.py": ENGINE_CLIENT,
+    "v1/engine/core.py": ENGINE_CORE,
     "v1/engine/utils.py": "",
-    "v1/core/sched/scheduler.py": "",
+    "v1/core/sched/scheduler.py": SCHEDULER,
     "v1/utils.py": "",
     "entrypoints/anthropic/protocol.py": MESSAGES_PROTOCOL,
     "entrypoints/anthropic/serving.py": MESSAGES_SERVING,

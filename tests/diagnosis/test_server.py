@@ -115,7 +115,9 @@ def test_a_server_that_answers_with_ids(armed: RemoteOpenAIServer) -> None:
     assert "API servers" not in said.text
     assert "ok switches AGL_INSTRUMENT=on, AGL_RETURN_TOKEN_IDS=all" in said.text
     for patch_set in PATCH_SETS:
-        assert f"ok {patch_set} applied" in said.text
+        # The scheduler is the engine core's.
+        elsewhere = "note scheduler pending: this process has not imported it, others may have"
+        assert (elsewhere if patch_set == "scheduler" else f"ok {patch_set} applied") in said.text
     assert said.text.endswith("All is well.")
 
 

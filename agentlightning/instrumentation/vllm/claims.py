@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from copy import copy
 from typing import Any
 
-__all__ = ["claim", "frontend_is_elsewhere", "is_claimed", "uses_rust_frontend"]
+__all__ = ["asks_for_itself", "claim", "frontend_is_elsewhere", "is_claimed", "uses_rust_frontend"]
 
 # In the parameters' `extra_args`, which vLLM hands to an engine as they are and sends back to nobody.
 _CLAIM = "agentlightning"
@@ -26,7 +26,7 @@ def claim(request: Any, **changes: Any) -> None:
         changes: what else of the parameters is to be another for the engine.
     """
     params = copy(request.sampling_params)
-    params.extra_args = {**(params.extra_args or {}), _CLAIM: True}
+    params.extra_args = {**(params.extra_args or {}), _CLAIM: list(changes)}
     for name, value in changes.items():
         setattr(params, name, value)
     request.sampling_params = params
@@ -35,6 +35,11 @@ def claim(request: Any, **changes: Any) -> None:
 def is_claimed(sampling_params: Any) -> bool:
     """Whether somebody of ours has sent a request with these parameters."""
     return _CLAIM in (sampling_params.extra_args or ())
+
+
+def asks_for_itself(sampling_params: Any) -> bool:
+    """Whether what these parameters ask for is wanted by the recording alone, of whoever has claimed the request."""
+    return bool(sampling_params.extra_args[_CLAIM])
 
 
 def uses_rust_frontend() -> bool:

@@ -1,4 +1,4 @@
-"""The capture where no frontend of ours is: the engine core records the requests that nobody has claimed.
+"""The engine core's side: it records the requests that nobody has claimed, and packs logprobs for who has.
 
 They come and go by three methods of vLLM's `Scheduler`: `add_request`, `update_from_output` with what each step has
 sampled, and `finish_requests` for those that are given up. All of it happens in the one thread of the engine core.
@@ -30,6 +30,8 @@ logger = logging.getLogger("agentlightning")
 STATUS_OF: dict[str, Status] = {"abort": "aborted", "error": "error"}
 
 _unclaimed: WeakKeyDictionary[Any, Unclaimed] = WeakKeyDictionary()
+_packed: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
+"""The requests of each `Scheduler` whose logprobs a frontend of ours asks for, to record them itself."""
 _weights: str | None = None
 """Those of the engine core in this process, where vLLM names them."""
 
@@ -94,9 +96,8 @@ class Unclaimed:
             followed.weight_versions.append((_weights, 0))
 
     def sampled(self, outputs: Any) -> None:
-        """A step is over: `outputs` is what `update_from_output` gives, a batch for each frontend."""
-        # To 0.9.0 there is one.
-        for batch in outputs.values() if isinstance(outputs, dict) else (outputs,):
+        """A step is over: `outputs` is what `update_from_output` gives."""
+        for batch in _batches(outputs):
             for output in batch.outputs:
                 followed = self._followed.get(output.request_id)
                 if followed is not None:
@@ -177,16 +178,23 @@ def following(add_request: Callable[..., Any]) -> Callable[..., Any]:
     """The wrapper around `Scheduler.add_request`."""
 
     def add_request_and_follow(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        params = request.sampling_params
-        # A pooling request has none. Where more input comes in between (realtime), it is no prompt and its answer.
-        if params is not None and not getattr(request, "resumable", False) and not claims.is_claimed(params):
-            contained("recording an unclaimed request", _follow, self, request)
+        # A pooling request has none.
+        if request.sampling_params is not None:
+            contained("recording a request of the engine core", _follow, self, request)
         return add_request(self, request, *args, **kwargs)
 
     return add_request_and_follow
 
 
 def _follow(scheduler: Any, request: Any) -> None:
+    params = request.sampling_params
+    if claims.is_claimed(params):
+        if claims.asks_for_itself(params):
+            _packed.setdefault(scheduler, set()).add(request.request_id)
+        return
+    # Where more input comes in between (realtime), it is no prompt and its answer.
+    if getattr(request, "resumable", False):
+        return
     found = _unclaimed.get(scheduler)
     if found is None:
         logger.warning(
@@ -201,26 +209,45 @@ def sampling(update_from_output: Callable[..., Any]) -> Callable[..., Any]:
 
     def update_from_output_and_take(self: Any, *args: Any, **kwargs: Any) -> Any:
         outputs = update_from_output(self, *args, **kwargs)
-        unclaimed = _unclaimed.get(self)
+        unclaimed, packed = _unclaimed.get(self), _packed.get(self)
         if unclaimed:
             contained("recording a step of the engine", unclaimed.sampled, outputs)
+        if packed:
+            contained("packing logprobs", _pack, outputs, packed)
         return outputs
 
     return update_from_output_and_take
+
+
+def _pack(outputs: Any, packed: set[str]) -> None:
+    for batch in _batches(outputs):
+        for output in batch.outputs:
+            if output.request_id in packed:
+                logprobs.pack(output)
+                if output.finish_reason is not None:
+                    packed.remove(output.request_id)
+
+
+def _batches(outputs: Any) -> Iterable[Any]:
+    """Of what `update_from_output` gives, for each frontend its own; to 0.9.0 there is one."""
+    return outputs.values() if isinstance(outputs, dict) else (outputs,)
 
 
 def giving_up(finish_requests: Callable[..., Any]) -> Callable[..., Any]:
     """The wrapper around `Scheduler.finish_requests`."""
 
     def finish_requests_and_give_up(self: Any, request_ids: Any, *args: Any, **kwargs: Any) -> Any:
-        unclaimed = _unclaimed.get(self)
-        if not unclaimed:
+        unclaimed, packed = _unclaimed.get(self), _packed.get(self)
+        if not (unclaimed or packed):
             return finish_requests(self, request_ids, *args, **kwargs)
         if request_ids is not None:
             # What can be iterated over only once is iterated over here.
             request_ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
         answer = finish_requests(self, request_ids, *args, **kwargs)
-        contained("recording what was given up", unclaimed.given_up, request_ids)
+        if unclaimed:
+            contained("recording what was given up", unclaimed.given_up, request_ids)
+        if packed:
+            packed.difference_update(list(packed) if request_ids is None else request_ids)
         return answer
 
     return finish_requests_and_give_up

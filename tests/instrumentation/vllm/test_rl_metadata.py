@@ -19,7 +19,7 @@ from vllm.v1.request import Request
 
 from agentlightning import instrumentation
 from agentlightning.generation import Generation, RoutedExperts
-from agentlightning.instrumentation.vllm import engine_core, recording
+from agentlightning.instrumentation.vllm import engine_core, logprobs, recording
 from agentlightning.store import open_store
 from tests.common.engine import Engine
 
@@ -176,3 +176,18 @@ def test_an_engine_core_keeps_the_same(path: Path) -> None:
     experts_of_both = RoutedExperts((2, 2, 2), array("h", [3, 4, 5, 6, 4, 5, 6, 7]))
     assert finished.routed_experts == failed.routed_experts == experts_of_both
     assert (by_name["cmpl-a"].status, by_name["cmpl-b"].status) == ("error", "finished")
+
+
+def test_logprobs_are_sent_as_they_are_where_requests_are_traced() -> None:
+    traced, untraced = (
+        output("one", [5, 6], new_logprobs=arrays(-0.5, -1), trace_headers=headers) for headers in ({"a": "b"}, None)
+    )
+    taken: list[Any] = []
+    for each in (traced, untraced):
+        logprobs.pack(each)
+    assert (traced.new_logprobs is None, untraced.new_logprobs is None) == (False, True)
+    for each in (traced, untraced):
+        logprobs.take(each, taken)
+
+    assert (traced.trace_headers, untraced.trace_headers) == ({"a": "b"}, None)
+    assert logprobs.of_sampled_ids(taken, 4) == array("f", [-0.5, -1, -0.5, -1])
