@@ -316,8 +316,8 @@ def test_memory_does_not_grow_with_what_is_exported(large: Path, kind: str) -> N
     half = kibibytes("--until", "2026-09-21T14:16:00Z")
     everything = kibibytes()
 
-    # 160 generations, and 320 of 200 kB each.
-    assert everything - half < 160 * 200 / 4
+    # 160 generations, and 320 of 200 kB each; an allocator alone differs by a quarter of that from run to run.
+    assert everything - half < 160 * 200 / 2
 
 
 def test_without_pyarrow_the_install_command_is_named(store: Path, tmp_path: Path) -> None:
