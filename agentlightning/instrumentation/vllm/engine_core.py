@@ -17,17 +17,15 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from agentlightning import settings
-from agentlightning.generation import Choice, Generation, Status
+from agentlightning.generation import Choice, Generation
 from agentlightning.instrumentation.vllm import claims, logprobs, recording, request_names
 from agentlightning.instrumentation.vllm.containment import contained
-from agentlightning.instrumentation.vllm.generations import as_json, routed_experts, weight_versions
+from agentlightning.instrumentation.vllm.generations import as_json, routed_experts, status_of, weight_versions
 from agentlightning.patching import Patch, Where, Wrap
 
 __all__ = ["CORE_PATCHES", "SCHEDULER_PATCHES"]
 
 logger = logging.getLogger("agentlightning")
-
-STATUS_OF: dict[str, Status] = {"abort": "aborted", "error": "error"}
 
 _unclaimed: WeakKeyDictionary[Any, Unclaimed] = WeakKeyDictionary()
 _packed: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
@@ -147,7 +145,7 @@ def _generation_of(followed: Followed, config: Any, finished_at: int) -> Generat
         started_at=int(request.arrival_time * 1e9),
         first_token_at=followed.first_token_at,
         finished_at=finished_at,
-        status=STATUS_OF.get(str(followed.finish_reason), "finished"),
+        status=status_of([followed.finish_reason]),
         prompt_token_ids=array("i", request.prompt_token_ids) if request.prompt_token_ids else None,
         sampling_params=as_json(followed.sampling_params, settings.record_text()),
         logprobs_mode=None if found is None else logprobs.mode_of(config),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from array import array
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from agentlightning import settings
@@ -14,7 +14,7 @@ from agentlightning.instrumentation.vllm import logprobs, releases, request_name
 from agentlightning.instrumentation.vllm.records import Ended, Record
 from agentlightning.instrumentation.vllm.request_context import RequestContext
 
-__all__ = ["as_json", "generation_of", "routed_experts", "weight_versions"]
+__all__ = ["as_json", "generation_of", "routed_experts", "status_of", "weight_versions"]
 
 # Sampling parameters in which a client says what a text is to have or not to have.
 TEXTS = ("stop", "bad_words", "structured_outputs", "extra_args")
@@ -39,7 +39,7 @@ def generation_of(record: Record, finished_at: int) -> Generation:
         started_at=int(record.request.arrival_time * 1e9),
         first_token_at=_first_token_at(state),
         finished_at=finished_at,
-        status=_status(record),
+        status=status_of([ended.finish_reason for ended in record.ended]),
         # A prompt of embeddings has none.
         prompt_token_ids=array("i", prompt_token_ids) if prompt_token_ids else None,
         prompt_text=state.prompt if keeps_text else None,
@@ -86,8 +86,8 @@ def _logprobs(state: Any, token_ids: array[int]) -> array[float] | None:
     return array("f", (position[token_id].logprob for position, token_id in zip(positions, token_ids, strict=True)))
 
 
-def _status(record: Record) -> Status:
-    reasons = {ended.finish_reason for ended in record.ended}
+def status_of(reasons: Collection[str | None]) -> Status:
+    """How a generation ended, of whose choices these are vLLM's finish reasons."""
     return "error" if "error" in reasons else "aborted" if "abort" in reasons else "finished"
 
 

@@ -38,14 +38,14 @@ def running(processor: Any) -> Running:
     return found
 
 
-def note_logprobs_mode(processor: Any, mode: str) -> None:
-    """Say what the logprobs are of, in vLLM's words, that one of vLLM's `OutputProcessor`s will see."""
-    _logprobs_modes[processor] = mode
-
-
 def under_way(processor: Any) -> Running | None:
     """The same where there has been a request that is kept: in an offline LLM there is none."""
     return _running.get(processor)
+
+
+def note_logprobs_mode(processor: Any, mode: str) -> None:
+    """Say what the logprobs are of, in vLLM's words, that one of vLLM's `OutputProcessor`s will see."""
+    _logprobs_modes[processor] = mode
 
 
 def give_up_all() -> None:
