@@ -113,11 +113,12 @@ def open_store(url: str, *, create: bool = True, patience: float = SECONDS_FOR_O
     match scheme:
         case "sqlite" if not separator or rest.startswith("/"):
             try:
-                from agentlightning.store.sqlite import SqliteStore
+                from agentlightning.store.generations import DatabaseStore
+                from agentlightning.store.sqlite import SqliteDatabase
             except ImportError as error:
                 install = f"{sys.executable} -m pip install 'sqlalchemy>=2'"
                 raise StoreRefused(f"a SQLite store needs SQLAlchemy: {install}") from error
-            return SqliteStore(path, create, patience)
+            return DatabaseStore(SqliteDatabase(path, create, patience))
         case "sqlite":
             raise StoreRefused(f"{url} has no path: it is sqlite:///PATH, or sqlite:////PATH from the root on")
         case "postgresql" | "http" | "https":
