@@ -1,4 +1,4 @@
-"""Where generations are kept: `open_store(url)`, and what every store can do.
+"""Where it is all kept: `open_store(url)`, and what every store of generations can do.
 
 Nothing above this knows which store it is. What a store is made of is imported when one is opened.
 """
@@ -17,7 +17,9 @@ from agentlightning.generation import Generation, Loss, Status
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["Filters", "Store", "StoreRefused", "StoreUnavailable", "open_store"]
+    from agentlightning.store.database import Database
+
+__all__ = ["Filters", "Store", "StoreRefused", "StoreUnavailable", "open_database", "open_store"]
 
 SECONDS_FOR_OTHERS = 5.0
 
@@ -94,7 +96,16 @@ class Store(AbstractContextManager["Store"], ABC):
 
 
 def open_store(url: str, *, create: bool = True, patience: float = SECONDS_FOR_OTHERS) -> Store:
-    """Open the store at `url`, as `AGL_STORE` has it.
+    """Open the store at `url`, as `AGL_STORE` has it, for generations. The arguments are those of `open_database`."""
+    # First, since it says what is missing where SQLAlchemy is.
+    database = open_database(url, create=create, patience=patience)
+    from agentlightning.store.generations import DatabaseStore
+
+    return DatabaseStore(database)
+
+
+def open_database(url: str, *, create: bool = True, patience: float = SECONDS_FOR_OTHERS) -> Database:
+    """Open the database of a store, for all that is kept in it.
 
     Args:
         url: the path of a SQLite file, or `sqlite:///` and the path; `sqlite:////` and the rest of an absolute one.
@@ -113,12 +124,11 @@ def open_store(url: str, *, create: bool = True, patience: float = SECONDS_FOR_O
     match scheme:
         case "sqlite" if not separator or rest.startswith("/"):
             try:
-                from agentlightning.store.generations import DatabaseStore
                 from agentlightning.store.sqlite import SqliteDatabase
             except ImportError as error:
                 install = f"{sys.executable} -m pip install 'sqlalchemy>=2'"
                 raise StoreRefused(f"a SQLite store needs SQLAlchemy: {install}") from error
-            return DatabaseStore(SqliteDatabase(path, create, patience))
+            return SqliteDatabase(path, create, patience)
         case "sqlite":
             raise StoreRefused(f"{url} has no path: it is sqlite:///PATH, or sqlite:////PATH from the root on")
         case "postgresql" | "http" | "https":

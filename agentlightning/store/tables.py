@@ -1,14 +1,41 @@
 """The tables, as SQLAlchemy Core has them.
 
-They are laid out to be small: ids are binary, texts that repeat are kept once and stood for by a number, and each
-index has what its query asks for and no more. Token ids are little-endian int32, logprobs little-endian float32.
+Those of generations are laid out to be small: ids are binary, texts that repeat are kept once and stood for by a
+number, and each index has what its query asks for and no more. Token ids are little-endian int32, logprobs
+little-endian float32.
+
+Those of rollouts, attempts, spans, resources and workers have what is asked for in columns, and what is given back
+as it came as JSON. Their moments are seconds since the epoch, as the LightningStore interface has them.
 """
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, Column, Index, Integer, LargeBinary, MetaData, SmallInteger, Table, Text
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Double,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    SmallInteger,
+    Table,
+    Text,
+)
 
-__all__ = ["choices", "generations", "losses", "metadata", "texts"]
+__all__ = [
+    "attempts",
+    "choices",
+    "generations",
+    "losses",
+    "metadata",
+    "resources",
+    "rollouts",
+    "span_sequences",
+    "spans",
+    "texts",
+    "workers",
+]
 
 metadata = MetaData()
 
@@ -77,6 +104,94 @@ losses = Table(
 )
 
 
+rollouts = Table(
+    "rollouts",
+    metadata,
+    Column("key", Integer, primary_key=True),
+    Column("rollout_id", Text, nullable=False, unique=True),
+    Column("input", Text, nullable=False),
+    Column("start_time", Double, nullable=False),
+    Column("end_time", Double),
+    Column("mode", Text),
+    Column("resources_id", Text),
+    Column("status", Text, nullable=False),
+    Column("config", Text, nullable=False),
+    Column("metadata", Text),
+    # Nanoseconds since the epoch; of those that were queued at once, the lower key comes first.
+    Column("queued_at", BigInteger),
+    # How many there have been: the latest is the one with this `sequence_id`.
+    Column("attempts", Integer, nullable=False),
+)
+
+attempts = Table(
+    "attempts",
+    metadata,
+    Column("rollout_key", Integer, primary_key=True, autoincrement=False),
+    Column("sequence_id", Integer, primary_key=True),
+    Column("attempt_id", Text, nullable=False),
+    Column("start_time", Double, nullable=False),
+    Column("end_time", Double),
+    Column("status", Text, nullable=False),
+    Column("worker_id", Text),
+    Column("last_heartbeat_time", Double),
+    Column("metadata", Text),
+    # When it times out or counts as unresponsive, unless something is heard of it; only while its rollout is under way.
+    Column("deadline", Double),
+)
+
+spans = Table(
+    "spans",
+    metadata,
+    Column("key", Integer, primary_key=True),
+    # Neither is there of a span that came without a rollout: it is found by its trace.
+    Column("rollout_id", Text),
+    Column("attempt_id", Text),
+    Column("sequence_id", BigInteger, nullable=False),
+    Column("trace_id", Text, nullable=False),
+    Column("span_id", Text, nullable=False),
+    Column("parent_id", Text),
+    Column("name", Text, nullable=False),
+    Column("start_time", Double),
+    Column("end_time", Double),
+    # A JSON object of all but rollout_id, attempt_id and sequence_id.
+    Column("body", LargeBinary, nullable=False),
+)
+
+span_sequences = Table(
+    "span_sequences",
+    metadata,
+    Column("rollout_id", Text, primary_key=True),
+    Column("last", BigInteger, nullable=False),
+)
+"""The highest `sequence_id` that a span of the rollout has, or that was given out for one."""
+
+resources = Table(
+    "resources",
+    metadata,
+    Column("key", Integer, primary_key=True),
+    Column("resources_id", Text, nullable=False, unique=True),
+    Column("create_time", Double, nullable=False),
+    Column("update_time", Double, nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("resources", Text, nullable=False),
+)
+
+workers = Table(
+    "workers",
+    metadata,
+    Column("key", Integer, primary_key=True),
+    Column("worker_id", Text, nullable=False, unique=True),
+    Column("status", Text, nullable=False),
+    Column("heartbeat_stats", Text),
+    Column("last_heartbeat_time", Double),
+    Column("last_dequeue_time", Double),
+    Column("last_busy_time", Double),
+    Column("last_idle_time", Double),
+    Column("current_rollout_id", Text),
+    Column("current_attempt_id", Text),
+)
+
+
 def _index_where_set(name: str, *columns: str) -> None:
     first = generations.c[columns[0]]
     Index(f"generations_by_{name}", *(generations.c[column] for column in columns), sqlite_where=first.is_not(None))
@@ -89,3 +204,16 @@ _index_where_set("response", "response_id")
 # By what the rows are read in the order of; the rest is looked at here, without going to rows that hold long blobs.
 _BY_TIME = ("finished_at", "key", "status", "model_key", "rollout_key", "attempt_key")
 Index("generations_by_time", *(generations.c[column] for column in _BY_TIME))
+
+_queued = rollouts.c.queued_at.is_not(None)
+Index("rollouts_queued", rollouts.c.queued_at, rollouts.c.key, sqlite_where=_queued)
+Index("rollouts_by_status", rollouts.c.status)
+_under_way = attempts.c.deadline.is_not(None)
+Index("attempts_by_deadline", attempts.c.deadline, sqlite_where=_under_way)
+_of_rollout = spans.c.rollout_id.is_not(None)
+Index(
+    "spans_of_rollout", spans.c.rollout_id, spans.c.attempt_id, spans.c.span_id, unique=True, sqlite_where=_of_rollout
+)
+Index("spans_of_none", spans.c.trace_id, spans.c.span_id, unique=True, sqlite_where=spans.c.rollout_id.is_(None))
+Index("spans_of_trace", spans.c.trace_id)
+Index("resources_by_time", resources.c.update_time)

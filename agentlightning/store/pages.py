@@ -1,0 +1,61 @@
+"""Which rows a query finds, page by page."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sqlalchemy import Column, ColumnElement, Connection, and_, false, func, or_, select, true
+
+__all__ = ["Logic", "Page", "contains", "find_page", "matching"]
+
+Logic = Literal["and", "or"]
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """The keys of the rows on a page, in order, and how many rows there are on all of them."""
+
+    keys: Sequence[int]
+    total: int
+
+
+def find_page(
+    connection: Connection,
+    key: Column[int],
+    where: ColumnElement[bool],
+    order_by: Column[Any] | None,
+    descending: bool,
+    limit: int,
+    offset: int,
+) -> Page:
+    """The keys of a page: keys alone, since the rows of one that has all may be more than there is memory for.
+
+    Args:
+        key: the column that stands for a row; rows that are equal otherwise are in its order.
+        limit: -1 is all.
+    """
+    order = [key] if order_by is None else [order_by, key]
+    query = select(key).where(where).order_by(*(each.desc() for each in order) if descending else order)
+    if limit >= 0:
+        query = query.limit(limit)
+    found = array("q", connection.execute(query.offset(offset) if offset else query).scalars())
+    if limit < 0 and not offset:
+        return Page(found, len(found))
+    total = connection.execute(select(func.count()).select_from(key.table).where(where)).scalar_one()
+    return Page(found, total)
+
+
+def contains(column: Column[str], part: str) -> ColumnElement[bool]:
+    """Whether a text has this part, in this case: a LIKE of SQLite does not tell `a` from `A`."""
+    return func.instr(column, part) > 0
+
+
+def matching(conditions: Iterable[ColumnElement[bool]], logic: Logic) -> ColumnElement[bool]:
+    """Whether all or one of them hold; without any, every row matches."""
+    found = list(conditions)
+    if not found:
+        return true()
+    return and_(*found) if logic == "and" else or_(false(), *found)

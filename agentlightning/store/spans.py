@@ -1,0 +1,98 @@
+"""Spans: kept as they came, found by rollout or by trace.
+
+Everything here works inside a transaction of somebody else's, and nothing looks into the body of a span, which may have
+thousands of token ids.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, case, select, update
+
+from agentlightning.store.database import insert_if_new, insert_rows
+from agentlightning.store.tables import span_sequences, spans
+
+__all__ = ["NewSpan", "add", "next_sequence_ids"]
+
+
+@dataclass(slots=True)
+class NewSpan:
+    """A span that is to be kept.
+
+    Attributes:
+        rollout_id: None, as `attempt_id`, for one that came without.
+        sequence_id: its place in the rollout; None for the next.
+        start_time: seconds since the epoch, as `end_time`.
+        body: a JSON object of all but `rollout_id`, `attempt_id` and `sequence_id`.
+    """
+
+    rollout_id: str | None
+    attempt_id: str | None
+    sequence_id: int | None
+    trace_id: str
+    span_id: str
+    parent_id: str | None
+    name: str
+    start_time: float | None
+    end_time: float | None
+    body: bytes
+
+
+def add(connection: Connection, new: Sequence[NewSpan]) -> int:
+    """Keep spans; returns how many are new. One whose span_id its attempt, or its trace, has is left as it is."""
+    wanted = Counter(each.rollout_id for each in new if each.rollout_id is not None and each.sequence_id is None)
+    given = {rollout_id: iter(next_sequence_ids(connection, rollout_id, n)) for rollout_id, n in wanted.items()}
+    highest: dict[str, int] = {}
+    for each in new:
+        if each.rollout_id is None:
+            each.sequence_id = 0
+        elif each.sequence_id is None:
+            each.sequence_id = next(given[each.rollout_id])
+        else:
+            highest[each.rollout_id] = max(each.sequence_id, highest.get(each.rollout_id, 0))
+    for rollout_id, sequence_id in highest.items():
+        _at_least(connection, rollout_id, sequence_id)
+    values = [
+        (
+            each.rollout_id,
+            each.attempt_id,
+            each.sequence_id,
+            _column(each.trace_id),
+            _column(each.span_id),
+            None if each.parent_id is None else _column(each.parent_id),
+            _column(each.name),
+            each.start_time,
+            each.end_time,
+            each.body,
+        )
+        for each in new
+    ]
+    return insert_rows(connection, spans, values, without="key", if_new=True)
+
+
+def next_sequence_ids(connection: Connection, rollout_id: str, how_many: int = 1) -> range:
+    """Numbers for spans of a rollout that no other gets, and that are higher than those of its spans."""
+    table = span_sequences
+    of_rollout = table.c.rollout_id == rollout_id
+    more = update(table).where(of_rollout).values(last=table.c.last + how_many)
+    if not connection.execute(more).rowcount:
+        connection.execute(insert_if_new(connection, table).values(rollout_id=rollout_id, last=0))
+        connection.execute(more)
+    last = connection.execute(select(table.c.last).where(of_rollout)).scalar_one()
+    return range(last - how_many + 1, last + 1)
+
+
+def _at_least(connection: Connection, rollout_id: str, sequence_id: int) -> None:
+    table = span_sequences
+    higher = case((table.c.last < sequence_id, sequence_id), else_=table.c.last)
+    changed = connection.execute(update(table).where(table.c.rollout_id == rollout_id).values(last=higher))
+    if not changed.rowcount:
+        connection.execute(insert_if_new(connection, table).values(rollout_id=rollout_id, last=sequence_id))
+
+
+def _column(text: str) -> str:
+    # The body has it as it came; in a column it is for finding, and not every database has a NUL in a text.
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}")
