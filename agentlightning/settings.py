@@ -23,12 +23,14 @@ class Variable:
         values: what it may be, in lower case; empty where `pattern` says it.
         pattern: what it may look like.
         otherwise: what a value that it may not have is.
+        secret: its value is shown nowhere.
     """
 
     default: str
     values: tuple[str, ...] = ()
     pattern: str = ""
     otherwise: str = ""
+    secret: bool = False
 
     def allows(self, value: str) -> bool:
         return value in self.values if self.values else re.fullmatch(self.pattern, value) is not None
@@ -44,6 +46,7 @@ VARIABLES = {
     "AGL_STORE": Variable(
         "", pattern=r"(?s)sqlite:///.+|(?!\w[\w+.-]*://).+", otherwise="neither the path of a file nor sqlite:///PATH"
     ),
+    "AGL_STORE_KEY": Variable("", pattern=r"(?s).+", secret=True),
     "AGL_LOGPROBS": Variable("off", (*ON, *OFF)),
     "AGL_RECORD_TEXT": Variable("on", (*ON, *OFF)),
     "AGL_QUEUE_MB": Variable("256", pattern=r"0*[1-9][0-9]{0,6}", otherwise="no whole number from 1 to 9999999"),
@@ -70,6 +73,11 @@ def store() -> str | None:
     It is shown by way of `without_secrets` alone.
     """
     return _checked("AGL_STORE") or None
+
+
+def store_key() -> str | None:
+    """What a store that is served over HTTP asks for (`AGL_STORE_KEY`); None for nothing."""
+    return _checked("AGL_STORE_KEY") or None
 
 
 def logprobs() -> bool:

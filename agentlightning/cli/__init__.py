@@ -15,7 +15,7 @@ COMMANDS = {
     "vllm": ("agentlightning.cli.vllm", "run vLLM's own command line, with token ids in every answer"),
     "doctor": ("agentlightning.cli.doctor", "say whether it is on, here or on a server, and if not, why"),
     "export": ("agentlightning.cli.export", "write recorded generations to a JSONL or Parquet file"),
-    "store": (None, "keep rollouts, spans and generations, over HTTP"),
+    "store": ("agentlightning.cli.store", "keep rollouts, spans and generations, over HTTP"),
     "agentops": (None, "keep what the AgentOps SDK sends"),
 }
 """Each subcommand's module, which has `main(arguments) -> exit status`, and what it does. No module: not there yet."""

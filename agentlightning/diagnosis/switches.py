@@ -25,4 +25,4 @@ def findings() -> Iterator[Finding]:
         elif variable == "AGL_RETURN_TOKEN_IDS" and value == "none":
             yield Finding(variable, Mark.NOTE, "none: answers carry ids only where a request asks for them")
         elif value:
-            yield Finding(variable, Mark.OK, settings.without_secrets(value))
+            yield Finding(variable, Mark.OK, "set" if allowed.secret else settings.without_secrets(value))

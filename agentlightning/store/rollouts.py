@@ -104,17 +104,17 @@ class NewRollout:
 Attempted = Any
 """A row: a rollout's columns and those of its latest attempt, whose names begin with `attempt_` there; see `find`."""
 
-_LATEST = {
-    column: attempts.c[column].label(column if column.startswith("attempt_") else f"attempt_{column}")
-    for column in attempts.c.keys()  # noqa: SIM118
-    if column != "rollout_key"
-}
+_LATEST = [
+    column.label(f"attempt_{column.name.removeprefix('attempt_')}")
+    for column in attempts.columns
+    if column is not attempts.c.rollout_key
+]
 
 
 def with_latest_attempt() -> Select[Any]:
     """All rollouts, each with its latest attempt; where there is none, that is null."""
     latest = and_(attempts.c.rollout_key == rollouts.c.key, attempts.c.sequence_id == rollouts.c.attempts)
-    return select(rollouts, *_LATEST.values()).select_from(rollouts.outerjoin(attempts, latest))
+    return select(rollouts, *_LATEST).select_from(rollouts.outerjoin(attempts, latest))
 
 
 def find(connection: Connection, rollout_id: str, *, to_change: bool = False) -> Attempted | None:
@@ -211,7 +211,7 @@ def heard_of(connection: Connection, rollout_id: str, attempt_id: str) -> bool:
     found = find(connection, rollout_id, to_change=True)
     if found is None:
         return False
-    if found.attempt_attempt_id == attempt_id:
+    if found.attempt_id == attempt_id:
         number, status, was = found.attempts, found.attempt_status, found.attempt_last_heartbeat_time
     else:
         number = _number_of(connection, found.key, attempt_id)

@@ -1,0 +1,101 @@
+"""The application: all routes on one database."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from starlette.middleware.cors import CORSMiddleware
+
+import agentlightning
+from agentlightning.server import errors
+from agentlightning.server.keys import Keys
+from agentlightning.server.limits import Bodies, BodyLimit
+from agentlightning.server.metrics import Metrics, Watched
+from agentlightning.server.routes import about, otlp, resources, rollouts, spans, workers
+from agentlightning.server.transactions import Transactions
+from agentlightning.store.database import Database
+
+__all__ = ["create_app"]
+
+DESCRIPTION = """\
+A store of rollouts, attempts, spans, resources and workers: the LightningStore interface of Agent Lightning 0.3, on a
+database. Errors are `{"detail": "one sentence"}`."""
+
+
+def create_app(
+    database: Database,
+    *,
+    key: str | None = None,
+    cors_origins: Sequence[str] = (),
+    body_limit: BodyLimit,
+    is_stopping: Callable[[], bool] = lambda: False,
+) -> FastAPI:
+    """The store's application.
+
+    Args:
+        database: is closed with it.
+        key: what whoever asks has to have; None where nothing is asked for.
+        cors_origins: the pages that browsers let ask; `*` is any.
+        is_stopping: whether the server is about to end: then nobody is let wait for rollouts.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.transactions = Transactions(database)
+        yield
+        await app.state.transactions.close()
+        database.close()
+
+    # Without the pages that FastAPI has for its document: they load what they show from another host.
+    app = FastAPI(title="agl store", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.state.started_at = time.monotonic()
+    app.state.metrics = Metrics()
+    app.state.is_stopping = is_stopping
+    for routes in (about.root, about.interface, *_KEPT):
+        app.include_router(routes)
+    errors.add_handlers(app)
+    # From the inside out.
+    app.add_middleware(Bodies, limit=body_limit)
+    if key is not None:
+        app.add_middleware(Keys, key=key)
+    if cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            allow_credentials=True,
+        )
+    app.add_middleware(Watched, metrics=app.state.metrics)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+_KEPT = (rollouts.routes, workers.routes, resources.routes, spans.routes, otlp.routes)
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document, with what FastAPI does not know of."""
+    if app.openapi_schema is None:
+        document = get_openapi(
+            title=app.title, version=agentlightning.__version__, description=DESCRIPTION, routes=app.routes
+        )
+        schemas = document["components"]["schemas"]
+        schemas["Error"] = {
+            "title": "Error",
+            "type": "object",
+            "required": ["detail"],
+            "properties": {"detail": {"type": "string", "description": "What is wrong, in one sentence."}},
+        }
+        document["components"]["securitySchemes"] = {
+            "bearer": {"type": "http", "scheme": "bearer"},
+            "basic": {"type": "http", "scheme": "basic"},
+        }
+        document["security"] = [{}, {"bearer": []}, {"basic": []}]
+        app.openapi_schema = document
+    return app.openapi_schema

@@ -1,0 +1,83 @@
+"""What is answered where something is wrong: JSON with one sentence, `{"detail": "..."}`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from agentlightning.store import StoreRefused, StoreUnavailable
+from agentlightning.store.rollouts import Unknown
+
+__all__ = ["add_handlers", "sentence", "what_is_wrong"]
+
+ERRORS_SHOWN = 3
+
+logger = logging.getLogger("agentlightning.store")
+
+
+def sentence(status: int, detail: str, headers: Mapping[str, str] | None = None) -> Response:
+    """The answer."""
+    return Response(msgspec.json.encode({"detail": detail}), status, headers, "application/json")
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Make such an answer of every exception that a route may raise."""
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(ValidationError, _invalid)
+    app.add_exception_handler(Unknown, _unknown)
+    app.add_exception_handler(StoreUnavailable, _unavailable)
+    app.add_exception_handler(StoreRefused, _unavailable)
+    for kind in (ValueError, OverflowError, RecursionError):
+        app.add_exception_handler(kind, _unusable)
+    app.add_exception_handler(Exception, _unexpected)
+
+
+def what_is_wrong(error: RequestValidationError | ValidationError) -> str:
+    """The first few of pydantic's complaints, each with where it is."""
+    found = error.errors()
+    told = [_complaint(each) for each in found[:ERRORS_SHOWN]]
+    if len(found) > ERRORS_SHOWN:
+        told.append(f"and {len(found) - ERRORS_SHOWN} more")
+    return "; ".join(told)
+
+
+def _complaint(error: Any) -> str:
+    where = ".".join(str(part)[:100] for part in error["loc"])
+    return f"{where}: {error['msg']}" if where else error["msg"]
+
+
+async def _http(_: Request, error: Any) -> Response:
+    return sentence(error.status_code, str(error.detail), error.headers)
+
+
+async def _invalid(_: Request, error: Any) -> Response:
+    return sentence(422, what_is_wrong(error))
+
+
+async def _unknown(_: Request, error: Any) -> Response:
+    return sentence(404, str(error))
+
+
+async def _unavailable(_: Request, error: Exception) -> Response:
+    logger.error("%s", error)
+    return sentence(503, str(error), {"Retry-After": "1"})
+
+
+async def _unusable(request: Request, error: Exception) -> Response:
+    if isinstance(error, RecursionError):
+        return sentence(400, "the body is nested too deeply")
+    logger.info("%s %s: %s", request.method, request.url.path, error)
+    return sentence(422, f"something in it cannot be kept: {error}")
+
+
+async def _unexpected(_: Request, error: Exception) -> Response:
+    # What it was is in the log, with its traceback: that is nothing for those who call.
+    return sentence(500, f"the store has a bug, which its log tells about ({type(error).__name__})")

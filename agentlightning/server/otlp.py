@@ -1,0 +1,211 @@
+"""Spans of OpenTelemetry's wire format (OTLP 1.x), protobuf and JSON, as the store keeps them."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+from google.protobuf.json_format import MessageToJson, ParseDict, ParseError
+from google.protobuf.message import DecodeError, Message
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+from agentlightning.server.answers import encode
+from agentlightning.server.limits import ID_LIMIT
+from agentlightning.store.spans import NewSpan
+
+__all__ = ["JSON", "PROTOBUF", "Unreadable", "parsed", "spans_of", "written"]
+
+PROTOBUF, JSON = "application/x-protobuf", "application/json"
+ROLLOUT, ATTEMPT, SEQUENCE = (f"agentlightning.{name}" for name in ("rollout_id", "attempt_id", "span_sequence_id"))
+STATUS_CODES = ("UNSET", "OK", "ERROR")
+KINDS = ("UNSPECIFIED", "INTERNAL", "SERVER", "CLIENT", "PRODUCER", "CONSUMER")
+# In OTLP's JSON these are hexadecimal, where protobuf's has base64.
+HEXADECIMAL = ("traceId", "spanId", "parentSpanId", "trace_id", "span_id", "parent_span_id")
+
+
+class Unreadable(ValueError):
+    """A body that is not what its Content-Type says; the message is one sentence."""
+
+
+def parsed(message: Message, body: bytes, content_type: str) -> None:
+    """Read a body into an OTLP request.
+
+    Raises:
+        Unreadable: it is none.
+    """
+    try:
+        if content_type == PROTOBUF:
+            message.ParseFromString(body)
+        elif body:
+            ParseDict(_with_bytes(msgspec.json.decode(body)), message, ignore_unknown_fields=True)
+    except (DecodeError, ParseError, msgspec.DecodeError, UnicodeDecodeError, ValueError) as error:
+        raise Unreadable(f"the body is no OTLP request in {content_type}: {error}") from error
+    except (RecursionError, AttributeError, TypeError) as error:
+        # Of JSON that has nothing of the shape of one.
+        raise Unreadable(f"the body is no OTLP request in {content_type}") from error
+
+
+def written(message: Message, content_type: str) -> bytes:
+    """An OTLP answer as a body."""
+    return message.SerializeToString() if content_type == PROTOBUF else MessageToJson(message, indent=None).encode()
+
+
+def spans_of(request: ExportTraceServiceRequest) -> tuple[list[NewSpan], int]:
+    """The spans of a request, and how many it has besides that are none: their ids are not as long as ids are."""
+    found: list[NewSpan] = []
+    refused = 0
+    for of_resource in request.resource_spans:
+        attributes = _attributes(of_resource.resource.attributes)
+        resource = {"attributes": attributes, "schema_url": of_resource.schema_url}
+        for of_scope in of_resource.scope_spans:
+            scope = {"name": of_scope.scope.name, "version": of_scope.scope.version}
+            for span in of_scope.spans:
+                if len(span.trace_id) == 16 and len(span.span_id) == 8:
+                    found.append(_span(span, resource, scope))
+                else:
+                    refused += 1
+    return found, refused
+
+
+def _span(span: Any, resource: Mapping[str, Any], scope: Mapping[str, str]) -> NewSpan:
+    attributes = _attributes(span.attributes)
+    ours = {**resource["attributes"], **attributes}
+    rollout_id = _id(ours.get(ROLLOUT))
+    trace_id, span_id = span.trace_id.hex(), span.span_id.hex()
+    parent_id = span.parent_span_id.hex() or None
+    start_time, end_time = _seconds(span.start_time_unix_nano), _seconds(span.end_time_unix_nano)
+    body = {
+        "trace_id": trace_id,
+        "span_id": span_id,
+        "parent_id": parent_id,
+        "name": span.name,
+        "status": {
+            "status_code": _one_of(STATUS_CODES, span.status.code),
+            "description": span.status.message or None,
+        },
+        "attributes": attributes,
+        "events": [
+            {
+                "name": event.name,
+                "attributes": _attributes(event.attributes),
+                "timestamp": _seconds(event.time_unix_nano),
+            }
+            for event in span.events
+        ],
+        "links": [
+            {
+                "context": _context(link.trace_id.hex(), link.span_id.hex(), link.trace_state),
+                "attributes": _attributes(link.attributes) or None,
+            }
+            for link in span.links
+        ],
+        "start_time": start_time,
+        "end_time": end_time,
+        "context": _context(trace_id, span_id, span.trace_state),
+        "parent": None,
+        "resource": resource,
+        "scope": scope,
+        "kind": _one_of(KINDS, span.kind),
+    }
+    return NewSpan(
+        rollout_id=rollout_id,
+        attempt_id=None if rollout_id is None else _id(ours.get(ATTEMPT)),
+        sequence_id=_sequence_id(ours.get(SEQUENCE)),
+        trace_id=trace_id,
+        span_id=span_id,
+        parent_id=parent_id,
+        name=span.name,
+        start_time=start_time,
+        end_time=end_time,
+        body=encode(body),
+    )
+
+
+def _id(value: Any) -> str | None:
+    """An id among the attributes; None where there is none that can be looked up."""
+    if value is None or isinstance(value, (list, dict)):
+        return None
+    text = str(value)
+    return text if 0 < len(text) <= ID_LIMIT and "\0" not in text else None
+
+
+def _sequence_id(value: Any) -> int | None:
+    try:
+        number = int(str(value))
+    except ValueError:
+        return None
+    return number if 0 <= number <= 2**62 else None
+
+
+def _context(trace_id: str, span_id: str, trace_state: str) -> dict[str, Any]:
+    members = (member.partition("=") for member in trace_state.split(",") if "=" in member)
+    state = {key.strip(): value.strip() for key, _, value in members}
+    return {"trace_id": trace_id, "span_id": span_id, "is_remote": False, "trace_state": state}
+
+
+def _seconds(nanoseconds: int) -> float | None:
+    return nanoseconds / 1_000_000_000 if nanoseconds else None
+
+
+def _one_of(names: Sequence[str], number: int) -> str:
+    return names[number] if 0 <= number < len(names) else names[0]
+
+
+def _attributes(pairs: Iterable[Any]) -> dict[str, Any]:
+    return {pair.key: _value(pair.value) for pair in pairs}
+
+
+def _value(value: Any) -> Any:
+    match value.WhichOneof("value"):
+        case "string_value":
+            return value.string_value
+        case "int_value":
+            return value.int_value
+        case "bool_value":
+            return value.bool_value
+        case "double_value":
+            return _double(value.double_value)
+        case "array_value":
+            return _array(value.array_value.values)
+        case "kvlist_value":
+            return _attributes(value.kvlist_value.values)
+        case "bytes_value":
+            return value.bytes_value.hex()
+    return None
+
+
+def _array(values: Any) -> list[Any]:
+    # Token ids are long arrays of integers. One that is no integer reads as 0, and so do few ids: to look at those is
+    # quicker than to ask each what it is.
+    found = [value.int_value for value in values]
+    if 0 not in found:
+        return found
+    return [number or _value(value) for number, value in zip(found, values, strict=True)]
+
+
+def _double(number: float) -> float | str:
+    # JSON has no other way to tell them; protobuf's JSON has the same names.
+    if math.isfinite(number):
+        return number
+    return "NaN" if math.isnan(number) else "Infinity" if number > 0 else "-Infinity"
+
+
+def _with_bytes(found: Any) -> Any:
+    """The same JSON with the ids as protobuf reads them."""
+    if isinstance(found, dict):
+        return {
+            name: _base64(value) if name in HEXADECIMAL and isinstance(value, str) else _with_bytes(value)
+            for name, value in found.items()
+        }
+    return [_with_bytes(each) for each in found] if isinstance(found, list) else found
+
+
+def _base64(digits: str) -> str:
+    try:
+        return base64.b64encode(binascii.unhexlify(digits)).decode()
+    except (ValueError, binascii.Error) as error:
+        raise Unreadable(f"the id {digits[:100]!r} is not hexadecimal") from error

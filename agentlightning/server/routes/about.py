@@ -1,0 +1,68 @@
+"""The server itself: whether it works, and how much there is."""
+
+from __future__ import annotations
+
+import time
+
+from fastapi import Request, Response
+from sqlalchemy import Connection, Table, func, select
+
+from agentlightning.server import models
+from agentlightning.server.answers import Json
+from agentlightning.server.metrics import CONTENT_TYPE_LATEST
+from agentlightning.server.routes.common import Database, errors, router
+from agentlightning.store import rollouts, tables
+
+__all__ = ["interface", "root"]
+
+root = router("about", prefix="")
+interface = router("about")
+
+
+@root.get("/healthz", response_model=models.Health)
+async def is_alive() -> Response:
+    """That the server answers; without a key."""
+    return Json({"status": "ok"})
+
+
+@root.get("/readyz", response_model=models.Health, responses={503: errors()[503]})
+async def is_ready(database: Database) -> Response:
+    """That its store can be read; without a key."""
+    await database.read(lambda _: None)
+    return Json({"status": "ok"})
+
+
+@root.get("/metrics", responses=errors())
+async def metrics(request: Request, database: Database) -> Response:
+    """What Prometheus reads."""
+    by_status = await database.read(rollouts.count_by_status)
+    text = request.app.state.metrics.text(by_status, database.waiting)
+    return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+
+@interface.get("/health", response_model=models.Health, responses=errors())
+async def health() -> Response:
+    """That the server answers, as runners ask."""
+    return Json({"status": "ok"})
+
+
+@interface.get("/statistics", response_model=models.Statistics, responses=errors())
+async def statistics(request: Request, database: Database) -> Response:
+    """How much there is."""
+    kept = {
+        "total_rollouts": tables.rollouts,
+        "total_attempts": tables.attempts,
+        "total_spans": tables.spans,
+        "total_resources": tables.resources,
+        "total_workers": tables.workers,
+    }
+
+    def count(connection: Connection) -> dict[str, int]:
+        return {name: _size(connection, table) for name, table in kept.items()}
+
+    counts = await database.read(count)
+    return Json({"name": "agl store", **counts, "uptime": time.monotonic() - request.app.state.started_at})
+
+
+def _size(connection: Connection, table: Table) -> int:
+    return connection.execute(select(func.count()).select_from(table)).scalar_one()

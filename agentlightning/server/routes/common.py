@@ -1,0 +1,69 @@
+"""What every route stands on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import APIRouter, Depends, HTTPException, Request, Response
+from fastapi.routing import APIRoute
+
+from agentlightning.server.transactions import Transactions
+
+__all__ = ["Database", "errors", "router"]
+
+ERROR = {
+    "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+}
+
+
+class _Request(Request):
+    """A request whose JSON is read as RFC 8259 has it: without NaN, which no answer could have in it again."""
+
+    async def json(self) -> Any:
+        if not hasattr(self, "_json"):
+            try:
+                self._json = msgspec.json.decode(await self.body())
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                raise HTTPException(400, f"the body is no JSON: {error}") from error
+            except RecursionError as error:
+                raise HTTPException(400, "the body is nested too deeply") from error
+        return self._json
+
+
+class _Route(APIRoute):
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_strictly(request: Request) -> Response:
+            return await handle(_Request(request.scope, request.receive))
+
+        return handle_strictly
+
+
+def router(tag: str, prefix: str = "/v1/agl") -> APIRouter:
+    """The routes about one thing."""
+    return APIRouter(prefix=prefix, route_class=_Route, tags=[tag])
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """For the OpenAPI document: what else may be answered, besides what every route may."""
+    meant = {
+        400: "The body is no JSON, or cannot be unpacked.",
+        401: "The key is missing or wrong.",
+        404: "There is none of this id.",
+        413: "The body is too large.",
+        415: "The body is of a kind, or packed in a way, that is not known.",
+        422: "Something in the request is not as it has to be.",
+        503: "The store cannot be used now; try again after the seconds in Retry-After.",
+    }
+    return {status: {"description": meant[status], **ERROR} for status in (400, 401, 413, 415, 422, 503, *statuses)}
+
+
+async def _transactions(request: Request) -> Transactions:
+    return request.app.state.transactions
+
+
+Database = Annotated[Transactions, Depends(_transactions)]
+"""The parameter of a route that uses the store."""

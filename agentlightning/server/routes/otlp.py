@@ -1,0 +1,105 @@
+"""What OpenTelemetry's exporters send: `OTEL_EXPORTER_OTLP_ENDPOINT` is the store."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fastapi import Request, Response
+from google.protobuf.message import Message
+from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest, ExportLogsServiceResponse
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
+    ExportMetricsServiceRequest,
+    ExportMetricsServiceResponse,
+)
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+    ExportTraceServiceRequest,
+    ExportTraceServiceResponse,
+)
+from sqlalchemy import Connection
+
+from agentlightning.server.errors import sentence
+from agentlightning.server.otlp import JSON, PROTOBUF, Unreadable, parsed, spans_of, written
+from agentlightning.server.routes.common import Database, errors, router
+from agentlightning.server.transactions import Transactions
+from agentlightning.store import rollouts, spans
+from agentlightning.store.spans import NewSpan
+
+__all__ = ["routes"]
+
+logger = logging.getLogger("agentlightning.store")
+
+routes = router("otlp", prefix="/v1")
+
+
+def _body(name: str) -> dict[str, Any]:
+    """For the OpenAPI document."""
+    content = {PROTOBUF: {"schema": {"type": "string", "format": "binary"}}, JSON: {"schema": {"type": "object"}}}
+    return {"requestBody": {"description": f"An Export{name}ServiceRequest.", "required": True, "content": content}}
+
+
+@routes.post("/traces", responses=errors(), openapi_extra=_body("Trace"))
+async def traces(request: Request, database: Database) -> Response:
+    """Keep spans: under the rollout and attempt that they, or what sent them, name, or else under their trace."""
+    answer = ExportTraceServiceResponse()
+
+    async def keep(message: Any) -> None:
+        new, refused = await database.run(lambda: spans_of(message))
+        await database.write(lambda connection: _keep(connection, new))
+        if refused:
+            answer.partial_success.rejected_spans = refused
+            answer.partial_success.error_message = "a trace_id has 16 bytes, and a span_id 8"
+
+    return await _export(request, database, ExportTraceServiceRequest(), answer, keep)
+
+
+@routes.post("/logs", responses=errors(), openapi_extra=_body("Logs"))
+async def logs(request: Request, database: Database) -> Response:
+    """Accept logs, so that exporters are content; they are not kept."""
+    return await _export(request, database, ExportLogsServiceRequest(), ExportLogsServiceResponse())
+
+
+@routes.post("/metrics", responses=errors(), openapi_extra=_body("Metrics"))
+async def metrics(request: Request, database: Database) -> Response:
+    """Accept metrics, so that exporters are content; they are not kept."""
+    return await _export(request, database, ExportMetricsServiceRequest(), ExportMetricsServiceResponse())
+
+
+async def _export(
+    request: Request, database: Transactions, message: Message, answer: Message, keep: Any = None
+) -> Response:
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type not in (PROTOBUF, JSON):
+        return sentence(415, f"OTLP comes as {PROTOBUF} or {JSON}, not as {content_type or 'nothing'!r}")
+    body = await request.body()
+    try:
+        await database.run(lambda: parsed(message, body, content_type))
+    except Unreadable as error:
+        return sentence(400, str(error))
+    if keep is not None:
+        await keep(message)
+    return Response(written(answer, content_type), media_type=content_type)
+
+
+def _keep(connection: Connection, new: list[NewSpan]) -> int:
+    alive: dict[tuple[str, str], str] = {}
+    for each in new:
+        if each.rollout_id is not None:
+            named = (each.rollout_id, each.attempt_id or "")
+            if named not in alive:
+                alive[named] = _attempt_of(connection, *named)
+            each.attempt_id = alive[named]
+    kept = spans.add(connection, new)
+    if kept:
+        for rollout_id, attempt_id in {(rollout_id, attempt_id) for (rollout_id, _), attempt_id in alive.items()}:
+            # Those of rollouts that nobody has made here are kept all the same.
+            rollouts.heard_of(connection, rollout_id, attempt_id)
+    return kept
+
+
+def _attempt_of(connection: Connection, rollout_id: str, attempt_id: str) -> str:
+    """The attempt that is named, or where none is, the latest of the rollout; empty where there is none."""
+    if attempt_id:
+        return attempt_id
+    found = rollouts.find(connection, rollout_id)
+    return (found and found.attempt_id) or ""

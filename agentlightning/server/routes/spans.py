@@ -1,0 +1,109 @@
+"""Spans, one at a time, and found again."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import Query, Request, Response
+from sqlalchemy import Connection, false, select
+
+from agentlightning.server import models
+from agentlightning.server.answers import Json, encode, page, span
+from agentlightning.server.errors import sentence
+from agentlightning.server.routes.common import Database, errors, router
+from agentlightning.store import rollouts, spans
+from agentlightning.store.pages import Page, contains, find_page, matching
+from agentlightning.store.tables import spans as table
+
+__all__ = ["routes"]
+
+SEARCHED = ("trace_id", "span_id", "parent_id", "name")
+
+routes = router("spans")
+
+BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Span"}}},
+    }
+}
+
+
+@routes.post("/spans", status_code=201, response_model=models.Span | None, responses=errors(404), openapi_extra=BODY)
+async def add_span(request: Request, database: Database) -> Response:
+    """Keep a span of an attempt, which is a sign of life of it; null where it was kept before."""
+    sent = await request.json()
+    # Checked, and kept as it was sent: the ids in it may be thousands.
+    checked = models.Span.model_validate(sent)
+    body = {name: value for name, value in sent.items() if name not in ("rollout_id", "attempt_id", "sequence_id")}
+    new = spans.NewSpan(
+        rollout_id=checked.rollout_id,
+        attempt_id=checked.attempt_id,
+        sequence_id=checked.sequence_id,
+        trace_id=checked.trace_id,
+        span_id=checked.span_id,
+        parent_id=checked.parent_id,
+        name=checked.name,
+        start_time=checked.start_time,
+        end_time=checked.end_time,
+        body=encode(body),
+    )
+
+    def work(connection: Connection) -> int:
+        if not rollouts.heard_of(connection, checked.rollout_id, checked.attempt_id):
+            raise rollouts.Unknown(f"there is no attempt {checked.attempt_id!r} of a rollout {checked.rollout_id!r}")
+        return spans.add(connection, [new])
+
+    return Json(span(new) if await database.write(work) else None, 201)
+
+
+@routes.get("/spans", response_model=models.Page[models.Span], responses=errors())
+async def query_spans(asked: Annotated[models.QuerySpans, Query()], database: Database) -> Response:
+    """Find spans of a rollout, or of a trace: those that came without a rollout too."""
+    return await _page(asked, database)
+
+
+@routes.post("/spans/search", response_model=models.Page[models.Span], responses=errors())
+async def search_spans(asked: models.QuerySpans, database: Database) -> Response:
+    """Find spans of a rollout, or of a trace: those that came without a rollout too."""
+    return await _page(asked, database)
+
+
+@routes.post("/spans/next", response_model=models.SequenceId, responses=errors())
+async def get_next_sequence_id(asked: models.NextSequenceId, database: Database) -> Response:
+    """A number for a span of a rollout, higher than those of all its others."""
+    [number] = await database.write(lambda connection: spans.next_sequence_ids(connection, asked.rollout_id))
+    return Json({"sequence_id": number})
+
+
+async def _page(asked: models.QuerySpans, database: Database) -> Response:
+    if asked.rollout_id is None and asked.trace_id is None:
+        return sentence(422, "rollout_id: is required, or trace_id in its place")
+
+    def find(connection: Connection) -> Page:
+        must, may = [], []
+        if asked.rollout_id is None:
+            must.append(table.c.trace_id == asked.trace_id)
+        else:
+            must.append(table.c.rollout_id == asked.rollout_id)
+        attempt_id = asked.attempt_id
+        if attempt_id == "latest":
+            found = rollouts.find(connection, asked.rollout_id or "")
+            attempt_id = None if found is None else found.attempt_id
+            if attempt_id is None:
+                must.append(false())
+        if attempt_id is not None:
+            must.append(table.c.attempt_id == attempt_id)
+        for name in SEARCHED:
+            if (wanted := getattr(asked, name)) is not None:
+                may.append(table.c[name] == wanted)
+            if (part := getattr(asked, f"{name}_contains")) is not None:
+                may.append(contains(table.c[name], part))
+        where = matching([*must, matching(may, asked.filter_logic)], "and")
+        order_by = None if asked.sort_by is None else table.c[asked.sort_by]
+        return find_page(
+            connection, table.c.key, where, order_by, asked.sort_order == "desc", asked.limit, asked.offset
+        )
+
+    query = select(table.c.key, table.c.rollout_id, table.c.attempt_id, table.c.sequence_id, table.c.body)
+    return await page(database, find, query, table.c.key, span, asked.limit, asked.offset)

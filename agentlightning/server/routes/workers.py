@@ -1,0 +1,75 @@
+"""Workers."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any
+
+from fastapi import Body, Query, Response
+from sqlalchemy import Connection, select
+
+from agentlightning.server import models
+from agentlightning.server.answers import Json, encode, page, worker
+from agentlightning.server.routes.common import Database, errors, router
+from agentlightning.store import workers
+from agentlightning.store.pages import Page, contains, find_page, matching
+from agentlightning.store.tables import workers as table
+
+__all__ = ["routes"]
+
+routes = router("workers")
+
+
+@routes.get("/workers", response_model=models.Page[models.Worker], responses=errors())
+async def query_workers(asked: Annotated[models.QueryWorkers, Query()], database: Database) -> Response:
+    """Find workers."""
+    return await _page(asked, database)
+
+
+@routes.post("/workers/search", response_model=models.Page[models.Worker], responses=errors())
+async def search_workers(asked: models.QueryWorkers, database: Database) -> Response:
+    """Find workers."""
+    return await _page(asked, database)
+
+
+@routes.get("/workers/{worker_id}", response_model=models.Worker | None, responses=errors())
+async def get_worker(worker_id: models.Id, database: Database) -> Response:
+    """A worker; null where nothing was heard of one of this id."""
+    row = await database.read(lambda connection: _find(connection, worker_id))
+    return Json(None if row is None else worker(row))
+
+
+@routes.post("/workers/{worker_id}", response_model=models.Worker, responses=errors())
+async def update_worker(
+    worker_id: models.Id, database: Database, body: Annotated[models.ChangeWorker | None, Body()] = None
+) -> Response:
+    """Note a worker's sign of life, with what it says of itself."""
+    changes: dict[str, Any] = {"last_heartbeat_time": time.time()}
+    if body is not None and body.heartbeat_stats is not None:
+        changes["heartbeat_stats"] = encode(body.heartbeat_stats).decode()
+
+    def work(connection: Connection) -> Any:
+        workers.note(connection, worker_id, **changes)
+        return _find(connection, worker_id)
+
+    return Json(worker(await database.write(work)))
+
+
+def _find(connection: Connection, worker_id: str) -> Any:
+    return connection.execute(select(table).where(table.c.worker_id == worker_id)).first()
+
+
+async def _page(asked: models.QueryWorkers, database: Database) -> Response:
+    def find(connection: Connection) -> Page:
+        conditions = []
+        if asked.status_in is not None:
+            conditions.append(table.c.status.in_(asked.status_in))
+        if asked.worker_id_contains is not None:
+            conditions.append(contains(table.c.worker_id, asked.worker_id_contains))
+        where = matching(conditions, asked.filter_logic)
+        order_by = None if asked.sort_by is None else table.c[asked.sort_by]
+        return find_page(
+            connection, table.c.key, where, order_by, asked.sort_order == "desc", asked.limit, asked.offset
+        )
+
+    return await page(database, find, select(table), table.c.key, worker, asked.limit, asked.offset)

@@ -1,0 +1,169 @@
+"""What the routes do with the database: many requests' writes in one transaction, reads beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError
+
+from agentlightning.store import StoreUnavailable, rollouts
+from agentlightning.store.database import Database
+
+__all__ = ["Busy", "Transactions"]
+
+T = TypeVar("T")
+Work = Callable[[Connection], T]
+
+WRITES_AT_ONCE = 256
+WRITES_WAITING = 10_000
+READERS = 2
+SECONDS_BETWEEN_SWEEPS = 1.0
+
+logger = logging.getLogger("agentlightning.store")
+
+
+class Busy(StoreUnavailable):
+    """More writes wait than the server holds; the sender tries again later."""
+
+
+@dataclass(slots=True)
+class _Write:
+    work: Work[Any]
+    future: asyncio.Future[Any]
+    outcome: Any = None
+    error: BaseException | None = None
+
+
+class Transactions:
+    """Runs what is given to it in transactions on a database, for the event loop that it is made in.
+
+    A write is answered when it is committed. Those that wait while one is committed are committed together, which is
+    what makes a disk keep up with an in-memory store; each is undone alone where it raises.
+
+    Attempts that are overdue are ended before anything is read or written: nobody sees one that should have ended.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._loop = asyncio.get_running_loop()
+        self._writes: SimpleQueue[_Write | None] = SimpleQueue()
+        self._waiting = 0
+        self._readers = ThreadPoolExecutor(READERS, "agl-store-read")
+        self._writer = threading.Thread(target=self._write_all, name="agl-store-write", daemon=True)
+        self._writer.start()
+        self._sweeper = asyncio.create_task(self._sweep())
+
+    @property
+    def waiting(self) -> int:
+        """How many writes have not been committed."""
+        return self._waiting
+
+    async def read(self, work: Work[T]) -> T:
+        """What `work` returns, in a transaction of its own.
+
+        Raises:
+            StoreUnavailable: the store cannot be read now.
+        """
+        while True:
+            due, found = await self._loop.run_in_executor(self._readers, self._read, work)
+            if not due:
+                return found
+            await self.write(rollouts.expire)
+
+    async def write(self, work: Work[T]) -> T:
+        """What `work` returns, when it is committed.
+
+        Raises:
+            Busy: too many wait.
+            StoreUnavailable: the store cannot be written now; nothing of it is kept.
+        """
+        if self._waiting >= WRITES_WAITING:
+            raise Busy(f"{self._waiting} writes wait already")
+        self._waiting += 1
+        write = _Write(work, self._loop.create_future())
+        self._writes.put(write)
+        return await write.future
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """What `work` returns, which takes too long to keep others waiting, and needs no database."""
+        return await self._loop.run_in_executor(self._readers, work)
+
+    async def close(self) -> None:
+        """Commit what waits, and end."""
+        self._sweeper.cancel()
+        self._writes.put(None)
+        await self._loop.run_in_executor(None, self._writer.join)
+        self._readers.shutdown()
+
+    def _read(self, work: Work[Any]) -> tuple[bool, Any]:
+        with self._database.reading() as connection:
+            if rollouts.is_anything_due(connection):
+                return True, None
+            return False, work(connection)
+
+    def _write_all(self) -> None:
+        while (first := self._writes.get()) is not None:
+            batch, ends = [first], False
+            while len(batch) < WRITES_AT_ONCE:
+                try:
+                    more = self._writes.get_nowait()
+                except Empty:
+                    break
+                if more is None:
+                    ends = True
+                    break
+                batch.append(more)
+            self._commit(batch)
+            self._loop.call_soon_threadsafe(self._answer, batch)
+            if ends:
+                return
+
+    def _commit(self, batch: list[_Write]) -> None:
+        try:
+            with self._database.writing() as connection:
+                if rollouts.is_anything_due(connection):
+                    rollouts.expire(connection)
+                for write in batch:
+                    self._do(connection, write)
+        except Exception as error:
+            # None of them is kept, those that had worked included.
+            for write in batch:
+                write.error = error
+
+    def _do(self, connection: Connection, write: _Write) -> None:
+        connection.exec_driver_sql("SAVEPOINT one")
+        try:
+            write.outcome = write.work(connection)
+        except DBAPIError:
+            raise
+        except Exception as error:
+            connection.exec_driver_sql("ROLLBACK TO one")
+            write.error = error
+        connection.exec_driver_sql("RELEASE one")
+
+    def _answer(self, batch: list[_Write]) -> None:
+        self._waiting -= len(batch)
+        for write in batch:
+            if write.future.cancelled():
+                continue
+            if write.error is None:
+                write.future.set_result(write.outcome)
+            else:
+                write.future.set_exception(write.error)
+
+    async def _sweep(self) -> None:
+        """End overdue attempts also where nobody asks: a rollout that is to be tried again shows in the metrics."""
+        while True:
+            await asyncio.sleep(SECONDS_BETWEEN_SWEEPS)
+            try:
+                await self.read(lambda _: None)
+            except StoreUnavailable as error:
+                logger.warning("overdue attempts cannot be ended now: %s", error)
