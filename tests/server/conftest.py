@@ -1,0 +1,31 @@
+"""A store that tests share, and the environment of Agent Lightning 0.3."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.server.process import StoreServer
+from tools.peer import peer
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreServer]:
+    """`agl store`, without a key. Tests share it: each has rollouts of its own."""
+    with StoreServer(tmp_path_factory.mktemp("store") / "shared.db") as server:
+        yield server
+
+
+@pytest.fixture
+def client(store: StoreServer) -> Iterator[httpx.Client]:
+    with store.client() as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def lightning() -> Path:
+    """The folder of the interpreter that has Agent Lightning 0.3 and OpenTelemetry 1.38."""
+    return peer()

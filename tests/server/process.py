@@ -1,0 +1,93 @@
+"""`agl store` as a process, as a user starts it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.common.environments import CHECKOUT
+from tests.common.vllm import without_agl
+
+AGL_STORE = (sys.executable, "-m", "agentlightning", "store")
+SECONDS = 60
+
+
+class StoreServer:
+    """Started on entering the context, stopped on leaving it; may be killed and started again in between.
+
+    Args:
+        path: the file that it serves.
+        arguments: of `agl store`, besides.
+        key: what it is told to ask for, by the environment.
+    """
+
+    def __init__(self, path: Path, *arguments: str, key: str | None = None) -> None:
+        self.path = path
+        self.key = key
+        self._arguments = arguments
+        self._port = 0
+        self.log = path.with_suffix(".log")
+
+    def __enter__(self) -> StoreServer:
+        self._owner = os.getpid()
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # A forked test ends every fixture that it has inherited, in its own process.
+        if os.getpid() == self._owner:
+            self.kill()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    @property
+    def url_with_key(self) -> str:
+        return f"http://agl:{self.key}@127.0.0.1:{self._port}" if self.key else self.url
+
+    def start(self) -> None:
+        """Start it, on the port that it had, and wait until it answers."""
+        command = [*AGL_STORE, f"--port={self._port}", f"--store={self.path}", *self._arguments]
+        env = {**without_agl(os.environ), "PYTHONPATH": str(CHECKOUT)}
+        if self.key is not None:
+            env["AGL_STORE_KEY"] = self.key
+        with self.log.open("ab") as log:
+            begins = log.tell()
+            self.process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+        deadline = time.monotonic() + SECONDS
+        while True:
+            said = self.log.read_bytes()[begins:].decode()
+            assert self.process.poll() is None, said
+            assert time.monotonic() < deadline, said
+            if found := re.search(r"is served at http://127\.0\.0\.1:(\d+)", said):
+                self._port = int(found[1])
+                try:
+                    if httpx.get(f"{self.url}/readyz").status_code == 200:
+                        return
+                except httpx.TransportError:
+                    pass
+            time.sleep(0.02)
+
+    def stop(self) -> int:
+        """SIGTERM; returns the exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(SECONDS)
+
+    def kill(self) -> None:
+        """SIGKILL, unless it has ended."""
+        self.process.kill()
+        self.process.wait()
+
+    def client(self, **arguments: Any) -> httpx.Client:
+        """One that has the key."""
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=SECONDS, **arguments)

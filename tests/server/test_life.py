@@ -1,0 +1,70 @@
+"""`agl store` starts, says where it is, and ends; and what it refuses to start with."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.server.process import AGL_STORE, StoreServer
+
+
+def test_it_says_where_it_is_and_answers(store: StoreServer) -> None:
+    assert f"{store.path} is served at {store.url} and asks for no key" in store.log.read_text()
+    with store.client() as client:
+        assert client.get("/healthz").json() == {"status": "ok"}
+
+
+def refused(*arguments: str) -> str:
+    done = subprocess.run([*AGL_STORE, *arguments], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
+def test_other_machines_are_not_let_in_without_a_key(host: str) -> None:
+    said = refused("--host", host)
+    assert f"{host} can be reached from other machines" in said
+    assert "--api-key" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "instead"),
+    [
+        (["--backend", "memory"], "use --store agl-store.db"),
+        (["--backend=mongo"], "use --store agl-store.db"),
+        (["--mongo-uri", "mongodb://localhost"], "use --store agl-store.db"),
+        (["--tracker", "prometheus", "console"], "/metrics"),
+        (["--n-workers", "4"], "--port of its own"),
+    ],
+)
+def test_options_of_agent_lightning_are_answered_with_what_to_use_instead(arguments: list[str], instead: str) -> None:
+    said = refused(*arguments)
+    assert instead in said
+    assert "Agent Lightning 0.3" in said
+
+
+@pytest.mark.parametrize("arguments", [["--port=65536"], ["--port=x"], ["--max-body-mb=0"], ["--log-level=loud"]])
+def test_values_that_make_no_sense_are_refused(arguments: list[str]) -> None:
+    assert arguments[0].partition("=")[0] in refused(*arguments)
+
+
+def test_a_port_that_is_taken_is_told(store: StoreServer, tmp_path: Path) -> None:
+    port = store.url.rpartition(":")[2]
+    assert f"cannot listen on 127.0.0.1:{port}" in refused("--port", port, "--store", str(tmp_path / "other.db"))
+
+
+def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("not a database, but long enough to be looked at as one" * 100)
+    assert f"agl store: {path} is no SQLite file" in refused("--store", str(path))
+
+
+def test_sigterm_answers_what_was_asked_and_ends(tmp_path: Path) -> None:
+    with StoreServer(tmp_path / "store.db") as server, server.client() as client:
+        [rollout] = client.post("/v1/agl/queues/rollouts/enqueue", json={"rollouts": [{"input": 1}]}).json()
+        server.stop()
+        server.start()
+        assert client.get(f"/v1/agl/rollouts/{rollout['rollout_id']}").json() == rollout
