@@ -58,6 +58,7 @@ def test_nonsense_is_a_problem(environment: Environment, variable: str) -> None:
     [
         ("AGL_STORE", " /data/Runs.db ", "ok AGL_STORE /data/Runs.db"),
         ("AGL_STORE", "none", "ok AGL_STORE none"),
+        ("AGL_STORE_KEY", "s3cret://Key", "ok AGL_STORE_KEY set"),
         ("AGL_LOGPROBS", "On", "ok AGL_LOGPROBS on"),
         ("AGL_RECORD_TEXT", "OFF", "ok AGL_RECORD_TEXT off"),
         ("AGL_QUEUE_MB", "64", "ok AGL_QUEUE_MB 64"),
