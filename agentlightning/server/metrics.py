@@ -30,6 +30,9 @@ class Metrics:
             buckets=BUCKETS,
             registry=self.registry,
         )
+        self.in_progress = Gauge(
+            "agl_store_requests_in_progress", "Requests that are not answered yet.", registry=self.registry
+        )
         self.waiting = Gauge("agl_store_writes_waiting", "Writes that are not committed yet.", registry=self.registry)
         self.rollouts = Gauge("agl_store_rollouts", "Rollouts by status.", ("status",), registry=self.registry)
 
@@ -61,9 +64,11 @@ class Watched:
                 status = message["status"]
             await send(message)
 
+        self._metrics.in_progress.inc()
         try:
             await self._app(scope, receive, note)
         finally:
+            self._metrics.in_progress.dec()
             # The pattern, not the path: ids would make a series of every rollout.
             route = getattr(scope.get("route"), "path", "none")
             method = scope["method"] if route != "none" else "any"

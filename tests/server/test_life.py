@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import subprocess
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.server.process import AGL_STORE, StoreServer
@@ -68,3 +72,45 @@ def test_sigterm_answers_what_was_asked_and_ends(tmp_path: Path) -> None:
         server.stop()
         server.start()
         assert client.get(f"/v1/agl/rollouts/{rollout['rollout_id']}").json() == rollout
+
+
+def test_whoever_waits_for_rollouts_is_told_to_ask_again_when_it_ends(tmp_path: Path) -> None:
+    with StoreServer(tmp_path / "store.db") as server, ThreadPoolExecutor(1) as pool, server.client() as client:
+        [rollout] = client.post("/v1/agl/queues/rollouts/enqueue", json={"rollouts": [{"input": 1}]}).json()
+        body = {"rollout_ids": [rollout["rollout_id"]], "timeout": None}
+        waiting = pool.submit(client.post, "/v1/agl/waits/rollouts", json=body)
+        # It, and this one that asks.
+        until(lambda: "agl_store_requests_in_progress 2.0" in client.get("/metrics").text)
+        server.stop()
+        answer = waiting.result()
+        assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+        assert answer.json() == {"detail": "the store is being stopped"}
+
+
+def test_what_was_answered_while_it_ended_is_there(tmp_path: Path) -> None:
+    with StoreServer(tmp_path / "store.db") as server:
+        answered: list[str] = []
+
+        def start_rollouts() -> None:
+            with server.client() as client:
+                # Until the server is gone.
+                while True:
+                    answered.append(client.post("/v1/agl/rollouts", json={"input": 1}).json()["rollout_id"])
+
+        with ThreadPoolExecutor(8) as pool:
+            ends = [pool.submit(start_rollouts) for _ in range(8)]
+            until(lambda: len(answered) > 100)
+            server.stop()
+            assert all(isinstance(each.exception(), httpx.TransportError) for each in ends)
+        server.start()
+        with server.client() as client:
+            kept = {each["rollout_id"] for each in client.get("/v1/agl/rollouts").json()["items"]}
+        assert set(answered) <= kept
+        assert len(answered) == len(set(answered))
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
