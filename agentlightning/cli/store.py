@@ -25,6 +25,7 @@ of this machine can see --api-key; AGL_STORE_KEY is for its owner alone.
 SIGTERM ends it when what it was asked is answered, in ten seconds at most."""
 
 SECONDS_TO_DRAIN = 10
+SECONDS_TO_SWITCH = 0.0005
 DEFAULT_STORE = "agl-store.db"
 INSTEAD = {
     "--backend": "the store is a file, or what its URL says: use --store agl-store.db",
@@ -118,6 +119,8 @@ def _serve(options: Any, key: str | None) -> int:
     from agentlightning.server import create_app
     from agentlightning.server.limits import BodyLimit
 
+    # The thread that writes gives the interpreter up for each statement, and waits so long to have it back.
+    sys.setswitchinterval(SECONDS_TO_SWITCH)
     logging.basicConfig(level=options.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     database = open_database(options.store)
     listening = _listen(options.host, options.port)

@@ -52,11 +52,11 @@ def create_app(
         database.close()
 
     # Without the pages that FastAPI has for its document: they load what they show from another host.
-    app = FastAPI(title="agl store", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(title="agl store", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
     app.state.started_at = time.monotonic()
     app.state.metrics = Metrics()
     app.state.is_stopping = is_stopping
-    for routes in (about.root, about.interface, *_KEPT):
+    for routes in _ROUTES:
         app.include_router(routes)
     errors.add_handlers(app)
     # From the inside out.
@@ -76,7 +76,16 @@ def create_app(
     return app
 
 
-_KEPT = (rollouts.routes, workers.routes, resources.routes, spans.routes, otlp.routes)
+# A request is held against one after the other: those that come most stand first.
+_ROUTES = (
+    spans.routes,
+    otlp.routes,
+    rollouts.routes,
+    workers.routes,
+    resources.routes,
+    about.interface,
+    about.root,
+)
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

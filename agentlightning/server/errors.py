@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from agentlightning.store import StoreRefused, StoreUnavailable
 from agentlightning.store.rollouts import Unknown
@@ -54,8 +55,23 @@ def _complaint(error: Any) -> str:
     return f"{where}: {error['msg']}" if where else error["msg"]
 
 
-async def _http(_: Request, error: Any) -> Response:
+async def _http(request: Request, error: Any) -> Response:
+    match error.status_code:
+        case 404:
+            return sentence(404, "there is no such route: /openapi.json has all")
+        case 405:
+            # Each method has a route of its own, and Starlette knows of the first alone.
+            allowed = ", ".join(sorted(_methods(request)))
+            return sentence(
+                405, f"{request.method} is none of the methods of this route: {allowed}", {"Allow": allowed}
+            )
     return sentence(error.status_code, str(error.detail), error.headers)
+
+
+def _methods(request: Request) -> set[str]:
+    matching = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+    # `search` and `latest` are ids, too, to the routes after theirs.
+    return {method for route in matching if route.path == matching[0].path for method in route.methods or ()}
 
 
 async def _invalid(_: Request, error: Any) -> Response:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hmac
+from contextlib import suppress
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -21,7 +22,11 @@ class Keys:
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self._app = app
-        self._key = key.encode()
+        # What is no UTF-8 in an argument or in the environment is kept by Python in a way of its own.
+        self._keys = [key.encode("utf-8", "surrogateescape")]
+        with suppress(UnicodeEncodeError):
+            # Some clients, aiohttp and requests among them, send Latin-1.
+            self._keys.append(key.encode("latin-1"))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in OPEN or self._has_key(Headers(scope=scope)):
@@ -38,7 +43,8 @@ class Keys:
     def _has_key(self, headers: Headers) -> bool:
         scheme, _, credentials = headers.get("authorization", "").partition(" ")
         # All are compared, each in constant time: how long it takes tells nothing about the key.
-        matches = [hmac.compare_digest(each, self._key) for each in _given(scheme.lower(), credentials.strip())]
+        given = _given(scheme.lower(), credentials.strip())
+        matches = [hmac.compare_digest(each, key) for each in given for key in self._keys]
         return any(matches)
 
 

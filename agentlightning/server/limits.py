@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import zlib
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from agentlightning.server.errors import sentence
 
-__all__ = ["BATCH_LIMIT", "DEQUEUE_LIMIT", "ID_LIMIT", "PAGE_LIMIT", "Bodies", "BodyLimit"]
+__all__ = ["BATCH_LIMIT", "DEQUEUE_LIMIT", "ID_LIMIT", "NUMBER_LIMIT", "PAGE_LIMIT", "Bodies", "BodyLimit"]
 
 BATCH_LIMIT = 10_000
 """Rollouts in one request to enqueue them, or to wait for them."""
@@ -20,6 +21,11 @@ PAGE_LIMIT = 10_000
 """Items on a page that has a limit; one that has none is sent as it is read."""
 ID_LIMIT = 512
 """Characters of an id or a name that is looked up."""
+NUMBER_LIMIT = 2**53 - 1
+"""The highest whole number that every reader of JSON tells from the next one."""
+
+# Most bodies are not larger, and are unpacked in the time that a thread would take to begin with it.
+BYTES_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +56,7 @@ class Bodies:
     def __init__(self, app: ASGIApp, limit: BodyLimit) -> None:
         self._app = app
         self._limit = limit
+        self._unpacking = asyncio.Semaphore(1)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
@@ -96,20 +103,62 @@ class Bodies:
                 raise self._too_large()
             more = message.get("more_body", False)
         body = b"".join(parts)
-        return self._unpacked(body) if encoding == "gzip" and body else body
+        return await self._unpacked(body) if encoding == "gzip" and body else body
 
-    def _unpacked(self, body: bytes) -> bytes:
-        unpacker = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+    async def _unpacked(self, body: bytes) -> bytes:
+        unpacker = _Unpacker(body)
         try:
-            # One byte more than is allowed tells that there is too much, however much there is.
-            unpacked = unpacker.decompress(body, self._limit.bytes + 1)
+            unpacker.step()
+            if not unpacker.ends:
+                # One at a time: of many that become much more than they were, only one is in memory.
+                async with self._unpacking:
+                    await asyncio.to_thread(self._unpack, unpacker)
         except zlib.error as error:
             raise Refused(400, f"the body is not gzip, as its Content-Encoding says: {error}") from error
-        if len(unpacked) > self._limit.bytes:
+        except EOFError as error:
+            raise Refused(400, "the body is cut off: its gzip does not end") from error
+        if unpacker.size > self._limit.bytes:
             raise self._too_large()
-        if not unpacker.eof:
-            raise Refused(400, "the body is cut off: its gzip does not end")
-        return unpacked
+        return b"".join(unpacker.parts)
+
+    def _unpack(self, unpacker: _Unpacker) -> None:
+        while not unpacker.ends and unpacker.size <= self._limit.bytes:
+            unpacker.step()
 
     def _too_large(self) -> Refused:
         return Refused(413, f"the body is larger than {self._limit} (agl store --max-body-mb)")
+
+
+class _Unpacker:
+    """Unpacks gzip step by step, so that nobody has to know how large it becomes.
+
+    Attributes:
+        ends: whether all is unpacked.
+    """
+
+    def __init__(self, body: bytes) -> None:
+        self.parts: list[bytes] = []
+        self.size = 0
+        self.ends = False
+        self._rest = body
+        self._member = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+
+    def step(self) -> None:
+        """Unpack some more.
+
+        Raises:
+            zlib.error: it is not gzip.
+            EOFError: it is cut off.
+        """
+        part = self._member.decompress(self._rest, BYTES_AT_ONCE)
+        self.parts.append(part)
+        self.size += len(part)
+        if not self._member.eof:
+            self._rest = self._member.unconsumed_tail
+            if not self._rest and len(part) < BYTES_AT_ONCE:
+                raise EOFError
+        elif self._member.unused_data:
+            # Gzip may be several, one after the other; but no client sends it, and a million of them are nobody's.
+            raise zlib.error("there is more behind its end")
+        else:
+            self.ends = True

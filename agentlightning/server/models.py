@@ -6,9 +6,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, StringConstraints, field_validator
 
-from agentlightning.server.limits import BATCH_LIMIT, DEQUEUE_LIMIT, ID_LIMIT, PAGE_LIMIT
+from agentlightning.server.limits import BATCH_LIMIT, DEQUEUE_LIMIT, ID_LIMIT, NUMBER_LIMIT, PAGE_LIMIT
 from agentlightning.store.rollouts import AttemptStatus, Config, Mode, RolloutStatus
 from agentlightning.store.workers import WorkerStatus
 
@@ -22,6 +22,7 @@ __all__ = [
     "Enqueue",
     "Health",
     "Id",
+    "KeptSpan",
     "NamedResources",
     "NewRollout",
     "NextSequenceId",
@@ -48,6 +49,10 @@ _WITHOUT_NUL = r"^[^\x00]*$"
 Id = Annotated[str, StringConstraints(min_length=1, max_length=ID_LIMIT, pattern=_WITHOUT_NUL)]
 Part = Annotated[str, StringConstraints(max_length=ID_LIMIT, pattern=_WITHOUT_NUL)]
 Seconds = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
+# To JSON 1.0 is the same number as 1.
+Whole = Annotated[
+    int, BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value)
+]
 Order = Literal["asc", "desc"]
 Logic = Literal["and", "or"]
 
@@ -56,7 +61,21 @@ def _example(**fields: Any) -> ConfigDict:
     return ConfigDict(json_schema_extra={"examples": [fields]})
 
 
-class RolloutConfig(BaseModel):
+def _without_default(schema: dict[str, JsonValue]) -> None:
+    del schema["default"]
+
+
+# Of what stays as it is where it is left out: its default is never looked at, and null is no value of it.
+_LEFT_OUT: Any = Field(None, json_schema_extra=_without_default)
+
+
+class Sent(BaseModel):
+    """What comes as JSON, where `true` and `"1"` are no numbers."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class RolloutConfig(Sent):
     """When an attempt is given up, and when another is made."""
 
     model_config = _example(
@@ -65,14 +84,16 @@ class RolloutConfig(BaseModel):
 
     timeout_seconds: Seconds | None = Field(None, description="How long an attempt may take; null is for ever.")
     unresponsive_seconds: Seconds | None = Field(None, description="How long an attempt may be without a sign of life.")
-    max_attempts: int = Field(1, ge=1, le=2**31 - 1, description="How many attempts there may be, the first included.")
+    max_attempts: Whole = Field(
+        1, ge=1, le=2**31 - 1, description="How many attempts there may be, the first included."
+    )
     retry_condition: list[AttemptStatus] = Field([], max_length=64, description="Ends that are tried again after.")
 
     def as_config(self) -> Config:
         return Config(**self.model_dump())
 
 
-class NewRollout(BaseModel):
+class NewRollout(Sent):
     """A rollout that is to be made."""
 
     model_config = _example(input={"question": "What is 6 x 7?"}, mode="train", metadata={"split": 1})
@@ -90,69 +111,61 @@ class StartRollout(NewRollout):
     worker_id: Id | None = None
 
 
-class Enqueue(BaseModel):
+class Enqueue(Sent):
     """Rollouts for the queue, in this order."""
+
+    model_config = _example(rollouts=[{"input": {"question": "What is 6 x 7?"}, "mode": "train"}])
 
     rollouts: list[NewRollout] = Field(max_length=BATCH_LIMIT)
 
 
-class Dequeue(BaseModel):
+class Dequeue(Sent):
     """How many rollouts a worker takes."""
 
     model_config = _example(limit=1, worker_id="runner-1")
 
-    limit: int = Field(1, le=DEQUEUE_LIMIT)
+    limit: Whole = Field(1, description=f"At most {DEQUEUE_LIMIT} are taken at once, however many are asked for.")
     worker_id: Id | None = None
 
 
-class ChangeRollout(BaseModel):
+class ChangeRollout(Sent):
     """What is to be set of a rollout; what is not there stays."""
 
     model_config = _example(status="cancelled")
 
-    input: Any = None
+    input: Any = _LEFT_OUT
     mode: Mode | None = None
     resources_id: Id | None = None
-    status: RolloutStatus | None = None
-    config: RolloutConfig | None = None
+    status: RolloutStatus = _LEFT_OUT
+    config: RolloutConfig = _LEFT_OUT
     metadata: dict[str, Any] | None = None
 
-    _given = field_validator("status", "config", mode="before")(lambda value: _not_null(value))
 
-
-class StartAttempt(BaseModel):
+class StartAttempt(Sent):
     """Who makes the attempt."""
+
+    model_config = _example(worker_id="runner-1")
 
     worker_id: Id | None = None
 
 
-class ChangeAttempt(BaseModel):
+class ChangeAttempt(Sent):
     """What is to be set of an attempt; what is not there stays."""
 
     model_config = _example(status="succeeded")
 
-    status: AttemptStatus | None = None
-    worker_id: Id | None = None
-    last_heartbeat_time: Seconds | None = None
-    metadata: dict[str, Any] | None = None
-
-    _given = field_validator("*", mode="before")(lambda value: _not_null(value))
+    status: AttemptStatus = _LEFT_OUT
+    worker_id: Id = _LEFT_OUT
+    last_heartbeat_time: Seconds = _LEFT_OUT
+    metadata: dict[str, Any] = _LEFT_OUT
 
 
-class ChangeWorker(BaseModel):
+class ChangeWorker(Sent):
     """A worker's sign of life."""
 
     model_config = _example(heartbeat_stats={"cpu_percent": 12.5})
 
-    heartbeat_stats: dict[str, Any] | None = None
-
-    _given = field_validator("*", mode="before")(lambda value: _not_null(value))
-
-
-def _not_null(value: Any) -> Any:
-    if value is None:
-        raise ValueError("may be left out, but not be null")
-    return value
+    heartbeat_stats: dict[str, Any] = _LEFT_OUT
 
 
 class Attempt(BaseModel):
@@ -203,7 +216,7 @@ class Worker(BaseModel):
     current_attempt_id: str | None
 
 
-class Llm(BaseModel):
+class Llm(Sent):
     """A model that is served."""
 
     model_config = ConfigDict(extra="allow")
@@ -215,7 +228,7 @@ class Llm(BaseModel):
     sampling_parameters: dict[str, Any] = {}
 
 
-class PromptTemplate(BaseModel):
+class PromptTemplate(Sent):
     """A prompt with gaps."""
 
     model_config = ConfigDict(extra="allow")
@@ -225,7 +238,17 @@ class PromptTemplate(BaseModel):
     engine: Literal["jinja", "f-string", "poml"]
 
 
-NamedResources = dict[str, Annotated[Llm | PromptTemplate, Field(discriminator="resource_type")]]
+NamedResources = Annotated[
+    dict[str, Annotated[Llm | PromptTemplate, Field(discriminator="resource_type")]],
+    Field(
+        examples=[
+            {
+                "main": {"resource_type": "llm", "endpoint": "http://127.0.0.1:8000/v1", "model": "Qwen/Qwen3-0.6B"},
+                "prompt": {"resource_type": "prompt_template", "template": "{question}", "engine": "f-string"},
+            }
+        ]
+    ),
+]
 
 
 class ResourcesUpdate(BaseModel):
@@ -238,7 +261,7 @@ class ResourcesUpdate(BaseModel):
     resources: NamedResources
 
 
-class SpanContext(BaseModel):
+class SpanContext(Sent):
     """Which span it is."""
 
     model_config = ConfigDict(extra="allow")
@@ -249,7 +272,7 @@ class SpanContext(BaseModel):
     trace_state: dict[str, str]
 
 
-class SpanStatus(BaseModel):
+class SpanStatus(Sent):
     """How a span has ended."""
 
     model_config = ConfigDict(extra="allow")
@@ -258,7 +281,7 @@ class SpanStatus(BaseModel):
     description: str | None = None
 
 
-class Event(BaseModel):
+class Event(Sent):
     """Something that happened in a span."""
 
     model_config = ConfigDict(extra="allow")
@@ -268,7 +291,7 @@ class Event(BaseModel):
     timestamp: float | None = None
 
 
-class Link(BaseModel):
+class Link(Sent):
     """Another span that this one has to do with."""
 
     model_config = ConfigDict(extra="allow")
@@ -277,7 +300,7 @@ class Link(BaseModel):
     attributes: dict[str, Any] | None = None
 
 
-class SpanResource(BaseModel):
+class SpanResource(Sent):
     """What has sent a span."""
 
     model_config = ConfigDict(extra="allow")
@@ -286,38 +309,9 @@ class SpanResource(BaseModel):
     schema_url: str
 
 
-class Span(BaseModel):
-    """A span of OpenTelemetry, with the rollout that it belongs to. Fields that are not here are kept as they are."""
+class _Span(Sent):
+    model_config = ConfigDict(extra="allow")
 
-    model_config = ConfigDict(
-        extra="allow",
-        json_schema_extra={
-            "examples": [
-                {
-                    "rollout_id": "ro-1",
-                    "attempt_id": "at-1",
-                    "sequence_id": 1,
-                    "trace_id": "0123456789abcdef0123456789abcdef",
-                    "span_id": "0123456789abcdef",
-                    "parent_id": None,
-                    "name": "chat",
-                    "status": {"status_code": "OK"},
-                    "attributes": {"gen_ai.response.id": "chatcmpl-1", "response_token_ids": [9707, 13]},
-                    "events": [],
-                    "links": [],
-                    "start_time": 1796000000.0,
-                    "end_time": 1796000001.5,
-                    "context": None,
-                    "parent": None,
-                    "resource": {"attributes": {}, "schema_url": ""},
-                }
-            ]
-        },
-    )
-
-    rollout_id: Id
-    attempt_id: Id
-    sequence_id: int = Field(ge=0, le=2**62, description="Its place among the rollout's spans.")
     trace_id: Id
     span_id: Id
     parent_id: Id | None
@@ -333,8 +327,56 @@ class Span(BaseModel):
     resource: SpanResource
 
 
-class NextSequenceId(BaseModel):
+def _example_context(span_id: str) -> dict[str, Any]:
+    return {"trace_id": "0123456789abcdef0123456789abcdef", "span_id": span_id, "is_remote": False, "trace_state": {}}
+
+
+class Span(_Span):
+    """A span of OpenTelemetry, with the rollout that it belongs to. Fields that are not here are kept as they are."""
+
+    # Without nulls, which FastAPI leaves out of its document.
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "rollout_id": "ro-1",
+                    "attempt_id": "at-1",
+                    "sequence_id": 1,
+                    "trace_id": "0123456789abcdef0123456789abcdef",
+                    "span_id": "0123456789abcdef",
+                    "parent_id": "fedcba9876543210",
+                    "name": "chat",
+                    "status": {"status_code": "OK"},
+                    "attributes": {"gen_ai.response.id": "chatcmpl-1", "response_token_ids": [9707, 13]},
+                    "events": [],
+                    "links": [],
+                    "start_time": 1796000000.0,
+                    "end_time": 1796000001.5,
+                    "context": _example_context("0123456789abcdef"),
+                    "parent": _example_context("fedcba9876543210"),
+                    "resource": {"attributes": {}, "schema_url": ""},
+                }
+            ]
+        },
+    )
+
+    rollout_id: Id
+    attempt_id: Id
+    sequence_id: Whole = Field(ge=0, le=NUMBER_LIMIT, description="Its place among the rollout's spans.")
+
+
+class KeptSpan(_Span):
+    """A span that was found. Those that exporters of OpenTelemetry have sent may have no rollout, or an unknown one."""
+
+    rollout_id: str | None
+    attempt_id: str | None = Field(description="Empty where nobody has made the rollout.")
+    sequence_id: int
+
+
+class NextSequenceId(Sent):
     """Whose span is to be numbered."""
+
+    model_config = _example(rollout_id="ro-1", attempt_id="at-1")
 
     rollout_id: Id
     attempt_id: Id
@@ -346,7 +388,7 @@ class SequenceId(BaseModel):
     sequence_id: int
 
 
-class WaitForRollouts(BaseModel):
+class WaitForRollouts(Sent):
     """Rollouts that somebody waits for."""
 
     model_config = _example(rollout_ids=["ro-1"], timeout=5.0)
@@ -385,11 +427,20 @@ class Page(BaseModel, Generic[Item]):
     total: int = Field(description="How many there are on all pages.")
 
 
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("must be a whole number")
+    return value
+
+
 class Query(BaseModel):
     """Which page, in which order."""
 
-    limit: int = Field(-1, ge=-1, le=PAGE_LIMIT, description="-1 is all.")
-    offset: int = Field(0, ge=0, le=2**62)
+    # In a URL everything is text, so that these cannot be as strict as what is sent as JSON.
+    limit: Annotated[int, BeforeValidator(_number)] = Field(
+        -1, ge=-1, le=PAGE_LIMIT, description="-1 is all.", json_schema_extra={"not": {"const": 0}}
+    )
+    offset: Annotated[int, BeforeValidator(_number)] = Field(0, ge=0, le=NUMBER_LIMIT)
     sort_order: Order = "asc"
 
     @field_validator("limit")
@@ -403,6 +454,8 @@ class Query(BaseModel):
 class QueryRollouts(Query):
     """Which rollouts."""
 
+    model_config = _example(status_in=["queuing", "running"], limit=100)
+
     status_in: list[RolloutStatus] | None = None
     rollout_id_in: list[Part] | None = Field(None, max_length=BATCH_LIMIT)
     rollout_id_contains: Part | None = None
@@ -415,6 +468,8 @@ class QueryRollouts(Query):
 
 class QueryAttempts(Query):
     """Which attempts of a rollout."""
+
+    model_config = _example(sort_by="start_time", sort_order="desc")
 
     sort_by: (
         Literal[
@@ -441,6 +496,15 @@ class QueryResources(Query):
 
 class QuerySpans(Query):
     """Which spans: those of a rollout, or of a trace."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"rollout_id": "ro-1", "attempt_id": "latest"}],
+            "anyOf": [
+                {"required": [name], "properties": {name: {"type": "string"}}} for name in ("rollout_id", "trace_id")
+            ],
+        }
+    )
 
     rollout_id: Part | None = Field(None, description="May only be missing where trace_id is there.")
     attempt_id: Part | None = Field(None, description="`latest` is the latest.")
@@ -471,6 +535,8 @@ class QuerySpans(Query):
 
 class QueryWorkers(Query):
     """Which workers."""
+
+    model_config = _example(status_in=["busy"])
 
     status_in: list[WorkerStatus] | None = None
     worker_id_contains: Part | None = None

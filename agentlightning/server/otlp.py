@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError, Message
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from agentlightning.server.answers import encode
-from agentlightning.server.limits import ID_LIMIT
+from agentlightning.server.limits import ID_LIMIT, NUMBER_LIMIT
 from agentlightning.store.spans import NewSpan
 
 __all__ = ["JSON", "PROTOBUF", "Unreadable", "parsed", "spans_of", "written"]
@@ -25,6 +25,7 @@ STATUS_CODES = ("UNSET", "OK", "ERROR")
 KINDS = ("UNSPECIFIED", "INTERNAL", "SERVER", "CLIENT", "PRODUCER", "CONSUMER")
 # In OTLP's JSON these are hexadecimal, where protobuf's has base64.
 HEXADECIMAL = ("traceId", "spanId", "parentSpanId", "trace_id", "span_id", "parent_span_id")
+REASON_LIMIT = 300
 
 
 class Unreadable(ValueError):
@@ -41,9 +42,11 @@ def parsed(message: Message, body: bytes, content_type: str) -> None:
         if content_type == PROTOBUF:
             message.ParseFromString(body)
         elif body:
-            ParseDict(_with_bytes(msgspec.json.decode(body)), message, ignore_unknown_fields=True)
+            ParseDict(_fields(msgspec.json.decode(body), message.DESCRIPTOR), message, ignore_unknown_fields=True)
     except (DecodeError, ParseError, msgspec.DecodeError, UnicodeDecodeError, ValueError) as error:
-        raise Unreadable(f"the body is no OTLP request in {content_type}: {error}") from error
+        # Some of these have the value in them, whatever its length.
+        reason = " ".join(str(error).split())[:REASON_LIMIT]
+        raise Unreadable(f"the body is no OTLP request in {content_type}: {reason}") from error
     except (RecursionError, AttributeError, TypeError) as error:
         # Of JSON that has nothing of the shape of one.
         raise Unreadable(f"the body is no OTLP request in {content_type}") from error
@@ -74,6 +77,9 @@ def spans_of(request: ExportTraceServiceRequest) -> tuple[list[NewSpan], int]:
 def _span(span: Any, resource: Mapping[str, Any], scope: Mapping[str, str]) -> NewSpan:
     attributes = _attributes(span.attributes)
     ours = {**resource["attributes"], **attributes}
+    if ours.get(ROLLOUT) != resource["attributes"].get(ROLLOUT):
+        # What sent it names the attempt of another rollout.
+        ours[ATTEMPT] = attributes.get(ATTEMPT)
     rollout_id = _id(ours.get(ROLLOUT))
     trace_id, span_id = span.trace_id.hex(), span.span_id.hex()
     parent_id = span.parent_span_id.hex() or None
@@ -138,7 +144,7 @@ def _sequence_id(value: Any) -> int | None:
         number = int(str(value))
     except ValueError:
         return None
-    return number if 0 <= number <= 2**62 else None
+    return number if 0 <= number <= NUMBER_LIMIT else None
 
 
 def _context(trace_id: str, span_id: str, trace_state: str) -> dict[str, Any]:
@@ -194,14 +200,24 @@ def _double(number: float) -> float | str:
     return "NaN" if math.isnan(number) else "Infinity" if number > 0 else "-Infinity"
 
 
-def _with_bytes(found: Any) -> Any:
-    """The same JSON with the ids as protobuf reads them."""
-    if isinstance(found, dict):
-        return {
-            name: _base64(value) if name in HEXADECIMAL and isinstance(value, str) else _with_bytes(value)
-            for name, value in found.items()
-        }
-    return [_with_bytes(each) for each in found] if isinstance(found, list) else found
+def _fields(found: Any, kind: Any) -> dict[str, Any]:
+    """The fields of a message in JSON, with the ids as protobuf reads them, and without those that it does not know."""
+    if not isinstance(found, dict):
+        # Protobuf would look for fields in each character of a text.
+        raise Unreadable(f"{kind.name} is an object")
+    known = {}
+    for name, value in found.items():
+        field = kind.fields_by_camelcase_name.get(name) or kind.fields_by_name.get(name)
+        if field is None or value is None:
+            continue
+        if name in HEXADECIMAL and isinstance(value, str):
+            value = _base64(value)
+        elif field.message_type is not None and isinstance(value, list):
+            value = [_fields(each, field.message_type) for each in value]
+        elif field.message_type is not None:
+            value = _fields(value, field.message_type)
+        known[name] = value
+    return known
 
 
 def _base64(digits: str) -> str:

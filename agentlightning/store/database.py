@@ -72,6 +72,7 @@ def insert_if_new(connection: Connection, table: Table) -> Insert:
     return _insert_if_new(table, connection.dialect)
 
 
+@lru_cache(64)
 def _insert_if_new(table: Table, dialect: Dialect) -> Insert:
     return {"sqlite": sqlite.insert}[dialect.name](table).on_conflict_do_nothing()
 

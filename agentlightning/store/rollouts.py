@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Select, and_, func, insert, select, update
+from sqlalchemy import Connection, Integer, Select, and_, bindparam, func, insert, select, update
 
 from agentlightning.generation import new_id
 from agentlightning.store import resources, workers
@@ -117,39 +117,50 @@ def with_latest_attempt() -> Select[Any]:
     return select(rollouts, *_LATEST).select_from(rollouts.outerjoin(attempts, latest))
 
 
+# Made once: SQLAlchemy takes longer to put a statement together than SQLite takes to execute it. No parameter is called
+# as a column is: what else is given to an UPDATE is what it sets.
+_FIND = with_latest_attempt().where(rollouts.c.rollout_id == bindparam("rollout"))
+_FIND_TO_CHANGE = _FIND.with_for_update(of=rollouts)
+_CHANGE_ROLLOUT = update(rollouts).where(rollouts.c.key == bindparam("of_key"))
+_IS = and_(attempts.c.rollout_key == bindparam("of_rollout"), attempts.c.sequence_id == bindparam("number"))
+_ATTEMPT = select(attempts).where(_IS)
+_CHANGE_ATTEMPT = update(attempts).where(_IS)
+_NEW_ROLLOUTS, _NEW_ATTEMPT = insert(rollouts), insert(attempts)
+_DUE = select(attempts.c.rollout_key).where(attempts.c.deadline < bindparam("now")).limit(1)
+_WAITING = (
+    select(rollouts.c.key, rollouts.c.rollout_id, rollouts.c.attempts, rollouts.c.config)
+    .where(rollouts.c.queued_at.is_not(None))
+    .order_by(rollouts.c.queued_at, rollouts.c.key)
+    .limit(bindparam("most", type_=Integer))
+    .with_for_update(skip_locked=True)
+)
+
+
 def find(connection: Connection, rollout_id: str, *, to_change: bool = False) -> Attempted | None:
     """The rollout with its latest attempt; nobody else changes it meanwhile where it is found `to_change`."""
-    query = with_latest_attempt().where(rollouts.c.rollout_id == rollout_id)
-    return connection.execute(query.with_for_update(of=rollouts) if to_change else query).first()
+    return connection.execute(_FIND_TO_CHANGE if to_change else _FIND, {"rollout": rollout_id}).first()
 
 
 def start(connection: Connection, new: NewRollout, worker_id: str | None) -> str:
     """Make a rollout and its first attempt, for whoever runs it at once; returns its id."""
     now = time.time()
-    [rollout_id], key = _insert(connection, [new], "preparing", now, attempts_made=1)
+    [rollout_id], key = _insert(connection, [new], "preparing", now=now, attempts_made=1)
     _attempt(connection, key, rollout_id, 1, worker_id, now, _deadline(new.config, now, None))
     return rollout_id
 
 
 def enqueue(connection: Connection, new: Sequence[NewRollout]) -> list[str]:
     """Put rollouts into the queue, in this order; returns their ids."""
-    made, _ = _insert(connection, new, "queuing", time.time(), queued_at=time.time_ns())
+    made, _ = _insert(connection, new, "queuing", queued_at=time.time_ns())
     return made
 
 
 def dequeue(connection: Connection, limit: int, worker_id: str | None) -> list[str]:
     """Take the rollouts that have been queued the longest, each with a new attempt; returns their ids."""
-    waiting = (
-        select(rollouts.c.key, rollouts.c.rollout_id, rollouts.c.attempts, rollouts.c.config)
-        .where(rollouts.c.queued_at.is_not(None))
-        .order_by(rollouts.c.queued_at, rollouts.c.key)
-        .limit(limit)
-        .with_for_update(skip_locked=True)
-    )
-    found = connection.execute(waiting).all()
+    found = connection.execute(_WAITING, {"most": limit}).all()
     now = time.time()
     if worker_id is not None:
-        workers.note(connection, worker_id, last_dequeue_time=now, **({} if found else workers.idle(now)))
+        workers.note(connection, worker_id, last_dequeue_time=now, **({} if found else workers.without_work(now)))
     for each in found:
         _begin(connection, each, worker_id, now)
     return [each.rollout_id for each in found]
@@ -178,7 +189,7 @@ def update_rollout(connection: Connection, rollout_id: str, **changes: Any) -> N
     if "status" in changes:
         changes |= _of_status(status, found.queued_at)
     if changes:
-        connection.execute(update(rollouts).where(rollouts.c.key == found.key).values(**changes))
+        connection.execute(_CHANGE_ROLLOUT, {"of_key": found.key, **changes})
     if found.attempts and changes.keys() & {"status", "config"}:
         deadline = None
         if status in UNDER_WAY:
@@ -203,7 +214,7 @@ def update_attempt(connection: Connection, rollout_id: str, attempt_id: str, **c
     if not number:
         raise Unknown(f"the rollout {rollout_id!r} has no attempt {attempt_id!r}")
     _settle(connection, found, number, changes)
-    return connection.execute(select(attempts).where(*_is(found.key, number))).one()
+    return _attempt_of(connection, found.key, number)
 
 
 def heard_of(connection: Connection, rollout_id: str, attempt_id: str) -> bool:
@@ -217,7 +228,7 @@ def heard_of(connection: Connection, rollout_id: str, attempt_id: str) -> bool:
         number = _number_of(connection, found.key, attempt_id)
         if not number:
             return False
-        status = connection.execute(select(attempts.c.status).where(*_is(found.key, number))).scalar_one()
+        status = _attempt_of(connection, found.key, number).status
         was = None
     now = time.time()
     changes: dict[str, Any] = {"last_heartbeat_time": now if was is None else max(was, now)}
@@ -237,8 +248,7 @@ def heard_of(connection: Connection, rollout_id: str, attempt_id: str) -> bool:
 
 def is_anything_due(connection: Connection) -> bool:
     """Whether `expire` would find something."""
-    query = select(attempts.c.rollout_key).where(attempts.c.deadline < time.time()).limit(1)
-    return connection.execute(query).first() is not None
+    return connection.execute(_DUE, {"now": time.time()}).first() is not None
 
 
 def expire(connection: Connection, limit: int = 1_000) -> list[str]:
@@ -285,8 +295,8 @@ def _insert(
     connection: Connection,
     new: Sequence[NewRollout],
     status: RolloutStatus,
-    now: float,
     *,
+    now: float | None = None,
     queued_at: int | None = None,
     attempts_made: int = 0,
 ) -> tuple[list[str], int]:
@@ -296,7 +306,8 @@ def _insert(
         {
             "rollout_id": f"ro-{new_id()}",
             "input": each.input,
-            "start_time": now,
+            # Each has a moment of its own, so that those of a batch are in order by it, from both ends.
+            "start_time": time.time() if now is None else now,
             "mode": each.mode,
             "resources_id": latest if each.resources_id is None else each.resources_id,
             "status": status,
@@ -309,17 +320,16 @@ def _insert(
     ]
     key = 0
     if len(made) == 1:
-        [key] = connection.execute(insert(rollouts), made[0]).inserted_primary_key or (0,)
+        [key] = connection.execute(_NEW_ROLLOUTS, made[0]).inserted_primary_key or (0,)
     elif made:
-        connection.execute(insert(rollouts), made)
+        connection.execute(_NEW_ROLLOUTS, made)
     return [each["rollout_id"] for each in made], key
 
 
 def _begin(connection: Connection, found: Any, worker_id: str | None, now: float) -> None:
     """Make the next attempt of a rollout, which leaves the queue."""
     number = found.attempts + 1
-    changes = _of_status("preparing", None)
-    connection.execute(update(rollouts).where(rollouts.c.key == found.key).values(attempts=number, **changes))
+    connection.execute(_CHANGE_ROLLOUT, {"of_key": found.key, "attempts": number, **_of_status("preparing", None)})
     if number > 1:
         _change_attempt(connection, found.key, number - 1, deadline=None)
     _attempt(connection, found.key, found.rollout_id, number, worker_id, now, _deadline(config_of(found), now, None))
@@ -344,7 +354,7 @@ def _attempt(
         "worker_id": worker_id,
         "deadline": deadline,
     }
-    connection.execute(insert(attempts), values)
+    connection.execute(_NEW_ATTEMPT, values)
     if worker_id is not None:
         workers.note(connection, worker_id, **workers.busy(now, rollout_id, attempt_id))
 
@@ -356,7 +366,7 @@ def _settle(connection: Connection, found: Attempted, number: int, changes: dict
         changes["end_time"] = now
     if changes:
         _change_attempt(connection, found.key, number, **changes)
-    attempt = connection.execute(select(attempts).where(*_is(found.key, number))).one()
+    attempt = _attempt_of(connection, found.key, number)
     if number == found.attempts:
         config = config_of(found)
         status = _status_after(attempt, config)
@@ -391,16 +401,15 @@ def _of_status(status: RolloutStatus, queued_at: int | None) -> dict[str, Any]:
 
 
 def _change_rollout(connection: Connection, found: Attempted, status: RolloutStatus) -> None:
-    changes = _of_status(status, found.queued_at)
-    connection.execute(update(rollouts).where(rollouts.c.key == found.key).values(**changes))
+    connection.execute(_CHANGE_ROLLOUT, {"of_key": found.key, **_of_status(status, found.queued_at)})
 
 
 def _change_attempt(connection: Connection, rollout_key: int, number: int, **changes: Any) -> None:
-    connection.execute(update(attempts).where(*_is(rollout_key, number)).values(**changes))
+    connection.execute(_CHANGE_ATTEMPT, {"of_rollout": rollout_key, "number": number, **changes})
 
 
-def _is(rollout_key: int, number: int) -> tuple[Any, Any]:
-    return attempts.c.rollout_key == rollout_key, attempts.c.sequence_id == number
+def _attempt_of(connection: Connection, rollout_key: int, number: int) -> Any:
+    return connection.execute(_ATTEMPT, {"of_rollout": rollout_key, "number": number}).one()
 
 
 def _number_of(connection: Connection, rollout_key: int, attempt_id: str) -> int | None:

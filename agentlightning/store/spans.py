@@ -10,12 +10,19 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, case, select, update
+from sqlalchemy import Connection, bindparam, case, select, update
 
 from agentlightning.store.database import insert_if_new, insert_rows
 from agentlightning.store.tables import span_sequences, spans
 
 __all__ = ["NewSpan", "add", "next_sequence_ids"]
+
+# Made once: SQLAlchemy takes longer to put a statement together than SQLite takes to execute it.
+_OF_ROLLOUT = span_sequences.c.rollout_id == bindparam("rollout")
+_LAST = select(span_sequences.c.last).where(_OF_ROLLOUT)
+_MORE = update(span_sequences).where(_OF_ROLLOUT).values(last=span_sequences.c.last + bindparam("more"))
+_HIGHER = case((span_sequences.c.last < bindparam("least"), bindparam("least")), else_=span_sequences.c.last)
+_AT_LEAST = update(span_sequences).where(_OF_ROLLOUT).values(last=_HIGHER)
 
 
 @dataclass(slots=True)
@@ -75,22 +82,18 @@ def add(connection: Connection, new: Sequence[NewSpan]) -> int:
 
 def next_sequence_ids(connection: Connection, rollout_id: str, how_many: int = 1) -> range:
     """Numbers for spans of a rollout that no other gets, and that are higher than those of its spans."""
-    table = span_sequences
-    of_rollout = table.c.rollout_id == rollout_id
-    more = update(table).where(of_rollout).values(last=table.c.last + how_many)
-    if not connection.execute(more).rowcount:
-        connection.execute(insert_if_new(connection, table).values(rollout_id=rollout_id, last=0))
-        connection.execute(more)
-    last = connection.execute(select(table.c.last).where(of_rollout)).scalar_one()
+    more = {"rollout": rollout_id, "more": how_many}
+    if not connection.execute(_MORE, more).rowcount:
+        connection.execute(insert_if_new(connection, span_sequences), {"rollout_id": rollout_id, "last": 0})
+        connection.execute(_MORE, more)
+    last = connection.execute(_LAST, {"rollout": rollout_id}).scalar_one()
     return range(last - how_many + 1, last + 1)
 
 
 def _at_least(connection: Connection, rollout_id: str, sequence_id: int) -> None:
-    table = span_sequences
-    higher = case((table.c.last < sequence_id, sequence_id), else_=table.c.last)
-    changed = connection.execute(update(table).where(table.c.rollout_id == rollout_id).values(last=higher))
-    if not changed.rowcount:
-        connection.execute(insert_if_new(connection, table).values(rollout_id=rollout_id, last=sequence_id))
+    if not connection.execute(_AT_LEAST, {"rollout": rollout_id, "least": sequence_id}).rowcount:
+        new = {"rollout_id": rollout_id, "last": sequence_id}
+        connection.execute(insert_if_new(connection, span_sequences), new)
 
 
 def _column(text: str) -> str:

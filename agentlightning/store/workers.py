@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from sqlalchemy import Connection, update
+from sqlalchemy import Connection, case, update
 
 from agentlightning.store.database import insert_if_new
 from agentlightning.store.tables import workers
 
-__all__ = ["STATUSES", "WorkerStatus", "busy", "idle", "note", "of_attempt"]
+__all__ = ["STATUSES", "WorkerStatus", "busy", "idle", "note", "of_attempt", "without_work"]
 
 WorkerStatus = Literal["idle", "busy", "unknown"]
 STATUSES: tuple[WorkerStatus, ...] = ("idle", "busy", "unknown")
@@ -38,6 +38,12 @@ def busy(now: float, rollout_id: str, attempt_id: str) -> dict[str, Any]:
 def idle(now: float, status: WorkerStatus = "idle") -> dict[str, Any]:
     """The columns of one that works on nothing that is known."""
     return {"status": status, "last_idle_time": now, "current_rollout_id": None, "current_attempt_id": None}
+
+
+def without_work(now: float) -> dict[str, Any]:
+    """The columns of one that has found the queue empty: who is idle already has been so since before."""
+    since = case((workers.c.status == "idle", workers.c.last_idle_time), else_=now)
+    return {**idle(now), "last_idle_time": since}
 
 
 def of_attempt(status: str, now: float, rollout_id: str, attempt_id: str) -> dict[str, Any]:

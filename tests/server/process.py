@@ -50,10 +50,6 @@ class StoreServer:
     def url(self) -> str:
         return f"http://127.0.0.1:{self._port}"
 
-    @property
-    def url_with_key(self) -> str:
-        return f"http://agl:{self.key}@127.0.0.1:{self._port}" if self.key else self.url
-
     def start(self) -> None:
         """Start it, on the port that it had, and wait until it answers."""
         command = [*AGL_STORE, f"--port={self._port}", f"--store={self.path}", *self._arguments]

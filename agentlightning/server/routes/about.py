@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from fastapi import Request, Response
-from sqlalchemy import Connection, Table, func, select
+from sqlalchemy import Connection, Table, func, literal, select
 
 from agentlightning.server import models
 from agentlightning.server.answers import Json
@@ -14,6 +14,14 @@ from agentlightning.server.routes.common import Database, errors, router
 from agentlightning.store import rollouts, tables
 
 __all__ = ["interface", "root"]
+
+COUNTED = {
+    "total_rollouts": tables.rollouts,
+    "total_attempts": tables.attempts,
+    "total_spans": tables.spans,
+    "total_resources": tables.resources,
+    "total_workers": tables.workers,
+}
 
 root = router("about", prefix="")
 interface = router("about")
@@ -27,12 +35,22 @@ async def is_alive() -> Response:
 
 @root.get("/readyz", response_model=models.Health, responses={503: errors()[503]})
 async def is_ready(database: Database) -> Response:
-    """That its store can be read; without a key."""
-    await database.read(lambda _: None)
+    """That its store can be read and written; without a key."""
+
+    def work(connection: Connection) -> None:
+        for table in COUNTED.values():
+            connection.execute(select(literal(1)).select_from(table).limit(1)).first()
+
+    # A file that is gone can be read on by whoever has it open: only who writes finds out.
+    await database.write(work)
     return Json({"status": "ok"})
 
 
-@root.get("/metrics", responses=errors())
+@root.get(
+    "/metrics",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **errors()},
+)
 async def metrics(request: Request, database: Database) -> Response:
     """What Prometheus reads."""
     by_status = await database.read(rollouts.count_by_status)
@@ -49,16 +67,9 @@ async def health() -> Response:
 @interface.get("/statistics", response_model=models.Statistics, responses=errors())
 async def statistics(request: Request, database: Database) -> Response:
     """How much there is."""
-    kept = {
-        "total_rollouts": tables.rollouts,
-        "total_attempts": tables.attempts,
-        "total_spans": tables.spans,
-        "total_resources": tables.resources,
-        "total_workers": tables.workers,
-    }
 
     def count(connection: Connection) -> dict[str, int]:
-        return {name: _size(connection, table) for name, table in kept.items()}
+        return {name: _size(connection, table) for name, table in COUNTED.items()}
 
     counts = await database.read(count)
     return Json({"name": "agl store", **counts, "uptime": time.monotonic() - request.app.state.started_at})

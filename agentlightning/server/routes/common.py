@@ -16,13 +16,23 @@ __all__ = ["Database", "errors", "router"]
 ERROR = {
     "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
 }
+# The server under the application says so itself, of a URL of more than 64 KiB too.
+NOT_HTTP = {"text/plain": {"schema": {"type": "string"}}}
 
 
 class _Request(Request):
     """A request whose JSON is read as RFC 8259 has it: without NaN, which no answer could have in it again."""
 
+    def must_be_json(self) -> None:
+        content_type = self.headers.get("content-type", "")
+        kind, _, subtype = content_type.partition(";")[0].strip().lower().partition("/")
+        if kind != "application" or (subtype != "json" and not subtype.endswith("+json")):
+            found = repr(content_type[:100]) if content_type else "without a Content-Type"
+            raise HTTPException(415, f"the body has to be application/json, and is {found}")
+
     async def json(self) -> Any:
         if not hasattr(self, "_json"):
+            self.must_be_json()
             try:
                 self._json = msgspec.json.decode(await self.body())
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -37,7 +47,11 @@ class _Route(APIRoute):
         handle = super().get_route_handler()
 
         async def handle_strictly(request: Request) -> Response:
-            return await handle(_Request(request.scope, request.receive))
+            asked = _Request(request.scope, request.receive)
+            if self.body_field is not None and await asked.body():
+                # FastAPI would say of a body of another kind that it is no object.
+                asked.must_be_json()
+            return await handle(asked)
 
         return handle_strictly
 
@@ -50,7 +64,7 @@ def router(tag: str, prefix: str = "/v1/agl") -> APIRouter:
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """For the OpenAPI document: what else may be answered, besides what every route may."""
     meant = {
-        400: "The body is no JSON, or cannot be unpacked.",
+        400: "The body is no JSON, or cannot be unpacked; as text: it is no HTTP, or the URL is too long.",
         401: "The key is missing or wrong.",
         404: "There is none of this id.",
         413: "The body is too large.",
@@ -58,7 +72,11 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
         422: "Something in the request is not as it has to be.",
         503: "The store cannot be used now; try again after the seconds in Retry-After.",
     }
-    return {status: {"description": meant[status], **ERROR} for status in (400, 401, 413, 415, 422, 503, *statuses)}
+    found: dict[int | str, dict[str, Any]] = {
+        status: {"description": meant[status], **ERROR} for status in (400, 401, 413, 415, 422, 503, *statuses)
+    }
+    found[400] |= {"content": {**ERROR["content"], **NOT_HTTP}}
+    return found
 
 
 async def _transactions(request: Request) -> Transactions:

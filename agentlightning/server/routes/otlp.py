@@ -32,13 +32,35 @@ logger = logging.getLogger("agentlightning.store")
 routes = router("otlp", prefix="/v1")
 
 
-def _body(name: str) -> dict[str, Any]:
-    """For the OpenAPI document."""
-    content = {PROTOBUF: {"schema": {"type": "string", "format": "binary"}}, JSON: {"schema": {"type": "object"}}}
-    return {"requestBody": {"description": f"An Export{name}ServiceRequest.", "required": True, "content": content}}
+def _about(name: str, fields: str, example: Any) -> dict[str, Any]:
+    """For the OpenAPI document, what a route of an Export...Service takes and answers."""
+    binary = {"schema": {"type": "string", "format": "binary"}}
+    body = {"type": "object", "properties": {fields: {"type": ["array", "null"], "items": {"type": "object"}}}}
+    content = {JSON: {"schema": body, "example": {fields: example}}, PROTOBUF: binary}
+    answer = {
+        "description": f"An Export{name}ServiceResponse.",
+        "content": {JSON: {"schema": ANSWER}, PROTOBUF: binary},
+    }
+    request = {"description": f"An Export{name}ServiceRequest.", "required": True, "content": content}
+    return {
+        "response_class": Response,
+        "responses": {200: answer, **errors()},
+        "openapi_extra": {"requestBody": request},
+    }
 
 
-@routes.post("/traces", responses=errors(), openapi_extra=_body("Trace"))
+ANSWER = {"type": "object", "properties": {"partialSuccess": {"type": "object"}}}
+SPAN = {
+    "traceId": "0123456789abcdef0123456789abcdef",
+    "spanId": "0123456789abcdef",
+    "name": "chat",
+    "startTimeUnixNano": "1796000000000000000",
+    "endTimeUnixNano": "1796000001500000000",
+    "attributes": [{"key": "agentlightning.rollout_id", "value": {"stringValue": "ro-1"}}],
+}
+
+
+@routes.post("/traces", **_about("Trace", "resourceSpans", [{"scopeSpans": [{"spans": [SPAN]}]}]))
 async def traces(request: Request, database: Database) -> Response:
     """Keep spans: under the rollout and attempt that they, or what sent them, name, or else under their trace."""
     answer = ExportTraceServiceResponse()
@@ -53,13 +75,13 @@ async def traces(request: Request, database: Database) -> Response:
     return await _export(request, database, ExportTraceServiceRequest(), answer, keep)
 
 
-@routes.post("/logs", responses=errors(), openapi_extra=_body("Logs"))
+@routes.post("/logs", **_about("Logs", "resourceLogs", []))
 async def logs(request: Request, database: Database) -> Response:
     """Accept logs, so that exporters are content; they are not kept."""
     return await _export(request, database, ExportLogsServiceRequest(), ExportLogsServiceResponse())
 
 
-@routes.post("/metrics", responses=errors(), openapi_extra=_body("Metrics"))
+@routes.post("/metrics", **_about("Metrics", "resourceMetrics", []))
 async def metrics(request: Request, database: Database) -> Response:
     """Accept metrics, so that exporters are content; they are not kept."""
     return await _export(request, database, ExportMetricsServiceRequest(), ExportMetricsServiceResponse())
@@ -70,7 +92,8 @@ async def _export(
 ) -> Response:
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type not in (PROTOBUF, JSON):
-        return sentence(415, f"OTLP comes as {PROTOBUF} or {JSON}, not as {content_type or 'nothing'!r}")
+        found = repr(content_type[:100]) if content_type else "without a Content-Type"
+        return sentence(415, f"OTLP comes as {PROTOBUF} or {JSON}, and this is {found}")
     body = await request.body()
     try:
         await database.run(lambda: parsed(message, body, content_type))
@@ -89,12 +112,10 @@ def _keep(connection: Connection, new: list[NewSpan]) -> int:
             if named not in alive:
                 alive[named] = _attempt_of(connection, *named)
             each.attempt_id = alive[named]
-    kept = spans.add(connection, new)
-    if kept:
-        for rollout_id, attempt_id in {(rollout_id, attempt_id) for (rollout_id, _), attempt_id in alive.items()}:
-            # Those of rollouts that nobody has made here are kept all the same.
-            rollouts.heard_of(connection, rollout_id, attempt_id)
-    return kept
+    for rollout_id, attempt_id in {(rollout_id, attempt_id) for (rollout_id, _), attempt_id in alive.items()}:
+        # Those of rollouts that nobody has made here are kept all the same.
+        rollouts.heard_of(connection, rollout_id, attempt_id)
+    return spans.add(connection, new)
 
 
 def _attempt_of(connection: Connection, rollout_id: str, attempt_id: str) -> str:

@@ -12,6 +12,7 @@ from sqlalchemy import Connection, select
 from agentlightning.server import models
 from agentlightning.server.answers import Json, attempt, encode, page, rollout
 from agentlightning.server.errors import sentence
+from agentlightning.server.limits import DEQUEUE_LIMIT
 from agentlightning.server.routes.common import Database, errors, router
 from agentlightning.store import rollouts
 from agentlightning.store.database import in_parts
@@ -54,7 +55,8 @@ async def dequeue_rollouts(database: Database, body: Annotated[models.Dequeue | 
         return Json([])
 
     def work(connection: Connection) -> list[Any]:
-        return _found(connection, rollouts.dequeue(connection, asked.limit, asked.worker_id))
+        # Fewer than were asked for are a good answer: to a refusal, 0.3's client says that the queue is empty.
+        return _found(connection, rollouts.dequeue(connection, min(asked.limit, DEQUEUE_LIMIT), asked.worker_id))
 
     return Json([rollout(row) for row in await database.write(work)])
 

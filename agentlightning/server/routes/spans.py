@@ -57,13 +57,13 @@ async def add_span(request: Request, database: Database) -> Response:
     return Json(span(new) if await database.write(work) else None, 201)
 
 
-@routes.get("/spans", response_model=models.Page[models.Span], responses=errors())
+@routes.get("/spans", response_model=models.Page[models.KeptSpan], responses=errors())
 async def query_spans(asked: Annotated[models.QuerySpans, Query()], database: Database) -> Response:
     """Find spans of a rollout, or of a trace: those that came without a rollout too."""
     return await _page(asked, database)
 
 
-@routes.post("/spans/search", response_model=models.Page[models.Span], responses=errors())
+@routes.post("/spans/search", response_model=models.Page[models.KeptSpan], responses=errors())
 async def search_spans(asked: models.QuerySpans, database: Database) -> Response:
     """Find spans of a rollout, or of a trace: those that came without a rollout too."""
     return await _page(asked, database)

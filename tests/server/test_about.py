@@ -1,0 +1,188 @@
+"""What the store tells of itself: its metrics, whether it is ready, how much it has, and the document of its routes."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from agentlightning.store.rollouts import ROLLOUT_STATUSES
+from tests.server.process import StoreServer
+
+
+def metrics(client: httpx.Client) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    answer = client.get("/metrics")
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/plain; version=")
+    samples = [sample for family in text_string_to_metric_families(answer.text) for sample in family.samples]
+    found = {(sample.name, frozenset(sample.labels.items())): sample.value for sample in samples}
+    assert len(found) == len(samples)
+    return found
+
+
+def key(name: str, **labels: str) -> tuple[str, frozenset[tuple[str, str]]]:
+    return name, frozenset(labels.items())
+
+
+def test_metrics_count_rollouts_by_status(tmp_path: Path) -> None:
+    with StoreServer(tmp_path / "store.db") as server, server.client() as client:
+        assert {status: metrics(client)[key("agl_store_rollouts", status=status)] for status in ROLLOUT_STATUSES} == (
+            dict.fromkeys(ROLLOUT_STATUSES, 0)
+        )
+        client.post("/v1/agl/queues/rollouts/enqueue", json={"rollouts": [{"input": 1}] * 3})
+        [taken] = client.post("/v1/agl/queues/rollouts/dequeue", json={"limit": 1}).json()
+        path = f"/v1/agl/rollouts/{taken['rollout_id']}/attempts/latest"
+        assert client.post(path, json={"status": "succeeded"}).status_code == 200
+        found = metrics(client)
+        assert found[key("agl_store_rollouts", status="queuing")] == 2
+        assert found[key("agl_store_rollouts", status="preparing")] == 0
+        assert found[key("agl_store_rollouts", status="succeeded")] == 1
+        assert found[key("agl_store_writes_waiting")] == 0
+
+
+def test_metrics_count_requests_by_route_and_never_by_id(client: httpx.Client) -> None:
+    route = "/v1/agl/rollouts/{rollout_id}"
+    counted = key("agl_store_requests_total", method="GET", route=route, status="200")
+    refused = key("agl_store_requests_total", method="GET", route=route, status="422")
+    unknown = key("agl_store_requests_total", method="any", route="none", status="404")
+    ids = [uuid.uuid4().hex for _ in range(20)]
+    client.get(f"/v1/agl/rollouts/{ids[0]}")
+    before = metrics(client)
+    for each in ids:
+        client.get(f"/v1/agl/rollouts/{each}")
+        client.get(f"/{each}")
+        client.get(f"/v1/agl/rollouts/{each * 20}")
+    found = metrics(client)
+    for name in (counted, refused, unknown):
+        assert found[name] - before.get(name, 0) == 20
+    seconds = key("agl_store_request_seconds_count", method="GET", route=route)
+    assert found[seconds] - before[seconds] == 40
+    assert not [name for name in found if any(each in str(name) for each in ids)]
+
+
+def test_health_is_told(client: httpx.Client) -> None:
+    for path in ("/healthz", "/readyz", "/v1/agl/health"):
+        answer = client.get(path)
+        assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
+
+
+def assert_not_ready(client: httpx.Client, *, because: str) -> None:
+    answer = client.get("/readyz")
+    assert answer.status_code == 503
+    assert because in answer.json()["detail"]
+    assert "Traceback" not in answer.text
+    assert int(answer.headers["retry-after"]) > 0
+    # The process itself works, and need not be started again.
+    assert client.get("/healthz").status_code == 200
+
+
+def test_a_store_whose_file_is_gone_is_not_ready_until_it_is_back(tmp_path: Path) -> None:
+    with StoreServer(tmp_path / "store.db") as server, server.client() as client:
+        made = client.post("/v1/agl/rollouts", json={"input": 1}).json()
+        away = server.path.with_name("away.db")
+        server.path.rename(away)
+        assert_not_ready(client, because="cannot be opened: No such file or directory")
+        assert client.post("/v1/agl/rollouts", json={"input": 2}).status_code == 503
+        away.rename(server.path)
+        assert client.get("/readyz").status_code == 200
+        assert client.get("/v1/agl/rollouts").json()["items"][0]["rollout_id"] == made["rollout_id"]
+        assert client.post("/v1/agl/rollouts", json={"input": 3}).status_code == 201
+        assert client.get("/v1/agl/statistics").json()["total_rollouts"] == 2
+
+
+def test_a_store_whose_file_is_another_is_not_ready(tmp_path: Path) -> None:
+    with StoreServer(tmp_path / "store.db") as server, server.client() as client:
+        server.path.rename(tmp_path / "away.db")
+        server.path.write_bytes(b"")
+        assert_not_ready(client, because="was replaced since it was opened")
+
+
+@pytest.mark.parametrize("size", [0, 1 << 20], ids=["empty", "overwritten"])
+def test_a_store_whose_file_is_broken_is_not_ready(size: int, tmp_path: Path) -> None:
+    with StoreServer(tmp_path / "store.db") as server:
+        with server.client() as client:
+            client.post("/v1/agl/rollouts", json={"input": "x" * (1 << 20)})
+        # So that nothing of it is in memory, or in the file beside it.
+        server.stop()
+        server.start()
+        with server.path.open("r+b") as file:
+            file.truncate(size)
+            file.write(b"?" * size)
+        with server.client() as client:
+            assert_not_ready(client, because="is no SQLite file, or a broken one")
+            for path in ("/v1/agl/rollouts", "/v1/agl/statistics", "/metrics"):
+                assert "broken" in client.get(path).json()["detail"]
+        assert "Traceback" not in server.log.read_text()
+
+
+def test_statistics_tell_how_much_there_is(tmp_path: Path) -> None:
+    with StoreServer(tmp_path / "store.db") as server, server.client() as client:
+        first = client.get("/v1/agl/statistics").json()
+        kinds = ("rollouts", "attempts", "spans", "resources", "workers")
+        assert {kind: first[f"total_{kind}"] for kind in kinds} == dict.fromkeys(kinds, 0)
+        client.post("/v1/agl/queues/rollouts/enqueue", json={"rollouts": [{"input": 1}] * 2})
+        client.post("/v1/agl/queues/rollouts/dequeue", json={"limit": 1, "worker_id": "w"})
+        span = {"traceId": "ab" * 16, "spanId": "cd" * 8}
+        client.post("/v1/traces", json={"resourceSpans": [{"scopeSpans": [{"spans": [span]}]}]})
+        then = client.get("/v1/agl/statistics").json()
+        assert {kind: then[f"total_{kind}"] for kind in kinds} == {
+            "rollouts": 2,
+            "attempts": 1,
+            "spans": 1,
+            "resources": 0,
+            "workers": 1,
+        }
+        assert then["name"] == "agl store"
+        assert then["uptime"] > first["uptime"] > 0
+
+
+@pytest.fixture
+def document(client: httpx.Client) -> dict[str, Any]:
+    return client.get("/openapi.json").json()
+
+
+def test_the_document_has_a_model_of_every_answer(document: dict[str, Any]) -> None:
+    assert document["info"]["title"] == "agl store"
+    for path, methods in document["paths"].items():
+        for method, about in methods.items():
+            assert about["description"], f"{method} {path}"
+            for status, answer in about["responses"].items():
+                for content in answer["content"].values():
+                    assert content["schema"], f"{method} {path} {status}"
+                if int(status) >= 400:
+                    assert answer["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/Error"}
+            if path not in ("/healthz", "/readyz", "/v1/agl/health"):
+                assert {"401", "503"} <= about["responses"].keys()
+
+
+def test_the_document_has_an_example_of_every_body_and_each_works(
+    document: dict[str, Any], client: httpx.Client
+) -> None:
+    bodies = 0
+    for path, methods in document["paths"].items():
+        for method, about in methods.items():
+            if "requestBody" not in about:
+                continue
+            bodies += 1
+            content = about["requestBody"]["content"]["application/json"]
+            examples = [content["example"]] if "example" in content else examples_of(content["schema"], document)
+            assert examples, f"{method} {path}"
+            for example in examples:
+                answer = client.request(method, path.replace("{", "").replace("}", ""), json=example)
+                # 404: of ids that are nobody's.
+                assert answer.status_code in (200, 201, 404), f"{method} {path}: {answer.text}"
+    assert bodies > 15
+
+
+def examples_of(schema: dict[str, Any], document: dict[str, Any]) -> list[Any]:
+    """Those of a schema, or of the one that it stands for."""
+    for each in (schema, *schema.get("anyOf", ())):
+        if "$ref" in each:
+            each = document["components"]["schemas"][each["$ref"].rpartition("/")[2]]
+        if "examples" in each:
+            return each["examples"]
+    return []

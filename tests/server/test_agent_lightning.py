@@ -1,0 +1,213 @@
+"""Agent Lightning 0.3 itself, against `agl store`: its client, its tracer, its trainer."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import threading
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+
+from tests.common.vllm import without_agl
+from tests.server.process import StoreServer
+
+SCRIPTS = Path(__file__).parent / "lightning"
+SECONDS = 240
+SECTIONS = (
+    "resources",
+    "queue",
+    "changes",
+    "attempts",
+    "rollouts",
+    "workers",
+    "spans",
+    "waits",
+    "deadlines",
+    "revivals",
+    "errors",
+    "statistics",
+)
+
+REFUSALS = {500: 404, 400: 422}
+"""What Agent Lightning's server answers to an id that it does not know, and to a value that makes no sense; and ours.
+After the first its client asks again, for seconds."""
+
+CHOSEN: dict[str, dict[str, tuple[Any, Any]]] = {
+    # Who cancels a rollout takes it out of the queue: it comes back last, not where it was.
+    "changes": {
+        "one that was cancelled in the queue and is queued again": ([["d", 1], ["e", 1]], [["e", 1], ["d", 1]])
+    },
+    "spans": {
+        # No condition of which one must hold: ours finds all, as it does for rollouts and workers in both.
+        "found of one of nothing": (
+            [[], -1, 0, 0],
+            [["s", "many 3", "low", "many 5", "high", "child", "second try", "parent"], -1, 0, 8],
+        ),
+        # Who sends a span again, for the answer got lost, is alive.
+        "added again is no sign of life": (True, False),
+    },
+    # An attempt that has ended stays so whatever is sent of it, and then its rollout cannot be running: in Agent
+    # Lightning's store it is, until it is late again, and waits for nobody.
+    "revivals": {
+        f"{status}, {what}": found
+        for status in ("timeout", "failed")
+        for what, found in {
+            "rollout after a span": ("running", "requeuing"),
+            "queue after a span": ([], [[f"gone, {status}", 2]]),
+        }.items()
+    },
+}
+"""Where ours is meant to be different: what is found there, and here."""
+
+
+class Script:
+    """A script that runs where Agent Lightning is, until the context is left."""
+
+    def __init__(self, lightning: Path, log: Path, name: str, *arguments: str) -> None:
+        # What it imports would ask the network for the prices of models.
+        env = {**without_agl(os.environ), "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+        env.pop("PYTHONPATH", None)
+        command = [lightning / "python", SCRIPTS / name, *arguments]
+        self._log = log
+        with log.open("wb") as said:
+            self._process = subprocess.Popen(
+                command, env=env, stdout=subprocess.PIPE, stderr=said, text=True, encoding="utf-8"
+            )
+        self._timer = threading.Timer(SECONDS, self._process.kill)
+
+    def __enter__(self) -> Script:
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+        self._process.kill()
+        self._process.wait()
+
+    def wait_for(self, number: int) -> None:
+        """Wait until it prints one that is as high."""
+        while line := self._line():
+            if int(line) >= number:
+                return
+        self.outcome()
+
+    def outcome(self) -> Any:
+        """What it prints last, which is JSON."""
+        printed = list(iter(self._line, ""))
+        status = self._process.wait()
+        assert status == 0, self._log.read_text(encoding="utf-8")
+        return json.loads(printed[-1])
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline()
+
+
+@pytest.fixture(scope="module")
+def found(lightning: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[str, Any]]]:
+    """What its client has found in its own store, `theirs`, and in `ours`, which was as empty."""
+    folder = tmp_path_factory.mktemp("interface")
+    with (
+        StoreServer(folder / "store.db") as server,
+        Script(lightning, folder / "script.log", "interface.py", server.url) as script,
+    ):
+        return script.outcome()
+
+
+def test_all_of_the_interface_was_tried(found: dict[str, dict[str, dict[str, Any]]]) -> None:
+    assert tuple(found["ours"]) == tuple(found["theirs"]) == SECTIONS
+    assert sum(len(facts) for facts in found["ours"].values()) > 250
+
+
+@pytest.mark.parametrize("section", [name for name in SECTIONS if name not in ("errors", "queue", "statistics")])
+def test_the_client_finds_what_it_finds_in_agent_lightnings_own_store(
+    section: str, found: dict[str, dict[str, dict[str, Any]]]
+) -> None:
+    theirs, ours = found["theirs"][section], found["ours"][section]
+    chosen = CHOSEN.get(section, {})
+    assert ours == {**theirs, **{name: here for name, (_, here) in chosen.items()}}
+    assert {name: theirs[name] for name in chosen} == {name: there for name, (there, _) in chosen.items()}
+
+
+def test_the_queue_is_as_it_is_there_but_who_is_idle_works_on_nothing(
+    found: dict[str, dict[str, dict[str, Any]]],
+) -> None:
+    theirs, ours = found["theirs"]["queue"], found["ours"]["queue"]
+    was_busy = "whoever was busy and finds it empty"
+    assert theirs[was_busy]["status"] == "idle"
+    assert theirs[was_busy]["current_attempt_id"]
+    nothing = {"current_rollout_id": None, "current_attempt_id": None}
+    assert ours == {**theirs, was_busy: {**theirs[was_busy], **nothing}}
+
+
+def test_what_cannot_be_is_refused_and_not_tried_again(found: dict[str, dict[str, dict[str, Any]]]) -> None:
+    theirs, ours = found["theirs"]["errors"], found["ours"]["errors"]
+    assert ours == {name: REFUSALS.get(there, there) for name, there in theirs.items()}
+    assert {404, 422} <= set(ours.values())
+
+
+def test_as_much_is_counted(found: dict[str, dict[str, dict[str, Any]]]) -> None:
+    theirs, ours = found["theirs"]["statistics"], found["ours"]["statistics"]
+    assert (theirs["name"], ours["name"]) == ("InMemoryLightningStore", "agl store")
+    # The two that were tried again after a span came too late.
+    totals = {**theirs["totals"], "total_attempts": theirs["totals"]["total_attempts"] + 2}
+    assert ours == {**theirs, "name": "agl store", "totals": totals}
+
+
+def test_a_trainer_with_its_runner_and_tracer_needs_nothing_but_the_url_with_the_key(
+    lightning: Path, tmp_path: Path
+) -> None:
+    key = "s3cret/ü:@%"
+    with StoreServer(tmp_path / "store.db", key=key) as server:
+        url = server.url.replace("//", f"//agl:{quote(key, safe='')}@")
+        with Script(lightning, tmp_path / "script.log", "training.py", url) as script:
+            found = script.outcome()
+    assert {task: each["status"] for task, each in found["rollouts"].items()} == {
+        "1": "succeeded",
+        "13": "failed",
+        "2": "succeeded",
+        "3": "succeeded",
+    }
+    assert {task: each["mode"] for task, each in found["rollouts"].items()} == {
+        "1": "train",
+        "13": "train",
+        "2": "train",
+        "3": "val",
+    }
+    assert {task: each["reward"] for task, each in found["rollouts"].items()} == {
+        "1": 0.5,
+        "13": None,
+        "2": 1.0,
+        "3": 1.5,
+    }
+    for task, each in found["rollouts"].items():
+        # It came as OTLP, to the same URL.
+        assert each["messages"] == [f"task {task} ü"]
+        assert each["numbered"] == sorted(set(each["numbered"]))
+        assert each["is_of_latest"]
+    [(status, stats)] = found["workers"]
+    assert status == "idle"
+    assert stats
+
+
+def test_runners_go_on_while_the_server_is_started_again(lightning: Path, tmp_path: Path) -> None:
+    rollouts = 60
+    with (
+        StoreServer(tmp_path / "store.db") as server,
+        Script(lightning, tmp_path / "script.log", "runners.py", server.url, str(rollouts)) as script,
+    ):
+        for finished in (10, 35):
+            script.wait_for(finished)
+            server.stop()
+            server.start()
+        found = script.outcome()
+    assert len(found) == rollouts
+    for each in found:
+        assert each["status"] == "succeeded"
+        assert each["attempts"].count("succeeded") == 1, each
+        assert set(each["attempts"]) <= {"succeeded", "unresponsive"}, each
+        assert each["spans"] == ["span 0", "span 1", "span 2"]

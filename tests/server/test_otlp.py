@@ -1,0 +1,332 @@
+"""What OpenTelemetry's exporters send is found again as spans: of the newest SDK, and of the oldest that is used."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+    ExportTraceServiceRequest,
+    ExportTraceServiceResponse,
+)
+
+from tests.common.environments import CHECKOUT
+from tests.common.vllm import without_agl
+from tests.server.opentelemetry_sdk import ATTRIBUTES, LINKED
+from tests.server.process import StoreServer
+
+PROTOBUF = {"Content-Type": "application/x-protobuf"}
+TRACE_ID = "00112233445566778899aabbccddeeff"
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def an_attempt(client: httpx.Client) -> tuple[str, str]:
+    """The ids of a rollout that nothing was heard of, and of its attempt."""
+    made = client.post("/v1/agl/rollouts", json={"input": 1}).json()
+    return made["rollout_id"], made["attempt"]["attempt_id"]
+
+
+def spans_of(client: httpx.Client, **asked: Any) -> list[dict[str, Any]]:
+    found = client.get("/v1/agl/spans", params=asked)
+    assert found.status_code == 200, found.text
+    return found.json()["items"]
+
+
+def post_json(client: httpx.Client, *spans: dict[str, Any], resource: Any = None) -> dict[str, Any]:
+    """Send spans as OTLP JSON; returns the answer."""
+    body = {"resourceSpans": [{"resource": resource or {}, "scopeSpans": [{"spans": spans}]}]}
+    answer = client.post("/v1/traces", json=body)
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"] == "application/json"
+    return answer.json()
+
+
+def a_span(**fields: Any) -> dict[str, Any]:
+    """In OTLP JSON, with ids of its own."""
+    ids = {"traceId": uuid.uuid4().hex, "spanId": uuid.uuid4().hex[:16]}
+    times = {"startTimeUnixNano": "1700000000000000000", "endTimeUnixNano": "1700000001500000000"}
+    return {**ids, "name": "chat", **times, **fields}
+
+
+def attribute(key: str, kind: str, value: Any) -> dict[str, Any]:
+    return {"key": key, "value": {kind: value}}
+
+
+def of_rollout(rollout_id: str, attempt_id: str | None = None) -> list[dict[str, Any]]:
+    """The attributes that say so."""
+    ids = {"rollout_id": rollout_id, "attempt_id": attempt_id}
+    return [attribute(f"agentlightning.{name}", "stringValue", each) for name, each in ids.items() if each is not None]
+
+
+@pytest.mark.parametrize("compression", ["gzip", "none"])
+@pytest.mark.parametrize("version", ["newest", "1.38"])
+def test_what_the_sdk_exports_is_found_again(
+    version: str, compression: str, store: StoreServer, client: httpx.Client, lightning: Path
+) -> None:
+    python = str(lightning / "python") if version == "1.38" else sys.executable
+    rollout_id, attempt_id = an_attempt(client)
+    other_id, other_attempt_id = an_attempt(client)
+    arguments = [store.url, compression, rollout_id, attempt_id, other_id]
+    script = CHECKOUT / "tests" / "server" / "opentelemetry_sdk.py"
+    environment = {name: value for name, value in without_agl(os.environ).items() if not name.startswith("OTEL_")}
+    done = subprocess.run(
+        [python, script, *arguments], capture_output=True, text=True, timeout=120, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    sent = json.loads(done.stdout)
+    assert version == "newest" or sent["version"].startswith("1.38.")
+
+    found = spans_of(client, rollout_id=rollout_id, attempt_id=attempt_id)
+    # As they ended, but for the one that says which it is; the one that was sent twice is there once.
+    assert [(each["name"], each["sequence_id"]) for each in found] == [("chat", 1), ("agent", 2), ("numbered", 40)]
+    chat = found[0]
+    assert chat["rollout_id"] == rollout_id
+    assert chat["attempt_id"] == attempt_id
+    assert {name: chat[name] for name in ("trace_id", "span_id", "parent_id")} == {
+        name: sent[name] for name in ("trace_id", "span_id", "parent_id")
+    }
+    assert chat["attributes"] == ATTRIBUTES
+    kinds = {name: type(value) for name, value in chat["attributes"].items()}
+    # To Python, 2 == 2.0 and True == 1.
+    assert kinds == {name: type(value) for name, value in ATTRIBUTES.items()}
+    assert [type(each) for each in chat["attributes"]["switches"]] == [bool, bool]
+    assert chat["status"] == {"status_code": "ERROR", "description": "cut off"}
+    assert chat["events"] == [{"name": "first token", "attributes": {"index": 0}, "timestamp": 1_700_000_000.25}]
+    [link] = chat["links"]
+    assert link["attributes"] == {"why": "retry"}
+    assert (link["context"]["trace_id"], link["context"]["span_id"]) == (f"{LINKED[0]:032x}", f"{LINKED[1]:016x}")
+    assert chat["start_time"] == sent["start_time"] / 1_000_000_000
+    assert chat["end_time"] == sent["end_time"] / 1_000_000_000
+    assert chat["resource"]["attributes"]["service.name"] == "agent"
+    assert chat["scope"] == {"name": "tests", "version": "1.2.3"}
+    assert found[1]["parent_id"] is None
+    assert found[1]["status"]["status_code"] == "UNSET"
+
+    # What a span says of itself is nearer than what its resource says, whose attempt is not of that rollout.
+    [other] = spans_of(client, rollout_id=other_id)
+    assert (other["name"], other["attempt_id"]) == ("of another", other_attempt_id)
+    for each in (rollout_id, other_id):
+        rollout = client.get(f"/v1/agl/rollouts/{each}").json()
+        assert (rollout["status"], rollout["attempt"]["status"]) == ("running", "running")
+        assert rollout["attempt"]["last_heartbeat_time"] is not None
+    asked = {"rollout_id": rollout_id, "attempt_id": attempt_id}
+    assert client.post("/v1/agl/spans/next", json=asked).json()["sequence_id"] > 40
+
+
+def test_logs_and_metrics_of_the_sdk_are_accepted(store: StoreServer) -> None:
+    from opentelemetry.exporter.otlp.proto.http._log_exporter import OTLPLogExporter
+    from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
+    from opentelemetry.sdk._logs import LoggerProvider
+    from opentelemetry.sdk._logs.export import LogRecordExportResult, SimpleLogRecordProcessor
+    from opentelemetry.sdk.metrics import MeterProvider
+    from opentelemetry.sdk.metrics.export import MetricExportResult, PeriodicExportingMetricReader
+
+    said: list[Any] = []
+
+    class Logs(OTLPLogExporter):
+        def export(self, batch: Any) -> LogRecordExportResult:
+            said.append(super().export(batch))
+            return said[-1]
+
+    class Metrics(OTLPMetricExporter):
+        def export(self, *arguments: Any, **named: Any) -> MetricExportResult:
+            said.append(super().export(*arguments, **named))
+            return said[-1]
+
+    logs = LoggerProvider(shutdown_on_exit=False)
+    logs.add_log_record_processor(SimpleLogRecordProcessor(Logs(f"{store.url}/v1/logs")))
+    logs.get_logger("tests").emit(body="hello", severity_text="INFO")
+    logs.shutdown()
+    assert said == [LogRecordExportResult.SUCCESS]
+    reader = PeriodicExportingMetricReader(Metrics(f"{store.url}/v1/metrics"), export_interval_millis=3_600_000)
+    metrics = MeterProvider([reader], shutdown_on_exit=False)
+    metrics.get_meter("tests").create_counter("calls").add(1)
+    metrics.shutdown()
+    assert said[1:] == [MetricExportResult.SUCCESS]
+
+
+@pytest.mark.parametrize("path", ["/v1/traces", "/v1/logs", "/v1/metrics"])
+def test_what_is_no_otlp_is_refused(path: str, client: httpx.Client) -> None:
+    for body, content_type, status in (
+        (b"\xff garbage", "application/x-protobuf", 400),
+        (b"garbage", "application/json", 400),
+        (b'"resourceSpans"', "application/json", 400),
+        (b"[]", "application/json", 400),
+        (b"{}", "text/plain", 415),
+        (b"{}", None, 415),
+    ):
+        answer = client.post(path, content=body, headers={"Content-Type": content_type} if content_type else {})
+        assert answer.status_code == status, answer.text
+        assert answer.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"resourceSpans": "none"},
+        {"resourceSpans": [""]},
+        {"resourceSpans": [{"scopeSpans": [{"spans": ["AAA"]}]}]},
+        {"resourceSpans": [{"scopeSpans": [{"spans": [{"name": 1}]}]}]},
+        {"resourceSpans": [{"scopeSpans": [{"spans": [a_span(spanId="no hexadecimal")]}]}]},
+        {"resourceSpans": [{"scopeSpans": [{"spans": [a_span(startTimeUnixNano="9" * 100_000)]}]}]},
+        {"resourceSpans": [{"scopeSpans": [{"spans": [a_span(attributes=[attribute("n", "intValue", "1e99")])]}]}]},
+    ],
+    ids=str,
+)
+def test_json_of_another_shape_is_refused_in_a_sentence(body: Any, client: httpx.Client) -> None:
+    answer = client.post("/v1/traces", json=body)
+    assert answer.status_code == 400
+    detail = answer.json()["detail"]
+    assert detail.startswith("the body is no OTLP request in application/json")
+    assert "\n" not in detail
+    assert len(detail) < 500
+
+
+def test_json_has_ids_in_hexadecimal_and_long_numbers_as_text(client: httpx.Client) -> None:
+    rollout_id, attempt_id = an_attempt(client)
+    values = [{"intValue": "0"}, {"intValue": 9707}, {"intValue": "0"}]
+    span = a_span(
+        traceId=TRACE_ID.upper(),
+        parentSpanId="0123456789abcdef",
+        kind=3,
+        status={"code": 2, "message": "cut off"},
+        attributes=[
+            attribute("count", "intValue", "-9223372036854775808"),
+            attribute("few", "intValue", 7),
+            attribute("yes", "boolValue", True),
+            attribute("share", "doubleValue", 0.25),
+            attribute("token_ids", "arrayValue", {"values": values}),
+            attribute("inner", "kvlistValue", {"values": [attribute("traceId", "stringValue", "not hexadecimal")]}),
+            attribute("bytes", "bytesValue", "AAH/"),
+        ],
+        events=[{"timeUnixNano": "1700000000250000000", "name": "first token"}],
+        traceState="vendor=1,other = 2",
+        links=[{"traceId": TRACE_ID, "spanId": "fedcba9876543210", "traceState": "k=v"}],
+        laterField={"traceId": "of a later version"},
+        flags=None,
+    )
+    assert post_json(client, span, resource={"attributes": of_rollout(rollout_id, attempt_id)}) == {}
+    [found] = spans_of(client, rollout_id=rollout_id)
+    assert (found["trace_id"], found["span_id"], found["parent_id"]) == (TRACE_ID, span["spanId"], "0123456789abcdef")
+    assert found["attributes"] == {
+        "count": -(2**63),
+        "few": 7,
+        "yes": True,
+        "share": 0.25,
+        "token_ids": [0, 9707, 0],
+        "inner": {"traceId": "not hexadecimal"},
+        "bytes": "0001ff",
+    }
+    assert (found["kind"], found["status"]["status_code"]) == ("CLIENT", "ERROR")
+    assert (found["start_time"], found["end_time"]) == (1_700_000_000.0, 1_700_000_001.5)
+    assert found["events"][0]["timestamp"] == 1_700_000_000.25
+    assert found["context"]["trace_state"] == {"vendor": "1", "other": "2"}
+    linked = found["links"][0]["context"]
+    assert (linked["span_id"], linked["trace_state"]) == ("fedcba9876543210", {"k": "v"})
+
+
+def test_json_may_be_packed(client: httpx.Client) -> None:
+    rollout_id = new_id("packed")
+    text = json.dumps({"resourceSpans": [{"scopeSpans": [{"spans": [a_span(attributes=of_rollout(rollout_id))]}]}]})
+    body = gzip.compress(text.encode())
+    headers = {"Content-Type": "application/json; charset=utf-8", "Content-Encoding": "gzip"}
+    assert client.post("/v1/traces", content=body, headers=headers).status_code == 200
+    assert len(spans_of(client, rollout_id=rollout_id)) == 1
+
+
+def test_a_batch_that_is_sent_twice_is_kept_once(client: httpx.Client) -> None:
+    rollout_id, _ = an_attempt(client)
+    spans = [a_span() for _ in range(20)]
+    for _ in range(2):
+        post_json(client, *spans, resource={"attributes": of_rollout(rollout_id)})
+    found = spans_of(client, rollout_id=rollout_id)
+    assert [each["span_id"] for each in found] == [each["spanId"] for each in spans]
+    assert [each["sequence_id"] for each in found] == list(range(1, 21))
+
+
+def test_numbers_are_issued_in_the_order_of_arrival(client: httpx.Client) -> None:
+    rollout_id, _ = an_attempt(client)
+    for size in (1, 3, 2):
+        post_json(client, *(a_span() for _ in range(size)), resource={"attributes": of_rollout(rollout_id)})
+    assert [each["sequence_id"] for each in spans_of(client, rollout_id=rollout_id)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_spans_without_a_rollout_are_kept_under_their_trace(client: httpx.Client) -> None:
+    trace_id = uuid.uuid4().hex
+    unusable = attribute("agentlightning.rollout_id", "stringValue", "x" * 10_000)
+    spans = [a_span(traceId=trace_id), a_span(traceId=trace_id, attributes=[unusable])]
+    for _ in range(2):
+        post_json(client, *spans)
+    found = spans_of(client, trace_id=trace_id)
+    assert [each["span_id"] for each in found] == [each["spanId"] for each in spans]
+    assert {(each["rollout_id"], each["attempt_id"], each["sequence_id"]) for each in found} == {(None, None, 0)}
+
+
+def test_spans_of_a_rollout_that_nobody_made_are_kept_under_its_id(client: httpx.Client) -> None:
+    rollout_id = new_id("unknown")
+    post_json(client, a_span(), a_span(attributes=of_rollout(rollout_id, "mine")), resource={"attributes": []})
+    post_json(client, a_span(), resource={"attributes": of_rollout(rollout_id)})
+    found = spans_of(client, rollout_id=rollout_id)
+    assert [(each["attempt_id"], each["sequence_id"]) for each in found] == [("mine", 1), ("", 2)]
+    assert client.get(f"/v1/agl/rollouts/{rollout_id}").json() is None
+
+
+def test_spans_whose_ids_have_another_length_are_counted_and_the_others_kept(client: httpx.Client) -> None:
+    rollout_id = new_id("partly")
+    good, bad = a_span(), [a_span(traceId="00ff"), a_span(spanId=""), a_span(spanId="00" * 9)]
+    answer = post_json(client, *bad, good, resource={"attributes": of_rollout(rollout_id)})
+    assert int(answer["partialSuccess"]["rejectedSpans"]) == len(bad)
+    assert "span_id" in answer["partialSuccess"]["errorMessage"]
+    assert [each["span_id"] for each in spans_of(client, rollout_id=rollout_id)] == [good["spanId"]]
+
+
+def test_protobuf_is_answered_in_protobuf(client: httpx.Client) -> None:
+    request = ExportTraceServiceRequest()
+    request.resource_spans.add().scope_spans.add().spans.add(trace_id=b"short", span_id=b"12345678")
+    answer = client.post("/v1/traces", content=request.SerializeToString(), headers=PROTOBUF)
+    assert answer.headers["content-type"] == PROTOBUF["Content-Type"]
+    assert ExportTraceServiceResponse.FromString(answer.content).partial_success.rejected_spans == 1
+
+
+def test_doubles_that_json_has_no_number_for_are_told_by_name(client: httpx.Client) -> None:
+    rollout_id = new_id("doubles")
+    values = {"a": float("nan"), "b": float("inf"), "c": float("-inf"), "d": 5e-324, "e": -0.0}
+    request = ExportTraceServiceRequest()
+    span = request.resource_spans.add().scope_spans.add().spans.add(trace_id=os.urandom(16), span_id=os.urandom(8))
+    span.attributes.add(key="agentlightning.rollout_id").value.string_value = rollout_id
+    for name, value in values.items():
+        span.attributes.add(key=name).value.double_value = value
+    assert client.post("/v1/traces", content=request.SerializeToString(), headers=PROTOBUF).status_code == 200
+    as_text = [attribute("f", "doubleValue", "NaN"), attribute("g", "doubleValue", "-Infinity")]
+    post_json(client, a_span(attributes=[*of_rollout(rollout_id), *as_text]))
+    first, second = spans_of(client, rollout_id=rollout_id)
+    assert {name: first["attributes"][name] for name in values} == {
+        "a": "NaN",
+        "b": "Infinity",
+        "c": "-Infinity",
+        "d": 5e-324,
+        "e": 0.0,
+    }
+    assert (second["attributes"]["f"], second["attributes"]["g"]) == ("NaN", "-Infinity")
+
+
+def test_no_two_attempts_share_a_span(client: httpx.Client) -> None:
+    rollout_id, first = an_attempt(client)
+    second = client.post(f"/v1/agl/rollouts/{rollout_id}/attempts").json()["attempt"]["attempt_id"]
+    span = a_span()
+    for attempt_id in (first, second, None):
+        post_json(client, span, resource={"attributes": of_rollout(rollout_id, attempt_id)})
+    # Without an attempt it is of the latest, which has it.
+    assert [each["attempt_id"] for each in spans_of(client, rollout_id=rollout_id)] == [first, second]

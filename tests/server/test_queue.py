@@ -1,0 +1,205 @@
+"""The queue of two `agl store` on one file: who gets what, in which order, and what becomes of what is not finished."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.server.process import StoreServer
+
+RUNNERS = 8
+ROLLOUTS = 400
+SECONDS = 60
+
+Clients = tuple[httpx.Client, httpx.Client]
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[StoreServer, StoreServer]]:
+    path = tmp_path_factory.mktemp("queue") / "store.db"
+    with StoreServer(path) as one, StoreServer(path) as other:
+        yield one, other
+
+
+@pytest.fixture
+def clients(servers: tuple[StoreServer, StoreServer]) -> Iterator[Clients]:
+    """Of one server each. Whoever enqueues something takes all of it from the queue."""
+    with servers[0].client() as one, servers[1].client() as other:
+        yield one, other
+
+
+def asked(client: httpx.Client, path: str, **body: Any) -> Any:
+    answer = client.post(f"/v1/agl{path}", json=body)
+    assert answer.is_success, answer.text
+    return answer.json()
+
+
+def enqueue(client: httpx.Client, *inputs: Any, **fields: Any) -> list[str]:
+    new = [{"input": each, **fields} for each in inputs]
+    return [each["rollout_id"] for each in asked(client, "/queues/rollouts/enqueue", rollouts=new)]
+
+
+def dequeue(client: httpx.Client, limit: int = 1, **fields: Any) -> list[dict[str, Any]]:
+    return asked(client, "/queues/rollouts/dequeue", limit=limit, **fields)
+
+
+def inputs(client: httpx.Client, limit: int = 1) -> list[Any]:
+    return [each["input"] for each in dequeue(client, limit)]
+
+
+def end(client: httpx.Client, rollout: dict[str, Any], status: str) -> None:
+    asked(client, f"/rollouts/{rollout['rollout_id']}/attempts/{rollout['attempt']['attempt_id']}", status=status)
+
+
+def rollout_of(client: httpx.Client, rollout_id: str) -> dict[str, Any]:
+    return client.get(f"/v1/agl/rollouts/{rollout_id}").raise_for_status().json()
+
+
+def until(client: httpx.Client, rollout_id: str, status: str) -> dict[str, Any]:
+    """The rollout, once it has this status."""
+    deadline = time.monotonic() + SECONDS
+    while (found := rollout_of(client, rollout_id))["status"] != status:
+        assert time.monotonic() < deadline, found
+        time.sleep(0.05)
+    return found
+
+
+def test_runners_of_two_servers_never_get_the_same_rollout(servers: tuple[StoreServer, StoreServer]) -> None:
+    def enqueued(server: StoreServer, name: str) -> list[str]:
+        with server.client() as client:
+            return [rollout_id for n in range(ROLLOUTS // 20) for rollout_id in enqueue(client, *[(name, n)] * 10)]
+
+    def taken(number: int) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        with servers[number % 2].client() as client:
+            while more := dequeue(client, 1 + number % 3, worker_id=f"runner-{number}"):
+                found += more
+        return found
+
+    with ThreadPoolExecutor(RUNNERS) as pool:
+        made = [each for part in pool.map(enqueued, servers, ("one", "other")) for each in part]
+        by_runner = list(pool.map(taken, range(RUNNERS)))
+    assert Counter(each["rollout_id"] for part in by_runner for each in part) == Counter(made)
+    for number, part in enumerate(by_runner):
+        for each in part:
+            assert each["attempt"]["sequence_id"] == 1
+            assert each["attempt"]["worker_id"] == f"runner-{number}"
+        for name in ("one", "other"):
+            in_turn = [each["input"][1] for each in part if each["input"][0] == name]
+            assert in_turn == sorted(in_turn)
+
+
+def test_the_queue_is_in_order_of_arrival_whichever_server_it_came_by(clients: Clients) -> None:
+    one, other = clients
+    enqueue(one, 1, 2)
+    enqueue(other, 3)
+    enqueue(one, 4)
+    enqueue(other, 5, 6)
+    assert inputs(other, 2) + inputs(one, 3) + inputs(other, 3) == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_is_tried_again_comes_after_what_has_waited(clients: Clients) -> None:
+    one, other = clients
+    enqueue(one, "a", "b", "c", config={"max_attempts": 2, "retry_condition": ["failed"]})
+    first, second = dequeue(one, 2)
+    end(other, second, "failed")
+    end(one, first, "failed")
+    enqueue(other, "d")
+    again = dequeue(other, 10)
+    assert [(each["input"], each["attempt"]["sequence_id"]) for each in again] == [
+        ("c", 1),
+        ("b", 2),
+        ("a", 2),
+        ("d", 1),
+    ]
+    end(one, again[1], "failed")
+    assert rollout_of(other, second["rollout_id"])["status"] == "failed"
+    assert dequeue(one) == []
+
+
+def test_no_more_are_taken_than_are_asked_for(clients: Clients) -> None:
+    one, other = clients
+    enqueue(one, *range(7))
+    assert inputs(one, 0) == []
+    assert inputs(one, -1) == []
+    assert inputs(other, 3) == [0, 1, 2]
+    assert one.post("/v1/agl/queues/rollouts/dequeue").json()[0]["input"] == 3
+    # More than are ever taken at once, too.
+    assert inputs(other, 10**6) == [4, 5, 6]
+    assert inputs(one, 10**6) == []
+
+
+def test_an_attempt_lives_as_long_as_something_is_heard_of_it(clients: Clients) -> None:
+    one, other = clients
+    config = {"unresponsive_seconds": 4, "max_attempts": 2, "retry_condition": ["unresponsive"]}
+    enqueue(one, "heard of", "sends spans", "silent", config=config)
+    heard_of, sends, silent = dequeue(one, 3, worker_id="keeper")
+    number = 0
+    while rollout_of(one, silent["rollout_id"])["status"] == "preparing":
+        number += 1
+        path = f"/rollouts/{heard_of['rollout_id']}/attempts/latest"
+        asked(other, path, last_heartbeat_time=time.time())
+        asked(other, "/spans", **span(sends, number))
+        time.sleep(0.1)
+    assert rollout_of(other, silent["rollout_id"])["attempt"]["status"] == "unresponsive"
+    assert rollout_of(other, heard_of["rollout_id"])["status"] == "preparing"
+    assert rollout_of(one, sends["rollout_id"])["status"] == "running"
+    for each in (heard_of, sends):
+        assert until(other, each["rollout_id"], "requeuing")["attempt"]["attempt_id"] == each["attempt"]["attempt_id"]
+    again = dequeue(other, 10)
+    assert again[0]["input"] == "silent"
+    assert {each["input"] for each in again[1:]} == {"heard of", "sends spans"}
+    assert {each["attempt"]["sequence_id"] for each in again} == {2}
+    assert one.get("/v1/agl/workers/keeper").json()["status"] == "unknown"
+
+
+def span(rollout: dict[str, Any], number: int) -> dict[str, Any]:
+    return {
+        "rollout_id": rollout["rollout_id"],
+        "attempt_id": rollout["attempt"]["attempt_id"],
+        "sequence_id": number,
+        "trace_id": "ab" * 16,
+        "span_id": f"{number:016x}",
+        "parent_id": None,
+        "name": "step",
+        "status": {"status_code": "OK"},
+        "attributes": {},
+        "events": [],
+        "links": [],
+        "start_time": None,
+        "end_time": None,
+        "context": None,
+        "parent": None,
+        "resource": {"attributes": {}, "schema_url": ""},
+    }
+
+
+def test_an_attempt_that_takes_too_long_ends_whatever_is_heard_of_it(clients: Clients) -> None:
+    one, other = clients
+    [rollout_id] = enqueue(one, "slow", config={"timeout_seconds": 1, "unresponsive_seconds": 900})
+    [rollout] = dequeue(other)
+    deadline = time.monotonic() + SECONDS
+    number = 0
+    while (found := rollout_of(one, rollout_id))["status"] in ("preparing", "running"):
+        assert time.monotonic() < deadline, found
+        number += 1
+        asked(other, "/spans", **span(rollout, number))
+    assert (found["status"], found["attempt"]["status"]) == ("failed", "timeout")
+    assert found["end_time"] - found["attempt"]["start_time"] >= 1
+    assert dequeue(other) == []
+
+
+def test_who_waits_in_the_queue_is_never_late(clients: Clients) -> None:
+    one, other = clients
+    [rollout_id] = enqueue(one, "waits", config={"timeout_seconds": 0.2, "unresponsive_seconds": 0.1})
+    late = asked(one, "/rollouts", input="late", config={"timeout_seconds": 0.2})
+    until(other, late["rollout_id"], "failed")
+    assert rollout_of(one, rollout_id)["status"] == "queuing"
+    asked(other, f"/rollouts/{rollout_id}", status="cancelled")
+    assert dequeue(one) == []
