@@ -27,6 +27,8 @@ SIGTERM ends it when what it was asked is answered, in ten seconds at most."""
 SECONDS_TO_DRAIN = 10
 SECONDS_TO_SWITCH = 0.0005
 DEFAULT_STORE = "agl-store.db"
+PACKAGES = ("fastapi", "httptools", "msgspec", "opentelemetry-proto", "prometheus-client", "uvicorn", "uvloop")
+"""What the extra `store` installs. Not by its own name: an index may have another package of ours."""
 INSTEAD = {
     "--backend": "the store is a file, or what its URL says: use --store agl-store.db",
     "--mongo-uri": "there is no MongoDB here: use --store agl-store.db",
@@ -49,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         return _serve(options, key)
     except ImportError as error:
-        install = f"{sys.executable} -m pip install 'agentlightning[store]'"
+        install = f"{sys.executable} -m pip install {' '.join(PACKAGES)}"
         sys.stderr.write(f"agl store: needs more than is installed ({error.name}): {install}\n")
     except (StoreRefused, StoreUnavailable) as reason:
         sys.stderr.write(f"agl store: {reason}\n")

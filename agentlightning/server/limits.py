@@ -11,7 +11,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from agentlightning.server.errors import sentence
 
-__all__ = ["BATCH_LIMIT", "DEQUEUE_LIMIT", "ID_LIMIT", "NUMBER_LIMIT", "PAGE_LIMIT", "Bodies", "BodyLimit"]
+__all__ = [
+    "BATCH_LIMIT",
+    "DEPTH_LIMIT",
+    "DEQUEUE_LIMIT",
+    "ID_LIMIT",
+    "NUMBER_LIMIT",
+    "PAGE_LIMIT",
+    "Bodies",
+    "BodyLimit",
+]
 
 BATCH_LIMIT = 10_000
 """Rollouts in one request to enqueue them, or to wait for them."""
@@ -19,6 +28,8 @@ DEQUEUE_LIMIT = 1_000
 """Rollouts in one request to dequeue them."""
 PAGE_LIMIT = 10_000
 """Items on a page that has a limit; one that has none is sent as it is read."""
+DEPTH_LIMIT = 200
+"""Arrays and objects inside of one another, in a body: who reads it again has a limit, too, Python's near 1,000."""
 ID_LIMIT = 512
 """Characters of an id or a name that is looked up."""
 NUMBER_LIMIT = 2**53 - 1

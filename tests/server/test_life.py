@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +13,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+import tomllib
 
+from agentlightning.cli.store import PACKAGES
+from tests.common.environments import CHECKOUT
+from tests.common.vllm import without_agl
 from tests.server.process import AGL_STORE, StoreServer
 
 
@@ -114,3 +121,22 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_what_is_missing_is_what_the_extra_installs() -> None:
+    extra = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["store"]
+    assert tuple(re.split(r"[>;]", requirement)[0] for requirement in extra) == PACKAGES
+
+
+def test_what_is_missing_is_told_with_how_to_install_it(tmp_path: Path) -> None:
+    # Without site-packages there is nothing but this package and the standard library.
+    said = refused_by(sys.executable, "-S", "-m", "agentlightning", "store", "--store", str(tmp_path / "store.db"))
+    assert f"{sys.executable} -m pip install fastapi" in said
+
+
+def refused_by(*command: str) -> str:
+    env = {**without_agl(os.environ), "PYTHONPATH": str(CHECKOUT)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    return done.stderr

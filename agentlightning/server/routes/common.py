@@ -9,6 +9,7 @@ import msgspec
 from fastapi import APIRouter, Depends, HTTPException, Request, Response
 from fastapi.routing import APIRoute
 
+from agentlightning.server.limits import DEPTH_LIMIT
 from agentlightning.server.transactions import Transactions
 
 __all__ = ["Database", "errors", "router"]
@@ -16,6 +17,7 @@ __all__ = ["Database", "errors", "router"]
 ERROR = {
     "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
 }
+TOO_DEEP = f"the body is nested more than {DEPTH_LIMIT} deep"
 # The server under the application says so itself, of a URL of more than 64 KiB too.
 NOT_HTTP = {"text/plain": {"schema": {"type": "string"}}}
 
@@ -33,13 +35,27 @@ class _Request(Request):
     async def json(self) -> Any:
         if not hasattr(self, "_json"):
             self.must_be_json()
+            body = await self.body()
             try:
-                self._json = msgspec.json.decode(await self.body())
+                self._json = msgspec.json.decode(body)
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 raise HTTPException(400, f"the body is no JSON: {error}") from error
             except RecursionError as error:
-                raise HTTPException(400, "the body is nested too deeply") from error
+                raise HTTPException(400, TOO_DEEP) from error
+            # Few bodies have so many brackets that it has to be looked at.
+            if body.count(b"[") + body.count(b"{") > DEPTH_LIMIT and _is_too_deep(self._json):
+                raise HTTPException(400, TOO_DEEP)
         return self._json
+
+
+def _is_too_deep(found: Any) -> bool:
+    level = [found]
+    for _ in range(DEPTH_LIMIT):
+        values = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [value for each in values for value in each if isinstance(value, (dict, list))]
+        if not level:
+            return False
+    return True
 
 
 class _Route(APIRoute):
