@@ -12,7 +12,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 
 from agentlightning.store import StoreUnavailable, rollouts
 from agentlightning.store.database import Database
@@ -142,8 +142,12 @@ class Transactions:
         connection.exec_driver_sql("SAVEPOINT one")
         try:
             write.outcome = write.work(connection)
-        except DBAPIError:
-            raise
+        except DBAPIError as error:
+            # What is wrong with the database is so for all of them; what is wrong with a value is for whoever sent it.
+            if not isinstance(error, (DataError, IntegrityError)):
+                raise
+            connection.exec_driver_sql("ROLLBACK TO one")
+            write.error = ValueError(str(error.orig))
         except Exception as error:
             connection.exec_driver_sql("ROLLBACK TO one")
             write.error = error
