@@ -72,11 +72,12 @@ class Transactions:
         Raises:
             StoreUnavailable: the store cannot be read now.
         """
-        while True:
-            due, found = await self._loop.run_in_executor(self._readers, self._read, work)
-            if not due:
-                return found
-            await self.write(rollouts.expire)
+        due, found = await self._loop.run_in_executor(self._readers, self._read, work)
+        while due:
+            # Where there is nothing to end after all, somebody else is at it.
+            checked = bool(await self.write(rollouts.expire))
+            due, found = await self._loop.run_in_executor(self._readers, self._read, work, checked)
+        return found
 
     async def write(self, work: Work[T]) -> T:
         """What `work` returns, when it is committed.
@@ -103,9 +104,10 @@ class Transactions:
         await self._loop.run_in_executor(None, self._writer.join)
         self._readers.shutdown()
 
-    def _read(self, work: Work[Any]) -> tuple[bool, Any]:
+    def _read(self, work: Work[Any], checked: bool = True) -> tuple[bool, Any]:
+        """Whether something is overdue, or else what `work` returns."""
         with self._database.reading() as connection:
-            if rollouts.is_anything_due(connection):
+            if checked and rollouts.is_anything_due(connection):
                 return True, None
             return False, work(connection)
 

@@ -267,7 +267,8 @@ def expire(connection: Connection, limit: int = 1_000) -> list[str]:
         found = find(connection, rollout_id)
         if found is not None and found.attempt_deadline is not None:
             timeout = config_of(found).timeout_seconds
-            late = timeout is not None and now - found.attempt_start_time > timeout
+            # Added as the deadline was: a difference may be rounded to the other side.
+            late = timeout is not None and found.attempt_start_time + timeout < now
             _settle(connection, found, found.attempts, {"status": "timeout" if late else "unresponsive"})
             ended.append(rollout_id)
     return ended
