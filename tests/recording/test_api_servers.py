@@ -8,6 +8,7 @@ from typing import Any
 
 import psutil
 
+from agentlightning.generation import Generation
 from tests.common.answers import fetch, post
 from tests.common.reference import tokenizer
 from tests.recording.server import RecordingServer, until
@@ -49,13 +50,21 @@ async def ask_all(server: RecordingServer, rollout: str, calls: int) -> list[Any
     return await asyncio.gather(*map(ask, range(calls)))
 
 
+def until_kept(server: RecordingServer, rollout: str, calls: int) -> list[Generation]:
+    """What is kept of all that was asked: an answer is there a moment before what is kept of it."""
+
+    def kept() -> list[Generation]:
+        return [each for number in range(ROLLOUTS) for each in server.kept(rollout_id=f"{rollout} {number}")]
+
+    until(lambda: len(kept()) >= calls, "all of them")
+    return kept()
+
+
 def test_each_generation_of_both_is_there_once_and_is_nobody_elses(
     two_recording: RecordingServer, rollout: str
 ) -> None:
     answers = asyncio.run(ask_all(two_recording, rollout, CALLS))
-    mine = [f"{rollout} {number}" for number in range(ROLLOUTS)]
-    until(lambda: sum(len(two_recording.kept(rollout_id=each)) for each in mine) >= CALLS, "all of them")
-    kept = [each for one in mine for each in two_recording.kept(rollout_id=one)]
+    kept = until_kept(two_recording, rollout, CALLS)
 
     assert sorted(int(str(each.attempt_id)) for each in kept) == list(range(CALLS))
     assert len({each.id for each in kept}) == len({each.call_id for each in kept}) == CALLS
@@ -72,6 +81,7 @@ def test_each_generation_of_both_is_there_once_and_is_nobody_elses(
 
 def test_metrics_show_the_sums_of_both(two_recording: RecordingServer, rollout: str) -> None:
     asyncio.run(ask_all(two_recording, rollout, FEW))
+    until_kept(two_recording, rollout, FEW)
     until(lambda: len(two_recording.kept()) == counters(two_recording)["generations"], "the counters")
     until(lambda: counters(two_recording)["queue bytes"] == 0, "an empty queue")
 
