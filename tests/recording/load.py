@@ -134,7 +134,7 @@ class Load:
                     stream.response_id = chunk["id"]
                     for choice in chunk["choices"]:
                         stream.token_ids += choice["token_ids"] or []
-                        stream.finish_reason = choice["finish_reason"]
+                        stream.finish_reason = choice.get("finish_reason") or stream.finish_reason
                     chunks += 1
                 stream.answered = line.startswith(b"data: [DONE]")
                 if chunks == stream.leaves_after:
