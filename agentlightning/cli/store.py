@@ -119,7 +119,6 @@ def _serve(options: Any, key: str | None) -> int:
     import uvicorn
 
     from agentlightning.server import create_app
-    from agentlightning.server.limits import BodyLimit
 
     # The thread that writes gives the interpreter up for each statement, and waits so long to have it back.
     sys.setswitchinterval(SECONDS_TO_SWITCH)
@@ -131,7 +130,7 @@ def _serve(options: Any, key: str | None) -> int:
         database,
         key=key,
         cors_origins=options.cors_origin,
-        body_limit=BodyLimit(options.max_body_mb << 20),
+        body_limit=options.max_body_mb << 20,
         is_stopping=lambda: server.should_exit,
     )
     server = uvicorn.Server(

@@ -8,10 +8,11 @@ from typing import Any
 import msgspec
 from fastapi import Response
 from fastapi.responses import StreamingResponse
-from sqlalchemy import Column, Connection
+from sqlalchemy import Column, ColumnElement, Connection
 
+from agentlightning.server.models import Query
 from agentlightning.server.transactions import Transactions
-from agentlightning.store.pages import Page
+from agentlightning.store.pages import Page, find_page
 
 __all__ = ["Json", "attempt", "encode", "page", "resources", "rollout", "span", "worker"]
 
@@ -87,18 +88,19 @@ def span(row: Any) -> msgspec.Raw:
 
 async def page(
     transactions: Transactions,
-    find: Callable[[Connection], Page],
+    asked: Query,
+    where: Callable[[Connection], ColumnElement[bool]],
     query: Any,
     key: Column[int],
     item: Callable[[Any], Any],
-    limit: int,
-    offset: int,
 ) -> Response:
     """A page of items. One that is long is sent as it is read, so that it is never in memory as a whole.
 
     Args:
-        find: which rows it has.
+        asked: which page, in which order; `sort_by`, which each kind has names of its own for, is a column.
+        where: which rows there are on all pages.
         query: a SELECT of rows, of which those with the page's keys are read.
+        key: the column that stands for a row.
         item: makes one of a row.
     """
 
@@ -107,12 +109,15 @@ async def page(
         return [item(found[each]) for each in keys if each in found]
 
     def begin(connection: Connection) -> tuple[Page, list[Any]]:
-        found = find(connection)
+        order_by = None if sort_by is None else key.table.c[sort_by]
+        descending = asked.sort_order == "desc"
+        found = find_page(connection, key, where(connection), order_by, descending, asked.limit, asked.offset)
         return found, rows(connection, found.keys[:ROWS_AT_ONCE])
 
+    sort_by: str | None = getattr(asked, "sort_by", None)
     position = list(query.selected_columns).index(key)
     found, first = await transactions.read(begin)
-    about = {"limit": limit, "offset": offset, "total": found.total}
+    about = {"limit": asked.limit, "offset": asked.offset, "total": found.total}
     if len(found.keys) <= ROWS_AT_ONCE:
         return Json({"items": first, **about})
 

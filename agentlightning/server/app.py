@@ -14,7 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 import agentlightning
 from agentlightning.server import errors
 from agentlightning.server.keys import Keys
-from agentlightning.server.limits import Bodies, BodyLimit
+from agentlightning.server.limits import Bodies
 from agentlightning.server.metrics import Metrics, Watched
 from agentlightning.server.routes import about, otlp, resources, rollouts, spans, workers
 from agentlightning.server.transactions import Transactions
@@ -32,7 +32,7 @@ def create_app(
     *,
     key: str | None = None,
     cors_origins: Sequence[str] = (),
-    body_limit: BodyLimit,
+    body_limit: int,
     is_stopping: Callable[[], bool] = lambda: False,
 ) -> FastAPI:
     """The store's application.
@@ -41,6 +41,7 @@ def create_app(
         database: is closed with it.
         key: what whoever asks has to have; None where nothing is asked for.
         cors_origins: the pages that browsers let ask; `*` is any.
+        body_limit: how many bytes the body of a request may have.
         is_stopping: whether the server is about to end: then nobody is let wait for rollouts.
     """
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -19,7 +18,6 @@ __all__ = [
     "NUMBER_LIMIT",
     "PAGE_LIMIT",
     "Bodies",
-    "BodyLimit",
 ]
 
 BATCH_LIMIT = 10_000
@@ -39,16 +37,6 @@ NUMBER_LIMIT = 2**53 - 1
 BYTES_AT_ONCE = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class BodyLimit:
-    """Bytes of a body, unpacked."""
-
-    bytes: int
-
-    def __str__(self) -> str:
-        return f"{self.bytes >> 20} MiB"
-
-
 class Refused(Exception):
     """A body that is not taken.
 
@@ -64,7 +52,7 @@ class Refused(Exception):
 class Bodies:
     """ASGI middleware: what is inside of it gets each body in one piece, unpacked if it was packed with gzip."""
 
-    def __init__(self, app: ASGIApp, limit: BodyLimit) -> None:
+    def __init__(self, app: ASGIApp, limit: int) -> None:
         self._app = app
         self._limit = limit
         self._unpacking = asyncio.Semaphore(1)
@@ -96,7 +84,7 @@ class Bodies:
     async def _body(self, headers: Headers, receive: Receive) -> bytes | None:
         """The body; None where the client is gone before its end."""
         declared = headers.get("content-length", "0")
-        if not declared.isdecimal() or int(declared) > self._limit.bytes:
+        if not declared.isdecimal() or int(declared) > self._limit:
             raise self._too_large()
         encoding = headers.get("content-encoding", "identity").lower()
         if encoding not in ("identity", "gzip"):
@@ -110,7 +98,7 @@ class Bodies:
             part = message.get("body", b"")
             parts.append(part)
             size += len(part)
-            if size > self._limit.bytes:
+            if size > self._limit:
                 raise self._too_large()
             more = message.get("more_body", False)
         body = b"".join(parts)
@@ -128,16 +116,16 @@ class Bodies:
             raise Refused(400, f"the body is not gzip, as its Content-Encoding says: {error}") from error
         except EOFError as error:
             raise Refused(400, "the body is cut off: its gzip does not end") from error
-        if unpacker.size > self._limit.bytes:
+        if unpacker.size > self._limit:
             raise self._too_large()
         return b"".join(unpacker.parts)
 
     def _unpack(self, unpacker: _Unpacker) -> None:
-        while not unpacker.ends and unpacker.size <= self._limit.bytes:
+        while not unpacker.ends and unpacker.size <= self._limit:
             unpacker.step()
 
     def _too_large(self) -> Refused:
-        return Refused(413, f"the body is larger than {self._limit} (agl store --max-body-mb)")
+        return Refused(413, f"the body is larger than {self._limit >> 20} MiB (agl store --max-body-mb)")
 
 
 class _Unpacker:

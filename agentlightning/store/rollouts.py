@@ -18,9 +18,7 @@ from agentlightning.store import resources, workers
 from agentlightning.store.tables import attempts, rollouts
 
 __all__ = [
-    "ATTEMPT_STATUSES",
     "FINISHED",
-    "MODES",
     "ROLLOUT_STATUSES",
     "AttemptStatus",
     "Attempted",
@@ -45,7 +43,6 @@ __all__ = [
 Mode = Literal["train", "val", "test"]
 RolloutStatus = Literal["queuing", "preparing", "running", "failed", "succeeded", "cancelled", "requeuing"]
 AttemptStatus = Literal["preparing", "running", "failed", "succeeded", "unresponsive", "timeout"]
-MODES: Sequence[Mode] = ("train", "val", "test")
 ROLLOUT_STATUSES: Sequence[RolloutStatus] = (
     "queuing",
     "preparing",
@@ -55,7 +52,6 @@ ROLLOUT_STATUSES: Sequence[RolloutStatus] = (
     "cancelled",
     "requeuing",
 )
-ATTEMPT_STATUSES: Sequence[AttemptStatus] = ("preparing", "running", "failed", "succeeded", "unresponsive", "timeout")
 QUEUED = ("queuing", "requeuing")
 UNDER_WAY = ("preparing", "running")
 FINISHED = ("failed", "succeeded", "cancelled")

@@ -9,10 +9,9 @@ from sqlalchemy import Connection, case, update
 from agentlightning.store.database import insert_if_new
 from agentlightning.store.tables import workers
 
-__all__ = ["STATUSES", "WorkerStatus", "busy", "idle", "note", "of_attempt", "without_work"]
+__all__ = ["WorkerStatus", "busy", "idle", "note", "of_attempt", "without_work"]
 
 WorkerStatus = Literal["idle", "busy", "unknown"]
-STATUSES: tuple[WorkerStatus, ...] = ("idle", "busy", "unknown")
 
 
 def note(connection: Connection, worker_id: str, **columns: Any) -> None:

@@ -11,7 +11,7 @@ from agentlightning.server import models
 from agentlightning.server.answers import Json, encode, page, resources
 from agentlightning.server.routes.common import Database, errors, router
 from agentlightning.store import resources as kept
-from agentlightning.store.pages import Page, contains, find_page, matching
+from agentlightning.store.pages import contains, matching
 from agentlightning.store.tables import resources as table
 
 __all__ = ["routes"]
@@ -22,19 +22,13 @@ routes = router("resources")
 @routes.get("/resources", response_model=models.Page[models.ResourcesUpdate], responses=errors())
 async def query_resources(asked: Annotated[models.QueryResources, Query()], database: Database) -> Response:
     """Find resources."""
-
-    def find(connection: Connection) -> Page:
-        conditions = []
-        if asked.resources_id is not None:
-            conditions.append(table.c.resources_id == asked.resources_id)
-        if asked.resources_id_contains is not None:
-            conditions.append(contains(table.c.resources_id, asked.resources_id_contains))
-        order_by = None if asked.sort_by is None else table.c[asked.sort_by]
-        descending = asked.sort_order == "desc"
-        where = matching(conditions, "and")
-        return find_page(connection, table.c.key, where, order_by, descending, asked.limit, asked.offset)
-
-    return await page(database, find, select(table), table.c.key, resources, asked.limit, asked.offset)
+    conditions = []
+    if asked.resources_id is not None:
+        conditions.append(table.c.resources_id == asked.resources_id)
+    if asked.resources_id_contains is not None:
+        conditions.append(contains(table.c.resources_id, asked.resources_id_contains))
+    where = matching(conditions, "and")
+    return await page(database, asked, lambda _: where, select(table), table.c.key, resources)
 
 
 @routes.post("/resources", status_code=201, response_model=models.ResourcesUpdate, responses=errors())

@@ -16,7 +16,7 @@ from agentlightning.server.limits import DEQUEUE_LIMIT
 from agentlightning.server.routes.common import Database, errors, router
 from agentlightning.store import rollouts
 from agentlightning.store.database import in_parts
-from agentlightning.store.pages import Page, contains, find_page, matching
+from agentlightning.store.pages import contains, matching
 from agentlightning.store.tables import attempts as attempts_table
 from agentlightning.store.tables import rollouts as rollouts_table
 
@@ -187,38 +187,24 @@ async def wait_for_rollouts(request: Request, body: models.WaitForRollouts, data
 
 async def _page_of_rollouts(asked: models.QueryRollouts, database: Database) -> Response:
     table = rollouts_table
-
-    def find(connection: Connection) -> Page:
-        conditions = []
-        if asked.status_in is not None:
-            conditions.append(table.c.status.in_(asked.status_in))
-        if asked.rollout_id_in is not None:
-            conditions.append(table.c.rollout_id.in_(asked.rollout_id_in))
-        if asked.rollout_id_contains is not None:
-            conditions.append(contains(table.c.rollout_id, asked.rollout_id_contains))
-        where = matching(conditions, asked.filter_logic)
-        order_by = None if asked.sort_by is None else table.c[asked.sort_by]
-        return find_page(
-            connection, table.c.key, where, order_by, asked.sort_order == "desc", asked.limit, asked.offset
-        )
-
-    query = rollouts.with_latest_attempt()
-    return await page(database, find, query, table.c.key, rollout, asked.limit, asked.offset)
+    conditions = []
+    if asked.status_in is not None:
+        conditions.append(table.c.status.in_(asked.status_in))
+    if asked.rollout_id_in is not None:
+        conditions.append(table.c.rollout_id.in_(asked.rollout_id_in))
+    if asked.rollout_id_contains is not None:
+        conditions.append(contains(table.c.rollout_id, asked.rollout_id_contains))
+    where = matching(conditions, asked.filter_logic)
+    return await page(database, asked, lambda _: where, rollouts.with_latest_attempt(), table.c.key, rollout)
 
 
 async def _page_of_attempts(rollout_id: str, asked: models.QueryAttempts, database: Database) -> Response:
     table = attempts_table
     key = select(rollouts_table.c.key).where(rollouts_table.c.rollout_id == rollout_id).scalar_subquery()
     of_rollout = table.c.rollout_key == key
-
-    def find(connection: Connection) -> Page:
-        order_by = None if asked.sort_by is None else table.c[asked.sort_by]
-        descending = asked.sort_order == "desc"
-        return find_page(connection, table.c.sequence_id, of_rollout, order_by, descending, asked.limit, asked.offset)
-
     query = select(table).where(of_rollout)
     return await page(
-        database, find, query, table.c.sequence_id, lambda row: attempt(row, rollout_id), asked.limit, asked.offset
+        database, asked, lambda _: of_rollout, query, table.c.sequence_id, lambda row: attempt(row, rollout_id)
     )
 
 

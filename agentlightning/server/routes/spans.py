@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import Query, Request, Response
-from sqlalchemy import Connection, false, select
+from sqlalchemy import ColumnElement, Connection, false, select
 
 from agentlightning.server import models
 from agentlightning.server.answers import Json, encode, page, span
 from agentlightning.server.errors import sentence
 from agentlightning.server.routes.common import Database, errors, router
 from agentlightning.store import rollouts, spans
-from agentlightning.store.pages import Page, contains, find_page, matching
+from agentlightning.store.pages import contains, matching
 from agentlightning.store.tables import spans as table
 
 __all__ = ["routes"]
@@ -80,7 +80,7 @@ async def _page(asked: models.QuerySpans, database: Database) -> Response:
     if asked.rollout_id is None and asked.trace_id is None:
         return sentence(422, "rollout_id: is required, or trace_id in its place")
 
-    def find(connection: Connection) -> Page:
+    def where(connection: Connection) -> ColumnElement[bool]:
         must, may = [], []
         if asked.rollout_id is None:
             must.append(table.c.trace_id == asked.trace_id)
@@ -99,11 +99,7 @@ async def _page(asked: models.QuerySpans, database: Database) -> Response:
                 may.append(table.c[name] == wanted)
             if (part := getattr(asked, f"{name}_contains")) is not None:
                 may.append(contains(table.c[name], part))
-        where = matching([*must, matching(may, asked.filter_logic)], "and")
-        order_by = None if asked.sort_by is None else table.c[asked.sort_by]
-        return find_page(
-            connection, table.c.key, where, order_by, asked.sort_order == "desc", asked.limit, asked.offset
-        )
+        return matching([*must, matching(may, asked.filter_logic)], "and")
 
     query = select(table.c.key, table.c.rollout_id, table.c.attempt_id, table.c.sequence_id, table.c.body)
-    return await page(database, find, query, table.c.key, span, asked.limit, asked.offset)
+    return await page(database, asked, where, query, table.c.key, span)

@@ -12,7 +12,7 @@ from agentlightning.server import models
 from agentlightning.server.answers import Json, encode, page, worker
 from agentlightning.server.routes.common import Database, errors, router
 from agentlightning.store import workers
-from agentlightning.store.pages import Page, contains, find_page, matching
+from agentlightning.store.pages import contains, matching
 from agentlightning.store.tables import workers as table
 
 __all__ = ["routes"]
@@ -60,16 +60,10 @@ def _find(connection: Connection, worker_id: str) -> Any:
 
 
 async def _page(asked: models.QueryWorkers, database: Database) -> Response:
-    def find(connection: Connection) -> Page:
-        conditions = []
-        if asked.status_in is not None:
-            conditions.append(table.c.status.in_(asked.status_in))
-        if asked.worker_id_contains is not None:
-            conditions.append(contains(table.c.worker_id, asked.worker_id_contains))
-        where = matching(conditions, asked.filter_logic)
-        order_by = None if asked.sort_by is None else table.c[asked.sort_by]
-        return find_page(
-            connection, table.c.key, where, order_by, asked.sort_order == "desc", asked.limit, asked.offset
-        )
-
-    return await page(database, find, select(table), table.c.key, worker, asked.limit, asked.offset)
+    conditions = []
+    if asked.status_in is not None:
+        conditions.append(table.c.status.in_(asked.status_in))
+    if asked.worker_id_contains is not None:
+        conditions.append(contains(table.c.worker_id, asked.worker_id_contains))
+    where = matching(conditions, asked.filter_logic)
+    return await page(database, asked, lambda _: where, select(table), table.c.key, worker)
