@@ -20,46 +20,9 @@ __all__ = ["SqliteDatabase"]
 
 APPLICATION_ID = int.from_bytes(b"AgL1", "big")
 """What `PRAGMA application_id` says in our files."""
-TO_VERSION_3 = """
-    CREATE TABLE rollouts (
-        "key" INTEGER NOT NULL, rollout_id TEXT NOT NULL, input TEXT NOT NULL, start_time DOUBLE NOT NULL,
-        end_time DOUBLE, mode TEXT, resources_id TEXT, status TEXT NOT NULL, config TEXT NOT NULL, metadata TEXT,
-        queued_at BIGINT, attempts INTEGER NOT NULL, PRIMARY KEY ("key"), UNIQUE (rollout_id)
-    );
-    CREATE INDEX rollouts_by_status ON rollouts (status);
-    CREATE INDEX rollouts_queued ON rollouts (queued_at, "key") WHERE queued_at IS NOT NULL;
-    CREATE TABLE attempts (
-        rollout_key INTEGER NOT NULL, sequence_id INTEGER NOT NULL, attempt_id TEXT NOT NULL,
-        start_time DOUBLE NOT NULL, end_time DOUBLE, status TEXT NOT NULL, worker_id TEXT, last_heartbeat_time DOUBLE,
-        metadata TEXT, deadline DOUBLE, PRIMARY KEY (rollout_key, sequence_id)
-    );
-    CREATE INDEX attempts_by_deadline ON attempts (deadline) WHERE deadline IS NOT NULL;
-    CREATE TABLE spans (
-        "key" INTEGER NOT NULL, rollout_id TEXT, attempt_id TEXT, sequence_id BIGINT NOT NULL, trace_id TEXT NOT NULL,
-        span_id TEXT NOT NULL, parent_id TEXT, name TEXT NOT NULL, start_time DOUBLE, end_time DOUBLE,
-        body BLOB NOT NULL, PRIMARY KEY ("key")
-    );
-    CREATE UNIQUE INDEX spans_of_none ON spans (trace_id, span_id) WHERE rollout_id IS NULL;
-    CREATE UNIQUE INDEX spans_of_rollout ON spans (rollout_id, attempt_id, span_id) WHERE rollout_id IS NOT NULL;
-    CREATE INDEX spans_of_trace ON spans (trace_id);
-    CREATE TABLE span_sequences (rollout_id TEXT NOT NULL, last BIGINT NOT NULL, PRIMARY KEY (rollout_id));
-    CREATE TABLE resources (
-        "key" INTEGER NOT NULL, resources_id TEXT NOT NULL, create_time DOUBLE NOT NULL, update_time DOUBLE NOT NULL,
-        version INTEGER NOT NULL, resources TEXT NOT NULL, PRIMARY KEY ("key"), UNIQUE (resources_id)
-    );
-    CREATE INDEX resources_by_time ON resources (update_time);
-    CREATE TABLE workers (
-        "key" INTEGER NOT NULL, worker_id TEXT NOT NULL, status TEXT NOT NULL, heartbeat_stats TEXT,
-        last_heartbeat_time DOUBLE, last_dequeue_time DOUBLE, last_busy_time DOUBLE, last_idle_time DOUBLE,
-        current_rollout_id TEXT, current_attempt_id TEXT, PRIMARY KEY ("key"), UNIQUE (worker_id)
-    )
-"""
-VERSION = 3
+VERSION = 1
 """The schema's, as `PRAGMA user_version` says it."""
-MIGRATIONS: Mapping[int, Sequence[str]] = {
-    1: ("ALTER TABLE choices ADD COLUMN routed_experts BLOB",),
-    2: TO_VERSION_3.split(";"),
-}
+MIGRATIONS: Mapping[int, Sequence[str]] = {}
 """The statements that make a file of this version one of the next."""
 
 # Set before the file's first page is written, or never: smaller pages waste more of themselves on rows of some KiB.
