@@ -99,7 +99,7 @@ def open_store(url: str, *, create: bool = True, patience: float = SECONDS_FOR_O
     """Open the store at `url`, as `AGL_STORE` has it, for generations. The arguments are those of `open_database`."""
     # First, since it says what is missing where SQLAlchemy is.
     database = open_database(url, create=create, patience=patience)
-    from agentlightning.store.generations import DatabaseStore
+    from agentlightning.store.database_store import DatabaseStore
 
     return DatabaseStore(database)
 

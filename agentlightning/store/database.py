@@ -1,22 +1,43 @@
-"""What a store stands on: a database that has our tables, and transactions."""
+"""What a store stands on: a database that has our tables, and what differs between the databases that may be it."""
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import lru_cache
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Dialect, Insert, Table, insert
-from sqlalchemy.dialects import sqlite
+from sqlalchemy import Connection, Dialect, Insert, Table, func, insert, select
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import DBAPIError
 
-__all__ = ["Database", "in_parts", "insert_if_new", "insert_rows"]
+from agentlightning.store import StoreUnavailable
+
+__all__ = [
+    "Conflict",
+    "Database",
+    "found",
+    "in_parts",
+    "insert_if_new",
+    "insert_rows",
+    "next_keys",
+    "now",
+    "takes_turns",
+    "transaction",
+]
 
 # Builds of SQLite before 3.32 take no more than 999 in a statement.
 VARIABLES_AT_ONCE = 500
+# How often what others were in the way of is tried again.
+CONFLICTS = 5
 
 T = TypeVar("T")
+
+
+class Conflict(StoreUnavailable):
+    """Somebody else wrote the same at this moment. Nothing of it is kept; at once again, it should work."""
 
 
 class Database(ABC):
@@ -35,8 +56,79 @@ class Database(ABC):
         """A transaction that is undone where the block raises."""
 
     @abstractmethod
+    def explanation(self, error: Exception) -> Exception | None:
+        """What to raise for an error of the driver; None for one that is none."""
+
+    @abstractmethod
     def close(self) -> None:
         """Let go of it. Idempotent."""
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Raises what the driver's errors mean in their place."""
+        try:
+            yield
+        except Exception as error:
+            meaning = self.explanation(error)
+            if meaning is None:
+                raise
+            raise meaning from error
+
+    def write(self, work: Callable[[Connection], T]) -> T:
+        """What `work` returns, when it is committed; where others were in its way, it is done again."""
+        for attempt in range(1, CONFLICTS + 1):
+            try:
+                with self.writing() as connection:
+                    return work(connection)
+            except Conflict:
+                if attempt == CONFLICTS:
+                    raise
+        raise AssertionError
+
+
+@contextmanager
+def transaction(connection: Connection, begin: str) -> Iterator[None]:
+    """The block, between a statement that begins a transaction and one that commits it, or takes it back."""
+    connection.exec_driver_sql(begin)
+    try:
+        yield
+        connection.exec_driver_sql("COMMIT")
+    except BaseException:
+        # SQLite has taken it back itself where the disk is full, PostgreSQL where it is gone.
+        with suppress(DBAPIError):
+            connection.exec_driver_sql("ROLLBACK")
+        raise
+
+
+def takes_turns(connection: Connection) -> bool:
+    """Whether nobody else writes while this transaction does."""
+    return connection.dialect.name == "sqlite"
+
+
+def now(connection: Connection) -> float:
+    """Seconds since the epoch, by the one clock that all who write go by: a database of several hosts has its own."""
+    if takes_turns(connection):
+        return time.time()
+    return connection.exec_driver_sql("SELECT extract(epoch FROM clock_timestamp())::float8").scalar_one()
+
+
+def next_keys(connection: Connection, table: Table, how_many: int) -> Sequence[int]:
+    """Numbers for the column `key` of new rows, each higher than the one before it, that nobody else gets."""
+    if takes_turns(connection):
+        first = (connection.execute(select(func.max(table.c.key))).scalar() or 0) + 1
+        return range(first, first + how_many)
+    query = "SELECT nextval(%s::regclass) FROM generate_series(1, %s)"
+    return connection.exec_driver_sql(query, (f"{table.name}_key_seq", how_many)).scalars().all()
+
+
+def found(
+    connection: Connection, table: Table, columns: Sequence[str], by: str, values: Sequence[Any]
+) -> Iterable[Sequence[Any]]:
+    """These columns of the rows whose column `by` has one of the values: no more of them than `in_parts` gives."""
+    # As text: SQLAlchemy takes longer to put a query together than the database to answer it.
+    mark = "?" if takes_turns(connection) else "%s"
+    query = f"SELECT {', '.join(columns)} FROM {table.name} WHERE {by} IN ({', '.join([mark] * len(values))})"
+    return connection.exec_driver_sql(query, tuple(values))
 
 
 def insert_rows(
@@ -74,7 +166,8 @@ def insert_if_new(connection: Connection, table: Table) -> Insert:
 
 @lru_cache(64)
 def _insert_if_new(table: Table, dialect: Dialect) -> Insert:
-    return {"sqlite": sqlite.insert}[dialect.name](table).on_conflict_do_nothing()
+    insertion = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[dialect.name]
+    return insertion(table).on_conflict_do_nothing()
 
 
 def in_parts(values: Sequence[T]) -> Iterator[Sequence[T]]:

@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 from agentlightning.generation import STATUSES, Choice, Generation, Loss, RoutedExperts
 
@@ -22,8 +22,11 @@ __all__ = [
     "repeated_texts",
     "storable",
     "text_keys",
+    "text_of",
     "uuid_bytes",
 ]
+
+Text = TypeVar("Text", str, None)
 
 Row = tuple[Any, ...]
 """A row's values, in the order of its table's columns."""
@@ -108,20 +111,20 @@ def generation_of(row: Any, choices: Iterable[Any], texts: Mapping[int | None, s
     return Generation(
         id=_uuid_text(row.id),
         call_id=None if row.call_id is None else _uuid_text(row.call_id),
-        request_id=row.request_id,
-        response_id=row.response_id,
+        request_id=text_of(row.request_id),
+        response_id=text_of(row.response_id),
         endpoint=texts[row.endpoint_key],
         model=texts[row.model_key],
         rollout_id=texts[row.rollout_key],
         attempt_id=texts[row.attempt_key],
         session_id=texts[row.session_key],
-        trace_id=row.trace_id,
+        trace_id=text_of(row.trace_id),
         started_at=row.started_at,
         first_token_at=row.first_token_at,
         finished_at=row.finished_at,
         status=STATUSES[row.status],
         prompt_token_ids=_array("i", row.prompt_token_ids),
-        prompt_text=row.prompt_text,
+        prompt_text=text_of(row.prompt_text),
         sampling_params=texts[row.sampling_params_key],
         logprobs_mode=texts[row.logprobs_mode_key],
         cached_tokens=row.cached_tokens,
@@ -135,7 +138,7 @@ def _choice_of(row: Any, texts: Mapping[int | None, str | None]) -> Choice:
         index=row.index,
         token_ids=_array("i", row.token_ids),
         logprobs=_array("f", row.logprobs),
-        text=row.text,
+        text=text_of(row.text),
         finish_reason=texts[row.finish_reason_key],
         stop_reason=None if row.stop_reason is None else json.loads(row.stop_reason),
         weight_versions=None if versions is None else [tuple(version) for version in versions],
@@ -162,10 +165,10 @@ def loss_of(row: Any) -> Loss:
     return Loss(
         id=_uuid_text(row.id),
         count=row.count,
-        reason=row.reason,
+        reason=text_of(row.reason),
         first_at=row.first_at,
         last_at=row.last_at,
-        host=row.host,
+        host=text_of(row.host),
         pid=row.pid,
     )
 
@@ -191,9 +194,27 @@ def _uuid_text(found: bytes) -> str:
     return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
 
 
+# A noncharacter, which no text has that is for others to read.
+_ESCAPE = "\ufdd0"
+
+
 def storable(text: str | None) -> str | None:
-    """The text, with a question mark for each half of a surrogate pair: JSON may have one, and UTF-8 has no way to."""
-    return text if text is None or text.isascii() else text.encode("utf-8", "replace").decode()
+    """The text as every database can hold it: `text_of` gives it back.
+
+    But for halves of surrogate pairs: JSON may have them, UTF-8 has no way to, and each becomes a question mark.
+    """
+    if text is None:
+        return None
+    if "\0" in text or _ESCAPE in text:
+        text = text.replace(_ESCAPE, f"{_ESCAPE}1").replace("\0", f"{_ESCAPE}0")
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+
+
+def text_of(found: Text) -> Text:
+    """The text that `storable` made this of."""
+    if found is None or _ESCAPE not in found:
+        return found
+    return found.replace(f"{_ESCAPE}0", "\0").replace(f"{_ESCAPE}1", _ESCAPE)
 
 
 def _bytes(numbers: array[Any] | None) -> bytes | None:

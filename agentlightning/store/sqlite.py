@@ -6,14 +6,14 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from sqlalchemy import URL, Connection, create_engine, event
 from sqlalchemy.exc import DBAPIError
 
 from agentlightning.store import StoreRefused, StoreUnavailable, tables
-from agentlightning.store.database import Database
+from agentlightning.store.database import Database, transaction
 from agentlightning.store.filesystem import network_file_system
 
 __all__ = ["SqliteDatabase"]
@@ -54,46 +54,54 @@ class SqliteDatabase(Database):
         )
         event.listen(self._engine, "connect", _configure)
         try:
-            with self._connected() as connection:
+            with self.explained(), self._engine.connect() as connection:
                 self._prepare(connection)
         except BaseException:
             self.close()
             raise
 
-    @contextmanager
-    def reading(self) -> Iterator[Connection]:
-        with self._connected() as connection, _transaction(connection, "BEGIN"):
-            yield connection
+    def reading(self) -> AbstractContextManager[Connection]:
+        return self._transaction("BEGIN")
 
-    @contextmanager
-    def writing(self) -> Iterator[Connection]:
+    def writing(self) -> AbstractContextManager[Connection]:
         if self._identity() != self._file:
             raise StoreUnavailable(f"{self._path} was replaced since it was opened")
-        with self._connected() as connection, _transaction(connection, "BEGIN IMMEDIATE"):
-            yield connection
+        return self._transaction("BEGIN IMMEDIATE")
+
+    def explanation(self, error: Exception) -> Exception | None:
+        reason = error.orig if isinstance(error, DBAPIError) else error
+        if isinstance(reason, OSError):
+            return StoreUnavailable(f"{self._path} cannot be opened: {reason.strerror}")
+        if isinstance(reason, OverflowError):
+            return ValueError(f"a number that SQLite cannot hold: {reason}")
+        if isinstance(reason, sqlite3.OperationalError):
+            return StoreUnavailable(f"{self._path} cannot be used now: {reason}")
+        if type(reason) is sqlite3.DatabaseError:
+            return StoreRefused(f"{self._path} is no SQLite file, or a broken one: {reason}")
+        return ValueError(f"{reason}") if isinstance(reason, sqlite3.Error) else None
 
     def close(self) -> None:
         self._engine.dispose()
 
     def _make_file(self) -> None:
-        with self._explained(), suppress(FileExistsError):
+        with self.explained(), suppress(FileExistsError):
             # SQLite gives the files beside it, -wal and -shm, the same mode.
             os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
 
     def _identity(self) -> tuple[int, int]:
-        with self._explained():
+        with self.explained():
             found = os.stat(self._path)
             return found.st_dev, found.st_ino
 
     def _prepare(self, connection: Connection) -> None:
         """Make the schema where there is none, or bring it up to date; what is not ours is refused, and left alone."""
-        with _transaction(connection, "BEGIN"):
+        with transaction(connection, "BEGIN"):
             version = self._version(connection)
         connection.exec_driver_sql(f"PRAGMA page_size = {PAGE_BYTES}")
         self._enter_wal_mode(connection)
         if version == VERSION:
             return
-        with _transaction(connection, "BEGIN IMMEDIATE"):
+        with transaction(connection, "BEGIN IMMEDIATE"):
             # Read again: somebody may have been here first.
             version = self._version(connection)
             if version == 0:
@@ -134,41 +142,11 @@ class SqliteDatabase(Database):
             time.sleep(0.01)
 
     @contextmanager
-    def _connected(self) -> Iterator[Connection]:
-        with self._explained(), self._engine.connect() as connection:
+    def _transaction(self, begin: str) -> Iterator[Connection]:
+        with self.explained(), self._engine.connect() as connection, transaction(connection, begin):
             yield connection
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Makes one of the errors that a store may raise of those of SQLite and of the system."""
-        try:
-            yield
-        except OSError as error:
-            raise StoreUnavailable(f"{self._path} cannot be opened: {error.strerror}") from error
-        except OverflowError as error:
-            raise ValueError(f"a number that SQLite cannot hold: {error}") from error
-        except (DBAPIError, sqlite3.Error) as error:
-            reason = error.orig if isinstance(error, DBAPIError) else error
-            if isinstance(reason, sqlite3.OperationalError):
-                raise StoreUnavailable(f"{self._path} cannot be used now: {reason}") from error
-            if type(reason) is sqlite3.DatabaseError:
-                raise StoreRefused(f"{self._path} is no SQLite file, or a broken one: {reason}") from error
-            raise ValueError(f"{reason}") from error
 
 
 def _configure(connection: sqlite3.Connection, _: object) -> None:
     # In WAL mode this loses nothing when a process is killed; without power, the last transactions, whole.
     connection.execute("PRAGMA synchronous = NORMAL")
-
-
-@contextmanager
-def _transaction(connection: Connection, begin: str) -> Iterator[None]:
-    connection.exec_driver_sql(begin)
-    try:
-        yield
-        connection.exec_driver_sql("COMMIT")
-    except BaseException:
-        # SQLite has taken it back itself where the disk is full.
-        if connection.connection.in_transaction:  # type: ignore[attr-defined]
-            connection.exec_driver_sql("ROLLBACK")
-        raise

@@ -1,0 +1,56 @@
+"""What `open_store` gives for a database."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from agentlightning.generation import Generation, Loss, Status
+from agentlightning.store import Filters, Store, generations
+from agentlightning.store.database import Database
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["DatabaseStore"]
+
+ROWS_AT_ONCE = 64
+
+
+class DatabaseStore(Store):
+    """Generations in a database.
+
+    Args:
+        database: is closed with the store.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def add(self, new: Sequence[Generation]) -> int:
+        return self._database.write(lambda connection: generations.add(connection, new))
+
+    def generations(self, **filters: Unpack[Filters]) -> Iterator[Generation]:
+        end = None
+        while True:
+            # A transaction a page: one that is open for long keeps SQLite from emptying the WAL file.
+            with self._database.reading() as connection:
+                found, end = generations.page(connection, filters, end, ROWS_AT_ONCE)
+            yield from found
+            if end is None:
+                return
+
+    def tally(self, **filters: Unpack[Filters]) -> dict[Status, int]:
+        with self._database.reading() as connection:
+            return generations.tally(connection, filters)
+
+    def add_losses(self, losses: Sequence[Loss]) -> None:
+        self._database.write(lambda connection: generations.add_losses(connection, losses))
+
+    def losses(self) -> Iterator[Loss]:
+        with self._database.reading() as connection:
+            found = list(generations.losses(connection))
+        yield from found
+
+    def close(self) -> None:
+        self._database.close()
