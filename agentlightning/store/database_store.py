@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from agentlightning.generation import Generation, Loss, Status
-from agentlightning.store import Filters, Store, generations
+from agentlightning.store import Filters, Store
+from agentlightning.store import generations as kept
 from agentlightning.store.database import Database
 
 if TYPE_CHECKING:
@@ -27,29 +28,29 @@ class DatabaseStore(Store):
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def add(self, new: Sequence[Generation]) -> int:
-        return self._database.write(lambda connection: generations.add(connection, new))
+    def add(self, generations: Sequence[Generation]) -> int:
+        return self._database.write(lambda connection: kept.add(connection, generations))
 
     def generations(self, **filters: Unpack[Filters]) -> Iterator[Generation]:
         end = None
         while True:
             # A transaction a page: one that is open for long keeps SQLite from emptying the WAL file.
             with self._database.reading() as connection:
-                found, end = generations.page(connection, filters, end, ROWS_AT_ONCE)
+                found, end = kept.page(connection, filters, end, ROWS_AT_ONCE)
             yield from found
             if end is None:
                 return
 
     def tally(self, **filters: Unpack[Filters]) -> dict[Status, int]:
         with self._database.reading() as connection:
-            return generations.tally(connection, filters)
+            return kept.tally(connection, filters)
 
     def add_losses(self, losses: Sequence[Loss]) -> None:
-        self._database.write(lambda connection: generations.add_losses(connection, losses))
+        self._database.write(lambda connection: kept.add_losses(connection, losses))
 
     def losses(self) -> Iterator[Loss]:
         with self._database.reading() as connection:
-            found = list(generations.losses(connection))
+            found = list(kept.losses(connection))
         yield from found
 
     def close(self) -> None:
