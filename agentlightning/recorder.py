@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import random
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
@@ -245,6 +246,7 @@ class Recorder:
                     store.add(generations)
             except (StoreUnavailable, StoreRefused) as error:
                 self._failed(error)
+                asked = error.retry_after if isinstance(error, StoreUnavailable) else None
             except Exception as error:
                 # One of them is at fault, and the others shall not be lost with it.
                 if len(generations) == 1:
@@ -260,8 +262,11 @@ class Recorder:
             if left <= 0:
                 self._lose(STOPPED, len(generations), ENDED)
                 return
-            if self._closing.wait(pause):
-                time.sleep(min(pause, left))
+            # Many servers that found the store away at once shall not come back at once. What is random in this process
+            # may be somebody else's to repeat.
+            wait = max(pause * random.SystemRandom().uniform(0.5, 1), asked or 0)
+            if self._closing.wait(wait):
+                time.sleep(min(wait, left))
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
     def _write_losses(self) -> None:
@@ -286,6 +291,8 @@ class Recorder:
             if self._store is None:
                 try:
                     self._store = open_store(self._url, patience=PATIENCE_SECONDS)
+                except StoreUnavailable:
+                    raise
                 except Exception as error:
                     raise StoreUnavailable(str(error)) from error
             yield self._store

@@ -44,7 +44,9 @@ VARIABLES = {
     "AGL_INSTRUMENT": Variable("off", (*ON, "strict", *OFF)),
     "AGL_RETURN_TOKEN_IDS": Variable("all", ("all", "response", "none")),
     "AGL_STORE": Variable(
-        "", pattern=r"(?s)sqlite:///.+|(?!\w[\w+.-]*://).+", otherwise="neither the path of a file nor sqlite:///PATH"
+        "",
+        pattern=r"(?s)(sqlite:///|postgresql://|https?://(?![/?#])).+|(?!\w[\w+.-]*://).+",
+        otherwise="neither the path of a file nor sqlite:///PATH, postgresql://HOST/NAME or http(s)://HOST:PORT",
     ),
     "AGL_STORE_KEY": Variable("", pattern=r"(?s).+", secret=True),
     "AGL_LOGPROBS": Variable("off", (*ON, *OFF)),

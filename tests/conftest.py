@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
+from tests.common.postgresql import MISSING, PostgresServer, programs
 from tests.common.vllm import AGL, RemoteOpenAIServer
 
 PARSERS = (
@@ -64,3 +66,22 @@ def guarded() -> Iterator[RemoteOpenAIServer]:
 def parsing(guarded: RemoteOpenAIServer) -> RemoteOpenAIServer:
     """The same one, under the name of what its parsers are about."""
     return guarded
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[PostgresServer]:
+    """An empty PostgreSQL, with a database for each test that asks for one."""
+    found = programs()
+    if found is None:
+        pytest.skip(MISSING)
+    with PostgresServer(found) as server:
+        yield server
+
+
+@pytest.fixture(scope="session", params=["sqlite", "postgresql"])
+def new_store(request: pytest.FixtureRequest) -> Callable[[Path], str]:
+    """Gives the URL of a store that is not there yet: of the file of this path, or of a database of PostgreSQL."""
+    if request.param == "sqlite":
+        return str
+    postgresql: PostgresServer = request.getfixturevalue("postgresql")
+    return lambda _: postgresql.new_database()

@@ -18,9 +18,10 @@ from threading import Event
 
 import pytest
 
+from agentlightning import recorder as recording
 from agentlightning.generation import Generation
-from agentlightning.recorder import LOST, Recorder
-from agentlightning.store import open_store
+from agentlightning.recorder import GATHERING_SECONDS, LOST, Recorder
+from agentlightning.store import Store, StoreUnavailable, open_store
 from tests.common.generations import generation
 
 SECONDS = 60
@@ -373,3 +374,37 @@ def test_a_forked_process_writes_what_it_records_itself_and_its_parent_the_rest(
     assert os.waitpid(child, 0)[1] == 0
     assert recorder.counters().generations == 100
     assert kept(path) == ids(before + in_child + in_parent)
+
+
+def test_a_store_that_asks_for_time_is_given_it_and_not_all_come_back_at_once(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody waits here: what would have been waited is noted."""
+    reasons = [StoreUnavailable("busy"), StoreUnavailable("busy", 7.0), *(StoreUnavailable("away") for _ in range(9))]
+    waits: list[float] = []
+
+    class Noted(Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            if timeout != GATHERING_SECONDS:
+                waits.append(timeout or 0)
+            return self.is_set()
+
+    def busy(*arguments: str, **options: float) -> Store:
+        # The first is for the thread, which opens it before there is anything to write.
+        if reasons:
+            raise reasons.pop(0)
+        return open_store(*arguments, **options)
+
+    monkeypatch.setattr(recording, "Event", Noted)
+    monkeypatch.setattr(recording, "open_store", busy)
+    generations = [generation(1)]
+    recorder = Recorder(str(path), ROOMY)
+    record(recorder, generations)
+    until(lambda: recorder.counters().generations)
+    recorder.close()
+
+    assert kept(path) == ids(generations)
+    assert waits[0] == 7.0
+    pauses = [0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0, 2.0, 2.0]
+    assert all(pause / 2 <= wait <= pause for pause, wait in zip(pauses, waits[1:], strict=True))
+    assert waits[1:] != pauses

@@ -14,7 +14,20 @@ def _not_warned_yet() -> None:
     settings._judged.cache_clear()
 
 
-@pytest.mark.parametrize("value", ["/data/Runs/A.db", " runs/a b?.db ", "sqlite:///runs/a.db", "sqlite:////Data/A.db"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "/data/Runs/A.db",
+        " runs/a b?.db ",
+        "sqlite:///runs/a.db",
+        "sqlite:////Data/A.db",
+        "postgresql://me:Secret@Host/Runs",
+        "postgresql:///Runs",
+        "http://host:4747",
+        "https://agl:Key@host/Path",
+        "http://[::1]:4747",
+    ],
+)
 def test_a_store_is_a_path_or_a_url_and_keeps_its_case(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("AGL_STORE", value)
 
@@ -32,7 +45,16 @@ def test_nothing_is_recorded_where_no_store_is_named(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    "value", ["postgresql://me:secret@host/db", "ftp://me:se/cr@et@host", "sqlite://", "sqlite:///"]
+    "value",
+    [
+        "mysql://me:secret@host/db",
+        "ftp://me:se/cr@et@host",
+        "sqlite://",
+        "sqlite:///",
+        "postgresql://",
+        "http://",
+        "https:///path",
+    ],
 )
 def test_a_store_that_there_is_not_is_warned_of_once_without_its_password(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, value: str
@@ -41,7 +63,8 @@ def test_a_store_that_there_is_not_is_warned_of_once_without_its_password(
 
     assert [settings.store(), settings.store()] == [None, None]
     (message,) = caplog.messages
-    assert "neither the path of a file nor sqlite:///PATH; it counts as not set" in message
+    assert "neither the path of a file nor sqlite:///PATH, postgresql://HOST/NAME or http(s)://HOST:PORT; " in message
+    assert message.endswith("it counts as not set")
     assert "secret" not in message
     assert "cr@et" not in message
 

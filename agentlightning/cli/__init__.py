@@ -14,7 +14,7 @@ import agentlightning
 COMMANDS = {
     "vllm": ("agentlightning.cli.vllm", "run vLLM's own command line, with token ids in every answer"),
     "doctor": ("agentlightning.cli.doctor", "say whether it is on, here or on a server, and if not, why"),
-    "export": ("agentlightning.cli.export", "write recorded generations to a JSONL or Parquet file"),
+    "export": ("agentlightning.cli.export", "write recorded generations or triplets to a JSONL or Parquet file"),
     "store": ("agentlightning.cli.store", "keep rollouts, spans and generations, over HTTP"),
     "agentops": (None, "keep what the AgentOps SDK sends"),
 }

@@ -45,9 +45,11 @@ def read(url: str, rollout_id: str | None) -> dict[str, Any]:
                 report |= {"rollout_id": rollout_id, "of_rollout": store.tally(rollout_id=rollout_id)}
             return report
     except StoreRefused as reason:
-        raise Unreachable(str(reason), "give the path that AGL_STORE has where the server runs") from reason
+        raise Unreachable(str(reason), "give what AGL_STORE has where the server runs") from reason
     except StoreUnavailable as reason:
-        raise Unreachable(str(reason), f"a server makes it when it starts: {IS_IT_CALLED}") from reason
+        is_served = url.startswith(("http://", "https://"))
+        advice = "is `agl store` running there?" if is_served else f"a server makes it when it starts: {IS_IT_CALLED}"
+        raise Unreachable(str(reason), advice) from reason
 
 
 def findings(report: Mapping[str, Any]) -> Iterator[Finding]:

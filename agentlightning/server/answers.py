@@ -93,6 +93,7 @@ async def page(
     query: Any,
     key: Column[int],
     item: Callable[[Any], Any],
+    complete: Callable[[Connection, list[Any]], list[Any]] = lambda _, rows: rows,
 ) -> Response:
     """A page of items. One that is long is sent as it is read, so that it is never in memory as a whole.
 
@@ -102,11 +103,12 @@ async def page(
         query: a SELECT of rows, of which those with the page's keys are read.
         key: the column that stands for a row.
         item: makes one of a row.
+        complete: puts into rows what is elsewhere in the database.
     """
 
     def rows(connection: Connection, keys: Sequence[int]) -> list[Any]:
         found = {row[position]: row for row in connection.execute(query.where(key.in_(keys)))}
-        return [item(found[each]) for each in keys if each in found]
+        return [item(row) for row in complete(connection, [found[each] for each in keys if each in found])]
 
     def begin(connection: Connection) -> tuple[Page, list[Any]]:
         order_by = None if sort_by is None else key.table.c[sort_by]

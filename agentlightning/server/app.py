@@ -14,9 +14,9 @@ from starlette.middleware.cors import CORSMiddleware
 import agentlightning
 from agentlightning.server import errors
 from agentlightning.server.keys import Keys
-from agentlightning.server.limits import Bodies
+from agentlightning.server.limits import WAITING_LIMIT, Bodies, Room
 from agentlightning.server.metrics import Metrics, Watched
-from agentlightning.server.routes import about, otlp, resources, rollouts, spans, workers
+from agentlightning.server.routes import about, generations, otlp, resources, rollouts, spans, triplets, workers
 from agentlightning.server.transactions import Transactions
 from agentlightning.store.database import Database
 
@@ -24,7 +24,7 @@ __all__ = ["create_app"]
 
 DESCRIPTION = """\
 A store of rollouts, attempts, spans, resources and workers: the LightningStore interface of Agent Lightning 0.3, on a
-database. Errors are `{"detail": "one sentence"}`."""
+database; and of the generations that vLLM servers record. Errors are `{"detail": "one sentence"}`."""
 
 
 def create_app(
@@ -57,6 +57,7 @@ def create_app(
     app.state.started_at = time.monotonic()
     app.state.metrics = Metrics()
     app.state.is_stopping = is_stopping
+    app.state.room = Room(WAITING_LIMIT)
     for routes in _ROUTES:
         app.include_router(routes)
     errors.add_handlers(app)
@@ -81,7 +82,9 @@ def create_app(
 _ROUTES = (
     spans.routes,
     otlp.routes,
+    generations.routes,
     rollouts.routes,
+    triplets.routes,
     workers.routes,
     resources.routes,
     about.interface,

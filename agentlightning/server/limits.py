@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from agentlightning.server.errors import sentence
+from agentlightning.server.transactions import Busy
 
 __all__ = [
     "BATCH_LIMIT",
@@ -17,11 +20,13 @@ __all__ = [
     "ID_LIMIT",
     "NUMBER_LIMIT",
     "PAGE_LIMIT",
+    "WAITING_LIMIT",
     "Bodies",
+    "Room",
 ]
 
 BATCH_LIMIT = 10_000
-"""Rollouts in one request to enqueue them, or to wait for them."""
+"""Rollouts in one request to enqueue them, or to wait for them; generations in one request."""
 DEQUEUE_LIMIT = 1_000
 """Rollouts in one request to dequeue them."""
 PAGE_LIMIT = 10_000
@@ -32,6 +37,8 @@ ID_LIMIT = 512
 """Characters of an id or a name that is looked up."""
 NUMBER_LIMIT = 2**53 - 1
 """The highest whole number that every reader of JSON tells from the next one."""
+WAITING_LIMIT = 256 << 20
+"""Bytes of generations that wait for the disk."""
 
 # Most bodies are not larger, and are unpacked in the time that a thread would take to begin with it.
 BYTES_AT_ONCE = 1 << 20
@@ -126,6 +133,29 @@ class Bodies:
 
     def _too_large(self) -> Refused:
         return Refused(413, f"the body is larger than {self._limit >> 20} MiB (agl store --max-body-mb)")
+
+
+class Room:
+    """For so many bytes at once; what is larger than that has it for itself."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._nbytes = nbytes
+        self._taken = 0
+
+    @contextmanager
+    def taken(self, nbytes: int) -> Iterator[None]:
+        """Around what holds on to so many bytes.
+
+        Raises:
+            Busy: there is no room for them now.
+        """
+        if self._taken and self._taken + nbytes > self._nbytes:
+            raise Busy(f"{self._taken >> 20} MiB wait for the disk already")
+        self._taken += nbytes
+        try:
+            yield
+        finally:
+            self._taken -= nbytes
 
 
 class _Unpacker:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, StringConstraints, field_validator
 
+from agentlightning.generation import Status
 from agentlightning.server.limits import BATCH_LIMIT, DEQUEUE_LIMIT, ID_LIMIT, NUMBER_LIMIT, PAGE_LIMIT
 from agentlightning.store.rollouts import AttemptStatus, Config, Mode, RolloutStatus
 from agentlightning.store.workers import WorkerStatus
@@ -34,12 +35,15 @@ __all__ = [
     "QuerySpans",
     "QueryWorkers",
     "ResourcesUpdate",
+    "Reward",
     "Rollout",
     "SequenceId",
     "Span",
     "StartAttempt",
     "StartRollout",
     "Statistics",
+    "Triplet",
+    "Triplets",
     "WaitForRollouts",
     "Worker",
 ]
@@ -373,6 +377,49 @@ class KeptSpan(_Span):
     sequence_id: int
 
 
+class Reward(Sent):
+    """What an attempt, or a call of it, was worth."""
+
+    model_config = _example(value=1.0)
+
+    value: float = Field(allow_inf_nan=False)
+    generation_id: Id | None = Field(
+        None, description="Which call it belongs to; null is the last of the attempt, whichever that is when asked for."
+    )
+
+
+class WeightVersion(BaseModel):
+    """The weights that some ids were sampled with."""
+
+    version: str
+    start: int = Field(description="The place of the first of them in `response_token_ids`.")
+    end: int = Field(description="The place after the last.")
+
+
+class Triplet(BaseModel):
+    """A choice of a model call of a rollout: what went in, what came out, and the reward."""
+
+    generation_id: str
+    response_id: str | None = Field(description="The `id` of the answer that the client saw.")
+    rollout_id: str
+    attempt_id: str | None
+    index: int = Field(description="The choice's place among those of the generation.")
+    status: Status
+    model: str | None
+    prompt_token_ids: list[int] | None
+    response_token_ids: list[int] | None
+    logprobs: list[float | None] | None = Field(description="Of each of the response's ids; null is minus infinity.")
+    reward: float | None
+    span_id: str | None = Field(description="The first span of the rollout that names the answer.")
+    weight_versions: list[WeightVersion] | None
+
+
+class Triplets(BaseModel):
+    """Those of a rollout, in order."""
+
+    items: list[Triplet]
+
+
 class NextSequenceId(Sent):
     """Whose span is to be numbered."""
 
@@ -406,6 +453,7 @@ class Statistics(BaseModel):
     total_spans: int
     total_resources: int
     total_workers: int
+    total_generations: int
     uptime: float = Field(description="Seconds.")
 
 

@@ -15,6 +15,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from agentlightning.server.answers import encode
 from agentlightning.server.limits import ID_LIMIT, NUMBER_LIMIT
+from agentlightning.store.attributes import response_id, reward
 from agentlightning.store.spans import NewSpan
 
 __all__ = ["JSON", "PROTOBUF", "Unreadable", "parsed", "spans_of", "written"]
@@ -127,6 +128,8 @@ def _span(span: Any, resource: Mapping[str, Any], scope: Mapping[str, str]) -> N
         name=span.name,
         start_time=start_time,
         end_time=end_time,
+        response_id=response_id(attributes),
+        reward=reward(span.name, attributes),
         body=encode(body),
     )
 

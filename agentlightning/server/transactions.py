@@ -12,10 +12,9 @@ from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection
-from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 
-from agentlightning.store import StoreUnavailable, rollouts
-from agentlightning.store.database import Database
+from agentlightning.store import StoreRefused, StoreUnavailable, rollouts
+from agentlightning.store.database import Conflict, Database
 
 __all__ = ["Busy", "Transactions"]
 
@@ -135,24 +134,33 @@ class Transactions:
                     rollouts.expire(connection)
                 for write in batch:
                     self._do(connection, write)
+        except Conflict:
+            # Other servers write to the same database: what two of them do in another order, each waits for.
+            for write in batch:
+                self._commit_alone(write)
         except Exception as error:
             # None of them is kept, those that had worked included.
             for write in batch:
                 write.error = error
 
+    def _commit_alone(self, write: _Write) -> None:
+        write.error = None
+        try:
+            write.outcome = self._database.write(write.work)
+        except Exception as error:
+            write.error = error
+
     def _do(self, connection: Connection, write: _Write) -> None:
         connection.exec_driver_sql("SAVEPOINT one")
         try:
             write.outcome = write.work(connection)
-        except DBAPIError as error:
+        except Exception as error:
+            meaning = self._database.explanation(error) or error
             # What is wrong with the database is so for all of them; what is wrong with a value is for whoever sent it.
-            if not isinstance(error, (DataError, IntegrityError)):
+            if isinstance(meaning, (StoreUnavailable, StoreRefused)):
                 raise
             connection.exec_driver_sql("ROLLBACK TO one")
-            write.error = ValueError(str(error.orig))
-        except Exception as error:
-            connection.exec_driver_sql("ROLLBACK TO one")
-            write.error = error
+            write.error = meaning
         connection.exec_driver_sql("RELEASE one")
 
     def _answer(self, batch: list[_Write]) -> None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, TypedDict
 
+from agentlightning import settings
 from agentlightning.generation import Generation, Loss, Status
+from agentlightning.triplet import Triplet
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -25,7 +27,15 @@ SECONDS_FOR_OTHERS = 5.0
 
 
 class StoreUnavailable(Exception):
-    """The store cannot be reached or written now; trying again may help. The message is one sentence that says why."""
+    """The store cannot be reached or written now; trying again may help. The message is one sentence that says why.
+
+    Attributes:
+        retry_after: how many seconds the store wants to be left alone before; None where it does not say.
+    """
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class StoreRefused(Exception):
@@ -86,6 +96,13 @@ class Store(AbstractContextManager["Store"], ABC):
         """What could not be kept, in the order in which it was written down."""
 
     @abstractmethod
+    def triplets(self, rollout_id: str | None = None, attempt_id: str | None = None) -> Iterator[Triplet]:
+        """Those of a rollout, or of an attempt of it, in order; without a rollout those of all.
+
+        One rollout after the other, each as it is when it is reached, in the order of the first call that finished.
+        """
+
+    @abstractmethod
     def close(self) -> None:
         """Let go of the store. Idempotent."""
 
@@ -96,7 +113,13 @@ class Store(AbstractContextManager["Store"], ABC):
 
 
 def open_store(url: str, *, create: bool = True, patience: float = SECONDS_FOR_OTHERS) -> Store:
-    """Open the store at `url`, as `AGL_STORE` has it, for generations. The arguments are those of `open_database`."""
+    """Open the store at `url`, as `AGL_STORE` has it, for generations: an `agl store` at `http(s)://HOST:PORT`, or a
+    database, for which the arguments are those of `open_database`.
+    """
+    if url.startswith(("http://", "https://")):
+        with _needing("a store over HTTP needs msgspec", "'msgspec>=0.18'"):
+            from agentlightning.store.http import HttpStore
+        return HttpStore(url)
     # First, since it says what is missing where SQLAlchemy is.
     database = open_database(url, create=create, patience=patience)
     from agentlightning.store.database_store import DatabaseStore
@@ -108,8 +131,9 @@ def open_database(url: str, *, create: bool = True, patience: float = SECONDS_FO
     """Open the database of a store, for all that is kept in it.
 
     Args:
-        url: the path of a SQLite file, or `sqlite:///` and the path; `sqlite:////` and the rest of an absolute one.
-        create: make the file where there is none, readable by its owner alone.
+        url: the path of a SQLite file, or `sqlite:///` and the path (`sqlite:////` and the rest of an absolute one); or
+            `postgresql://USER:PASSWORD@HOST:PORT/DATABASE`, with libpq's options.
+        create: make what is not there: the file, readable by its owner alone, or the tables.
         patience: how many seconds a call waits while another process writes.
 
     Raises:
@@ -117,21 +141,28 @@ def open_database(url: str, *, create: bool = True, patience: float = SECONDS_FO
         StoreRefused: nothing that this version can use, or on a file system where it would not be safe.
     """
     scheme, separator, rest = url.partition("://")
-    if not separator:
-        scheme, path = "sqlite", url
-    else:
-        path = rest.removeprefix("/")
-    match scheme:
+    match scheme if separator else "sqlite":
         case "sqlite" if not separator or rest.startswith("/"):
-            try:
+            with _needing("a SQLite store needs SQLAlchemy", "'sqlalchemy>=2'"):
                 from agentlightning.store.sqlite import SqliteDatabase
-            except ImportError as error:
-                install = f"{sys.executable} -m pip install 'sqlalchemy>=2'"
-                raise StoreRefused(f"a SQLite store needs SQLAlchemy: {install}") from error
-            return SqliteDatabase(path, create, patience)
+            return SqliteDatabase(rest.removeprefix("/") if separator else url, create, patience)
         case "sqlite":
             raise StoreRefused(f"{url} has no path: it is sqlite:///PATH, or sqlite:////PATH from the root on")
-        case "postgresql" | "http" | "https":
-            raise StoreRefused(f"{scheme}:// stores are not supported in this version: give the path of a SQLite file")
+        case "postgresql":
+            with _needing("a PostgreSQL store needs SQLAlchemy and psycopg", "'sqlalchemy>=2' 'psycopg[binary]>=3.2'"):
+                from agentlightning.store.postgresql import PostgresqlDatabase
+            return PostgresqlDatabase(url, create, patience)
+        case "http" | "https":
+            shown = settings.without_secrets(url)
+            raise StoreRefused(f"{shown} is an agl store, and no database to serve one on: give the path of a file")
         case _:
             raise StoreRefused(f"there is no {scheme}:// store: give the path of a SQLite file")
+
+
+@contextmanager
+def _needing(sentence: str, packages: str) -> Iterator[None]:
+    """Around an import: says what is missing, and how to install it."""
+    try:
+        yield
+    except ImportError as error:
+        raise StoreRefused(f"{sentence}: {sys.executable} -m pip install {packages}") from error

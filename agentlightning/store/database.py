@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from functools import lru_cache
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Dialect, Insert, Table, func, insert, select
+from sqlalchemy import Column, Connection, Dialect, Insert, Table, func, insert, select
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import SQLAlchemyError
 
 from agentlightning.store import StoreUnavailable
 
@@ -95,7 +95,7 @@ def transaction(connection: Connection, begin: str) -> Iterator[None]:
         connection.exec_driver_sql("COMMIT")
     except BaseException:
         # SQLite has taken it back itself where the disk is full, PostgreSQL where it is gone.
-        with suppress(DBAPIError):
+        with suppress(SQLAlchemyError):
             connection.exec_driver_sql("ROLLBACK")
         raise
 
@@ -145,11 +145,33 @@ def insert_rows(
         without: the column that the rows have nothing for.
         if_new: leave out those that a unique index has already.
     """
-    # As text, so that the rows go to the driver as they are: SQLAlchemy looks through each for as long as SQLite takes
-    # to write it.
     if not new:
         return 0
+    if not takes_turns(connection) and not if_new:
+        return _copy(connection, table, new, without)
+    # As text, so that the rows go to the driver as they are: SQLAlchemy looks through each for as long as SQLite takes
+    # to write it.
     return connection.exec_driver_sql(_statement(table, connection.dialect, without, if_new), list(new)).rowcount
+
+
+def _copy(connection: Connection, table: Table, new: Sequence[tuple[Any, ...]], without: str | None) -> int:
+    """What an INSERT does, in half the time."""
+    columns = [column for column in table.columns if column.name != without]
+    quoted = ", ".join(connection.dialect.identifier_preparer.quote(column.name) for column in columns)
+    with (
+        closing(connection.connection.cursor()) as cursor,
+        cursor.copy(f"COPY {table.name} ({quoted}) FROM STDIN (FORMAT BINARY)") as copy,  # type: ignore[attr-defined]
+    ):
+        copy.set_types([_type_of(column, connection.dialect) for column in columns])
+        for row in new:
+            copy.write_row(row)
+    return len(new)
+
+
+@lru_cache(256)
+def _type_of(column: Column[Any], dialect: Dialect) -> str:
+    """PostgreSQL's name of a column's type."""
+    return column.type.compile(dialect).partition(" COLLATE")[0].lower()
 
 
 @lru_cache(64)
@@ -159,15 +181,18 @@ def _statement(table: Table, dialect: Dialect, without: str | None, if_new: bool
     return str(insertion.compile(dialect=dialect, column_keys=columns))
 
 
-def insert_if_new(connection: Connection, table: Table) -> Insert:
-    """An INSERT that leaves out what a unique index has already."""
-    return _insert_if_new(table, connection.dialect)
+def insert_if_new(connection: Connection, table: Table, **values: Any) -> bool:
+    """Insert a row, unless a unique index has it already; returns whether it was new."""
+    insertion = _insert_if_new(table, connection.dialect)
+    # Else SQLAlchemy tells of an UPDATE alone how many rows there were.
+    return connection.execute(insertion, values, execution_options={"preserve_rowcount": True}).rowcount > 0
 
 
 @lru_cache(64)
 def _insert_if_new(table: Table, dialect: Dialect) -> Insert:
     insertion = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[dialect.name]
-    return insertion(table).on_conflict_do_nothing()
+    # Inline: nobody asks for the new key.
+    return insertion(table).on_conflict_do_nothing().inline()
 
 
 def in_parts(values: Sequence[T]) -> Iterator[Sequence[T]]:

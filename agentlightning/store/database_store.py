@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from agentlightning.generation import Generation, Loss, Status
-from agentlightning.store import Filters, Store
+from agentlightning.store import Filters, Store, triplets
 from agentlightning.store import generations as kept
 from agentlightning.store.database import Database
+from agentlightning.triplet import Triplet
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -52,6 +53,16 @@ class DatabaseStore(Store):
         with self._database.reading() as connection:
             found = list(kept.losses(connection))
         yield from found
+
+    def triplets(self, rollout_id: str | None = None, attempt_id: str | None = None) -> Iterator[Triplet]:
+        rollout_ids = [] if rollout_id is None else [rollout_id]
+        if rollout_id is None:
+            with self._database.reading() as connection:
+                rollout_ids = triplets.rollouts_of(connection)
+        for each in rollout_ids:
+            with self._database.reading() as connection:
+                found = triplets.of_rollout(connection, each, attempt_id)
+            yield from found
 
     def close(self) -> None:
         self._database.close()

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import Column, ColumnElement, Connection, and_, false, func, or_, select, true
+from sqlalchemy import Boolean, Column, ColumnElement, Connection, and_, false, func, or_, select, true
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.expression import FunctionElement
 
 __all__ = ["Logic", "Page", "contains", "find_page", "matching"]
 
@@ -56,9 +58,21 @@ def _in_order(column: Column[Any], descending: bool) -> ColumnElement[Any]:
     return order.nulls_last() if column.name.endswith("_time") != descending else order.nulls_first()
 
 
-def contains(column: Column[str], part: str) -> ColumnElement[bool]:
-    """Whether a text has this part, in this case: a LIKE of SQLite does not tell `a` from `A`."""
-    return func.instr(column, part) > 0
+class contains(FunctionElement[bool]):  # noqa: N801
+    """`contains(column, part)`: whether a text has this part, in this case; a LIKE of SQLite tells no `a` from `A`."""
+
+    type = Boolean()
+    inherit_cache = True
+
+
+@compiles(contains, "sqlite")
+def _in_sqlite(element: contains, compiler: Any, **options: Any) -> str:
+    return f"instr({compiler.process(element.clauses, **options)}) > 0"
+
+
+@compiles(contains, "postgresql")
+def _in_postgresql(element: contains, compiler: Any, **options: Any) -> str:
+    return f"strpos({compiler.process(element.clauses, **options)}) > 0"
 
 
 def matching(conditions: Iterable[ColumnElement[bool]], logic: Logic) -> ColumnElement[bool]:

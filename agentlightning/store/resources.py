@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import time
-
 from sqlalchemy import Connection, select, update
 
 from agentlightning.generation import new_id
-from agentlightning.store.database import insert_if_new
+from agentlightning.store.database import insert_if_new, now
 from agentlightning.store.tables import resources
 
 __all__ = ["add", "latest_id", "put"]
@@ -22,16 +20,16 @@ def add(connection: Connection, content: str) -> str:
 
 def put(connection: Connection, resources_id: str, content: str) -> None:
     """Keep resources under an id: those that it had are replaced, and the version is one more."""
-    now = time.time()
+    at = now(connection)
     new = {
         "resources_id": resources_id,
-        "create_time": now,
-        "update_time": now,
+        "create_time": at,
+        "update_time": at,
         "version": 1,
         "resources": content,
     }
-    if not connection.execute(insert_if_new(connection, resources).values(**new)).rowcount:
-        changes = {"resources": content, "update_time": now, "version": resources.c.version + 1}
+    if not insert_if_new(connection, resources, **new):
+        changes = {"resources": content, "update_time": at, "version": resources.c.version + 1}
         connection.execute(update(resources).where(resources.c.resources_id == resources_id).values(**changes))
 
 

@@ -6,7 +6,6 @@ Everything here works inside a transaction of somebody else's.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from sqlalchemy import Connection, Integer, Select, and_, bindparam, func, inser
 
 from agentlightning.generation import new_id
 from agentlightning.store import resources, workers
+from agentlightning.store.database import now, takes_turns
 from agentlightning.store.tables import attempts, rollouts
 
 __all__ = [
@@ -55,6 +55,8 @@ ROLLOUT_STATUSES: Sequence[RolloutStatus] = (
 QUEUED = ("queuing", "requeuing")
 UNDER_WAY = ("preparing", "running")
 FINISHED = ("failed", "succeeded", "cancelled")
+
+MICROSECONDS = 1_000_000
 
 
 class Unknown(LookupError):
@@ -116,7 +118,7 @@ def with_latest_attempt() -> Select[Any]:
 # Made once: SQLAlchemy takes longer to put a statement together than SQLite takes to execute it. No parameter is called
 # as a column is: what else is given to an UPDATE is what it sets.
 _FIND = with_latest_attempt().where(rollouts.c.rollout_id == bindparam("rollout"))
-_FIND_TO_CHANGE = _FIND.with_for_update(of=rollouts)
+_LOCK = select(rollouts.c.key).where(rollouts.c.rollout_id == bindparam("rollout")).with_for_update()
 _CHANGE_ROLLOUT = update(rollouts).where(rollouts.c.key == bindparam("of_key"))
 _IS = and_(attempts.c.rollout_key == bindparam("of_rollout"), attempts.c.sequence_id == bindparam("number"))
 _ATTEMPT = select(attempts).where(_IS)
@@ -134,31 +136,36 @@ _WAITING = (
 
 def find(connection: Connection, rollout_id: str, *, to_change: bool = False) -> Attempted | None:
     """The rollout with its latest attempt; nobody else changes it meanwhile where it is found `to_change`."""
-    return connection.execute(_FIND_TO_CHANGE if to_change else _FIND, {"rollout": rollout_id}).first()
+    of_this = {"rollout": rollout_id}
+    if to_change and not takes_turns(connection):
+        # By itself: a query that waits for a lock goes on with the rollout as it is then, and the attempt as it was.
+        connection.execute(_LOCK, of_this)
+    return connection.execute(_FIND, of_this).first()
 
 
 def start(connection: Connection, new: NewRollout, worker_id: str | None) -> str:
     """Make a rollout and its first attempt, for whoever runs it at once; returns its id."""
-    now = time.time()
-    [rollout_id], key = _insert(connection, [new], "preparing", now=now, attempts_made=1)
-    _attempt(connection, key, rollout_id, 1, worker_id, now, _deadline(new.config, now, None))
+    at = now(connection)
+    [rollout_id], key = _insert(connection, [new], "preparing", at, attempts_made=1)
+    _attempt(connection, key, rollout_id, 1, worker_id, at, _deadline(new.config, at, None))
     return rollout_id
 
 
 def enqueue(connection: Connection, new: Sequence[NewRollout]) -> list[str]:
     """Put rollouts into the queue, in this order; returns their ids."""
-    made, _ = _insert(connection, new, "queuing", queued_at=time.time_ns())
+    at = now(connection)
+    made, _ = _insert(connection, new, "queuing", at, queued_at=_nanoseconds(at))
     return made
 
 
 def dequeue(connection: Connection, limit: int, worker_id: str | None) -> list[str]:
     """Take the rollouts that have been queued the longest, each with a new attempt; returns their ids."""
     found = connection.execute(_WAITING, {"most": limit}).all()
-    now = time.time()
+    at = now(connection)
     if worker_id is not None:
-        workers.note(connection, worker_id, last_dequeue_time=now, **({} if found else workers.without_work(now)))
+        workers.note(connection, worker_id, last_dequeue_time=at, **({} if found else workers.without_work(at)))
     for each in found:
-        _begin(connection, each, worker_id, now)
+        _begin(connection, each, worker_id, at)
     return [each.rollout_id for each in found]
 
 
@@ -168,7 +175,7 @@ def start_attempt(connection: Connection, rollout_id: str, worker_id: str | None
     Raises:
         Unknown: there is no such rollout.
     """
-    _begin(connection, _known(connection, rollout_id), worker_id, time.time())
+    _begin(connection, _known(connection, rollout_id), worker_id, now(connection))
 
 
 def update_rollout(connection: Connection, rollout_id: str, **changes: Any) -> None:
@@ -183,7 +190,7 @@ def update_rollout(connection: Connection, rollout_id: str, **changes: Any) -> N
         changes["config"] = config.as_json()
     status = changes.get("status", found.status)
     if "status" in changes:
-        changes |= _of_status(status, found.queued_at)
+        changes |= _of_status(status, found.queued_at, now(connection))
     if changes:
         connection.execute(_CHANGE_ROLLOUT, {"of_key": found.key, **changes})
     if found.attempts and changes.keys() & {"status", "config"}:
@@ -226,8 +233,8 @@ def heard_of(connection: Connection, rollout_id: str, attempt_id: str) -> bool:
             return False
         status = _attempt_of(connection, found.key, number).status
         was = None
-    now = time.time()
-    changes: dict[str, Any] = {"last_heartbeat_time": now if was is None else max(was, now)}
+    at = now(connection)
+    changes: dict[str, Any] = {"last_heartbeat_time": at if was is None else max(was, at)}
     revived = status in ("preparing", "unresponsive")
     if revived:
         changes["status"] = "running"
@@ -235,25 +242,25 @@ def heard_of(connection: Connection, rollout_id: str, attempt_id: str) -> bool:
         rollout_status = found.status
         if (revived or status == "running") and rollout_status in ("preparing", "requeuing"):
             rollout_status = "running"
-            _change_rollout(connection, found, rollout_status)
+            _change_rollout(connection, found, rollout_status, at)
         if rollout_status in UNDER_WAY:
-            changes["deadline"] = _deadline(config_of(found), found.attempt_start_time, now)
+            changes["deadline"] = _deadline(config_of(found), found.attempt_start_time, at)
     _change_attempt(connection, found.key, number, **changes)
     return True
 
 
 def is_anything_due(connection: Connection) -> bool:
     """Whether `expire` would find something."""
-    return connection.execute(_DUE, {"now": time.time()}).first() is not None
+    return connection.execute(_DUE, {"now": now(connection)}).first() is not None
 
 
 def expire(connection: Connection, limit: int = 1_000) -> list[str]:
     """End the attempts that take too long or of which nothing is heard; returns their rollouts' ids."""
-    now = time.time()
+    at = now(connection)
     due = (
         select(rollouts.c.rollout_id)
         .join(attempts, attempts.c.rollout_key == rollouts.c.key)
-        .where(attempts.c.deadline < now)
+        .where(attempts.c.deadline < at)
         .order_by(attempts.c.deadline)
         .limit(limit)
         .with_for_update(skip_locked=True, of=rollouts)
@@ -261,10 +268,11 @@ def expire(connection: Connection, limit: int = 1_000) -> list[str]:
     ended: list[str] = []
     for rollout_id in connection.execute(due).scalars().all():
         found = find(connection, rollout_id)
-        if found is not None and found.attempt_deadline is not None:
+        # Somebody may have heard of it between the query and its lock.
+        if found is not None and found.attempt_deadline is not None and found.attempt_deadline < at:
             timeout = config_of(found).timeout_seconds
             # Added as the deadline was: a difference may be rounded to the other side.
-            late = timeout is not None and found.attempt_start_time + timeout < now
+            late = timeout is not None and found.attempt_start_time + timeout < at
             _settle(connection, found, found.attempts, {"status": "timeout" if late else "unresponsive"})
             ended.append(rollout_id)
     return ended
@@ -292,8 +300,8 @@ def _insert(
     connection: Connection,
     new: Sequence[NewRollout],
     status: RolloutStatus,
+    at: float,
     *,
-    now: float | None = None,
     queued_at: int | None = None,
     attempts_made: int = 0,
 ) -> tuple[list[str], int]:
@@ -304,7 +312,7 @@ def _insert(
             "rollout_id": f"ro-{new_id()}",
             "input": each.input,
             # Each has a moment of its own, so that those of a batch are in order by it, from both ends.
-            "start_time": time.time() if now is None else now,
+            "start_time": at + place / MICROSECONDS,
             "mode": each.mode,
             "resources_id": latest if each.resources_id is None else each.resources_id,
             "status": status,
@@ -313,7 +321,7 @@ def _insert(
             "queued_at": queued_at,
             "attempts": attempts_made,
         }
-        for each in new
+        for place, each in enumerate(new)
     ]
     key = 0
     if len(made) == 1:
@@ -323,13 +331,13 @@ def _insert(
     return [each["rollout_id"] for each in made], key
 
 
-def _begin(connection: Connection, found: Any, worker_id: str | None, now: float) -> None:
+def _begin(connection: Connection, found: Any, worker_id: str | None, at: float) -> None:
     """Make the next attempt of a rollout, which leaves the queue."""
     number = found.attempts + 1
-    connection.execute(_CHANGE_ROLLOUT, {"of_key": found.key, "attempts": number, **_of_status("preparing", None)})
+    connection.execute(_CHANGE_ROLLOUT, {"of_key": found.key, "attempts": number, **_of_status("preparing", None, at)})
     if number > 1:
         _change_attempt(connection, found.key, number - 1, deadline=None)
-    _attempt(connection, found.key, found.rollout_id, number, worker_id, now, _deadline(config_of(found), now, None))
+    _attempt(connection, found.key, found.rollout_id, number, worker_id, at, _deadline(config_of(found), at, None))
 
 
 def _attempt(
@@ -338,7 +346,7 @@ def _attempt(
     rollout_id: str,
     number: int,
     worker_id: str | None,
-    now: float,
+    at: float,
     deadline: float | None,
 ) -> None:
     attempt_id = f"at-{new_id()}"
@@ -346,21 +354,21 @@ def _attempt(
         "rollout_key": rollout_key,
         "sequence_id": number,
         "attempt_id": attempt_id,
-        "start_time": now,
+        "start_time": at,
         "status": "preparing",
         "worker_id": worker_id,
         "deadline": deadline,
     }
     connection.execute(_NEW_ATTEMPT, values)
     if worker_id is not None:
-        workers.note(connection, worker_id, **workers.busy(now, rollout_id, attempt_id))
+        workers.note(connection, worker_id, **workers.busy(at, rollout_id, attempt_id))
 
 
 def _settle(connection: Connection, found: Attempted, number: int, changes: dict[str, Any]) -> None:
     """Change an attempt; what it says of the rollout is the rollout's status where it is the latest."""
-    now = time.time()
+    at = now(connection)
     if changes.get("status") in ("failed", "succeeded"):
-        changes["end_time"] = now
+        changes["end_time"] = at
     if changes:
         _change_attempt(connection, found.key, number, **changes)
     attempt = _attempt_of(connection, found.key, number)
@@ -368,14 +376,14 @@ def _settle(connection: Connection, found: Attempted, number: int, changes: dict
         config = config_of(found)
         status = _status_after(attempt, config)
         if status != found.status:
-            _change_rollout(connection, found, status)
+            _change_rollout(connection, found, status, at)
         deadline = None
         if status in UNDER_WAY:
             deadline = _deadline(config, attempt.start_time, attempt.last_heartbeat_time)
         if deadline != attempt.deadline:
             _change_attempt(connection, found.key, number, deadline=deadline)
     if attempt.worker_id and changes.keys() & {"status", "worker_id"}:
-        known = workers.of_attempt(attempt.status, now, found.rollout_id, attempt.attempt_id)
+        known = workers.of_attempt(attempt.status, at, found.rollout_id, attempt.attempt_id)
         workers.note(connection, attempt.worker_id, **known)
 
 
@@ -387,18 +395,18 @@ def _status_after(attempt: Any, config: Config) -> RolloutStatus:
     return "requeuing" if again else "failed"
 
 
-def _of_status(status: RolloutStatus, queued_at: int | None) -> dict[str, Any]:
+def _of_status(status: RolloutStatus, queued_at: int | None, at: float) -> dict[str, Any]:
     """The columns that a status sets. Who is in the queue keeps the place."""
     changes: dict[str, Any] = {"status": status, "queued_at": None}
     if status in QUEUED:
-        changes["queued_at"] = queued_at or time.time_ns()
+        changes["queued_at"] = queued_at or _nanoseconds(at)
     if status in FINISHED:
-        changes["end_time"] = time.time()
+        changes["end_time"] = at
     return changes
 
 
-def _change_rollout(connection: Connection, found: Attempted, status: RolloutStatus) -> None:
-    connection.execute(_CHANGE_ROLLOUT, {"of_key": found.key, **_of_status(status, found.queued_at)})
+def _change_rollout(connection: Connection, found: Attempted, status: RolloutStatus, at: float) -> None:
+    connection.execute(_CHANGE_ROLLOUT, {"of_key": found.key, **_of_status(status, found.queued_at, at)})
 
 
 def _change_attempt(connection: Connection, rollout_key: int, number: int, **changes: Any) -> None:
@@ -412,6 +420,10 @@ def _attempt_of(connection: Connection, rollout_key: int, number: int) -> Any:
 def _number_of(connection: Connection, rollout_key: int, attempt_id: str) -> int | None:
     of_both = attempts.c.rollout_key == rollout_key, attempts.c.attempt_id == attempt_id
     return connection.execute(select(attempts.c.sequence_id).where(*of_both)).scalar()
+
+
+def _nanoseconds(at: float) -> int:
+    return int(at * 1e9)
 
 
 def _deadline(config: Config, start_time: float, last_heartbeat_time: float | None) -> float | None:

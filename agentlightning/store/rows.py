@@ -14,7 +14,11 @@ from typing import Any, TypeVar
 from agentlightning.generation import STATUSES, Choice, Generation, Loss, RoutedExperts
 
 __all__ = [
+    "array_of",
+    "bytes_of",
     "choice_row",
+    "experts_bytes",
+    "experts_of",
     "generation_of",
     "generation_row",
     "loss_of",
@@ -24,6 +28,8 @@ __all__ = [
     "text_keys",
     "text_of",
     "uuid_bytes",
+    "uuid_text",
+    "versions_of",
 ]
 
 Text = TypeVar("Text", str, None)
@@ -86,7 +92,7 @@ def generation_row(generation: Generation, key: int, keys: Mapping[str | None, i
         keys[generation.sampling_params],
         keys[generation.logprobs_mode],
         generation.cached_tokens,
-        _bytes(generation.prompt_token_ids),
+        bytes_of(generation.prompt_token_ids),
         storable(generation.prompt_text),
     )
 
@@ -96,21 +102,21 @@ def choice_row(choice: Choice, generation_key: int, keys: Mapping[str | None, in
     return (
         generation_key,
         choice.index,
-        _bytes(choice.token_ids),
-        _bytes(choice.logprobs),
+        bytes_of(choice.token_ids),
+        bytes_of(choice.logprobs),
         storable(choice.text),
         keys[choice.finish_reason],
         None if choice.stop_reason is None else json.dumps(choice.stop_reason),
         None if choice.weight_versions is None else json.dumps(choice.weight_versions),
-        _experts_bytes(choice.routed_experts),
+        experts_bytes(choice.routed_experts),
     )
 
 
 def generation_of(row: Any, choices: Iterable[Any], texts: Mapping[int | None, str | None]) -> Generation:
     """The generation that these rows are of; `texts` gives each repeated text by its key, and None for None."""
     return Generation(
-        id=_uuid_text(row.id),
-        call_id=None if row.call_id is None else _uuid_text(row.call_id),
+        id=uuid_text(row.id),
+        call_id=None if row.call_id is None else uuid_text(row.call_id),
         request_id=text_of(row.request_id),
         response_id=text_of(row.response_id),
         endpoint=texts[row.endpoint_key],
@@ -123,7 +129,7 @@ def generation_of(row: Any, choices: Iterable[Any], texts: Mapping[int | None, s
         first_token_at=row.first_token_at,
         finished_at=row.finished_at,
         status=STATUSES[row.status],
-        prompt_token_ids=_array("i", row.prompt_token_ids),
+        prompt_token_ids=array_of("i", row.prompt_token_ids),
         prompt_text=text_of(row.prompt_text),
         sampling_params=texts[row.sampling_params_key],
         logprobs_mode=texts[row.logprobs_mode_key],
@@ -133,17 +139,21 @@ def generation_of(row: Any, choices: Iterable[Any], texts: Mapping[int | None, s
 
 
 def _choice_of(row: Any, texts: Mapping[int | None, str | None]) -> Choice:
-    versions = None if row.weight_versions is None else json.loads(row.weight_versions)
     return Choice(
         index=row.index,
-        token_ids=_array("i", row.token_ids),
-        logprobs=_array("f", row.logprobs),
+        token_ids=array_of("i", row.token_ids),
+        logprobs=array_of("f", row.logprobs),
         text=text_of(row.text),
         finish_reason=texts[row.finish_reason_key],
         stop_reason=None if row.stop_reason is None else json.loads(row.stop_reason),
-        weight_versions=None if versions is None else [tuple(version) for version in versions],
-        routed_experts=_experts(row.routed_experts),
+        weight_versions=versions_of(row.weight_versions),
+        routed_experts=experts_of(row.routed_experts),
     )
+
+
+def versions_of(found: str | None) -> list[tuple[str, int, int]] | None:
+    """The weight versions that a column has the JSON of."""
+    return None if found is None else [tuple(version) for version in json.loads(found)]
 
 
 def loss_row(loss: Loss, key: int) -> Row:
@@ -163,7 +173,7 @@ def loss_row(loss: Loss, key: int) -> Row:
 def loss_of(row: Any) -> Loss:
     """The loss that this row is of."""
     return Loss(
-        id=_uuid_text(row.id),
+        id=uuid_text(row.id),
         count=row.count,
         reason=text_of(row.reason),
         first_at=row.first_at,
@@ -189,7 +199,8 @@ def uuid_bytes(text: str) -> bytes:
     raise ValueError(f"{text[:100]!r} is no UUID in lower case")
 
 
-def _uuid_text(found: bytes) -> str:
+def uuid_text(found: bytes) -> str:
+    """The UUID that has these sixteen bytes."""
     digits = found.hex()
     return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
 
@@ -217,7 +228,8 @@ def text_of(found: Text) -> Text:
     return found.replace(f"{_ESCAPE}0", "\0").replace(f"{_ESCAPE}1", _ESCAPE)
 
 
-def _bytes(numbers: array[Any] | None) -> bytes | None:
+def bytes_of(numbers: array[Any] | None) -> bytes | None:
+    """The numbers, little-endian; None of None."""
     if numbers is None or sys.byteorder == "little":
         return None if numbers is None else numbers.tobytes()
     swapped = numbers[:]
@@ -225,7 +237,12 @@ def _bytes(numbers: array[Any] | None) -> bytes | None:
     return swapped.tobytes()
 
 
-def _array(kind: str, found: bytes | None) -> Any:
+def array_of(kind: str, found: bytes | None) -> Any:
+    """The array, of this type code, that `bytes_of` made this of.
+
+    Raises:
+        ValueError: no number is as long as what is left at the end.
+    """
     if found is None:
         return None
     numbers = array(kind, found)
@@ -237,9 +254,11 @@ def _array(kind: str, found: bytes | None) -> Any:
 _SHAPE = struct.Struct("<3I")
 
 
-def _experts_bytes(experts: RoutedExperts | None) -> bytes | None:
-    return None if experts is None else _SHAPE.pack(*experts.shape) + (_bytes(experts.ids) or b"")
+def experts_bytes(experts: RoutedExperts | None) -> bytes | None:
+    """The shape, three uint32, and then the experts, int16; None of None."""
+    return None if experts is None else _SHAPE.pack(*experts.shape) + (bytes_of(experts.ids) or b"")
 
 
-def _experts(found: bytes | None) -> RoutedExperts | None:
-    return None if found is None else RoutedExperts(_SHAPE.unpack_from(found), _array("h", found[_SHAPE.size :]))
+def experts_of(found: bytes | None) -> RoutedExperts | None:
+    """What `experts_bytes` made this of."""
+    return None if found is None else RoutedExperts(_SHAPE.unpack_from(found), array_of("h", found[_SHAPE.size :]))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, bindparam, case, select, update
 
 from agentlightning.store.database import insert_if_new, insert_rows
+from agentlightning.store.rows import storable
 from agentlightning.store.tables import span_sequences, spans
 
 __all__ = ["NewSpan", "add", "next_sequence_ids"]
@@ -33,6 +34,7 @@ class NewSpan:
         rollout_id: None, as `attempt_id`, for one that came without.
         sequence_id: its place in the rollout; None for the next.
         start_time: seconds since the epoch, as `end_time`.
+        response_id: the answer of a model that it is about; `attributes.response_id` finds it, and `reward` finds that.
         body: a JSON object of all but `rollout_id`, `attempt_id` and `sequence_id`.
     """
 
@@ -45,6 +47,8 @@ class NewSpan:
     name: str
     start_time: float | None
     end_time: float | None
+    response_id: str | None
+    reward: float | None
     body: bytes
 
 
@@ -73,6 +77,8 @@ def add(connection: Connection, new: Sequence[NewSpan]) -> int:
             _column(each.name),
             each.start_time,
             each.end_time,
+            storable(each.response_id),
+            each.reward,
             each.body,
         )
         for each in new
@@ -84,16 +90,18 @@ def next_sequence_ids(connection: Connection, rollout_id: str, how_many: int = 1
     """Numbers for spans of a rollout that no other gets, and that are higher than those of its spans."""
     more = {"rollout": rollout_id, "more": how_many}
     if not connection.execute(_MORE, more).rowcount:
-        connection.execute(insert_if_new(connection, span_sequences), {"rollout_id": rollout_id, "last": 0})
+        insert_if_new(connection, span_sequences, rollout_id=rollout_id, last=0)
         connection.execute(_MORE, more)
     last = connection.execute(_LAST, {"rollout": rollout_id}).scalar_one()
     return range(last - how_many + 1, last + 1)
 
 
 def _at_least(connection: Connection, rollout_id: str, sequence_id: int) -> None:
-    if not connection.execute(_AT_LEAST, {"rollout": rollout_id, "least": sequence_id}).rowcount:
-        new = {"rollout_id": rollout_id, "last": sequence_id}
-        connection.execute(insert_if_new(connection, span_sequences), new)
+    least = {"rollout": rollout_id, "least": sequence_id}
+    if connection.execute(_AT_LEAST, least).rowcount:
+        return
+    if not insert_if_new(connection, span_sequences, rollout_id=rollout_id, last=sequence_id):
+        connection.execute(_AT_LEAST, least)
 
 
 def _column(text: str) -> str:

@@ -10,9 +10,12 @@ as it came as JSON. Their moments are seconds since the epoch, as the LightningS
 
 from __future__ import annotations
 
+from typing import Any
+
 from sqlalchemy import (
     BigInteger,
     Column,
+    ColumnElement,
     Double,
     Index,
     Integer,
@@ -39,13 +42,18 @@ __all__ = [
 
 metadata = MetaData()
 
+# SQLite gives numbers to a primary key of this one type; every number of its may be as large.
+_Key = BigInteger().with_variant(Integer, "sqlite")
+# Texts are in the order of their characters, as SQLite has them, whatever the language of the database is.
+_Text = Text().with_variant(Text(collation="C"), "postgresql")
+
 texts = Table(
     "texts",
     metadata,
-    Column("key", Integer, primary_key=True),
+    Column("key", _Key, primary_key=True),
     # Not the text itself, which may be long: an index would have it a second time.
     Column("digest", LargeBinary, nullable=False, unique=True),
-    Column("text", Text, nullable=False),
+    Column("text", _Text, nullable=False),
 )
 """Texts that repeat. The columns of other tables that end in `_key` hold keys of this one."""
 
@@ -53,39 +61,39 @@ generations = Table(
     "generations",
     metadata,
     # Numbered as they are written: rows that are appended fill their pages, rows in the order of ids would not.
-    Column("key", Integer, primary_key=True),
+    Column("key", _Key, primary_key=True),
     Column("id", LargeBinary, nullable=False, unique=True),
     Column("call_id", LargeBinary),
-    Column("request_id", Text, nullable=False),
-    Column("response_id", Text),
-    Column("endpoint_key", Integer),
-    Column("model_key", Integer),
-    Column("rollout_key", Integer),
-    Column("attempt_key", Integer),
-    Column("session_key", Integer),
-    Column("trace_id", Text),
+    Column("request_id", _Text, nullable=False),
+    Column("response_id", _Text),
+    Column("endpoint_key", _Key),
+    Column("model_key", _Key),
+    Column("rollout_key", _Key),
+    Column("attempt_key", _Key),
+    Column("session_key", _Key),
+    Column("trace_id", _Text),
     Column("started_at", BigInteger),
     Column("first_token_at", BigInteger),
     Column("finished_at", BigInteger, nullable=False),
     Column("status", SmallInteger, nullable=False),
-    Column("sampling_params_key", Integer),
-    Column("logprobs_mode_key", Integer),
+    Column("sampling_params_key", _Key),
+    Column("logprobs_mode_key", _Key),
     Column("cached_tokens", Integer),
     Column("prompt_token_ids", LargeBinary),
-    Column("prompt_text", Text),
+    Column("prompt_text", _Text),
 )
 
 choices = Table(
     "choices",
     metadata,
-    Column("generation_key", Integer, primary_key=True),
+    Column("generation_key", _Key, primary_key=True),
     Column("index", Integer, primary_key=True),
     Column("token_ids", LargeBinary),
     Column("logprobs", LargeBinary),
-    Column("text", Text),
-    Column("finish_reason_key", Integer),
-    Column("stop_reason", Text),
-    Column("weight_versions", Text),
+    Column("text", _Text),
+    Column("finish_reason_key", _Key),
+    Column("stop_reason", _Text),
+    Column("weight_versions", _Text),
     Column("routed_experts", LargeBinary),
 )
 """`stop_reason` and `weight_versions` are JSON; `routed_experts` is its shape, three uint32, and then int16."""
@@ -93,13 +101,13 @@ choices = Table(
 losses = Table(
     "losses",
     metadata,
-    Column("key", Integer, primary_key=True),
+    Column("key", _Key, primary_key=True),
     Column("id", LargeBinary, nullable=False, unique=True),
     Column("count", Integer, nullable=False),
-    Column("reason", Text, nullable=False),
+    Column("reason", _Text, nullable=False),
     Column("first_at", BigInteger, nullable=False),
     Column("last_at", BigInteger, nullable=False),
-    Column("host", Text, nullable=False),
+    Column("host", _Text, nullable=False),
     Column("pid", Integer, nullable=False),
 )
 
@@ -107,16 +115,16 @@ losses = Table(
 rollouts = Table(
     "rollouts",
     metadata,
-    Column("key", Integer, primary_key=True),
-    Column("rollout_id", Text, nullable=False, unique=True),
-    Column("input", Text, nullable=False),
+    Column("key", _Key, primary_key=True),
+    Column("rollout_id", _Text, nullable=False, unique=True),
+    Column("input", _Text, nullable=False),
     Column("start_time", Double, nullable=False),
     Column("end_time", Double),
-    Column("mode", Text),
-    Column("resources_id", Text),
-    Column("status", Text, nullable=False),
-    Column("config", Text, nullable=False),
-    Column("metadata", Text),
+    Column("mode", _Text),
+    Column("resources_id", _Text),
+    Column("status", _Text, nullable=False),
+    Column("config", _Text, nullable=False),
+    Column("metadata", _Text),
     # Nanoseconds since the epoch; of those that were queued at once, the lower key comes first.
     Column("queued_at", BigInteger),
     # How many there have been: the latest is the one with this `sequence_id`.
@@ -126,15 +134,15 @@ rollouts = Table(
 attempts = Table(
     "attempts",
     metadata,
-    Column("rollout_key", Integer, primary_key=True, autoincrement=False),
+    Column("rollout_key", _Key, primary_key=True, autoincrement=False),
     Column("sequence_id", Integer, primary_key=True),
-    Column("attempt_id", Text, nullable=False),
+    Column("attempt_id", _Text, nullable=False),
     Column("start_time", Double, nullable=False),
     Column("end_time", Double),
-    Column("status", Text, nullable=False),
-    Column("worker_id", Text),
+    Column("status", _Text, nullable=False),
+    Column("worker_id", _Text),
     Column("last_heartbeat_time", Double),
-    Column("metadata", Text),
+    Column("metadata", _Text),
     # When it times out or counts as unresponsive, unless something is heard of it; only while its rollout is under way.
     Column("deadline", Double),
 )
@@ -142,17 +150,20 @@ attempts = Table(
 spans = Table(
     "spans",
     metadata,
-    Column("key", Integer, primary_key=True),
+    Column("key", _Key, primary_key=True),
     # Neither is there of a span that came without a rollout: it is found by its trace.
-    Column("rollout_id", Text),
-    Column("attempt_id", Text),
+    Column("rollout_id", _Text),
+    Column("attempt_id", _Text),
     Column("sequence_id", BigInteger, nullable=False),
-    Column("trace_id", Text, nullable=False),
-    Column("span_id", Text, nullable=False),
-    Column("parent_id", Text),
-    Column("name", Text, nullable=False),
+    Column("trace_id", _Text, nullable=False),
+    Column("span_id", _Text, nullable=False),
+    Column("parent_id", _Text),
+    Column("name", _Text, nullable=False),
     Column("start_time", Double),
     Column("end_time", Double),
+    # What it says that others look for: the `id` of a model's answer, and a reward.
+    Column("response_id", _Text),
+    Column("reward", Double),
     # A JSON object of all but rollout_id, attempt_id and sequence_id.
     Column("body", LargeBinary, nullable=False),
 )
@@ -160,7 +171,7 @@ spans = Table(
 span_sequences = Table(
     "span_sequences",
     metadata,
-    Column("rollout_id", Text, primary_key=True),
+    Column("rollout_id", _Text, primary_key=True),
     Column("last", BigInteger, nullable=False),
 )
 """The highest `sequence_id` that a span of the rollout has, or that was given out for one."""
@@ -168,52 +179,53 @@ span_sequences = Table(
 resources = Table(
     "resources",
     metadata,
-    Column("key", Integer, primary_key=True),
-    Column("resources_id", Text, nullable=False, unique=True),
+    Column("key", _Key, primary_key=True),
+    Column("resources_id", _Text, nullable=False, unique=True),
     Column("create_time", Double, nullable=False),
     Column("update_time", Double, nullable=False),
     Column("version", Integer, nullable=False),
-    Column("resources", Text, nullable=False),
+    Column("resources", _Text, nullable=False),
 )
 
 workers = Table(
     "workers",
     metadata,
-    Column("key", Integer, primary_key=True),
-    Column("worker_id", Text, nullable=False, unique=True),
-    Column("status", Text, nullable=False),
-    Column("heartbeat_stats", Text),
+    Column("key", _Key, primary_key=True),
+    Column("worker_id", _Text, nullable=False, unique=True),
+    Column("status", _Text, nullable=False),
+    Column("heartbeat_stats", _Text),
     Column("last_heartbeat_time", Double),
     Column("last_dequeue_time", Double),
     Column("last_busy_time", Double),
     Column("last_idle_time", Double),
-    Column("current_rollout_id", Text),
-    Column("current_attempt_id", Text),
+    Column("current_rollout_id", _Text),
+    Column("current_attempt_id", _Text),
 )
 
 
-def _index_where_set(name: str, *columns: str) -> None:
-    first = generations.c[columns[0]]
-    Index(f"generations_by_{name}", *(generations.c[column] for column in columns), sqlite_where=first.is_not(None))
+def _index(name: str, *columns: Column[Any], where: ColumnElement[bool] | None = None, unique: bool = False) -> None:
+    Index(name, *columns, unique=unique, sqlite_where=where, postgresql_where=where)
 
 
-_index_where_set("rollout", "rollout_key", "finished_at")
-_index_where_set("session", "session_key", "finished_at")
-_index_where_set("call", "call_id")
-_index_where_set("response", "response_id")
+def _index_where_set(table: Table, name: str, *columns: str) -> None:
+    found = [table.c[column] for column in columns]
+    _index(f"{table.name}_{name}", *found, where=found[0].is_not(None))
+
+
+_index_where_set(generations, "by_rollout", "rollout_key", "finished_at")
+_index_where_set(generations, "by_session", "session_key", "finished_at")
+_index_where_set(generations, "by_call", "call_id")
+_index_where_set(generations, "by_response", "response_id")
 # By what the rows are read in the order of; the rest is looked at here, without going to rows that hold long blobs.
 _BY_TIME = ("finished_at", "key", "status", "model_key", "rollout_key", "attempt_key")
-Index("generations_by_time", *(generations.c[column] for column in _BY_TIME))
+_index("generations_by_time", *(generations.c[column] for column in _BY_TIME))
 
-_queued = rollouts.c.queued_at.is_not(None)
-Index("rollouts_queued", rollouts.c.queued_at, rollouts.c.key, sqlite_where=_queued)
-Index("rollouts_by_status", rollouts.c.status)
-_under_way = attempts.c.deadline.is_not(None)
-Index("attempts_by_deadline", attempts.c.deadline, sqlite_where=_under_way)
-_of_rollout = spans.c.rollout_id.is_not(None)
-Index(
-    "spans_of_rollout", spans.c.rollout_id, spans.c.attempt_id, spans.c.span_id, unique=True, sqlite_where=_of_rollout
-)
-Index("spans_of_none", spans.c.trace_id, spans.c.span_id, unique=True, sqlite_where=spans.c.rollout_id.is_(None))
-Index("spans_of_trace", spans.c.trace_id)
-Index("resources_by_time", resources.c.update_time)
+_index_where_set(rollouts, "queued", "queued_at", "key")
+_index("rollouts_by_status", rollouts.c.status)
+_index_where_set(attempts, "by_deadline", "deadline")
+_OF_ROLLOUT = (spans.c.rollout_id, spans.c.attempt_id, spans.c.span_id)
+_index("spans_of_rollout", *_OF_ROLLOUT, where=spans.c.rollout_id.is_not(None), unique=True)
+_index("spans_of_none", spans.c.trace_id, spans.c.span_id, where=spans.c.rollout_id.is_(None), unique=True)
+_index("spans_of_trace", spans.c.trace_id)
+_index_where_set(spans, "of_response", "response_id")
+_index("resources_by_time", resources.c.update_time)

@@ -19,7 +19,7 @@ def note(connection: Connection, worker_id: str, **columns: Any) -> None:
     known = update(workers).where(workers.c.worker_id == worker_id).values(**columns)
     if columns and connection.execute(known).rowcount:
         return
-    connection.execute(insert_if_new(connection, workers).values(worker_id=worker_id, status="unknown"))
+    insert_if_new(connection, workers, worker_id=worker_id, status="unknown")
     if columns:
         connection.execute(known)
 

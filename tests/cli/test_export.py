@@ -26,7 +26,8 @@ import pyarrow.parquet
 import pytest
 
 from agentlightning.generation import Choice, Generation, RoutedExperts
-from agentlightning.store import open_store
+from agentlightning.store import open_database, open_store, spans
+from agentlightning.store.spans import NewSpan
 from tests.common.generations import START, generation
 from tests.common.vllm import SCRIPTS
 
@@ -199,6 +200,87 @@ def test_the_store_is_the_one_of_the_environment_if_none_is_given(store: Path) -
     assert exported("--rollout", "rollout-2", AGL_STORE=str(store)) == ROWS[20:]
 
 
+@pytest.fixture(scope="module")
+def rewarded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with two rollouts, the first of which has a reward for its last call."""
+    path = tmp_path_factory.mktemp("rewarded") / "store.db"
+    logprobs = array("f", [float("-inf"), -0.5])
+    choice = Choice(token_ids=array("i", [1, 2]), logprobs=logprobs, weight_versions=[("v1", 0, 2)])
+    kept = [generation(number, choices=[choice]) for number in (0, 1, 10)]
+    kept[1] = Generation(
+        request_id="1", rollout_id="rollout-0", attempt_id="b", finished_at=kept[1].finished_at, status="error"
+    )
+    with open_store(str(path)) as opened:
+        opened.add(kept)
+    reward = NewSpan(
+        rollout_id="rollout-0",
+        attempt_id="b",
+        sequence_id=None,
+        trace_id="t",
+        span_id="s",
+        parent_id=None,
+        name="agentlightning.annotation",
+        start_time=None,
+        end_time=None,
+        response_id=None,
+        reward=0.5,
+        body=b'{"attributes": {}}',
+    )
+    database = open_database(str(path))
+    database.write(lambda connection: spans.add(connection, [reward]))
+    database.close()
+    return path
+
+
+def triplets(path: Path, *arguments: str) -> list[dict[str, Any]]:
+    """What is to be written of them."""
+    with open_store(str(path)) as opened:
+        return [each.as_dict() for each in opened.triplets(*arguments)]
+
+
+def test_jsonl_has_a_line_for_each_triplet_with_its_fields(rewarded: Path) -> None:
+    found = exported("--store", rewarded, "--what", "triplets")
+
+    expected = triplets(rewarded)
+    for each in (expected[0], expected[2]):
+        each["logprobs"] = [None, -0.5]
+        assert each["weight_versions"] == [{"version": "v1", "start": 0, "end": 2}]
+    assert found == expected
+    assert [(each["rollout_id"], each["reward"]) for each in found] == [
+        ("rollout-0", None),
+        ("rollout-0", 0.5),
+        ("rollout-1", None),
+    ]
+
+
+def test_parquet_has_a_row_for_each_triplet_with_its_fields_and_ids_as_int32(rewarded: Path, tmp_path: Path) -> None:
+    file = tmp_path / "triplets.parquet"
+    result = run("--store", rewarded, "--what", "triplets", "--format", "parquet", "-o", file)
+
+    assert (result.returncode, result.stdout, result.stderr) == (0, b"", b"")
+    table = pyarrow.parquet.read_table(file)
+    assert table.to_pylist() == triplets(rewarded)
+    types = {name: str(table.schema.field(name).type) for name in table.column_names}
+    ids = "list<element: int32>"
+    assert types == {
+        **dict.fromkeys(types, "string"),
+        "index": "int32",
+        "prompt_token_ids": ids,
+        "response_token_ids": ids,
+        "logprobs": "list<element: float>",
+        "reward": "double",
+        "weight_versions": "list<element: struct<version: string, start: int32, end: int32>>",
+    }
+
+
+@pytest.mark.parametrize("chosen", [("rollout-0",), ("rollout-0", "b"), ("rollout-1",), ("rollout-1", "b"), ("none",)])
+def test_triplets_are_chosen_by_rollout_and_attempt(rewarded: Path, chosen: tuple[str, ...]) -> None:
+    options = [each for option in zip(("--rollout", "--attempt"), chosen, strict=False) for each in option]
+
+    found = exported("--store", rewarded, "--what", "triplets", *options)
+    assert [each["generation_id"] for each in found] == [each["generation_id"] for each in triplets(rewarded, *chosen)]
+
+
 def test_logprobs_that_json_has_no_number_for_are_null_there(tmp_path: Path) -> None:
     path = tmp_path / "generations.db"
     choice = Choice(token_ids=array("i", [1, 2]), logprobs=array("f", [float("-inf"), -0.5]))
@@ -363,6 +445,11 @@ def test_a_folder_that_is_not_there_is_named(store: Path) -> None:
         (("--store", "a.db", "--format", "csv"), "csv"),
         (("--store", "a.db", "--since", "yesterday"), "'yesterday' is no moment, such as 2026-11-24T10:30"),
         (("--store", "a.db", "--status", "asleep"), "asleep"),
+        (("--store", "a.db", "--what", "spans"), "spans"),
+        (
+            ("--store", "a.db", "--what", "triplets", "--session", "s", "--since", "2026-11-24"),
+            "triplets are chosen by --rollout and --attempt alone, not by --session, --since",
+        ),
     ],
 )
 def test_options_that_make_no_sense_end_it_with_status_2(options: tuple[str, ...], reason: str) -> None:
@@ -379,5 +466,7 @@ def test_help_tells_the_options(option: str) -> None:
     assert (result.returncode, result.stderr) == (0, b"")
     said = result.stdout.decode()
     assert said.startswith("usage: agl export ")
-    assert all(name in said for name in ("--store", "--format", "--rollout", "--attempt", "--since", "AGL_STORE"))
+    assert all(
+        name in said for name in ("--store", "--what", "--format", "--rollout", "--attempt", "--since", "AGL_STORE")
+    )
     assert "secret" not in said

@@ -6,10 +6,58 @@ import uuid
 from array import array
 from typing import Any
 
-from agentlightning.generation import Choice, Generation, new_id
+from agentlightning.generation import Choice, Generation, RoutedExperts, new_id
 
 SECOND = 1_000_000_000
 START = 1_790_000_000 * SECOND
+
+HOSTILE = {
+    "long": "x" * 10_000,
+    "a path": "../../etc/passwd",
+    "an absolute path": "/etc/passwd",
+    "quotes": "'; DROP TABLE generations; --\"",
+    "a NUL": "a\0b",
+    "a NUL alone": "\0",
+    "any Unicode": "größe 北京 \N{GRINNING FACE} e\N{COMBINING ACUTE ACCENT}\u2028\x85",
+    "a pattern": "%_*?[a-z]",
+    "blanks": " ",
+    "nothing": "",
+}
+
+FULL = Generation(
+    call_id=new_id(),
+    request_id="chatcmpl-1-abcdef01",
+    response_id="chatcmpl-1",
+    endpoint="/v1/chat/completions",
+    model="a model/größe",
+    rollout_id="rollout",
+    attempt_id="attempt",
+    session_id="session",
+    trace_id="0af7651916cd43dd8448eb211c80319c",
+    started_at=START,
+    first_token_at=START + 1,
+    finished_at=START + 2,
+    status="aborted",
+    prompt_token_ids=array("i", [0, 1, 2**31 - 1, -1]),
+    prompt_text="what went in: \N{GRINNING FACE}\0",
+    sampling_params='{"n": 3, "stop": ["\\ud800"]}',
+    logprobs_mode="raw_logprobs",
+    cached_tokens=3,
+    choices=[
+        Choice(
+            token_ids=array("i", [7, 8]),
+            logprobs=array("f", [-0.1, float("-inf")]),
+            text="what came out",
+            finish_reason="stop",
+            stop_reason="7",
+            weight_versions=[("v1", 0, 1), ("v2", 1, 2)],
+            routed_experts=RoutedExperts((2, 3, 2), array("h", range(12))),
+        ),
+        Choice(index=1, token_ids=array("i"), finish_reason="abort", stop_reason=7, weight_versions=[]),
+        Choice(index=2),
+    ],
+)
+EMPTY = Generation(request_id="", finished_at=0, status="error")
 
 
 def generation(number: int, prompt: int = 12, output: int = 5, **fields: Any) -> Generation:

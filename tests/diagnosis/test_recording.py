@@ -137,7 +137,7 @@ def test_a_file_that_is_none_of_ours_is_a_problem(pristine: Environment, path: P
 
     assert answer.status == 1
     assert f"problem store {path} is no SQLite file, or a broken one" in answer.text
-    assert "-> give the path that AGL_STORE has where the server runs" in answer.text
+    assert "-> give what AGL_STORE has where the server runs" in answer.text
 
 
 def test_no_password_is_shown(pristine: Environment) -> None:

@@ -58,6 +58,8 @@ def test_nonsense_is_a_problem(environment: Environment, variable: str) -> None:
     [
         ("AGL_STORE", " /data/Runs.db ", "ok AGL_STORE /data/Runs.db"),
         ("AGL_STORE", "none", "ok AGL_STORE none"),
+        ("AGL_STORE", "postgresql://me:s3cret@host/runs", "ok AGL_STORE postgresql://***@host/runs"),
+        ("AGL_STORE", "https://agl:s3cret@host:4747", "ok AGL_STORE https://***@host:4747"),
         ("AGL_STORE_KEY", "s3cret://Key", "ok AGL_STORE_KEY set"),
         ("AGL_LOGPROBS", "On", "ok AGL_LOGPROBS on"),
         ("AGL_RECORD_TEXT", "OFF", "ok AGL_RECORD_TEXT off"),
@@ -69,6 +71,7 @@ def test_what_is_recorded(environment: Environment, variable: str, value: str, s
 
     assert said.status == 0, said.stdout
     assert said_of_it in said.text
+    assert "s3cret" not in said.stdout
 
 
 @pytest.mark.parametrize(
@@ -76,8 +79,8 @@ def test_what_is_recorded(environment: Environment, variable: str, value: str, s
     [
         (
             "AGL_STORE",
-            "postgresql://me:secret@host/runs",
-            "AGL_STORE='postgresql://***@host/runs' is neither the path of a file nor sqlite:///PATH; it counts as not",
+            "mysql://me:secret@host/runs",
+            "AGL_STORE='mysql://***@host/runs' is neither the path of a file nor sqlite:///PATH, postgresql://HOST/NAME",
         ),
         ("AGL_QUEUE_MB", "lots", "AGL_QUEUE_MB='lots' is no whole number from 1 to 9999999; it counts as '256'"),
     ],

@@ -25,11 +25,12 @@ def test_what_is_under_way_is_kept_though_clients_stay(
             until(lambda: len(load.begun) == AT_ONCE, "answers that have begun")
             server.process.send_signal(signal.SIGTERM)
             # vLLM waits for its clients, or kills the process that they wait for.
-            until(lambda: len(server.kept(rollout_id=rollout)) == AT_ONCE, "all of them")
+            until(lambda: len(server.kept(rollout_id=rollout)) >= AT_ONCE, "all of them")
         server.process.wait(60)
 
         kept = checked(server.kept(rollout_id=rollout), load.streams)
-        assert kept.keys() == {stream.number for stream in load.streams}
+        # A client that was told the end comes with its next request, which the server may not take any more.
+        assert kept.keys() >= {stream.number for stream in load.begun}
         # Where vLLM tells its clients that its engine is gone, an error, and where it does not, aborted.
         assert {each.status for each in kept.values()} <= {"aborted", "error"}
         assert losses(server) == 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -13,9 +13,10 @@ from tools.peer import peer
 
 
 @pytest.fixture(scope="session")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreServer]:
+def store(tmp_path_factory: pytest.TempPathFactory, new_store: Callable[[Path], str]) -> Iterator[StoreServer]:
     """`agl store`, without a key. Tests share it: each has rollouts of its own."""
-    with StoreServer(tmp_path_factory.mktemp("store") / "shared.db") as server:
+    path = tmp_path_factory.mktemp("store") / "shared.db"
+    with StoreServer(path, store=new_store(path)) as server:
         yield server
 
 

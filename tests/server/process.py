@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,26 @@ class StoreServer:
     """Started on entering the context, stopped on leaving it; may be killed and started again in between.
 
     Args:
-        path: the file that it serves.
+        path: the file that it serves; beside it is its log.
+        store: what it serves in the place of that file.
+        env: environment variables of its own.
         arguments: of `agl store`, besides.
         key: what it is told to ask for, by the environment.
     """
 
-    def __init__(self, path: Path, *arguments: str, key: str | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *arguments: str,
+        key: str | None = None,
+        store: str | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
         self.path = path
+        self.store = store or str(path)
         self.key = key
         self._arguments = arguments
+        self._env = env or {}
         self._port = 0
         self.log = path.with_suffix(".log")
 
@@ -52,8 +64,8 @@ class StoreServer:
 
     def start(self) -> None:
         """Start it, on the port that it had, and wait until it answers."""
-        command = [*AGL_STORE, f"--port={self._port}", f"--store={self.path}", *self._arguments]
-        env = {**without_agl(os.environ), "PYTHONPATH": str(CHECKOUT)}
+        command = [*AGL_STORE, f"--port={self._port}", f"--store={self.store}", *self._arguments]
+        env = {**without_agl(os.environ), "PYTHONPATH": str(CHECKOUT), **self._env}
         if self.key is not None:
             env["AGL_STORE_KEY"] = self.key
         with self.log.open("ab") as log:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -108,11 +109,14 @@ class Script:
 
 
 @pytest.fixture(scope="module")
-def found(lightning: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[str, Any]]]:
+def found(
+    lightning: Path, tmp_path_factory: pytest.TempPathFactory, new_store: Callable[[Path], str]
+) -> dict[str, dict[str, dict[str, Any]]]:
     """What its client has found in its own store, `theirs`, and in `ours`, which was as empty."""
     folder = tmp_path_factory.mktemp("interface")
+    path = folder / "store.db"
     with (
-        StoreServer(folder / "store.db") as server,
+        StoreServer(path, store=new_store(path)) as server,
         Script(lightning, folder / "script.log", "interface.py", server.url) as script,
     ):
         return script.outcome()

@@ -1,4 +1,4 @@
-"""SIGKILL of `agl store` under load: what was answered is there, once, and what nobody works on is run again."""
+"""SIGKILL of `agl store`, and of its PostgreSQL, under load: what was answered is there, once, and nothing is stuck."""
 
 from __future__ import annotations
 
@@ -8,17 +8,22 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import count
+from itertools import count, cycle
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from tests.common.postgresql import PostgresServer
 from tests.server.process import StoreServer
 
 KILLS = 20
 RUNNERS = 8
 SPANS = 2
+
+
+class Away(Exception):
+    """The server says that it cannot do this now, or is gone: whether it has done it is not known."""
 
 
 class Load:
@@ -27,8 +32,8 @@ class Load:
     Whoever does not know whether something was done, for the server is gone, does it again where that is safe.
     """
 
-    def __init__(self, server: StoreServer) -> None:
-        self._server = server
+    def __init__(self, *servers: StoreServer) -> None:
+        self._servers = cycle(servers)
         self._enqueuing, self._running = threading.Event(), threading.Event()
         self._span_ids = count()
         self.enqueued: dict[str, int] = {}
@@ -39,7 +44,8 @@ class Load:
 
     def __enter__(self) -> Load:
         self._pool = ThreadPoolExecutor(RUNNERS + 1)
-        self._done = [self._pool.submit(self._enqueue), *(self._pool.submit(self._run) for _ in range(RUNNERS))]
+        work = (self._enqueue, *(self._run,) * RUNNERS)
+        self._done = [self._pool.submit(each, server) for each, server in zip(work, self._servers, strict=False)]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -60,27 +66,27 @@ class Load:
                     each.result()
             time.sleep(0.005)
 
-    def _enqueue(self) -> None:
-        with self._server.client() as client:
+    def _enqueue(self, server: StoreServer) -> None:
+        with server.client() as client:
             while not self._enqueuing.is_set():
                 numbers = range(self.tried, self.tried + 3)
                 self.tried += 3
                 try:
                     made = posted(client, "/queues/rollouts/enqueue", {"rollouts": [{"input": n} for n in numbers]})
-                except httpx.TransportError:
+                except Away:
                     # Whether they are there is not known: they are not enqueued again.
                     time.sleep(0.02)
                     continue
                 self.enqueued |= {each["rollout_id"]: each["input"] for each in made}
                 time.sleep(0.005)
 
-    def _run(self) -> None:
-        with self._server.client() as client:
+    def _run(self, server: StoreServer) -> None:
+        with server.client() as client:
             while True:
                 last = self._running.is_set()
                 try:
                     taken = posted(client, "/queues/rollouts/dequeue", {"limit": 1})
-                except httpx.TransportError:
+                except Away:
                     time.sleep(0.02)
                     continue
                 if not taken and last:
@@ -102,7 +108,12 @@ class Load:
 
 
 def posted(client: httpx.Client, path: str, body: Any) -> Any:
-    response = client.post(f"/v1/agl{path}", json=body)
+    try:
+        response = client.post(f"/v1/agl{path}", json=body)
+    except httpx.TransportError as error:
+        raise Away from error
+    if response.status_code == 503:
+        raise Away(response.text)
     assert response.is_success, response.text
     return response.json()
 
@@ -112,7 +123,7 @@ def until_answered(ask: Callable[[], object]) -> None:
         try:
             ask()
             return
-        except httpx.TransportError:
+        except Away:
             time.sleep(0.02)
 
 
@@ -141,38 +152,74 @@ def all_rollouts(client: httpx.Client) -> Iterator[Any]:
     yield from client.get("/v1/agl/rollouts").raise_for_status().json()["items"]
 
 
-def test_what_was_answered_is_there_once_and_nothing_is_stuck(tmp_path: Path) -> None:
+def test_agl_store_is_killed_and_what_was_answered_is_there_once(
+    tmp_path: Path, new_store: Callable[[Path], str]
+) -> None:
     moments = random.Random(8)
-    with StoreServer(tmp_path / "store.db") as server:
+    path = tmp_path / "store.db"
+    with StoreServer(path, store=new_store(path)) as server:
         with Load(server) as load:
             for _ in range(KILLS):
                 load.until_finished(10)
                 time.sleep(moments.uniform(0, 0.1))
                 server.kill()
                 server.start()
+        assert_all_there(server, load)
 
-        with server.client() as client:
-            kept = {each["rollout_id"]: each for each in all_rollouts(client)}
-            # Enqueued: all that were answered, and none twice.
-            assert {each: kept[each]["input"] for each in load.enqueued} == load.enqueued
-            inputs = Counter(each["input"] for each in kept.values())
-            assert set(inputs.values()) == {1}
-            assert inputs.keys() <= set(range(load.tried))
-            # Run: none by two runners, and each that was finished is.
-            assert len({rollout_id for rollout_id, _ in load.taken}) == len(load.taken)
-            for rollout_id, attempt_id in load.taken:
-                assert kept[rollout_id]["attempt"]["attempt_id"] == attempt_id
-                assert kept[rollout_id]["status"] == "succeeded"
-                found = posted(client, "/spans/search", {"rollout_id": rollout_id})["items"]
-                assert sorted(each["span_id"] for each in found) == sorted(load.spans[rollout_id])
-            # What was dequeued for somebody who did not get the answer is heard of by nobody: it is tried again.
-            lost = [each for each in kept.values() if each["status"] != "succeeded"]
-            assert {each["status"] for each in lost} <= {"preparing"}
-            assert len(lost) <= KILLS * RUNNERS
-            again = {"unresponsive_seconds": 0.001, "max_attempts": 2, "retry_condition": ["unresponsive"]}
-            for each in lost:
-                posted(client, f"/rollouts/{each['rollout_id']}", {"config": again})
-            taken = posted(client, "/queues/rollouts/dequeue", {"limit": 1000})
-            while len(taken) < len(lost):
-                taken += posted(client, "/queues/rollouts/dequeue", {"limit": 1000})
-            assert {each["rollout_id"] for each in taken} == {each["rollout_id"] for each in lost}
+
+def test_postgresql_is_killed_and_what_was_answered_is_there_once(tmp_path: Path, postgresql: PostgresServer) -> None:
+    moments = random.Random(9)
+    with StoreServer(tmp_path / "store.db", store=postgresql.new_database()) as server:
+        with Load(server) as load:
+            for _ in range(KILLS):
+                load.until_finished(10)
+                time.sleep(moments.uniform(0, 0.1))
+                postgresql.kill()
+                postgresql.start()
+        assert_all_there(server, load)
+
+
+def test_of_three_servers_one_is_killed_and_started_again(tmp_path: Path, postgresql: PostgresServer) -> None:
+    url = postgresql.new_database()
+    with (
+        StoreServer(tmp_path / "one.db", store=url) as one,
+        StoreServer(tmp_path / "two.db", store=url) as two,
+        StoreServer(tmp_path / "three.db", store=url) as three,
+    ):
+        with Load(one, two, three) as load:
+            load.until_finished(50)
+            two.kill()
+            # The others go on.
+            load.until_finished(50)
+            two.start()
+            load.until_finished(50)
+        assert_all_there(three, load)
+
+
+def assert_all_there(server: StoreServer, load: Load) -> None:
+    """What was answered is kept, once, and what nobody works on is run again."""
+    with server.client() as client:
+        kept = {each["rollout_id"]: each for each in all_rollouts(client)}
+        # Enqueued: all that were answered, and none twice.
+        assert {each: kept[each]["input"] for each in load.enqueued} == load.enqueued
+        inputs = Counter(each["input"] for each in kept.values())
+        assert set(inputs.values()) == {1}
+        assert inputs.keys() <= set(range(load.tried))
+        # Run: none by two runners, and each that was finished is.
+        assert len({rollout_id for rollout_id, _ in load.taken}) == len(load.taken)
+        for rollout_id, attempt_id in load.taken:
+            assert kept[rollout_id]["attempt"]["attempt_id"] == attempt_id
+            assert kept[rollout_id]["status"] == "succeeded"
+            found = posted(client, "/spans/search", {"rollout_id": rollout_id})["items"]
+            assert sorted(each["span_id"] for each in found) == sorted(load.spans[rollout_id])
+        # What was dequeued for somebody who did not get the answer is heard of by nobody: it is tried again.
+        lost = [each for each in kept.values() if each["status"] != "succeeded"]
+        assert {each["status"] for each in lost} <= {"preparing"}
+        assert len(lost) <= KILLS * RUNNERS
+        again = {"unresponsive_seconds": 0.001, "max_attempts": 2, "retry_condition": ["unresponsive"]}
+        for each in lost:
+            posted(client, f"/rollouts/{each['rollout_id']}", {"config": again})
+        taken = posted(client, "/queues/rollouts/dequeue", {"limit": 1000})
+        while len(taken) < len(lost):
+            taken += posted(client, "/queues/rollouts/dequeue", {"limit": 1000})
+        assert {each["rollout_id"] for each in taken} == {each["rollout_id"] for each in lost}

@@ -16,13 +16,14 @@ import pytest
 import tomllib
 
 from agentlightning.cli.store import PACKAGES
+from agentlightning.settings import without_secrets
 from tests.common.environments import CHECKOUT
 from tests.common.vllm import without_agl
 from tests.server.process import AGL_STORE, StoreServer
 
 
 def test_it_says_where_it_is_and_answers(store: StoreServer) -> None:
-    assert f"{store.path} is served at {store.url} and asks for no key" in store.log.read_text()
+    assert f"{without_secrets(store.store)} is served at {store.url} and asks for no key" in store.log.read_text()
     with store.client() as client:
         assert client.get("/healthz").json() == {"status": "ok"}
 

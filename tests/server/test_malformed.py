@@ -27,9 +27,10 @@ T = TypeVar("T")
 
 
 @pytest.fixture(scope="module")
-def careful(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreServer]:
+def careful(tmp_path_factory: pytest.TempPathFactory, new_store: Callable[[Path], str]) -> Iterator[StoreServer]:
     """A store that takes bodies of 8 MiB, and must log no traceback."""
-    with StoreServer(tmp_path_factory.mktemp("careful") / "store.db", "--max-body-mb=8") as server:
+    path = tmp_path_factory.mktemp("careful") / "store.db"
+    with StoreServer(path, "--max-body-mb=8", store=new_store(path)) as server:
         yield server
         assert "Traceback" not in server.log.read_text()
 

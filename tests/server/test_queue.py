@@ -1,11 +1,12 @@
-"""The queue of two `agl store` on one file: who gets what, in which order, and what becomes of what is not finished."""
+"""The queue of two `agl store` on one database: who gets what, in which order, and what becomes of the rest."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -21,9 +22,12 @@ Clients = tuple[httpx.Client, httpx.Client]
 
 
 @pytest.fixture(scope="module")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[StoreServer, StoreServer]]:
+def servers(
+    tmp_path_factory: pytest.TempPathFactory, new_store: Callable[[Path], str]
+) -> Iterator[tuple[StoreServer, StoreServer]]:
     path = tmp_path_factory.mktemp("queue") / "store.db"
-    with StoreServer(path) as one, StoreServer(path) as other:
+    url = new_store(path)
+    with StoreServer(path, store=url) as one, StoreServer(path.with_name("other.db"), store=url) as other:
         yield one, other
 
 

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 from collections.abc import Awaitable, Callable
 from contextlib import closing
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection
+from sqlalchemy import Connection, insert, select, update
 
 from agentlightning.server import transactions
 from agentlightning.server.transactions import Busy, Transactions
 from agentlightning.store import StoreUnavailable, open_database
-
-ADD = "INSERT INTO span_sequences (rollout_id, last) VALUES (?, 1)"
+from agentlightning.store.tables import span_sequences as table
+from tests.common.postgresql import PostgresServer
 
 
 def add(*names: str) -> Callable[[Connection], int]:
@@ -24,15 +24,19 @@ def add(*names: str) -> Callable[[Connection], int]:
 
     def work(connection: Connection) -> int:
         for name in names:
-            connection.exec_driver_sql(ADD, (name,))
+            connection.execute(insert(table).values(rollout_id=name, last=1))
         return len(names)
 
     return work
 
 
-def run(path: Path, script: Callable[[Transactions], Awaitable[Any]], patience: float = 5.0) -> Any:
+class NeverMindError(Exception):
+    """Ends a transaction that is not to be kept."""
+
+
+def run(url: str, script: Callable[[Transactions], Awaitable[Any]], patience: float = 5.0) -> Any:
     async def main() -> Any:
-        database = open_database(str(path), patience=patience)
+        database = open_database(url, patience=patience)
         running = Transactions(database)
         try:
             return await script(running)
@@ -43,17 +47,17 @@ def run(path: Path, script: Callable[[Transactions], Awaitable[Any]], patience: 
     return asyncio.run(main())
 
 
-def kept(path: Path) -> list[str]:
-    with closing(sqlite3.connect(path)) as connection:
-        return [name for (name,) in connection.execute("SELECT rollout_id FROM span_sequences ORDER BY 1")]
+def kept(url: str) -> list[str]:
+    with closing(open_database(url)) as database, database.reading() as connection:
+        return [*connection.execute(select(table.c.rollout_id).order_by(table.c.rollout_id)).scalars()]
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "store.db"
+def url(new_store: Callable[[Path], str], tmp_path: Path) -> str:
+    return new_store(tmp_path / "store.db")
 
 
-def test_a_write_that_raises_is_undone_alone(path: Path) -> None:
+def test_a_write_that_raises_is_undone_alone(url: str) -> None:
     def refuse(connection: Connection) -> None:
         add("undone")(connection)
         raise LookupError("not this one")
@@ -64,39 +68,42 @@ def test_a_write_that_raises_is_undone_alone(path: Path) -> None:
         writes += [running.write(add("also undone", "a")), running.write(add("c"))]
         return await asyncio.gather(*writes, return_exceptions=True)
 
-    first, refused, second, taken, third = run(path, script)
+    first, refused, second, taken, third = run(url, script)
     assert (first, second, third) == (1, 1, 1)
     assert isinstance(refused, LookupError)
     assert isinstance(taken, ValueError)
-    assert "UNIQUE" in str(taken)
-    assert kept(path) == ["a", "b", "c"]
+    assert "unique" in str(taken).lower()
+    assert kept(url) == ["a", "b", "c"]
 
 
-def test_what_cannot_be_written_now_is_told_to_all_and_not_kept(path: Path) -> None:
+def test_what_cannot_be_written_now_is_told_to_all_and_not_kept(url: str) -> None:
     async def script(running: Transactions) -> list[Any]:
-        with closing(sqlite3.connect(path)) as other:
-            other.execute("BEGIN IMMEDIATE")
+        with closing(open_database(url)) as database, database.writing() as other:
+            add("a", "b")(other)
             writes = [running.write(add(name)) for name in "ab"]
-            return await asyncio.gather(*writes, return_exceptions=True)
+            refused = await asyncio.gather(*writes, return_exceptions=True)
+            raise NeverMindError(refused)
 
-    refused = run(path, script, patience=0.05)
+    with pytest.raises(NeverMindError) as told:
+        run(url, script, patience=0.05)
+    [refused] = told.value.args
     assert [type(each) for each in refused] == [StoreUnavailable, StoreUnavailable]
-    assert "locked" in str(refused[0])
-    assert kept(path) == []
+    assert "lock" in str(refused[0])
+    assert kept(url) == []
 
 
-def test_who_writes_when_too_many_wait_is_told_to_come_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_writes_when_too_many_wait_is_told_to_come_again(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transactions, "WRITES_WAITING", 3)
 
     async def script(running: Transactions) -> list[Any]:
         writes = [running.write(add(name)) for name in "abcde"]
         return await asyncio.gather(*writes, return_exceptions=True)
 
-    assert [each if isinstance(each, int) else type(each) for each in run(path, script)] == [1, 1, 1, Busy, Busy]
-    assert kept(path) == ["a", "b", "c"]
+    assert [each if isinstance(each, int) else type(each) for each in run(url, script)] == [1, 1, 1, Busy, Busy]
+    assert kept(url) == ["a", "b", "c"]
 
 
-def test_what_waits_is_committed_before_the_end(path: Path) -> None:
+def test_what_waits_is_committed_before_the_end(url: str) -> None:
     async def script(running: Transactions) -> None:
         for number in range(1_000):
             # Nobody waits for the answer.
@@ -104,5 +111,38 @@ def test_what_waits_is_committed_before_the_end(path: Path) -> None:
             task.add_done_callback(lambda done: done.exception())
         await asyncio.sleep(0)
 
-    run(path, script)
-    assert len(kept(path)) == 1_000
+    run(url, script)
+    assert len(kept(url)) == 1_000
+
+
+def test_what_two_servers_do_in_opposite_orders_is_done_by_both(postgresql: PostgresServer) -> None:
+    """Each holds what the other waits for, until PostgreSQL sends one of them away."""
+    url = postgresql.new_database()
+    both = Barrier(2)
+
+    def rise(first: str, then: str) -> Callable[[Connection], None]:
+        meets = [True]
+
+        def work(connection: Connection) -> None:
+            _rise(connection, first)
+            if meets:
+                meets.clear()
+                both.wait(60)
+            _rise(connection, then)
+
+        return work
+
+    async def script(one: Transactions) -> None:
+        await one.write(add("a", "b"))
+        with closing(open_database(url)) as database:
+            other = Transactions(database)
+            await asyncio.gather(one.write(rise("a", "b")), other.write(rise("b", "a")))
+            await other.close()
+
+    run(url, script, patience=60)
+    with closing(open_database(url)) as database, database.reading() as connection:
+        assert [*connection.execute(select(table.c.last)).scalars()] == [3, 3]
+
+
+def _rise(connection: Connection, name: str) -> None:
+    connection.execute(update(table).where(table.c.rollout_id == name).values(last=table.c.last + 1))

@@ -21,6 +21,7 @@ COUNTED = {
     "total_spans": tables.spans,
     "total_resources": tables.resources,
     "total_workers": tables.workers,
+    "total_generations": tables.generations,
 }
 
 root = router("about", prefix="")

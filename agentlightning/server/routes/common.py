@@ -85,6 +85,7 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
         404: "There is none of this id.",
         413: "The body is too large.",
         415: "The body is of a kind, or packed in a way, that is not known.",
+        429: "More waits for the disk than the server holds; try again after the seconds in Retry-After.",
         422: "Something in the request is not as it has to be.",
         503: "The store cannot be used now; try again after the seconds in Retry-After.",
     }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from types import SimpleNamespace
+from typing import Annotated, Any
 
+import msgspec
 from fastapi import Query, Request, Response
 from sqlalchemy import ColumnElement, Connection, false, select
 
@@ -11,13 +13,18 @@ from agentlightning.server import models
 from agentlightning.server.answers import Json, encode, page, span
 from agentlightning.server.errors import sentence
 from agentlightning.server.routes.common import Database, errors, router
-from agentlightning.store import rollouts, spans
+from agentlightning.store import attributes, rollouts, spans, triplets
 from agentlightning.store.pages import contains, matching
+from agentlightning.store.rows import text_of
 from agentlightning.store.tables import spans as table
+from agentlightning.triplet import Triplet
 
 __all__ = ["routes"]
 
 SEARCHED = ("trace_id", "span_id", "parent_id", "name")
+LOGPROBS = "logprobs.content"
+
+parts = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 routes = router("spans")
 
@@ -46,6 +53,8 @@ async def add_span(request: Request, database: Database) -> Response:
         name=checked.name,
         start_time=checked.start_time,
         end_time=checked.end_time,
+        response_id=attributes.response_id(checked.attributes),
+        reward=attributes.reward(checked.name, checked.attributes),
         body=encode(body),
     )
 
@@ -101,5 +110,29 @@ async def _page(asked: models.QuerySpans, database: Database) -> Response:
                 may.append(contains(table.c[name], part))
         return matching([*must, matching(may, asked.filter_logic)], "and")
 
-    query = select(table.c.key, table.c.rollout_id, table.c.attempt_id, table.c.sequence_id, table.c.body)
-    return await page(database, asked, where, query, table.c.key, span)
+    query = select(
+        table.c.key, table.c.rollout_id, table.c.attempt_id, table.c.sequence_id, table.c.response_id, table.c.body
+    )
+    return await page(database, asked, where, query, table.c.key, span, _with_captured_ids)
+
+
+def _with_captured_ids(connection: Connection, rows: list[Any]) -> list[Any]:
+    """Spans that name an answer that is known get its ids, where they have come without."""
+    named = {text_of(row.response_id) for row in rows if row.response_id is not None}
+    captured = triplets.of_responses(connection, named) if named else {}
+    return [_with_ids(row, captured.get(text_of(row.response_id))) for row in rows] if captured else rows
+
+
+def _with_ids(row: Any, captured: Triplet | None) -> Any:
+    if captured is None:
+        return row
+    body = parts(row.body)
+    known = parts(body["attributes"])
+    # As the tracer of 0.3 writes them, and its adapters read them.
+    new: dict[str, Any] = {}
+    for name in ("prompt_token_ids", "response_token_ids"):
+        if name not in known and (ids := getattr(captured, name)) is not None:
+            new[name] = ids.tolist()
+    if LOGPROBS not in known and captured.logprobs is not None:
+        new[LOGPROBS] = encode([{"logprob": each} for each in captured.logprobs.tolist()]).decode()
+    return SimpleNamespace(**{**row._mapping, "body": encode({**body, "attributes": {**known, **new}})})

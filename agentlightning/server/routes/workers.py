@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Annotated, Any
 
 from fastapi import Body, Query, Response
@@ -12,6 +11,7 @@ from agentlightning.server import models
 from agentlightning.server.answers import Json, encode, page, worker
 from agentlightning.server.routes.common import Database, errors, router
 from agentlightning.store import workers
+from agentlightning.store.database import now
 from agentlightning.store.pages import contains, matching
 from agentlightning.store.tables import workers as table
 
@@ -44,12 +44,12 @@ async def update_worker(
     worker_id: models.Id, database: Database, body: Annotated[models.ChangeWorker | None, Body()] = None
 ) -> Response:
     """Note a worker's sign of life, with what it says of itself."""
-    changes: dict[str, Any] = {"last_heartbeat_time": time.time()}
+    changes: dict[str, Any] = {}
     if body is not None and body.heartbeat_stats is not None:
         changes["heartbeat_stats"] = encode(body.heartbeat_stats).decode()
 
     def work(connection: Connection) -> Any:
-        workers.note(connection, worker_id, **changes)
+        workers.note(connection, worker_id, last_heartbeat_time=now(connection), **changes)
         return _find(connection, worker_id)
 
     return Json(worker(await database.write(work)))

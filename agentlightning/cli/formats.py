@@ -1,0 +1,134 @@
+"""Generations and triplets in files that others open: JSONL and Parquet."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import IO, Any
+
+from agentlightning.generation import Generation
+from agentlightning.triplet import VERSION, Triplet
+
+__all__ = ["GENERATIONS", "TRIPLETS", "Kind", "Stopped", "write_jsonl", "write_parquet"]
+
+ROWS_AT_ONCE = 16
+ROW_GROUP_BYTES = 16 << 20
+
+
+class Stopped(Exception):
+    """Nothing more can be done; the message is one sentence that says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of record.
+
+    Attributes:
+        row: what is written of one: of one shape, whatever is in it, since readers take the first for all.
+        schema: the Parquet file's, of a row's fields in their order; made with the module `pyarrow`.
+    """
+
+    row: Callable[[Any], dict[str, Any]]
+    schema: Callable[[Any], Any]
+
+
+def write_jsonl(file: IO[bytes], records: Iterator[Any], kind: Kind) -> None:
+    """Write a line for each record."""
+    for record in records:
+        row = kind.row(record)
+        try:
+            line = json.dumps(row, allow_nan=False)
+        except ValueError:
+            # JSON has no infinity.
+            line = json.dumps(_finite(row))
+        file.write(f"{line}\n".encode())
+
+
+def write_parquet(file: IO[bytes], records: Iterator[Any], kind: Kind) -> None:
+    """Write a row for each record.
+
+    Raises:
+        Stopped: pyarrow is missing.
+    """
+    try:
+        import pyarrow
+        from pyarrow.parquet import ParquetWriter
+    except ImportError as error:
+        raise Stopped(f"Parquet needs pyarrow: {sys.executable} -m pip install pyarrow") from error
+    schema = kind.schema(pyarrow)
+    with ParquetWriter(file, schema, compression="zstd") as writer:
+        group: list[Any] = []
+        while rows := [kind.row(record) for record in islice(records, ROWS_AT_ONCE)]:
+            group.append(pyarrow.RecordBatch.from_pylist(rows, schema))
+            if sum(batch.nbytes for batch in group) >= ROW_GROUP_BYTES:
+                writer.write_table(pyarrow.Table.from_batches(group))
+                group = []
+        writer.write_table(pyarrow.Table.from_batches(group, schema))
+
+
+def _finite(value: Any) -> Any:
+    """It, with null in the place of infinity."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, list) else value
+
+
+def _generation_row(generation: Generation) -> dict[str, Any]:
+    row = generation.as_dict()
+    for choice in row["choices"]:
+        if choice["stop_reason"] is not None:
+            choice["stop_reason"] = str(choice["stop_reason"])
+        if choice["weight_versions"] is not None:
+            choice["weight_versions"] = [dict(zip(VERSION, span, strict=True)) for span in choice["weight_versions"]]
+    return row
+
+
+def _generation_schema(pyarrow: Any) -> Any:
+    text, int32, int64 = pyarrow.string(), pyarrow.int32(), pyarrow.int64()
+    ids = pyarrow.list_(int32)
+    choice = pyarrow.struct(
+        {
+            "index": int32,
+            "token_ids": ids,
+            "logprobs": pyarrow.list_(pyarrow.float32()),
+            "text": text,
+            "finish_reason": text,
+            "stop_reason": text,
+            "weight_versions": _versions(pyarrow),
+            "routed_experts": pyarrow.list_(pyarrow.list_(pyarrow.list_(pyarrow.int16()))),
+        }
+    )
+    others = {
+        **dict.fromkeys(("started_at", "first_token_at", "finished_at"), int64),
+        "prompt_token_ids": ids,
+        "cached_tokens": int32,
+        "choices": pyarrow.list_(choice),
+    }
+    return pyarrow.schema({name: others.get(name, text) for name in Generation.__slots__})
+
+
+def _triplet_schema(pyarrow: Any) -> Any:
+    ids = pyarrow.list_(pyarrow.int32())
+    others = {
+        "index": pyarrow.int32(),
+        "prompt_token_ids": ids,
+        "response_token_ids": ids,
+        "logprobs": pyarrow.list_(pyarrow.float32()),
+        "reward": pyarrow.float64(),
+        "weight_versions": _versions(pyarrow),
+    }
+    return pyarrow.schema({name: others.get(name, pyarrow.string()) for name in Triplet.__slots__})
+
+
+def _versions(pyarrow: Any) -> Any:
+    return pyarrow.list_(pyarrow.struct(dict(zip(VERSION, (pyarrow.string(), *[pyarrow.int32()] * 2), strict=True))))
+
+
+GENERATIONS = Kind(_generation_row, _generation_schema)
+TRIPLETS = Kind(Triplet.as_dict, _triplet_schema)

@@ -1,0 +1,272 @@
+"""Generations in an `agl store`, over HTTP, by means of the standard library, and of msgspec, which vLLM comes with."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, InvalidURL
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlencode, urlsplit
+
+import msgspec
+
+from agentlightning import settings
+from agentlightning.generation import Generation, Loss, Status
+from agentlightning.store import Filters, Store, StoreRefused, StoreUnavailable, wire
+from agentlightning.store.wire import MEDIA_TYPE, Refusal
+from agentlightning.triplet import Triplet
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["HttpStore"]
+
+ROUTES = "/v1/agl"
+LINES = "application/jsonl"
+SECONDS_TO_CONNECT = 3.0
+# What a server that has taken as much as it takes at once may need to write it to a slow disk.
+SECONDS_TO_ANSWER = 30.0
+# A proxy may ask for an hour.
+LONGEST_RETRY_AFTER = 60.0
+GENERATIONS_AT_ONCE = 64
+REFUSALS_SHOWN = 3
+
+
+class _Unsendable(ValueError):
+    """What is too much for one message, or cannot be in any."""
+
+
+class _Added(msgspec.Struct):
+    new: int
+    refused: list[Refusal]
+
+
+class HttpStore(Store):
+    """The generations of an `agl store`. Connections are kept alive: as many as threads have asked at once.
+
+    Args:
+        url: `http(s)://HOST:PORT`, with a path where a proxy has the store there; a user or password is the key, which
+            is `AGL_STORE_KEY` if there is none.
+
+    Raises:
+        StoreUnavailable: it cannot be reached, or used, now.
+        StoreRefused: no `agl store`, or one that asks for another key.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._shown = settings.without_secrets(url)
+        try:
+            parts = urlsplit(url)
+            self._host, self._port = parts.hostname or "", parts.port
+        except ValueError:
+            # Which would show the key.
+            raise self._no_url() from None
+        if not self._host or parts.query or parts.fragment or "@" in parts.path:
+            raise self._no_url()
+        self._tls = ssl.create_default_context() if parts.scheme == "https" else None
+        self._path = parts.path.rstrip("/") + ROUTES
+        self._authorization = _authorization(unquote(parts.password or parts.username or "") or settings.store_key())
+        self._idle: list[HTTPConnection] = []
+        try:
+            if self._read(self._ask("GET", "/health"), Any) != {"status": "ok"}:
+                raise StoreRefused(f"{self._shown} is no agl store")
+        except _Strange as error:
+            raise StoreRefused(f"{self._shown} is no agl store") from error
+
+    def add(self, generations: Sequence[Generation]) -> int:
+        """Keep them, but for those that no store can keep, whom the ValueError names: all others are kept."""
+        new, refused = self._send(generations)
+        if refused:
+            told = [f"{each.id[:100]}: {each.reason}" for each in refused[:REFUSALS_SHOWN]]
+            if len(refused) > REFUSALS_SHOWN:
+                told.append(f"and {len(refused) - REFUSALS_SHOWN} more")
+            raise ValueError("; ".join(told))
+        return new
+
+    def generations(self, **filters: Unpack[Filters]) -> Iterator[Generation]:
+        asked = [*_query(filters), ("limit", str(GENERATIONS_AT_ONCE))]
+        cursor: list[tuple[str, str]] = []
+        while True:
+            found = self._envelope(self._ask("GET", "/generations", [*asked, *cursor]))
+            yield from found.generations
+            if found.next is None:
+                return
+            cursor = [("cursor", found.next)]
+
+    def tally(self, **filters: Unpack[Filters]) -> dict[Status, int]:
+        return self._read(self._ask("GET", "/generations/tally", list(_query(filters))), dict[Status, int])
+
+    def add_losses(self, losses: Sequence[Loss]) -> None:
+        self._ask("POST", "/generations", body=wire.encode((), losses))
+
+    def losses(self) -> Iterator[Loss]:
+        yield from self._read(self._ask("GET", "/losses"), dict[str, list[Loss]])["items"]
+
+    def triplets(self, rollout_id: str | None = None, attempt_id: str | None = None) -> Iterator[Triplet]:
+        ids = {"rollout_id": rollout_id, "attempt_id": attempt_id}
+        # Not as parts of the path: an id may have a slash.
+        asked = [(name, value) for name, value in ids.items() if value is not None]
+        with self._asked("GET", "/triplets", asked, accept=LINES) as response:
+            for line in response:
+                yield Triplet.from_dict(self._read(line, dict[str, Any]))
+
+    def close(self) -> None:
+        while self._idle:
+            self._idle.pop().close()
+
+    def _send(self, generations: Sequence[Generation]) -> tuple[int, list[Refusal]]:
+        """How many were new, and which of them were refused."""
+        if not generations:
+            return 0, []
+        try:
+            return self._post(generations)
+        except _Unsendable as error:
+            if len(generations) == 1:
+                return 0, [Refusal(str(generations[0].id), str(error))]
+        middle = len(generations) // 2
+        (first, refused), (second, also) = self._send(generations[:middle]), self._send(generations[middle:])
+        return first + second, [*refused, *also]
+
+    def _post(self, generations: Sequence[Generation]) -> tuple[int, list[Refusal]]:
+        try:
+            body = wire.encode(generations)
+        except ValueError as error:
+            raise _Unsendable(str(error)) from error
+        answer = self._read(self._ask("POST", "/generations", body=body), _Added)
+        return answer.new, answer.refused
+
+    def _ask(self, method: str, route: str, query: Sequence[tuple[str, str]] = (), body: bytes | None = None) -> bytes:
+        """The body of the answer."""
+        with self._asked(method, route, query, body) as response:
+            return response.read()
+
+    @contextmanager
+    def _asked(
+        self,
+        method: str,
+        route: str,
+        query: Sequence[tuple[str, str]] = (),
+        body: bytes | None = None,
+        accept: str = f"{MEDIA_TYPE}, application/json",
+    ) -> Iterator[HTTPResponse]:
+        """Around the reading of an answer: one of success."""
+        target = self._path + route + ("?" + urlencode(query, errors="replace") if query else "")
+        headers = {"Accept": accept, "Content-Type": MEDIA_TYPE, **self._authorization}
+        try:
+            connection, response = self._answer(method, target, body, headers)
+            try:
+                if response.status not in (200, 201):
+                    raise self._meaning(response, response.read())
+                yield response
+            finally:
+                if response.isclosed() and not response.will_close:
+                    self._idle.append(connection)
+                else:
+                    # What is left of the answer would be taken for the beginning of the next one.
+                    connection.close()
+        except ssl.SSLCertVerificationError as error:
+            raise StoreRefused(f"{self._shown} has no certificate to be trusted: {error.verify_message}") from error
+        except (UnicodeError, InvalidURL):
+            raise self._no_url() from None
+        except (OSError, HTTPException) as error:
+            told = str(error)[:200] or type(error).__name__
+            raise StoreUnavailable(f"{self._shown} cannot be reached: {told}") from error
+
+    def _answer(self, *request: Any) -> tuple[HTTPConnection, HTTPResponse]:
+        """The head of the answer, and where the rest of it comes from."""
+        try:
+            return _begun(self._idle.pop(), *request)
+        except (IndexError, ConnectionError):
+            # There is none, or it was closed since it was used. Whatever is asked may be asked twice.
+            return _begun(self._connected(), *request)
+
+    def _connected(self) -> HTTPConnection:
+        if self._tls is None:
+            connection = HTTPConnection(self._host, self._port, timeout=SECONDS_TO_CONNECT)
+        else:
+            connection = HTTPSConnection(self._host, self._port, timeout=SECONDS_TO_CONNECT, context=self._tls)
+        connection.connect()
+        connection.sock.settimeout(SECONDS_TO_ANSWER)
+        return connection
+
+    def _meaning(self, response: HTTPResponse, answer: bytes) -> Exception:
+        """What an answer that is none of success means."""
+        status = response.status
+        said = _detail(answer) or f"{status} {response.reason}"
+        if status == 413:
+            return _Unsendable(said)
+        if status in (400, 422):
+            return ValueError(said)
+        if status in (408, 429) or status >= 500:
+            return StoreUnavailable(f"{self._shown} cannot be used now: {said}", _retry_after(response))
+        if status in (401, 403):
+            advice = "set AGL_STORE_KEY to its key, or put that into the URL: http://agl:KEY@HOST:PORT"
+            return StoreRefused(f"{self._shown} lets nobody in without the right key: {advice}")
+        if 300 <= status < 400:
+            place = settings.without_secrets(response.headers.get("Location", "another place"))
+            return StoreRefused(f"{self._shown} sends us to {place[:200]}: give the URL of the store itself")
+        advice = "give the URL of an agl store, and let both have the same version of agentlightning"
+        return StoreRefused(f"{self._shown} takes no generations of this version ({said}): {advice}")
+
+    def _read(self, answer: bytes, kind: Any) -> Any:
+        try:
+            return msgspec.json.decode(answer, type=kind)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise self._strange() from error
+
+    def _envelope(self, answer: bytes) -> wire.Envelope:
+        try:
+            return wire.decode(answer)
+        except ValueError as error:
+            raise self._strange() from error
+
+    def _strange(self) -> _Strange:
+        return _Strange(f"{self._shown} answers as no agl store does")
+
+    def _no_url(self) -> StoreRefused:
+        form = "http(s)://HOST:PORT, or http(s)://agl:KEY@HOST:PORT with %-escapes in the place of / ? # @ in the key"
+        return StoreRefused(f"{self._shown} is no URL of an agl store: that is {form}")
+
+
+class _Strange(StoreUnavailable):
+    """An answer of success by somebody else: a proxy, for one, while the store is away."""
+
+
+def _begun(connection: HTTPConnection, *request: Any) -> tuple[HTTPConnection, HTTPResponse]:
+    try:
+        # Who takes no body as large may have answered, and hung up, before its end.
+        with suppress(ConnectionError):
+            connection.request(*request)
+        return connection, connection.getresponse()
+    except BaseException:
+        connection.close()
+        raise
+
+
+def _authorization(key: str | None) -> Mapping[str, Any]:
+    if key is None:
+        return {}
+    if any(character < " " or character == "\x7f" for character in key):
+        raise StoreRefused("the key of the store has a line break or another control character in it")
+    return {"Authorization": b"Bearer " + key.encode("utf-8", "surrogateescape")}
+
+
+def _query(filters: Filters) -> Iterator[tuple[str, str]]:
+    for name, value in filters.items():
+        if name not in Filters.__annotations__:
+            raise KeyError(name)
+        yield ("without", name) if value is None else (name, str(value))
+
+
+def _detail(answer: bytes) -> str:
+    """The sentence of an error of `agl store`; empty where it is somebody else's."""
+    try:
+        return msgspec.json.decode(answer, type=dict[str, str])["detail"]
+    except (msgspec.MsgspecError, UnicodeDecodeError, KeyError):
+        return ""
+
+
+def _retry_after(response: HTTPResponse) -> float | None:
+    found = response.headers.get("Retry-After", "")
+    return min(float(found), LONGEST_RETRY_AFTER) if found.isascii() and found.isdecimal() else None

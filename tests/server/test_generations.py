@@ -1,0 +1,337 @@
+"""The routes about generations, as whoever has no client of ours uses them."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import threading
+import time
+from array import array
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import psutil
+import pytest
+import uvicorn
+
+from agentlightning.generation import Choice, Loss
+from agentlightning.server import app as application
+from agentlightning.store import StoreUnavailable, open_database, open_store, wire
+from tests.common.generations import EMPTY, FULL, SECOND, START, generation
+from tests.server.process import SECONDS, StoreServer
+
+ROUTE = "/v1/agl/generations"
+MESSAGE = {"Content-Type": wire.MEDIA_TYPE}
+MIB = 1 << 20
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[StoreServer]:
+    """A store of its own, which must log no traceback."""
+    with StoreServer(tmp_path / "store.db") as server:
+        yield server
+        assert "Traceback" not in server.log.read_text()
+
+
+@pytest.fixture
+def client(server: StoreServer) -> Iterator[httpx.Client]:
+    with server.client() as client:
+        yield client
+
+
+def post(client: httpx.Client, body: bytes, **headers: str) -> httpx.Response:
+    return client.post(ROUTE, content=body, headers={**MESSAGE, **headers})
+
+
+def test_what_is_new_is_counted_and_what_is_known_is_left_alone(client: httpx.Client) -> None:
+    first = post(client, wire.encode([FULL, EMPTY]))
+    again = post(client, wire.encode([FULL, generation(1)]))
+    known = post(client, wire.encode([FULL]))
+
+    assert (first.status_code, first.json()) == (201, {"new": 2, "refused": []})
+    assert (again.status_code, again.json()) == (201, {"new": 1, "refused": []})
+    assert (known.status_code, known.json()) == (200, {"new": 0, "refused": []})
+    assert post(client, wire.encode([])).json() == {"new": 0, "refused": []}
+    assert client.get("/v1/agl/statistics").json()["total_generations"] == 3
+
+
+def test_a_message_may_be_packed_with_gzip(client: httpx.Client) -> None:
+    answer = post(client, gzip.compress(wire.encode([FULL])), **{"Content-Encoding": "gzip"})
+
+    assert answer.json() == {"new": 1, "refused": []}
+    assert client.get(f"{ROUTE}/{FULL.id}").status_code == 200
+
+
+@pytest.mark.parametrize("content_type", [None, "application/json", "application/msgpack", "application/octet-stream"])
+def test_a_message_has_to_say_which_version_it_is(client: httpx.Client, content_type: str | None) -> None:
+    headers = {} if content_type is None else {"Content-Type": content_type}
+
+    answer = client.post(ROUTE, content=wire.encode([FULL]), headers=headers)
+
+    assert answer.status_code == 415
+    assert wire.MEDIA_TYPE in answer.json()["detail"]
+
+
+def test_what_is_no_message_is_refused_and_nothing_of_it_is_kept(client: httpx.Client) -> None:
+    body = wire.encode([FULL, EMPTY])
+    cut_off = [body[:end] for end in range(0, len(body), 7)]
+
+    for wrong in (*cut_off, b"<html>", b"\xc1", b"\x91" * 100_000, body + b"\0"):
+        answer = post(client, wrong)
+        assert answer.status_code == 400, wrong
+        assert answer.json()["detail"].startswith("the body cannot be read: ")
+
+    assert client.get(f"{ROUTE}/tally").json() == {"finished": 0, "aborted": 0, "error": 0}
+
+
+def test_more_than_a_request_may_have_are_refused(client: httpx.Client) -> None:
+    many = wire.encode([generation(number, prompt=1, output=1) for number in range(10_001)])
+
+    answer = post(client, many)
+
+    assert (answer.status_code, answer.json()) == (
+        413,
+        {"detail": "the body has more than 10000 generations and losses"},
+    )
+
+
+def test_those_that_cannot_be_kept_are_named_and_the_others_are_kept(client: httpx.Client) -> None:
+    kept = [generation(number) for number in range(250)]
+    twice = generation(250, choices=[Choice(), Choice()])
+    message = msgspec.msgpack.decode(wire.encode([generation(1, id="no-uuid"), twice, *kept, generation(251)]))
+    unreadable = message["generations"][-1]
+    unreadable[14] = b"1234567"
+
+    answer = post(client, msgspec.msgpack.encode(message))
+
+    assert answer.status_code == 201
+    assert answer.json()["new"] == 250
+    assert [each["id"] for each in answer.json()["refused"]] == [unreadable[0], "no-uuid", twice.id]
+    assert all(each["reason"] for each in answer.json()["refused"])
+    lines = client.get(ROUTE, headers={"Accept": "application/jsonl"}).text.splitlines()
+    assert [json.loads(line)["id"] for line in lines] == [each.id for each in kept]
+
+
+def test_a_generation_is_json_by_its_id(client: httpx.Client) -> None:
+    post(client, wire.encode([FULL]))
+
+    found = client.get(f"{ROUTE}/{FULL.id}").json()
+
+    wanted = FULL.as_dict()
+    wanted["choices"][0]["logprobs"][1] = None
+    wanted["choices"][0]["weight_versions"] = [["v1", 0, 1], ["v2", 1, 2]]
+    assert found["choices"][0]["logprobs"] == pytest.approx([-0.1, None])
+    found["choices"][0]["logprobs"] = wanted["choices"][0]["logprobs"]
+    assert found == wanted
+
+
+@pytest.mark.parametrize("generation_id", ["01a20c2a-865d-7b56-9503-9601311bea6e", "no-uuid", "%2E%2E"])
+def test_a_generation_that_is_not_there_is_told_so(client: httpx.Client, generation_id: str) -> None:
+    answer = client.get(f"{ROUTE}/{generation_id}")
+
+    assert answer.status_code == 404
+    assert answer.json()["detail"].startswith("there is no generation ")
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {},
+        {"rollout_id": "rollout-1"},
+        {"rollout_id": None},
+        {"rollout_id": None, "session_id": None, "model": "tiny-model"},
+        {"attempt_id": "attempt-2", "status": "aborted"},
+        {"since": START + 5 * SECOND, "until": START + 17 * SECOND},
+        {"response_id": "chatcmpl-00000000000000000000000000000005"},
+        {"model": "a\0b"},
+    ],
+)
+def test_filters_are_those_of_the_file(server: StoreServer, client: httpx.Client, filters: dict[str, Any]) -> None:
+    kept = [generation(number) for number in range(30)]
+    kept[7].rollout_id = kept[8].rollout_id = None
+    kept[8].session_id = "a session"
+    kept[9].model = "a\0b"
+    kept[21].status = "aborted"
+    post(client, wire.encode(kept))
+    without = [name for name, value in filters.items() if value is None]
+    asked = {name: value for name, value in filters.items() if value is not None} | {"without": without}
+
+    page = client.get(ROUTE, params=asked).json()
+    lines = client.get(ROUTE, params=asked, headers={"Accept": "application/x-ndjson"})
+    message = client.get(ROUTE, params=asked, headers={"Accept": wire.MEDIA_TYPE})
+    tally = client.get(f"{ROUTE}/tally", params=asked).json()
+
+    with open_store(str(server.path)) as file:
+        wanted = [*file.generations(**filters)]
+        assert tally == file.tally(**filters)
+    assert wanted
+    assert [each["id"] for each in page["items"]] == [each.id for each in wanted]
+    assert page["next"] is None
+    assert lines.headers["content-type"] == "application/x-ndjson"
+    assert [json.loads(line) for line in lines.text.splitlines()] == page["items"]
+    assert message.headers["content-type"] == wire.MEDIA_TYPE
+    assert wire.decode(message.content) == wire.Envelope(wanted, [], None)
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "rollout=1",
+        "status=asleep",
+        "since=yesterday",
+        f"until={2**63}",
+        "without=status",
+        "without=model&model=m",
+        "limit=0",
+        "limit=1001",
+        "cursor=1",
+        f"cursor={'f' * 32}",
+        f"cursor={'0' * 31}%0A",
+    ],
+)
+def test_what_cannot_be_asked_is_refused_and_does_not_let_everything_through(client: httpx.Client, query: str) -> None:
+    answer = client.get(f"{ROUTE}?{query}")
+
+    assert answer.status_code == 422
+    assert answer.json()["detail"].startswith("query")
+
+
+@pytest.mark.parametrize("accept", ["application/json", wire.MEDIA_TYPE])
+def test_pages_meet_each_once_while_others_write(client: httpx.Client, accept: str) -> None:
+    kept = [generation(1_000 + number) for number in range(100)]
+    for same in kept[30:50]:
+        same.finished_at = kept[30].finished_at
+    post(client, wire.encode(kept))
+    found: list[str] = []
+    asked: dict[str, Any] = {"limit": 7}
+    before, behind = iter(range(1_000)), iter(range(2_000, 3_000))
+
+    while True:
+        # One before all and one behind all, while it reads.
+        post(client, wire.encode([generation(next(before)), generation(next(behind))]))
+        answer = client.get(ROUTE, params=asked, headers={"Accept": accept})
+        if accept == wire.MEDIA_TYPE:
+            page = wire.decode(answer.content)
+            found += [each.id for each in page.generations]
+            cursor = page.next
+        else:
+            found += [each["id"] for each in answer.json()["items"]]
+            cursor = answer.json()["next"]
+        if len(found) > len(kept) or cursor is None:
+            break
+        asked["cursor"] = cursor
+
+    assert len(set(found)) == len(found)
+    wanted = {each.id for each in kept}
+    assert [each for each in found if each in wanted] == [each.id for each in kept]
+
+
+def test_lines_are_sent_as_they_are_read(server: StoreServer, client: httpx.Client) -> None:
+    with open_store(str(server.path)) as file:
+        for first in range(0, 600, 100):
+            file.add([generation(first + number, prompt=50_000) for number in range(100)])
+    process = psutil.Process(server.process.pid)
+    client.get(ROUTE, params={"limit": 64})
+    before, most, lines = process.memory_info().rss, 0, 0
+
+    with client.stream("GET", ROUTE, headers={"Accept": "application/jsonl"}) as answer:
+        for line in answer.iter_lines():
+            lines += 1
+            if lines % 50 == 0:
+                most = max(most, process.memory_info().rss)
+                assert json.loads(line)["prompt_token_ids"][0] == lines - 1
+
+    assert lines == 600
+    # All of it is 170 MiB of text, and a GiB of lists.
+    assert most - before < 160 * MIB
+
+
+def test_a_text_that_no_json_can_have_is_sent_with_question_marks(server: StoreServer, client: httpx.Client) -> None:
+    kept = generation(1, choices=[Choice(stop_reason="\ud800")])
+    with open_store(str(server.path)) as file:
+        file.add([kept])
+
+    assert client.get(f"{ROUTE}/{kept.id}").json()["choices"][0]["stop_reason"] == "?"
+    assert client.get(ROUTE).json()["items"][0]["choices"][0]["stop_reason"] == "?"
+    with open_store(server.url) as store:
+        assert [each.choices[0].stop_reason for each in store.generations()] == ["?"]
+
+
+def test_losses_are_found(client: httpx.Client) -> None:
+    losses = [Loss(count=n, reason="queue full", first_at=START, last_at=START, host="host", pid=7) for n in (1, 2)]
+
+    for _ in range(2):
+        assert post(client, wire.encode([FULL], losses)).is_success
+
+    assert client.get("/v1/agl/losses").json() == {"items": [msgspec.to_builtins(loss) for loss in losses]}
+
+
+class Served(uvicorn.Server):
+    """`agl store` in a thread of this process."""
+
+    def __init__(self, path: Path) -> None:
+        database = open_database(str(path), patience=SECONDS)
+        app = application.create_app(database, body_limit=64 * MIB)
+        super().__init__(uvicorn.Config(app, port=0, log_config=None))
+
+    @contextmanager
+    def running(self) -> Iterator[str]:
+        """Yields its URL."""
+        thread = threading.Thread(target=self.run)
+        thread.start()
+        while not self.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        try:
+            yield f"http://127.0.0.1:{self.servers[0].sockets[0].getsockname()[1]}"
+        finally:
+            self.should_exit = True
+            thread.join()
+
+
+def test_where_too_much_waits_for_the_disk_more_is_sent_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(application, "WAITING_LIMIT", MIB)
+    path = tmp_path / "store.db"
+    kept = [generation(number, prompt=100_000) for number in range(8)]
+    waits: list[tuple[str, float | None]] = []
+
+    def add(each: int) -> None:
+        with open_store(url) as store:
+            while True:
+                try:
+                    store.add([kept[each]])
+                    return
+                except StoreUnavailable as error:
+                    waits.append((str(error), error.retry_after))
+                    time.sleep(0.01)
+
+    with Served(path).running() as url, closing(open_database(str(path))) as database, ThreadPoolExecutor(8) as pool:
+        with database.writing():
+            done = [pool.submit(add, number) for number in range(8)]
+            while len(waits) < 20:
+                time.sleep(0.01)
+            answer = httpx.post(f"{url}{ROUTE}", content=wire.encode([kept[0]]), headers=MESSAGE)
+            assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+        for each in done:
+            each.result()
+        with open_store(url) as store:
+            assert [*store.generations()] == kept
+    for why, retry_after in waits:
+        assert "wait for the disk already" in why
+        assert retry_after == 1.0
+
+
+def test_one_that_is_larger_than_may_wait_has_the_room_for_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(application, "WAITING_LIMIT", MIB)
+    kept = generation(1, prompt=10, prompt_text="x" * 2 * MIB, choices=[Choice(token_ids=array("i", [1]))])
+
+    with Served(tmp_path / "store.db").running() as url, open_store(url) as store:
+        assert store.add([kept]) == 1
+        assert [*store.generations()] == [kept]

@@ -1,0 +1,497 @@
+"""Generations in an `agl store`, over HTTP: all that other stores do, and what only a network does."""
+
+from __future__ import annotations
+
+import json
+import random
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentlightning.generation import Generation
+from agentlightning.store import Store, StoreRefused, StoreUnavailable, open_database, open_store
+from tests.common.generations import FULL, generation
+from tests.server.process import StoreServer
+from tests.store import test_stores as all_stores
+from tests.store.test_stores import ids, store
+
+__all__ = ["store"]
+
+# What all stores do, by way of the `url` that is here; what differs is below.
+for _name, _test in vars(all_stores).items():
+    if _name.startswith("test_") and not _name.endswith("is_refused_whole"):
+        globals()[_name] = _test
+
+KILLS = 20
+CLIENTS = 4
+BATCH = 5
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreServer]:
+    with StoreServer(tmp_path_factory.mktemp("agl") / "store.db", "--max-body-mb=16") as server:
+        yield server
+
+
+@pytest.fixture
+def url(server: StoreServer) -> str:
+    """Of a store that has nothing in it."""
+    with closing(sqlite3.connect(server.path)) as connection, connection:
+        for table in ("generations", "choices", "texts", "losses"):
+            connection.execute(f"DELETE FROM {table}")
+    return server.url
+
+
+class Between(ThreadingHTTPServer):
+    """What stands between a client and its server: a proxy, or somebody else's server.
+
+    Attributes:
+        connections: how many there were.
+        answered: what answers in the place of the server; None where it does itself.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, server: StoreServer) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.there = server
+        self.connections = 0
+        self.answered: Callable[[_Handler, bytes], None] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Any
+
+    def setup(self) -> None:
+        super().setup()
+        self.server.connections += 1
+
+    def handle_one_request(self) -> None:
+        self.raw_requestline = self.rfile.readline()
+        if not self.raw_requestline or not self.parse_request():
+            self.close_connection = True
+            return
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.server.answered is not None:
+            self.server.answered(self, body)
+            return
+        status, headers, answer = self.forwarded(body)
+        self.answer(status, answer, **headers)
+
+    def forwarded(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        """What the server behind it answers."""
+        host, port = self.server.there.url.removeprefix("http://").split(":")
+        with closing(HTTPConnection(host, int(port))) as connection:
+            connection.request(self.command, self.path, body, dict(self.headers))
+            response = connection.getresponse()
+            headers = {"Content-Type": response.headers["Content-Type"]}
+            if "Retry-After" in response.headers:
+                headers["Retry-After"] = response.headers["Retry-After"]
+            return response.status, headers, response.read()
+
+    def answer(self, status: int, body: bytes, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any, **__: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def between(server: StoreServer, url: str) -> Iterator[Between]:
+    with Between(server) as between:
+        thread = threading.Thread(target=between.serve_forever, args=(0.01,))
+        thread.start()
+        yield between
+        between.shutdown()
+        thread.join()
+
+
+@contextmanager
+def answers(between: Between, answer: Callable[[_Handler, bytes], None]) -> Iterator[None]:
+    between.answered = answer
+    yield
+    between.answered = None
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ({"id": "no-uuid"}, "no-uuid: 'no-uuid' is no UUID"),
+        ({"call_id": "x" * 32}, "is no UUID"),
+        ({"status": "asleep"}, "Invalid enum value 'asleep'"),
+        ({"finished_at": None}, "Expected `int`, got `None`"),
+        ({"started_at": 2**63}, "a number that SQLite cannot hold"),
+        ({"started_at": 2**64}, "something that cannot be sent"),
+        ({"choices": [*FULL.choices, *FULL.choices]}, "UNIQUE"),
+    ],
+)
+def test_one_that_no_store_can_keep_is_named_and_the_others_are_kept(
+    store: Store, bad: dict[str, Any], reason: str
+) -> None:
+    kept = [generation(number) for number in range(9)]
+    wrong = generation(9, **bad)
+
+    with pytest.raises(ValueError, match=reason) as refused:
+        store.add([*kept[:5], wrong, *kept[5:]])
+
+    assert str(refused.value).startswith(f"{wrong.id}: ")
+    assert [*store.generations()] == kept
+    assert store.add(kept) == 0
+
+
+def test_of_many_that_no_store_can_keep_a_few_are_named(store: Store) -> None:
+    kept = generation(1)
+
+    with pytest.raises(ValueError, match=r"^0: .*; 1: .*; 2: .*; and 297 more$"):
+        store.add([*(generation(2, id=str(number)) for number in range(300)), kept])
+
+    assert [*store.generations()] == [kept]
+
+
+def test_what_is_too_large_for_one_message_is_sent_in_several(store: Store) -> None:
+    kept = [generation(number, prompt=500_000) for number in range(20)]
+
+    assert store.add(kept) == 20
+
+    assert [*store.generations()] == kept
+
+
+def test_one_that_is_too_large_for_the_server_is_named_with_the_option_that_helps(store: Store) -> None:
+    kept, large = generation(1), generation(2, prompt=5_000_000)
+
+    with pytest.raises(ValueError, match=rf"^{large.id}: the body is larger than 16 MiB \(agl store --max-body-mb\)"):
+        store.add([large, kept])
+
+    assert [*store.generations()] == [kept]
+
+
+def test_more_than_a_message_may_have_are_sent_in_several(store: Store) -> None:
+    kept = [generation(number, prompt=1, output=1) for number in range(10_001)]
+
+    assert store.add(kept) == len(kept)
+
+    assert store.tally()["finished"] == len(kept)
+
+
+def test_a_connection_is_used_again(between: Between) -> None:
+    with open_store(between.url) as store:
+        for number in range(50):
+            store.add([generation(number)])
+        assert len(ids(store)) == 50
+        with pytest.raises(ValueError, match="no UUID"):
+            store.add([generation(1, id="1")])
+        assert store.tally()["finished"] == 50
+
+    assert between.connections == 1
+
+
+def test_a_connection_that_was_closed_meanwhile_is_made_again(between: Between) -> None:
+    def hang_up(handler: _Handler, body: bytes) -> None:
+        status, headers, answer = handler.forwarded(body)
+        handler.answer(status, answer, **headers)
+        # Without saying so before.
+        handler.close_connection = True
+
+    with answers(between, hang_up), open_store(between.url) as store:
+        assert [store.add([generation(number)]) for number in range(5)] == [1] * 5
+
+    assert between.connections == 6
+
+
+def test_a_batch_whose_answer_got_lost_is_kept_once(between: Between) -> None:
+    kept = [generation(number) for number in range(10)]
+
+    def lose(handler: _Handler, body: bytes) -> None:
+        handler.forwarded(body)
+        handler.close_connection = True
+
+    with open_store(between.url) as store:
+        with answers(between, lose), pytest.raises(StoreUnavailable, match="cannot be reached"):
+            store.add(kept)
+        assert store.add(kept) == 0
+        assert [*store.generations()] == kept
+
+
+def test_an_answer_that_is_cut_off_is_none(between: Between) -> None:
+    kept = [generation(number) for number in range(10)]
+
+    def cut(handler: _Handler, body: bytes) -> None:
+        status, _, answer = handler.forwarded(body)
+        handler.send_response(status)
+        handler.send_header("Content-Length", str(len(answer)))
+        handler.end_headers()
+        handler.wfile.write(answer[:-1])
+        handler.close_connection = True
+
+    with open_store(between.url) as store:
+        with answers(between, cut):
+            for ask in (lambda: store.add(kept), lambda: ids(store), store.tally, lambda: [*store.losses()]):
+                with pytest.raises(StoreUnavailable, match="cannot be reached"):
+                    ask()
+        assert [*store.generations()] == kept
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "retry_after"),
+    [
+        (502, {}, None),
+        (503, {"Retry-After": "7"}, 7.0),
+        (429, {"Retry-After": "1"}, 1.0),
+        (504, {"Retry-After": "100000"}, 60.0),
+        (500, {"Retry-After": "Fri, 31 Dec 1999 23:59:59 GMT"}, None),
+    ],
+)
+def test_a_proxy_whose_store_is_away_is_asked_again_when_it_says(
+    between: Between, status: int, headers: dict[str, str], retry_after: float | None
+) -> None:
+    def away(handler: _Handler, _: bytes) -> None:
+        handler.answer(status, b"<html>Bad Gateway</html>", **{"Content-Type": "text/html"}, **headers)
+
+    with open_store(between.url) as store:
+        with answers(between, away), pytest.raises(StoreUnavailable, match=f"cannot be used now: {status} ") as told:
+            store.add([generation(1)])
+        assert told.value.retry_after == retry_after
+        assert store.add([generation(1)]) == 1
+
+
+def test_an_answer_of_somebody_else_is_no_receipt(between: Between) -> None:
+    def welcome(handler: _Handler, _: bytes) -> None:
+        handler.answer(200, b"<html>Log in first</html>", **{"Content-Type": "text/html"})
+
+    with open_store(between.url) as store, answers(between, welcome):
+        for ask in (lambda: store.add([generation(1)]), lambda: ids(store), store.tally, lambda: [*store.losses()]):
+            with pytest.raises(StoreUnavailable, match="answers as no agl store does"):
+                ask()
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "reason"),
+    [
+        (200, b"<html>Welcome</html>", "is no agl store"),
+        (200, b'{"status": "fine"}', "is no agl store"),
+        (
+            404,
+            b"<html>Not found</html>",
+            "takes no generations of this version .404 Not Found.: give the URL of an agl",
+        ),
+        (405, b"", "takes no generations of this version"),
+        (403, b"", "without the right key: set AGL_STORE_KEY"),
+        (302, b"", "sends us to another place: give the URL of the store itself"),
+    ],
+)
+def test_a_server_that_is_no_agl_store_is_told_at_once(between: Between, status: int, body: bytes, reason: str) -> None:
+    with answers(between, lambda handler, _: handler.answer(status, body)), pytest.raises(StoreRefused, match=reason):
+        open_store(between.url)
+
+
+def test_a_store_below_a_path_is_found(between: Between) -> None:
+    def below(handler: _Handler, body: bytes) -> None:
+        assert handler.path.startswith("/team/store/v1/agl/")
+        handler.path = handler.path.removeprefix("/team/store")
+        status, headers, answer = handler.forwarded(body)
+        handler.answer(status, answer, **headers)
+
+    with answers(between, below), open_store(f"{between.url}/team/store/") as store:
+        assert store.add([FULL]) == 1
+        assert [*store.generations()] == [FULL]
+
+
+def test_a_store_that_does_not_run_is_waited_for() -> None:
+    with pytest.raises(StoreUnavailable, match=r"^http://\*\*\*@127\.0\.0\.1:1 cannot be reached: .*refused"):
+        open_store("http://agl:s3cret@127.0.0.1:1")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://",
+        "http:///path",
+        "http://agl:s3cret@",
+        "http://agl:s3cret@host:port",
+        "http://agl:s3/cret@host",
+        "http://agl:s3?cret@host",
+        "http://agl:s3#cret@host",
+        "http://agl:s3cret@[host",
+        "http://agl:s3cret@..",
+    ],
+)
+def test_what_is_no_url_of_a_store_is_refused_and_no_key_is_shown(url: str) -> None:
+    with pytest.raises(StoreRefused, match="is no URL of an agl store: that is") as refused:
+        open_store(url)
+
+    assert "s3" not in str(refused.value)
+
+
+def test_a_store_is_served_on_a_database_and_not_on_another_store() -> None:
+    with pytest.raises(StoreRefused, match=r"^http://\*\*\*@host is an agl store, and no database") as refused:
+        open_database("http://agl:s3cret@host")
+
+    assert "s3cret" not in str(refused.value)
+
+
+KEY = "s3cret/k@y?#%:ü"
+IN_URL = "s3cret%2Fk%40y%3F%23%25%3A%C3%BC"
+
+
+@pytest.fixture(scope="module")
+def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreServer]:
+    with StoreServer(tmp_path_factory.mktemp("locked") / "store.db", key=KEY) as server:
+        yield server
+
+
+@pytest.mark.parametrize("user", [f"agl:{IN_URL}", IN_URL, f":{IN_URL}", f"{IN_URL}:"])
+def test_the_key_in_the_url_is_the_one_that_counts(
+    locked: StoreServer, monkeypatch: pytest.MonkeyPatch, user: str
+) -> None:
+    monkeypatch.setenv("AGL_STORE_KEY", "another")
+
+    with open_store(locked.url.replace("//", f"//{user}@")) as store:
+        store.add([FULL])
+        assert [*store.generations()] == [FULL]
+
+
+def test_the_key_in_the_environment_counts_where_the_url_has_none(
+    locked: StoreServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AGL_STORE_KEY", KEY)
+
+    with open_store(locked.url) as store:
+        store.add([FULL])
+        assert [*store.generations()] == [FULL]
+
+
+@pytest.mark.parametrize("user", ["", "agl:wr0ng@", "wr0ng@"])
+def test_a_key_that_is_missing_or_wrong_is_told_at_once_and_not_shown(
+    locked: StoreServer, monkeypatch: pytest.MonkeyPatch, user: str
+) -> None:
+    monkeypatch.delenv("AGL_STORE_KEY", raising=False)
+
+    with pytest.raises(StoreRefused, match="lets nobody in without the right key: set AGL_STORE_KEY") as refused:
+        open_store(locked.url.replace("//", f"//{user}"))
+
+    assert "wr0ng" not in str(refused.value)
+
+
+def test_a_key_that_no_header_can_have_is_refused_and_not_shown(
+    locked: StoreServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AGL_STORE_KEY", "wr0ng\nkey")
+
+    with pytest.raises(StoreRefused, match="has a line break or another control character") as refused:
+        open_store(locked.url)
+
+    assert "wr0ng" not in str(refused.value)
+
+
+def test_it_is_looked_into_and_exported_by_its_url(locked: StoreServer) -> None:
+    url = locked.url.replace("//", f"//agl:{IN_URL}@")
+    with open_store(url) as store:
+        store.add([FULL])
+    agl = [sys.executable, "-m", "agentlightning"]
+
+    said = subprocess.run([*agl, "doctor", "--store", url], capture_output=True, text=True, check=False)
+    exported = subprocess.run([*agl, "export", "--store", url], capture_output=True, text=True, check=True)
+
+    assert said.returncode == 0, said.stdout
+    assert "the store at http://***@127.0.0.1" in said.stdout
+    assert "1: 1 aborted" in said.stdout
+    assert [json.loads(line)["id"] for line in exported.stdout.splitlines()] == [FULL.id]
+    assert "s3cret" not in said.stdout + said.stderr + exported.stderr
+
+
+def test_without_msgspec_the_install_command_is_named(tmp_path: Path) -> None:
+    (tmp_path / "msgspec.py").write_text("raise ImportError\n")
+    program = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import agentlightning.store as s; s.open_store('http://a')"
+    )
+
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+
+    install = f"{sys.executable} -m pip install 'msgspec>=0.18'"
+    assert result.stderr.splitlines()[-1].endswith(f"StoreRefused: a store over HTTP needs msgspec: {install}")
+
+
+def test_threads_share_a_store(store: Store) -> None:
+    kept = [generation(number) for number in range(200)]
+
+    with ThreadPoolExecutor(8) as pool:
+        new = list(pool.map(lambda each: store.add([each]), kept * 2))
+
+    assert sum(new) == len(kept)
+    assert [*store.generations()] == kept
+
+
+class Client(threading.Thread):
+    """Adds batches, each again and again until it is acknowledged."""
+
+    def __init__(self, url: str, number: int) -> None:
+        super().__init__()
+        self._store = open_store(url)
+        self._first = number * 1_000_000
+        self.done = threading.Event()
+        self.acknowledged: list[Generation] = []
+        self.failures = 0
+
+    def run(self) -> None:
+        with self._store:
+            while not self.done.is_set():
+                first = self._first + len(self.acknowledged)
+                batch = [generation(first + number, prompt=500) for number in range(BATCH)]
+                while not self._has_added(batch):
+                    time.sleep(0.01)
+                self.acknowledged += batch
+
+    def _has_added(self, batch: list[Generation]) -> bool:
+        try:
+            self._store.add(batch)
+        except StoreUnavailable:
+            self.failures += 1
+            return False
+        return True
+
+
+def test_what_was_acknowledged_is_there_once_and_whole_however_often_the_server_is_killed(tmp_path: Path) -> None:
+    moments = random.Random(9)
+    with StoreServer(tmp_path / "store.db") as server:
+        clients = [Client(server.url, number) for number in range(CLIENTS)]
+        for client in clients:
+            client.start()
+        for _ in range(KILLS):
+            enough = [len(client.acknowledged) + 2 * BATCH for client in clients]
+            while any(len(client.acknowledged) < least for client, least in zip(clients, enough, strict=True)):
+                time.sleep(0.005)
+            time.sleep(moments.uniform(0, 0.1))
+            server.kill()
+            server.start()
+        for client in clients:
+            client.done.set()
+        for client in clients:
+            client.join()
+
+        acknowledged = {each.id: each for client in clients for each in client.acknowledged}
+        with open_store(server.url) as store:
+            kept = [*store.generations()]
+    assert {each.id: each for each in kept} == acknowledged
+    assert set(Counter(each.id for each in kept).values()) == {1}
+    assert all(client.failures for client in clients)

@@ -1,0 +1,287 @@
+"""Generations in PostgreSQL: what is of this database alone, and several processes that write to it."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import random
+import signal
+import socket
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from threading import Barrier, Event
+from typing import Any
+
+import psycopg
+import pytest
+
+from agentlightning.generation import Generation
+from agentlightning.store import StoreRefused, StoreUnavailable, open_store, postgresql
+from tests.common.generations import FULL, generation
+from tests.common.postgresql import PostgresServer
+
+SECONDS = 120
+WRITERS = 4
+BATCHES = 25
+BATCH = 20
+KILLS = 20
+
+fork = multiprocessing.get_context("fork")
+
+
+@pytest.fixture
+def url(postgresql: PostgresServer) -> str:
+    return postgresql.new_database()
+
+
+def query(url: str, statement: str) -> Any:
+    with psycopg.connect(url, autocommit=True) as connection:
+        cursor = connection.execute(statement.encode())
+        return cursor.fetchone() if cursor.description else None
+
+
+def test_the_tables_are_in_a_schema_of_their_own_beside_what_else_there_is(url: str) -> None:
+    query(url, "CREATE TABLE generations (theirs integer)")
+
+    with open_store(url) as store:
+        store.add([generation(1)])
+
+    assert query(url, "SELECT count(*) FROM agentlightning.generations") == (1,)
+    assert query(url, "SELECT count(*) FROM public.generations") == (0,)
+
+
+def test_ids_are_little_endian_int32_and_logprobs_float32(url: str) -> None:
+    with open_store(url) as store:
+        store.add([FULL])
+
+    found = query(url, "SELECT encode(prompt_token_ids, 'hex') FROM agentlightning.generations")
+    assert found == ("0000000001000000ffffff7fffffffff",)
+    found = query(url, "SELECT encode(logprobs, 'hex') FROM agentlightning.choices WHERE index = 0")
+    assert found == ("cdccccbd000080ff",)
+
+
+def test_a_schema_of_that_name_with_other_tables_is_refused_and_left_as_it_is(url: str) -> None:
+    query(url, "CREATE SCHEMA agentlightning CREATE TABLE generations (theirs integer)")
+
+    with pytest.raises(StoreRefused, match=r"the schema agentlightning of .* has tables of another program"):
+        open_store(url)
+
+    assert query(url, "SELECT count(*) FROM information_schema.tables WHERE table_schema = 'agentlightning'") == (1,)
+
+
+def test_no_tables_are_made_where_none_are_asked_for(url: str) -> None:
+    with pytest.raises(StoreUnavailable, match="has no store in it"):
+        open_store(url, create=False)
+
+    assert query(url, "SELECT count(*) FROM information_schema.tables WHERE table_schema = 'agentlightning'") == (0,)
+
+
+def test_tables_of_a_newer_version_are_refused(url: str) -> None:
+    open_store(url).close()
+    newer = postgresql.VERSION + 1
+    query(url, f"UPDATE agentlightning.version SET version = {newer}")
+
+    with pytest.raises(StoreRefused, match=rf"by a newer \w+ \(schema {newer}, this one knows {postgresql.VERSION}\)"):
+        open_store(url)
+
+
+def test_every_step_from_an_older_version_is_taken_once_by_whoever_comes_first(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Today's is the older one here, and two steps lead on from it."""
+    with open_store(url) as store:
+        store.add([FULL])
+    steps = {
+        1: ("ALTER TABLE losses ADD COLUMN note TEXT", "CREATE TABLE notes (note TEXT)"),
+        2: ("INSERT INTO notes VALUES ('of version 3')",),
+    }
+    monkeypatch.setattr(postgresql, "VERSION", 3)
+    monkeypatch.setattr(postgresql, "MIGRATIONS", steps)
+    all_there = Barrier(8)
+
+    def open_with_others(_: int) -> list[Generation]:
+        all_there.wait(SECONDS)
+        with open_store(url, patience=SECONDS) as store:
+            return [*store.generations()]
+
+    with ThreadPoolExecutor(8) as threads:
+        assert [*threads.map(open_with_others, range(8))] == [[FULL]] * 8
+    assert query(url, "SELECT version FROM agentlightning.version") == (3,)
+    assert query(url, "SELECT count(*) FROM agentlightning.notes") == (1,)
+
+
+def test_a_step_that_fails_leaves_the_older_tables_whole(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_store(url) as store:
+        store.add([FULL])
+    with monkeypatch.context() as newer:
+        newer.setattr(postgresql, "VERSION", 2)
+        newer.setattr(postgresql, "MIGRATIONS", {1: ("CREATE TABLE notes (note TEXT)", "CREATE TABLE texts (again)")})
+        with pytest.raises(ValueError, match="syntax error"):
+            open_store(url)
+
+    assert query(url, "SELECT to_regclass('agentlightning.notes')") == (None,)
+    with open_store(url) as store:
+        assert [*store.generations()] == [FULL]
+
+
+def test_an_id_that_no_index_has_room_for_is_refused_and_costs_no_other(url: str) -> None:
+    # Nothing that repeats: what PostgreSQL can pack, it has room for.
+    digits = random.Random(1).randbytes(20_000).hex()
+    with open_store(url) as store:
+        with pytest.raises(ValueError, match=r"index row .* exceeds|index row requires"):
+            store.add([generation(1), generation(2, response_id=digits)])
+
+        assert store.add([generation(1)]) == 1
+
+
+def test_what_is_no_database_is_refused_with_the_reason(url: str, postgresql: PostgresServer) -> None:
+    nothing = postgresql.url("there_is_no_such_database")
+    with pytest.raises(StoreRefused, match=r'cannot be used: .*database "there_is_no_such_database" does not exist'):
+        open_store(nothing)
+    with pytest.raises(StoreRefused, match="names no database: it is postgresql://USER:PASSWORD@HOST/DATABASE"):
+        open_store("postgresql://127.0.0.1")
+    with pytest.raises(StoreRefused, match=r"\*\*\*@127.0.0.1:x/db is no URL"):
+        open_store("postgresql://agl:secret@127.0.0.1:x/db")
+
+
+def test_a_server_that_is_not_there_is_unavailable_and_its_password_is_not_shown() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        url = f"postgresql://agl:secret@127.0.0.1:{taken.getsockname()[1]}/db"
+        with pytest.raises(StoreUnavailable, match="onnection refused") as away:
+            open_store(url)
+
+    assert "secret" not in str(away.value)
+
+
+def test_a_server_that_was_started_again_is_used_again(postgresql: PostgresServer, url: str) -> None:
+    with open_store(url) as store:
+        store.add([generation(1)])
+        postgresql.stop()
+        with pytest.raises(StoreUnavailable, match="cannot be used now"):
+            store.add([generation(2)])
+        postgresql.start()
+
+        assert store.add([generation(2)]) == 1
+        assert [*store.generations()] != []
+
+
+def test_the_same_batch_from_two_at_once_is_kept_once(url: str) -> None:
+    """Whoever does not know whether an `add` has worked repeats it: the first one may still be at it."""
+    with open_store(url) as one, open_store(url) as other:
+        for number in range(20):
+            batch = [generation(each) for each in range(number * 100, number * 100 + 100)]
+            both = Barrier(2)
+
+            def add(store: Any, batch: list[Generation] = batch, both: Barrier = both) -> int:
+                both.wait(SECONDS)
+                return store.add(batch)
+
+            with ThreadPoolExecutor(2) as threads:
+                assert sum(threads.map(add, (one, other))) == 100
+
+        assert one.tally()["finished"] == 2_000
+
+
+def test_who_holds_a_lock_for_long_is_not_waited_for(url: str) -> None:
+    with open_store(url, patience=0.2) as store, psycopg.connect(url) as another:
+        another.execute("LOCK TABLE agentlightning.generations")
+        with pytest.raises(StoreUnavailable, match="lock timeout"):
+            store.add([generation(1)])
+        another.rollback()
+
+        assert store.add([generation(1)]) == 1
+
+
+def together(count: int, work: Callable[[int], object]) -> None:
+    """`work` in so many processes at once, each of which starts when all are there."""
+    barrier = fork.Barrier(count)
+
+    def start(number: int) -> None:
+        barrier.wait(SECONDS)
+        work(number)
+
+    processes = [fork.Process(target=start, args=(number,)) for number in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(SECONDS)
+    assert [process.exitcode for process in processes] == [0] * count
+
+
+def batch(writer: int, number: int) -> list[Generation]:
+    first = (writer * BATCHES + number) * BATCH
+    # The same rollouts and models for everybody, and each puts them in in an order of its own.
+    numbers = random.Random(first).sample(range(first, first + BATCH), BATCH)
+    return [generation(each, model=f"model-{each % 7}", rollout_id=f"rollout-{each % 10}") for each in numbers]
+
+
+def test_several_processes_make_the_tables_and_write_at_once(url: str) -> None:
+    def write(writer: int) -> None:
+        with open_store(url, patience=SECONDS) as store:
+            for number in range(BATCHES):
+                store.add(batch(writer, number))
+
+    together(WRITERS, write)
+
+    with open_store(url) as store:
+        found = [*store.generations()]
+        of_one_rollout = [*store.generations(rollout_id="rollout-3")]
+    assert len({each.id for each in found}) == len(found) == WRITERS * BATCHES * BATCH
+    for each in found:
+        number = int(str(each.response_id).removeprefix("chatcmpl-"), 16)
+        names: Any = {"model": f"model-{number % 7}", "rollout_id": f"rollout-{number % 10}"}
+        assert each == generation(number, id=each.id, call_id=each.call_id, **names)
+    assert len(of_one_rollout) == len(found) / 10
+
+
+def write_until_it_is_gone(url: str, first: int, acknowledge: Connection) -> None:
+    """Again and again what could not be written, as the recorder does."""
+    number = first
+    while True:
+        some = [generation(each, prompt=5_000) for each in range(number, number + random.randint(1, 10))]
+        while True:
+            try:
+                with open_store(url) as store:
+                    store.add(some)
+                break
+            except StoreUnavailable:
+                continue
+        acknowledge.send([each.id for each in some])
+        number += len(some)
+
+
+def test_postgresql_is_killed_at_any_moment_and_what_it_acknowledged_is_there_once_and_whole(
+    postgresql: PostgresServer, url: str
+) -> None:
+    ours, its = fork.Pipe(duplex=False)
+    writers = [fork.Process(target=write_until_it_is_gone, args=(url, each * 100_000, its)) for each in range(2)]
+    for writer in writers:
+        writer.start()
+    its.close()
+    acknowledged: list[str] = []
+    for _ in range(KILLS):
+        for _ in range(random.randint(2, 12)):
+            acknowledged += ours.recv()
+        Event().wait(random.uniform(0, 0.02))
+        postgresql.kill()
+        postgresql.start()
+    acknowledged += ours.recv()
+    for writer in writers:
+        assert writer.pid is not None
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.join(SECONDS)
+    with contextlib.suppress(EOFError):
+        while True:
+            acknowledged += ours.recv()
+
+    with open_store(url) as store:
+        found = {each.id: each for each in store.generations()}
+        assert sum(store.tally().values()) == len(found)
+    assert found.keys() >= set(acknowledged)
+    assert len({each.response_id for each in found.values()}) == len(found)
+    for each in found.values():
+        number = int(str(each.response_id).removeprefix("chatcmpl-"), 16)
+        assert each == generation(number, prompt=5_000, id=each.id, call_id=each.call_id)

@@ -1,0 +1,185 @@
+"""What every store does, whatever it stands on: what is put in comes out, and nothing else."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from agentlightning.generation import Choice, Generation, Loss
+from agentlightning.store import Store, open_store
+from tests.common.generations import EMPTY, FULL, HOSTILE, SECOND, START, generation
+
+
+@pytest.fixture
+def store(url: str) -> Iterator[Store]:
+    with open_store(url) as store:
+        yield store
+
+
+def ids(store: Store, **filters: Any) -> list[str]:
+    return [found.id for found in store.generations(**filters)]
+
+
+@pytest.mark.parametrize("kept", [FULL, EMPTY], ids=["everything known", "nothing known"])
+def test_a_generation_comes_back_as_it_was(store: Store, url: str, kept: Generation) -> None:
+    assert store.add([kept]) == 1
+
+    with open_store(url) as another:
+        assert [*store.generations()] == [*another.generations()] == [kept]
+
+
+def test_a_generation_may_be_as_long_as_a_context_is(store: Store) -> None:
+    kept = generation(1, prompt=1_000_000, output=131_072, prompt_text="a" * 4_000_000)
+
+    store.add([kept])
+
+    assert [*store.generations()] == [kept]
+
+
+def test_many_choices_stay_with_their_generation_and_in_order(store: Store) -> None:
+    kept = [
+        generation(number, choices=[Choice(index=i, token_ids=array("i", [number, i])) for i in range(number)])
+        for number in range(200)
+    ]
+
+    store.add(kept)
+
+    assert [*store.generations()] == kept
+
+
+def test_half_a_surrogate_pair_which_no_file_can_hold_becomes_a_question_mark(store: Store) -> None:
+    store.add([generation(1, prompt_text="a\ud800b", rollout_id="r\udfff")])
+
+    (found,) = store.generations()
+    assert (found.prompt_text, found.rollout_id) == ("a?b", "r?")
+
+
+def test_generations_come_in_the_order_in_which_they_finished(store: Store) -> None:
+    kept = [generation(number) for number in range(300)]
+    # Three finished at the same moment: they come as they were written.
+    for same in kept[100:103]:
+        same.finished_at = kept[100].finished_at
+    for start in (200, 100, 0):
+        store.add(kept[start : start + 100])
+
+    assert [*store.generations()] == kept
+    assert ids(store, rollout_id="rollout-20") == [found.id for found in kept[200:210]]
+
+
+@pytest.mark.parametrize(
+    ("filters", "numbers"),
+    [
+        ({}, range(30)),
+        ({"rollout_id": "rollout-1"}, range(10, 20)),
+        ({"rollout_id": "rollout"}, ()),
+        ({"rollout_id": None}, (25,)),
+        ({"attempt_id": "attempt-2"}, range(20, 30)),
+        ({"attempt_id": "attempt-1", "rollout_id": "rollout-2"}, ()),
+        ({"session_id": "a session"}, (3, 4)),
+        ({"response_id": "chatcmpl-00000000000000000000000000000005"}, (5,)),
+        ({"response_id": "CHATCMPL-00000000000000000000000000000005"}, ()),
+        ({"call_id": "01a20c2a-865d-7b56-9503-9601311bea6e"}, (6, 7)),
+        ({"call_id": "01A20C2A-865D-7B56-9503-9601311BEA6E"}, ()),
+        ({"call_id": "no UUID"}, ()),
+        ({"model": "another model"}, (8,)),
+        ({"model": "another model", "rollout_id": "rollout-1"}, ()),
+        ({"status": "aborted"}, (9, 10)),
+        ({"status": "aborted", "rollout_id": "rollout-1"}, (10,)),
+        ({"since": START + 28 * SECOND}, (28, 29)),
+        ({"until": START + 2 * SECOND}, (0, 1)),
+        ({"since": START + 5 * SECOND, "until": START + 6 * SECOND, "rollout_id": "rollout-0"}, (5,)),
+        ({"since": START + 6 * SECOND, "until": START + 6 * SECOND}, ()),
+    ],
+)
+def test_filters_let_through_what_all_of_them_hold_for(
+    store: Store, filters: dict[str, Any], numbers: range | tuple[int, ...]
+) -> None:
+    kept = [generation(number) for number in range(30)]
+    kept[25].rollout_id = None
+    kept[3].session_id = kept[4].session_id = "a session"
+    kept[6].call_id = kept[7].call_id = "01a20c2a-865d-7b56-9503-9601311bea6e"
+    kept[8].model = "another model"
+    kept[9].status = kept[10].status = "aborted"
+    store.add(kept)
+    if filters.get("rollout_id") is None:
+        wanted = [kept[number].id for number in numbers]
+    else:
+        wanted = [kept[number].id for number in numbers if kept[number].rollout_id is not None]
+
+    assert ids(store, **filters) == wanted
+    assert sum(store.tally(**filters).values()) == len(wanted)
+
+
+def test_the_tally_tells_how_many_there_are_of_each_status(store: Store) -> None:
+    assert store.tally() == {"finished": 0, "aborted": 0, "error": 0}
+
+    store.add([generation(1), generation(2), generation(3, status="aborted")])
+
+    assert store.tally() == {"finished": 2, "aborted": 1, "error": 0}
+
+
+def test_a_filter_that_there_is_not_is_an_error_and_not_everything(store: Store) -> None:
+    store.add([generation(1)])
+
+    with pytest.raises(KeyError, match="rollout"):
+        ids(store, rollout="rollout-0")
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_ids_are_ids_like_any_other(store: Store, text: str) -> None:
+    names = dict.fromkeys(("rollout_id", "attempt_id", "session_id", "response_id", "model", "request_id"), text)
+    kept, other = generation(1, **names), generation(2)
+    store.add([kept, other])
+
+    for name in ("rollout_id", "attempt_id", "session_id", "response_id", "model"):
+        assert ids(store, **{name: text}) == [kept.id]
+    assert [*store.generations()] == [kept, other]
+
+
+def test_what_is_added_twice_is_there_once(store: Store) -> None:
+    kept = [generation(number) for number in range(1_200)]
+
+    assert store.add(kept[:700]) == 700
+    assert store.add(kept[:700]) == 0
+    assert store.add([*kept[600:], *kept[600:]]) == 500
+
+    assert [*store.generations()] == kept
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ({"id": "no-uuid"}, "'no-uuid' is no UUID"),
+        ({"id": "01A20C2A-865D-7B56-9503-9601311BEA6E"}, "is no UUID in lower case"),
+        ({"call_id": "x" * 32}, "is no UUID"),
+        ({"status": "asleep"}, "not in tuple"),
+        ({"finished_at": None}, "(?i)not.null"),
+        ({"started_at": 2**63}, r"a number that \w+ cannot hold"),
+    ],
+)
+def test_a_batch_with_one_that_no_store_can_keep_is_refused_whole(
+    store: Store, bad: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(ValueError, match=reason):
+        store.add([generation(1, rollout_id="first"), generation(2, **bad)])
+
+    assert [*store.generations()] == []
+    # What the refused batch has called its rollout is not taken for another one's.
+    kept = [generation(3, rollout_id="second"), generation(4, rollout_id="first")]
+    store.add(kept)
+    assert [*store.generations()] == kept
+
+
+def test_losses_are_written_down_once(store: Store) -> None:
+    losses = [
+        Loss(count=number, reason="queue full", first_at=START, last_at=START + number, host="host", pid=7)
+        for number in range(1, 4)
+    ]
+
+    store.add_losses(losses[:2])
+    store.add_losses(losses)
+
+    assert [*store.losses()] == losses

@@ -1,0 +1,395 @@
+"""The triplets of a rollout: which calls are its own, in which order, and what they were worth."""
+
+from __future__ import annotations
+
+import json
+import random
+from array import array
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from agentlightning.generation import Choice, Generation
+from agentlightning.store import Store, attributes, open_database, open_store, spans
+from agentlightning.store.database import Database
+from agentlightning.triplet import Triplet
+from tests.common.generations import HOSTILE, SECOND, START, generation
+
+HOUR = 3600 * SECOND
+
+
+@pytest.fixture
+def store(url: str) -> Iterator[Store]:
+    with open_store(url) as store:
+        yield store
+
+
+@pytest.fixture
+def database(store: Store, url: str) -> Iterator[Database]:
+    database = open_database(url)
+    yield database
+    database.close()
+
+
+def call(number: int, **fields: Any) -> Generation:
+    """The call of this number, answered as `answer-N`, of the attempt `a` of the rollout `r`."""
+    usual: dict[str, Any] = {"rollout_id": "r", "attempt_id": "a", "response_id": f"answer-{number}"}
+    return generation(number, **usual | fields)
+
+
+def a_span(
+    number: int,
+    said: dict[str, Any],
+    name: str = "openai.chat.completion",
+    at: float | None = None,
+    rollout_id: str = "r",
+    attempt_id: str = "a",
+) -> spans.NewSpan:
+    """The span of this number, which has ended as the call of this number has, or so many seconds after the start."""
+    moment = START / SECOND + (number if at is None else at)
+    return spans.NewSpan(
+        rollout_id=rollout_id,
+        attempt_id=attempt_id,
+        sequence_id=number,
+        trace_id="0" * 32,
+        span_id=f"span-{number}",
+        parent_id=None,
+        name=name,
+        start_time=moment,
+        end_time=moment,
+        response_id=attributes.response_id(said),
+        reward=attributes.reward(name, said),
+        body=json.dumps({"attributes": said}).encode(),
+    )
+
+
+def of_call(number: int, answer: int | None = None, **fields: Any) -> spans.NewSpan:
+    """The span of a call, which names its answer."""
+    return a_span(number, {"gen_ai.response.id": f"answer-{number if answer is None else answer}"}, **fields)
+
+
+def of_reward(number: int, value: float, said: dict[str, Any] | None = None, **fields: Any) -> spans.NewSpan:
+    """A reward as `emit_reward` of 0.3 makes it, with what it says besides."""
+    reward = {"agentlightning.reward.0.name": "primary", "agentlightning.reward.0.value": value}
+    return a_span(number, reward | (said or {}), "agentlightning.annotation", **fields)
+
+
+def linked(key: str, value: str) -> dict[str, Any]:
+    """As `make_link_attributes` of 0.3 writes it."""
+    return {"agentlightning.link.0.key_match": key, "agentlightning.link.0.value_match": value}
+
+
+def of_generation(generation_id: str) -> dict[str, Any]:
+    return {"agentlightning.generation_id": generation_id}
+
+
+def keep(database: Database, *new: Any) -> None:
+    database.write(lambda connection: spans.add(connection, new))
+
+
+def answers(found: Iterator[Triplet]) -> list[str | None]:
+    return [each.response_id for each in found]
+
+
+def rewards(found: Iterator[Triplet]) -> list[float | None]:
+    return [each.reward for each in found]
+
+
+def named(*numbers: int) -> list[str]:
+    return [f"answer-{number}" for number in numbers]
+
+
+def test_a_triplet_has_what_went_in_what_came_out_and_the_reward(store: Store, database: Database) -> None:
+    versions = [("v1", 0, 2), ("v2", 2, 5)]
+    choice = Choice(token_ids=array("i", [7, 8]), logprobs=array("f", [-0.5, -1.5]), weight_versions=versions)
+    kept = call(1, choices=[choice], prompt_text="long", model="größe")
+    store.add([kept])
+    keep(database, of_call(1), of_reward(2, 0.5))
+
+    assert [*store.triplets("r")] == [
+        Triplet(
+            generation_id=kept.id,
+            response_id="answer-1",
+            rollout_id="r",
+            attempt_id="a",
+            index=0,
+            status="finished",
+            model="größe",
+            prompt_token_ids=kept.prompt_token_ids,
+            response_token_ids=array("i", [7, 8]),
+            logprobs=array("f", [-0.5, -1.5]),
+            reward=0.5,
+            span_id="span-1",
+            weight_versions=versions,
+        )
+    ]
+
+
+def test_json_gives_a_triplet_back(store: Store) -> None:
+    choice = Choice(token_ids=array("i", [7]), logprobs=array("f", [-0.1]), weight_versions=[("v1", 0, 1)])
+    store.add([call(1, choices=[choice]), call(2, choices=[], prompt_token_ids=None)])
+    found = [*store.triplets("r")]
+
+    assert [Triplet.from_dict(json.loads(json.dumps(each.as_dict()))) for each in found] == found
+
+
+def test_calls_come_in_the_order_in_which_they_finished_without_spans(store: Store) -> None:
+    numbers = list(range(50))
+    random.Random(1).shuffle(numbers)
+    store.add([call(number) for number in numbers])
+
+    assert answers(store.triplets("r")) == named(*range(50))
+
+
+@pytest.mark.parametrize("spans_first", [True, False])
+def test_calls_come_in_the_order_of_their_spans_whatever_clocks_say(
+    store: Store, database: Database, spans_first: bool
+) -> None:
+    # Two servers answer one agent in turn: the clock of one is an hour behind.
+    calls = [call(n, finished_at=START + n * SECOND - (HOUR if n % 2 else 0)) for n in range(50)]
+    new = [of_call(n) for n in range(50)]
+    random.Random(1).shuffle(new)
+    if spans_first:
+        keep(database, *new)
+    store.add(calls)
+    if not spans_first:
+        keep(database, *new)
+
+    assert answers(store.triplets("r")) == named(*range(50))
+
+
+def test_spans_of_several_hosts_are_in_the_order_in_which_the_store_has_numbered_them(
+    store: Store, database: Database
+) -> None:
+    store.add([call(n) for n in range(4)])
+    keep(database, *(of_call(n, at=n - (3600 if n % 2 else 0)) for n in range(4)))
+
+    assert answers(store.triplets("r")) == named(0, 1, 2, 3)
+
+
+def test_a_call_without_a_span_comes_after_the_last_that_finished_before_it(store: Store, database: Database) -> None:
+    store.add([call(n) for n in range(7)])
+    # The spans say 4, 2, 5.
+    keep(database, of_call(1, answer=4), of_call(2, answer=2), of_call(3, answer=5))
+
+    assert answers(store.triplets("r")) == named(0, 1, 4, 2, 3, 5, 6)
+
+
+def test_a_call_belongs_to_a_rollout_by_its_answer_alone(store: Store, database: Database) -> None:
+    store.add([call(1, rollout_id=None, attempt_id=None), call(2, rollout_id="another", attempt_id="b"), call(3)])
+    keep(database, of_call(2), of_call(3, answer=1))
+
+    found = [*store.triplets("r")]
+    assert answers(iter(found)) == named(2, 1, 3)
+    assert {(each.rollout_id, each.attempt_id) for each in found} == {("r", "a")}
+    assert answers(store.triplets("another")) == named(2)
+
+
+def test_a_call_is_there_once_however_often_it_is_named(store: Store, database: Database) -> None:
+    store.add([call(1), call(2)])
+    keep(database, of_call(5, answer=2), of_call(6, answer=1), of_call(7, answer=2))
+
+    assert [(each.response_id, each.span_id) for each in store.triplets("r")] == [
+        ("answer-2", "span-5"),
+        ("answer-1", "span-6"),
+    ]
+
+
+def test_the_generations_of_one_answer_stay_together(store: Store, database: Database) -> None:
+    store.add([call(1), call(2, response_id="answer-1"), call(3), call(4, response_id="answer-1")])
+    keep(database, of_call(1, answer=3), of_call(2, answer=1), of_reward(3, 1.0))
+
+    found = [*store.triplets("r")]
+    assert answers(iter(found)) == named(3, 1, 1, 1)
+    assert [each.prompt_token_ids[0] for each in found if each.prompt_token_ids] == [3, 1, 2, 4]
+    # What the loop came to is what was worth it.
+    assert rewards(iter(found)) == [None, None, None, 1.0]
+
+
+def test_each_choice_is_a_triplet_and_has_the_reward_of_its_call(store: Store, database: Database) -> None:
+    several = [Choice(index=n, token_ids=array("i", [n])) for n in range(3)]
+    store.add([call(1, choices=several), call(2)])
+    keep(database, of_call(1), of_reward(2, 0.25), of_call(3, answer=2))
+
+    found = [*store.triplets("r")]
+    assert [(each.response_id, each.index, each.reward) for each in found] == [
+        ("answer-1", 0, 0.25),
+        ("answer-1", 1, 0.25),
+        ("answer-1", 2, 0.25),
+        ("answer-2", 0, None),
+    ]
+    assert [each.response_token_ids for each in found[:3]] == [array("i", [n]) for n in range(3)]
+
+
+def test_calls_that_were_aborted_or_failed_are_among_them_and_say_so(store: Store) -> None:
+    store.add([call(1, status="aborted"), call(2, status="error", choices=[], prompt_token_ids=None), call(3)])
+
+    found = [*store.triplets("r")]
+    assert [each.status for each in found] == ["aborted", "error", "finished"]
+    assert (found[1].index, found[1].prompt_token_ids, found[1].response_token_ids) == (0, None, None)
+
+
+def test_an_attempt_has_its_own_calls_and_rewards(store: Store, database: Database) -> None:
+    store.add([call(1), call(2, attempt_id="b"), call(3, attempt_id=None), call(4, attempt_id="b"), call(5)])
+    keep(
+        database,
+        of_call(1),
+        of_reward(2, 0.1),
+        of_call(3, answer=2, attempt_id="b"),
+        of_call(4, answer=3, attempt_id="b"),
+        of_reward(5, 0.9, attempt_id="b"),
+    )
+
+    assert answers(store.triplets("r")) == named(1, 2, 3, 4, 5)
+    assert rewards(store.triplets("r")) == [0.1, None, None, 0.9, None]
+    assert [(each.response_id, each.reward) for each in store.triplets("r", "a")] == [
+        ("answer-1", 0.1),
+        ("answer-5", None),
+    ]
+    assert [each.attempt_id for each in store.triplets("r", "b")] == ["b", "b", "b"]
+    assert answers(store.triplets("r", "b")) == named(2, 3, 4)
+
+
+@pytest.mark.parametrize("rollout_id", HOSTILE.values(), ids=HOSTILE)
+def test_a_rollout_that_is_called_anything_is_found_and_no_other(store: Store, rollout_id: str) -> None:
+    store.add([call(1, rollout_id=rollout_id), call(2)])
+
+    assert answers(store.triplets(rollout_id)) == named(1)
+    assert answers(store.triplets(rollout_id, rollout_id)) == []
+    assert answers(store.triplets()) == named(1, 2)
+
+
+@pytest.mark.parametrize("response_id", [each for each in HOSTILE.values() if 0 < len(each) <= 512], ids=repr)
+def test_an_answer_that_is_called_anything_is_joined(store: Store, database: Database, response_id: str) -> None:
+    store.add([call(1, rollout_id=None, response_id=response_id), call(2, rollout_id=None)])
+    keep(database, a_span(1, {"gen_ai.response.id": response_id}))
+
+    assert answers(store.triplets("r")) == [response_id]
+
+
+@pytest.mark.parametrize("response_id", ["", "x" * 513, 7, None, ["answer-1"], {"answer-1": 1}], ids=str)
+def test_what_is_no_id_of_an_answer_joins_nothing(store: Store, database: Database, response_id: Any) -> None:
+    store.add([call(1, rollout_id=None), call(2, rollout_id=None, response_id="")])
+    keep(database, a_span(1, {"gen_ai.response.id": response_id}))
+
+    assert [*store.triplets("r")] == []
+
+
+def test_a_rollout_that_nobody_has_heard_of_has_none(store: Store, database: Database) -> None:
+    store.add([call(1)])
+    keep(database, of_call(1, rollout_id="of an answer that is not there", answer=99))
+
+    assert [*store.triplets("another")] == [*store.triplets("r", "another")] == []
+    assert [*store.triplets("of an answer that is not there")] == []
+
+
+def test_all_rollouts_come_one_after_the_other_in_the_order_of_their_first_call(
+    store: Store, database: Database
+) -> None:
+    store.add([call(n, rollout_id=("third", "first", "second", None)[n % 4], finished_at=n) for n in (9, 6, 5, 3, 4)])
+    keep(database, of_call(1, rollout_id="joined", answer=3), of_call(2, rollout_id=None, attempt_id=None, answer=4))
+
+    assert [(each.rollout_id, each.response_id) for each in store.triplets()] == [
+        ("joined", "answer-3"),
+        ("third", "answer-4"),
+        ("first", "answer-5"),
+        ("first", "answer-9"),
+        ("second", "answer-6"),
+    ]
+
+
+REWARDS: dict[str, tuple[str, dict[str, Any], float | None]] = {
+    "0.3": (
+        "agentlightning.annotation",
+        {"agentlightning.reward.0.name": "x", "agentlightning.reward.0.value": 1},
+        1.0,
+    ),
+    "0.3, of two dimensions": (
+        "agentlightning.annotation",
+        {"agentlightning.reward.1.value": 3.0, "agentlightning.reward.0.value": 0.25},
+        0.25,
+    ),
+    "0.3, by any name": ("grade", {"agentlightning.reward.0.value": -1.5}, -1.5),
+    "0.2": ("agentlightning.reward", {"reward": 0.5}, 0.5),
+    "0.2, as 0.3 reads it": ("agentlightning.annotation", {"reward": 0.5}, 0.5),
+    "an operation of AgentOps": ("f", {"agentops.entity.output": '{"type": "reward", "value": 2.0}'}, 2.0),
+    "a task of AgentOps": ("f", {"agentops.task.output": {"type": "reward", "value": 2.0}}, 2.0),
+    "an operation without a reward": ("f", {"agentops.entity.output": '{"type": "reward", "value": null}'}, None),
+    "an operation that returns a text": ("f", {"agentops.entity.output": '"reward"'}, None),
+    "an operation that returns no JSON": ("f", {"agentops.entity.output": '{"reward"'}, None),
+    "an operation that returns something deep": ("f", {"agentops.entity.output": '["reward",' + "[" * 100_000}, None),
+    "a reward of somebody else": ("grade", {"reward": 0.5}, None),
+    "a text": ("agentlightning.reward", {"reward": "0.5"}, None),
+    "no number": ("agentlightning.annotation", {"agentlightning.reward.0.value": "NaN"}, None),
+    "too large a number": ("agentlightning.reward", {"reward": 10**400}, None),
+}
+
+
+@pytest.mark.parametrize(("name", "said", "expected"), REWARDS.values(), ids=REWARDS)
+def test_rewards_of_every_version_count(
+    store: Store, database: Database, name: str, said: dict[str, Any], expected: float | None
+) -> None:
+    store.add([call(1)])
+    keep(database, of_call(1), a_span(2, said, name))
+
+    assert rewards(store.triplets("r")) == [expected]
+
+
+STEPS: dict[str, tuple[Sequence[Any], list[float | None]]] = {
+    "after each": ([of_call(1), of_reward(2, 0.1), of_call(3, 2), of_reward(4, 0.2)], [0.1, 0.2]),
+    "at the end": ([of_call(1), of_call(3, 2), of_reward(4, 0.2)], [None, 0.2]),
+    "after the first": ([of_call(1), of_reward(2, 0.1), of_call(3, 2)], [0.1, None]),
+    "before all": ([of_reward(0, 0.1), of_call(1), of_call(3, 2)], [None, None]),
+    "twice for one": ([of_call(1), of_call(2), of_reward(3, 0.1), of_reward(4, 0.2)], [None, 0.2]),
+    "by a clock an hour behind": ([of_call(1), of_call(2), of_reward(3, 0.1, at=-3600)], [None, 0.1]),
+    "by a clock an hour ahead": ([of_call(1), of_reward(2, 0.1, at=3600), of_call(3, 2)], [0.1, None]),
+    "of calls without spans": ([of_reward(1, 0.1, at=1.5), of_reward(2, 0.2, at=2.5)], [0.1, 0.2]),
+    "of calls without spans, by a clock behind": ([of_reward(1, 0.2, at=-3600)], [None, 0.2]),
+    "as an outcome before the spans": (
+        [of_reward(1, 0.2, {"agentlightning.outcome": True}), of_call(2, 1), of_call(3, 2)],
+        [None, 0.2],
+    ),
+    "linked to an answer": (
+        [of_call(1), of_call(2), of_reward(3, 0.1, linked("gen_ai.response.id", "answer-1"))],
+        [0.1, None],
+    ),
+    "linked to a span": ([of_call(1), of_call(2), of_reward(3, 0.1, linked("span_id", "span-1"))], [0.1, None]),
+    "linked to no call": ([of_call(1), of_call(2), of_reward(3, 0.1, linked("name", "tool"))], [None, 0.1]),
+    "of another attempt": ([of_call(1), of_call(2), of_reward(3, 0.1, attempt_id="b")], [None, None]),
+}
+
+
+@pytest.mark.parametrize(("new", "expected"), STEPS.values(), ids=STEPS)
+def test_a_reward_belongs_to_the_last_call_before_it(
+    store: Store, database: Database, new: Sequence[Any], expected: list[float | None]
+) -> None:
+    store.add([call(1), call(2)])
+    keep(database, *new)
+
+    assert rewards(store.triplets("r")) == expected
+
+
+def test_a_reward_that_names_a_generation_belongs_to_that_and_the_last_one_counts(
+    store: Store, database: Database
+) -> None:
+    first, second = call(1), call(2, response_id="answer-1")
+    store.add([first, second, call(3)])
+    keep(
+        database,
+        of_call(1),
+        of_call(2, answer=3),
+        of_reward(3, 0.1, of_generation(first.id)),
+        of_reward(4, 0.3, of_generation(first.id)),
+        of_reward(5, 0.5, of_generation("00000000-0000-7000-8000-000000000000")),
+        of_reward(6, 0.7, of_generation("no id")),
+    )
+
+    assert rewards(store.triplets("r")) == [0.3, None, None]
+
+
+def test_a_long_rollout_is_read_in_parts(store: Store, database: Database) -> None:
+    store.add([call(number, rollout_id=None if number % 2 else "r") for number in range(1_200)])
+    keep(database, *(of_call(number, answer=1_199 - number) for number in range(1_200)))
+
+    assert answers(store.triplets("r")) == named(*range(1_199, -1, -1))
