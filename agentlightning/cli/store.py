@@ -15,8 +15,8 @@ from agentlightning import settings
 from agentlightning.store import StoreRefused, StoreUnavailable, open_database
 
 DESCRIPTION = """\
-Serve a store of rollouts, attempts, spans, resources and workers over HTTP: the LightningStore interface of Agent
-Lightning 0.3 under /v1/agl, and OpenTelemetry's at /v1/traces. The document of all routes is at /openapi.json.
+Serve a store of rollouts, attempts, spans, resources, workers and generations over HTTP: the LightningStore interface of
+Agent Lightning 0.3 under /v1/agl, and OpenTelemetry's at /v1/traces. The document of all routes is at /openapi.json.
 """
 EPILOG = """\
 The key is asked for as `Authorization: Bearer KEY`, or in the URL: http://agl:KEY@HOST:4747. Who can see the processes
@@ -33,7 +33,7 @@ INSTEAD = {
     "--backend": "the store is a file, or what its URL says: use --store agl-store.db",
     "--mongo-uri": "there is no MongoDB here: use --store agl-store.db",
     "--tracker": "metrics are always on: read them at /metrics",
-    "--n-workers": "one process is enough for one file; more of them may serve the same, each on a --port of its own",
+    "--n-workers": "one process is enough for one store; more of them may serve the same, each on a --port of its own",
 }
 """Options of Agent Lightning 0.3's `agl store`, and what to use in their place."""
 

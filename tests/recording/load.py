@@ -103,9 +103,12 @@ class Load:
             clients = asyncio.gather(*(self._client(session) for _ in range(self._at_once)))
             stop = asyncio.ensure_future(self._stop.wait())
             await asyncio.wait([clients, stop], return_when=asyncio.FIRST_COMPLETED)
-            clients.cancel()
             stop.cancel()
-            await asyncio.gather(clients, stop, return_exceptions=True)
+            if clients.done():
+                # One that failed for a reason of its own would end in silence.
+                clients.result()
+            clients.cancel()
+            await asyncio.gather(clients, return_exceptions=True)
 
     async def _client(self, session: aiohttp.ClientSession) -> None:
         for stream in self._next:

@@ -56,16 +56,18 @@ class Nursery:
         self._process.stdin.flush()
         return int(self._process.stdout.readline())
 
-    def server(self, path: Path, *arguments: str, env: Mapping[str, str] | None = None) -> NurserysServer:
-        """One that keeps what it generates at `path`."""
-        return NurserysServer(self, path, *arguments, env=env)
+    def server(
+        self, path: Path, *arguments: str, env: Mapping[str, str] | None = None, store: str | None = None
+    ) -> NurserysServer:
+        """One that keeps what it generates at `path`, or in the store of this URL."""
+        return NurserysServer(self, path, *arguments, env=env, store=store)
 
 
 class NurserysServer(RecordingServer):
     """A server that is forked."""
 
-    def __init__(self, nursery: Nursery, path: Path, *arguments: str, env: Mapping[str, str] | None) -> None:
-        super().__init__(path, *arguments, env=env)
+    def __init__(self, nursery: Nursery, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         self._nursery = nursery
 
     def start(self) -> None:

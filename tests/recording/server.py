@@ -24,24 +24,28 @@ class RecordingServer(RemoteOpenAIServer):
 
     Args:
         path: where it keeps what it generates.
+        store: the URL of where it does so in the place of that file.
         arguments, env: as `RemoteOpenAIServer` takes them.
     """
 
-    def __init__(self, path: Path, *arguments: str, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, path: Path, *arguments: str, env: Mapping[str, str] | None = None, store: str | None = None
+    ) -> None:
         self.path = path
-        ours = {"AGL_INSTRUMENT": "1", "AGL_STORE": str(path), "PYTHONPATH": str(CHECKOUT)}
+        self.store = store or str(path)
+        ours = {"AGL_INSTRUMENT": "1", "AGL_STORE": self.store, "PYTHONPATH": str(CHECKOUT)}
         super().__init__(*arguments, env={**ours, **(env or {})})
 
     def kept(self, **filters: Unpack[Filters]) -> list[Generation]:
-        """What is in the file now."""
+        """What is in its store now."""
         try:
-            with open_store(str(self.path), create=False) as store:
+            with open_store(self.store, create=False) as store:
                 return [*store.generations(**filters)]
         except StoreUnavailable:
             return []
 
     def recorded(self, **filters: Unpack[Filters]) -> list[Generation]:
-        """What comes to be in the file of all that has ended: one server process writes it in that order."""
+        """What comes to be in its store of all that has ended: one server process writes it in that order."""
         last = post(self, "/v1/completions", {"model": self.model, "prompt": "last", "max_tokens": 1})
         until(lambda: self.kept(response_id=last["id"]), "the last one")
         return self.kept(**filters)

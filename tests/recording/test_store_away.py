@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,23 @@ import pytest
 
 from agentlightning.store import open_store
 from tests.common.answers import post
+from tests.common.postgresql import PostgresServer
 from tests.recording.nursery import Nursery
 from tests.recording.server import RecordingServer, until
+from tests.server.process import StoreServer
 
 # So long that some thirty of them fill the queue of one MiB.
 PROMPT = [7] * 900
 CALLS = 60
 
 
+# The queue of the servers here.
+QUEUE = {"AGL_QUEUE_MB": "1"}
+
+
 @pytest.fixture
 def server(nursery: Nursery, tmp_path: Path) -> Iterator[RecordingServer]:
-    with nursery.server(tmp_path / "generations.db", env={"AGL_QUEUE_MB": "1"}) as server:
+    with nursery.server(tmp_path / "generations.db", env=QUEUE) as server:
         yield server
 
 
@@ -45,6 +51,14 @@ def full(server: RecordingServer) -> Iterator[None]:
     resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (most, most))
 
 
+@contextmanager
+def killed(store: StoreServer | PostgresServer) -> Iterator[None]:
+    """SIGKILL, and started again."""
+    store.kill()
+    yield
+    store.start()
+
+
 def ask(server: RecordingServer, **options: Any) -> str:
     return post(server, "/v1/completions", server.body(prompt=PROMPT, max_tokens=1, **options))["id"]
 
@@ -54,10 +68,29 @@ def lost(server: RecordingServer) -> float:
 
 
 @pytest.mark.parametrize("away", [locked, full])
-def test_answers_go_on_and_what_was_lost_is_counted_and_written_down(server: RecordingServer, away: Any) -> None:
+def test_answers_go_on_while_a_file_cannot_be_written(server: RecordingServer, away: Any) -> None:
+    assert_answers_go_on(server, away(server))
+
+
+def test_answers_go_on_while_agl_store_is_away(nursery: Nursery, tmp_path: Path) -> None:
+    with StoreServer(tmp_path / "store.db", key="secret") as store:
+        url = store.url.replace("//", "//agl:secret@")
+        with nursery.server(tmp_path / "generations.db", env=QUEUE, store=url) as server:
+            assert_answers_go_on(server, killed(store))
+            assert "secret" not in server.log
+
+
+def test_answers_go_on_while_postgresql_is_away(nursery: Nursery, tmp_path: Path, postgresql: PostgresServer) -> None:
+    url = postgresql.new_database()
+    with nursery.server(tmp_path / "generations.db", env=QUEUE, store=url) as server:
+        assert_answers_go_on(server, killed(postgresql))
+
+
+def assert_answers_go_on(server: RecordingServer, away: AbstractContextManager[None]) -> None:
+    """What fits the queue arrives when the store is back, and what does not is counted and written down."""
     first = ask(server)
     until(lambda: server.kept(response_id=first), "the first one")
-    with away(server):
+    with away:
         answered = [ask(server) for _ in range(CALLS)]
         until(lambda: lost(server), "a loss")
         status = server.metrics()["agentlightning_queue_bytes"]
@@ -74,7 +107,7 @@ def test_answers_go_on_and_what_was_lost_is_counted_and_written_down(server: Rec
 
 
 def written_down(server: RecordingServer) -> int:
-    with open_store(str(server.path)) as store:
+    with open_store(server.store) as store:
         return sum(loss.count for loss in store.losses())
 
 
