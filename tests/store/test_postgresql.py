@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import random
 import signal
 import socket
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from threading import Barrier, Event
@@ -21,14 +19,12 @@ from agentlightning.generation import Generation
 from agentlightning.store import StoreRefused, StoreUnavailable, open_store, postgresql
 from tests.common.generations import FULL, generation
 from tests.common.postgresql import PostgresServer
+from tests.common.processes import SECONDS, fork, together
 
-SECONDS = 120
 WRITERS = 4
 BATCHES = 25
 BATCH = 20
 KILLS = 20
-
-fork = multiprocessing.get_context("fork")
 
 
 @pytest.fixture
@@ -193,22 +189,6 @@ def test_who_holds_a_lock_for_long_is_not_waited_for(url: str) -> None:
         another.rollback()
 
         assert store.add([generation(1)]) == 1
-
-
-def together(count: int, work: Callable[[int], object]) -> None:
-    """`work` in so many processes at once, each of which starts when all are there."""
-    barrier = fork.Barrier(count)
-
-    def start(number: int) -> None:
-        barrier.wait(SECONDS)
-        work(number)
-
-    processes = [fork.Process(target=start, args=(number,)) for number in range(count)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(SECONDS)
-    assert [process.exitcode for process in processes] == [0] * count
 
 
 def batch(writer: int, number: int) -> list[Generation]:

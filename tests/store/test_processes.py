@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import random
 import signal
 import sqlite3
-from collections.abc import Callable
 from contextlib import closing
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,16 +17,14 @@ import pytest
 from agentlightning.generation import Generation
 from agentlightning.store import open_store
 from tests.common.generations import generation
+from tests.common.processes import SECONDS, fork, together
 
-SECONDS = 120
 WRITERS = 4
 BATCHES = 25
 BATCH = 20
 KILLS = 20
 # A generation longer than a page of the file, so that a torn one could be told.
 LONG = 5_000
-
-fork = multiprocessing.get_context("fork")
 
 
 def batch(writer: int, number: int) -> list[Generation]:
@@ -38,22 +34,6 @@ def batch(writer: int, number: int) -> list[Generation]:
         generation(each, model=f"model-{each % 7}", rollout_id=f"rollout-{each % 10}")
         for each in range(first, first + BATCH)
     ]
-
-
-def together(count: int, work: Callable[[int], object]) -> None:
-    """`work` in so many processes at once, each of which starts when all are there."""
-    barrier = fork.Barrier(count)
-
-    def start(number: int) -> None:
-        barrier.wait(SECONDS)
-        work(number)
-
-    processes = [fork.Process(target=start, args=(number,)) for number in range(count)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(SECONDS)
-    assert [process.exitcode for process in processes] == [0] * count
 
 
 def is_whole(path: Path) -> bool:
