@@ -15,8 +15,8 @@ from agentlightning import settings
 from agentlightning.store import StoreRefused, StoreUnavailable, open_database
 
 DESCRIPTION = """\
-Serve a store of rollouts, attempts, spans, resources, workers and generations over HTTP: the LightningStore interface of
-Agent Lightning 0.3 under /v1/agl, and OpenTelemetry's at /v1/traces. The document of all routes is at /openapi.json.
+Serve a store of rollouts, spans, resources, workers and generations over HTTP: the LightningStore interface of Agent
+Lightning 0.3 under /v1/agl, and OpenTelemetry's at /v1/traces. The document of all routes is at /openapi.json.
 """
 EPILOG = """\
 The key is asked for as `Authorization: Bearer KEY`, or in the URL: http://agl:KEY@HOST:4747. Who can see the processes

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
 
 import psycopg
 from psycopg import errors
@@ -28,7 +27,14 @@ MIGRATIONS: Mapping[int, Sequence[str]] = {}
 ADVISORY_LOCK = int.from_bytes(b"AgL1", "big")
 
 CONNECTIONS = 8
-SECONDS_TO_CONNECT = 5
+# As libpq has them. A host that is gone without a word would be waited for as long as TCP does, a quarter of an hour.
+OPTIONS = {
+    "application_name": SCHEMA,
+    "connect_timeout": "5",
+    "keepalives_idle": "5",
+    "keepalives_interval": "2",
+    "tcp_user_timeout": "10000",
+}
 
 # What others are the reason of: a lock that they wait for while we wait for theirs, or an id that they put in since we
 # looked for it.
@@ -62,9 +68,8 @@ class PostgresqlDatabase(Database):
             raise StoreRefused(f"{self._name} is no URL of a database: {error}") from error
         if not parsed.database:
             raise StoreRefused(f"{self._name} names no database: it is postgresql://USER:PASSWORD@HOST/DATABASE")
-        options: dict[str, Any] = {"application_name": SCHEMA, "connect_timeout": SECONDS_TO_CONNECT}
         # What the URL says is not overruled.
-        options = {name: value for name, value in options.items() if name not in parsed.query}
+        options = {name: value for name, value in OPTIONS.items() if name not in parsed.query}
         self._engine = create_engine(
             parsed,
             # Where a transaction begins and ends is said here.
@@ -101,15 +106,17 @@ class PostgresqlDatabase(Database):
                 return Conflict(f"{self._name}: {told}")
             case _ if isinstance(reason, REFUSALS):
                 return StoreRefused(f"{self._name} cannot be used: {told}")
-            case errors.ProgramLimitExceeded():
-                # An id of some KiB, for one, that an index has no room for.
+            case errors.ProgramLimitExceeded() | psycopg.DataError() | psycopg.IntegrityError():
+                # The first is of an id of some KiB, for one, that an index has no room for.
                 return ValueError(told)
-            case psycopg.OperationalError() | psycopg.InterfaceError() | PoolTimeout():
-                return self._unreachable(told)
+            case psycopg.ProgrammingError() if reason.sqlstate is None:
+                # Of the driver itself: a value that is of no type that it knows.
+                return ValueError(told)
             case OverflowError():
                 return ValueError(f"a number that PostgreSQL cannot hold: {told}")
-            case psycopg.Error():
-                return ValueError(told)
+            case psycopg.Error() | PoolTimeout():
+                # A server that only reads, since another has taken its place, is none of a value's doing either.
+                return self._unreachable(told)
         return None
 
     def close(self) -> None:
@@ -124,7 +131,8 @@ class PostgresqlDatabase(Database):
 
     def _configure(self, connection: psycopg.Connection, _: object) -> None:
         connection.execute(f"SET search_path TO {SCHEMA}")
-        connection.execute(f"SET lock_timeout TO {max(1, int(self._patience * 1000))}")
+        milliseconds = max(1, int(self._patience * 1000))
+        connection.execute("SELECT set_config('lock_timeout', %s, false)", (str(milliseconds),))
 
     def _prepare(self, create: bool) -> None:
         """Make the tables where there are none, or bring them up to date; what is not ours is refused."""

@@ -114,7 +114,7 @@ def test_a_step_that_fails_leaves_the_older_tables_whole(url: str, monkeypatch: 
     with monkeypatch.context() as newer:
         newer.setattr(postgresql, "VERSION", 2)
         newer.setattr(postgresql, "MIGRATIONS", {1: ("CREATE TABLE notes (note TEXT)", "CREATE TABLE texts (again)")})
-        with pytest.raises(ValueError, match="syntax error"):
+        with pytest.raises(StoreUnavailable, match="syntax error"):
             open_store(url)
 
     assert query(url, "SELECT to_regclass('agentlightning.notes')") == (None,)
@@ -179,6 +179,18 @@ def test_the_same_batch_from_two_at_once_is_kept_once(url: str) -> None:
                 assert sum(threads.map(add, (one, other))) == 100
 
         assert one.tally()["finished"] == 2_000
+
+
+def test_a_server_that_only_reads_is_waited_for(url: str) -> None:
+    """Another one has taken its place: nothing that is to be written is at fault."""
+    with open_store(url) as store:
+        store.add([generation(1)])
+    database = url.rpartition("/")[2]
+    query(url, f"ALTER DATABASE {database} SET default_transaction_read_only TO on")
+    with open_store(url, create=False) as store:
+        with pytest.raises(StoreUnavailable, match="read-only transaction"):
+            store.add([generation(2)])
+        assert [found.request_id for found in store.generations()] == [generation(1).request_id]
 
 
 def test_who_holds_a_lock_for_long_is_not_waited_for(url: str) -> None:
