@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 
 from examples.loop import CALLS, ROLLOUTS, RUNNERS, Outcome, run, servers
@@ -63,3 +65,10 @@ def test_both_prompts_have_the_question_and_the_second_what_the_tool_said(outcom
         assert question in second
         assert said not in first
         assert said in second
+
+
+def test_one_other_id_is_noticed(outcomes: list[Outcome]) -> None:
+    other = deepcopy(outcomes[0])
+    other.triplets[1]["response_token_ids"][-1] += 1
+
+    assert not other.is_exact

@@ -10,7 +10,7 @@ from fastapi import Response
 from fastapi.responses import StreamingResponse
 from sqlalchemy import Column, ColumnElement, Connection
 
-from agentlightning.server.models import Query
+from agentlightning.server.models.common import Query
 from agentlightning.server.transactions import Transactions
 from agentlightning.store.pages import Page, find_page
 

@@ -158,7 +158,7 @@ def test_as_much_is_counted(found: dict[str, dict[str, dict[str, Any]]]) -> None
     theirs, ours = found["theirs"]["statistics"], found["ours"]["statistics"]
     assert (theirs["name"], ours["name"]) == ("InMemoryLightningStore", "agl store")
     # The two that were tried again after a span came too late.
-    totals = {**theirs["totals"], "total_attempts": theirs["totals"]["total_attempts"] + 2}
+    totals = {**theirs["totals"], "total_attempts": theirs["totals"]["total_attempts"] + 2, "total_generations": 0}
     assert ours == {**theirs, "name": "agl store", "totals": totals}
 
 

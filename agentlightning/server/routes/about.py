@@ -7,9 +7,9 @@ import time
 from fastapi import Request, Response
 from sqlalchemy import Connection, Table, func, literal, select
 
-from agentlightning.server import models
 from agentlightning.server.answers import Json
 from agentlightning.server.metrics import CONTENT_TYPE_LATEST
+from agentlightning.server.models import about as models
 from agentlightning.server.routes.common import Database, errors, router
 from agentlightning.store import rollouts, tables
 

@@ -11,11 +11,11 @@ from fastapi import Query, Request, Response
 from fastapi.responses import StreamingResponse
 
 from agentlightning.generation import Generation
-from agentlightning.server import generations as models
 from agentlightning.server.answers import Json, encode
 from agentlightning.server.errors import sentence
 from agentlightning.server.limits import BATCH_LIMIT
-from agentlightning.server.models import Id
+from agentlightning.server.models import generations as models
+from agentlightning.server.models.common import Id
 from agentlightning.server.routes.common import Database, errors, router
 from agentlightning.server.transactions import Busy, Transactions
 from agentlightning.store import Filters, wire

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 from fastapi import Query, Response
 from sqlalchemy import Connection, select
 
-from agentlightning.server import models
 from agentlightning.server.answers import Json, encode, page, resources
+from agentlightning.server.models import resources as models
+from agentlightning.server.models.common import Id, Page
 from agentlightning.server.routes.common import Database, errors, router
 from agentlightning.store import resources as kept
 from agentlightning.store.pages import contains, matching
@@ -19,7 +20,7 @@ __all__ = ["routes"]
 routes = router("resources")
 
 
-@routes.get("/resources", response_model=models.Page[models.ResourcesUpdate], responses=errors())
+@routes.get("/resources", response_model=Page[models.ResourcesUpdate], responses=errors())
 async def query_resources(asked: Annotated[models.QueryResources, Query()], database: Database) -> Response:
     """Find resources."""
     conditions = []
@@ -50,14 +51,14 @@ async def get_latest_resources(database: Database) -> Response:
 
 
 @routes.get("/resources/{resources_id}", response_model=models.ResourcesUpdate | None, responses=errors())
-async def get_resources(resources_id: models.Id, database: Database) -> Response:
+async def get_resources(resources_id: Id, database: Database) -> Response:
     """Resources; null where there are none of this id."""
     row = await database.read(lambda connection: _find(connection, resources_id))
     return Json(None if row is None else resources(row))
 
 
 @routes.post("/resources/{resources_id}", response_model=models.ResourcesUpdate, responses=errors())
-async def update_resources(resources_id: models.Id, body: models.NamedResources, database: Database) -> Response:
+async def update_resources(resources_id: Id, body: models.NamedResources, database: Database) -> Response:
     """Replace resources, or keep them under an id of one's own; they are the latest now."""
     content = _text(body)
 

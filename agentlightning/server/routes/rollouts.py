@@ -9,10 +9,11 @@ from typing import Annotated, Any
 from fastapi import Body, Query, Request, Response
 from sqlalchemy import Connection, select
 
-from agentlightning.server import models
 from agentlightning.server.answers import Json, attempt, encode, page, rollout
 from agentlightning.server.errors import sentence
 from agentlightning.server.limits import DEQUEUE_LIMIT
+from agentlightning.server.models import rollouts as models
+from agentlightning.server.models.common import Id, Page
 from agentlightning.server.routes.common import Database, errors, router
 from agentlightning.store import rollouts
 from agentlightning.store.database import in_parts
@@ -72,15 +73,13 @@ async def start_rollout(body: models.StartRollout, database: Database) -> Respon
     return Json(rollout(await database.write(work)), 201)
 
 
-@routes.get("/rollouts", response_model=models.Page[models.AttemptedRollout | models.Rollout], responses=errors())
+@routes.get("/rollouts", response_model=Page[models.AttemptedRollout | models.Rollout], responses=errors())
 async def query_rollouts(asked: Annotated[models.QueryRollouts, Query()], database: Database) -> Response:
     """Find rollouts."""
     return await _page_of_rollouts(asked, database)
 
 
-@routes.post(
-    "/rollouts/search", response_model=models.Page[models.AttemptedRollout | models.Rollout], responses=errors()
-)
+@routes.post("/rollouts/search", response_model=Page[models.AttemptedRollout | models.Rollout], responses=errors())
 async def search_rollouts(asked: models.QueryRollouts, database: Database) -> Response:
     """Find rollouts, where what is asked for does not fit into a URL."""
     return await _page_of_rollouts(asked, database)
@@ -89,14 +88,14 @@ async def search_rollouts(asked: models.QueryRollouts, database: Database) -> Re
 @routes.get(
     "/rollouts/{rollout_id}", response_model=models.AttemptedRollout | models.Rollout | None, responses=errors()
 )
-async def get_rollout(rollout_id: models.Id, database: Database) -> Response:
+async def get_rollout(rollout_id: Id, database: Database) -> Response:
     """A rollout with its latest attempt; null where there is none of this id."""
     row = await database.read(lambda connection: rollouts.find(connection, rollout_id))
     return Json(None if row is None else rollout(row))
 
 
 @routes.post("/rollouts/{rollout_id}", response_model=models.Rollout, responses=errors(404))
-async def update_rollout(rollout_id: models.Id, body: models.ChangeRollout, database: Database) -> Response:
+async def update_rollout(rollout_id: Id, body: models.ChangeRollout, database: Database) -> Response:
     """Change a rollout."""
     changes: dict[str, Any] = {name: getattr(body, name) for name in body.model_fields_set}
     if body.config is not None:
@@ -119,7 +118,7 @@ async def update_rollout(rollout_id: models.Id, body: models.ChangeRollout, data
     responses=errors(404),
 )
 async def start_attempt(
-    rollout_id: models.Id, database: Database, body: Annotated[models.StartAttempt | None, Body()] = None
+    rollout_id: Id, database: Database, body: Annotated[models.StartAttempt | None, Body()] = None
 ) -> Response:
     """Make one more attempt, whatever became of those before."""
 
@@ -130,31 +129,29 @@ async def start_attempt(
     return Json(rollout(await database.write(work)), 201)
 
 
-@routes.get("/rollouts/{rollout_id}/attempts", response_model=models.Page[models.Attempt], responses=errors())
+@routes.get("/rollouts/{rollout_id}/attempts", response_model=Page[models.Attempt], responses=errors())
 async def query_attempts(
-    rollout_id: models.Id, asked: Annotated[models.QueryAttempts, Query()], database: Database
+    rollout_id: Id, asked: Annotated[models.QueryAttempts, Query()], database: Database
 ) -> Response:
     """The attempts of a rollout."""
     return await _page_of_attempts(rollout_id, asked, database)
 
 
-@routes.post("/rollouts/{rollout_id}/attempts/search", response_model=models.Page[models.Attempt], responses=errors())
-async def search_attempts(rollout_id: models.Id, asked: models.QueryAttempts, database: Database) -> Response:
+@routes.post("/rollouts/{rollout_id}/attempts/search", response_model=Page[models.Attempt], responses=errors())
+async def search_attempts(rollout_id: Id, asked: models.QueryAttempts, database: Database) -> Response:
     """The attempts of a rollout."""
     return await _page_of_attempts(rollout_id, asked, database)
 
 
 @routes.get("/rollouts/{rollout_id}/attempts/latest", response_model=models.Attempt | None, responses=errors())
-async def get_latest_attempt(rollout_id: models.Id, database: Database) -> Response:
+async def get_latest_attempt(rollout_id: Id, database: Database) -> Response:
     """The latest attempt of a rollout; null where there is none."""
     row = await database.read(lambda connection: rollouts.find(connection, rollout_id))
     return Json(attempt(row, rollout_id, "attempt_") if row is not None and row.attempts else None)
 
 
 @routes.post("/rollouts/{rollout_id}/attempts/{attempt_id}", response_model=models.Attempt, responses=errors(404))
-async def update_attempt(
-    rollout_id: models.Id, attempt_id: models.Id, body: models.ChangeAttempt, database: Database
-) -> Response:
+async def update_attempt(rollout_id: Id, attempt_id: Id, body: models.ChangeAttempt, database: Database) -> Response:
     """Change an attempt, `latest` or of this id; the status of the latest is its rollout's."""
     changes: dict[str, Any] = {name: getattr(body, name) for name in body.model_fields_set}
     if "metadata" in changes:

@@ -9,9 +9,10 @@ import msgspec
 from fastapi import Query, Request, Response
 from sqlalchemy import ColumnElement, Connection, false, select
 
-from agentlightning.server import models
 from agentlightning.server.answers import Json, encode, page, span
 from agentlightning.server.errors import sentence
+from agentlightning.server.models import spans as models
+from agentlightning.server.models.common import Page
 from agentlightning.server.routes.common import Database, errors, router
 from agentlightning.store import attributes, rollouts, spans, triplets
 from agentlightning.store.pages import contains, matching
@@ -66,13 +67,13 @@ async def add_span(request: Request, database: Database) -> Response:
     return Json(span(new) if await database.write(work) else None, 201)
 
 
-@routes.get("/spans", response_model=models.Page[models.KeptSpan], responses=errors())
+@routes.get("/spans", response_model=Page[models.KeptSpan], responses=errors())
 async def query_spans(asked: Annotated[models.QuerySpans, Query()], database: Database) -> Response:
     """Find spans of a rollout, or of a trace: those that came without a rollout too."""
     return await _page(asked, database)
 
 
-@routes.post("/spans/search", response_model=models.Page[models.KeptSpan], responses=errors())
+@routes.post("/spans/search", response_model=Page[models.KeptSpan], responses=errors())
 async def search_spans(asked: models.QuerySpans, database: Database) -> Response:
     """Find spans of a rollout, or of a trace: those that came without a rollout too."""
     return await _page(asked, database)

@@ -10,8 +10,10 @@ from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 from sqlalchemy import Connection
 
-from agentlightning.server import models
 from agentlightning.server.answers import Json, encode, span
+from agentlightning.server.models import triplets as models
+from agentlightning.server.models.common import Id
+from agentlightning.server.models.spans import KeptSpan
 from agentlightning.server.routes.common import Database, errors, router
 from agentlightning.server.transactions import Transactions
 from agentlightning.store import attributes, generations, rollouts, spans, triplets
@@ -33,9 +35,7 @@ def _answers(**content: Any) -> dict[int | str, dict[str, Any]]:
 
 
 @routes.get("/triplets", response_class=Response, responses=_answers())
-async def query_triplets(
-    database: Database, rollout_id: models.Id | None = None, attempt_id: models.Id | None = None
-) -> Response:
+async def query_triplets(database: Database, rollout_id: Id | None = None, attempt_id: Id | None = None) -> Response:
     """Those of all rollouts, one after the other, or of the one that is asked for, as JSON Lines."""
     rollout_ids = [rollout_id] if rollout_id is not None else await database.read(triplets.rollouts_of)
 
@@ -47,7 +47,7 @@ async def query_triplets(
 
 
 @routes.get("/rollouts/{rollout_id}/triplets", response_model=models.Triplets, responses=_answers())
-async def get_triplets(rollout_id: models.Id, request: Request, database: Database) -> Response:
+async def get_triplets(rollout_id: Id, request: Request, database: Database) -> Response:
     """Those of a rollout, in order; as JSON Lines where `Accept` has `application/jsonl`."""
     return await _answer(request, database, rollout_id, None)
 
@@ -55,9 +55,7 @@ async def get_triplets(rollout_id: models.Id, request: Request, database: Databa
 @routes.get(
     "/rollouts/{rollout_id}/attempts/{attempt_id}/triplets", response_model=models.Triplets, responses=_answers()
 )
-async def get_triplets_of_attempt(
-    rollout_id: models.Id, attempt_id: models.Id, request: Request, database: Database
-) -> Response:
+async def get_triplets_of_attempt(rollout_id: Id, attempt_id: Id, request: Request, database: Database) -> Response:
     """Those of an attempt, `latest` or of this id, in order."""
     return await _answer(request, database, rollout_id, attempt_id)
 
@@ -65,10 +63,10 @@ async def get_triplets_of_attempt(
 @routes.post(
     "/rollouts/{rollout_id}/attempts/{attempt_id}/reward",
     status_code=201,
-    response_model=models.KeptSpan,
+    response_model=KeptSpan,
     responses=errors(404),
 )
-async def add_reward(rollout_id: models.Id, attempt_id: models.Id, body: models.Reward, database: Database) -> Response:
+async def add_reward(rollout_id: Id, attempt_id: Id, body: models.Reward, database: Database) -> Response:
     """Reward an attempt, `latest` or of this id, or a call of it. Of several rewards of the same, the last counts."""
 
     def work(connection: Connection) -> spans.NewSpan:

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 from fastapi import Body, Query, Response
 from sqlalchemy import Connection, select
 
-from agentlightning.server import models
 from agentlightning.server.answers import Json, encode, page, worker
+from agentlightning.server.models import workers as models
+from agentlightning.server.models.common import Id, Page
 from agentlightning.server.routes.common import Database, errors, router
 from agentlightning.store import workers
 from agentlightning.store.database import now
@@ -20,20 +21,20 @@ __all__ = ["routes"]
 routes = router("workers")
 
 
-@routes.get("/workers", response_model=models.Page[models.Worker], responses=errors())
+@routes.get("/workers", response_model=Page[models.Worker], responses=errors())
 async def query_workers(asked: Annotated[models.QueryWorkers, Query()], database: Database) -> Response:
     """Find workers."""
     return await _page(asked, database)
 
 
-@routes.post("/workers/search", response_model=models.Page[models.Worker], responses=errors())
+@routes.post("/workers/search", response_model=Page[models.Worker], responses=errors())
 async def search_workers(asked: models.QueryWorkers, database: Database) -> Response:
     """Find workers."""
     return await _page(asked, database)
 
 
 @routes.get("/workers/{worker_id}", response_model=models.Worker | None, responses=errors())
-async def get_worker(worker_id: models.Id, database: Database) -> Response:
+async def get_worker(worker_id: Id, database: Database) -> Response:
     """A worker; null where nothing was heard of one of this id."""
     row = await database.read(lambda connection: _find(connection, worker_id))
     return Json(None if row is None else worker(row))
@@ -41,7 +42,7 @@ async def get_worker(worker_id: models.Id, database: Database) -> Response:
 
 @routes.post("/workers/{worker_id}", response_model=models.Worker, responses=errors())
 async def update_worker(
-    worker_id: models.Id, database: Database, body: Annotated[models.ChangeWorker | None, Body()] = None
+    worker_id: Id, database: Database, body: Annotated[models.ChangeWorker | None, Body()] = None
 ) -> Response:
     """Note a worker's sign of life, with what it says of itself."""
     changes: dict[str, Any] = {}

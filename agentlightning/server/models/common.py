@@ -1,0 +1,77 @@
+"""What every kind stands on: ids, numbers, and pages."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, StringConstraints, field_validator
+
+from agentlightning.server.limits import ID_LIMIT, NUMBER_LIMIT, PAGE_LIMIT
+
+__all__ = ["LEFT_OUT", "Id", "Logic", "Page", "Part", "Query", "Seconds", "Sent", "Whole", "example"]
+
+# Not every database has a NUL in a text.
+_WITHOUT_NUL = r"^[^\x00]*$"
+Id = Annotated[str, StringConstraints(min_length=1, max_length=ID_LIMIT, pattern=_WITHOUT_NUL)]
+Part = Annotated[str, StringConstraints(max_length=ID_LIMIT, pattern=_WITHOUT_NUL)]
+Seconds = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
+# To JSON 1.0 is the same number as 1.
+Whole = Annotated[
+    int, BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value)
+]
+Order = Literal["asc", "desc"]
+Logic = Literal["and", "or"]
+
+
+def example(**fields: Any) -> ConfigDict:
+    return ConfigDict(json_schema_extra={"examples": [fields]})
+
+
+def _without_default(schema: dict[str, JsonValue]) -> None:
+    del schema["default"]
+
+
+# Of what stays as it is where it is left out: its default is never looked at, and null is no value of it.
+LEFT_OUT: Any = Field(None, json_schema_extra=_without_default)
+
+
+class Sent(BaseModel):
+    """What comes as JSON, where `true` and `"1"` are no numbers."""
+
+    model_config = ConfigDict(strict=True)
+
+
+Item = TypeVar("Item")
+
+
+class Page(BaseModel, Generic[Item]):
+    """Some of what was found."""
+
+    items: list[Item]
+    limit: int
+    offset: int
+    total: int = Field(description="How many there are on all pages.")
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("must be a whole number")
+    return value
+
+
+class Query(BaseModel):
+    """Which page, in which order."""
+
+    # In a URL everything is text, so that these cannot be as strict as what is sent as JSON.
+    limit: Annotated[int, BeforeValidator(_number)] = Field(
+        -1, ge=-1, le=PAGE_LIMIT, description="-1 is all.", json_schema_extra={"not": {"const": 0}}
+    )
+    offset: Annotated[int, BeforeValidator(_number)] = Field(0, ge=0, le=NUMBER_LIMIT)
+    sort_order: Order = "asc"
+
+    @field_validator("limit")
+    @classmethod
+    def _not_nothing(cls, limit: int) -> int:
+        if limit == 0:
+            raise ValueError(f"must be from 1 to {PAGE_LIMIT}, or -1 for all")
+        return limit
