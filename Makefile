@@ -1,12 +1,13 @@
-# make demo | test | lint: each sets up what it needs the first time, and only then.
+# make demo | loop | test | lint: each sets up what it needs the first time, and only then.
 VENV := .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-releases lint bench format clean
+.PHONY: help demo loop test test-releases lint bench format clean
 
 help:
 	@echo 'make demo    a real vLLM answers with token ids, shown in a table'
+	@echo 'make loop    a queue, two runners, an agent with a tool, and what a trainer would learn from'
 	@echo 'make test    all tests, against a real vLLM'
 	@echo 'make test-releases [RELEASES="0.8.5 0.32.0"]'
 	@echo '             the same questions to each vLLM since 0.8.5, each in an environment of its own (30 GB for all)'
@@ -28,6 +29,9 @@ $(VENV)/.ready: pyproject.toml tools/make_env.py agentlightning.pth
 
 demo: $(VENV)/.ready .cache/tiny-model/config.json
 	@$(VENV)/bin/python -m examples.demo
+
+loop: $(VENV)/.ready .cache/tiny-model/config.json
+	@$(VENV)/bin/python -m examples.loop
 
 test: $(VENV)/.ready .cache/tiny-model/config.json
 	$(VENV)/bin/python -m pytest
