@@ -21,8 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from itertools import islice
@@ -113,6 +113,14 @@ QUICK = Sizes(
     dequeued=2,
 )
 
+STARTED, ADDED, EXPORTED, READ = "Rollouts started", "Spans added", "Spans added over OTLP", "Spans read"
+TARGETS = {
+    STARTED: Target(2, at_least=True),
+    ADDED: Target(3, at_least=True),
+    EXPORTED: Target(5, at_least=True),
+    READ: Target(3, at_least=True),
+}
+
 ABOUT = (
     "Both servers run at the same time and take turns with the same requests, from a client that keeps its connections "
     f"open. A span has {IDS:,} token ids in its attributes. Every answer was one of success, and afterwards each "
@@ -132,34 +140,7 @@ def measure(quick: bool) -> Part:
 
 async def all_of(servers: Servers, sizes: Sizes) -> list[Section]:
     with servers.theirs() as theirs, servers.ours() as ours:
-        both = (theirs, ours)
-        sections = [
-            await rates(
-                both,
-                sizes.rounds,
-                "Rollouts started",
-                f"One a request, {RUNNERS} requests at once.",
-                lambda server: rollouts_started(server, sizes.rollouts),
-                Target(2, at_least=True),
-            ),
-            await rates(
-                both,
-                sizes.rounds,
-                "Spans added",
-                f"One a request, {RUNNERS} requests at once, each of a rollout of its own.",
-                lambda server: spans_added(server, sizes.spans),
-                Target(3, at_least=True),
-            ),
-            await rates(
-                both,
-                sizes.rounds,
-                "Spans added over OTLP",
-                f"{BATCH} a request, in protobuf, {EXPORTERS} requests at once, each of a rollout of its own.",
-                lambda server: spans_exported(server, sizes.batches),
-                Target(5, at_least=True),
-            ),
-            await reading(both, sizes),
-        ]
+        sections = await rates((theirs, ours), sizes, TARGETS)
     sections += [await memory(servers, sizes), starting(servers, sizes.starts), await dequeuing(servers, sizes)]
     return sections
 
@@ -254,57 +235,100 @@ class Servers:
         version = next(iter(distributions(name="agentlightning", path=[str(each) for each in site_packages]))).version
         self.their_label = f"Agent Lightning {version}, in memory"
 
-    @contextmanager
-    def theirs(self) -> Iterator[Server]:
+    def theirs(self) -> AbstractContextManager[Server]:
         # In the folder, or else it would import this package, which has the name of its own.
         env = {**without_python(), "LITELLM_LOCAL_MODEL_COST_MAP": "True", "HOME": str(self._folder)}
-        with self._running(self.their_label, [str(self._commands / "agl"), "store"], env) as server:
-            yield server
+        return running(self.their_label, [str(self._commands / "agl"), "store"], env, self._new_log())
 
-    @contextmanager
-    def ours(self, path: Path | None = None, label: str = OURS) -> Iterator[Server]:
+    def ours(self, path: Path | None = None, label: str = OURS) -> AbstractContextManager[Server]:
         """
         Args:
             path: the store; a new one if not given.
         """
-        command = [sys.executable, "-m", "agentlightning", "store", f"--store={path or self.new_path()}"]
-        env = {**without_python(), "PYTHONPATH": str(CHECKOUT)}
-        with self._running(label, command, env) as server:
-            yield server
+        return agl_store(path or self.new_path(), self._new_log(), label)
 
     def new_path(self) -> Path:
         self._started += 1
         return self._folder / f"{self._started}.db"
 
-    @contextmanager
-    def _running(self, label: str, command: Sequence[str], env: dict[str, str]) -> Iterator[Server]:
-        server = Server(label, command, env, self.new_path().with_suffix(".log"))
-        try:
-            yield server
-        finally:
-            server.stop()
+    def _new_log(self) -> Path:
+        return self.new_path().with_suffix(".log")
 
 
-async def rates(
+def agl_store(store: Path | str, log: Path, label: str = OURS) -> AbstractContextManager[Server]:
+    """Ours, as it runs meanwhile.
+
+    Args:
+        store: the path of a file, or the URL of a database.
+    """
+    command = [sys.executable, "-m", "agentlightning", "store", f"--store={store}"]
+    return running(label, command, {**without_python(), "PYTHONPATH": str(CHECKOUT)}, log)
+
+
+@contextmanager
+def running(label: str, command: Sequence[str], env: dict[str, str], log: Path) -> Iterator[Server]:
+    server = Server(label, command, env, log)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+async def rates(servers: Sequence[Server], sizes: Sizes, targets: Mapping[str, Target]) -> list[Section]:
+    """How much two servers do a second.
+
+    Args:
+        targets: of the second, by what is done.
+    """
+
+    async def rate(title: str, about: str, turn: Callable[[Server], Awaitable[float]]) -> Section:
+        return await turns(servers, sizes.rounds, title, "a second", about, turn, targets.get(title))
+
+    return [
+        await rate(
+            STARTED,
+            f"One a request, {RUNNERS} requests at once.",
+            lambda server: rollouts_started(server, sizes.rollouts),
+        ),
+        await rate(
+            ADDED,
+            f"One a request, {RUNNERS} requests at once, each of a rollout of its own.",
+            lambda server: spans_added(server, sizes.spans),
+        ),
+        await rate(
+            EXPORTED,
+            f"{BATCH} a request, in protobuf, {EXPORTERS} requests at once, each of a rollout of its own.",
+            lambda server: spans_exported(server, sizes.batches),
+        ),
+        await rate(
+            READ,
+            f"All {sizes.read} of a rollout a request, {READERS} requests at once.",
+            await reading(servers, sizes),
+        ),
+    ]
+
+
+async def turns(
     servers: Sequence[Server],
     rounds: int,
     title: str,
+    unit: str,
     about: str,
     turn: Callable[[Server], Awaitable[float]],
-    target: Target,
+    target: Target | None = None,
 ) -> Section:
-    """How many of something a server does a second: the first server, and the second one beside it."""
+    """What a turn finds of each of two servers: the first, and the second beside it."""
     measured: dict[Server, list[float]] = {server: [] for server in servers}
     for server in interleaved(list(servers), rounds, title):
         measured[server].append(await turn(server))
     for server in servers:
         await server.check()
-    theirs, ours = servers
+    first, second = servers
     rows = [
-        Row.of(theirs.label, measured[theirs], measured[theirs]),
-        Row.of(ours.label, measured[ours], measured[theirs], target),
+        Row.of(first.label, measured[first], measured[first]),
+        Row.of(second.label, measured[second], measured[first], target),
     ]
-    return Section(title, "a second", about, rows)
+    return Section(title, unit, about, rows)
 
 
 async def rollouts_started(server: Server, count: int) -> float:
@@ -339,7 +363,8 @@ async def export(server: Server, rollouts: Sequence[Any], batches: int) -> Load:
     return load
 
 
-async def reading(servers: Sequence[Server], sizes: Sizes) -> Section:
+async def reading(servers: Sequence[Server], sizes: Sizes) -> Callable[[Server], Awaitable[float]]:
+    """A turn, and the rollouts that it reads."""
     requests: dict[Server, bytes] = {}
     for server in servers:
         async with server.under_way(1) as rollouts:
@@ -353,8 +378,7 @@ async def reading(servers: Sequence[Server], sizes: Sizes) -> Section:
         check_spans(load.parsed()[-1], sizes.read)
         return sizes.reads * sizes.read / load.seconds
 
-    about = f"All {sizes.read} of a rollout a request, {READERS} requests at once."
-    return await rates(servers, sizes.rounds, "Spans read", about, turn, Target(3, at_least=True))
+    return turn
 
 
 def check_spans(page: Any, count: int) -> None:
@@ -405,21 +429,28 @@ async def dequeuing(servers: Servers, sizes: Sizes) -> Section:
     for count, path in paths.items():
         say(f"dequeue: writing {count:,} finished rollouts")
         fill(path, count)
-    with servers.ours(paths[FEW]) as few, servers.ours(paths[sizes.finished]) as many:
+    with (
+        servers.ours(paths[FEW], f"among {FEW:,} rollouts") as few,
+        servers.ours(paths[sizes.finished], f"among {sizes.finished:,}") as many,
+    ):
         few.rollouts, many.rollouts = paths
-        measured: dict[Server, list[float]] = {few: [], many: []}
-        for server in interleaved([few, many], sizes.rounds, "Dequeue"):
-            measured[server].append(await dequeue_turn(server, sizes.dequeued))
-        await few.check()
-        await many.check()
-    rows = [
-        Row.of(f"among {FEW:,} rollouts", measured[few], measured[few]),
-        Row.of(f"among {sizes.finished:,}", measured[many], measured[few], Target(1.5)),
-    ]
+        return await dequeued((few, many), sizes, Target(1.5))
+
+
+async def dequeued(servers: Sequence[Server], sizes: Sizes, target: Target | None = None) -> Section:
+    """How long a runner waits for its next rollout."""
     about = (
         f"{WAITING} runners at once, each of which finishes a rollout before it asks for the next; the mean of a turn."
     )
-    return Section("Dequeuing a rollout", "ms", about, rows)
+    return await turns(
+        servers,
+        sizes.rounds,
+        "Dequeuing a rollout",
+        "ms",
+        about,
+        lambda server: dequeue_turn(server, sizes.dequeued),
+        target,
+    )
 
 
 async def dequeue_turn(server: Server, each: int) -> float:

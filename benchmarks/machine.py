@@ -8,7 +8,7 @@ import platform
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -47,7 +47,12 @@ class BusyMeter:
     def _seconds_of_others(self) -> float:
         _, user, nice, system, _, _, interrupts, soft, stolen, *_ = Path("/proc/stat").read_text().split(maxsplit=10)
         everyone = sum(map(int, (user, nice, system, interrupts, soft, stolen))) / os.sysconf("SC_CLK_TCK")
-        return everyone - sum(os.times()[:4]) - sum(map(cpu_seconds, self._descendants()))
+        ours = 0.0
+        for pid in self._descendants():
+            # A process may end while it is looked at.
+            with suppress(OSError):
+                ours += cpu_seconds(pid) + cpu_seconds_of_ended(pid)
+        return everyone - sum(os.times()[:4]) - ours
 
 
 def cpu_seconds(pid: int) -> float:
@@ -56,3 +61,10 @@ def cpu_seconds(pid: int) -> float:
     From the clock that clock_getcpuclockid(3) names: in nanoseconds, where utime and stime have hundredths of a second.
     """
     return time.clock_gettime(~pid << 3 | 2)
+
+
+def cpu_seconds_of_ended(pid: int) -> float:
+    """What the children of a process have had that it has waited for, and theirs in turn."""
+    _, _, fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")
+    user, system = fields.split()[13:15]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")

@@ -105,9 +105,9 @@ def writing(folder: Path, rounds: int) -> Section:
     return Section("Generations written to SQLite", "a second", about, rows)
 
 
-def write(path: Path, generations: Sequence[Generation]) -> float:
+def write(url: Path | str, generations: Sequence[Generation]) -> float:
     """Seconds."""
-    with open_store(str(path)) as store:
+    with open_store(str(url)) as store:
         started = time.perf_counter()
         for first in range(0, len(generations), BATCH_GENERATIONS):
             store.add(generations[first : first + BATCH_GENERATIONS])

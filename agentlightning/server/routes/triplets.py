@@ -6,6 +6,7 @@ import secrets
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
+import msgspec
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 from sqlalchemy import Connection
@@ -21,7 +22,7 @@ from agentlightning.store.database import now
 from agentlightning.store.rollouts import Unknown
 from agentlightning.triplet import Triplet
 
-__all__ = ["routes"]
+__all__ = ["items", "routes"]
 
 JSON_LINES = "application/jsonl"
 
@@ -87,7 +88,7 @@ async def _answer(request: Request, database: Transactions, rollout_id: str, att
 
     def work(connection: Connection) -> bytes:
         found = _found(connection, rollout_id, attempt_id)
-        return _lines(found) if wants_lines else encode({"items": [each.as_dict() for each in found]})
+        return _lines(found) if wants_lines else items(found)
 
     answer = await database.read(work)
     return Response(answer, media_type=JSON_LINES) if wants_lines else Json(answer)
@@ -104,6 +105,11 @@ def _attempt_of(connection: Connection, rollout_id: str, attempt_id: str) -> str
         return attempt_id
     found = rollouts.find(connection, rollout_id)
     return None if found is None else found.attempt_id
+
+
+def items(found: Iterable[Triplet]) -> bytes:
+    """As JSON. One by one: the numbers of all of them at once are more than a processor has near, at half the speed."""
+    return encode({"items": [msgspec.Raw(encode(each.as_dict())) for each in found]})
 
 
 def _lines(found: Iterable[Triplet]) -> bytes:
