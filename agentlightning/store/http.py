@@ -5,7 +5,7 @@ from __future__ import annotations
 import ssl
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, InvalidURL
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead, InvalidURL
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlencode, urlsplit
 
@@ -30,6 +30,7 @@ SECONDS_TO_ANSWER = 30.0
 # A proxy may ask for an hour.
 LONGEST_RETRY_AFTER = 60.0
 GENERATIONS_AT_ONCE = 64
+BYTES_AT_ONCE = 1 << 20
 REFUSALS_SHOWN = 3
 
 
@@ -108,8 +109,12 @@ class HttpStore(Store):
         # Not as parts of the path: an id may have a slash.
         asked = [(name, value) for name, value in ids.items() if value is not None]
         with self._asked("GET", "/triplets", asked, accept=LINES) as response:
-            for line in response:
-                yield Triplet.from_dict(self._read(line, dict[str, Any]))
+            for line in _lines_of(response):
+                try:
+                    found = Triplet.from_dict(self._read(line, dict[str, Any]))
+                except (KeyError, TypeError, ValueError) as error:
+                    raise self._strange() from error
+                yield found
 
     def close(self) -> None:
         while self._idle:
@@ -231,6 +236,18 @@ class HttpStore(Store):
 
 class _Strange(StoreUnavailable):
     """An answer of success by somebody else: a proxy, for one, while the store is away."""
+
+
+def _lines_of(response: HTTPResponse) -> Iterator[bytes]:
+    """Not by iterating over it, which takes an answer that is cut off for one that is whole."""
+    rest = b""
+    while part := response.read(BYTES_AT_ONCE):
+        *lines, rest = (rest + part).split(b"\n")
+        yield from lines
+    if response.length:
+        raise IncompleteRead(rest, response.length)
+    if rest:
+        yield rest
 
 
 def _begun(connection: HTTPConnection, *request: Any) -> tuple[HTTPConnection, HTTPResponse]:

@@ -275,12 +275,38 @@ def test_a_proxy_whose_store_is_away_is_asked_again_when_it_says(
         assert store.add([generation(1)]) == 1
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["after a line", "within a line"])
+def test_lines_that_are_cut_off_are_not_taken_for_all(between: Between, whole: bool) -> None:
+    """A server that is killed while it sends: each line that came is fine, and there were more."""
+
+    def cut(handler: _Handler, body: bytes) -> None:
+        _, _, answer = handler.forwarded(body)
+        part = answer[: answer.index(b"\n") + 1] if whole else answer[:-1]
+        handler.send_response(200)
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        handler.wfile.write(b"%x\r\n%s\r\n" % (len(part), part))
+        handler.close_connection = True
+
+    with open_store(between.url) as store:
+        store.add([generation(number) for number in range(10)])
+        with answers(between, cut), pytest.raises(StoreUnavailable, match="cannot be reached"):
+            list(store.triplets())
+        assert len(list(store.triplets())) == 10
+
+
 def test_an_answer_of_somebody_else_is_no_receipt(between: Between) -> None:
     def welcome(handler: _Handler, _: bytes) -> None:
         handler.answer(200, b"<html>Log in first</html>", **{"Content-Type": "text/html"})
 
     with open_store(between.url) as store, answers(between, welcome):
-        for ask in (lambda: store.add([generation(1)]), lambda: ids(store), store.tally, lambda: [*store.losses()]):
+        for ask in (
+            lambda: store.add([generation(1)]),
+            lambda: ids(store),
+            store.tally,
+            lambda: [*store.losses()],
+            lambda: [*store.triplets()],
+        ):
             with pytest.raises(StoreUnavailable, match="answers as no agl store does"):
                 ask()
 
