@@ -167,14 +167,6 @@ def test_an_unknown_command_is_answered_with_the_known_ones(command: str) -> Non
     assert all(known in last_line for known in ("vllm", "store", "agentops"))
 
 
-@pytest.mark.parametrize("arguments", [(), ("--help",), ("--port", "4747")])
-@pytest.mark.parametrize("command", ["agentops"])
-def test_a_command_to_come_says_that_it_is_not_there_yet(command: str, arguments: tuple[str, ...]) -> None:
-    line = the_one_line_of(agl(command, *arguments))
-
-    assert line == f"agl {command}: not in version {agentlightning.__version__} yet"
-
-
 @pytest.mark.parametrize(
     "arguments",
     [

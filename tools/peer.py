@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tools.make_env import CHECKOUT, run, say
 
-__all__ = ["peer"]
+__all__ = ["environment", "peer"]
 
-FOLDER = CHECKOUT / ".cache" / "peer"
 # All are named exactly: what they find wrong is to change with this project, and with nothing else.
 REQUIREMENTS = (
     "agentlightning==0.3.0",
@@ -26,19 +26,25 @@ REQUIREMENTS = (
 
 def peer() -> Path:
     """The folder of its interpreter and commands; made where it is not there yet, in a minute."""
-    wanted = "\n".join((sys.version, *REQUIREMENTS))
-    note = FOLDER / "is-there"
+    return environment("peer", "Agent Lightning 0.3", REQUIREMENTS)
+
+
+def environment(name: str, title: str, requirements: Sequence[str]) -> Path:
+    """The folder of the interpreter and commands of an environment in `.cache` that has these, and nothing else."""
+    folder = CHECKOUT / ".cache" / name
+    wanted = "\n".join((sys.version, *requirements))
+    note = folder / "is-there"
     if not note.exists() or note.read_text() != wanted:
-        shutil.rmtree(FOLDER, ignore_errors=True)
-        FOLDER.parent.mkdir(exist_ok=True)
-        log = FOLDER.with_suffix(".log")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(exist_ok=True)
+        log = folder.with_suffix(".log")
         log.unlink(missing_ok=True)
         uv = (sys.executable, "-m", "uv")
-        run("Agent Lightning 0.3: Python", [*uv, "venv", "--python", sys.executable, FOLDER], log)
-        install = [*uv, "pip", "install", "--python", FOLDER / "bin" / "python", *REQUIREMENTS]
-        run("Agent Lightning 0.3, and what it needs (a minute)", install, log)
+        run(f"{title}: Python", [*uv, "venv", "--python", sys.executable, folder], log)
+        install = [*uv, "pip", "install", "--python", folder / "bin" / "python", *requirements]
+        run(f"{title}, and what it needs (a minute)", install, log)
         note.write_text(wanted)
-    return FOLDER / "bin"
+    return folder / "bin"
 
 
 if __name__ == "__main__":

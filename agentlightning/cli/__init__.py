@@ -16,9 +16,9 @@ COMMANDS = {
     "doctor": ("agentlightning.cli.doctor", "say whether it is on, here or on a server, and if not, why"),
     "export": ("agentlightning.cli.export", "write recorded generations or triplets to a JSONL or Parquet file"),
     "store": ("agentlightning.cli.store", "keep rollouts, spans and generations, over HTTP"),
-    "agentops": (None, "keep what the AgentOps SDK sends"),
+    "agentops": ("agentlightning.cli.agentops_server", "keep what the AgentOps SDK sends"),
 }
-"""Each subcommand's module, which has `main(arguments) -> exit status`, and what it does. No module: not there yet."""
+"""Each subcommand's module, which has `main(arguments) -> exit status`, and what it does."""
 
 USAGE = "usage: agl [-h] [--version] COMMAND ...\n"
 HELP = """{usage}
@@ -39,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `agl`. `arguments` default to the process's own; returns the exit status."""
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in COMMANDS:
-        return _run(command, rest)
+        module, _ = COMMANDS[command]
+        return importlib.import_module(module).main(rest)
     if command in ("-h", "--help"):
         sys.stdout.write(HELP.format(usage=USAGE, commands="\n".join(_lines())))
         return 0
@@ -50,17 +51,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 2
 
 
-def _run(command: str, arguments: Sequence[str]) -> int:
-    module, _ = COMMANDS[command]
-    if module is None:
-        sys.stderr.write(f"agl {command}: not in version {agentlightning.__version__} yet\n")
-        return 1
-    return importlib.import_module(module).main(arguments)
-
-
 def _lines() -> list[str]:
     width = max(map(len, COMMANDS))
-    return [
-        f"  {name:<{width}}  {description}{'' if module else ' (not there yet)'}"
-        for name, (module, description) in COMMANDS.items()
-    ]
+    return [f"  {name:<{width}}  {description}" for name, (_, description) in COMMANDS.items()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any
 
 from fastapi import FastAPI
@@ -33,6 +33,7 @@ def create_app(
     key: str | None = None,
     cors_origins: Sequence[str] = (),
     body_limit: int,
+    agentops: bool = False,
     is_stopping: Callable[[], bool] = lambda: False,
 ) -> FastAPI:
     """The store's application.
@@ -42,13 +43,18 @@ def create_app(
         key: what whoever asks has to have; None where nothing is asked for.
         cors_origins: the pages that browsers let ask; `*` is any.
         body_limit: how many bytes the body of a request may have.
+        agentops: have what the AgentOps SDK calls, too; needs PyJWT.
         is_stopping: whether the server is about to end: then nobody is let wait for rollouts.
+
+    Raises:
+        StoreUnavailable: the database cannot be used now, where it has to be at once.
     """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.transactions = Transactions(database)
-        yield
+        async with nullcontext() if clients is None else clients.watched():
+            yield
         await app.state.transactions.close()
         database.close()
 
@@ -60,11 +66,16 @@ def create_app(
     app.state.room = Room(WAITING_LIMIT)
     for routes in _ROUTES:
         app.include_router(routes)
+    tokens = clients = None
+    if agentops:
+        from agentlightning.server.agentops import add_agentops
+
+        tokens, clients = add_agentops(app, database, key)
     errors.add_handlers(app)
     # From the inside out.
     app.add_middleware(Bodies, limit=body_limit)
-    if key is not None:
-        app.add_middleware(Keys, key=key)
+    if key is not None or tokens is not None:
+        app.add_middleware(Keys, key=key, tokens=tokens)
     if cors_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -15,13 +15,16 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from agentlightning.server.answers import encode
 from agentlightning.server.limits import ID_LIMIT, NUMBER_LIMIT
-from agentlightning.store.attributes import response_id, reward
+from agentlightning.store.attributes import PROJECT, response_id, reward
 from agentlightning.store.spans import NewSpan
 
 __all__ = ["JSON", "PROTOBUF", "Unreadable", "parsed", "spans_of", "written"]
 
 PROTOBUF, JSON = "application/x-protobuf", "application/json"
 ROLLOUT, ATTEMPT, SEQUENCE = (f"agentlightning.{name}" for name in ("rollout_id", "attempt_id", "span_sequence_id"))
+HEADERS = {ROLLOUT: "x-agl-rollout-id", ATTEMPT: "x-agl-attempt-id"}
+# Of the AgentOps SDK: a list of texts, which may be `agentlightning.rollout_id=ID`.
+TAGS = "agentops.tags"
 STATUS_CODES = ("UNSET", "OK", "ERROR")
 KINDS = ("UNSPECIFIED", "INTERNAL", "SERVER", "CLIENT", "PRODUCER", "CONSUMER")
 # In OTLP's JSON these are hexadecimal, where protobuf's has base64.
@@ -58,30 +61,38 @@ def written(message: Message, content_type: str) -> bytes:
     return message.SerializeToString() if content_type == PROTOBUF else MessageToJson(message, indent=None).encode()
 
 
-def spans_of(request: ExportTraceServiceRequest) -> tuple[list[NewSpan], int]:
-    """The spans of a request, and how many it has besides that are none: their ids are not as long as ids are."""
+def spans_of(
+    request: ExportTraceServiceRequest, headers: Mapping[str, str], project_id: str | None = None
+) -> tuple[list[NewSpan], int]:
+    """The spans of a request, and how many it has besides that are none: their ids are not as long as ids are.
+
+    Args:
+        headers: that it came with, which may name a rollout and an attempt for what does not.
+        project_id: of AgentOps, for which it came, whatever it says itself.
+    """
     found: list[NewSpan] = []
     refused = 0
+    named = {name: headers.get(header) for name, header in HEADERS.items()}
     for of_resource in request.resource_spans:
         attributes = _attributes(of_resource.resource.attributes)
+        if project_id is not None:
+            attributes[PROJECT] = project_id
         resource = {"attributes": attributes, "schema_url": of_resource.schema_url}
         for of_scope in of_resource.scope_spans:
             scope = {"name": of_scope.scope.name, "version": of_scope.scope.version}
             for span in of_scope.spans:
                 if len(span.trace_id) == 16 and len(span.span_id) == 8:
-                    found.append(_span(span, resource, scope))
+                    found.append(_span(span, resource, scope, named))
                 else:
                     refused += 1
     return found, refused
 
 
-def _span(span: Any, resource: Mapping[str, Any], scope: Mapping[str, str]) -> NewSpan:
+def _span(
+    span: Any, resource: Mapping[str, Any], scope: Mapping[str, str], headers: Mapping[str, str | None]
+) -> NewSpan:
     attributes = _attributes(span.attributes)
-    ours = {**resource["attributes"], **attributes}
-    if ours.get(ROLLOUT) != resource["attributes"].get(ROLLOUT):
-        # What sent it names the attempt of another rollout.
-        ours[ATTEMPT] = attributes.get(ATTEMPT)
-    rollout_id = _id(ours.get(ROLLOUT))
+    rollout_id, attempt_id = _place(headers, resource["attributes"], _tags(attributes), attributes)
     trace_id, span_id = span.trace_id.hex(), span.span_id.hex()
     parent_id = span.parent_span_id.hex() or None
     start_time, end_time = _seconds(span.start_time_unix_nano), _seconds(span.end_time_unix_nano)
@@ -120,8 +131,8 @@ def _span(span: Any, resource: Mapping[str, Any], scope: Mapping[str, str]) -> N
     }
     return NewSpan(
         rollout_id=rollout_id,
-        attempt_id=None if rollout_id is None else _id(ours.get(ATTEMPT)),
-        sequence_id=_sequence_id(ours.get(SEQUENCE)),
+        attempt_id=attempt_id,
+        sequence_id=_sequence_id(attributes.get(SEQUENCE, resource["attributes"].get(SEQUENCE))),
         trace_id=trace_id,
         span_id=span_id,
         parent_id=parent_id,
@@ -132,6 +143,24 @@ def _span(span: Any, resource: Mapping[str, Any], scope: Mapping[str, str]) -> N
         reward=reward(span.name, attributes),
         body=encode(body),
     )
+
+
+def _place(*sources: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """The rollout and the attempt that they name: what a later one says counts more."""
+    rollout_id = attempt_id = None
+    for source in sources:
+        if source.get(ROLLOUT) not in (None, rollout_id):
+            # The attempt that was named before is of another.
+            rollout_id, attempt_id = source[ROLLOUT], None
+        attempt_id = source.get(ATTEMPT, attempt_id)
+    rollout_id = _id(rollout_id)
+    return rollout_id, None if rollout_id is None else _id(attempt_id)
+
+
+def _tags(attributes: Mapping[str, Any]) -> dict[str, str]:
+    tags = attributes.get(TAGS)
+    pairs = [tag.partition("=") for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else ()
+    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def _id(value: Any) -> str | None:

@@ -8,7 +8,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
-__all__ = ["ANNOTATION", "GENERATION", "OUTCOME", "RESPONSE", "links", "response_id", "reward", "reward_attributes"]
+__all__ = [
+    "ANNOTATION",
+    "GENERATION",
+    "OUTCOME",
+    "PROJECT",
+    "RESPONSE",
+    "has_failed",
+    "links",
+    "response_id",
+    "reward",
+    "reward_attributes",
+]
 
 RESPONSE = "gen_ai.response.id"
 """The attribute that has the `id` of a model's answer."""
@@ -18,7 +29,14 @@ GENERATION = "agentlightning.generation_id"
 """The attribute of a reward that has the id of the generation that it belongs to."""
 OUTCOME = "agentlightning.outcome"
 """The attribute of a reward that is true where it belongs to the last call of its attempt, whenever it was given."""
+PROJECT = "agentops.project.id"
+"""The attribute of what sends spans that has the project of AgentOps that it is for."""
 
+# How a session has ended: the text that it was ended with. The SDK sends none for an enumeration of its own, and so
+# none where it was ended by a `with` block, and "Shutdown" where the program was at its end.
+END_STATE = "agentops.session.end_state"
+FAILURES = ("fail", "failed", "failure", "error")
+SUCCESSES = ("success", "succeeded", "ok")
 # Of 0.2, whose name of the span is this, and of 0.3, whose attributes begin with it.
 REWARD = "agentlightning.reward"
 # Where the AgentOps SDK puts what a function has returned, and so what the `reward` of 0.1 and 0.2 has.
@@ -60,6 +78,14 @@ def links(attributes: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     while isinstance(key := attributes.get(f"agentlightning.link.{number}.key_match"), str):
         yield key, str(attributes.get(f"agentlightning.link.{number}.value_match"))
         number += 1
+
+
+def has_failed(attributes: Mapping[str, Any], status_code: str) -> bool | None:
+    """Whether a session has, by what its root says; None where it does not."""
+    state = str(attributes.get(END_STATE)).lower()
+    if status_code == "ERROR" or state in FAILURES:
+        return True
+    return False if status_code == "OK" or state in SUCCESSES else None
 
 
 def _returned(output: Any) -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Integer, Select, and_, bindparam, func, insert, select, update
+from sqlalchemy import Connection, Integer, Select, and_, bindparam, delete, func, insert, select, update
 
 from agentlightning.generation import new_id
 from agentlightning.store import resources, workers
@@ -33,6 +33,7 @@ __all__ = [
     "find",
     "heard_of",
     "is_anything_due",
+    "remove",
     "start",
     "start_attempt",
     "update_attempt",
@@ -276,6 +277,14 @@ def expire(connection: Connection, limit: int = 1_000) -> list[str]:
             _settle(connection, found, found.attempts, {"status": "timeout" if late else "unresponsive"})
             ended.append(rollout_id)
     return ended
+
+
+def remove(connection: Connection, rollout_id: str) -> None:
+    """Forget a rollout that stood for something else, with its attempts; nothing where there is none."""
+    found = find(connection, rollout_id, to_change=True)
+    if found is not None:
+        connection.execute(delete(attempts).where(attempts.c.rollout_key == found.key))
+        connection.execute(delete(rollouts).where(rollouts.c.key == found.key))
 
 
 def config_of(rollout: Any) -> Config:

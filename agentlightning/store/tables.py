@@ -14,6 +14,7 @@ from typing import Any
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     Column,
     ColumnElement,
     Double,
@@ -34,9 +35,12 @@ __all__ = [
     "metadata",
     "resources",
     "rollouts",
+    "secrets",
+    "sessions",
     "span_sequences",
     "spans",
     "texts",
+    "uploads",
     "workers",
 ]
 
@@ -202,6 +206,39 @@ workers = Table(
     Column("current_attempt_id", _Text),
 )
 
+sessions = Table(
+    "sessions",
+    metadata,
+    Column("key", _Key, primary_key=True),
+    Column("trace_id", _Text, nullable=False, unique=True),
+    Column("project_id", _Text, nullable=False),
+    Column("rollout_id", _Text, nullable=False),
+    Column("attempt_id", _Text, nullable=False),
+    # Whether the rollout was made for it.
+    Column("is_own", Boolean, nullable=False),
+)
+"""The traces that are attempts, and which."""
+
+uploads = Table(
+    "uploads",
+    metadata,
+    Column("key", _Key, primary_key=True),
+    Column("upload_id", _Text, nullable=False, unique=True),
+    Column("kind", _Text, nullable=False),
+    Column("project_id", _Text, nullable=False),
+    Column("trace_id", _Text),
+    Column("create_time", Double, nullable=False),
+    Column("body", LargeBinary, nullable=False),
+)
+
+secrets = Table(
+    "secrets",
+    metadata,
+    Column("name", _Text, primary_key=True),
+    Column("value", LargeBinary, nullable=False),
+)
+"""What those who serve the same database have in common, and nobody else."""
+
 
 def _index(name: str, *columns: Column[Any], where: ColumnElement[bool] | None = None, unique: bool = False) -> None:
     Index(name, *columns, unique=unique, sqlite_where=where, postgresql_where=where)
@@ -228,4 +265,5 @@ _index("spans_of_rollout", *_OF_ROLLOUT, where=spans.c.rollout_id.is_not(None), 
 _index("spans_of_none", spans.c.trace_id, spans.c.span_id, where=spans.c.rollout_id.is_(None), unique=True)
 _index("spans_of_trace", spans.c.trace_id)
 _index_where_set(spans, "of_response", "response_id")
+_index_where_set(uploads, "of_trace", "trace_id")
 _index("resources_by_time", resources.c.update_time)

@@ -15,7 +15,7 @@ import httpx
 import pytest
 import tomllib
 
-from agentlightning.cli.store import PACKAGES
+from agentlightning.cli.serving import PACKAGES
 from agentlightning.settings import without_secrets
 from tests.common.environments import CHECKOUT
 from tests.common.vllm import without_agl

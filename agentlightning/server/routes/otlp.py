@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 from fastapi import Request, Response
@@ -19,10 +20,11 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 from sqlalchemy import Connection
 
 from agentlightning.server.errors import sentence
+from agentlightning.server.keys import token_of
 from agentlightning.server.otlp import JSON, PROTOBUF, Unreadable, parsed, spans_of, written
 from agentlightning.server.routes.common import Database, errors, router
 from agentlightning.server.transactions import Transactions
-from agentlightning.store import rollouts, spans
+from agentlightning.store import rollouts, sessions, spans
 from agentlightning.store.spans import NewSpan
 
 __all__ = ["routes"]
@@ -62,12 +64,19 @@ SPAN = {
 
 @routes.post("/traces", **_about("Trace", "resourceSpans", [{"scopeSpans": [{"spans": [SPAN]}]}]))
 async def traces(request: Request, database: Database) -> Response:
-    """Keep spans: under the rollout and attempt that they, or what sent them, name, or else under their trace."""
+    """Keep spans: under the rollout and attempt that they, or what sent them, name, or else under their trace.
+
+    With a token of AgentOps they are those of sessions, each of which is an attempt: of that rollout, or of its own.
+    """
     answer = ExportTraceServiceResponse()
+    token = token_of(request.scope)
+    project_id = None if token is None else token.project_id
 
     async def keep(message: Any) -> None:
-        new, refused = await database.run(lambda: spans_of(message))
-        await database.write(lambda connection: _keep(connection, new))
+        new, refused = await database.run(lambda: spans_of(message, request.headers, project_id))
+        await database.write(lambda connection: _keep(connection, new, project_id))
+        if token is not None and new:
+            request.app.state.clients.has_sent(token.id)
         if refused:
             answer.partial_success.rejected_spans = refused
             answer.partial_success.error_message = "a trace_id has 16 bytes, and a span_id 8"
@@ -104,7 +113,9 @@ async def _export(
     return Response(written(answer, content_type), media_type=content_type)
 
 
-def _keep(connection: Connection, new: list[NewSpan]) -> int:
+def _keep(connection: Connection, sent: list[NewSpan], project_id: str | None) -> int:
+    # What is done again, where others were in the way of it, begins with what was sent.
+    new = [replace(each) for each in sent]
     alive: dict[tuple[str, str], str] = {}
     for each in new:
         if each.rollout_id is not None:
@@ -112,10 +123,14 @@ def _keep(connection: Connection, new: list[NewSpan]) -> int:
             if named not in alive:
                 alive[named] = _attempt_of(connection, *named)
             each.attempt_id = alive[named]
-    for rollout_id, attempt_id in {(rollout_id, attempt_id) for (rollout_id, _), attempt_id in alive.items()}:
-        # Those of rollouts that nobody has made here are kept all the same.
-        rollouts.heard_of(connection, rollout_id, attempt_id)
-    return spans.add(connection, new)
+    own = {} if project_id is None else sessions.join(connection, new, project_id)
+    for rollout_id, attempt_id in {(each.rollout_id, each.attempt_id or "") for each in new}:
+        if rollout_id is not None:
+            # Those of rollouts that nobody has made here are kept all the same.
+            rollouts.heard_of(connection, rollout_id, attempt_id)
+    kept = spans.add(connection, new)
+    sessions.end(connection, new, own)
+    return kept
 
 
 def _attempt_of(connection: Connection, rollout_id: str, attempt_id: str) -> str:

@@ -1,0 +1,124 @@
+"""The model calls of a trace: what vLLM has recorded of them, and what their spans say."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from sqlalchemy import Connection
+
+from agentlightning.generation import Generation
+from agentlightning.store import generations, sessions
+
+__all__ = ["Call", "Seen", "seen", "total"]
+
+PROMPT, COMPLETION = "gen_ai.prompt", "gen_ai.completion"
+# Of several generations of one answer (tool loops), the last has all of the prompt.
+GENERATIONS_OF_ANSWER = 100
+
+_decode = msgspec.json.Decoder(dict[str, Any]).decode
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A model call.
+
+    Attributes:
+        prompt_ids: how many, as `response_ids`; None where nobody knows.
+        is_recorded: whether vLLM has recorded it: else these are what the span says.
+    """
+
+    response_id: str | None
+    is_recorded: bool
+    prompt_ids: int | None
+    response_ids: int | None
+    prompt: str | None
+    response: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A span, and the model call that it is, if any. `row` has its columns, `body` all else."""
+
+    row: Any
+    body: Mapping[str, Any]
+    call: Call | None
+
+    @property
+    def attributes(self) -> Mapping[str, Any]:
+        return self.body["attributes"]
+
+    @property
+    def seconds(self) -> float | None:
+        """How long it took; None where it does not say."""
+        if self.row.start_time is None or self.row.end_time is None:
+            return None
+        return self.row.end_time - self.row.start_time
+
+
+def seen(connection: Connection, trace_id: str) -> list[Seen]:
+    """The spans of a trace, as they began."""
+    found = []
+    for row in sessions.spans_of(connection, trace_id):
+        body = _decode(row.body)
+        found.append(Seen(row, body, _call(connection, row, body["attributes"])))
+    return found
+
+
+def _call(connection: Connection, row: Any, attributes: Mapping[str, Any]) -> Call | None:
+    if row.response_id is not None:
+        recorded, _ = generations.page(connection, {"response_id": row.response_id}, None, GENERATIONS_OF_ANSWER)
+        if recorded:
+            return _recorded(row.response_id, recorded[-1], attributes)
+    elif not any(name.startswith(PROMPT) for name in attributes):
+        return None
+    return Call(
+        row.response_id,
+        False,
+        _number(attributes, "gen_ai.usage.prompt_tokens", "gen_ai.usage.input_tokens"),
+        _number(attributes, "gen_ai.usage.completion_tokens", "gen_ai.usage.output_tokens"),
+        _text(attributes, PROMPT),
+        _text(attributes, COMPLETION),
+    )
+
+
+def _recorded(response_id: str, generation: Generation, attributes: Mapping[str, Any]) -> Call:
+    prompt = generation.prompt_token_ids
+    texts = [choice.text for choice in generation.choices if choice.text is not None]
+    return Call(
+        response_id,
+        True,
+        None if prompt is None else len(prompt),
+        sum(len(choice.token_ids or ()) for choice in generation.choices),
+        _text(attributes, PROMPT) if generation.prompt_text is None else generation.prompt_text,
+        "\n".join(texts) if texts else _text(attributes, COMPLETION),
+    )
+
+
+def _number(attributes: Mapping[str, Any], *names: str) -> int | None:
+    return next((value for name in names if isinstance(value := attributes.get(name), int)), None)
+
+
+def _text(attributes: Mapping[str, Any], prefix: str) -> str | None:
+    """The messages under `prefix.0.content` and so on."""
+    pattern = re.compile(rf"{re.escape(prefix)}\.(\d+)\.(role|content)")
+    messages: dict[int, dict[str, Any]] = {}
+    for name, value in attributes.items():
+        if match := pattern.fullmatch(name):
+            messages.setdefault(int(match[1]), {})[match[2]] = value
+    lines = [_line(messages[number]) for number in sorted(messages)]
+    return "\n".join(lines) or None
+
+
+def _line(message: Mapping[str, Any]) -> str:
+    role, content = message.get("role"), message.get("content", "")
+    return f"{content}" if role is None else f"{role}: {content}"
+
+
+def total(found: Sequence[Seen]) -> tuple[int, int]:
+    """How many ids all prompts and all responses have. A call that several spans are about counts once."""
+    calls = {each.call.response_id or each.row.key: each.call for each in found if each.call is not None}
+    return sum(call.prompt_ids or 0 for call in calls.values()), sum(call.response_ids or 0 for call in calls.values())

@@ -1,0 +1,43 @@
+"""Sessions, one after the other, that say who they are; prints them as JSON, each with the names of its spans.
+
+Arguments: the name of this process, how many sessions, and how many of them may be at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+# In the environment of the SDK, which type checkers do not see.
+agentops: Any = importlib.import_module("agentops")
+decorators: Any = importlib.import_module("agentops.sdk.decorators")
+
+SPANS = 4
+
+
+def main(name: str, how_many: str, at_once: str) -> None:
+    agentops.init(auto_start_session=False, export_flush_interval=20)
+    client = agentops.get_client()
+    logged_in = threading.Event()
+    while client.get_current_jwt() is None:
+        logged_in.wait(0.02)
+
+    def session(number: int) -> tuple[str, list[str]]:
+        names = [f"{name}-{number}-{each}" for each in range(SPANS)]
+        trace = agentops.start_trace(f"{name}-{number}")
+        for each in names:
+            decorators.operation(name=each)(lambda: None)()
+        agentops.end_trace(trace, "Fail" if number % 5 == 0 else "Success")
+        return format(trace.span.context.trace_id, "032x"), names
+
+    with ThreadPoolExecutor(int(at_once)) as threads:
+        made = dict(threads.map(session, range(int(how_many))))
+    sys.stdout.write(json.dumps(made) + "\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,235 @@
+"""A session is an attempt: of the rollout that it names, wherever it does so, or else of one of its own."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.agentops.client import SdkClient
+from tests.server.test_otlp import PROTOBUF, a_span, an_attempt, attribute, of_rollout
+
+TAGS = "agentops.tags"
+
+
+def child(trace_id: str, **fields: Any) -> dict[str, Any]:
+    return a_span(traceId=trace_id, parentSpanId="00000000000000ff", **fields)
+
+
+def tags(*texts: str) -> dict[str, Any]:
+    return attribute(TAGS, "arrayValue", {"values": [{"stringValue": text} for text in texts]})
+
+
+def test_a_session_gets_a_rollout_of_its_own_once(sdk: SdkClient) -> None:
+    trace_id = uuid.uuid4().hex
+    for _ in range(3):
+        sdk.send(child(trace_id), child(trace_id))
+    under_way = sdk.rollout(sdk.place(trace_id)[0])
+    sdk.send(sdk.session(trace_id))
+    rollout_id, attempt_id = sdk.place(trace_id)
+    found = sdk.rollout(rollout_id)
+
+    assert (under_way["status"], under_way["attempt"]["status"]) == ("running", "running")
+    assert found["input"] == {"trace_id": trace_id}
+    assert found["metadata"] == {"agentops.project.id": sdk.project_id}
+    assert (found["status"], found["attempt"]["status"]) == ("succeeded", "succeeded")
+    assert found["attempt"]["attempt_id"] == attempt_id
+    assert found["attempt"]["sequence_id"] == 1
+
+
+FAILED: dict[str, dict[str, Any]] = {
+    "Fail": {"attributes": [attribute("agentops.session.end_state", "stringValue", "Fail")]},
+    "Error": {"attributes": [attribute("agentops.session.end_state", "stringValue", "Error")]},
+    "the status of its root": {"status": {"code": 2, "message": "ValueError"}},
+}
+
+
+@pytest.mark.parametrize("fields", FAILED.values(), ids=FAILED)
+def test_a_session_that_says_so_has_failed(sdk: SdkClient, fields: dict[str, Any]) -> None:
+    trace_id = uuid.uuid4().hex
+    sdk.send(a_span(traceId=trace_id, **fields), child(trace_id))
+
+    assert sdk.rollout(sdk.place(trace_id)[0])["status"] == "failed"
+
+
+@pytest.mark.parametrize("state", ["Success", "Indeterminate", "Shutdown"])
+def test_a_session_that_does_not_say_so_has_succeeded(sdk: SdkClient, state: str) -> None:
+    trace_id = uuid.uuid4().hex
+    sdk.send(sdk.session(trace_id, attribute("agentops.session.end_state", "stringValue", state)))
+
+    assert sdk.rollout(sdk.place(trace_id)[0])["status"] == "succeeded"
+
+
+@pytest.mark.parametrize("state", [None, "Shutdown", "Indeterminate"])
+@pytest.mark.parametrize("failed", [0, 1])
+def test_a_session_that_does_not_say_has_failed_with_the_last_of_its_spans(
+    sdk: SdkClient, failed: int, state: str | None
+) -> None:
+    trace_id = uuid.uuid4().hex
+    below = [child(trace_id, endTimeUnixNano=f"170000000{number}000000000") for number in (1, 2)]
+    below[failed]["status"] = {"code": 2}
+    sdk.send(*below)
+    said = [] if state is None else [attribute("agentops.session.end_state", "stringValue", state)]
+    sdk.send(sdk.session(trace_id, *said, endTimeUnixNano="1700000009000000000"))
+
+    assert sdk.rollout(sdk.place(trace_id)[0])["status"] == ("succeeded", "failed")[failed]
+
+
+def test_a_session_that_says_so_has_succeeded_whatever_failed_in_it(sdk: SdkClient) -> None:
+    trace_id = uuid.uuid4().hex
+    success = attribute("agentops.session.end_state", "stringValue", "Success")
+    sdk.send(child(trace_id, status={"code": 2}), sdk.session(trace_id, success))
+
+    assert sdk.rollout(sdk.place(trace_id)[0])["status"] == "succeeded"
+
+
+def test_a_call_that_fails_does_not_end_its_session(sdk: SdkClient) -> None:
+    trace_id = uuid.uuid4().hex
+    sdk.send(child(trace_id, status={"code": 2}))
+
+    assert sdk.rollout(sdk.place(trace_id)[0])["status"] == "running"
+
+
+def test_what_somebody_has_decided_stays(sdk: SdkClient) -> None:
+    trace_id, root = uuid.uuid4().hex, uuid.uuid4().hex[:16]
+    sdk.send(sdk.session(trace_id, spanId=root))
+    rollout_id, attempt_id = sdk.place(trace_id)
+    sdk.http.post(f"/v1/agl/rollouts/{rollout_id}/attempts/{attempt_id}", json={"status": "failed"})
+    sdk.send(sdk.session(trace_id, spanId=root), child(trace_id))
+
+    assert sdk.rollout(rollout_id)["status"] == "failed"
+
+
+@pytest.mark.parametrize("names_attempt", [True, False])
+@pytest.mark.parametrize("where", ["attributes", "a tag", "a header"])
+def test_a_session_joins_the_rollout_that_it_names(sdk: SdkClient, where: str, names_attempt: bool) -> None:
+    trace_id = uuid.uuid4().hex
+    rollout_id, attempt_id = an_attempt(sdk.http)
+    ids = of_rollout(rollout_id, attempt_id if names_attempt else None)
+    said = {each["key"]: each["value"]["stringValue"] for each in ids}
+    root, headers = sdk.session(trace_id), {}
+    if where == "attributes":
+        root["attributes"] = ids
+    elif where == "a tag":
+        root["attributes"] = [tags("mine", *(f"{name}={value}" for name, value in said.items()))]
+    else:
+        short = {name.removeprefix("agentlightning.").replace("_", "-"): value for name, value in said.items()}
+        headers = {f"x-agl-{name}": value for name, value in short.items()}
+    # The root ends last: what is below it has been sent by then.
+    sdk.send(child(trace_id), child(trace_id), headers=headers)
+    before = sdk.place(trace_id)
+    sdk.send(root, child(trace_id), headers=headers)
+    sdk.send(child(trace_id))
+
+    assert sdk.place(trace_id) == (rollout_id, attempt_id)
+    assert sdk.rollout(rollout_id)["status"] == "running"
+    if where == "a header":
+        assert before == (rollout_id, attempt_id)
+    else:
+        assert sdk.rollout(before[0]) is None
+    found = sdk.http.get("/v1/agl/spans", params={"rollout_id": rollout_id}).json()["items"]
+    assert [each["sequence_id"] for each in found] == [1, 2, 3, 4, 5]
+
+
+def test_what_is_sent_again_after_its_session_has_joined_is_there_once(sdk: SdkClient) -> None:
+    trace_id = uuid.uuid4().hex
+    rollout_id, _ = an_attempt(sdk.http)
+    below = child(trace_id)
+    sdk.send(below)
+    sdk.send(sdk.session(trace_id, *of_rollout(rollout_id)))
+    sdk.send(below)
+
+    assert sdk.http.get("/v1/agl/spans", params={"trace_id": trace_id}).json()["total"] == 2
+
+
+def test_a_rollout_that_is_not_here_is_named_all_the_same(sdk: SdkClient) -> None:
+    trace_id = uuid.uuid4().hex
+    sdk.send(child(trace_id), sdk.session(trace_id, tags("agentlightning.rollout_id=elsewhere")))
+
+    assert sdk.place(trace_id) == ("elsewhere", "")
+
+
+def test_the_project_is_that_of_the_token(sdk: SdkClient) -> None:
+    span = a_span()
+    sdk.send(span)
+    [found] = sdk.http.get("/v1/agl/spans", params={"trace_id": span["traceId"]}).json()["items"]
+
+    assert found["resource"]["attributes"]["agentops.project.id"] == sdk.project_id
+
+
+def test_what_came_before_the_token_belongs_to_its_session(sdk: SdkClient) -> None:
+    trace_id = uuid.uuid4().hex
+    early = {"resourceSpans": [{"scopeSpans": [{"spans": [child(trace_id)]}]}]}
+    assert sdk.http.post("/v1/traces", json=early).status_code == 200
+    sdk.send(sdk.session(trace_id))
+
+    rollout_id, _ = sdk.place(trace_id)
+    assert sdk.http.get("/v1/agl/spans", params={"rollout_id": rollout_id}).json()["total"] == 2
+
+
+def test_what_comes_without_a_token_has_no_rollout(client: httpx.Client) -> None:
+    span = a_span()
+    client.post("/v1/traces", json={"resourceSpans": [{"scopeSpans": [{"spans": [span]}]}]})
+
+    [found] = client.get("/v1/agl/spans", params={"trace_id": span["traceId"]}).json()["items"]
+    assert found["rollout_id"] is None
+
+
+def at_once(*works: Callable[[], object]) -> None:
+    with ThreadPoolExecutor(len(works)) as threads:
+        for each in [threads.submit(work) for work in works]:
+            each.result()
+
+
+def test_batches_of_a_session_that_come_at_once_are_of_one_attempt(sdk: SdkClient) -> None:
+    trace_ids = [uuid.uuid4().hex for _ in range(3)]
+
+    def send() -> None:
+        for _ in range(5):
+            sdk.send(*(child(each) for each in trace_ids))
+
+    at_once(*[send] * 8)
+
+    places = [sdk.place(each) for each in trace_ids]
+    assert len(set(places)) == 3
+    for trace_id, (rollout_id, _) in zip(trace_ids, places, strict=True):
+        assert sdk.http.get("/v1/agl/spans", params={"rollout_id": rollout_id}).json()["total"] == 40
+        assert sdk.rollout(rollout_id)["attempt"]["sequence_id"] == 1
+        assert sdk.rollout(rollout_id)["input"] == {"trace_id": trace_id}
+
+
+def test_a_session_joins_while_more_of_it_comes(sdk: SdkClient) -> None:
+    trace_id = uuid.uuid4().hex
+    rollout_id, attempt_id = an_attempt(sdk.http)
+
+    def send() -> None:
+        for _ in range(10):
+            sdk.send(child(trace_id))
+
+    at_once(send, send, lambda: sdk.send(sdk.session(trace_id, *of_rollout(rollout_id))), send, send)
+
+    assert sdk.place(trace_id) == (rollout_id, attempt_id)
+    found = sdk.http.get("/v1/agl/spans", params={"rollout_id": rollout_id}).json()["items"]
+    assert [each["sequence_id"] for each in found] == sorted({each["sequence_id"] for each in found})
+    assert len(found) == 41
+
+
+def test_otlp_that_is_cut_off_is_told(sdk: SdkClient) -> None:
+    answer = sdk.http.post("/v1/traces", content=b"\n\x7fabc", headers={**PROTOBUF, **sdk.headers})
+
+    assert (answer.status_code, answer.json().keys()) == (400, {"detail"})
+
+
+def test_a_trace_is_only_for_its_own_project(client: httpx.Client, sdk: SdkClient) -> None:
+    span = a_span()
+    sdk.send(span)
+    path = f"/public/v1/traces/{span['traceId']}"
+    other = SdkClient(client, "another")
+
+    assert client.get(path, headers=sdk.headers).json()["spans"][0]["span_id"] == span["spanId"]
+    assert client.get(path, headers=other.headers).status_code == 404
+    assert client.get(f"{path}/metrics", headers=other.headers).status_code == 404
