@@ -53,7 +53,10 @@ class NewSpan:
 
 
 def add(connection: Connection, new: Sequence[NewSpan]) -> int:
-    """Keep spans; returns how many are new. One whose span_id its attempt, or its trace, has is left as it is."""
+    """Keep spans; returns how many are new. One whose span_id its attempt, or its trace, has is left as it is.
+
+    Each that has no `sequence_id` gets it: what is done again in another transaction begins with spans that have none.
+    """
     wanted = Counter(each.rollout_id for each in new if each.rollout_id is not None and each.sequence_id is None)
     given = {rollout_id: iter(next_sequence_ids(connection, rollout_id, n)) for rollout_id, n in wanted.items()}
     highest: dict[str, int] = {}
