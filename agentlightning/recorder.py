@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
-from threading import Event, Lock, Thread
+from threading import Event, Lock, Thread, local
 
 from agentlightning.generation import Generation, Loss
 from agentlightning.store import Store, StoreRefused, StoreUnavailable, open_store
@@ -41,6 +41,10 @@ LONGEST_PAUSE_SECONDS = 2.0
 # Short, so that the thread hears in time that the process is to end.
 PATIENCE_SECONDS = 0.5
 SECONDS_BETWEEN_LOGS = 10.0
+# As long as a store of one host needs for a batch.
+SECONDS_TO_FORK = 1.0
+LEFT_ALONE: list[Store | None] = []
+"""Stores of parents, which must not be closed here either."""
 
 
 @dataclass(slots=True)
@@ -89,18 +93,29 @@ class Recorder:
         self._store: Store | None = None
         self._storing = Lock()
         self._begin()
+        self._forking = local()
         os.register_at_fork(
-            before=self._before_fork, after_in_parent=self._storing.release, after_in_child=self._forked
+            before=self._before_fork, after_in_parent=self._after_fork, after_in_child=self._after_fork_in_child
         )
 
     def _before_fork(self) -> None:
         # SQLite in the child would take locks that the parent holds for its own, and overwrite what the parent writes.
-        self._storing.acquire()
-        self._let_go()
+        self._forking.has_lock = self._storing.acquire(timeout=SECONDS_TO_FORK)
+        if self._forking.has_lock:
+            self._let_go()
 
-    def _forked(self) -> None:
+    def _after_fork(self) -> None:
+        if self._forking.has_lock:
+            self._storing.release()
+
+    def _after_fork_in_child(self) -> None:
+        if not self._forking.has_lock:
+            # It does not answer, and vLLM does not wait for it: what the child has of it is neither used nor closed.
+            LEFT_ALONE.append(self._store)
+            self._store, self._storing = None, Lock()
+        else:
+            self._storing.release()
         self._begin()
-        self._storing.release()
 
     def _begin(self) -> None:
         self._thread: Thread | None = None
@@ -281,6 +296,10 @@ class Recorder:
             try:
                 with self._opened() as store:
                     store.add_losses(self._losses)
+                self._losses = []
+            except ValueError as error:
+                # Tried again, they would be refused again.
+                self._say("losses", f"losses cannot be written down: {error}: {self._losses}")
                 self._losses = []
             except Exception as error:
                 self._failed(error)

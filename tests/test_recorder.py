@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from threading import Event
@@ -374,6 +374,37 @@ def test_a_forked_process_writes_what_it_records_itself_and_its_parent_the_rest(
     assert os.waitpid(child, 0)[1] == 0
     assert recorder.counters().generations == 100
     assert kept(path) == ids(before + in_child + in_parent)
+
+
+@pytest.mark.forked
+def test_a_fork_does_not_wait_for_a_store_that_does_not_answer(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, goes_on, generations = Event(), Event(), some(10)
+
+    def hanging(*arguments: str, **options: float) -> Store:
+        store = open_store(*arguments, **options)
+        add = store.add
+
+        def wait_and_add(generations: Sequence[Generation]) -> int:
+            begun.set()
+            goes_on.wait()
+            return add(generations)
+
+        monkeypatch.setattr(store, "add", wait_and_add)
+        return store
+
+    monkeypatch.setattr("agentlightning.recorder.open_store", hanging)
+    recorder = Recorder(str(path), ROOMY)
+    record(recorder, generations)
+    begun.wait()
+
+    child = os.fork()
+    if child == 0:
+        os._exit(recorder.counters().generations)
+    goes_on.set()
+    recorder.close()
+
+    assert os.waitpid(child, 0)[1] == 0
+    assert kept(path) == ids(generations)
 
 
 def test_a_store_that_asks_for_time_is_given_it_and_not_all_come_back_at_once(

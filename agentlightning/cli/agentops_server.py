@@ -21,6 +21,8 @@ without one, any is. SIGTERM ends it when what it was asked is answered, in ten 
 PORT = 8002
 PID_FILE = "agl-agentops.pid"
 ANY_KEY = "agl"
+# Where it is not set, a shell says so, and sets nothing.
+KEY = '"${AGL_STORE_KEY:?is the key of the store}"'
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -42,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
 def exports(serving: Serving) -> str:
     """What to paste into a shell. A key is not in it: whoever reads this may be somebody else."""
     variables = {
-        "AGENTOPS_API_KEY": ANY_KEY if serving.key is None else '"$AGL_STORE_KEY"',
+        "AGENTOPS_API_KEY": ANY_KEY if serving.key is None else KEY,
         "AGENTOPS_API_ENDPOINT": serving.url,
         "AGENTOPS_EXPORTER_ENDPOINT": f"{serving.url}/v1/traces",
         "AGENTOPS_APP_URL": serving.url,
@@ -61,7 +63,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--daemon", action="store_true", help="return when it answers, and leave it running")
     parser.add_argument("--stop", action="store_true", help="end the one that --daemon has left running")
     parser.add_argument(
-        "--pid-file", metavar="FILE", type=Path, default=Path(PID_FILE), help="of --daemon (default: %(default)s)"
+        "--pid-file",
+        metavar="FILE",
+        type=Path,
+        default=Path(PID_FILE),
+        help="of --daemon, and for --stop; beside it is what the server says, in a .log (default: %(default)s)",
     )
     return parser
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 __all__ = ["start", "stop"]
 
+PID_BYTES = 16
 SECONDS_TO_STOP = 20.0
 SECONDS_TO_LOOK = 0.05
 
@@ -26,15 +27,20 @@ def start(prog: str, pid_file: Path, run: Callable[[Callable[[str], None]], int]
             its exit status when it ends.
     """
     log = pid_file.with_suffix(".log")
+    if log == pid_file:
+        return _refuse(prog, pid_file)
     try:
-        lock = os.open(pid_file, os.O_RDWR | os.O_CREAT, 0o644)
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        # No links: in a folder of several users, one might lead to a file that is not to be written to.
+        lock = os.open(pid_file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         sys.stderr.write(f"{prog}: {error.filename} cannot be written: {error.strerror}\n")
         return 1
     if not _take(lock):
         sys.stderr.write(f"{prog}: {pid_file} is of one that runs: --stop ends it\n")
         return 1
+    if not _is_pid_file(lock):
+        return _refuse(prog, pid_file)
     begins = os.fstat(output).st_size
     told, tell = os.pipe()
     pid = os.fork()
@@ -59,16 +65,18 @@ def start(prog: str, pid_file: Path, run: Callable[[Callable[[str], None]], int]
 def stop(prog: str, pid_file: Path) -> int:
     """End the server of a pid file, and wait for that; returns the exit status."""
     try:
-        lock = os.open(pid_file, os.O_RDWR)
+        lock = os.open(pid_file, os.O_RDWR | os.O_NOFOLLOW)
     except OSError:
         sys.stderr.write(f"{prog}: none is running: there is no {pid_file}\n")
         return 1
+    if not _is_pid_file(lock):
+        return _refuse(prog, pid_file)
     if _take(lock):
         # Of one that was killed; its process id may be anybody's by now.
         os.unlink(pid_file)
         sys.stderr.write(f"{prog}: none is running any more: {pid_file} was of one that has ended\n")
         return 1
-    pid = int(os.read(lock, 32) or 0)
+    pid = int(os.pread(lock, PID_BYTES, 0) or 0)
     if pid:
         os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + SECONDS_TO_STOP
@@ -79,6 +87,17 @@ def stop(prog: str, pid_file: Path) -> int:
         time.sleep(SECONDS_TO_LOOK)
     os.unlink(pid_file)
     return 0
+
+
+def _is_pid_file(lock: int) -> bool:
+    """Whether it is empty, or has a process id: what has anything else is somebody's file."""
+    found = os.pread(lock, PID_BYTES + 1, 0)
+    return not found or (len(found) <= PID_BYTES and found.endswith(b"\n") and found[:-1].isdigit())
+
+
+def _refuse(prog: str, pid_file: Path) -> int:
+    sys.stderr.write(f"{prog}: {pid_file} is no pid file: give --pid-file one that is, or is not there yet\n")
+    return 1
 
 
 def _take(lock: int) -> bool:

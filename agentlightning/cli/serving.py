@@ -65,7 +65,13 @@ def add_options(parser: argparse.ArgumentParser, port: int) -> None:
         default=[],
         help="let pages of this origin ask, * is any; may be repeated",
     )
-    parser.add_argument("--log-level", type=str.lower, choices=("debug", "info", "warning", "error"), default="info")
+    parser.add_argument(
+        "--log-level",
+        type=str.lower,
+        choices=("debug", "info", "warning", "error"),
+        default="info",
+        help="how much is logged; debug has a line for every request (default: %(default)s)",
+    )
     parser.add_argument(
         "--max-body-mb", metavar="N", type=_megabytes, default=64, help="largest body, in MiB (default: %(default)s)"
     )
@@ -163,6 +169,9 @@ def _serve(prog: str, options: Any, key: str | None, agentops: bool, is_up: Call
         )
     )
     host, port = listening.getsockname()[:2]
+    if ipaddress.ip_address(host).is_unspecified:
+        # That is no address that anybody could ask.
+        host = socket.gethostname()
     host = f"[{host}]" if ":" in host else host
     serving = Serving(f"http://{host}:{port}", settings.without_secrets(options.store), key)
     sys.stderr.write(f"{prog}: {serving.announcement}\n")

@@ -13,8 +13,8 @@ from starlette.middleware.cors import CORSMiddleware
 
 import agentlightning
 from agentlightning.server import errors
-from agentlightning.server.keys import Keys
-from agentlightning.server.limits import WAITING_LIMIT, Bodies, Room
+from agentlightning.server.keys import LOGINS, OPEN, Keys
+from agentlightning.server.limits import STRANGERS_LIMIT, WAITING_LIMIT, Bodies, Room
 from agentlightning.server.metrics import Metrics, Watched
 from agentlightning.server.routes import about, generations, otlp, resources, rollouts, spans, triplets, workers
 from agentlightning.server.transactions import Transactions
@@ -64,25 +64,31 @@ def create_app(
     app.state.metrics = Metrics()
     app.state.is_stopping = is_stopping
     app.state.room = Room(WAITING_LIMIT)
-    for routes in _ROUTES:
-        app.include_router(routes)
+    routers = list(_ROUTES)
     tokens = clients = None
     if agentops:
-        from agentlightning.server.agentops import add_agentops
+        from agentlightning.server import agentops as of_agentops
 
-        tokens, clients = add_agentops(app, database, key)
+        routers += of_agentops.ROUTES
+        tokens, clients = of_agentops.add_state(app, database, key)
+    for routes in routers:
+        app.include_router(routes)
+    # What FastAPI has itself differs from release to release.
+    app.state.routes = [route for routes in routers for route in routes.routes]
     errors.add_handlers(app)
     # From the inside out.
     app.add_middleware(Bodies, limit=body_limit)
     if key is not None or tokens is not None:
         app.add_middleware(Keys, key=key, tokens=tokens)
+        app.add_middleware(Bodies, limit=min(body_limit, STRANGERS_LIMIT), paths=(*OPEN, *LOGINS))
     if cors_origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=cors_origins,
             allow_methods=["*"],
             allow_headers=["*"],
-            allow_credentials=True,
+            # Else a browser that knows the key would use it for whatever page it shows.
+            allow_credentials="*" not in cors_origins,
         )
     app.add_middleware(Watched, metrics=app.state.metrics)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]

@@ -61,7 +61,7 @@ async def _http(request: Request, error: Any) -> Response:
             return sentence(404, "there is no such route: /openapi.json has all")
         case 405:
             # Each method has a route of its own, and Starlette knows of the first alone.
-            allowed = ", ".join(sorted(_methods(request)))
+            allowed = ", ".join(sorted(_methods(request))) or error.headers["Allow"]
             return sentence(
                 405, f"{request.method} is none of the methods of this route: {allowed}", {"Allow": allowed}
             )
@@ -69,9 +69,9 @@ async def _http(request: Request, error: Any) -> Response:
 
 
 def _methods(request: Request) -> set[str]:
-    matching = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+    matching = [route for route in request.app.state.routes if route.matches(request.scope)[0] is not Match.NONE]
     # `search` and `latest` are ids, too, to the routes after theirs.
-    return {method for route in matching if route.path == matching[0].path for method in route.methods or ()}
+    return {method for route in matching if route.path == matching[0].path for method in route.methods}
 
 
 async def _invalid(_: Request, error: Any) -> Response:

@@ -15,7 +15,7 @@ from agentlightning.server.errors import sentence
 if TYPE_CHECKING:
     from agentlightning.server.agentops.tokens import Token, Tokens
 
-__all__ = ["OPEN", "Keys", "token_of"]
+__all__ = ["LOGINS", "OPEN", "Keys", "token_of"]
 
 OPEN = ("/healthz", "/readyz")
 """What is answered without a key: whether the server works, and nothing of what is in it."""
@@ -64,7 +64,7 @@ class Keys:
         tokens = self._tokens if scheme == "bearer" and _takes_tokens(scope["path"]) else None
         token = None if tokens is None else tokens.read(credentials)
         if token is not None:
-            scope = {**scope, SCOPE: token}
+            scope[SCOPE] = token
         elif (self._asks or tokens is not None) and not self._is_key(scheme, credentials):
             await sentence(401, self._objection(), CHALLENGE)(scope, receive, send)
             return
@@ -73,8 +73,9 @@ class Keys:
     def _objection(self) -> str:
         if not self._asks:
             return "the token is of another store, or has expired"
+        also = " or a token of it that has not expired" if self._tokens else ""
         return (
-            "the key of this store is missing or wrong: send it as `Authorization: Bearer KEY`, or in the URL, "
+            f"the key of this store{also} is missing or wrong: send it as `Authorization: Bearer KEY`, or in the URL, "
             "http://agl:KEY@HOST"
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -20,6 +20,7 @@ __all__ = [
     "ID_LIMIT",
     "NUMBER_LIMIT",
     "PAGE_LIMIT",
+    "STRANGERS_LIMIT",
     "WAITING_LIMIT",
     "Bodies",
     "Room",
@@ -37,6 +38,8 @@ ID_LIMIT = 512
 """Characters of an id or a name that is looked up."""
 NUMBER_LIMIT = 2**53 - 1
 """The highest whole number that every reader of JSON tells from the next one."""
+STRANGERS_LIMIT = 64 << 10
+"""Bytes of a body where whoever sends it may have no key."""
 WAITING_LIMIT = 256 << 20
 """Bytes of generations that wait for the disk."""
 
@@ -57,15 +60,22 @@ class Refused(Exception):
 
 
 class Bodies:
-    """ASGI middleware: what is inside of it gets each body in one piece, unpacked if it was packed with gzip."""
+    """ASGI middleware: what is inside of it gets each body in one piece, unpacked if it was packed with gzip.
 
-    def __init__(self, app: ASGIApp, limit: int) -> None:
+    Args:
+        limit: how many bytes one may have.
+        paths: those that it is for; all if not given.
+    """
+
+    def __init__(self, app: ASGIApp, limit: int, paths: Sequence[str] | None = None) -> None:
         self._app = app
         self._limit = limit
+        self._paths = paths
         self._unpacking = asyncio.Semaphore(1)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+        passes = scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS")
+        if passes or (self._paths is not None and scope["path"] not in self._paths):
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
@@ -77,7 +87,7 @@ class Bodies:
         if body is None:
             return
         if "content-encoding" in headers:
-            scope = {**scope, "headers": list(scope["headers"])}
+            scope["headers"] = list(scope["headers"])
             unpacked = MutableHeaders(scope=scope)
             del unpacked["content-encoding"]
             unpacked["content-length"] = str(len(body))
@@ -132,7 +142,10 @@ class Bodies:
             unpacker.step()
 
     def _too_large(self) -> Refused:
-        return Refused(413, f"the body is larger than {self._limit >> 20} MiB (agl store --max-body-mb)")
+        most = f"{self._limit >> 10} KiB"
+        if self._limit >= 1 << 20:
+            most = f"{self._limit >> 20} MiB (agl store --max-body-mb)"
+        return Refused(413, f"the body is larger than {most}")
 
 
 class Room:

@@ -179,5 +179,8 @@ class Transactions:
             await asyncio.sleep(SECONDS_BETWEEN_SWEEPS)
             try:
                 await self.read(lambda _: None)
-            except StoreUnavailable as error:
+            except (StoreUnavailable, StoreRefused) as error:
                 logger.warning("overdue attempts cannot be ended now: %s", error)
+            except Exception:
+                # It goes on all the same: the next time may be better.
+                logger.exception("overdue attempts cannot be ended")

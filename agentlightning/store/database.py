@@ -191,8 +191,9 @@ def insert_if_new(connection: Connection, table: Table, **values: Any) -> bool:
 @lru_cache(64)
 def _insert_if_new(table: Table, dialect: Dialect) -> Insert:
     insertion = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[dialect.name]
-    # Inline: nobody asks for the new key.
-    return insertion(table).on_conflict_do_nothing().inline()
+    # Named where it is one column, so that a key that was given out twice is an error. Inline: nobody asks for the key.
+    unique = [column for column in table.columns if column.unique]
+    return insertion(table).on_conflict_do_nothing(index_elements=unique or None).inline()
 
 
 def in_parts(values: Sequence[T]) -> Iterator[Sequence[T]]:

@@ -13,7 +13,7 @@ from agentlightning.generation import STATUSES, Generation, Loss, Status
 from agentlightning.store import Filters, rows, tables, texts
 from agentlightning.store.database import found, in_parts, insert_rows, next_keys
 
-__all__ = ["Place", "add", "add_losses", "find", "is_known", "losses", "page", "tally"]
+__all__ = ["Place", "add", "add_losses", "find", "key_of", "losses", "page", "tally"]
 
 FILTERED = {
     "rollout_id": tables.generations.c.rollout_key,
@@ -78,12 +78,12 @@ def find(connection: Connection, generation_id: str) -> Generation | None:
     return None
 
 
-def is_known(connection: Connection, generation_id: str) -> bool:
-    """Whether there is a generation of this id."""
+def key_of(connection: Connection, generation_id: str) -> int | None:
+    """The key of the generation of this id; None where there is none."""
     with suppress(ValueError):
         wanted = tables.generations.c.id == rows.uuid_bytes(generation_id)
-        return connection.execute(select(tables.generations.c.key).where(wanted)).first() is not None
-    return False
+        return connection.execute(select(tables.generations.c.key).where(wanted)).scalar()
+    return None
 
 
 def tally(connection: Connection, filters: Filters) -> dict[Status, int]:

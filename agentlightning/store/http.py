@@ -32,6 +32,8 @@ LONGEST_RETRY_AFTER = 60.0
 GENERATIONS_AT_ONCE = 64
 BYTES_AT_ONCE = 1 << 20
 REFUSALS_SHOWN = 3
+# How a connection that the other side has closed shows; the others are how it does with TLS.
+CLOSED = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 
 
 class _Unsendable(ValueError):
@@ -182,7 +184,7 @@ class HttpStore(Store):
         """The head of the answer, and where the rest of it comes from."""
         try:
             return _begun(self._idle.pop(), *request)
-        except (IndexError, ConnectionError):
+        except (IndexError, *CLOSED):
             # There is none, or it was closed since it was used. Whatever is asked may be asked twice.
             return _begun(self._connected(), *request)
 
@@ -199,11 +201,10 @@ class HttpStore(Store):
         """What an answer that is none of success means."""
         status = response.status
         said = _detail(answer) or f"{status} {response.reason}"
-        if status == 413:
-            return _Unsendable(said)
-        if status in (400, 422):
-            return ValueError(said)
-        if status in (408, 429) or status >= 500:
+        # What a proxy says of a request says nothing of the generations in it.
+        if status in (400, 413, 422) and _detail(answer):
+            return _Unsendable(said) if status == 413 else ValueError(said)
+        if status in (400, 408, 413, 422, 429) or status >= 500:
             return StoreUnavailable(f"{self._shown} cannot be used now: {said}", _retry_after(response))
         if status in (401, 403):
             advice = "set AGL_STORE_KEY to its key, or put that into the URL: http://agl:KEY@HOST:PORT"
@@ -253,7 +254,7 @@ def _lines_of(response: HTTPResponse) -> Iterator[bytes]:
 def _begun(connection: HTTPConnection, *request: Any) -> tuple[HTTPConnection, HTTPResponse]:
     try:
         # Who takes no body as large may have answered, and hung up, before its end.
-        with suppress(ConnectionError):
+        with suppress(*CLOSED):
             connection.request(*request)
         return connection, connection.getresponse()
     except BaseException:

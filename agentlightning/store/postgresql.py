@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
@@ -30,6 +31,7 @@ CONNECTIONS = 8
 # As libpq has them. A host that is gone without a word would be waited for as long as TCP does, a quarter of an hour.
 OPTIONS = {
     "application_name": SCHEMA,
+    "client_encoding": "utf8",
     "connect_timeout": "5",
     "keepalives_idle": "5",
     "keepalives_interval": "2",
@@ -40,6 +42,7 @@ OPTIONS = {
 # looked for it.
 CONFLICTS = (errors.DeadlockDetected, errors.SerializationFailure)
 IDS = ("generations_id_key", "losses_id_key")
+KEYS = ("generations_pkey", "losses_pkey", "texts_pkey")
 # What is wrong with the database, or with who may use it.
 REFUSALS = (
     errors.InvalidAuthorizationSpecification,
@@ -102,6 +105,9 @@ class PostgresqlDatabase(Database):
         match reason:
             case errors.UniqueViolation() if reason.diag.constraint_name in IDS:
                 return Conflict(f"{self._name}: {told}")
+            case errors.UniqueViolation() if reason.diag.constraint_name in KEYS:
+                # Ours by its sequence, which a copy of the database has not taken over.
+                return StoreRefused(f"{self._name} gives out keys that it has given out before: {told}")
             case _ if isinstance(reason, CONFLICTS):
                 return Conflict(f"{self._name}: {told}")
             case _ if isinstance(reason, REFUSALS):
@@ -112,7 +118,7 @@ class PostgresqlDatabase(Database):
             case psycopg.ProgrammingError() if reason.sqlstate is None:
                 # Of the driver itself: a value that is of no type that it knows.
                 return ValueError(told)
-            case OverflowError():
+            case OverflowError() | struct.error():
                 return ValueError(f"a number that PostgreSQL cannot hold: {told}")
             case psycopg.Error() | PoolTimeout():
                 # A server that only reads, since another has taken its place, is none of a value's doing either.
@@ -137,6 +143,11 @@ class PostgresqlDatabase(Database):
     def _prepare(self, create: bool) -> None:
         """Make the tables where there are none, or bring them up to date; what is not ours is refused."""
         with self.writing() as connection:
+            encoding = connection.exec_driver_sql("SHOW server_encoding").scalar_one()
+            if encoding != "UTF8":
+                raise StoreRefused(
+                    f"{self._name} has the encoding {encoding}, which not every text fits: it has to be UTF8"
+                )
             connection.exec_driver_sql("SELECT pg_advisory_xact_lock(%s)", (ADVISORY_LOCK,))
             version = self._version(connection)
             if version == VERSION:

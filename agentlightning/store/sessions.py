@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, bindparam, delete, select, update
+from sqlalchemy import ColumnElement, Connection, and_, bindparam, delete, exists, select, update
 
 from agentlightning.store import attributes, rollouts
 from agentlightning.store.database import insert_if_new
@@ -98,13 +98,19 @@ def _place(connection: Connection, trace_id: str, named: Place | None, project_i
         return place, named is None
     query = select(sessions).where(sessions.c.trace_id == trace_id).with_for_update()
     found = connection.execute(query).one()
-    if found.is_own and named is not None:
+    if found.is_own and named is not None and found.project_id == project_id and _is_under_way(connection, found):
         _move(connection, spans.c.rollout_id == found.rollout_id, named)
         connection.execute(delete(span_sequences).where(span_sequences.c.rollout_id == found.rollout_id))
         rollouts.remove(connection, found.rollout_id)
         _set(connection, trace_id, named, is_own=False)
         return named, False
     return (found.rollout_id, found.attempt_id), found.is_own
+
+
+def _is_under_way(connection: Connection, session: Any) -> bool:
+    """Whether its attempt has not ended: what is known to have ended stays where it is."""
+    found = rollouts.find(connection, session.rollout_id)
+    return found is None or found.attempt_status in ("preparing", "running")
 
 
 def _own(connection: Connection, trace_id: str, project_id: str) -> Place:
@@ -130,6 +136,10 @@ def _set(connection: Connection, trace_id: str, place: Place, *, is_own: bool) -
 
 def _move(connection: Connection, which: ColumnElement[bool], place: Place) -> None:
     """Put spans that are kept under another rollout, in the order that they have."""
+    there = spans.alias()
+    is_there = and_(there.c.rollout_id == place[0], there.c.attempt_id == place[1], there.c.span_id == spans.c.span_id)
+    # They came with the name of the rollout before, and then without.
+    connection.execute(delete(spans).where(which, exists().where(is_there)))
     query = select(spans.c.key).where(which).order_by(spans.c.sequence_id, spans.c.start_time, spans.c.key)
     keys = connection.execute(query).scalars().all()
     if not keys:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, bindparam, case, select, update
 
-from agentlightning.store.database import insert_if_new, insert_rows
+from agentlightning.store.database import in_parts, insert_if_new, insert_rows
 from agentlightning.store.rows import storable
 from agentlightning.store.tables import span_sequences, spans
 
-__all__ = ["NewSpan", "add", "next_sequence_ids"]
+__all__ = ["NewSpan", "add", "next_sequence_ids", "place_again"]
 
 # Made once: SQLAlchemy takes longer to put a statement together than SQLite takes to execute it.
 _OF_ROLLOUT = span_sequences.c.rollout_id == bindparam("rollout")
@@ -87,6 +87,23 @@ def add(connection: Connection, new: Sequence[NewSpan]) -> int:
         for each in new
     ]
     return insert_rows(connection, spans, values, without="key", if_new=True)
+
+
+def place_again(connection: Connection, new: Sequence[NewSpan]) -> None:
+    """Give spans that name a rollout and no attempt the one that they have already, if they were kept before.
+
+    Else what is sent again, after another attempt has begun, would be a span of that, too.
+    """
+    unplaced = {(each.trace_id, each.span_id): each for each in new if each.rollout_id and not each.attempt_id}
+    for some in in_parts(list(unplaced)):
+        query = select(spans.c.trace_id, spans.c.span_id, spans.c.rollout_id, spans.c.attempt_id).where(
+            spans.c.trace_id.in_({trace_id for trace_id, _ in some}),
+            spans.c.span_id.in_([span_id for _, span_id in some]),
+        )
+        for row in connection.execute(query):
+            each = unplaced.get((row.trace_id, row.span_id))
+            if each is not None and each.rollout_id == row.rollout_id:
+                each.attempt_id = row.attempt_id
 
 
 def next_sequence_ids(connection: Connection, rollout_id: str, how_many: int = 1) -> range:

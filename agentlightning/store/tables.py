@@ -82,7 +82,7 @@ generations = Table(
     Column("status", SmallInteger, nullable=False),
     Column("sampling_params_key", _Key),
     Column("logprobs_mode_key", _Key),
-    Column("cached_tokens", Integer),
+    Column("cached_tokens", BigInteger),
     Column("prompt_token_ids", LargeBinary),
     Column("prompt_text", _Text),
 )
@@ -91,7 +91,7 @@ choices = Table(
     "choices",
     metadata,
     Column("generation_key", _Key, primary_key=True),
-    Column("index", Integer, primary_key=True),
+    Column("index", BigInteger, primary_key=True, autoincrement=False),
     Column("token_ids", LargeBinary),
     Column("logprobs", LargeBinary),
     Column("text", _Text),
@@ -107,12 +107,12 @@ losses = Table(
     metadata,
     Column("key", _Key, primary_key=True),
     Column("id", LargeBinary, nullable=False, unique=True),
-    Column("count", Integer, nullable=False),
+    Column("count", BigInteger, nullable=False),
     Column("reason", _Text, nullable=False),
     Column("first_at", BigInteger, nullable=False),
     Column("last_at", BigInteger, nullable=False),
     Column("host", _Text, nullable=False),
-    Column("pid", Integer, nullable=False),
+    Column("pid", BigInteger, nullable=False),
 )
 
 

@@ -16,7 +16,9 @@ __all__ = ["key_of", "keys_of", "texts_of"]
 
 def keys_of(connection: Connection, wanted: Iterable[str | None]) -> dict[str | None, int | None]:
     """Each text's key, and None for None; texts that have none get one."""
-    digests = {_digest(text): text for text in wanted if text is not None}
+    of_texts = {text: _digest(text) for text in wanted if text is not None}
+    # Two that differ in halves of surrogate pairs alone are the same to a database.
+    digests = {digest: text for text, digest in of_texts.items()}
     known = _known(connection, digests)
     # In one order for everybody: of two that put in the same texts, each would wait for the other.
     fresh = sorted(digests.keys() - known.keys())
@@ -28,7 +30,7 @@ def keys_of(connection: Connection, wanted: Iterable[str | None]) -> dict[str | 
         else:
             # Somebody else has put some of them in since.
             known |= _known(connection, fresh)
-    return {None: None} | {text: known[digest] for digest, text in digests.items()}
+    return {None: None} | {text: known[digest] for text, digest in of_texts.items()}
 
 
 def key_of(connection: Connection, text: str) -> int | None:

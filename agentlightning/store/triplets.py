@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -17,60 +17,90 @@ from typing import Any
 from sqlalchemy import Connection, case, func, or_, select
 
 from agentlightning.generation import STATUSES
+from agentlightning.store import generations as kept
 from agentlightning.store import rows, tables, texts
 from agentlightning.store.attributes import GENERATION, OUTCOME, RESPONSE, links
 from agentlightning.store.database import in_parts
 from agentlightning.triplet import Triplet
 
-__all__ = ["of_responses", "of_rollout", "rollouts_of"]
+__all__ = ["has_call", "of_responses", "of_rollout", "rollouts_of"]
 
 Texts = Mapping[int | None, str | None]
+
+# A link by this is to the span of a call.
+SPAN = "span_id"
 
 _SPANS, _GENERATIONS, _CHOICES = tables.spans.c, tables.generations.c, tables.choices.c
 
 
 @dataclass(slots=True)
 class _Call:
-    """The generations of one answer, in the order in which they finished, and the first span that names it."""
+    """The generations of one HTTP call, in the order in which they finished, and the spans that name its answer.
+
+    One that has none is missing: a span names its answer, and it is lost, or not here yet, or was made elsewhere.
+    """
 
     generations: list[Any]
-    span: Any
+    spans: list[Any]
     attempt_id: str | None
 
     @property
-    def finished_at(self) -> int:
-        return self.generations[-1].finished_at
+    def span(self) -> Any:
+        """The first of its spans, which is where it stands."""
+        return self.spans[0] if self.spans else None
+
+    @property
+    def response_id(self) -> Any:
+        return (self.generations or self.spans)[-1].response_id
+
+    @property
+    def finished_at(self) -> float:
+        """Nanoseconds since the epoch; of a missing one, by the clock of whoever made its span."""
+        if self.generations:
+            return self.generations[-1].finished_at
+        return float("inf") if self.span.end_time is None else self.span.end_time * 1e9
 
 
 def of_rollout(connection: Connection, rollout_id: str, attempt_id: str | None = None) -> list[Triplet]:
     """A triplet for each choice of each model call of a rollout, or of an attempt of it; one for a call without any.
 
     Its calls are those that were recorded under these ids, and those whose answer one of its spans names: their
-    `response_id` is its `gen_ai.response.id`.
+    `response_id` is its `gen_ai.response.id`. Several calls may have one `response_id`: a client that gives all of them
+    one request id makes vLLM answer so. Of these only those that were recorded under the ids are its calls, and the
+    spans that name it are theirs one by one, in order, where there are as many and no attempt of one contradicts; else
+    none of them is.
 
     Order: calls that have spans are in the order of those, and one that has none comes after the last of them that
-    finished before it. The generations of one answer (tool loops, beam search) stay together.
+    finished before it. The generations of one call (tool loops, beam search) stay together. A call that is missing has
+    its place by its span, and no triplet. It is where no call has the answer that a span names, and where the spans
+    that name one of several calls are more than these, or are of other attempts.
 
     Rewards: one that names a generation, or links to the answer or the span of a call, belongs to that; one that was
-    given as the outcome of its attempt to the last call, whichever that is by now; each other to the last call of its
+    given as the outcome of its attempt to the last call that is there by now; each other to the last call of its
     attempt before it. One that has none before it, and no call's span after it, is an outcome, too. Of several rewards
-    of a call the last counts; of several generations of a call the last gets it, with all of its choices.
+    of a call the last counts; of several generations of a call the last gets it, with all of its choices. What belongs
+    to a call that is missing, or links to none, or to an answer that several calls have, is nobody's.
     """
     spans = _spans(connection, rollout_id, attempt_id)
-    named: dict[str, Any] = {}
-    for span in spans:
-        if span.response_id is not None:
-            named.setdefault(span.response_id, span)
-    keys = {*_keys_under(connection, rollout_id, attempt_id), *_keys_of(connection, list(named))}
+    keys, shared = _keys(connection, rollout_id, attempt_id, spans)
     generations = _generations(connection, keys)
     known = texts.texts_of(connection, {key for row in generations for key in (row.model_key, row.attempt_key)})
-    calls = _in_order(_calls(generations, named, known))
+    calls = _in_order(_calls(generations, spans, shared, known))
     rewards = _rewards(calls, spans)
     return _triplets(connection, rollout_id, calls, known, rewards)
 
 
+def has_call(connection: Connection, rollout_id: str, generation_id: str) -> bool:
+    """Whether a generation is one of a rollout's calls, as `of_rollout` finds them."""
+    keys, _ = _keys(connection, rollout_id, None, _spans(connection, rollout_id, None))
+    return kept.key_of(connection, generation_id) in keys
+
+
 def rollouts_of(connection: Connection) -> list[str]:
-    """The ids of the rollouts that have calls, in the order of the first of each that finished."""
+    """The ids of the rollouts that have calls, in the order of the first of each that finished.
+
+    Among them may be some that have none, as their spans name an answer that several calls of others have had.
+    """
     first = func.min(_GENERATIONS.finished_at)
     recorded = select(_GENERATIONS.rollout_key, first).where(_GENERATIONS.rollout_key.is_not(None))
     moments: dict[int, int] = dict(connection.execute(recorded.group_by(_GENERATIONS.rollout_key)).all())
@@ -89,14 +119,12 @@ def rollouts_of(connection: Connection) -> list[str]:
 
 
 def of_responses(connection: Connection, response_ids: Iterable[str]) -> dict[str, Triplet]:
-    """Of each of these answers that is known, the first choice of its last generation."""
-    last: dict[str, int] = {}
-    for some in in_parts(sorted({rows.storable(each) or "" for each in response_ids})):
-        query = select(_GENERATIONS.response_id, _GENERATIONS.key).where(_GENERATIONS.response_id.in_(some))
-        last |= dict(connection.execute(query.order_by(_GENERATIONS.finished_at, _GENERATIONS.key)).all())
-    generations = _generations(connection, last.values())
+    """Of each of these answers that one call has had, and no other, the first choice of its last generation."""
+    answers = _keys_of(connection, {rows.storable(each) or "" for each in response_ids})
+    last = [calls[0][-1] for calls in answers.values() if len(calls) == 1]
+    generations = _generations(connection, last)
     known = texts.texts_of(connection, {row.model_key for row in generations})
-    calls = [_Call([row], None, None) for row in generations]
+    calls = [_Call([row], [], None) for row in generations]
     found: dict[str, Triplet] = {}
     for triplet in _triplets(connection, None, calls, known, {}):
         found.setdefault(triplet.response_id or "", triplet)
@@ -109,18 +137,30 @@ def _spans(connection: Connection, rollout_id: str, attempt_id: str | None) -> S
     In the order of `sequence_id`, in which 0.3 has spans, too: the store numbers those of a rollout as they end, where
     `start_time` is by the clock of whichever host has sent one.
     """
-    columns = (_SPANS.attempt_id, _SPANS.sequence_id, _SPANS.span_id, _SPANS.start_time, _SPANS.response_id)
+    wanted = [(_SPANS.rollout_id, rollout_id), (_SPANS.attempt_id, attempt_id)]
+    # Spans have these ids as they came: none is what a database may have no way to hold.
+    if any(text is not None and ("\0" in text or text.encode(errors="replace").decode() != text) for _, text in wanted):
+        return []
+    columns = (_SPANS.attempt_id, _SPANS.sequence_id, _SPANS.span_id, _SPANS.start_time, _SPANS.end_time)
     # The body of a call's span may have thousands of ids, and is not looked into.
     body = case((_SPANS.reward.is_not(None), _SPANS.body)).label("body")
     query = (
-        select(*columns, _SPANS.reward, body)
-        .where(_SPANS.rollout_id == rows.storable(rollout_id))
+        select(*columns, _SPANS.response_id, _SPANS.reward, body)
+        .where(*(column == text for column, text in wanted if text is not None))
         .where(or_(_SPANS.response_id.is_not(None), _SPANS.reward.is_not(None)))
         .order_by(_SPANS.sequence_id, _SPANS.start_time, _SPANS.key)
     )
-    if attempt_id is not None:
-        query = query.where(_SPANS.attempt_id == rows.storable(attempt_id))
     return connection.execute(query).all()
+
+
+def _keys(
+    connection: Connection, rollout_id: str, attempt_id: str | None, spans: Iterable[Any]
+) -> tuple[set[int], set[str]]:
+    """Of the generations of its calls; and the answers that its spans name, and that several calls have had."""
+    answers = _keys_of(connection, {span.response_id for span in spans if span.response_id is not None})
+    keys = {*_keys_under(connection, rollout_id, attempt_id)}
+    shared = {answer for answer, calls in answers.items() if len(calls) > 1}
+    return keys.union(*(calls[0] for answer, calls in answers.items() if answer not in shared)), shared
 
 
 def _keys_under(connection: Connection, rollout_id: str, attempt_id: str | None) -> Sequence[int]:
@@ -133,13 +173,20 @@ def _keys_under(connection: Connection, rollout_id: str, attempt_id: str | None)
     return connection.execute(query).scalars().all()
 
 
-def _keys_of(connection: Connection, response_ids: Sequence[str]) -> list[int]:
-    query = select(_GENERATIONS.key)
-    return [
-        key
-        for some in in_parts(response_ids)
-        for key in connection.execute(query.where(_GENERATIONS.response_id.in_(some))).scalars()
-    ]
+def _keys_of(connection: Connection, response_ids: Iterable[str]) -> dict[str, list[list[int]]]:
+    """Of each answer that is known, the generations of each call that has had it, as they finished."""
+    query = select(_GENERATIONS.response_id, _GENERATIONS.key, _GENERATIONS.call_id)
+    found: defaultdict[str, defaultdict[Any, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for some in in_parts(sorted(response_ids)):
+        of_some = query.where(_GENERATIONS.response_id.in_(some))
+        for row in connection.execute(of_some.order_by(_GENERATIONS.finished_at, _GENERATIONS.key)):
+            found[row.response_id][_call_of(row)].append(row.key)
+    return {answer: [*calls.values()] for answer, calls in found.items()}
+
+
+def _call_of(row: Any) -> Any:
+    """What the generations of one call have in common; one of which no HTTP call is known is a call of its own."""
+    return row.key if row.call_id is None else row.call_id
 
 
 def _generations(connection: Connection, keys: Iterable[int]) -> list[Any]:
@@ -147,6 +194,7 @@ def _generations(connection: Connection, keys: Iterable[int]) -> list[Any]:
     query = select(
         _GENERATIONS.key,
         _GENERATIONS.id,
+        _GENERATIONS.call_id,
         _GENERATIONS.response_id,
         _GENERATIONS.model_key,
         _GENERATIONS.attempt_key,
@@ -160,15 +208,33 @@ def _generations(connection: Connection, keys: Iterable[int]) -> list[Any]:
     return sorted(found, key=lambda row: (row.finished_at, row.key))
 
 
-def _calls(generations: Iterable[Any], named: Mapping[str, Any], known: Texts) -> list[_Call]:
-    of_answers: defaultdict[Any, list[Any]] = defaultdict(list)
+def _calls(generations: Iterable[Any], spans: Iterable[Any], shared: Collection[str], known: Texts) -> list[_Call]:
+    """The calls that these generations are of, with their spans, and those that are missing."""
+    groups: defaultdict[Any, list[Any]] = defaultdict(list)
     for row in generations:
-        of_answers[row.key if row.response_id is None else row.response_id].append(row)
-    calls: list[_Call] = []
-    for answer, group in of_answers.items():
-        span = named.get(answer)
-        calls.append(_Call(group, span, (span and span.attempt_id) or known[group[-1].attempt_key]))
+        groups[row.response_id, _call_of(row)].append(row)
+    calls = [_Call(group, [], known[group[-1].attempt_key]) for group in groups.values()]
+    with_answer: defaultdict[str | None, list[_Call]] = defaultdict(list)
+    for call in sorted(calls, key=lambda call: call.finished_at):
+        with_answer[call.response_id].append(call)
+    named: defaultdict[str, list[Any]] = defaultdict(list)
+    for span in spans:
+        if span.response_id is not None:
+            named[span.response_id].append(span)
+    for answer, naming in named.items():
+        found = with_answer[answer]
+        of_each = [[span] for span in naming] if answer in shared else [naming]
+        if len(found) == len(of_each) and (answer not in shared or all(map(_may_be_of, found, naming))):
+            for call, theirs in zip(found, of_each, strict=True):
+                call.spans, call.attempt_id = theirs, theirs[0].attempt_id or call.attempt_id
+        elif len(found) <= len(naming):
+            calls += [_Call([], [span], span.attempt_id) for span in naming]
     return calls
+
+
+def _may_be_of(call: _Call, span: Any) -> bool:
+    """Whether their attempts may be the same: what names none may be of any."""
+    return not call.attempt_id or not span.attempt_id or call.attempt_id == span.attempt_id
 
 
 def _in_order(calls: Iterable[_Call]) -> list[_Call]:
@@ -178,7 +244,12 @@ def _in_order(calls: Iterable[_Call]) -> list[_Call]:
         (others if call.span is None else spanned).append(call)
     spanned.sort(key=lambda call: _place(call.span))
     # When the first of those from each place on has finished: by several clocks, it may be one that comes late.
-    moments = list(accumulate((call.finished_at for call in reversed(spanned)), min))[::-1]
+    known = (call.finished_at if call.generations else float("inf") for call in reversed(spanned))
+    moments = list(accumulate(known, min))[::-1]
+    # By the clocks of agents a missing one stands somewhere between those around it, and moves none of these.
+    for place, call in enumerate(spanned):
+        if not call.generations:
+            moments[place] = min(moments[place], max(call.finished_at, moments[place - 1] if place else 0))
     behind: defaultdict[int, list[_Call]] = defaultdict(list)
     for call in sorted(others, key=lambda call: call.finished_at):
         behind[bisect_right(moments, call.finished_at)].append(call)
@@ -195,9 +266,9 @@ def _place(span: Any) -> tuple[int, float]:
 def _rewards(calls: Sequence[_Call], spans: Iterable[Any]) -> dict[int, float]:
     """Of each generation that has got one, by its key; `of_rollout` says which that is."""
     generations = {rows.uuid_text(row.id): row.key for call in calls for row in call.generations}
-    answers = {call.generations[-1].response_id: call for call in calls}
-    linked = {(RESPONSE, answer): call for answer, call in answers.items()}
-    linked |= {("span_id", span.span_id): answers[span.response_id] for span in spans if span.response_id in answers}
+    how_many = Counter(call.response_id for call in calls)
+    linked = {(RESPONSE, rows.text_of(each.response_id)): each for each in calls if how_many[each.response_id] == 1}
+    linked |= {(SPAN, span.span_id): call for call in calls for span in call.spans}
     found: dict[int, float] = {}
     for span in spans:
         if span.reward is None:
@@ -206,9 +277,12 @@ def _rewards(calls: Sequence[_Call], spans: Iterable[Any]) -> dict[int, float]:
         if GENERATION in said:
             key = generations.get(str(said[GENERATION]))
         else:
-            call = next((linked[link] for link in links(said) if link in linked), None)
-            call = call or _rewarded(calls, span, is_outcome=said.get(OUTCOME) is True)
-            key = call and call.generations[-1].key
+            named = [link for link in links(said) if link[0] in (RESPONSE, SPAN)]
+            if named:
+                call = next((linked[link] for link in named if link in linked), None)
+            else:
+                call = _rewarded(calls, span, is_outcome=said.get(OUTCOME) is True)
+            key = call.generations[-1].key if call is not None and call.generations else None
         if key is not None:
             found[key] = span.reward
     return found
@@ -216,11 +290,11 @@ def _rewards(calls: Sequence[_Call], spans: Iterable[Any]) -> dict[int, float]:
 
 def _rewarded(calls: Iterable[_Call], reward: Any, is_outcome: bool) -> _Call | None:
     """The call that a reward belongs to that says nothing of one."""
-    # What names no attempt may be of any.
-    ours = [call for call in calls if not reward.attempt_id or call.attempt_id in (None, "", reward.attempt_id)]
-    last = ours[-1] if ours else None
+    ours = [call for call in calls if _may_be_of(call, reward)]
     if is_outcome:
-        return last
+        # Of those that are there: a judge, for one, has the last word, and is nothing that is learnt from.
+        return next((call for call in reversed(ours) if call.generations), None)
+    last = ours[-1] if ours else None
     moment = float("inf") if reward.start_time is None else reward.start_time * 1e9
     found = None
     for call in ours:

@@ -160,7 +160,7 @@ def test_the_key_is_told_to_nobody(agentops: Command) -> None:
     result = agentops("--daemon", "--port=0", AGL_STORE_KEY=key)
     variables = exported(result.stdout)
 
-    assert variables["AGENTOPS_API_KEY"] == '"$AGL_STORE_KEY"'
+    assert variables["AGENTOPS_API_KEY"] == '"${AGL_STORE_KEY:?is the key of the store}"'
     said = result.stdout + result.stderr + agentops.pid_file.with_suffix(".log").read_text()
     assert key not in said
     answers = [
@@ -180,3 +180,32 @@ def test_without_its_packages_it_says_what_to_install(agentops: Command) -> None
     assert "(jwt)" in result.stderr
     assert "pip install" in result.stderr
     assert result.stderr.rstrip().endswith("pyjwt")
+
+
+@pytest.mark.parametrize("arguments", [("--stop",), ("--daemon", "--port=0")], ids=" ".join)
+def test_a_file_that_is_no_pid_file_is_left_as_it_is(agentops: Command, arguments: tuple[str, ...]) -> None:
+    thesis = agentops.folder / "thesis.txt"
+    thesis.write_text("a long text\n")
+
+    result = agentops(*arguments, f"--pid-file={thesis}")
+
+    assert result.returncode == 1
+    assert f"{thesis} is no pid file" in result.stderr
+    assert thesis.read_text() == "a long text\n"
+
+
+def test_a_link_is_no_pid_file(agentops: Command) -> None:
+    target = agentops.folder / "target"
+    target.write_text("")
+    agentops.pid_file.symlink_to(target)
+
+    for arguments in (("--daemon", "--port=0"), ("--stop",)):
+        assert agentops(*arguments).returncode == 1
+    assert target.read_text() == ""
+
+
+def test_the_log_is_no_pid_file(agentops: Command) -> None:
+    result = agentops("--daemon", "--port=0", "--pid-file=agl.log")
+
+    assert result.returncode == 1
+    assert "agl.log is no pid file" in result.stderr

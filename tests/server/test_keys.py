@@ -189,6 +189,30 @@ def test_pages_of_other_origins_may_not(origin: str, locked: StoreServer, outsid
         assert not cors(client.get("/v1/agl/rollouts", headers={"Origin": origin}))
 
 
+def test_a_page_of_any_origin_has_to_have_the_key_itself(tmp_path: Path) -> None:
+    """A browser that was asked for the key sends it for whatever page it shows, if it is let."""
+    with StoreServer(tmp_path / "store.db", "--cors-origin=*", key=KEY) as server, server.client() as client:
+        answer = client.get("/v1/agl/rollouts", headers={"Origin": "https://other.example"})
+        assert answer.headers["access-control-allow-origin"] == "*"
+        assert "access-control-allow-credentials" not in answer.headers
+
+
+def test_who_has_no_key_sends_no_large_bodies(outside: httpx.Client) -> None:
+    answer = outside.post("/healthz", content=b"x" * (1 << 17))
+    assert (answer.status_code, answer.json()) == (413, {"detail": "the body is larger than 64 KiB"})
+
+
+def test_who_has_no_key_is_not_told_where_the_store_is(tmp_path: Path) -> None:
+    with StoreServer(tmp_path / "store.db", key=KEY) as server, httpx.Client(base_url=server.url) as outside:
+        server.path.rename(tmp_path / "away.db")
+        answer = outside.get("/readyz")
+        assert (answer.status_code, answer.json()) == (
+            503,
+            {"detail": "the store cannot be used now: its log says why"},
+        )
+        assert str(server.path) in server.log.read_text().rpartition("cannot be")[0]
+
+
 def test_without_origins_no_page_may_ask(client: httpx.Client) -> None:
     assert preflight(client, PAGE).status_code == 405
     assert not cors(client.get("/v1/agl/rollouts", headers={"Origin": PAGE}))

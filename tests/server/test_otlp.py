@@ -330,3 +330,17 @@ def test_no_two_attempts_share_a_span(client: httpx.Client) -> None:
         post_json(client, span, resource={"attributes": of_rollout(rollout_id, attempt_id)})
     # Without an attempt it is of the latest, which has it.
     assert [each["attempt_id"] for each in spans_of(client, rollout_id=rollout_id)] == [first, second]
+
+
+def test_what_is_sent_again_stays_with_its_attempt(client: httpx.Client) -> None:
+    """A span that names no attempt is of the latest: of that when it came first."""
+    rollout_id, attempt_id = an_attempt(client)
+    sent = a_span(attributes=of_rollout(rollout_id))
+    post_json(client, sent)
+    client.post(f"/v1/agl/rollouts/{rollout_id}/attempts", json={})
+
+    post_json(client, sent, a_span(attributes=of_rollout(rollout_id)))
+
+    first, second = spans_of(client, rollout_id=rollout_id)
+    assert (first["attempt_id"], first["span_id"]) == (attempt_id, sent["spanId"])
+    assert second["attempt_id"] != attempt_id

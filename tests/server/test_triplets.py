@@ -183,13 +183,17 @@ def test_a_reward_is_finite(client: httpx.Client, text: str, statuses: tuple[int
     assert answer.status_code in statuses
 
 
-def test_who_is_not_there_gets_no_reward(client: httpx.Client) -> None:
+def test_who_is_not_there_gets_no_reward(client: httpx.Client, recorded: Store) -> None:
     rollout_id, attempt_id = an_attempt(client)
+    other = generation(1, rollout_id=f"another than {rollout_id}")
+    recorded.add([other])
+    of_another = other.id
     for answer, name in (
         (reward(client, "nobody", value=1), "nobody"),
         (reward(client, rollout_id, "another", value=1), "another"),
         (reward(client, rollout_id, attempt_id, value=1, generation_id="none"), "none"),
         (reward(client, rollout_id, attempt_id, value=1, generation_id=str(uuid.uuid4())), "generation"),
+        (reward(client, rollout_id, attempt_id, value=1, generation_id=of_another), of_another),
     ):
         assert answer.status_code == 404
         assert name in answer.json()["detail"]
@@ -219,6 +223,37 @@ def test_a_span_that_names_an_answer_comes_back_with_its_ids(
     assert json.loads(said["logprobs.content"]) == [{"logprob": -0.5}, {"logprob": -0.25}]
     assert all("prompt_token_ids" not in each["attributes"] for each in found[1:])
     assert client.post("/v1/agl/spans/search", json={"rollout_id": rollout_id}).json()["items"] == found
+
+
+def test_spans_have_no_ids_where_several_calls_have_had_the_answer_that_they_name(
+    client: httpx.Client, recorded: Store
+) -> None:
+    rollout_id, attempt_id = an_attempt(client)
+    recorded.add(new := calls(2, rollout_id=rollout_id, attempt_id=attempt_id, response_id=new_id("chatcmpl")))
+    for each in new:
+        send_span(client, rollout_id, attempt_id, each.response_id)
+
+    found = spans_of(client, rollout_id=rollout_id)
+    assert all("response_token_ids" not in each["attributes"] for each in found)
+    # Whose each is shows where all of the rollout are looked at.
+    assert [(each["generation_id"], each["span_id"]) for each in triplets_of(client, rollout_id)] == [
+        (call.id, span["span_id"]) for call, span in zip(new, found, strict=True)
+    ]
+
+
+def test_a_call_of_another_rollout_gets_no_reward_though_a_span_names_its_answer(
+    client: httpx.Client, recorded: Store
+) -> None:
+    rollout_id, attempt_id = an_attempt(client)
+    answer = new_id("chatcmpl")
+    [ours] = calls(1, rollout_id=rollout_id, attempt_id=attempt_id, response_id=answer)
+    [other] = calls(1, rollout_id=new_id("another"), response_id=answer)
+    recorded.add([ours, other])
+    send_span(client, rollout_id, attempt_id, answer)
+
+    assert reward(client, rollout_id, value=1, generation_id=other.id).status_code == 404
+    assert reward(client, rollout_id, value=1, generation_id=ours.id).status_code == 201
+    assert [(each["generation_id"], each["reward"]) for each in triplets_of(client, rollout_id)] == [(ours.id, 1.0)]
 
 
 def test_a_span_keeps_the_ids_that_it_came_with(client: httpx.Client, recorded: Store) -> None:
@@ -298,3 +333,9 @@ def test_agent_lightnings_own_adapter_finds_the_same_triplets(
     outcome = {**given["attributes"]}
     assert outcome.pop("agentlightning.outcome") is True
     assert found["emitted"] == {"name": given["name"], "attributes": outcome, "status": given["status"]}
+
+
+def test_a_filter_that_there_is_not_is_refused(client: httpx.Client) -> None:
+    answer = client.get("/v1/agl/triplets", params={"rollout": "ro-1"})
+    assert answer.status_code == 422
+    assert "rollout" in answer.json()["detail"]

@@ -255,6 +255,8 @@ def test_an_answer_that_is_cut_off_is_none(between: Between) -> None:
 @pytest.mark.parametrize(
     ("status", "headers", "retry_after"),
     [
+        (400, {}, None),
+        (413, {}, None),
         (502, {}, None),
         (503, {"Retry-After": "7"}, 7.0),
         (429, {"Retry-After": "1"}, 1.0),

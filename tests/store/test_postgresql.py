@@ -142,6 +142,23 @@ def test_what_is_no_database_is_refused_with_the_reason(url: str, postgresql: Po
         open_store("postgresql://agl:secret@127.0.0.1:x/db")
 
 
+def test_a_database_that_does_not_hold_every_text_is_refused(postgresql: PostgresServer) -> None:
+    query(postgresql.url("postgres"), "CREATE DATABASE latin ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0")
+
+    with pytest.raises(StoreRefused, match="has the encoding LATIN1, which not every text fits: it has to be UTF8"):
+        open_store(postgresql.url("latin"))
+
+
+@pytest.mark.parametrize("table", ["generations", "texts"])
+def test_no_generation_is_at_fault_where_keys_are_given_out_twice(url: str, table: str) -> None:
+    """A copy of a database may have the rows and not the sequences."""
+    with open_store(url) as store:
+        store.add([FULL])
+        query(url, f"SELECT setval('agentlightning.{table}_key_seq', 1, false)")
+        with pytest.raises(StoreRefused, match="gives out keys that it has given out before"):
+            store.add([generation(1, model="another")])
+
+
 def test_a_server_that_is_not_there_is_unavailable_and_its_password_is_not_shown() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

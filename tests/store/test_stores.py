@@ -173,6 +173,25 @@ def test_a_batch_with_one_that_no_store_can_keep_is_refused_whole(
     assert [*store.generations()] == kept
 
 
+def test_numbers_beyond_32_bits_stay_as_they_are(store: Store) -> None:
+    large = 2**31
+    kept = generation(1, cached_tokens=large, choices=[Choice(index=2 * large), Choice(index=4 * large)])
+    loss = Loss(count=large, reason="queue full", first_at=START, last_at=START, host="host", pid=2 * large)
+
+    store.add([kept])
+    store.add_losses([loss])
+
+    assert [*store.generations()] == [kept]
+    assert [*store.losses()] == [loss]
+
+
+def test_texts_that_no_database_tells_from_each_other_are_one(store: Store) -> None:
+    store.add([generation(1, rollout_id="a\ud800", session_id="a?")])
+
+    [found] = store.generations()
+    assert (found.rollout_id, found.session_id) == ("a?", "a?")
+
+
 def test_losses_are_written_down_once(store: Store) -> None:
     losses = [
         Loss(count=number, reason="queue full", first_at=START, last_at=START + number, host="host", pid=7)

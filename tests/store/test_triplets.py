@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from agentlightning.generation import Choice, Generation
-from agentlightning.store import Store, attributes, open_database, open_store, spans
+from agentlightning.generation import Choice, Generation, new_id
+from agentlightning.store import Store, attributes, open_database, open_store, spans, triplets
 from agentlightning.store.database import Database
 from agentlightning.triplet import Triplet
 from tests.common.generations import HOSTILE, SECOND, START, generation
@@ -90,6 +90,11 @@ def keep(database: Database, *new: Any) -> None:
 
 def answers(found: Iterator[Triplet]) -> list[str | None]:
     return [each.response_id for each in found]
+
+
+def joined(found: Iterator[Triplet]) -> list[tuple[int, str | None, float | None]]:
+    """Of each the number of the call, the span and the reward."""
+    return [((each.prompt_token_ids or [0])[0], each.span_id, each.reward) for each in found]
 
 
 def rewards(found: Iterator[Triplet]) -> list[float | None]:
@@ -197,7 +202,8 @@ def test_a_call_is_there_once_however_often_it_is_named(store: Store, database: 
 
 
 def test_the_generations_of_one_answer_stay_together(store: Store, database: Database) -> None:
-    store.add([call(1), call(2, response_id="answer-1"), call(3), call(4, response_id="answer-1")])
+    of_one = {"response_id": "answer-1", "call_id": new_id()}
+    store.add([call(1, **of_one), call(2, **of_one), call(3), call(4, **of_one)])
     keep(database, of_call(1, answer=3), of_call(2, answer=1), of_reward(3, 1.0))
 
     found = [*store.triplets("r")]
@@ -205,6 +211,157 @@ def test_the_generations_of_one_answer_stay_together(store: Store, database: Dat
     assert [each.prompt_token_ids[0] for each in found if each.prompt_token_ids] == [3, 1, 2, 4]
     # What the loop came to is what was worth it.
     assert rewards(iter(found)) == [None, None, None, 1.0]
+
+
+def test_the_generations_of_one_call_without_an_answer_stay_together(store: Store) -> None:
+    of_one = {"response_id": None, "call_id": new_id()}
+    store.add([call(1, **of_one), call(2), call(3, **of_one)])
+
+    assert [number for number, _, _ in joined(store.triplets("r"))] == [2, 1, 3]
+
+
+@pytest.mark.parametrize("call_id", ["its own", None])
+def test_calls_of_one_answer_id_have_each_its_own_span_and_reward(
+    store: Store, database: Database, call_id: str | None
+) -> None:
+    # As a client that sends one X-Request-Id for all of them makes vLLM answer.
+    known = {} if call_id else {"call_id": None}
+    store.add([call(number, response_id="same", **known) for number in (2, 1, 3)])
+    for number in (1, 2, 3):
+        said = {"gen_ai.response.id": "same"}
+        keep(database, a_span(2 * number, said, at=number), of_reward(2 * number + 1, number / 4, at=number + 0.5))
+
+    expected = [(1, "span-2", 0.25), (2, "span-4", 0.5), (3, "span-6", 0.75)]
+    assert joined(store.triplets("r")) == joined(store.triplets("r", "a")) == expected
+
+
+def test_the_generations_of_each_call_of_one_answer_id_stay_together(store: Store, database: Database) -> None:
+    first, second = {"call_id": new_id(), "response_id": "same"}, {"call_id": new_id(), "response_id": "same"}
+    store.add([call(1, **first), call(2, **second), call(3, **first), call(4, **second)])
+    said = {"gen_ai.response.id": "same"}
+    keep(database, a_span(1, said), a_span(2, said), of_reward(3, 1.0, linked("span_id", "span-1")))
+
+    expected = [(1, "span-1", None), (3, "span-1", 1.0), (2, "span-2", None), (4, "span-2", None)]
+    assert joined(store.triplets("r")) == expected
+
+
+@pytest.mark.parametrize("how_many", [1, 3])
+def test_where_the_spans_of_one_answer_id_are_not_as_many_as_its_calls_none_is_joined(
+    store: Store, database: Database, how_many: int
+) -> None:
+    store.add([call(1, response_id="same"), call(2, response_id="same")])
+    keep(
+        database,
+        *(a_span(number, {"gen_ai.response.id": "same"}, at=number) for number in range(3, 3 + how_many)),
+        of_reward(6, 0.5, linked("gen_ai.response.id", "same")),
+        of_reward(7, 0.5, linked("span_id", "span-3")),
+    )
+
+    assert joined(store.triplets("r")) == [(1, None, None), (2, None, None)]
+
+
+def test_a_call_that_is_lost_of_an_answer_id_of_several_leaves_its_reward_to_no_other(
+    store: Store, database: Database
+) -> None:
+    store.add([call(1, response_id="same"), call(3, response_id="same")])
+    for number in (1, 2, 3):
+        said = {"gen_ai.response.id": "same"}
+        keep(database, a_span(2 * number, said, at=number + 0.25), of_reward(2 * number + 1, 0.5, at=number + 0.5))
+
+    assert joined(store.triplets("r")) == [(1, None, None), (3, None, None)]
+
+
+def test_a_link_to_an_answer_id_of_several_calls_belongs_to_none(store: Store, database: Database) -> None:
+    store.add([call(1, response_id="same"), call(2, response_id="same")])
+    said = {"gen_ai.response.id": "same"}
+    keep(database, a_span(1, said), a_span(2, said), of_reward(3, 0.5, linked("gen_ai.response.id", "same")))
+
+    assert joined(store.triplets("r")) == [(1, "span-1", None), (2, "span-2", None)]
+
+
+def test_calls_of_one_answer_id_are_not_those_of_another_rollout(store: Store, database: Database) -> None:
+    store.add([call(1, response_id="same"), call(2, response_id="same", rollout_id="another")])
+    store.add([call(3, response_id="same", rollout_id=None, attempt_id=None)])
+    link = linked("gen_ai.response.id", "same")
+    for rollout_id in ("r", "another", "without calls"):
+        keep(database, a_span(1, {"gen_ai.response.id": "same"}, rollout_id=rollout_id))
+        keep(database, of_reward(2, 0.5, link, rollout_id=rollout_id))
+
+    assert joined(store.triplets("r")) == [(1, "span-1", 0.5)]
+    assert joined(store.triplets("another")) == [(2, "span-1", 0.5)]
+    assert joined(store.triplets("without calls")) == []
+    assert {each.rollout_id for each in store.triplets()} == {"r", "another"}
+
+
+def test_a_call_of_one_answer_id_has_no_span_of_another_attempt(store: Store, database: Database) -> None:
+    store.add([call(1, response_id="same"), call(2, response_id="same", attempt_id="b")])
+    said = {"gen_ai.response.id": "same"}
+    keep(database, a_span(3, said, attempt_id="b"), a_span(4, said))
+
+    assert joined(store.triplets("r")) == [(1, None, None), (2, None, None)]
+    assert joined(store.triplets("r", "a")) == [(1, "span-4", None)]
+    assert joined(store.triplets("r", "b")) == [(2, "span-3", None)]
+
+
+def test_an_answer_is_of_responses_only_where_one_call_has_had_it(store: Store, database: Database) -> None:
+    of_one = {"response_id": "loop", "call_id": new_id()}
+    store.add([call(1), call(2, response_id="same"), call(3, response_id="same", rollout_id="another")])
+    store.add([call(4, **of_one), call(5, **of_one)])
+    store.add([call(number, response_id="engine core", call_id=None) for number in (6, 7)])
+
+    with database.reading() as connection:
+        found = triplets.of_responses(connection, ["answer-1", "same", "loop", "engine core", "nobody's"])
+    assert {name: (each.prompt_token_ids or [0])[0] for name, each in found.items()} == {"answer-1": 1, "loop": 5}
+
+
+MISSING: dict[str, tuple[Sequence[Any], list[float | None]]] = {
+    "after each": (
+        [of_call(1), of_reward(2, 0.1), of_call(3, 2), of_reward(4, 0.2), of_call(5, 3), of_reward(6, 0.3)],
+        [0.1, 0.2, 0.3],
+    ),
+    "linked to the answer": (
+        [of_call(1), of_call(2), of_call(3), of_reward(4, 0.2, linked("gen_ai.response.id", "answer-2"))],
+        [None, 0.2, None],
+    ),
+    "linked to the span": (
+        [of_call(1), of_call(2), of_call(3), of_reward(4, 0.2, linked("span_id", "span-2"))],
+        [None, 0.2, None],
+    ),
+    "as the outcome": (
+        [of_call(1), of_call(2), of_call(3), of_reward(4, 0.2, {"agentlightning.outcome": True})],
+        [None, None, 0.2],
+    ),
+    "before all": ([of_reward(1, 0.2, at=0), of_call(2), of_call(3, 1), of_call(4, 3)], [None, None, None]),
+    "after a call without a span": (
+        [of_call(2), of_reward(3, 0.2, at=2.5), of_reward(4, 0.3, at=3.5)],
+        [None, 0.2, 0.3],
+    ),
+    "after it, by a clock an hour behind": (
+        [of_call(3), of_call(4, 2, at=-3600), of_reward(5, 0.2, at=-3600)],
+        [None, 0.2, None],
+    ),
+}
+
+
+@pytest.mark.parametrize(("new", "expected"), MISSING.values(), ids=MISSING)
+def test_the_reward_of_a_call_that_is_missing_waits_for_it(
+    store: Store, database: Database, new: Sequence[Any], expected: list[float | None]
+) -> None:
+    store.add([call(1), call(3)])
+    keep(database, *new)
+    rewarded = dict(zip((1, 2, 3), expected, strict=True))
+
+    assert {number: reward for number, _, reward in joined(store.triplets("r"))} == {1: rewarded[1], 3: rewarded[3]}
+    store.add([call(2)])
+    assert {number: reward for number, _, reward in joined(store.triplets("r"))} == rewarded
+
+
+def test_an_outcome_is_of_the_last_call_that_is_there(store: Store, database: Database) -> None:
+    """A judge whose model is not recorded here has the last word, and nothing that is learnt from."""
+    store.add([call(1), call(2)])
+    keep(database, of_call(1), of_call(2), of_call(3, answer=9), of_reward(4, 0.2, {"agentlightning.outcome": True}))
+
+    assert joined(store.triplets("r")) == [(1, "span-1", None), (2, "span-2", 0.2)]
 
 
 def test_each_choice_is_a_triplet_and_has_the_reward_of_its_call(store: Store, database: Database) -> None:
@@ -260,6 +417,15 @@ def test_a_rollout_that_is_called_anything_is_found_and_no_other(store: Store, r
     assert answers(store.triplets()) == named(1, 2)
 
 
+@pytest.mark.parametrize("name", ["a\ufdd0b", *(each for each in HOSTILE.values() if "\0" not in each and each)])
+def test_the_spans_of_a_rollout_that_is_called_anything_are_found(store: Store, database: Database, name: str) -> None:
+    name = name[:512]
+    store.add([call(1, rollout_id=None, attempt_id=None)])
+    keep(database, of_call(1, rollout_id=name, attempt_id=name))
+
+    assert answers(store.triplets(name)) == answers(store.triplets(name, name)) == named(1)
+
+
 @pytest.mark.parametrize("response_id", [each for each in HOSTILE.values() if 0 < len(each) <= 512], ids=repr)
 def test_an_answer_that_is_called_anything_is_joined(store: Store, database: Database, response_id: str) -> None:
     store.add([call(1, rollout_id=None, response_id=response_id), call(2, rollout_id=None)])
@@ -281,6 +447,7 @@ def test_a_rollout_that_nobody_has_heard_of_has_none(store: Store, database: Dat
     keep(database, of_call(1, rollout_id="of an answer that is not there", answer=99))
 
     assert [*store.triplets("another")] == [*store.triplets("r", "another")] == []
+    assert [*store.triplets("half a pair \ud800")] == [*store.triplets("r", "a NUL \0")] == []
     assert [*store.triplets("of an answer that is not there")] == []
 
 
@@ -355,7 +522,12 @@ STEPS: dict[str, tuple[Sequence[Any], list[float | None]]] = {
         [0.1, None],
     ),
     "linked to a span": ([of_call(1), of_call(2), of_reward(3, 0.1, linked("span_id", "span-1"))], [0.1, None]),
-    "linked to no call": ([of_call(1), of_call(2), of_reward(3, 0.1, linked("name", "tool"))], [None, 0.1]),
+    "linked to an answer that is not there": (
+        [of_call(1), of_call(2), of_reward(3, 0.1, linked("gen_ai.response.id", "answer-9"))],
+        [None, None],
+    ),
+    "linked to a span of no call": ([of_call(1), of_call(2), of_reward(3, 0.1, linked("span_id", "9"))], [None, None]),
+    "linked to something else": ([of_call(1), of_call(2), of_reward(3, 0.1, linked("name", "tool"))], [None, 0.1]),
     "of another attempt": ([of_call(1), of_call(2), of_reward(3, 0.1, attempt_id="b")], [None, None]),
 }
 
@@ -373,8 +545,8 @@ def test_a_reward_belongs_to_the_last_call_before_it(
 def test_a_reward_that_names_a_generation_belongs_to_that_and_the_last_one_counts(
     store: Store, database: Database
 ) -> None:
-    first, second = call(1), call(2, response_id="answer-1")
-    store.add([first, second, call(3)])
+    first = call(1)
+    store.add([first, call(2, response_id="answer-1", call_id=first.call_id), call(3)])
     keep(
         database,
         of_call(1),

@@ -11,13 +11,13 @@ from agentlightning.server.agentops.tokens import Tokens
 from agentlightning.store.database import Database
 from agentlightning.store.uploads import secret
 
-__all__ = ["add_agentops"]
+__all__ = ["ROUTES", "add_state"]
+
+ROUTES = (routes, page)
 
 
-def add_agentops(app: FastAPI, database: Database, key: str | None) -> tuple[Tokens, Clients]:
-    """Add the routes; returns who has a say in what is let in, and who is to be watched while the server runs."""
+def add_state(app: FastAPI, database: Database, key: str | None) -> tuple[Tokens, Clients]:
+    """Add what the routes need; returns who has a say in what is let in, and who is watched while the server runs."""
     app.state.tokens = Tokens(database.write(secret), key)
     app.state.clients = Clients()
-    app.include_router(routes)
-    app.include_router(page)
     return app.state.tokens, app.state.clients

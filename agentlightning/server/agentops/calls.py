@@ -71,7 +71,8 @@ def seen(connection: Connection, trace_id: str) -> list[Seen]:
 def _call(connection: Connection, row: Any, attributes: Mapping[str, Any]) -> Call | None:
     if row.response_id is not None:
         recorded, _ = generations.page(connection, {"response_id": row.response_id}, None, GENERATIONS_OF_ANSWER)
-        if recorded:
+        # Of an id that several calls have had, nobody knows whose it is here.
+        if recorded and len({each.call_id or each.id for each in recorded}) == 1:
             return _recorded(row.response_id, recorded[-1], attributes)
     elif not any(name.startswith(PROMPT) for name in attributes):
         return None
@@ -99,12 +100,13 @@ def _recorded(response_id: str, generation: Generation, attributes: Mapping[str,
 
 
 def _number(attributes: Mapping[str, Any], *names: str) -> int | None:
-    return next((value for name in names if isinstance(value := attributes.get(name), int)), None)
+    # A bool is an int to Python, and no number of ids.
+    return next((value for name in names if type(value := attributes.get(name)) is int and value >= 0), None)
 
 
 def _text(attributes: Mapping[str, Any], prefix: str) -> str | None:
     """The messages under `prefix.0.content` and so on."""
-    pattern = re.compile(rf"{re.escape(prefix)}\.(\d+)\.(role|content)")
+    pattern = re.compile(rf"{re.escape(prefix)}\.(\d{{1,9}})\.(role|content)")
     messages: dict[int, dict[str, Any]] = {}
     for name, value in attributes.items():
         if match := pattern.fullmatch(name):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from html import escape
 from typing import Annotated, Any
@@ -142,7 +143,10 @@ def _count(number: int | None) -> str:
 
 
 def _moment(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(sep=" ", timespec="milliseconds")
+    with suppress(ValueError, OverflowError):
+        return datetime.fromtimestamp(seconds, timezone.utc).isoformat(sep=" ", timespec="milliseconds")
+    # Of a year that no calendar has.
+    return f"{seconds} s"
 
 
 def _table(names: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

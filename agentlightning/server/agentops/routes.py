@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from contextlib import suppress
 from datetime import datetime, timezone
 from typing import Annotated, Any
 
@@ -26,6 +28,8 @@ __all__ = ["routes"]
 TRACE_ID_BITS = 128
 TAGS = "agentops.tags"
 KIND = "agentops.span.kind"
+
+logger = logging.getLogger("agentlightning.agentops")
 
 routes = router("agentops", prefix="")
 
@@ -114,6 +118,7 @@ async def get_metrics(trace_id: Id, sender: Sender, database: Database) -> Respo
 def _traded(key: models.Key, request: Request) -> tuple[str, Token]:
     traded = request.app.state.tokens.trade(key.api_key)
     if traded is None:
+        logger.warning("a key that is not that of this store was refused: AGENTOPS_API_KEY is another")
         raise HTTPException(401, "the key is not that of this store: AGENTOPS_API_KEY has to be its AGL_STORE_KEY")
     return traded
 
@@ -167,4 +172,7 @@ def _span(found: Seen) -> dict[str, Any]:
 
 
 def _moment(seconds: float | None) -> str | None:
-    return None if seconds is None else datetime.fromtimestamp(seconds, timezone.utc).isoformat()
+    with suppress(ValueError, OverflowError):
+        return None if seconds is None else datetime.fromtimestamp(seconds, timezone.utc).isoformat()
+    # Of a year that no calendar has.
+    return None

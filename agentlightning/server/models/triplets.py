@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from agentlightning.generation import Status
 from agentlightning.server.models.common import Id, Sent, example
 
-__all__ = ["Reward", "Triplets"]
+__all__ = ["QueryTriplets", "Reward", "Triplets"]
 
 
 class Reward(Sent):
@@ -19,6 +19,16 @@ class Reward(Sent):
     generation_id: Id | None = Field(
         None, description="Which call it belongs to; null is the last of the attempt, whichever that is when asked for."
     )
+
+
+class QueryTriplets(BaseModel):
+    """Which triplets: all where nothing is said."""
+
+    # A filter that there is not would let everything through.
+    model_config = ConfigDict(extra="forbid")
+
+    rollout_id: Id | None = None
+    attempt_id: Id | None = None
 
 
 class WeightVersion(BaseModel):

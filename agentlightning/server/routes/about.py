@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 from fastapi import Request, Response
 from sqlalchemy import Connection, Table, func, literal, select
 
 from agentlightning.server.answers import Json
+from agentlightning.server.errors import sentence
 from agentlightning.server.metrics import CONTENT_TYPE_LATEST
 from agentlightning.server.models import about as models
 from agentlightning.server.routes.common import Database, errors, router
-from agentlightning.store import rollouts, tables
+from agentlightning.store import StoreRefused, StoreUnavailable, rollouts, tables
 
 __all__ = ["interface", "root"]
 
@@ -23,6 +25,8 @@ COUNTED = {
     "total_workers": tables.workers,
     "total_generations": tables.generations,
 }
+
+logger = logging.getLogger("agentlightning.store")
 
 root = router("about", prefix="")
 interface = router("about")
@@ -43,7 +47,12 @@ async def is_ready(database: Database) -> Response:
             connection.execute(select(literal(1)).select_from(table).limit(1)).first()
 
     # A file that is gone can be read on by whoever has it open: only who writes finds out.
-    await database.write(work)
+    try:
+        await database.write(work)
+    except (StoreUnavailable, StoreRefused) as error:
+        # Whoever asks has no key, and is not told where the store is.
+        logger.error("%s", error)
+        return sentence(503, "the store cannot be used now: its log says why", {"Retry-After": "1"})
     return Json({"status": "ok"})
 
 

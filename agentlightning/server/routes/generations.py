@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any
 
@@ -18,7 +19,7 @@ from agentlightning.server.models import generations as models
 from agentlightning.server.models.common import Id
 from agentlightning.server.routes.common import Database, errors, router
 from agentlightning.server.transactions import Busy, Transactions
-from agentlightning.store import Filters, wire
+from agentlightning.store import Filters, StoreRefused, StoreUnavailable, wire
 from agentlightning.store import generations as kept
 from agentlightning.store.generations import Place
 from agentlightning.store.wire import MEDIA_TYPE, Refusal
@@ -30,6 +31,8 @@ LINES = ("application/jsonl", "application/x-ndjson")
 GENERATIONS_AT_ONCE = 64
 # Fewer than may wait, so that there is room for the writes of others.
 ALONE_AT_ONCE = 100
+
+logger = logging.getLogger("agentlightning.store")
 
 routes = router("generations")
 
@@ -81,9 +84,14 @@ async def _written(database: Transactions, generations: Sequence[Generation]) ->
         return 0, []
     try:
         return await database.write(lambda connection: kept.add(connection, generations)), []
-    except ValueError as error:
+    except (StoreUnavailable, StoreRefused):
+        raise
+    except Exception as error:
+        # Whatever it is: one that always fails would be sent again for ever, and all that comes after it would wait.
+        if not isinstance(error, ValueError):
+            logger.exception("generations cannot be kept")
         if len(generations) == 1:
-            return 0, [Refusal(generations[0].id, str(error))]
+            return 0, [Refusal(generations[0].id, str(error) or type(error).__name__)]
     # One of them is at fault, and the others shall not be lost with it.
     new, refused = 0, []
     for start in range(0, len(generations), ALONE_AT_ONCE):

@@ -116,6 +116,7 @@ async def _export(
 def _keep(connection: Connection, sent: list[NewSpan], project_id: str | None) -> int:
     # What is done again, where others were in the way of it, begins with what was sent.
     new = [replace(each) for each in sent]
+    spans.place_again(connection, new)
     alive: dict[tuple[str, str], str] = {}
     for each in new:
         if each.rollout_id is not None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncIterator, Iterable
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
-from fastapi import Request, Response
+from fastapi import Query, Request, Response
 from fastapi.responses import StreamingResponse
 from sqlalchemy import Connection
 
@@ -17,7 +17,7 @@ from agentlightning.server.models.common import Id
 from agentlightning.server.models.spans import KeptSpan
 from agentlightning.server.routes.common import Database, errors, router
 from agentlightning.server.transactions import Transactions
-from agentlightning.store import attributes, generations, rollouts, spans, triplets
+from agentlightning.store import attributes, rollouts, spans, triplets
 from agentlightning.store.database import now
 from agentlightning.store.rollouts import Unknown
 from agentlightning.triplet import Triplet
@@ -36,13 +36,14 @@ def _answers(**content: Any) -> dict[int | str, dict[str, Any]]:
 
 
 @routes.get("/triplets", response_class=Response, responses=_answers())
-async def query_triplets(database: Database, rollout_id: Id | None = None, attempt_id: Id | None = None) -> Response:
+async def query_triplets(asked: Annotated[models.QueryTriplets, Query()], database: Database) -> Response:
     """Those of all rollouts, one after the other, or of the one that is asked for, as JSON Lines."""
-    rollout_ids = [rollout_id] if rollout_id is not None else await database.read(triplets.rollouts_of)
+    one = asked.rollout_id
+    rollout_ids = await database.read(triplets.rollouts_of) if one is None else [one]
 
     async def parts() -> AsyncIterator[bytes]:
         for each in rollout_ids:
-            yield await database.read(lambda connection, each=each: _lines(_found(connection, each, attempt_id)))
+            yield await database.read(lambda connection, each=each: _lines(_found(connection, each, asked.attempt_id)))
 
     return StreamingResponse(parts(), media_type=JSON_LINES)
 
@@ -74,8 +75,8 @@ async def add_reward(rollout_id: Id, attempt_id: Id, body: models.Reward, databa
         found = _attempt_of(connection, rollout_id, attempt_id)
         if found is None or not rollouts.heard_of(connection, rollout_id, found):
             raise Unknown(f"there is no attempt {attempt_id!r} of a rollout {rollout_id!r}")
-        if body.generation_id is not None and not generations.is_known(connection, body.generation_id):
-            raise Unknown(f"there is no generation {body.generation_id!r}")
+        if body.generation_id is not None and not triplets.has_call(connection, rollout_id, body.generation_id):
+            raise Unknown(f"there is no generation {body.generation_id!r} of the rollout {rollout_id!r}")
         new = _reward(body, rollout_id, found, now(connection))
         spans.add(connection, [new])
         return new
