@@ -15,7 +15,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from agentlightning.server.answers import encode
 from agentlightning.server.limits import ID_LIMIT, NUMBER_LIMIT
-from agentlightning.store.attributes import PROJECT, response_id, reward
+from agentlightning.store.attributes import PROJECT, TAGS, response_id, reward
 from agentlightning.store.spans import NewSpan
 
 __all__ = ["JSON", "PROTOBUF", "Unreadable", "parsed", "spans_of", "written"]
@@ -23,8 +23,6 @@ __all__ = ["JSON", "PROTOBUF", "Unreadable", "parsed", "spans_of", "written"]
 PROTOBUF, JSON = "application/x-protobuf", "application/json"
 ROLLOUT, ATTEMPT, SEQUENCE = (f"agentlightning.{name}" for name in ("rollout_id", "attempt_id", "span_sequence_id"))
 HEADERS = {ROLLOUT: "x-agl-rollout-id", ATTEMPT: "x-agl-attempt-id"}
-# Of the AgentOps SDK: a list of texts, which may be `agentlightning.rollout_id=ID`.
-TAGS = "agentops.tags"
 STATUS_CODES = ("UNSET", "OK", "ERROR")
 KINDS = ("UNSPECIFIED", "INTERNAL", "SERVER", "CLIENT", "PRODUCER", "CONSUMER")
 # In OTLP's JSON these are hexadecimal, where protobuf's has base64.

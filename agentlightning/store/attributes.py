@@ -14,6 +14,7 @@ __all__ = [
     "OUTCOME",
     "PROJECT",
     "RESPONSE",
+    "TAGS",
     "has_failed",
     "links",
     "response_id",
@@ -29,6 +30,8 @@ GENERATION = "agentlightning.generation_id"
 """The attribute of a reward that has the id of the generation that it belongs to."""
 OUTCOME = "agentlightning.outcome"
 """The attribute of a reward that is true where it belongs to the last call of its attempt, whenever it was given."""
+TAGS = "agentops.tags"
+"""The attribute of the AgentOps SDK that has a list of texts, which may be `agentlightning.rollout_id=ID`."""
 PROJECT = "agentops.project.id"
 """The attribute of what sends spans that has the project of AgentOps that it is for."""
 

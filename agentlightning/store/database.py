@@ -30,7 +30,7 @@ __all__ = [
 
 # Builds of SQLite before 3.32 take no more than 999 in a statement.
 VARIABLES_AT_ONCE = 500
-# How often what others were in the way of is tried again.
+# How often what others are in the way of is tried.
 CONFLICTS = 5
 
 T = TypeVar("T")
@@ -76,14 +76,11 @@ class Database(ABC):
 
     def write(self, work: Callable[[Connection], T]) -> T:
         """What `work` returns, when it is committed; where others were in its way, it is done again."""
-        for attempt in range(1, CONFLICTS + 1):
-            try:
-                with self.writing() as connection:
-                    return work(connection)
-            except Conflict:
-                if attempt == CONFLICTS:
-                    raise
-        raise AssertionError
+        for _ in range(CONFLICTS - 1):
+            with suppress(Conflict), self.writing() as connection:
+                return work(connection)
+        with self.writing() as connection:
+            return work(connection)
 
 
 @contextmanager

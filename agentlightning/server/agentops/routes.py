@@ -21,12 +21,12 @@ from agentlightning.server.models.common import Id
 from agentlightning.server.routes.common import Database, errors, router
 from agentlightning.server.transactions import Transactions
 from agentlightning.store import sessions, uploads
+from agentlightning.store.attributes import TAGS
 from agentlightning.store.rollouts import Unknown
 
 __all__ = ["routes"]
 
 TRACE_ID_BITS = 128
-TAGS = "agentops.tags"
 KIND = "agentops.span.kind"
 
 logger = logging.getLogger("agentlightning.agentops")
