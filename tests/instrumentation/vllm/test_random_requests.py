@@ -22,8 +22,8 @@ REQUESTS = 10_000
 WARM_UP = 1000
 AT_ONCE = 32
 DEADLINE = 120
-MEGABYTES = 8
-"""What one server may grow by more than the other: less than a kilobyte a request."""
+MEGABYTES = 4
+"""What one server may grow by more than the other in each half of the requests: less than a kilobyte a request."""
 
 TEXT = "What is the capital of France?"
 CHAT: Any = {"messages": [{"role": "user", "content": TEXT}], "max_tokens": 2}
@@ -85,13 +85,17 @@ def test_random_requests_end_as_without_us_and_leave_no_memory_taken(
     servers = (armed, plain)
     requests = drawn(random_requests(fetch(plain, "/openapi.json"), plain.model))
 
+    half = (WARM_UP + REQUESTS) // 2
     outcomes = asyncio.run(answered(servers, requests[:WARM_UP]))
-    memory = [megabytes(server) for server in servers]
-    outcomes += asyncio.run(answered(servers, requests[WARM_UP:]))
-    ours, vllms = (megabytes(server) - before for server, before in zip(servers, memory, strict=True))
+    before = [megabytes(server) for server in servers]
+    outcomes += asyncio.run(answered(servers, requests[WARM_UP:half]))
+    between = [megabytes(server) for server in servers]
+    outcomes += asyncio.run(answered(servers, requests[half:]))
+    after = [megabytes(server) for server in servers]
 
     assert not [pair for pair in zip(requests, outcomes, strict=True) if len(set(pair[1])) > 1]
-    assert ours < vllms + MEGABYTES
+    # What is never given back is taken again and again; an allocator that asks for more pages does it in one half.
+    assert min(grown_apart(before, between), grown_apart(between, after)) < MEGABYTES, (before, between, after)
     assert fetch(armed, STATUS_ROUTE)["counters"]["failures"] == {}
     # Lest nothing was asked that there is an answer to.
     answers = [request.path for request, (_, outcome) in zip(requests, outcomes, strict=True) if outcome == "200"]
@@ -208,6 +212,12 @@ async def answered(
                 )
 
         return await asyncio.gather(*map(ask_both, requests))
+
+
+def grown_apart(before: Sequence[float], after: Sequence[float]) -> float:
+    """By how much more the first server has grown than the second."""
+    ours, vllms = (now - then for now, then in zip(after, before, strict=True))
+    return ours - vllms
 
 
 def megabytes(server: RemoteOpenAIServer) -> float:
