@@ -9,13 +9,10 @@ from typing import Any
 from agentlightning.diagnosis import Finding, Mark, Unreachable
 from agentlightning.recorder import QUEUE_FULL, STOPPED
 from agentlightning.store import StoreRefused, StoreUnavailable, open_store
+from agentlightning.store.absence import IS_IT_CALLED, NAME_IT, why
 
 __all__ = ["findings", "read"]
 
-NAME_IT = "call http://HOST:PORT/rollout/ROLLOUT/v1, or send the header x-agl-rollout-id"
-IS_IT_CALLED = (
-    "is this the store that AGL_STORE names where the server runs, and is the server called? `agl doctor --url` asks it"
-)
 ADVICE = {
     QUEUE_FULL: "give the store a faster disk, or the server a larger AGL_QUEUE_MB",
     STOPPED: "give the store a faster disk: it was behind when the server ended",
@@ -73,30 +70,11 @@ def findings(report: Mapping[str, Any]) -> Iterator[Finding]:
 
 def _of_rollout(report: Mapping[str, Any], total: int) -> Finding:
     counts, subject = report["of_rollout"], "rollout"
-    if counts["finished"]:
+    lost = sum(loss["count"] for loss in report["lost"].values())
+    absence = why(report["rollout_id"], counts, total=total, without_rollout=report["without_rollout"], lost=lost)
+    if absence is None:
         return Finding(subject, Mark.OK, _counted(counts))
-    if any(counts.values()):
-        return Finding(
-            subject,
-            Mark.PROBLEM,
-            f"{_counted(counts)}: its clients hung up, or the engine failed, before an answer was through",
-            "look at the client's timeout, and at the server's log",
-        )
-    nothing = f"nothing is recorded for {report['rollout_id'][:100]!r}"
-    if report["lost"]:
-        return Finding(subject, Mark.PROBLEM, f"{nothing}; what was lost may be its", "see what was lost, below")
-    if not total:
-        return Finding(subject, Mark.PROBLEM, f"{nothing}, nor for any other", IS_IT_CALLED)
-    if report["without_rollout"]:
-        return Finding(
-            subject, Mark.PROBLEM, f"{nothing}; was it called without naming it? Some calls named no rollout", NAME_IT
-        )
-    return Finding(
-        subject,
-        Mark.PROBLEM,
-        f"{nothing}: the server was never called for it, only for others",
-        "compare its id with the one in the agent's base URL or headers",
-    )
+    return Finding(subject, Mark.PROBLEM, absence.reason, absence.advice)
 
 
 def _counted(counts: Mapping[str, int]) -> str:
