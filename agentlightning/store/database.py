@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from functools import lru_cache
 from typing import Any, TypeVar
 
-from sqlalchemy import Column, Connection, Dialect, Insert, Table, func, insert, select
+from sqlalchemy import Column, Connection, CursorResult, Dialect, Insert, Table, func, insert, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -24,6 +24,7 @@ __all__ = [
     "insert_rows",
     "next_keys",
     "now",
+    "run",
     "takes_turns",
     "transaction",
 ]
@@ -118,14 +119,22 @@ def next_keys(connection: Connection, table: Table, how_many: int) -> Sequence[i
     return connection.exec_driver_sql(query, (f"{table.name}_key_seq", how_many)).scalars().all()
 
 
+def run(connection: Connection, statement: str, values: Sequence[Any]) -> CursorResult[Any]:
+    """What a statement gives that is text, with a ? for each of the values.
+
+    SQLAlchemy takes longer to put one together than the database to answer it.
+    """
+    if not takes_turns(connection):
+        statement = statement.replace("?", "%s")
+    return connection.exec_driver_sql(statement, tuple(values))
+
+
 def found(
     connection: Connection, table: Table, columns: Sequence[str], by: str, values: Sequence[Any]
 ) -> Iterable[Sequence[Any]]:
     """These columns of the rows whose column `by` has one of the values: no more of them than `in_parts` gives."""
-    # As text: SQLAlchemy takes longer to put a query together than the database to answer it.
-    mark = "?" if takes_turns(connection) else "%s"
-    query = f"SELECT {', '.join(columns)} FROM {table.name} WHERE {by} IN ({', '.join([mark] * len(values))})"
-    return connection.exec_driver_sql(query, tuple(values))
+    query = f"SELECT {', '.join(columns)} FROM {table.name} WHERE {by} IN ({', '.join('?' * len(values))})"
+    return run(connection, query, values)
 
 
 def insert_rows(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import groupby
@@ -10,10 +11,10 @@ from typing import Any, NamedTuple, TypeVar
 from sqlalchemy import ColumnElement, Connection, Table, false, func, select, tuple_
 
 from agentlightning.generation import STATUSES, Generation, Loss, Status
-from agentlightning.store import Filters, rows, tables, texts
+from agentlightning.store import Filters, rows, senders, tables, texts
 from agentlightning.store.database import found, in_parts, insert_rows, next_keys
 
-__all__ = ["Place", "add", "add_losses", "find", "key_of", "losses", "page", "tally"]
+__all__ = ["Place", "add", "add_losses", "find", "key_of", "latest", "losses", "page", "tally"]
 
 FILTERED = {
     "rollout_id": tables.generations.c.rollout_key,
@@ -35,16 +36,20 @@ class Place(NamedTuple):
     key: int
 
 
-def add(connection: Connection, generations: Sequence[Generation]) -> int:
+def add(connection: Connection, generations: Sequence[Generation], sender_id: str | None = None) -> int:
     """Keep generations; returns how many are new. One whose id is known is left as it is.
+
+    Args:
+        sender_id: whose they are; one that is not known is as none.
 
     Raises:
         ValueError: one of them cannot be kept by any store.
     """
     new = _unknown(connection, tables.generations, generations)
+    sender_key = senders.note(connection, sender_id, new, time.time_ns())
     keys = texts.keys_of(connection, {text for generation in new for text in rows.repeated_texts(generation)})
     numbered = list(zip(new, next_keys(connection, tables.generations, len(new)), strict=True))
-    insert_rows(connection, tables.generations, [rows.generation_row(*each, keys) for each in numbered])
+    insert_rows(connection, tables.generations, [rows.generation_row(*each, keys, sender_key) for each in numbered])
     choices = ((choice, key) for generation, key in numbered for choice in generation.choices)
     insert_rows(connection, tables.choices, [rows.choice_row(*each, keys) for each in choices])
     return len(new)
@@ -76,6 +81,13 @@ def find(connection: Connection, generation_id: str) -> Generation | None:
         for each in _generations_of(connection, connection.execute(select(tables.generations).where(wanted)).all()):
             return each
     return None
+
+
+def latest(connection: Connection, filters: Filters, limit: int) -> list[Generation]:
+    """So many of those that the filters let through, the last to finish first."""
+    backwards = [column.desc() for column in IN_ORDER]
+    query = select(tables.generations).where(*_conditions(connection, filters)).order_by(*backwards).limit(limit)
+    return _generations_of(connection, connection.execute(query).all())
 
 
 def key_of(connection: Connection, generation_id: str) -> int | None:

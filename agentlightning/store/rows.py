@@ -27,6 +27,7 @@ __all__ = [
     "storable",
     "text_keys",
     "text_of",
+    "token_counts",
     "uuid_bytes",
     "uuid_text",
     "versions_of",
@@ -67,7 +68,15 @@ def text_keys(generations: Iterable[Any], choices: Iterable[Any]) -> set[int | N
     return {*of_generations, *(choice.finish_reason_key for choice in choices)}
 
 
-def generation_row(generation: Generation, key: int, keys: Mapping[str | None, int | None]) -> Row:
+def token_counts(generation: Generation) -> tuple[int, int]:
+    """How many ids its prompt has, and all of its choices."""
+    outputs = [len(choice.token_ids) for choice in generation.choices if choice.token_ids is not None]
+    return len(generation.prompt_token_ids or ()), sum(outputs)
+
+
+def generation_row(
+    generation: Generation, key: int, keys: Mapping[str | None, int | None], sender_key: int | None
+) -> Row:
     """The row of `generations`; `keys` gives each repeated text's, and None for None.
 
     Raises:
@@ -92,6 +101,8 @@ def generation_row(generation: Generation, key: int, keys: Mapping[str | None, i
         keys[generation.sampling_params],
         keys[generation.logprobs_mode],
         generation.cached_tokens,
+        sender_key,
+        *token_counts(generation),
         bytes_of(generation.prompt_token_ids),
         storable(generation.prompt_text),
     )

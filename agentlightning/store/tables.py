@@ -36,11 +36,14 @@ __all__ = [
     "resources",
     "rollouts",
     "secrets",
+    "sender_minutes",
+    "senders",
     "sessions",
     "span_sequences",
     "spans",
     "texts",
     "uploads",
+    "vocabularies",
     "workers",
 ]
 
@@ -83,6 +86,11 @@ generations = Table(
     Column("sampling_params_key", _Key),
     Column("logprobs_mode_key", _Key),
     Column("cached_tokens", BigInteger),
+    # Of whoever has written it.
+    Column("sender_key", _Key),
+    # How many ids there are, of all choices: who counts them need not read them.
+    Column("prompt_tokens", Integer, nullable=False),
+    Column("output_tokens", Integer, nullable=False),
     Column("prompt_token_ids", LargeBinary),
     Column("prompt_text", _Text),
 )
@@ -115,6 +123,45 @@ losses = Table(
     Column("pid", BigInteger, nullable=False),
 )
 
+senders = Table(
+    "senders",
+    metadata,
+    Column("key", _Key, primary_key=True),
+    Column("id", LargeBinary, nullable=False, unique=True),
+    Column("host", _Text, nullable=False),
+    Column("pid", BigInteger, nullable=False),
+    Column("started_at", BigInteger, nullable=False),
+    Column("version", _Text, nullable=False),
+    Column("vllm", _Text),
+    Column("model", _Text),
+    # The vocabulary's, which may come later.
+    Column("digest", LargeBinary),
+    Column("seen_at", BigInteger, nullable=False),
+)
+"""Who writes generations, and when something was heard of it last."""
+
+sender_minutes = Table(
+    "sender_minutes",
+    metadata,
+    Column("sender_key", _Key, primary_key=True, autoincrement=False),
+    # Since the epoch.
+    Column("minute", BigInteger, primary_key=True, autoincrement=False),
+    Column("generations", BigInteger, nullable=False),
+    Column("prompt_tokens", BigInteger, nullable=False),
+    Column("output_tokens", BigInteger, nullable=False),
+    # Nanoseconds. No integers: what a wrong clock makes of them, and their sum, has no bound.
+    Column("lag_sum", Double, nullable=False),
+    Column("lag_max", Double, nullable=False),
+)
+"""What was written in a minute, and how long after it had finished."""
+
+vocabularies = Table(
+    "vocabularies",
+    metadata,
+    Column("digest", LargeBinary, primary_key=True),
+    # As `Vocabulary.to_bytes` has it.
+    Column("body", LargeBinary, nullable=False),
+)
 
 rollouts = Table(
     "rollouts",
@@ -249,21 +296,26 @@ def _index_where_set(table: Table, name: str, *columns: str) -> None:
     _index(f"{table.name}_{name}", *found, where=found[0].is_not(None))
 
 
-_index_where_set(generations, "by_rollout", "rollout_key", "finished_at")
+# The counts of a rollout are read here alone.
+_OF_ROLLOUT = ("rollout_key", "finished_at", "attempt_key", "status", "prompt_tokens", "output_tokens")
+_index_where_set(generations, "by_rollout", *_OF_ROLLOUT)
 _index_where_set(generations, "by_session", "session_key", "finished_at")
 _index_where_set(generations, "by_call", "call_id")
 _index_where_set(generations, "by_response", "response_id")
 # By what the rows are read in the order of; the rest is looked at here, without going to rows that hold long blobs.
 _BY_TIME = ("finished_at", "key", "status", "model_key", "rollout_key", "attempt_key")
 _index("generations_by_time", *(generations.c[column] for column in _BY_TIME))
+_index("losses_by_time", losses.c.last_at)
 
 _index_where_set(rollouts, "queued", "queued_at", "key")
 _index("rollouts_by_status", rollouts.c.status)
 _index_where_set(attempts, "by_deadline", "deadline")
-_OF_ROLLOUT = (spans.c.rollout_id, spans.c.attempt_id, spans.c.span_id)
-_index("spans_of_rollout", *_OF_ROLLOUT, where=spans.c.rollout_id.is_not(None), unique=True)
+_SPAN_OF_ROLLOUT = (spans.c.rollout_id, spans.c.attempt_id, spans.c.span_id)
+_index("spans_of_rollout", *_SPAN_OF_ROLLOUT, where=spans.c.rollout_id.is_not(None), unique=True)
 _index("spans_of_none", spans.c.trace_id, spans.c.span_id, where=spans.c.rollout_id.is_(None), unique=True)
 _index("spans_of_trace", spans.c.trace_id)
 _index_where_set(spans, "of_response", "response_id")
+# From which the last reward of every rollout is read, without going to their bodies.
+_index("spans_with_reward", spans.c.rollout_id, spans.c.sequence_id, spans.c.reward, where=spans.c.reward.is_not(None))
 _index_where_set(uploads, "of_trace", "trace_id")
 _index("resources_by_time", resources.c.update_time)
