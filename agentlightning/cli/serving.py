@@ -21,7 +21,16 @@ __all__ = ["AGENTOPS_PACKAGES", "PACKAGES", "Serving", "add_options", "key_of", 
 SECONDS_TO_DRAIN = 10
 SECONDS_TO_SWITCH = 0.0005
 DEFAULT_STORE = "agl-store.db"
-PACKAGES = ("fastapi", "httptools", "msgspec", "opentelemetry-proto", "prometheus-client", "uvicorn", "uvloop")
+PACKAGES = (
+    "fastapi",
+    "httptools",
+    "jinja2",
+    "msgspec",
+    "opentelemetry-proto",
+    "prometheus-client",
+    "uvicorn",
+    "uvloop",
+)
 """What the extra `store` installs. Not by its own name: an index may have another package of ours."""
 AGENTOPS_PACKAGES = (*PACKAGES, "pyjwt")
 """What the extra `agentops` installs."""

@@ -16,6 +16,7 @@ from agentlightning.server import errors
 from agentlightning.server.keys import LOGINS, OPEN, Keys
 from agentlightning.server.limits import STRANGERS_LIMIT, WAITING_LIMIT, Bodies, Room
 from agentlightning.server.metrics import Metrics, Watched
+from agentlightning.server.page import routes as page
 from agentlightning.server.routes import about, generations, otlp, resources, rollouts, spans, triplets, workers
 from agentlightning.server.transactions import Transactions
 from agentlightning.store.database import Database
@@ -106,6 +107,7 @@ _ROUTES = (
     resources.routes,
     about.interface,
     about.root,
+    page,
 )
 
 

@@ -1,0 +1,112 @@
+"""What was said in a rollout: its calls in order, each with what its prompt has that the call before it had not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import Connection
+
+from agentlightning.generation import Generation
+from agentlightning.store import generations, triplets
+
+__all__ = ["Answer", "Call", "of_rollout", "without_rollout"]
+
+CALLS_SHOWN = 200
+# A first prompt, with instructions and tools, is looked at less often than what is said after it.
+FOLDED_CHARACTERS = 1500
+NANOSECONDS = 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One of the answers to a prompt; `text` is None where none is kept."""
+
+    index: int
+    text: str | None
+    token_ids: int
+    finish_reason: str | None
+    reward: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A generation, as the conversation has it.
+
+    Attributes:
+        span_id: of the span that names it.
+        started, finished: seconds since the epoch.
+        is_continued: whether the prompt begins with all of the call before it, and `said` is the rest.
+        said: None where no text is kept.
+    """
+
+    id: str
+    attempt_id: str | None
+    span_id: str | None
+    endpoint: str | None
+    model: str | None
+    status: str
+    started: float
+    finished: float
+    prompt_ids: int
+    is_continued: bool
+    said: str | None
+    answers: Sequence[Answer]
+
+    @property
+    def is_folded(self) -> bool:
+        return len(self.said or "") > FOLDED_CHARACTERS
+
+
+def of_rollout(connection: Connection, rollout_id: str) -> list[Call]:
+    """The calls of a rollout, in the order of its triplets; of very many, the first ones."""
+    places: dict[str, list[triplets.Triplet]] = {}
+    for each in triplets.of_rollout(connection, rollout_id):
+        places.setdefault(each.generation_id, []).append(each)
+    found: list[Call] = []
+    # What has been said so far, by attempt: the agents of one may take turns with those of another.
+    before: dict[str | None, str] = {}
+    for generation_id, of_call in list(places.items())[:CALLS_SHOWN]:
+        generation = generations.find(connection, generation_id)
+        if generation is not None:
+            place = of_call[0]
+            rewards = {each.index: each.reward for each in of_call}
+            found.append(_call(generation, place.attempt_id, place.span_id, before.get(place.attempt_id, ""), rewards))
+            before[place.attempt_id] = _all_of(generation)
+    return found
+
+
+def without_rollout(connection: Connection) -> list[Call]:
+    """The last calls that belong to no rollout, the last one first."""
+    found = generations.latest(connection, {"rollout_id": None}, CALLS_SHOWN)
+    return [_call(each, each.attempt_id, None, "", {}) for each in found]
+
+
+def _call(
+    generation: Generation, attempt_id: str | None, span_id: str | None, before: str, rewards: dict[int, float | None]
+) -> Call:
+    prompt = generation.prompt_text
+    is_continued = bool(before) and prompt is not None and prompt.startswith(before)
+    return Call(
+        id=generation.id,
+        attempt_id=attempt_id,
+        span_id=span_id,
+        endpoint=generation.endpoint,
+        model=generation.model,
+        status=generation.status,
+        started=(generation.started_at or generation.finished_at) / NANOSECONDS,
+        finished=generation.finished_at / NANOSECONDS,
+        prompt_ids=len(generation.prompt_token_ids or ()),
+        is_continued=is_continued,
+        said=prompt[len(before) :] if is_continued and prompt is not None else prompt,
+        answers=[
+            Answer(each.index, each.text, len(each.token_ids or ()), each.finish_reason, rewards.get(each.index))
+            for each in generation.choices
+        ],
+    )
+
+
+def _all_of(generation: Generation) -> str:
+    """Prompt and answer, which the next prompt begins with; empty where that cannot be told."""
+    texts = [each.text for each in generation.choices]
+    return generation.prompt_text + texts[0] if generation.prompt_text and len(texts) == 1 and texts[0] else ""

@@ -1,0 +1,112 @@
+"""Templates, and how numbers and moments are written in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+from fastapi import Request
+from fastapi.responses import HTMLResponse
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+import agentlightning
+
+__all__ = ["HEADERS", "STATIC", "page"]
+
+_HERE = Path(__file__).parent
+STATIC = _HERE / "static"
+
+HEADERS = {
+    # Only what the store itself serves, and nothing that is written into a page.
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+        "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+
+MINUTE, HOUR = 60, 3600
+
+
+def page(request: Request, template: str, status: int = 200, **values: Any) -> HTMLResponse:
+    """The page that a template makes of these values."""
+    has_sessions = hasattr(request.app.state, "clients")
+    text = _environment.get_template(template).render(**values, path=request.url.path, has_sessions=has_sessions)
+    # Halves of surrogate pairs are no characters that could be sent.
+    return HTMLResponse(text.encode("utf-8", "replace"), status, HEADERS)
+
+
+def _number(value: int) -> str:
+    """With a thin space between thousands, which is right in every language."""
+    return f"{value:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+
+
+def _moment(seconds: float | None) -> Markup:
+    """Seconds since the epoch, as UTC."""
+    if seconds is None:
+        return Markup('<span class="none">\N{EN DASH}</span>')
+    with suppress(ValueError, OverflowError, OSError):
+        at = datetime.fromtimestamp(seconds, timezone.utc)
+        return Markup('<time datetime="{}">{}</time>').format(
+            at.isoformat(timespec="milliseconds"), at.strftime("%Y-%m-%d\N{NO-BREAK SPACE}%H:%M:%S")
+        )
+    # Of a year that no calendar has.
+    return escape(f"{seconds} s")
+
+
+def _seconds(value: float | None) -> str:
+    """How long something took, as exactly as it matters."""
+    if value is None:
+        return "\N{EN DASH}"
+    space = "\N{NO-BREAK SPACE}"
+    if value < 1:
+        return f"{value * 1000:.0f}{space}ms"
+    if value < MINUTE:
+        return f"{value:.1f}{space}s"
+    if value < HOUR:
+        return f"{int(value // MINUTE)}{space}min {int(value % MINUTE)}{space}s"
+    return f"{int(value // HOUR)}{space}h {int(value % HOUR // MINUTE)}{space}min"
+
+
+def _reward(value: float | None) -> str:
+    return "\N{EN DASH}" if value is None else f"{value:g}"
+
+
+def _link(path: str, **query: object) -> str:
+    """The address of a page; what is None or empty is left out of it."""
+    said = {name: value for name, value in query.items() if value not in (None, "")}
+    return f"{path}?{urlencode(said, errors='replace')}" if said else path
+
+
+def _file(name: str) -> str:
+    """The address of a script or a style, another one in each release."""
+    return f"/page/{agentlightning.__version__}/{name}"
+
+
+def _made() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(_HERE / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    filters: dict[str, Callable[..., Any]] = {
+        "number": _number,
+        "moment": _moment,
+        "seconds": _seconds,
+        "reward": _reward,
+    }
+    environment.filters |= filters
+    environment.globals |= {"link": _link, "file": _file}
+    return environment
+
+
+_environment = _made()

@@ -1,0 +1,97 @@
+// Tokens are chosen by click or by keys, and told below; the address names the chosen one of the answer.
+const place = new Map(); // of each token among those of its text
+
+function tokensOf(text) {
+  const found = [...text.getElementsByClassName("t")];
+  if (!place.has(found[0])) found.forEach((token, index) => place.set(token, index));
+  return found;
+}
+
+const logprobOf = (token) => {
+  const said = token.dataset.t.split(" ")[1];
+  return said === undefined ? null : said === "-inf" ? -Infinity : Number(said);
+};
+
+function choose(text, token) {
+  text.querySelector(".chosen")?.classList.remove("chosen");
+  token.classList.add("chosen");
+  const told = document.getElementById(`${text.id}-told`);
+  const [id, logprob] = token.dataset.t.split(" ");
+  const chance = logprob === undefined ? "" : `, logprob ${logprob} (${(100 * Math.exp(logprobOf(token))).toPrecision(3)} %)`;
+  told.textContent = `Token ${place.get(token)}: ${JSON.stringify(token.textContent)}, id ${id}${chance}`;
+  token.scrollIntoView({ block: "nearest" });
+  if (text.id === "answer") {
+    history.replaceState(null, "", `#t${place.get(token)}`);
+    document.getElementById("share").hash = `t${place.get(token)}`;
+  }
+}
+
+document.addEventListener("click", (event) => {
+  const token = event.target.closest(".tokens .t");
+  if (!token) return;
+  const text = token.closest(".tokens");
+  tokensOf(text);
+  choose(text, token);
+});
+
+const STEPS = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: 20, ArrowUp: -20, Home: -Infinity, End: Infinity };
+
+document.addEventListener("keydown", (event) => {
+  const text = event.target.closest?.(".tokens");
+  if (!text || !(event.key in STEPS) || event.ctrlKey || event.metaKey || event.altKey) return;
+  event.preventDefault();
+  const tokens = tokensOf(text);
+  const chosen = text.querySelector(".chosen");
+  const next = chosen ? place.get(chosen) + STEPS[event.key] : 0;
+  if (tokens.length) choose(text, tokens[Math.min(Math.max(next, 0), tokens.length - 1)]);
+});
+
+function chooseByAddress() {
+  const text = document.getElementById("answer");
+  const named = /^#t(\d+)$/.exec(location.hash);
+  const token = text && named && tokensOf(text)[Number(named[1])];
+  if (token) choose(text, token);
+}
+
+function plot() {
+  const box = document.getElementById("plot");
+  if (!box) return;
+  const text = document.getElementById("answer");
+  const tokens = tokensOf(text);
+  // What cannot have come has no place on an axis.
+  const logprobs = tokens.map(logprobOf).map((each) => (Number.isFinite(each) ? each : null));
+  const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name);
+  const probe = document.createElement("span");
+  document.body.append(probe);
+  const resolved = (name) => ((probe.style.color = colour(name)), getComputedStyle(probe).color);
+  const [line, faint, link] = ["--line", "--faint", "--link"].map(resolved);
+  probe.remove();
+  const axis = { stroke: faint, grid: { stroke: line, width: 1 }, ticks: { stroke: line } };
+  box.replaceChildren();
+  const chart = new uPlot(
+    {
+      width: box.clientWidth,
+      height: 190,
+      legend: { show: false },
+      scales: { x: { time: false } },
+      axes: [axis, { ...axis, size: 55 }],
+      series: [{}, { stroke: link, width: 1, points: { show: tokens.length < 200, size: 4 } }],
+      cursor: { drag: { x: true, y: false } },
+    },
+    [tokens.map((_, index) => index), logprobs],
+    box,
+  );
+  chart.over.addEventListener("click", () => {
+    if (chart.cursor.idx != null) choose(text, tokens[chart.cursor.idx]);
+  });
+  return chart;
+}
+
+let chart = plot();
+addEventListener("resize", () => chart?.setSize({ width: document.getElementById("plot").clientWidth, height: 190 }));
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+  chart?.destroy();
+  chart = plot();
+});
+addEventListener("hashchange", chooseByAddress);
+chooseByAddress();

@@ -1,0 +1,195 @@
+"""One rollout over time: its attempts, in each the spans as a tree, and the generations where they belong."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from sqlalchemy import Connection, select
+
+from agentlightning.server.page.conversation import Call
+from agentlightning.store import attributes, tables
+
+__all__ = ["Row", "Timeline", "of_rollout"]
+
+SPANS_SHOWN = 1000
+DEEPEST = 12
+
+_decode = msgspec.json.Decoder(dict[str, Any]).decode
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One bar.
+
+    Attributes:
+        kind: `attempt`, `span` or `generation`.
+        state: how it ended, in the store's words; empty where nobody said.
+        start, end: seconds since the epoch; None where unknown, or not yet.
+        left, width: of the whole, from 0 to 100.
+        generation_id: of a generation, whose page it leads to.
+    """
+
+    kind: str
+    depth: int
+    label: str
+    state: str
+    start: float | None
+    end: float | None
+    left: float
+    width: float
+    generation_id: str | None = None
+    reward: float | None = None
+
+    @property
+    def seconds(self) -> float | None:
+        return None if self.start is None or self.end is None else max(self.end - self.start, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """Rows from top to bottom, the moments that they lie between, and how many spans were left out of them."""
+
+    rows: Sequence[Row]
+    start: float
+    end: float
+    left_out: int
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.start
+
+
+@dataclass(slots=True)
+class _Bar:
+    kind: str
+    depth: int
+    label: str
+    state: str
+    start: float | None
+    end: float | None
+    generation_id: str | None = None
+    reward: float | None = None
+
+
+def of_rollout(connection: Connection, rollout_id: str, rollout: Any | None, calls: Sequence[Call]) -> Timeline:
+    """The timeline of a rollout.
+
+    Args:
+        rollout: its row in the queue; None where it has none.
+        calls: its generations.
+    """
+    attempts = [] if rollout is None else _attempts(connection, rollout.key)
+    spans = _spans(connection, rollout_id)
+    bars = list(_bars(attempts, spans[:SPANS_SHOWN], calls))
+    moments = [each for bar in bars for each in (bar.start, bar.end) if each is not None]
+    start, end = (min(moments), max(moments)) if moments else (0.0, 0.0)
+    if any(bar.kind == "attempt" and bar.end is None for bar in bars):
+        end = max(end, time.time())
+    return Timeline([_row(bar, start, end) for bar in bars], start, end, max(len(spans) - SPANS_SHOWN, 0))
+
+
+def _attempts(connection: Connection, rollout_key: int) -> Sequence[Any]:
+    table = tables.attempts
+    query = select(table).where(table.c.rollout_key == rollout_key).order_by(table.c.sequence_id)
+    return connection.execute(query).all()
+
+
+def _spans(connection: Connection, rollout_id: str) -> Sequence[Any]:
+    table = tables.spans
+    query = select(table).where(table.c.rollout_id == rollout_id).order_by(table.c.sequence_id, table.c.key)
+    return connection.execute(query.limit(SPANS_SHOWN + 1)).all()
+
+
+def _bars(attempts: Sequence[Any], spans: Sequence[Any], calls: Sequence[Call]) -> Iterator[_Bar]:
+    known = {each.attempt_id: each for each in attempts}
+    # Of those that name one that the queue does not have, each has a place of its own, after the others.
+    ids = [*known, *(each.attempt_id for each in (*spans, *calls))]
+    for attempt_id in dict.fromkeys(ids):
+        theirs = [each for each in spans if each.attempt_id == attempt_id]
+        calls_of_it = [each for each in calls if each.attempt_id == attempt_id]
+        bars = list(_below(theirs, calls_of_it))
+        yield _attempt(attempt_id, known.get(attempt_id), bars)
+        yield from bars
+
+
+def _attempt(attempt_id: str | None, found: Any | None, bars: Sequence[_Bar]) -> _Bar:
+    if found is not None:
+        label = f"Attempt {found.sequence_id}: {attempt_id}"
+        return _Bar("attempt", 0, label, found.status, found.start_time, found.end_time)
+    moments = [each for bar in bars for each in (bar.start, bar.end) if each is not None]
+    label = f"Attempt {attempt_id}" if attempt_id else "Calls that name no attempt"
+    return _Bar("attempt", 0, label, "", min(moments, default=None), max(moments, default=None))
+
+
+def _below(spans: Sequence[Any], calls: Sequence[Call]) -> Iterator[_Bar]:
+    """The spans as a tree, each generation below the span that names it, the others where they began."""
+    known = {each.span_id for each in spans}
+    children: defaultdict[str | None, list[Any]] = defaultdict(list)
+    for each in spans:
+        parent = each.parent_id if each.parent_id in known else None
+        children[parent].append((_start(each.start_time), 0, each))
+    for call in calls:
+        parent = call.span_id if call.span_id in known else None
+        children[parent].append((call.started, 1, call))
+    shown: set[str] = set()
+    # Those of a circle have a parent each, and are not below any root.
+    circles = [(0.0, 0, each) for each in spans]
+    for root in [*_in_order(children[None]), *circles]:
+        waiting = [(1, root)]
+        while waiting:
+            depth, (_, is_call, each) = waiting.pop()
+            if is_call:
+                yield _generation(depth, each)
+            elif each.span_id not in shown:
+                shown.add(each.span_id)
+                yield _span(depth, each)
+                waiting += ((depth + 1, child) for child in reversed(_in_order(children[each.span_id])))
+
+
+def _in_order(found: Sequence[tuple[float, int, Any]]) -> list[tuple[float, int, Any]]:
+    return sorted(found, key=lambda each: each[:2])
+
+
+def _start(moment: float | None) -> float:
+    return float("-inf") if moment is None else moment
+
+
+def _span(depth: int, row: Any) -> _Bar:
+    body = _decode(row.body)
+    failed = attributes.has_failed(body["attributes"], body["status"]["status_code"])
+    state = "" if failed is None else "failed" if failed else "succeeded"
+    return _Bar("span", depth, row.name, state, row.start_time, row.end_time, reward=row.reward)
+
+
+def _generation(depth: int, call: Call) -> _Bar:
+    counted = f"{call.prompt_ids} + {sum(each.token_ids for each in call.answers)} tokens"
+    rewards = [each.reward for each in call.answers if each.reward is not None]
+    label = f"{call.endpoint or 'generation'}: {counted}"
+    return _Bar(
+        "generation", depth, label, call.status, call.started, call.finished, call.id, rewards[-1] if rewards else None
+    )
+
+
+def _row(bar: _Bar, start: float, end: float) -> Row:
+    whole = (end - start) or 1.0
+    begins = start if bar.start is None else bar.start
+    ends = end if bar.end is None and bar.kind == "attempt" else bar.end or begins
+    left = 100 * (begins - start) / whole
+    return Row(
+        bar.kind,
+        min(bar.depth, DEEPEST),
+        bar.label,
+        bar.state,
+        bar.start,
+        bar.end,
+        round(left, 3),
+        # One that took no time can be seen all the same.
+        round(min(max(100 * (ends - begins) / whole, 0.4), 100 - left if left < 99.6 else 0.4), 3),
+        bar.generation_id,
+        bar.reward,
+    )
