@@ -88,7 +88,9 @@ class Visit:
         self._context.close()
 
     def _saw_console(self, message: ConsoleMessage) -> None:
-        if message.type == "error":
+        # That the address that somebody has gone to is not there, the page says itself.
+        is_of_page = message.page is not None and message.location.get("url") == message.page.url
+        if message.type == "error" and not (is_of_page and message.text.startswith("Failed to load")):
             self.complaints.append(f"in the console: {message.text} ({message.location.get('url')})")
 
     def _saw_error(self, error: WebError) -> None:
