@@ -17,7 +17,17 @@ from agentlightning.server.keys import LOGINS, OPEN, Keys
 from agentlightning.server.limits import STRANGERS_LIMIT, WAITING_LIMIT, Bodies, Room
 from agentlightning.server.metrics import Metrics, Watched
 from agentlightning.server.page import routes as page
-from agentlightning.server.routes import about, generations, otlp, resources, rollouts, spans, triplets, workers
+from agentlightning.server.routes import (
+    about,
+    generations,
+    otlp,
+    resources,
+    rollouts,
+    senders,
+    spans,
+    triplets,
+    workers,
+)
 from agentlightning.server.transactions import Transactions
 from agentlightning.store.database import Database
 
@@ -101,6 +111,7 @@ _ROUTES = (
     spans.routes,
     otlp.routes,
     generations.routes,
+    senders.routes,
     rollouts.routes,
     triplets.routes,
     workers.routes,

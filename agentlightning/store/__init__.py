@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 from agentlightning import settings
 from agentlightning.generation import Generation, Loss, Status
+from agentlightning.sender import Sender
 from agentlightning.triplet import Triplet
 
 if TYPE_CHECKING:
@@ -66,10 +67,21 @@ class Store(AbstractContextManager["Store"], ABC):
     """
 
     @abstractmethod
-    def add(self, generations: Sequence[Generation]) -> int:
+    def greet(self, sender: Sender) -> None:
+        """Note who will write. May be told again, and otherwise: what is told last holds.
+
+        Raises:
+            ValueError: no store can keep what is told.
+        """
+
+    @abstractmethod
+    def add(self, generations: Sequence[Generation], sender_id: str | None = None) -> int:
         """Keep all of them, or none where it raises; returns how many are new.
 
         One whose id is known already is left as it is: whoever does not know whether an `add` has worked repeats it.
+
+        Args:
+            sender_id: whose they are; one that has never greeted is as none.
 
         Raises:
             ValueError: one of them cannot be kept by any store: its `id` or `call_id` is no UUID, for one.

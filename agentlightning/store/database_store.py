@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from agentlightning.generation import Generation, Loss, Status
-from agentlightning.store import Filters, Store, triplets
+from agentlightning.sender import Sender
+from agentlightning.store import Filters, Store, senders, triplets
 from agentlightning.store import generations as kept
 from agentlightning.store.database import Database
 from agentlightning.triplet import Triplet
@@ -29,8 +30,11 @@ class DatabaseStore(Store):
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def add(self, generations: Sequence[Generation]) -> int:
-        return self._database.write(lambda connection: kept.add(connection, generations))
+    def greet(self, sender: Sender) -> None:
+        self._database.write(lambda connection: senders.greet(connection, sender))
+
+    def add(self, generations: Sequence[Generation], sender_id: str | None = None) -> int:
+        return self._database.write(lambda connection: kept.add(connection, generations, sender_id))
 
     def generations(self, **filters: Unpack[Filters]) -> Iterator[Generation]:
         end = None

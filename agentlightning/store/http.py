@@ -6,13 +6,14 @@ import ssl
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead, InvalidURL
-from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlencode, urlsplit
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import quote, unquote, urlencode, urlsplit
 
 import msgspec
 
 from agentlightning import settings
 from agentlightning.generation import Generation, Loss, Status
+from agentlightning.sender import Sender
 from agentlightning.store import Filters, Store, StoreRefused, StoreUnavailable, wire
 from agentlightning.store.wire import MEDIA_TYPE, Refusal
 from agentlightning.triplet import Triplet
@@ -43,6 +44,10 @@ class _Unsendable(ValueError):
 class _Added(msgspec.Struct):
     new: int
     refused: list[Refusal]
+
+
+class _Greeted(msgspec.Struct):
+    vocabulary: Literal["known", "wanted"] | None
 
 
 class HttpStore(Store):
@@ -77,9 +82,20 @@ class HttpStore(Store):
         except _Strange as error:
             raise StoreRefused(f"{self._shown} is no agl store") from error
 
-    def add(self, generations: Sequence[Generation]) -> int:
+    def greet(self, sender: Sender) -> None:
+        told = {name: getattr(sender, name) for name in ("host", "pid", "started_at", "version", "vllm", "model")}
+        vocabulary = sender.vocabulary
+        told["vocabulary"] = None if vocabulary is None else vocabulary.digest.hex()
+        body = msgspec.json.encode(wire.without_surrogates(told))
+        route = f"/senders/{quote(sender.id, safe='')}"
+        answer = self._read(self._ask("PUT", route, body=body, kind="application/json"), _Greeted)
+        if vocabulary is not None and answer.vocabulary == "wanted":
+            route = f"/vocabularies/{vocabulary.digest.hex()}"
+            self._ask("PUT", route, body=vocabulary.to_bytes(), kind="application/octet-stream")
+
+    def add(self, generations: Sequence[Generation], sender_id: str | None = None) -> int:
         """Keep them, but for those that no store can keep, whom the ValueError names: all others are kept."""
-        new, refused = self._send(generations)
+        new, refused = self._send(generations, sender_id)
         if refused:
             told = [f"{each.id[:100]}: {each.reason}" for each in refused[:REFUSALS_SHOWN]]
             if len(refused) > REFUSALS_SHOWN:
@@ -122,30 +138,38 @@ class HttpStore(Store):
         while self._idle:
             self._idle.pop().close()
 
-    def _send(self, generations: Sequence[Generation]) -> tuple[int, list[Refusal]]:
+    def _send(self, generations: Sequence[Generation], sender_id: str | None) -> tuple[int, list[Refusal]]:
         """How many were new, and which of them were refused."""
         if not generations:
             return 0, []
         try:
-            return self._post(generations)
+            return self._post(generations, sender_id)
         except _Unsendable as error:
             if len(generations) == 1:
                 return 0, [Refusal(str(generations[0].id), str(error))]
         middle = len(generations) // 2
-        (first, refused), (second, also) = self._send(generations[:middle]), self._send(generations[middle:])
+        first, refused = self._send(generations[:middle], sender_id)
+        second, also = self._send(generations[middle:], sender_id)
         return first + second, [*refused, *also]
 
-    def _post(self, generations: Sequence[Generation]) -> tuple[int, list[Refusal]]:
+    def _post(self, generations: Sequence[Generation], sender_id: str | None) -> tuple[int, list[Refusal]]:
         try:
-            body = wire.encode(generations)
+            body = wire.encode(generations, sender_id=sender_id)
         except ValueError as error:
             raise _Unsendable(str(error)) from error
         answer = self._read(self._ask("POST", "/generations", body=body), _Added)
         return answer.new, answer.refused
 
-    def _ask(self, method: str, route: str, query: Sequence[tuple[str, str]] = (), body: bytes | None = None) -> bytes:
+    def _ask(
+        self,
+        method: str,
+        route: str,
+        query: Sequence[tuple[str, str]] = (),
+        body: bytes | None = None,
+        kind: str = MEDIA_TYPE,
+    ) -> bytes:
         """The body of the answer."""
-        with self._asked(method, route, query, body) as response:
+        with self._asked(method, route, query, body, kind=kind) as response:
             return response.read()
 
     @contextmanager
@@ -156,10 +180,11 @@ class HttpStore(Store):
         query: Sequence[tuple[str, str]] = (),
         body: bytes | None = None,
         accept: str = f"{MEDIA_TYPE}, application/json",
+        kind: str = MEDIA_TYPE,
     ) -> Iterator[HTTPResponse]:
         """Around the reading of an answer: one of success."""
         target = self._path + route + ("?" + urlencode(query, errors="replace") if query else "")
-        headers = {"Accept": accept, "Content-Type": MEDIA_TYPE, **self._authorization}
+        headers = {"Accept": accept, "Content-Type": kind, **self._authorization}
         try:
             connection, response = self._answer(method, target, body, headers)
             try:

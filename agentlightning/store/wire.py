@@ -1,7 +1,7 @@
 """Generations on their way to an `agl store` and back: `application/vnd.agl.generations.v1+msgpack`.
 
-A message is MessagePack: a map of `generations`, an array; `losses`, an array; and `next`, the cursor of the page after
-this one. What there is nothing of may be left out.
+A message is MessagePack: a map of `generations`, an array; `losses`, an array; `next`, the cursor of the page after this
+one; and `sender`, the id of who has recorded the generations. What there is nothing of may be left out.
 
 Generations, choices and losses are arrays of their fields, all of them, in the order that they have here, which is that
 of `agentlightning.generation`; what is unknown is nil. Ids of tokens are bytes, of little-endian int32; logprobs of
@@ -33,11 +33,12 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class Envelope:
-    """What a message has in it; `next` is None where no page comes after it."""
+    """What a message has in it; `next` is None where no page comes after it, `sender` where it is not known."""
 
     generations: list[Generation] = field(default_factory=list)
     losses: list[Loss] = field(default_factory=list)
     next: str | None = None
+    sender: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,7 @@ class _Message(msgspec.Struct, forbid_unknown_fields=True):
     generations: list[_Generation] = []
     losses: list[_Loss] = []
     next: str | None = None
+    sender: str | None = None
 
 
 class _Unread(msgspec.Struct, forbid_unknown_fields=True):
@@ -104,6 +106,7 @@ class _Unread(msgspec.Struct, forbid_unknown_fields=True):
     generations: list[msgspec.Raw] = []
     losses: list[_Loss] = []
     next: str | None = None
+    sender: str | None = None
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -112,11 +115,17 @@ _unread = msgspec.msgpack.Decoder(_Unread)
 _generations = msgspec.msgpack.Decoder(_Generation)
 
 
-def encode(generations: Sequence[Generation], losses: Sequence[Loss] = (), cursor: str | None = None) -> bytes:
+def encode(
+    generations: Sequence[Generation],
+    losses: Sequence[Loss] = (),
+    cursor: str | None = None,
+    sender_id: str | None = None,
+) -> bytes:
     """The message. Halves of surrogate pairs, which no UTF-8 has, become question marks, as in a database.
 
     Args:
         cursor: of the page that comes after this one; None where there is none.
+        sender_id: of who has recorded the generations; None where that is not known.
 
     Raises:
         ValueError: a number, or something else, that no message can hold.
@@ -126,6 +135,7 @@ def encode(generations: Sequence[Generation], losses: Sequence[Loss] = (), curso
             "generations": [_fields_of(generation) for generation in generations],
             "losses": [tuple(getattr(loss, name) for name in _Loss.__struct_fields__) for loss in losses],
             "next": cursor,
+            "sender": sender_id,
         }
         try:
             return _encoder.encode(message)
@@ -143,7 +153,7 @@ def decode(body: bytes) -> Envelope:
     """
     message = _read(_messages, body)
     generations = [_generation_of(found) for found in message.generations]
-    return Envelope(generations, _losses_of(message.losses), message.next)
+    return Envelope(generations, _losses_of(message.losses), message.next, message.sender)
 
 
 def decode_each(body: bytes) -> tuple[Envelope, list[Refusal]]:
@@ -163,7 +173,7 @@ def decode_each(body: bytes) -> tuple[Envelope, list[Refusal]]:
             generations.append(_generation_of(_read(_generations, raw)))
         except ValueError as error:
             refused.append(Refusal(_id_of(raw, position), str(error)))
-    return Envelope(generations, _losses_of(message.losses), message.next), refused
+    return Envelope(generations, _losses_of(message.losses), message.next, message.sender), refused
 
 
 def without_surrogates(value: Any) -> Any:

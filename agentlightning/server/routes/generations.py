@@ -72,18 +72,20 @@ async def _keep(database: Transactions, body: bytes) -> Response:
         return sentence(400, f"the body {error}")
     if len(message.generations) + len(message.losses) > BATCH_LIMIT:
         return sentence(413, f"the body has more than {BATCH_LIMIT} generations and losses")
-    new, also = await _written(database, message.generations)
+    new, also = await _written(database, message.generations, message.sender)
     if message.losses:
         await database.write(lambda connection: kept.add_losses(connection, message.losses))
     return Json({"new": new, "refused": [*refused, *also]}, 201 if new else 200)
 
 
-async def _written(database: Transactions, generations: Sequence[Generation]) -> tuple[int, list[Refusal]]:
+async def _written(
+    database: Transactions, generations: Sequence[Generation], sender_id: str | None
+) -> tuple[int, list[Refusal]]:
     """How many were new, and which of them cannot be kept."""
     if not generations:
         return 0, []
     try:
-        return await database.write(lambda connection: kept.add(connection, generations)), []
+        return await database.write(lambda connection: kept.add(connection, generations, sender_id)), []
     except (StoreUnavailable, StoreRefused):
         raise
     except Exception as error:
@@ -95,7 +97,7 @@ async def _written(database: Transactions, generations: Sequence[Generation]) ->
     # One of them is at fault, and the others shall not be lost with it.
     new, refused = 0, []
     for start in range(0, len(generations), ALONE_AT_ONCE):
-        alone = [_written(database, [each]) for each in generations[start : start + ALONE_AT_ONCE]]
+        alone = [_written(database, [each], sender_id) for each in generations[start : start + ALONE_AT_ONCE]]
         for more, named in await asyncio.gather(*alone):
             new += more
             refused += named
