@@ -71,10 +71,10 @@ def findings(report: Mapping[str, Any]) -> Iterator[Finding]:
 def _of_rollout(report: Mapping[str, Any], total: int) -> Finding:
     counts, subject = report["of_rollout"], "rollout"
     lost = sum(loss["count"] for loss in report["lost"].values())
-    absence = why(report["rollout_id"], counts, total=total, without_rollout=report["without_rollout"], lost=lost)
+    absence = why(counts, total=total, without_rollout=report["without_rollout"], lost=lost)
     if absence is None:
         return Finding(subject, Mark.OK, _counted(counts))
-    return Finding(subject, Mark.PROBLEM, absence.reason, absence.advice)
+    return Finding(subject, Mark.PROBLEM, f"{report['rollout_id'][:100]!r}: {absence.reason}", absence.advice)
 
 
 def _counted(counts: Mapping[str, int]) -> str:

@@ -25,7 +25,7 @@ class Absence:
 
 
 def why(
-    rollout_id: str, of_rollout: Mapping[Status, int], *, total: int, without_rollout: int, lost: int, status: str = ""
+    of_rollout: Mapping[Status, int], *, total: int, without_rollout: int, lost: int, status: str = ""
 ) -> Absence | None:
     """Why no generation of a rollout has finished; None where one has.
 
@@ -47,7 +47,7 @@ def why(
         )
     if status in WAITING:
         return Absence("it waits in the queue", "is a runner at work, and does it ask this store?")
-    nothing = f"nothing is recorded for {rollout_id[:100]!r}"
+    nothing = "nothing is recorded for it"
     if lost:
         return Absence(f"{nothing}; what was lost may be its", "look at what was lost, and when")
     if not total:

@@ -92,10 +92,8 @@ class Overview:
 
 
 def of_all(connection: Connection, asked: Asked) -> tuple[list[Overview], int]:
-    """Those on one page, and how many there are on all pages."""
-    found = _all(asked)
-    total = connection.execute(select(func.count()).select_from(found.subquery())).scalar_one()
-    each = found.subquery()
+    """Those on one page, and how many there are on all pages: none where the page is behind the last."""
+    each = _all(asked).subquery()
     duration = func.coalesce(each.c.end_time, asked.now) - each.c.start_time
     rewards = _rewards()
     orders: Mapping[Column, ColumnElement[Any]] = {
@@ -110,14 +108,15 @@ def of_all(connection: Connection, asked: Asked) -> tuple[list[Overview], int]:
     }
     order = orders[asked.sort_by]
     query = (
-        select(each, duration.label("duration"), rewards.c.reward)
+        select(each, duration.label("duration"), rewards.c.reward, func.count().over().label("total"))
         .select_from(each.outerjoin(rewards, rewards.c.rollout_id == each.c.rollout_id))
         # The id, lest a page has again what was on the one before.
         .order_by((order.desc() if asked.descending else order.asc()).nulls_last(), each.c.rollout_id)
         .limit(asked.limit)
         .offset(asked.offset)
     )
-    return [_overview(row) for row in connection.execute(query)], total
+    found = connection.execute(query).all()
+    return [_overview(row) for row in found], found[0].total if found else 0
 
 
 def _overview(row: Any) -> Overview:
@@ -189,7 +188,8 @@ def _calls() -> Any:
     )
     columns = [column for column in counted.c if column.name != "rollout_key"]
     joined = counted.join(texts, texts.c.key == counted.c.rollout_key)
-    return select(texts.c.text.label("rollout_id"), *columns).select_from(joined).subquery()
+    # Both halves of `_all` read it: it is put together once.
+    return select(texts.c.text.label("rollout_id"), *columns).select_from(joined).cte("calls")
 
 
 def _rewards() -> Any:

@@ -65,7 +65,9 @@ def test_never_called(said: Any, arguments: tuple[str, ...]) -> None:
     assert answer.status == 1
     assert NEVER_CALLED in answer.text
     assert "is this the store that AGL_STORE names where the server runs" in answer.text
-    assert ("problem rollout nothing is recorded for 'rollout-0', nor for any other" in answer.text) == bool(arguments)
+    assert ("problem rollout 'rollout-0': nothing is recorded for it, nor for any other" in answer.text) == bool(
+        arguments
+    )
 
 
 def test_called_without_naming_the_rollout(said: Any) -> None:
@@ -74,7 +76,7 @@ def test_called_without_naming_the_rollout(said: Any) -> None:
     answer = said([*unnamed, generation(30)], [], "--rollout", "rollout-0")
 
     assert answer.status == 1
-    assert "problem rollout nothing is recorded for 'rollout-0'; was it called without naming it?" in answer.text
+    assert "problem rollout 'rollout-0': nothing is recorded for it; was it called without naming it?" in answer.text
     assert HOW_TO_NAME_IT in answer.text
     assert "note no rollout 3 of them belong to none" in answer.text
 
@@ -83,7 +85,7 @@ def test_called_for_other_rollouts_only(said: Any) -> None:
     answer = said([generation(1)], [], "--rollout", "ROLLOUT-0")
 
     assert answer.status == 1
-    assert "nothing is recorded for 'ROLLOUT-0': the server was never called for it, only for others" in answer.text
+    assert "'ROLLOUT-0': nothing is recorded for it: the server was never called for it, only for others" in answer.text
     assert "compare its id with the one in the agent's base URL or headers" in answer.text
 
 
@@ -91,7 +93,7 @@ def test_aborted(said: Any) -> None:
     answer = said([generation(1, status="aborted"), generation(2, status="error")], [], "--rollout", "rollout-0")
 
     assert answer.status == 1
-    assert "problem rollout 2: 1 aborted, 1 error: its clients hung up, or the engine failed, before" in answer.text
+    assert "problem rollout 'rollout-0': 2: 1 aborted, 1 error: its clients hung up, or the engine failed, before" in answer.text
     assert "look at the client's timeout, and at the server's log" in answer.text
 
 
@@ -101,7 +103,7 @@ def test_dropped(said: Any) -> None:
     answer = said([], losses, "--rollout", "rollout-0")
 
     assert answer.status == 1
-    assert "problem rollout nothing is recorded for 'rollout-0'; what was lost may be its" in answer.text
+    assert "problem rollout 'rollout-0': nothing is recorded for it; what was lost may be its" in answer.text
     assert "problem lost 42 could not be kept, the last at 2026-09-21 14:13:20+00:00: queue full" in answer.text
     assert "give the store a faster disk, or the server a larger AGL_QUEUE_MB" in answer.text
     assert "problem lost 1 could not be kept, the last at 2026-09-21 14:13:20+00:00: not built" in answer.text

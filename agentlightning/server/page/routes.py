@@ -117,7 +117,7 @@ def _in_store(connection: Connection, without_rollout: int) -> dict[str, int]:
 def _absence(found: Overview, known: dict[str, int]) -> Absence | None:
     unfinished = found.calls - found.finished
     counts: Any = {"finished": found.finished, "aborted or failed": unfinished}
-    return absence.why(found.rollout_id, counts, **known, status=found.status)
+    return absence.why(counts, **known, status=found.status)
 
 
 @routes.get("/rollout", include_in_schema=False)
@@ -139,7 +139,7 @@ async def show_rollout(
             counts = generations.tally(connection, {"rollout_id": rollout_id})
             without = sum(generations.tally(connection, {"rollout_id": None}).values())
             status = "" if found is None else found.status
-            why = absence.why(rollout_id, counts, **_in_store(connection, without), status=status)
+            why = absence.why(counts, **_in_store(connection, without), status=status)
         return {"calls": calls, "timeline": shown, "rollout": found, "absence": why}
 
     found = await database.read(read)
