@@ -187,5 +187,4 @@ def test_the_document_has_its_routes(client: httpx.Client) -> None:
         "/public/v1/auth/access_token",
         "/public/v1/traces/{trace_id}",
         "/public/v1/traces/{trace_id}/metrics",
-        "/sessions",
     }

@@ -58,8 +58,8 @@ class Call:
         return len(self.said or "") > FOLDED_CHARACTERS
 
 
-def of_rollout(connection: Connection, rollout_id: str) -> list[Call]:
-    """The calls of a rollout, in the order of its triplets; of very many, the first ones."""
+def of_rollout(connection: Connection, rollout_id: str) -> tuple[list[Call], int]:
+    """The calls of a rollout, in the order of its triplets; and how many more there are than are shown."""
     places: dict[str, list[triplets.Triplet]] = {}
     for each in triplets.of_rollout(connection, rollout_id):
         places.setdefault(each.generation_id, []).append(each)
@@ -73,7 +73,7 @@ def of_rollout(connection: Connection, rollout_id: str) -> list[Call]:
             rewards = {each.index: each.reward for each in of_call}
             found.append(_call(generation, place.attempt_id, place.span_id, before.get(place.attempt_id, ""), rewards))
             before[place.attempt_id] = _all_of(generation)
-    return found
+    return found, max(len(places) - CALLS_SHOWN, 0)
 
 
 def without_rollout(connection: Connection) -> list[Call]:

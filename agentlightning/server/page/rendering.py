@@ -35,7 +35,7 @@ HEADERS = {
 MINUTE, HOUR = 60, 3600
 
 
-def page(request: Request, template: str, status: int = 200, **values: Any) -> HTMLResponse:
+def page(request: Request, template: str, status: int = 200, /, **values: Any) -> HTMLResponse:
     """The page that a template makes of these values."""
     has_sessions = hasattr(request.app.state, "clients")
     text = _environment.get_template(template).render(**values, path=request.url.path, has_sessions=has_sessions)

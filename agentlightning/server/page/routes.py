@@ -130,7 +130,7 @@ async def show_rollout(
         if rollout_id is None:
             return {"calls": conversation.without_rollout(connection)}
         found = rollouts.find(connection, rollout_id)
-        calls = conversation.of_rollout(connection, rollout_id)
+        calls, more_calls = conversation.of_rollout(connection, rollout_id)
         shown = timeline.of_rollout(connection, rollout_id, found, calls)
         if found is None and not shown.rows:
             return None
@@ -140,7 +140,7 @@ async def show_rollout(
             without = sum(generations.tally(connection, {"rollout_id": None}).values())
             status = "" if found is None else found.status
             why = absence.why(counts, **_in_store(connection, without), status=status)
-        return {"calls": calls, "timeline": shown, "rollout": found, "absence": why}
+        return {"calls": calls, "more_calls": more_calls, "timeline": shown, "rollout": found, "absence": why}
 
     found = await database.read(read)
     if found is None:

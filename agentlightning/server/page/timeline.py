@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ import msgspec
 from sqlalchemy import Connection, select
 
 from agentlightning.server.page.conversation import Call
+from agentlightning.server.page.tree import in_tree
 from agentlightning.store import attributes, tables
 
 __all__ = ["Row", "Timeline", "of_rollout"]
@@ -128,35 +128,22 @@ def _attempt(attempt_id: str | None, found: Any | None, bars: Sequence[_Bar]) ->
 
 def _below(spans: Sequence[Any], calls: Sequence[Call]) -> Iterator[_Bar]:
     """The spans as a tree, each generation below the span that names it, the others where they began."""
-    known = {each.span_id for each in spans}
-    children: defaultdict[str | None, list[Any]] = defaultdict(list)
-    for each in spans:
-        parent = each.parent_id if each.parent_id in known else None
-        children[parent].append((_start(each.start_time), 0, each))
-    for call in calls:
-        parent = call.span_id if call.span_id in known else None
-        children[parent].append((call.started, 1, call))
-    shown: set[str] = set()
-    # Those of a circle have a parent each, and are not below any root.
-    circles = [(0.0, 0, each) for each in spans]
-    for root in [*_in_order(children[None]), *circles]:
-        waiting = [(1, root)]
-        while waiting:
-            depth, (_, is_call, each) = waiting.pop()
-            if is_call:
-                yield _generation(depth, each)
-            elif each.span_id not in shown:
-                shown.add(each.span_id)
-                yield _span(depth, each)
-                waiting += ((depth + 1, child) for child in reversed(_in_order(children[each.span_id])))
+    found = sorted([*spans, *calls], key=_began)
+    for depth, each in in_tree(found, _name, _parent):
+        yield _generation(depth + 1, each) if isinstance(each, Call) else _span(depth + 1, each)
 
 
-def _in_order(found: Sequence[tuple[float, int, Any]]) -> list[tuple[float, int, Any]]:
-    return sorted(found, key=lambda each: each[:2])
-
-
-def _start(moment: float | None) -> float:
+def _began(each: Any) -> float:
+    moment = each.started if isinstance(each, Call) else each.start_time
     return float("-inf") if moment is None else moment
+
+
+def _name(each: Any) -> str:
+    return each.id if isinstance(each, Call) else each.span_id
+
+
+def _parent(each: Any) -> str | None:
+    return each.span_id if isinstance(each, Call) else each.parent_id
 
 
 def _span(depth: int, row: Any) -> _Bar:

@@ -74,7 +74,7 @@ function plot() {
       height: 190,
       legend: { show: false },
       scales: { x: { time: false } },
-      axes: [axis, { ...axis, size: 55 }],
+      axes: [{ ...axis, size: 30 }, { ...axis, size: 55 }],
       series: [{}, { stroke: link, width: 1, points: { show: tokens.length < 200, size: 4 } }],
       cursor: { drag: { x: true, y: false } },
     },
