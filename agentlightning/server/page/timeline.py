@@ -18,6 +18,7 @@ __all__ = ["Row", "Timeline", "of_rollout"]
 
 SPANS_SHOWN = 1000
 DEEPEST = 12
+UNDER_WAY = ("preparing", "running")
 
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
 
@@ -88,7 +89,7 @@ def of_rollout(connection: Connection, rollout_id: str, rollout: Any | None, cal
     bars = list(_bars(attempts, spans[:SPANS_SHOWN], calls))
     moments = [each for bar in bars for each in (bar.start, bar.end) if each is not None]
     start, end = (min(moments), max(moments)) if moments else (0.0, 0.0)
-    if any(bar.kind == "attempt" and bar.end is None for bar in bars):
+    if any(bar.state in UNDER_WAY for bar in bars):
         end = max(end, time.time())
     return Timeline([_row(bar, start, end) for bar in bars], start, end, max(len(spans) - SPANS_SHOWN, 0))
 
@@ -118,12 +119,15 @@ def _bars(attempts: Sequence[Any], spans: Sequence[Any], calls: Sequence[Call]) 
 
 
 def _attempt(attempt_id: str | None, found: Any | None, bars: Sequence[_Bar]) -> _Bar:
-    if found is not None:
-        label = f"Attempt {found.sequence_id}: {attempt_id}"
-        return _Bar("attempt", 0, label, found.status, found.start_time, found.end_time)
     moments = [each for bar in bars for each in (bar.start, bar.end) if each is not None]
-    label = f"Attempt {attempt_id}" if attempt_id else "Calls that name no attempt"
-    return _Bar("attempt", 0, label, "", min(moments, default=None), max(moments, default=None))
+    if found is None:
+        label = f"Attempt {attempt_id}" if attempt_id else "Calls that name no attempt"
+        return _Bar("attempt", 0, label, "", min(moments, default=None), max(moments, default=None))
+    end = found.end_time
+    if end is None and found.status not in UNDER_WAY:
+        # Of one that was given up, only when it was heard of last is known.
+        end = max(found.last_heartbeat_time or found.start_time, *moments, found.start_time)
+    return _Bar("attempt", 0, f"Attempt {found.sequence_id}: {attempt_id}", found.status, found.start_time, end)
 
 
 def _below(spans: Sequence[Any], calls: Sequence[Call]) -> Iterator[_Bar]:
@@ -165,7 +169,7 @@ def _generation(depth: int, call: Call) -> _Bar:
 def _row(bar: _Bar, start: float, end: float) -> Row:
     whole = (end - start) or 1.0
     begins = start if bar.start is None else bar.start
-    ends = end if bar.end is None and bar.kind == "attempt" else bar.end or begins
+    ends = end if bar.end is None and bar.state in UNDER_WAY else bar.end or begins
     left = 100 * (begins - start) / whole
     return Row(
         bar.kind,
