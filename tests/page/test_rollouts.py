@@ -1,0 +1,269 @@
+"""The list of rollouts: found, put in order, paged through, and up to date while somebody looks at it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from playwright.sync_api import Locator, Page, expect
+
+from tests.common.browser import Visit
+from tests.common.rollouts import LONG
+from tests.page.conftest import COUNT, LONG_IDS, Filled, Open
+from tests.server.process import StoreServer
+
+
+def row(page: Page, text: str) -> Locator:
+    return page.get_by_role("row").filter(has_text=text)
+
+
+def cells(page: Page) -> list[list[str]]:
+    """The table as it is read, row by row."""
+    return [text.split("\t") for text in page.get_by_role("row").all_inner_texts()[1:]]
+
+
+def number(text: str) -> int:
+    return int(re.sub(r"\s", "", text))
+
+
+def tab_to(page: Page, target: Locator) -> None:
+    """As somebody does who has no mouse."""
+    for _ in range(100):
+        page.keyboard.press("Tab")
+        if target.evaluate("element => element === document.activeElement"):
+            return
+    raise AssertionError(f"no Tab leads to {target}")
+
+
+def test_all_are_there_the_latest_first(look: Open, filled: Filled) -> None:
+    page = look("/")
+
+    expect(page.get_by_text(f"{COUNT + 1} rollouts")).to_be_visible()
+    found = cells(page)
+    assert found[0][0] == LONG
+    for each, (name, *_) in zip(reversed(filled.rollouts), found[1:], strict=False):
+        assert each.rollout_id in name
+
+
+def test_a_row_has_what_became_of_the_rollout(look: Open, filled: Filled) -> None:
+    page = look("/")
+    ended, again = filled.rollout("succeeded"), filled.rollout("failed")
+
+    [found] = [each for each in cells(page) if ended.rollout_id in each[0]]
+    assert found[1:3] == ["succeeded", str(len(ended.answers))]
+    assert found[5] == "1"
+    expect(row(page, again.rollout_id)).to_contain_text("attempt 2")
+    expect(row(page, LONG)).to_contain_text("recorded")
+    expect(row(page, filled.rollout("running").rollout_id)).to_contain_text("so far")
+
+
+def test_what_has_no_answers_says_why(look: Open, filled: Filled) -> None:
+    page = look("/")
+
+    expect(row(page, filled.rollout("queuing").rollout_id)).to_contain_text("it waits in the queue")
+    expect(row(page, filled.rollout("cancelled").rollout_id)).to_contain_text("nothing is recorded")
+
+
+@pytest.mark.parametrize("javascript", [True, False])
+def test_they_are_found_by_what_they_were_asked(look: Open, filled: Filled, javascript: bool) -> None:
+    wanted = filled.rollouts[7]
+    page = look("/", javascript=javascript)
+    page.get_by_label("Search rollouts").fill(wanted.question.upper())
+    page.get_by_role("button", name="Search").click()
+
+    expect(page.get_by_text("1 rollout found")).to_be_visible()
+    expect(row(page, wanted.rollout_id)).to_be_visible()
+
+
+def test_they_are_found_while_somebody_types_and_the_address_can_be_shared(look: Open, filled: Filled) -> None:
+    wanted = filled.rollouts[7].rollout_id
+    page = look("/?sort=calls&order=asc")
+    page.get_by_label("Search rollouts").press_sequentially(wanted)
+    expect(page.get_by_text("1 rollout found")).to_be_visible()
+    expect(page).to_have_url(re.compile(rf"[?&]q={wanted}(&|$)"))
+
+    shared = look(page.url)
+    expect(shared.get_by_label("Search rollouts")).to_have_value(wanted)
+    expect(row(shared, wanted)).to_be_visible()
+    expect(shared.get_by_role("columnheader", name="Calls")).to_have_attribute("aria-sort", "ascending")
+    page.go_back()
+    expect(page.get_by_text(f"{COUNT + 1} rollouts")).to_be_visible()
+
+
+def test_those_of_a_status_are_found(look: Open, filled: Filled) -> None:
+    page = look("/")
+    page.get_by_label("Status").select_option("failed")
+
+    expected = sum(each.status == "failed" for each in filled.rollouts)
+    expect(page.get_by_text(f"{expected} rollouts found")).to_be_visible()
+    assert {found[1].split()[0] for found in cells(page)} == {"failed"}
+
+
+@pytest.mark.parametrize("name", ["Calls", "Prompt tokens", "Output tokens"])
+def test_a_heading_puts_them_in_order(look: Open, name: str) -> None:
+    page = look("/")
+    heading = page.get_by_role("columnheader", name=name)
+    place = page.get_by_role("columnheader").all_inner_texts().index(name)
+    for how, is_reverse in (("descending", True), ("ascending", False)):
+        heading.get_by_role("link").click()
+        expect(heading).to_have_attribute("aria-sort", how)
+        found = [number(each[place]) for each in cells(page)]
+        assert found == sorted(found, reverse=is_reverse)
+    page.get_by_role("columnheader", name="Output tokens").get_by_role("link").click()
+    assert number(cells(page)[0][4]) == LONG_IDS
+
+
+def test_those_without_a_reward_come_last_whatever_the_order(look: Open) -> None:
+    for order, best in (("desc", "1"), ("asc", "0")):
+        found = [each[5] for each in cells(look(f"/?sort=reward&order={order}"))]
+        assert found[0] == best
+        assert cells(look(f"/?sort=reward&order={order}&page=3"))[-1][5] == "\N{EN DASH}"
+
+
+def test_page_by_page_each_of_them_is_there_once(look: Open, filled: Filled) -> None:
+    page = look("/?sort=status")
+    found: list[str] = []
+    for number in (1, 2, 3):
+        expect(page.get_by_text(f"Page {number} of 3")).to_be_visible()
+        found += [each[0].partition("\n")[0] for each in cells(page)]
+        if number < 3:
+            page.get_by_role("link", name="Next page").click()
+    assert sorted(found) == sorted([LONG, *(each.rollout_id for each in filled.rollouts)])
+    expect(page.get_by_role("link", name="Next page")).to_have_count(0)
+    page.get_by_role("link", name="Previous page").click()
+    expect(page.get_by_text("Page 2 of 3")).to_be_visible()
+
+
+def test_all_can_be_done_without_a_mouse(look: Open, filled: Filled) -> None:
+    wanted = filled.rollouts[11]
+    page = look("/")
+    page.keyboard.press("Tab")
+    skip = page.get_by_role("link", name="Skip to the content")
+    expect(skip).to_be_focused()
+    expect(skip).to_be_in_viewport()
+    page.keyboard.press("Enter")
+    tab_to(page, page.get_by_label("Search rollouts"))
+    page.keyboard.type(wanted.question)
+    page.keyboard.press("Enter")
+    expect(page.get_by_text("1 rollout found")).to_be_visible()
+    tab_to(page, page.get_by_role("columnheader", name="Calls").get_by_role("link"))
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("columnheader", name="Calls")).to_have_attribute("aria-sort", "descending")
+    tab_to(page, page.get_by_role("link", name=wanted.rollout_id))
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", name=wanted.rollout_id)).to_be_visible()
+
+
+def test_a_page_that_is_not_there_leads_to_the_first(look: Open) -> None:
+    page = look("/?page=99&sort=calls")
+    page.get_by_role("link", name="Show the first").click()
+
+    expect(page.get_by_text("Page 1 of 3")).to_be_visible()
+    expect(page.get_by_role("columnheader", name="Calls")).to_have_attribute("aria-sort", "descending")
+
+
+@pytest.fixture(scope="module")
+def living(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreServer]:
+    """A store in which something happens."""
+    with StoreServer(tmp_path_factory.mktemp("living") / "store.db") as server:
+        yield server
+
+
+@pytest.fixture
+def trainer(living: StoreServer) -> Iterator[httpx.Client]:
+    with living.client() as client:
+        yield client
+
+
+def started(trainer: httpx.Client, question: str) -> dict[str, Any]:
+    return trainer.post("/v1/agl/rollouts", json={"input": {"question": question}}).raise_for_status().json()
+
+
+def end(trainer: httpx.Client, rollout: dict[str, Any]) -> None:
+    path = f"/v1/agl/rollouts/{rollout['rollout_id']}/attempts/{rollout['attempt']['attempt_id']}"
+    trainer.post(path, json={"status": "succeeded"}).raise_for_status()
+
+
+def test_a_rollout_that_ends_meanwhile_is_shown_so(
+    visit: Callable[..., Visit], living: StoreServer, trainer: httpx.Client
+) -> None:
+    ends = started(trainer, "Does it end?")
+    page = visit(living).page
+    page.goto("/")
+    link = page.get_by_role("link", name=ends["rollout_id"])
+    link.focus()
+    page.evaluate("window.isTheSame = true")
+    expect(row(page, ends["rollout_id"])).to_contain_text("preparing")
+    end(trainer, ends)
+
+    expect(row(page, ends["rollout_id"])).to_contain_text("succeeded")
+    new = started(trainer, "Is there one more?")
+    expect(row(page, new["rollout_id"])).to_be_visible()
+    # In the page that was there, and where somebody is in it.
+    assert page.evaluate("window.isTheSame")
+    expect(link).to_be_focused()
+
+
+def test_what_is_looked_for_stays_so_while_it_changes(
+    visit: Callable[..., Visit], living: StoreServer, trainer: httpx.Client
+) -> None:
+    apples, pears = started(trainer, "How many apples?"), started(trainer, "How many pears?")
+    page = visit(living).page
+    page.goto("/")
+    expect(row(page, pears["rollout_id"])).to_be_visible()
+    page.get_by_label("Search rollouts").press_sequentially("APPLES")
+    expect(row(page, pears["rollout_id"])).to_have_count(0)
+    end(trainer, pears)
+    end(trainer, apples)
+
+    expect(row(page, apples["rollout_id"])).to_contain_text("succeeded")
+    expect(row(page, pears["rollout_id"])).to_have_count(0)
+    expect(page.get_by_label("Search rollouts")).to_have_value("APPLES")
+    expect(page.get_by_label("Search rollouts")).to_be_focused()
+
+
+def test_it_can_be_stopped(visit: Callable[..., Visit], living: StoreServer, trainer: httpx.Client) -> None:
+    stopped, live = visit(living).page, visit(living).page
+    live.goto("/")
+    stopped.goto("/")
+    stopped.get_by_role("link", name="Live: on, stop it").click()
+    expect(stopped.get_by_role("link", name="Live: off, start it")).to_be_visible()
+    asked: list[str] = []
+    stopped.on("request", lambda request: asked.append(request.url))
+    for question in ("Who looks?", "And now?", "And now?"):
+        new = started(trainer, question)
+        expect(row(live, new["rollout_id"])).to_be_visible()
+    assert asked == []
+    stopped.get_by_role("link", name="Live: off, start it").click()
+    expect(row(stopped, new["rollout_id"])).to_be_visible()
+    end(trainer, new)
+    expect(row(stopped, new["rollout_id"])).to_contain_text("succeeded")
+
+
+def test_a_store_that_is_away_is_said_to_be_and_comes_back(visit: Callable[..., Visit], tmp_path: Path) -> None:
+    with StoreServer(tmp_path / "store.db") as server:
+        somebody = visit(server)
+        somebody.page.goto("/")
+        trouble = somebody.page.get_by_text("The store does not answer")
+        server.kill()
+        expect(trouble).to_be_visible()
+        server.start()
+        expect(trouble).to_be_hidden()
+        # The browser and htmx have said in the console that nobody answers, as they should.
+        assert somebody.complaints
+        somebody.complaints.clear()
+
+
+def test_an_empty_store_says_how_to_fill_it(visit: Callable[..., Visit], tmp_path: Path) -> None:
+    with StoreServer(tmp_path / "store.db") as server:
+        page = visit(server).page
+        page.goto("/")
+        expect(page.get_by_text("There are no rollouts yet")).to_be_visible()
+        expect(page.get_by_text(f"AGL_STORE={server.url} AGL_INSTRUMENT=1 vllm serve")).to_be_visible()
+        with server.client() as client:
+            started(client, "Are you the first?")
+        expect(page.get_by_text("1 rollout", exact=True)).to_be_visible()
