@@ -19,6 +19,7 @@ from queue import Empty, SimpleQueue
 from threading import Event, Lock, Thread, local
 
 from agentlightning.generation import Generation, Loss
+from agentlightning.sender import Sender
 from agentlightning.store import Store, StoreRefused, StoreUnavailable, open_store
 
 __all__ = ["LOST", "NOT_BUILT", "QUEUE_FULL", "REFUSED", "STOPPED", "WRITE_SECONDS", "Counters", "Recorder"]
@@ -81,14 +82,21 @@ class Recorder:
     Args:
         url: where the store is. It is opened by the thread, and again after every failure.
         queue_bytes: how much may wait, as `record` is told it.
+        sender: says for whom this process records, as far as is known by then. It is asked by the thread before each
+            write; what it says greets each store that is opened, and the same store again where it says something else.
         observe: is given the counters by the thread, after each write and each failure, and when the queue is shorter.
     """
 
     def __init__(
-        self, url: str, queue_bytes: int, observe: Callable[[Counters], object] = lambda counters: None
+        self,
+        url: str,
+        queue_bytes: int,
+        sender: Callable[[], Sender | None] = lambda: None,
+        observe: Callable[[Counters], object] = lambda counters: None,
     ) -> None:
         self._url = url
         self._queue_bytes = queue_bytes
+        self._sender = sender
         self._observe = observe
         self._store: Store | None = None
         self._storing = Lock()
@@ -119,6 +127,7 @@ class Recorder:
 
     def _begin(self) -> None:
         self._thread: Thread | None = None
+        self._greeted: Sender | None = None
         self._queue: SimpleQueue[tuple[Callable[[], Generation], int] | None] = SimpleQueue()
         self._closing = Event()
         self._deadline = float("inf")
@@ -258,7 +267,7 @@ class Recorder:
             try:
                 with self._opened() as store:
                     started = time.perf_counter()
-                    store.add(generations)
+                    store.add(generations, None if self._greeted is None else self._greeted.id)
             except (StoreUnavailable, StoreRefused) as error:
                 self._failed(error)
                 asked = error.retry_after if isinstance(error, StoreUnavailable) else None
@@ -314,7 +323,22 @@ class Recorder:
                     raise
                 except Exception as error:
                     raise StoreUnavailable(str(error)) from error
+            self._greet(self._store)
             yield self._store
+
+    def _greet(self, store: Store) -> None:
+        try:
+            sender = self._sender()
+            if sender is not None and sender != self._greeted:
+                self._greeted = sender
+                store.greet(sender)
+        except StoreUnavailable:
+            raise
+        except StoreRefused as error:
+            raise StoreUnavailable(str(error)) from error
+        except Exception as error:
+            # What is wrong with what is said of this process costs no generation.
+            self._say("greeting", f"the store is not told who writes: {error!r}")
 
     def _failed(self, error: Exception) -> None:
         """The store could not be written: it is opened again the next time."""
@@ -326,7 +350,7 @@ class Recorder:
             self._let_go()
 
     def _let_go(self) -> None:
-        store, self._store = self._store, None
+        store, self._store, self._greeted = self._store, None, None
         if store is not None:
             with suppress(Exception):
                 store.close()

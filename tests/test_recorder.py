@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 
@@ -21,7 +22,9 @@ import pytest
 from agentlightning import recorder as recording
 from agentlightning.generation import Generation
 from agentlightning.recorder import GATHERING_SECONDS, LOST, Recorder
-from agentlightning.store import Store, StoreUnavailable, open_store
+from agentlightning.sender import Sender
+from agentlightning.store import Store, StoreRefused, StoreUnavailable, open_database, open_store, senders
+from agentlightning.store.database_store import DatabaseStore
 from tests.common.generations import generation
 
 SECONDS = 60
@@ -384,10 +387,10 @@ def test_a_fork_does_not_wait_for_a_store_that_does_not_answer(path: Path, monke
         store = open_store(*arguments, **options)
         add = store.add
 
-        def wait_and_add(generations: Sequence[Generation]) -> int:
+        def wait_and_add(generations: Sequence[Generation], sender_id: str | None = None) -> int:
             begun.set()
             goes_on.wait()
-            return add(generations)
+            return add(generations, sender_id)
 
         monkeypatch.setattr(store, "add", wait_and_add)
         return store
@@ -405,6 +408,129 @@ def test_a_fork_does_not_wait_for_a_store_that_does_not_answer(path: Path, monke
 
     assert os.waitpid(child, 0)[1] == 0
     assert kept(path) == ids(generations)
+
+
+class Greeter:
+    """What a recorder is told of its process; a `sender` of its own is said in the place of that."""
+
+    def __init__(self) -> None:
+        self.sender: Sender | None = None
+        self._own: Sender | None = None
+
+    def __call__(self) -> Sender:
+        if self._own is None or self._own.pid != os.getpid():
+            self._own = Sender(host="a host", pid=os.getpid(), started_at=1, version="0.1.0")
+        return self.sender or self._own
+
+
+def counted(path: Path) -> dict[int, int]:
+    """How many generations each process has written, as the store has it."""
+    with closing(open_database(str(path))) as database, database.reading() as connection:
+        found = senders.recent(connection, 0)
+    return {each.sender.pid: sum(minute.generations for minute in each.minutes) for each in found}
+
+
+def test_the_store_knows_who_writes_before_there_is_something_to_write(path: Path) -> None:
+    recorder = Recorder(str(path), ROOMY, Greeter())
+
+    recorder.start()
+
+    until(lambda: path.exists() and counted(path) == {os.getpid(): 0})
+    recorder.close()
+
+
+def test_what_is_written_is_the_senders_and_a_store_in_the_place_of_another_is_greeted_too(path: Path) -> None:
+    recorder, generations = Recorder(str(path), ROOMY, Greeter()), some(5)
+    record(recorder, generations[:3])
+    until(lambda: recorder.counters().generations == 3)
+    assert counted(path) == {os.getpid(): 3}
+
+    for file in path.parent.iterdir():
+        file.rename(file.with_name(f"old-{file.name}"))
+    record(recorder, generations[3:])
+    recorder.close()
+
+    assert kept(path) == ids(generations[3:])
+    assert counted(path) == {os.getpid(): 2}
+
+
+def test_what_becomes_known_later_is_told_later(path: Path) -> None:
+    greeter = Greeter()
+    recorder, generations = Recorder(str(path), ROOMY, greeter), some(2)
+    record(recorder, generations[:1])
+    until(lambda: recorder.counters().generations == 1)
+
+    greeter.sender = replace(greeter(), model="a model")
+    record(recorder, generations[1:])
+    recorder.close()
+
+    with closing(open_database(str(path))) as database, database.reading() as connection:
+        [found] = senders.recent(connection, 0)
+    assert found.sender.model == "a model"
+    assert sum(minute.generations for minute in found.minutes) == 2
+
+
+def test_a_store_that_cannot_be_greeted_now_is_waited_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts: list[str] = []
+
+    def away(self: DatabaseStore, sender: Sender) -> None:
+        attempts.append(sender.id)
+        if len(attempts) < 4:
+            raise StoreRefused("wait") if len(attempts) == 2 else StoreUnavailable("wait")
+        greet(self, sender)
+
+    greet = DatabaseStore.greet
+    monkeypatch.setattr(DatabaseStore, "greet", away)
+    recorder, generations = Recorder(str(path), ROOMY, Greeter()), some(3)
+    record(recorder, generations)
+    until(lambda: recorder.counters().generations == 3)
+    recorder.close()
+
+    assert kept(path) == ids(generations)
+    assert counted(path) == {os.getpid(): 3}
+    assert len(attempts) == 4
+
+
+def refused() -> Sender:
+    return Sender(id="no UUID", host="a host", pid=7, started_at=1, version="0.1.0")
+
+
+def not_known() -> Sender:
+    raise RuntimeError("who am I?")
+
+
+@pytest.mark.parametrize("sender", [refused, not_known])
+def test_what_no_store_takes_for_a_sender_costs_no_generation_and_is_told_once(
+    path: Path, caplog: pytest.LogCaptureFixture, sender: Callable[[], Sender]
+) -> None:
+    recorder, generations = Recorder(str(path), ROOMY, sender), some(2)
+    for number, each in enumerate(generations, 1):
+        record(recorder, [each])
+        until(lambda number=number: recorder.counters().generations == number)
+    recorder.close()
+
+    assert kept(path) == ids(generations)
+    assert recorder.counters().failed_writes == 0
+    assert [record.message for record in caplog.records if "not told who writes" in record.message] == caplog.messages
+    assert len(caplog.messages) == 1
+
+
+@pytest.mark.forked
+def test_a_forked_process_is_another_sender(path: Path) -> None:
+    recorder, generations = Recorder(str(path), ROOMY, Greeter()), some(6)
+    record(recorder, generations[:1])
+    until(lambda: recorder.counters().generations == 1)
+
+    child = os.fork()
+    if child == 0:
+        record(recorder, generations[1:3])
+        recorder.close()
+        os._exit(0 if recorder.counters().generations == 2 else 1)
+    record(recorder, generations[3:])
+    recorder.close()
+
+    assert os.waitpid(child, 0)[1] == 0
+    assert counted(path) == {os.getpid(): 4, child: 2}
 
 
 def test_a_store_that_asks_for_time_is_given_it_and_not_all_come_back_at_once(

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 
 from agentlightning import settings
 from agentlightning.generation import Choice, Generation
-from agentlightning.instrumentation.vllm import claims, logprobs, recording, request_names
+from agentlightning.instrumentation.vllm import claims, logprobs, recording, request_names, senders
 from agentlightning.instrumentation.vllm.containment import contained
 from agentlightning.instrumentation.vllm.generations import as_json, routed_experts, status_of, weight_versions
 from agentlightning.patching import Patch, Where, Wrap
@@ -74,10 +74,14 @@ class Followed:
 
 
 class Unclaimed:
-    """The requests of one `Scheduler` that nobody has claimed, and that have not ended."""
+    """The requests of one `Scheduler` that nobody has claimed, and that have not ended.
+
+    Attributes:
+        config: vLLM's of the model.
+    """
 
     def __init__(self, scheduler: Any) -> None:
-        self._config = getattr(getattr(scheduler, "vllm_config", None), "model_config", None)
+        self.config = getattr(getattr(scheduler, "vllm_config", None), "model_config", None)
         self._followed: dict[str, Followed] = {}
 
     def __bool__(self) -> bool:
@@ -127,7 +131,7 @@ class Unclaimed:
         request = followed.request
         ids = len(request.prompt_token_ids or ()) + len(request.output_token_ids)
         experts = sum(chunk.nbytes for chunk in followed.routed_experts)
-        recording.keep(functools.partial(_generation_of, followed, self._config, time.time_ns()), ids, experts)
+        recording.keep(functools.partial(_generation_of, followed, self.config, time.time_ns()), ids, experts)
 
 
 def _generation_of(followed: Followed, config: Any, finished_at: int) -> Generation:
@@ -165,11 +169,8 @@ def _generation_of(followed: Followed, config: Any, finished_at: int) -> Generat
 
 
 def _model(request: Any, config: Any) -> str | None:
-    """The name that a frontend answers with: the first that the model is served under, or an adapter's."""
-    if request.lora_request is not None:
-        return request.lora_request.lora_name
-    names = getattr(config, "served_model_name", None)
-    return names[0] if isinstance(names, list) else names
+    """The name that a frontend answers with: that of the model, or of an adapter."""
+    return senders.served_name(config) if request.lora_request is None else request.lora_request.lora_name
 
 
 def following(add_request: Callable[..., Any]) -> Callable[..., Any]:
@@ -199,6 +200,7 @@ def _follow(scheduler: Any, request: Any) -> None:
             "agentlightning: requests come from a frontend that is not instrumented: the engine core records them"
         )
         found = _unclaimed[scheduler] = Unclaimed(scheduler)
+        senders.note_model(found.config)
     found.follow(request)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from agentlightning import settings
-from agentlightning.instrumentation.vllm import claims, logprobs, recording, request_context, running
+from agentlightning.instrumentation.vllm import claims, logprobs, recording, request_context, running, senders
 from agentlightning.instrumentation.vllm.containment import contained
 from agentlightning.instrumentation.vllm.request_context import EngineRequest, RequestContext
 from agentlightning.patching import Patch, Where, Wrap
@@ -105,18 +105,23 @@ def failing(propagate_error: Callable[..., Any]) -> Callable[..., Any]:
     return propagate_error_and_give_up
 
 
-def knowing_the_mode(init: Callable[..., Any]) -> Callable[..., Any]:
-    """The wrapper around `AsyncLLM.__init__`, which knows what the engine's logprobs will be of."""
+def knowing_the_engine(init: Callable[..., Any]) -> Callable[..., Any]:
+    """The wrapper around `AsyncLLM.__init__`, which knows the model, its tokens, and what its logprobs will be of."""
 
-    def init_and_tell_the_mode(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+    def init_and_tell(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         init(self, vllm_config, *args, **kwargs)
-        contained("reading the logprobs' mode", _note_mode, self.output_processor, vllm_config.model_config)
+        contained("reading the logprobs' mode", _note_mode, self, vllm_config)
+        contained("reading which model is served", _note_engine, self, vllm_config)
 
-    return init_and_tell_the_mode
+    return init_and_tell
 
 
-def _note_mode(processor: Any, model_config: Any) -> None:
-    running.note_logprobs_mode(processor, logprobs.mode_of(model_config))
+def _note_mode(client: Any, vllm_config: Any) -> None:
+    running.note_logprobs_mode(client.output_processor, logprobs.mode_of(vllm_config.model_config))
+
+
+def _note_engine(client: Any, vllm_config: Any) -> None:
+    senders.note_engine(client.output_processor, vllm_config.model_config)
 
 
 def _records(module: object) -> bool:
@@ -129,4 +134,4 @@ CAPTURE_PATCHES: tuple[Patch, ...] = (
     Where(_records, Wrap("OutputProcessor.abort_requests", ("request_ids",), aborting)),
     Where(_records, Wrap("OutputProcessor.propagate_error", (), failing)),
 )
-CLIENT_PATCHES: tuple[Patch, ...] = (Where(_records, Wrap("AsyncLLM.__init__", ("vllm_config",), knowing_the_mode)),)
+CLIENT_PATCHES: tuple[Patch, ...] = (Where(_records, Wrap("AsyncLLM.__init__", ("vllm_config",), knowing_the_engine)),)

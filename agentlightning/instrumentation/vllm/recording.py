@@ -13,7 +13,7 @@ from typing import Any
 
 from agentlightning import settings
 from agentlightning.generation import Generation
-from agentlightning.instrumentation.vllm import request_context
+from agentlightning.instrumentation.vllm import request_context, senders
 from agentlightning.instrumentation.vllm.metrics import Metrics
 from agentlightning.instrumentation.vllm.request_context import RequestContext
 from agentlightning.patching import Patch, Where, Wrap
@@ -37,7 +37,7 @@ def recorder() -> Recorder:
     """This process's recorder, where generations are kept."""
     url = settings.store()
     assert url is not None, "asked for where nothing is kept"
-    return Recorder(url, settings.queue_bytes(), observe=Metrics())
+    return Recorder(url, settings.queue_bytes(), senders.sender, Metrics())
 
 
 def keep(build: Callable[[], Generation], token_ids: int, more_bytes: int = 0) -> None:

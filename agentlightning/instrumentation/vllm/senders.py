@@ -1,0 +1,99 @@
+"""For whom this process records: what its store is told of it, and of the model that it serves."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import agentlightning
+from agentlightning.instrumentation.vllm.containment import contained
+from agentlightning.sender import Sender, Vocabulary
+
+__all__ = ["note_engine", "note_model", "sender", "served_name"]
+
+# A tokenizer that gives out higher ids than this is broken, or something else than a tokenizer.
+_ID_LIMIT = 1 << 22
+
+
+class _Served(NamedTuple):
+    """What is known of the engine: the model's name, and each token's id, as the tokenizer has them."""
+
+    model: str | None = None
+    ids: Mapping[Any, int] | None = None
+    special: Collection[int] = ()
+
+
+_served = _Served()
+_said: tuple[_Served, Sender] | None = None
+
+
+def served_name(model_config: Any) -> str | None:
+    """The name that a frontend answers with: the first that the model is served under."""
+    names = getattr(model_config, "served_model_name", None)
+    return names[0] if isinstance(names, list) else names
+
+
+def note_model(model_config: Any) -> None:
+    """Note which model is served."""
+    global _served
+    _served = _served._replace(model=served_name(model_config))
+
+
+def note_engine(processor: Any, model_config: Any) -> None:
+    """Note which model is served, and its vocabulary.
+
+    In the thread that makes the engine, and before that serves: of two threads that use a tokenizer at once, either may
+    be told "Already borrowed", vLLM's too.
+
+    Args:
+        processor: vLLM's `OutputProcessor`, which has the tokenizer.
+    """
+    note_model(model_config)
+    contained("reading the vocabulary", _note_vocabulary, getattr(processor, "tokenizer", None))
+
+
+def _note_vocabulary(tokenizer: Any) -> None:
+    global _served
+    # In 0.8.5 it is inside of a TokenizerGroup, which has no vocabulary itself.
+    if not hasattr(tokenizer, "get_vocab"):
+        tokenizer = getattr(tokenizer, "tokenizer", None)
+    # With --skip-tokenizer-init there is none.
+    if tokenizer is not None:
+        # vLLM has both ready.
+        _served = _served._replace(ids=tokenizer.get_vocab(), special=tokenizer.all_special_ids)
+
+
+def sender() -> Sender:
+    """Who records, as far as it is known: the same until more is. For the recorder's thread."""
+    global _said
+    served = _served
+    if _said is None or _said[1].pid != os.getpid():
+        _said = _Served(), _this_process()
+    if _said[0] is not served:
+        vocabulary = contained("putting the vocabulary together", _vocabulary, served)
+        _said = served, replace(_said[1], model=served.model, vocabulary=vocabulary)
+    return _said[1]
+
+
+def _this_process() -> Sender:
+    return Sender(
+        host=os.uname().nodename,
+        pid=os.getpid(),
+        started_at=time.time_ns(),
+        version=agentlightning.__version__,
+        vllm=getattr(sys.modules.get("vllm"), "__version__", None),
+    )
+
+
+def _vocabulary(served: _Served) -> Vocabulary | None:
+    # Tokenizers of models' own may have bytes for tokens.
+    ids = {number: token for token, number in (served.ids or {}).items() if isinstance(token, str)}
+    highest = max(ids, default=-1)
+    if not 0 <= highest < _ID_LIMIT:
+        return None
+    tokens = [ids.get(number) for number in range(highest + 1)]
+    return Vocabulary(tokens, frozenset(number for number in served.special if 0 <= number <= highest))
