@@ -80,8 +80,8 @@ def _reward(value: float | None) -> str:
 
 
 def _link(path: str, **query: object) -> str:
-    """The address of a page; what is None or empty is left out of it."""
-    said = {name: value for name, value in query.items() if value not in (None, "")}
+    """The address of a page; what is None is left out of it."""
+    said = {name: value for name, value in query.items() if value is not None}
     return f"{path}?{urlencode(said, errors='replace')}" if said else path
 
 
