@@ -6,12 +6,14 @@ import json
 import signal
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from agentlightning.generation import Generation
+from agentlightning.store import open_database, senders
 from tests.common.answers import post
 from tests.common.reference import greedy
 from tests.common.rust_frontend import rust_frontend
@@ -148,6 +150,18 @@ def test_where_the_server_is_stopped_what_is_under_way_is_kept(tmp_path: Path, r
         kept = checked(server.kept(rollout_id=rollout), load.streams)
         assert kept.keys() == {stream.number for stream in load.streams}
         assert {each.status for each in kept.values()} == {"aborted"}
+
+
+def test_each_engine_core_is_a_sender_that_knows_its_model_but_no_text(rust: RecordingServer, rollout: str) -> None:
+    ask(rust, CHAT, rollout, messages=TALK)
+    kept = kept_of(rust, rollout_id=rollout)
+
+    with closing(open_database(rust.store)) as database, database.reading() as connection:
+        found = senders.recent(connection, 0)
+        assert senders.vocabulary_of(connection, kept.id) is None
+    assert {each.sender.model for each in found} == {"tiny"}
+    assert 1 <= len({each.sender.pid for each in found}) == len(found) <= 2
+    assert sum(minute.generations for each in found for minute in each.minutes) == len(rust.kept())
 
 
 def test_doctor_tells_where_to_look(rust: RecordingServer, rollout: str) -> None:
