@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-from agentlightning.generation import Status
+from typing import Any
 
 __all__ = ["IS_IT_CALLED", "NAME_IT", "Absence", "why"]
 
@@ -25,12 +24,12 @@ class Absence:
 
 
 def why(
-    of_rollout: Mapping[Status, int], *, total: int, without_rollout: int, lost: int, status: str = ""
+    of_rollout: Mapping[Any, int], *, total: int, without_rollout: int, lost: int, status: str = ""
 ) -> Absence | None:
     """Why no generation of a rollout has finished; None where one has.
 
     Args:
-        of_rollout: how many generations it has, by status.
+        of_rollout: how many generations it has, by how they ended; `finished` is among them.
         total: how many there are in the store.
         without_rollout: how many of these belong to none.
         lost: how many could not be kept.

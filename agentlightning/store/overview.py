@@ -30,7 +30,7 @@ from agentlightning.generation import STATUSES
 from agentlightning.store.rows import text_of
 from agentlightning.store.tables import generations, rollouts, spans, texts
 
-__all__ = ["COLUMNS", "Asked", "Column", "Overview", "of_all"]
+__all__ = ["COLUMNS", "RECORDED", "Asked", "Column", "Overview", "of_all"]
 
 Column = Literal["rollout", "status", "calls", "prompt_tokens", "output_tokens", "reward", "started", "duration"]
 COLUMNS: tuple[Column, ...] = (
@@ -44,6 +44,9 @@ COLUMNS: tuple[Column, ...] = (
     "duration",
 )
 
+RECORDED = "recorded"
+"""The status of a rollout that the queue does not have."""
+
 
 @dataclass(frozen=True, slots=True)
 class Asked:
@@ -51,7 +54,7 @@ class Asked:
 
     Attributes:
         search: what is in their id or their input; lower and upper case are the same. Empty: whatever is.
-        status: of the queue's, or `recorded` for those that it has not; None: any.
+        status: of the queue's, or `RECORDED`; None: any.
         sort_by: nulls come last.
         limit, offset: how many, after how many others.
         now: seconds since the epoch, until when what has not ended has lasted.
@@ -71,7 +74,7 @@ class Overview:
     """One rollout.
 
     Attributes:
-        status: `recorded` of one that the queue does not have.
+        status: the queue's, or `RECORDED`.
         calls: how many generations of it there are; `finished` of them had an answer that was whole.
         reward: the last that it was given; None where there is none.
         started, duration: seconds since the epoch, and seconds; where it has not ended, until now.
@@ -149,7 +152,7 @@ def _all(asked: Asked) -> Select[Any]:
     ).select_from(rollouts.outerjoin(calls, calls.c.rollout_id == rollouts.c.rollout_id))
     recorded = select(
         calls.c.rollout_id,
-        literal("recorded").label("status"),
+        literal(RECORDED).label("status"),
         literal(0).label("attempts"),
         calls.c.started.label("start_time"),
         calls.c.ended.label("end_time"),

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import Query, Request, Response
 from fastapi.responses import FileResponse
-from pydantic import BaseModel
 from sqlalchemy import Connection
 
 from agentlightning.server.models.common import Id
-from agentlightning.server.page import conversation, timeline, tokens
+from agentlightning.server.page import conversation, listing, timeline, tokens
+from agentlightning.server.page.listing import Listing
 from agentlightning.server.page.rendering import STATIC, page
 from agentlightning.server.page.senders import charted
 from agentlightning.server.routes.common import Database, router
-from agentlightning.store import absence, generations, overview, rollouts, senders
-from agentlightning.store.absence import Absence
-from agentlightning.store.overview import Asked, Column, Overview
+from agentlightning.store import rollouts, senders
 
 __all__ = ["routes"]
 
-ROLLOUTS_AT_ONCE = 100
-STATUSES = (*rollouts.ROLLOUT_STATUSES, "recorded")
 FILES = {path.name: path for path in STATIC.iterdir()}
 # A day: which release of ours it is of is in its address.
 CACHED = {"Cache-Control": "private, max-age=86400"}
@@ -33,91 +28,11 @@ HOUR = 3600
 routes = router("page", prefix="")
 
 
-class Listing(BaseModel):
-    """What the table of rollouts is asked for."""
-
-    q: str = ""
-    status: str = ""
-    sort: Column = "started"
-    order: Literal["asc", "desc"] = "desc"
-    page: Annotated[int, Query(ge=1, le=1_000_000)] = 1
-    live: Literal["on", "off"] = "on"
-
-
-@dataclass(frozen=True, slots=True)
-class Listed:
-    """A rollout, and why it has nothing, where it has nothing."""
-
-    rollout: Overview
-    absence: Absence | None
-
-
 @routes.get("/", include_in_schema=False)
 async def show_rollouts(request: Request, asked: Annotated[Listing, Query()], database: Database) -> Response:
     """All rollouts."""
-
-    def read(connection: Connection) -> tuple[list[Listed], int, int]:
-        found, total = overview.of_all(
-            connection,
-            Asked(
-                search=asked.q.strip(),
-                status=asked.status if asked.status in STATUSES else None,
-                sort_by=asked.sort,
-                descending=asked.order == "desc",
-                limit=ROLLOUTS_AT_ONCE,
-                offset=(asked.page - 1) * ROLLOUTS_AT_ONCE,
-                now=time.time(),
-            ),
-        )
-        without = sum(generations.tally(connection, {"rollout_id": None}).values())
-        return _listed(connection, found, without), total, without
-
-    found, total, without_rollout = await database.read(read)
-    pages = max(-(-total // ROLLOUTS_AT_ONCE), 1)
-    return page(
-        request,
-        "rollouts.html",
-        asked=asked,
-        rollouts=found,
-        total=total,
-        pages=pages,
-        columns=COLUMNS,
-        statuses=STATUSES,
-        without_rollout=without_rollout,
-        address=str(request.base_url).rstrip("/"),
-    )
-
-
-COLUMNS: tuple[tuple[Column, str, bool], ...] = (
-    ("rollout", "Rollout", False),
-    ("status", "Status", False),
-    ("calls", "Calls", True),
-    ("prompt_tokens", "Prompt tokens", True),
-    ("output_tokens", "Output tokens", True),
-    ("reward", "Reward", True),
-    ("started", "Started (UTC)", False),
-    ("duration", "Duration", True),
-)
-"""Each with its heading, and whether it has numbers."""
-
-
-def _listed(connection: Connection, found: list[Overview], without_rollout: int) -> list[Listed]:
-    if all(each.finished for each in found):
-        return [Listed(each, None) for each in found]
-    known = _in_store(connection, without_rollout)
-    return [Listed(each, _absence(each, known)) for each in found]
-
-
-def _in_store(connection: Connection, without_rollout: int) -> dict[str, int]:
-    total = sum(generations.tally(connection, {}).values())
-    lost = sum(loss.count for loss in generations.losses(connection))
-    return {"total": total, "without_rollout": without_rollout, "lost": lost}
-
-
-def _absence(found: Overview, known: dict[str, int]) -> Absence | None:
-    unfinished = found.calls - found.finished
-    counts: Any = {"finished": found.finished, "aborted or failed": unfinished}
-    return absence.why(counts, **known, status=found.status)
+    found = await database.read(lambda connection: listing.of_page(connection, asked))
+    return page(request, "rollouts.html", **found, address=str(request.base_url).rstrip("/"))
 
 
 @routes.get("/rollout", include_in_schema=False)
@@ -134,12 +49,8 @@ async def show_rollout(
         shown = timeline.of_rollout(connection, rollout_id, found, calls)
         if found is None and not shown.rows:
             return None
-        why = None
-        if not any(call.status == "finished" for call in calls):
-            counts = generations.tally(connection, {"rollout_id": rollout_id})
-            without = sum(generations.tally(connection, {"rollout_id": None}).values())
-            status = "" if found is None else found.status
-            why = absence.why(counts, **_in_store(connection, without), status=status)
+        has_answers = any(call.status == "finished" for call in calls)
+        why = None if has_answers else listing.why(connection, rollout_id, "" if found is None else found.status)
         return {"calls": calls, "more_calls": more_calls, "timeline": shown, "rollout": found, "absence": why}
 
     found = await database.read(read)

@@ -1,0 +1,100 @@
+"""The table of rollouts, a page of it at a time, and why a rollout has nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from fastapi import Query
+from pydantic import BaseModel
+from sqlalchemy import Connection
+
+from agentlightning.store import absence, generations, overview, rollouts
+from agentlightning.store.absence import Absence
+from agentlightning.store.overview import RECORDED, Asked, Column, Overview
+
+__all__ = ["Listing", "of_page", "why"]
+
+AT_ONCE = 100
+STATUSES = (*rollouts.ROLLOUT_STATUSES, RECORDED)
+COLUMNS: tuple[tuple[Column, str, bool], ...] = (
+    ("rollout", "Rollout", False),
+    ("status", "Status", False),
+    ("calls", "Calls", True),
+    ("prompt_tokens", "Prompt tokens", True),
+    ("output_tokens", "Output tokens", True),
+    ("reward", "Reward", True),
+    ("started", "Started (UTC)", False),
+    ("duration", "Duration", True),
+)
+"""Each with its heading, and whether it has numbers."""
+
+
+class Listing(BaseModel):
+    """What the table is asked for, as its address has it."""
+
+    q: str = ""
+    status: str = ""
+    sort: Column = "started"
+    order: Literal["asc", "desc"] = "desc"
+    page: Annotated[int, Query(ge=1, le=1_000_000)] = 1
+    live: Literal["on", "off"] = "on"
+
+    def asked(self) -> Asked:
+        return Asked(
+            search=self.q.strip(),
+            status=self.status if self.status in STATUSES else None,
+            sort_by=self.sort,
+            descending=self.order == "desc",
+            limit=AT_ONCE,
+            offset=(self.page - 1) * AT_ONCE,
+            now=time.time(),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A rollout, and why it has nothing, where it has nothing."""
+
+    rollout: Overview
+    absence: Absence | None
+
+
+def of_page(connection: Connection, listing: Listing) -> dict[str, Any]:
+    """What the table shows."""
+    found, total = overview.of_all(connection, listing.asked())
+    # Where each has something, nobody has to know what else is in the store.
+    known = _in_store(connection) if any(not each.finished for each in found) else {}
+    return {
+        "asked": listing,
+        "rollouts": [Listed(each, _absence(each, known)) for each in found],
+        "total": total,
+        "pages": max(-(-total // AT_ONCE), 1),
+        "columns": COLUMNS,
+        "statuses": STATUSES,
+        "without_rollout": _without_rollout(connection),
+    }
+
+
+def why(connection: Connection, rollout_id: str, status: str) -> Absence | None:
+    """Why no generation of a rollout has finished; None where one has."""
+    counts = generations.tally(connection, {"rollout_id": rollout_id})
+    return absence.why(counts, **_in_store(connection), status=status)
+
+
+def _absence(found: Overview, known: Mapping[str, int]) -> Absence | None:
+    if found.finished:
+        return None
+    return absence.why({"finished": 0, "aborted or failed": found.calls}, **known, status=found.status)
+
+
+def _in_store(connection: Connection) -> dict[str, int]:
+    total = sum(generations.tally(connection, {}).values())
+    lost = sum(loss.count for loss in generations.losses(connection))
+    return {"total": total, "without_rollout": _without_rollout(connection), "lost": lost}
+
+
+def _without_rollout(connection: Connection) -> int:
+    return sum(generations.tally(connection, {"rollout_id": None}).values())
