@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead, InvalidURL
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import quote, unquote, urlencode, urlsplit
+from urllib.parse import unquote, urlencode, urlsplit
 
 import msgspec
 
@@ -15,6 +15,7 @@ from agentlightning import settings
 from agentlightning.generation import Generation, Loss, Status
 from agentlightning.sender import Sender
 from agentlightning.store import Filters, Store, StoreRefused, StoreUnavailable, wire
+from agentlightning.store.rows import uuid_bytes
 from agentlightning.store.wire import MEDIA_TYPE, Refusal
 from agentlightning.triplet import Triplet
 
@@ -83,12 +84,13 @@ class HttpStore(Store):
             raise StoreRefused(f"{self._shown} is no agl store") from error
 
     def greet(self, sender: Sender) -> None:
+        # What is none would be another route.
+        uuid_bytes(sender.id)
         told = {name: getattr(sender, name) for name in ("host", "pid", "started_at", "version", "vllm", "model")}
         vocabulary = sender.vocabulary
         told["vocabulary"] = None if vocabulary is None else vocabulary.digest.hex()
         body = msgspec.json.encode(wire.without_surrogates(told))
-        route = f"/senders/{quote(sender.id, safe='')}"
-        answer = self._read(self._ask("PUT", route, body=body, kind="application/json"), _Greeted)
+        answer = self._read(self._ask("PUT", f"/senders/{sender.id}", body=body, kind="application/json"), _Greeted)
         if vocabulary is not None and answer.vocabulary == "wanted":
             route = f"/vocabularies/{vocabulary.digest.hex()}"
             self._ask("PUT", route, body=vocabulary.to_bytes(), kind="application/octet-stream")

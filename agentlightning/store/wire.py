@@ -1,7 +1,7 @@
 """Generations on their way to an `agl store` and back: `application/vnd.agl.generations.v1+msgpack`.
 
-A message is MessagePack: a map of `generations`, an array; `losses`, an array; `next`, the cursor of the page after this
-one; and `sender`, the id of who has recorded the generations. What there is nothing of may be left out.
+A message is MessagePack: a map of `generations`, an array; `losses`, an array; `next`, the cursor of the page after
+this one; and `sender`, the id of who has recorded the generations. What there is nothing of may be left out.
 
 Generations, choices and losses are arrays of their fields, all of them, in the order that they have here, which is that
 of `agentlightning.generation`; what is unknown is nil. Ids of tokens are bytes, of little-endian int32; logprobs of

@@ -1,0 +1,193 @@
+"""Who writes generations, as those who have no client of ours say it and ask for it; and by our own."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+import httpx
+import pytest
+
+from agentlightning.generation import Loss, new_id
+from agentlightning.sender import PACKED_LIMIT, Sender, Vocabulary
+from agentlightning.store import Store, open_database, open_store, senders, wire
+from tests.common.generations import generation
+from tests.server.process import StoreServer
+
+STARTED = 1_790_000_000 * 10**9
+BYTES = {"Content-Type": "application/octet-stream"}
+
+
+def vocabulary() -> Vocabulary:
+    """One that no other test has."""
+    return Vocabulary(["<s>", "Ġthe", new_id(), None], frozenset({0}))
+
+
+def sender(**fields: Any) -> Sender:
+    usual: dict[str, Any] = {"host": f"gpu-{new_id()}", "pid": 7, "started_at": STARTED, "version": "0.1.0"}
+    return Sender(**usual | {"vllm": "0.32.0", "model": "größe", "vocabulary": vocabulary()} | fields)
+
+
+@pytest.fixture
+def ours(store: StoreServer) -> Iterator[Store]:
+    """As a vLLM server has it."""
+    with open_store(store.url) as opened:
+        yield opened
+
+
+def told(each: Sender) -> dict[str, Any]:
+    """As JSON."""
+    fields = {name: getattr(each, name) for name in ("host", "pid", "started_at", "version", "vllm", "model")}
+    return {**fields, "vocabulary": None if each.vocabulary is None else each.vocabulary.digest.hex()}
+
+
+def put(client: httpx.Client, each: Sender) -> Any:
+    answer = client.put(f"/v1/agl/senders/{each.id}", json=told(each))
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def put_vocabulary(client: httpx.Client, digest: str, body: bytes, **headers: str) -> httpx.Response:
+    return client.put(f"/v1/agl/vocabularies/{digest}", content=body, headers={**BYTES, **headers})
+
+
+def asked(client: httpx.Client, each: Sender) -> Any:
+    [found] = [item for item in client.get("/v1/agl/senders").json()["items"] if item["id"] == each.id]
+    return found
+
+
+def test_a_vocabulary_is_asked_for_until_it_is_there(client: httpx.Client, store: StoreServer) -> None:
+    one, same = sender(), sender()
+    same = dataclasses.replace(same, vocabulary=one.vocabulary)
+    assert one.vocabulary is not None
+    kept = generation(1)
+
+    assert put(client, one) == put(client, one) == {"vocabulary": "wanted"}
+    message = wire.encode([kept], sender_id=one.id)
+    client.post("/v1/agl/generations", content=message, headers={"Content-Type": wire.MEDIA_TYPE})
+    first = put_vocabulary(client, one.vocabulary.digest.hex(), one.vocabulary.to_bytes())
+    again = put_vocabulary(client, one.vocabulary.digest.hex(), one.vocabulary.to_bytes())
+
+    assert first.json() == again.json() == {"tokens": 4}
+    assert put(client, one) == put(client, same) == {"vocabulary": "known"}
+    assert put(client, sender(vocabulary=None)) == {"vocabulary": None}
+    with closing(open_database(store.store)) as database, database.reading() as connection:
+        assert senders.vocabulary_of(connection, kept.id) == one.vocabulary
+
+
+def test_our_client_tells_all_of_it_and_sends_a_vocabulary_once(
+    ours: Store, store: StoreServer, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[Vocabulary] = []
+    pack = Vocabulary.to_bytes
+    monkeypatch.setattr(Vocabulary, "to_bytes", lambda vocabulary: sent.append(vocabulary) or pack(vocabulary))
+    one = sender(host="a host\0 of \ud800", model=None)
+    other = sender(vocabulary=one.vocabulary)
+    kept = [generation(number) for number in range(3)]
+    for each in (one, one, other):
+        ours.greet(each)
+    ours.add(kept[:2], one.id)
+    ours.add(kept, other.id)
+
+    assert sent == [one.vocabulary]
+    assert asked(client, one)["host"] == "a host\0 of ?"
+    assert [asked(client, each)["minutes"][0]["generations"] for each in (one, other)] == [2, 1]
+    with closing(open_database(store.store)) as database, database.reading() as connection:
+        assert {senders.vocabulary_digest_of(connection, each.id) for each in kept} == {
+            one.vocabulary and one.vocabulary.digest
+        }
+
+
+def test_what_no_store_takes_for_a_sender_is_refused_to_our_client(ours: Store) -> None:
+    for bad in (sender(id="me/../you"), sender(pid=2**63), sender(model="m" * 5_000)):
+        with pytest.raises(ValueError, match=r"no UUID|pid|model"):
+            ours.greet(bad)
+
+
+def test_who_has_written_in_the_last_hour_is_told_with_how_much_and_how_late(ours: Store, client: httpx.Client) -> None:
+    each = sender()
+    ours.greet(each)
+    silent = asked(client, each)
+    ours.add([generation(number, prompt=10, output=3) for number in range(4)], each.id)
+    lost_at = silent["seen_at"]
+    ours.add_losses(
+        [Loss(count=5, reason="queue full", first_at=lost_at, last_at=lost_at, host=each.host, pid=each.pid)]
+    )
+
+    found = asked(client, each)
+    assert {name: found[name] for name in told(each)} == told(each)
+    assert (silent["minutes"], silent["lag_mean"], silent["lag_max"], silent["lost"]) == ([], None, None, 0)
+    [minute] = found["minutes"]
+    assert minute == {"minute": minute["minute"], "generations": 4, "prompt_tokens": 40, "output_tokens": 12}
+    assert abs(minute["minute"] - found["seen_at"] // (60 * 10**9)) <= 1
+    # They have finished long ago, a second after each other.
+    assert found["lag_max"] - found["lag_mean"] == pytest.approx(1.5, abs=0.01)
+    assert found["lost"] == 5
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "reason"),
+    [
+        ("no-uuid", {}, "sender_id"),
+        (new_id().upper(), {}, "sender_id"),
+        (new_id(), {"vocabulary": "a" * 63}, "vocabulary"),
+        (new_id(), {"vocabulary": "G" * 64}, "vocabulary"),
+        (new_id(), {"pid": "7"}, "pid"),
+        (new_id(), {"pid": 2**63}, "pid"),
+        (new_id(), {"started_at": None}, "started_at"),
+        (new_id(), {"host": 7}, "host"),
+        (new_id(), {"model": "m" * 4_097}, "model"),
+    ],
+)
+def test_what_is_no_sender_is_told_so(client: httpx.Client, path: str, change: dict[str, Any], reason: str) -> None:
+    answer = client.put(f"/v1/agl/senders/{path}", json=told(sender()) | change)
+
+    assert answer.status_code == 422
+    assert reason in answer.json()["detail"]
+
+
+DIGEST = vocabulary().digest.hex()
+
+
+@pytest.mark.parametrize(
+    ("digest", "body", "status", "reason"),
+    [
+        (DIGEST, b"", 422, "cut off"),
+        (DIGEST, b"a vocabulary", 422, "cannot be unpacked"),
+        (DIGEST, zlib.compress(b"[]"), 422, "something else"),
+        (DIGEST, zlib.compress(bytes(100 << 20)), 422, "larger than 64 MiB"),
+        (DIGEST, Vocabulary(["another"]).to_bytes(), 422, "of another digest"),
+        # Equal vocabularies would have two digests.
+        (DIGEST, zlib.compress(b'{"tokens": ["a"], "special": []}'), 422, "of another digest"),
+        (DIGEST, bytes(PACKED_LIMIT + 1), 413, "larger than 16 MiB"),
+        ("abc", vocabulary().to_bytes(), 422, "digest"),
+    ],
+)
+def test_what_is_no_vocabulary_is_told_so(
+    client: httpx.Client, store: StoreServer, digest: str, body: bytes, status: int, reason: str
+) -> None:
+    answer = put_vocabulary(client, digest, body)
+
+    assert answer.status_code == status
+    assert reason in answer.json()["detail"]
+    with closing(open_database(store.store)) as database, database.reading() as connection:
+        assert not senders.has_vocabulary(connection, bytes.fromhex(DIGEST))
+
+
+def test_a_vocabulary_of_another_kind_is_told_so(client: httpx.Client) -> None:
+    kept = vocabulary()
+
+    answer = put_vocabulary(client, kept.digest.hex(), kept.to_bytes(), **{"Content-Type": "application/json"})
+
+    assert answer.status_code == 415
+    assert "application/octet-stream" in answer.json()["detail"]
+
+
+def test_one_sender_with_a_broken_name_costs_no_generation(client: httpx.Client) -> None:
+    for sender_id in ("no uuid", new_id()):
+        message = wire.encode([generation(1)], sender_id=sender_id)
+        answer = client.post("/v1/agl/generations", content=message, headers={"Content-Type": wire.MEDIA_TYPE})
+        assert (answer.status_code, answer.json()["refused"]) == (201, [])
