@@ -42,7 +42,7 @@ document.addEventListener("keydown", (event) => {
   event.preventDefault();
   const tokens = tokensOf(text);
   const chosen = text.querySelector(".chosen");
-  const next = chosen ? place.get(chosen) + STEPS[event.key] : 0;
+  const next = (chosen ? place.get(chosen) : -1) + STEPS[event.key];
   if (tokens.length) choose(text, tokens[Math.min(Math.max(next, 0), tokens.length - 1)]);
 });
 
