@@ -11,12 +11,13 @@ import vllm
 from sqlalchemy import Connection, func, select
 
 import agentlightning
+from agentlightning.generation import Generation
 from agentlightning.store import open_database, senders, tables
 from tests.common.answers import fetch, post
 from tests.common.reference import tokenizer
 from tests.recording.server import RecordingServer
 from tests.recording.test_api_servers import FEW, ask_all, until_kept
-from tests.recording.test_endpoints import TALK, ids_of
+from tests.recording.test_endpoints import TALK
 
 
 @contextmanager
@@ -38,6 +39,11 @@ def written(each: senders.Seen) -> tuple[int, int, int]:
     )
 
 
+def ids_of(generation: Generation) -> tuple[list[int], list[list[int]]]:
+    """Of its prompt, which has none where it was embeddings, and of its choices."""
+    return [*generation.prompt_token_ids or ()], [[*choice.token_ids or ()] for choice in generation.choices]
+
+
 def test_the_store_knows_the_server_and_what_it_has_written(recording: RecordingServer, rollout: str) -> None:
     post(recording, "/v1/completions", recording.body(prompt="one two", n=3, temperature=1.0))
     kept = recording.recorded()
@@ -46,8 +52,8 @@ def test_the_store_knows_the_server_and_what_it_has_written(recording: Recording
     assert found.sender.pid == fetch(recording, "/v1/agl/status")["pid"]
     assert (found.sender.version, found.sender.vllm) == (agentlightning.__version__, vllm.__version__)
     assert found.sender.model == recording.model
-    sampled = [len(ids) for each in kept for ids in ids_of(each)[1]]
-    assert written(found) == (len(kept), sum(len(ids_of(each)[0]) for each in kept), sum(sampled))
+    prompts, sampled = zip(*map(ids_of, kept), strict=True)
+    assert written(found) == (len(kept), sum(map(len, prompts)), sum(len(ids) for choices in sampled for ids in choices))
     # It was told who it is before it answered.
     assert found.sender.started_at < min(each.finished_at for each in kept)
     assert found.lost == 0
