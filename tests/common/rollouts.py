@@ -102,6 +102,11 @@ class Rollout:
     def reward(self) -> float | None:
         return {"succeeded": 1.0, "failed": 0.0}.get(self.status)
 
+    @property
+    def calls(self) -> int:
+        """How many there are, of all attempts."""
+        return sum(len(_answered(self, status)) for status in self.attempt_statuses)
+
     def attempt_id(self, sequence_id: int) -> str:
         return f"at-{self._id(sequence_id)}"
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import httpx
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
@@ -85,3 +86,27 @@ def look(visit: Callable[..., Visit], filled: Filled) -> Open:
         return page
 
     return look
+
+
+@pytest.fixture(scope="package")
+def living(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreServer]:
+    """A store in which something happens."""
+    with StoreServer(tmp_path_factory.mktemp("living") / "store.db") as server:
+        yield server
+
+
+@pytest.fixture
+def trainer(living: StoreServer) -> Iterator[httpx.Client]:
+    with living.client() as client:
+        yield client
+
+
+def started(trainer: httpx.Client, question: str) -> dict[str, Any]:
+    """A rollout that has begun."""
+    return trainer.post("/v1/agl/rollouts", json={"input": {"question": question}}).raise_for_status().json()
+
+
+def end(trainer: httpx.Client, rollout: dict[str, Any]) -> None:
+    """Let its attempt succeed."""
+    path = f"/v1/agl/rollouts/{rollout['rollout_id']}/attempts/{rollout['attempt']['attempt_id']}"
+    trainer.post(path, json={"status": "succeeded"}).raise_for_status()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -13,7 +12,7 @@ from playwright.sync_api import Locator, Page, expect
 
 from tests.common.browser import Visit
 from tests.common.rollouts import LONG
-from tests.page.conftest import COUNT, LONG_IDS, Filled, Open
+from tests.page.conftest import COUNT, LONG_IDS, Filled, Open, end, started
 from tests.server.process import StoreServer
 
 
@@ -164,28 +163,6 @@ def test_a_page_that_is_not_there_leads_to_the_first(look: Open) -> None:
 
     expect(page.get_by_text("Page 1 of 3")).to_be_visible()
     expect(page.get_by_role("columnheader", name="Calls")).to_have_attribute("aria-sort", "descending")
-
-
-@pytest.fixture(scope="module")
-def living(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreServer]:
-    """A store in which something happens."""
-    with StoreServer(tmp_path_factory.mktemp("living") / "store.db") as server:
-        yield server
-
-
-@pytest.fixture
-def trainer(living: StoreServer) -> Iterator[httpx.Client]:
-    with living.client() as client:
-        yield client
-
-
-def started(trainer: httpx.Client, question: str) -> dict[str, Any]:
-    return trainer.post("/v1/agl/rollouts", json={"input": {"question": question}}).raise_for_status().json()
-
-
-def end(trainer: httpx.Client, rollout: dict[str, Any]) -> None:
-    path = f"/v1/agl/rollouts/{rollout['rollout_id']}/attempts/{rollout['attempt']['attempt_id']}"
-    trainer.post(path, json={"status": "succeeded"}).raise_for_status()
 
 
 def test_a_rollout_that_ends_meanwhile_is_shown_so(

@@ -1,0 +1,220 @@
+"""One generation: each token as its text, its id and logprob told, and a link that leads to it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Locator, Page, expect
+
+from agentlightning.generation import Generation
+from agentlightning.store import open_store
+from tests.common.browser import Visit
+from tests.common.generations import EMPTY, FULL
+from tests.common.rollouts import END, Rollout, tokens
+from tests.page.conftest import LONG_IDS, Filled, Open
+from tests.server.process import StoreServer
+
+TOLD = re.compile(r"Token (\d+): (\".*\"), id (-?\d+)(?:, logprob (\S+) \((\S+) %\))?")
+
+
+def answer(page: Page) -> Locator:
+    """The tokens of the answer, which is where the keys are for."""
+    return page.get_by_role("group", name="Answer")
+
+
+def told(page: Page) -> tuple[int, str, int, float | None]:
+    """What is said of the chosen token: its place, text, id and logprob."""
+    found = TOLD.fullmatch(page.get_by_text(TOLD).inner_text())
+    assert found is not None
+    place, text, token_id, logprob, _ = found.groups()
+    return int(place), json.loads(text), int(token_id), None if logprob is None else float(logprob)
+
+
+def chosen(page: Page) -> Locator:
+    return page.locator(".chosen")
+
+
+@pytest.fixture
+def rollout(filled: Filled) -> Rollout:
+    """One whose first call had one answer."""
+    return next(each for each in filled.rollouts if each.number % 5 and each.status == "succeeded")
+
+
+@pytest.fixture
+def recorded(filled: Filled, rollout: Rollout) -> Generation:
+    """Its first call, as vLLM has recorded it."""
+    with open_store(filled.server.url) as store:
+        return next(each for each in store.generations(rollout_id=rollout.rollout_id))
+
+
+def choice_of(generation: Generation) -> tuple[list[int], list[float]]:
+    [choice] = generation.choices
+    assert choice.token_ids is not None
+    assert choice.logprobs is not None
+    return choice.token_ids.tolist(), choice.logprobs.tolist()
+
+
+def test_the_tokens_are_the_text(look: Open, recorded: Generation) -> None:
+    page = look(f"/generation?id={recorded.id}")
+
+    assert answer(page).text_content() == f"{recorded.choices[0].text}{END}"
+
+
+def test_by_keys_each_token_is_told_with_its_id_and_logprob(look: Open, recorded: Generation) -> None:
+    page = look(f"/generation?id={recorded.id}")
+    token_ids, logprobs = choice_of(recorded)
+    answer(page).focus()
+    for place, (token_id, logprob) in enumerate(zip(token_ids, logprobs, strict=True)):
+        page.keyboard.press("ArrowRight")
+        expect(page.get_by_text(f"Token {place}:")).to_be_visible()
+        found = told(page)
+        assert (found[0], found[2]) == (place, token_id)
+        assert found[3] == pytest.approx(logprob, rel=1e-4)
+        assert tokens(found[1]) == [token_id]
+    last = len(token_ids) - 1
+    for key, place in (("ArrowRight", last), ("ArrowLeft", last - 1), ("Home", 0), ("ArrowLeft", 0), ("End", last)):
+        page.keyboard.press(key)
+        assert told(page)[0] == place
+
+
+def test_by_a_click_too(look: Open, recorded: Generation) -> None:
+    page = look(f"/generation?id={recorded.id}")
+    answer(page).get_by_text("calculator", exact=True).click()
+
+    place, text, token_id, logprob = told(page)
+    assert text == "calculator"
+    assert (token_id, pytest.approx(logprob, rel=1e-4)) == tuple(each[place] for each in choice_of(recorded))
+    expect(chosen(page)).to_have_text("calculator")
+    answer(page).get_by_text("name", exact=True).click()
+    expect(chosen(page)).to_have_text("name")
+
+
+def test_a_link_to_a_token_leads_to_it(look: Open, recorded: Generation) -> None:
+    page = look(f"/generation?id={recorded.id}")
+    answer(page).get_by_text("calculator", exact=True).click()
+    link = page.get_by_role("link", name="Link to this").get_attribute("href")
+
+    for address in (page.url, link):
+        assert address
+        other = look(address)
+        expect(chosen(other)).to_have_text("calculator")
+        assert told(other) == told(page)
+
+
+def test_a_token_far_down_is_in_sight_when_it_is_linked_to(look: Open, filled: Filled) -> None:
+    page = look(f"/generation?id={filled.long.id}#t20000")
+    token_ids, _ = choice_of(filled.long)
+
+    expect(chosen(page)).to_be_in_viewport()
+    assert told(page)[2] == token_ids[20_000]
+    answer(page).focus()
+    page.keyboard.press("End")
+    expect(chosen(page)).to_be_in_viewport()
+    expect(chosen(page)).to_have_text(END)
+    assert told(page)[0] == LONG_IDS - 1
+    page.keyboard.press("Home")
+    expect(chosen(page)).to_be_in_viewport()
+    assert told(page)[0] == 0
+
+
+def test_the_prompt_is_folded_and_has_its_tokens_when_it_is_not(look: Open, recorded: Generation) -> None:
+    page = look(f"/generation?id={recorded.id}")
+    prompt = page.get_by_role("group", name="Prompt: ")
+    expect(prompt).to_have_count(0)
+    assert recorded.prompt_token_ids is not None
+    page.get_by_text(f"{len(recorded.prompt_token_ids)} tokens", exact=True).click()
+
+    expect(prompt).to_be_visible()
+    assert prompt.text_content() == recorded.prompt_text
+    prompt.get_by_text("calculator").click()
+    assert told(page)[1:] == (" calculator", tokens(" calculator")[0], None)
+    page.keyboard.press("ArrowRight")
+    # The address is that of a token of the answer.
+    assert "#" not in page.url
+
+
+def test_half_a_character_is_shown_as_its_bytes(look: Open, rollout: Rollout) -> None:
+    page = look(f"/generation?id={rollout.generation_id(1, len(rollout.answers) - 1)}")
+
+    expect(answer(page)).to_contain_text("\\xf0\\x9f\\x98\\x80")
+
+
+def test_its_logprobs_are_plotted_and_told_in_words(look: Open, recorded: Generation) -> None:
+    page = look(f"/generation?id={recorded.id}")
+    _, logprobs = choice_of(recorded)
+    lowest = logprobs.index(min(logprobs))
+    plot = page.get_by_role("img", name="Plot of logprobs")
+
+    expect(plot).to_have_accessible_name(re.compile(rf"{len(logprobs)} tokens, mean .* at token {lowest}$"))
+    box = plot.locator("canvas").bounding_box()
+    assert box is not None
+    assert min(box["width"], box["height"]) > 100
+    page.get_by_role("link", name=str(lowest), exact=True).click()
+    assert told(page)[0] == lowest
+    # Where somebody points to in it is a token, too.
+    plot.click()
+    assert told(page)[0] == pytest.approx(len(logprobs) / 2, abs=len(logprobs) / 4)
+
+
+def test_the_plot_fits_a_window_that_becomes_narrower(look: Open, recorded: Generation) -> None:
+    page = look(f"/generation?id={recorded.id}")
+    page.set_viewport_size({"width": 500, "height": 800})
+
+    expect(page.get_by_role("img", name="Plot of logprobs").locator("canvas")).to_be_in_viewport(ratio=1)
+
+
+def test_each_choice_has_an_address(look: Open, filled: Filled) -> None:
+    rollout = next(each for each in filled.rollouts if not each.number % 5 and each.status == "succeeded")
+    page = look(f"/generation?id={rollout.generation_id(1, 0)}")
+    expect(answer(page)).to_contain_text("calculator")
+    page.get_by_role("link", name="Choice 1").click()
+
+    expect(answer(page)).to_contain_text("times")
+    expect(page.get_by_role("link", name="Choice 1")).to_have_attribute("aria-current", "page")
+    expect(answer(look(page.url))).to_contain_text("times")
+
+
+def test_the_raw_json_has_exactly_what_was_recorded(look: Open, recorded: Generation) -> None:
+    page = look(f"/generation?id={recorded.id}")
+    page.get_by_role("link", name="Raw JSON").click()
+
+    found = json.loads(page.get_by_text("prompt_token_ids").inner_text())
+    assert found["choices"][0]["token_ids"] == choice_of(recorded)[0]
+    assert found["prompt_text"] == recorded.prompt_text
+
+
+def test_one_that_is_not_there_is_said_not_to_be(look: Open) -> None:
+    expect(look("/generation?id=nothing").get_by_role("heading")).to_have_text("There is no generation 'nothing'")
+
+
+def test_without_scripts_it_can_be_read(look: Open, recorded: Generation) -> None:
+    page = look(f"/generation?id={recorded.id}", javascript=False)
+
+    assert answer(page).text_content() == f"{recorded.choices[0].text}{END}"
+    expect(page.get_by_text("Logprobs: mean")).to_be_visible()
+
+
+def test_what_nobody_knows_is_not_made_up(visit: Callable[..., Visit], tmp_path: Path) -> None:
+    with StoreServer(tmp_path / "store.db") as server:
+        with open_store(server.url) as store:
+            store.add([FULL, EMPTY])
+        page = visit(server).page
+        page.goto(f"/generation?id={FULL.id}")
+        # No vocabulary, and a logprob of minus infinity.
+        expect(page.get_by_text("has not sent its vocabulary")).to_be_visible()
+        assert answer(page).text_content() == "[7][8]"
+        expect(page.get_by_text("what came out")).to_be_visible()
+        answer(page).focus()
+        page.keyboard.press("End")
+        assert told(page) == (1, "[8]", 8, -math.inf)
+        page.goto(f"/generation?id={FULL.id}&choice=1")
+        expect(page.get_by_text("No logprobs are recorded")).to_be_visible()
+        page.goto(f"/generation?id={FULL.id}&choice=2")
+        expect(page.get_by_text("No ids are known of it")).to_be_visible()
+        page.goto(f"/generation?id={EMPTY.id}")
+        expect(page.get_by_text("No ids are known of it")).to_have_count(2)

@@ -1,0 +1,47 @@
+"""Who writes to the store, how much and how late, and what was lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from playwright.sync_api import expect
+
+from tests.common.browser import Visit
+from tests.common.rollouts import MODEL, fill
+from tests.page.conftest import LONG_IDS, Filled, Open
+from tests.server.process import StoreServer
+
+
+def test_each_has_its_model_and_what_it_has_written(look: Open, filled: Filled) -> None:
+    page = look("/senders")
+    headings = page.get_by_role("columnheader").all_inner_texts()
+    found = {text.split()[0]: text.split("\t") for text in page.get_by_role("row").all_inner_texts()[1:]}
+
+    assert sorted(found) == ["gpu-7", "gpu-8"]
+    one, other = (dict(zip(headings, found[each], strict=True)) for each in sorted(found))
+    assert one["Model"] == other["Model"] == MODEL
+    assert "vLLM 0.32.0" in one["Sender"]
+    calls = sum(each.calls for each in filled.rollouts)
+    assert (one["Calls"], other["Calls"]) == (str(calls), "1")
+    assert "".join(other["Output tokens"].split()) == str(LONG_IDS)
+    assert (one["Lost"], other["Lost"]) == ("3", "0")
+    assert one["Lag"].endswith("s")
+
+
+def test_calls_a_minute_are_drawn_and_told_in_words(look: Open) -> None:
+    page = look("/senders")
+
+    drawn = page.get_by_role("img", name="Calls in each of the last 60 minutes")
+    expect(drawn).to_have_count(2)
+    expect(drawn.first).to_be_visible()
+
+
+def test_one_that_begins_to_write_is_shown(visit: Callable[..., Visit], tmp_path: Path) -> None:
+    with StoreServer(tmp_path / "store.db") as server:
+        page = visit(server).page
+        page.goto("/")
+        page.get_by_role("link", name="Senders").click()
+        expect(page.get_by_text("Nobody has")).to_be_visible()
+        fill(str(server.path), 1)
+        expect(page.get_by_role("rowheader")).to_contain_text("gpu-7")
