@@ -41,7 +41,7 @@ def written(each: senders.Seen) -> tuple[int, int, int]:
 
 def ids_of(generation: Generation) -> tuple[list[int], list[list[int]]]:
     """Of its prompt, which has none where it was embeddings, and of its choices."""
-    return [*generation.prompt_token_ids or ()], [[*choice.token_ids or ()] for choice in generation.choices]
+    return list(generation.prompt_token_ids or ()), [list(choice.token_ids or ()) for choice in generation.choices]
 
 
 def test_the_store_knows_the_server_and_what_it_has_written(recording: RecordingServer, rollout: str) -> None:
@@ -52,8 +52,8 @@ def test_the_store_knows_the_server_and_what_it_has_written(recording: Recording
     assert found.sender.pid == fetch(recording, "/v1/agl/status")["pid"]
     assert (found.sender.version, found.sender.vllm) == (agentlightning.__version__, vllm.__version__)
     assert found.sender.model == recording.model
-    prompts, sampled = zip(*map(ids_of, kept), strict=True)
-    assert written(found) == (len(kept), sum(map(len, prompts)), sum(len(ids) for choices in sampled for ids in choices))
+    prompts = sum(len(ids_of(each)[0]) for each in kept)
+    assert written(found) == (len(kept), prompts, sum(len(ids) for each in kept for ids in ids_of(each)[1]))
     # It was told who it is before it answered.
     assert found.sender.started_at < min(each.finished_at for each in kept)
     assert found.lost == 0
