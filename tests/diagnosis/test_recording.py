@@ -93,7 +93,10 @@ def test_aborted(said: Any) -> None:
     answer = said([generation(1, status="aborted"), generation(2, status="error")], [], "--rollout", "rollout-0")
 
     assert answer.status == 1
-    assert "problem rollout 'rollout-0': 2: 1 aborted, 1 error: its clients hung up, or the engine failed, before" in answer.text
+    assert (
+        "problem rollout 'rollout-0': 2: 1 aborted, 1 error: its clients hung up, or the engine failed, before"
+        in answer.text
+    )
     assert "look at the client's timeout, and at the server's log" in answer.text
 
 
