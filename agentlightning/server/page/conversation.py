@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import Connection
@@ -36,7 +37,7 @@ class Call:
     Attributes:
         span_id: of the span that names it.
         started, finished: seconds since the epoch.
-        is_continued: whether the prompt begins with all of the call before it, and `said` is the rest.
+        is_continued: whether the prompt begins with what was said before, and `said` is the rest of it.
         said: None where no text is kept.
     """
 
@@ -64,15 +65,17 @@ def of_rollout(connection: Connection, rollout_id: str) -> tuple[list[Call], int
     for each in triplets.of_rollout(connection, rollout_id):
         places.setdefault(each.generation_id, []).append(each)
     found: list[Call] = []
-    # What has been said so far, by attempt: the agents of one may take turns with those of another.
-    before: dict[str | None, str] = {}
+    # What was said so far in each attempt: one agent's calls may come between those of another.
+    said: defaultdict[str | None, list[str]] = defaultdict(list)
     for generation_id, of_call in list(places.items())[:CALLS_SHOWN]:
         generation = generations.find(connection, generation_id)
         if generation is not None:
             place = of_call[0]
+            so_far = said[place.attempt_id]
+            before = _beginning(generation.prompt_text, so_far)
             rewards = {each.index: each.reward for each in of_call}
-            found.append(_call(generation, place.attempt_id, place.span_id, before.get(place.attempt_id, ""), rewards))
-            before[place.attempt_id] = _all_of(generation)
+            found.append(_call(generation, place.attempt_id, place.span_id, before, rewards))
+            so_far += _texts_of(generation)
     return found, max(len(places) - CALLS_SHOWN, 0)
 
 
@@ -86,7 +89,6 @@ def _call(
     generation: Generation, attempt_id: str | None, span_id: str | None, before: str, rewards: dict[int, float | None]
 ) -> Call:
     prompt = generation.prompt_text
-    is_continued = bool(before) and prompt is not None and prompt.startswith(before)
     return Call(
         id=generation.id,
         attempt_id=attempt_id,
@@ -97,8 +99,8 @@ def _call(
         started=(generation.started_at or generation.finished_at) / NANOSECONDS,
         finished=generation.finished_at / NANOSECONDS,
         prompt_ids=len(generation.prompt_token_ids or ()),
-        is_continued=is_continued,
-        said=prompt[len(before) :] if is_continued and prompt is not None else prompt,
+        is_continued=bool(before),
+        said=None if prompt is None else prompt[len(before) :],
         answers=[
             Answer(each.index, each.text, len(each.token_ids or ()), each.finish_reason, rewards.get(each.index))
             for each in generation.choices
@@ -106,7 +108,17 @@ def _call(
     )
 
 
-def _all_of(generation: Generation) -> str:
-    """Prompt and answer, which the next prompt begins with; empty where that cannot be told."""
-    texts = [each.text for each in generation.choices]
-    return generation.prompt_text + texts[0] if generation.prompt_text and len(texts) == 1 and texts[0] else ""
+def _texts_of(generation: Generation) -> Iterator[str]:
+    """What a later prompt may begin with: this one, and, last, this one with its answer.
+
+    A chat template may leave out of an answer, once it is said, what was thought before it.
+    """
+    if generation.prompt_text:
+        yield generation.prompt_text
+        for each in generation.choices:
+            yield generation.prompt_text + (each.text or "")
+
+
+def _beginning(prompt: str | None, so_far: Sequence[str]) -> str:
+    """The last of what was said so far that the prompt begins with; empty where it begins with none of it."""
+    return "" if prompt is None else next((text for text in reversed(so_far) if prompt.startswith(text)), "")
