@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks.machine import describe_machine
 from benchmarks.report import Report, say
 
-BENCHMARKS = ("startup", "serving", "step", "store", "recording", "logprobs", "lightning_store", "beyond")
+BENCHMARKS = ("startup", "serving", "step", "store", "recording", "logprobs", "lightning_store", "beyond", "page")
 RESULTS = Path(__file__).with_name("results")
 
 

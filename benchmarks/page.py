@@ -1,0 +1,230 @@
+"""The page of `agl store` in a browser: how soon it is there, how soon it answers, and whether it scrolls evenly.
+
+What would make such numbers lie, and what is done about it:
+
+- Browser, server and whoever measures share the machine. So small and large take turns, and what counts is their ratio
+  in the same round.
+- A second visit has everything at hand. So each is that of somebody new, whose browser has nothing of the store.
+- Who drives a browser from outside waits for the way there and back. So all moments are taken within it.
+- No machine of these has a graphics card, and a processor draws more slowly. So frames are those of the slower kind.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from playwright.sync_api import Browser, Page
+
+from benchmarks.environments import interleaved
+from benchmarks.lightning_store import agl_store
+from benchmarks.load import HOST
+from benchmarks.machine import BusyMeter
+from benchmarks.report import Part, Row, Section, Summary, Target, say
+from tests.common.browser import MISSING, Visit, chromium, program
+from tests.common.rollouts import Rollout, fill, long_generation
+
+ROUNDS, QUICK_ROUNDS = 15, 5
+FEW, MANY = 100, 10_000
+SHORT, LONG = 1_024, 32_768
+FRAMES, PIXELS = 120, 300
+KEYS = 10
+LONG_FRAME = 50
+
+# Before any script of the page. It is ready when all of these have run, and the browser has nothing left to do.
+READY = """
+window.isReady = new Promise((resolve) => {
+  addEventListener("load", () => requestAnimationFrame(() => setTimeout(() => resolve(performance.now()))));
+});
+"""
+PAINTED = "performance.getEntriesByName('first-contentful-paint')[0].startTime"
+SCROLLED = """
+async ([frames, pixels]) => {
+  const frame = () => new Promise(requestAnimationFrame);
+  const lasted = [];
+  let last = await frame();
+  for (let number = 0; number < frames; number++) {
+    const before = scrollY;
+    scrollBy({ top: pixels, behavior: "instant" });
+    // At the end, and back at the beginning.
+    if (scrollY === before) pixels = -pixels;
+    const now = await frame();
+    lasted.push(now - last);
+    last = now;
+  }
+  return lasted;
+}
+"""
+SEARCHED = """
+async (text) => {
+  const found = new Promise((resolve) => {
+    const observer = new MutationObserver(() => {
+      if (!/ rollouts? found/.test(document.body.innerText)) return;
+      observer.disconnect();
+      requestAnimationFrame(() => setTimeout(resolve));
+    });
+    observer.observe(document.body, { subtree: true, childList: true, characterData: true });
+  });
+  const input = document.querySelector("input[type=search]");
+  const started = performance.now();
+  input.value = text;
+  input.dispatchEvent(new Event("input", { bubbles: true }));
+  await found;
+  return performance.now() - started;
+}
+"""
+PRESSED = """
+async (times) => {
+  const frame = () => new Promise((resolve) => requestAnimationFrame(() => setTimeout(resolve)));
+  const answer = document.querySelector(".tokens");
+  const lasted = [];
+  answer.focus();
+  for (let number = 0; number < times; number++) {
+    await frame();
+    const started = performance.now();
+    answer.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight", bubbles: true, cancelable: true }));
+    await frame();
+    lasted.push(performance.now() - started);
+  }
+  return lasted;
+}
+"""
+
+ABOUT = (
+    "Chromium without a window and without a graphics card, 1,440 by 900 pixels, on the machine of the store. Each "
+    "visit is the first of its browser, to the list of so many rollouts, or to a generation of so many tokens with "
+    "their logprobs; a ratio is to the row above."
+)
+
+
+@dataclass(frozen=True)
+class Visited:
+    """What somebody saw, in milliseconds.
+
+    Attributes:
+        painted: from the address until there was something to read.
+        ready: until all of it was there, and every script had run.
+        answered: from a key until what it had done was shown.
+        frames: while scrolling, each.
+    """
+
+    painted: float
+    ready: float
+    answered: float
+    frames: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is visited.
+
+    Attributes:
+        is_large: whether it has more than the one before it, to which it is compared.
+        answered: does what is answered, and gives the milliseconds.
+    """
+
+    label: str
+    is_large: bool
+    address: str
+    answered: Callable[[Page], float]
+
+
+def measure(quick: bool) -> Part:
+    """Everything, of stores that are gone afterwards."""
+    found = program()
+    busy = BusyMeter(lambda: [process.pid for process in psutil.Process().children(recursive=True)])
+    with busy.running():
+        if found is None:
+            say(MISSING)
+            sections = [Section("The page", skipped=MISSING)]
+        else:
+            with tempfile.TemporaryDirectory(prefix="agl-bench-") as name, chromium(found) as browser:
+                sections = visits(browser, Path(name), QUICK_ROUNDS if quick else ROUNDS)
+    return Part("The page", ABOUT, sections, busy.share_of_others())
+
+
+def visits(browser: Browser, folder: Path, rounds: int) -> list[Section]:
+    few, many = folder / f"{FEW}.db", folder / f"{MANY}.db"
+    rollouts: dict[Path, list[Rollout]] = {}
+    for path, count in ((few, FEW), (many, MANY)):
+        say(f"writing {count:,} rollouts to look at")
+        rollouts[path] = fill(str(path), count)
+    short, long = (f"/generation?id={long_generation(str(few), ids).id}" for ids in (SHORT, LONG))
+    with agl_store(few, folder / "few.log") as one, agl_store(many, folder / "many.log") as other:
+        urls = {path: f"http://{HOST}:{server.port}" for path, server in ((few, one), (many, other))}
+        kinds = [
+            Kind(f"{FEW:,} rollouts", False, f"{urls[few]}/", searching(rollouts[few])),
+            Kind(f"{MANY:,} rollouts", True, f"{urls[many]}/", searching(rollouts[many])),
+            Kind(f"{SHORT:,} tokens", False, f"{urls[few]}{short}", pressing),
+            Kind(f"{LONG:,} tokens", True, f"{urls[few]}{long}", pressing),
+        ]
+        measured: dict[str, list[Visited]] = {kind.label: [] for kind in kinds}
+        for kind in interleaved(kinds, rounds, "visits, timed"):
+            measured[kind.label].append(visited(browser, kind))
+    return tables(kinds, measured)
+
+
+def searching(rollouts: Sequence[Rollout]) -> Callable[[Page], float]:
+    """Types the id of the rollout that is the last of all."""
+    return lambda page: page.evaluate(SEARCHED, rollouts[0].rollout_id)
+
+
+def pressing(page: Page) -> float:
+    """Goes from token to token."""
+    return statistics.median(page.evaluate(PRESSED, KEYS))
+
+
+def visited(browser: Browser, kind: Kind) -> Visited:
+    visit = Visit(browser, kind.address)
+    page = visit.page
+    page.add_init_script(READY)
+    page.goto(kind.address)
+    ready = page.evaluate("isReady")
+    frames = page.evaluate(SCROLLED, [FRAMES, PIXELS])
+    found = Visited(page.evaluate(PAINTED), ready, kind.answered(page), frames)
+    visit.close()
+    return found
+
+
+def tables(kinds: Sequence[Kind], measured: Mapping[str, Sequence[Visited]]) -> list[Section]:
+    """Each measure, with a limit to each of the two that are large."""
+
+    def compared(of: Callable[[Visited], float], *limits: float) -> list[Row]:
+        rows: list[Row] = []
+        above: list[float] = []
+        remaining = iter(limits)
+        for kind in kinds:
+            values = [of(each) for each in measured[kind.label]]
+            target = Target(next(remaining)) if kind.is_large else None
+            rows.append(Row.of(kind.label, values, above if kind.is_large else values, target))
+            above = values
+        return rows
+
+    def counted(of: Callable[[Visited], float], limit: float | None) -> list[Row]:
+        target = None if limit is None else Target(limit)
+        return [
+            Row(kind.label, Summary.of([of(each) for each in measured[kind.label]]), None, target) for kind in kinds
+        ]
+
+    def long_frames(visit: Visited) -> float:
+        return 100 * sum(each > LONG_FRAME for each in visit.frames) / len(visit.frames)
+
+    scrolling = f"{FRAMES} frames, in each of which it is scrolled by {PIXELS} pixels"
+    return [
+        Section("First paint", "ms", "Until there is something to read.", compared(lambda each: each.painted, 1.5, 2)),
+        Section("Ready", "ms", "Until every script has run.", compared(lambda each: each.ready, 1.5, 5)),
+        Section(
+            "Answer",
+            "ms",
+            "Of the list: from the last letter in the search until the one that it finds is shown, of which 300 ms are "
+            "waited for one more letter. Of tokens: from an arrow key until the next one is.",
+            compared(lambda each: each.answered, 1.5, 1.5),
+        ),
+        Section("A frame", "ms", f"{scrolling}.", compared(lambda each: statistics.median(each.frames), 1.25, 1.25)),
+        Section(f"Frames of more than {LONG_FRAME} ms", "%", "Of the same.", counted(long_frames, 5)),
+        Section("The longest frame", "ms", "Of the same.", counted(lambda each: max(each.frames), None)),
+    ]
