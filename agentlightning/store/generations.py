@@ -46,11 +46,12 @@ def add(connection: Connection, generations: Sequence[Generation], sender_id: st
         ValueError: one of them cannot be kept by any store.
     """
     new = _unknown(connection, tables.generations, generations)
-    sender_key = senders.note(connection, sender_id, new, time.time_ns())
+    counts = [rows.token_counts(generation) for generation in new]
+    sender_key = senders.note(connection, sender_id, new, counts, time.time_ns())
     keys = texts.keys_of(connection, {text for generation in new for text in rows.repeated_texts(generation)})
-    numbered = list(zip(new, next_keys(connection, tables.generations, len(new)), strict=True))
+    numbered = list(zip(new, counts, next_keys(connection, tables.generations, len(new)), strict=True))
     insert_rows(connection, tables.generations, [rows.generation_row(*each, keys, sender_key) for each in numbered])
-    choices = ((choice, key) for generation, key in numbered for choice in generation.choices)
+    choices = ((choice, key) for generation, _, key in numbered for choice in generation.choices)
     insert_rows(connection, tables.choices, [rows.choice_row(*each, keys) for each in choices])
     return len(new)
 

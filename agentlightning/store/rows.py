@@ -70,14 +70,21 @@ def text_keys(generations: Iterable[Any], choices: Iterable[Any]) -> set[int | N
 
 def token_counts(generation: Generation) -> tuple[int, int]:
     """How many ids its prompt has, and all of its choices."""
-    outputs = [len(choice.token_ids) for choice in generation.choices if choice.token_ids is not None]
-    return len(generation.prompt_token_ids or ()), sum(outputs)
+    outputs = 0
+    for choice in generation.choices:
+        if choice.token_ids is not None:
+            outputs += len(choice.token_ids)
+    return len(generation.prompt_token_ids or ()), outputs
 
 
 def generation_row(
-    generation: Generation, key: int, keys: Mapping[str | None, int | None], sender_key: int | None
+    generation: Generation,
+    counts: tuple[int, int],
+    key: int,
+    keys: Mapping[str | None, int | None],
+    sender_key: int | None,
 ) -> Row:
-    """The row of `generations`; `keys` gives each repeated text's, and None for None.
+    """The row of `generations`; `keys` gives each repeated text's, and None for None; `counts` are its `token_counts`.
 
     Raises:
         ValueError: an id is no UUID, or the status is none.
@@ -102,7 +109,7 @@ def generation_row(
         keys[generation.logprobs_mode],
         generation.cached_tokens,
         sender_key,
-        *token_counts(generation),
+        *counts,
         bytes_of(generation.prompt_token_ids),
         storable(generation.prompt_text),
     )

@@ -33,7 +33,8 @@ __all__ = [
     "vocabulary_of",
 ]
 
-MINUTE = 60 * 10**9
+SECOND = 10**9
+MINUTE = 60 * SECOND
 MINUTES_KEPT = 24 * 60
 
 _SENDERS, _MINUTES, _LOSSES = tables.senders.c, tables.sender_minutes.c, tables.losses.c
@@ -73,7 +74,7 @@ class Seen:
     Attributes:
         sender: without its vocabulary.
         vocabulary_digest: that of its vocabulary, which may not be here yet.
-        seen_at: when something was heard of it last, in nanoseconds since the epoch.
+        seen_at: when something was heard of it last, to the second, in nanoseconds since the epoch.
         minutes: those in which it has written something, in order.
         lost: how many generations it could not have kept, as it has told.
     """
@@ -124,22 +125,32 @@ def add_vocabulary(connection: Connection, digest: bytes, packed: bytes) -> None
     insert_if_new(connection, tables.vocabularies, digest=digest, body=packed)
 
 
-def note(connection: Connection, sender_id: str | None, new: Collection[Generation], now: int) -> int | None:
+def note(
+    connection: Connection,
+    sender_id: str | None,
+    new: Collection[Generation],
+    counts: Collection[tuple[int, int]],
+    now: int,
+) -> int | None:
     """Note that a sender has written generations; returns its key, and None of one that has never greeted.
 
     Args:
+        counts: how many ids each of them has, its prompt and all of its choices.
         now: nanoseconds since the epoch.
     """
     known = _find(connection, sender_id)
     if known is None or not new:
         return None if known is None else known[0]
     key, seen_at = known
-    counts = [rows.token_counts(generation) for generation in new]
-    # The clock that has said when it finished may be ahead of ours.
-    lags = [max(float(now - generation.finished_at), 0.0) for generation in new]
-    minute, prompts, outputs = now // MINUTE, sum(each for each, _ in counts), sum(each for _, each in counts)
-    run(connection, _COUNT, (key, minute, len(new), prompts, outputs, sum(lags), max(lags)))
-    run(connection, "UPDATE senders SET seen_at = ? WHERE key = ?", (now, key))
+    minute, (prompts, outputs) = now // MINUTE, map(sum, zip(*counts, strict=True))
+    lags = [now - generation.finished_at for generation in new]
+    if min(lags) < 0:
+        # The clock that has said when it finished is ahead of ours.
+        lags = [max(lag, 0) for lag in lags]
+    run(connection, _COUNT, (key, minute, len(new), prompts, outputs, float(sum(lags)), float(max(lags))))
+    # Not more often: of who writes all the time it is no news.
+    if now - seen_at >= SECOND:
+        run(connection, "UPDATE senders SET seen_at = ? WHERE key = ?", (now, key))
     if seen_at // MINUTE != minute:
         old = _MINUTES.minute < minute - MINUTES_KEPT
         connection.execute(tables.sender_minutes.delete().where(_MINUTES.sender_key == key, old))

@@ -60,7 +60,7 @@ def rows_of(database: Database, table: Any) -> int:
 
 def note(database: Database, each: Sender, at: int, finished_at: int, how_many: int = 1) -> None:
     new = [dataclasses.replace(generation(number), finished_at=finished_at) for number in range(how_many)]
-    database.write(lambda connection: senders.note(connection, each.id, new, at))
+    database.write(lambda connection: senders.note(connection, each.id, new, [(12, 5)] * how_many, at))
 
 
 def test_who_greets_is_known_as_it_was_told_last(store: Store, database: Database) -> None:
@@ -200,10 +200,10 @@ def test_the_last_one_seen_comes_first_and_who_was_not_seen_since_is_left_out(da
     # Greeted now, and this is later.
     later = time.time_ns() + DAY
     for number, place in enumerate((3, 1, 4)):
-        note(database, every[place], later + number, later)
+        note(database, every[place], later + number * 10**9, later)
 
     assert [each.sender.pid for each in seen(database)][:3] == [4, 1, 3]
-    assert [each.sender.pid for each in seen(database, later + 1)] == [4, 1]
+    assert [each.sender.pid for each in seen(database, later + 10**9)] == [4, 1]
     assert [each.sender.pid for each in seen(database, limit=2)] == [4, 1]
     times = [each.seen_at for each in seen(database)]
     assert all(one >= another for one, another in pairwise(times))
