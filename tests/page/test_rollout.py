@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from array import array
 from collections.abc import Callable
@@ -124,9 +125,13 @@ def test_one_that_is_not_there_is_said_not_to_be(look: Open) -> None:
 def test_its_triplets_are_a_click_away(look: Open, filled: Filled) -> None:
     rollout = filled.rollout("succeeded")
     page = look(f"/rollout?id={rollout.rollout_id}")
-    page.get_by_role("link", name="triplets").click()
+    with page.expect_download() as download:
+        page.get_by_role("link", name="triplets").click()
 
-    expect(page.get_by_text(rollout.generation_id(1, 0))).to_be_visible()
+    found = [json.loads(line) for line in download.value.path().read_text().splitlines()]
+    expected = [rollout.generation_id(1, place) for place in range(len(rollout.answers))]
+    # A call may have been asked for several answers.
+    assert list(dict.fromkeys(each["generation_id"] for each in found)) == expected
 
 
 def test_one_that_goes_on_is_shown_as_it_is(
