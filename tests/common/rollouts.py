@@ -132,7 +132,8 @@ def fill(url: str, count: int, until: float | None = None) -> list[Rollout]:
     ]
     sender = _sender("gpu-7", made[0].start_time if made else last)
     with closing(open_database(url)) as database, database.writing() as connection:
-        senders.greet(connection, sender)
+        with mock.patch("time.time_ns", return_value=sender.started_at):
+            senders.greet(connection, sender)
         if made:
             connection.execute(insert(tables.rollouts), [_row(each) for each in made])
         if attempts := [row for key, each in enumerate(made, 1) for row in _attempt_rows(key, each)]:
