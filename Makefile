@@ -1,17 +1,19 @@
-# make demo | loop | test | lint: each sets up what it needs the first time, and only then.
+# make demo | demo-rollout | test | lint | docs: each sets up what it needs the first time, and only then.
 VENV := .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help demo loop test test-releases lint bench format clean
+.PHONY: help demo demo-rollout test test-releases lint docs bench format clean
 
 help:
 	@echo 'make demo    a real vLLM answers with token ids, shown in a table'
-	@echo 'make loop    a queue, two runners, an agent with a tool, and what a trainer would learn from'
+	@echo 'make demo-rollout'
+	@echo '             a queue, two runners, an agent with a tool, what a trainer would learn from, and a page to see it on'
 	@echo 'make test    all tests, against a real vLLM'
 	@echo 'make test-releases [RELEASES="0.8.5 0.32.0"]'
 	@echo '             the same questions to each vLLM since 0.8.5, each in an environment of its own (30 GB for all)'
 	@echo 'make lint    formatting, lint and types'
+	@echo 'make docs    the documentation as a site, in site/'
 	@echo 'make bench   what it costs every Python process, beside its peers, a server, and recording (an hour)'
 	@echo 'make format  put the formatting right'
 	@echo 'make clean   remove what the others made'
@@ -30,7 +32,7 @@ $(VENV)/.ready: pyproject.toml tools/make_env.py agentlightning.pth
 demo: $(VENV)/.ready .cache/tiny-model/config.json
 	@$(VENV)/bin/python -m examples.demo
 
-loop: $(VENV)/.ready .cache/tiny-model/config.json
+demo-rollout: $(VENV)/.ready .cache/tiny-model/config.json
 	@$(VENV)/bin/python -m examples.loop
 
 test: $(VENV)/.ready .cache/tiny-model/config.json
@@ -45,6 +47,10 @@ lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
+docs: $(VENV)/.ready
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	@echo 'the documentation is in site/index.html'
+
 bench: $(VENV)/.ready .cache/tiny-model/config.json
 	$(VENV)/bin/python -m benchmarks
 
@@ -53,4 +59,4 @@ format: $(VENV)/.ready
 	$(VENV)/bin/ruff check --fix
 
 clean:
-	rm -rf $(VENV) .cache dist .hypothesis .pytest_cache .ruff_cache
+	rm -rf $(VENV) .cache dist site .hypothesis .pytest_cache .ruff_cache

@@ -1,7 +1,8 @@
-"""`make loop`: all of reinforcement learning but the learning, around an agent that knows nothing of it.
+"""`make demo-rollout`: all of reinforcement learning but the learning, around an agent that knows nothing of it.
 
 `agl store` has the tasks. Two runners take them and run an agent of the `openai` package, which calls a real vLLM and a
 tool. vLLM records every call to the store, and what a trainer would learn from comes out of it: token ids and rewards.
+The store's page shows it all, for as long as somebody at a terminal looks at it.
 
 The model is tiny and random, so its sums are wrong nearly always; the ids are exact all the same.
 """
@@ -12,14 +13,12 @@ import json
 import operator
 import os
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
@@ -28,9 +27,12 @@ import httpx
 import openai
 
 from tests.common.answers import gather
-from tests.common.vllm import RemoteOpenAIServer
+from tests.common.environments import CHECKOUT
+from tests.common.vllm import SCRIPTS, RemoteOpenAIServer
 from tests.server.process import StoreServer
 
+FILE = CHECKOUT / ".cache" / "demo-rollout.db"
+"""Where the store of the last run is."""
 ROLLOUTS, RUNNERS = 20, 2
 SECONDS = 300
 """A safety net: all of it takes some ten seconds."""
@@ -197,13 +199,13 @@ def read(client: httpx.Client, route: str) -> Any:
 
 
 @contextmanager
-def servers() -> Iterator[tuple[StoreServer, RemoteOpenAIServer]]:
-    """`agl store`, and a vLLM that records to it."""
-    with tempfile.TemporaryDirectory() as folder, StoreServer(Path(folder) / "store.db") as store:
-        print(f"started:  agl store, at {store.url}")
-        print(f"starting: AGL_INSTRUMENT=1 AGL_STORE={store.url} vllm serve TINY_MODEL   (half a minute)", flush=True)
-        with RemoteOpenAIServer(*ARGUMENTS, env={"AGL_INSTRUMENT": "1", "AGL_STORE": store.url}) as vllm:
-            yield store, vllm
+def vllm_for(store: StoreServer) -> Iterator[RemoteOpenAIServer]:
+    """A vLLM that records to a store, with the logprobs that the page colours tokens by."""
+    env = {"AGL_INSTRUMENT": "1", "AGL_STORE": store.url, "AGL_LOGPROBS": "on"}
+    variables = " ".join(f"{name}={value}" for name, value in env.items())
+    print(f"starting: {variables} vllm serve TINY_MODEL   (half a minute)", flush=True)
+    with RemoteOpenAIServer(*ARGUMENTS, env=env) as vllm:
+        yield vllm
 
 
 def table(outcomes: Sequence[Outcome]) -> None:
@@ -222,15 +224,33 @@ def table(outcomes: Sequence[Outcome]) -> None:
         print(row.format(run.rollout_id, run.worker_id, question, run.result, len(kept), prompts, responses, rewards))
 
 
+def show(store: StoreServer) -> None:
+    """Say where the page is, and what is on it; serve it for as long as somebody is at the terminal."""
+    is_watched = sys.stdin.isatty() and sys.stdout.isatty()
+    again = f"{os.path.relpath(SCRIPTS)}/agl store --store {os.path.relpath(store.path)}"
+    print(f"\nlook at:  {f'{store.url}/' if is_watched else f'what this serves: {again}'}")
+    print("          a rollout: its two calls, what the tool said to the second one, and the reward")
+    print("          a call in its timeline: the answer token by token, each with its id and its logprob")
+    print("          Senders: the vLLM that has written it all")
+    if is_watched:
+        print("Ctrl-C ends it", flush=True)
+        with suppress(KeyboardInterrupt):
+            store.process.wait()
+        print(f"\nagain:    {again}")
+    store.stop()
+
+
 def main() -> None:
-    with servers() as (store, vllm):
-        outcomes = run(store, vllm)
-        table(outcomes)
+    for old in FILE.parent.glob(f"{FILE.stem}.*"):
+        old.unlink()
+    with StoreServer(FILE) as store:
+        print(f"started:  agl store, at {store.url}, on {store.path}")
+        with vllm_for(store) as vllm:
+            outcomes = run(store, vllm)
+            table(outcomes)
         exact = len(outcomes) == ROLLOUTS and all(each.is_exact for each in outcomes)
-        print(
-            f"\n{'every id is' if exact else 'NOT every id is'} the one that vLLM itself returned to the agent; "
-            "stopping the servers"
-        )
+        print(f"\n{'every id is' if exact else 'NOT every id is'} the one that vLLM itself returned to the agent")
+        show(store)
     sys.exit(not exact)
 
 

@@ -17,7 +17,6 @@ import yaml
 from agentlightning.settings import VARIABLES
 from tests.common.environments import CHECKOUT, Environment, build, run, virtual_environment
 
-DEPLOYMENT = CHECKOUT / "docs" / "deployment.md"
 ENGLISH, CHINESE = CHECKOUT / "README.md", CHECKOUT / "README.zh.md"
 PAGES = (ENGLISH, CHINESE, *sorted((CHECKOUT / "docs").glob("*.md")))
 

@@ -1,20 +1,45 @@
-"""The whole loop, as `make loop` runs it: a queue, two runners, an agent with a tool, and what is learnt from."""
+"""The whole loop, as `make demo-rollout` runs it: a queue, two runners, an agent with a tool, what is learnt from, and
+the page.
+"""
 
 from __future__ import annotations
 
+import os
+import pty
+import re
+import sys
 from copy import deepcopy
+from pathlib import Path
 
+import httpx
 import pytest
 
-from examples.loop import CALLS, ROLLOUTS, RUNNERS, Outcome, run, servers
+from examples.loop import CALLS, ROLLOUTS, RUNNERS, Outcome, run, show, vllm_for
+from tests.common.environments import CHECKOUT
 from tests.common.reference import tokenizer
 from tests.common.vllm import RemoteOpenAIServer
+from tests.server.process import StoreServer
+
+AT_A_TERMINAL = """\
+import pathlib, sys
+from examples.loop import show
+from tests.server.process import StoreServer
+with StoreServer(pathlib.Path(sys.argv[1])) as store:
+    show(store)
+"""
+CTRL_C = b"\x03"
 
 
 @pytest.fixture(scope="module")
-def loop() -> tuple[RemoteOpenAIServer, list[Outcome]]:
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the store of the loop is."""
+    return tmp_path_factory.mktemp("loop") / "store.db"
+
+
+@pytest.fixture(scope="module")
+def loop(file: Path) -> tuple[RemoteOpenAIServer, list[Outcome]]:
     """The vLLM, which has been stopped, and what became of each run."""
-    with servers() as (store, vllm):
+    with StoreServer(file) as store, vllm_for(store) as vllm:
         return vllm, run(store, vllm, ROLLOUTS, RUNNERS)
 
 
@@ -72,3 +97,37 @@ def test_one_other_id_is_noticed(outcomes: list[Outcome]) -> None:
     other.triplets[1]["response_token_ids"][-1] += 1
 
     assert not other.is_exact
+
+
+def test_where_nobody_is_at_a_terminal_it_says_how_to_serve_the_file_again(
+    outcomes: list[Outcome], file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with StoreServer(file) as store:
+        show(store)
+        assert store.process.poll() is not None
+
+    said = capsys.readouterr().out
+    [path] = re.findall(r"agl store --store (\S+)", said)
+    with StoreServer(Path(path).absolute()) as again:
+        page = httpx.get(f"{again.url}/").text
+    assert all(each.run.rollout_id in page for each in outcomes)
+
+
+def test_at_a_terminal_the_page_is_served_until_ctrl_c(tmp_path: Path) -> None:
+    pid, terminal = pty.fork()
+    if not pid:
+        os.chdir(CHECKOUT)
+        os.execv(sys.executable, [sys.executable, "-c", AT_A_TERMINAL, str(tmp_path / "store.db")])
+    said = b""
+    while b"Ctrl-C ends it" not in said:
+        said += os.read(terminal, 1024)
+    [url] = re.findall(rb"http://127\.0\.0\.1:\d+", said)
+    assert httpx.get(url.decode()).status_code == 200
+
+    os.write(terminal, CTRL_C)
+
+    _, status = os.waitpid(pid, 0)
+    assert status == 0
+    os.close(terminal)
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(url.decode())
