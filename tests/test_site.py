@@ -1,0 +1,204 @@
+"""The documentation as a site: it needs no other host, leads nowhere that is not there, and names every switch."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+from agentlightning.cli import COMMANDS
+from agentlightning.settings import VARIABLES
+from tests.common.environments import CHECKOUT, run
+
+SWITCHES = CHECKOUT / "docs" / "switches.md"
+RESULTS = sorted((CHECKOUT / "benchmarks" / "results").glob("*.md"))
+# What a page is built of.
+SOURCES = (
+    "mkdocs.yml",
+    "README.md",
+    "README.zh.md",
+    "CHANGELOG.md",
+    "LICENSE",
+    "docs",
+    "examples",
+    "benchmarks",
+    "tools",
+)
+
+OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
+OUTSIDE = re.compile(r"^(?:https?:)?//")
+IN_STYLES = re.compile(r"url\(\s*[\"']?(?:https?:)?//|@import")
+TARGET = re.compile(r"^\|.*\| [≤≥] [\d.]+ \|.*$", re.MULTILINE)
+
+
+class Parsed(HTMLParser):
+    """A page: what it loads, where it leads, and what can be led to in it."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.links: list[str] = []
+        self.ids: set[str] = set()
+        self.feed(page.read_text())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = {name: value or "" for name, value in attrs}
+        self.ids |= {found[name] for name in ("id", "name") if name in found}
+        leads = self.links if tag == "a" else self.loads
+        leads += [found[name] for name in ("href", "src", "srcset", "data", "action") if name in found]
+
+
+def build(folder: Path, site: Path) -> subprocess.CompletedProcess[str]:
+    command = (sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site))
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    result = build(CHECKOUT, folder)
+    assert result.returncode == 0, result.stdout
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pages(site: Path) -> dict[Path, Parsed]:
+    return {page: Parsed(page) for page in site.rglob("*.html")}
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """All that the site is built of, to be broken."""
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for name in SOURCES:
+        source = CHECKOUT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, folder / name)
+    return folder
+
+
+def test_every_page_of_the_documentation_is_on_the_site(site: Path) -> None:
+    written = {page.stem for page in (CHECKOUT / "docs").glob("*.md")}
+
+    assert {page.stem for page in site.glob("*.html")} - {"404"} == written
+
+
+def test_a_page_loads_nothing_from_another_host(site: Path, pages: dict[Path, Parsed]) -> None:
+    assert pages
+    assert not {load for page in pages.values() for load in page.loads if OUTSIDE.match(load)}
+    styles = list(site.rglob("*.css"))
+    assert styles
+    assert not [style for style in styles if IN_STYLES.search(style.read_text())]
+
+
+def test_every_link_within_the_site_leads_to_something_on_it(site: Path, pages: dict[Path, Parsed]) -> None:
+    followed = 0
+    for page, parsed in pages.items():
+        # It does not know from where it is shown.
+        if page == site / "404.html":
+            continue
+        for link in [*parsed.links, *parsed.loads]:
+            parts = urlsplit(link)
+            if parts.scheme or not link:
+                continue
+            target = (page.parent / unquote(parts.path)).resolve() if parts.path else page
+            target = target / "index.html" if target.is_dir() else target
+            assert target.is_file(), f"{page}: {link}"
+            if parts.fragment and target in pages:
+                assert unquote(parts.fragment) in pages[target].ids | {"__skip"}, f"{page}: {link}"
+            followed += 1
+    assert followed > 100
+
+
+def test_what_the_pages_lead_to_outside_of_docs_is_on_the_site(site: Path, pages: dict[Path, Parsed]) -> None:
+    for name in ("readme.html", "examples/loop.py.html", "benchmarks/results/store.html"):
+        assert site / "repository" / name in pages
+
+
+def test_the_site_has_every_target_of_every_benchmark(site: Path) -> None:
+    targets = [row for result in RESULTS for row in TARGET.findall(result.read_text())]
+    verdicts = [[cell.strip() for cell in row.split("|")][-2] for row in targets]
+
+    rows = re.findall(r"<tr>(.*?)</tr>", (site / "performance.html").read_text(), re.DOTALL)
+    shown = [cells[-1] for row in rows if len(cells := re.findall(r"<td[^>]*>(.*?)</td>", row)) == 5]
+
+    assert shown
+    assert shown == verdicts
+
+
+@pytest.mark.parametrize(
+    ("wrong", "complaint"),
+    [
+        ("[nothing](nothing.md)", "nothing.md"),
+        ("[no heading](answers.md#no-heading)", "no-heading"),
+        ("[not on the site](/answers.md)", "/answers.md"),
+        ("[beyond docs](../README.md#no-heading)", "no-heading"),
+        ("<!-- measured: store.md: Nothing that was measured -->", "Nothing that was measured"),
+    ],
+)
+def test_what_leads_nowhere_is_not_built(wrong: str, complaint: str, copy: Path, tmp_path: Path) -> None:
+    page = copy / "docs" / "index.md"
+    page.write_text(f"{page.read_text()}\n{wrong}\n")
+
+    result = build(copy, tmp_path / "site")
+
+    assert result.returncode != 0
+    assert complaint in result.stdout
+
+
+def sections() -> dict[str, str]:
+    """The page of switches by heading."""
+    _, *found = SWITCHES.read_text().split("\n## ")
+    return dict(section.split("\n", 1) for section in found)
+
+
+def test_the_page_of_switches_has_every_variable_with_its_default() -> None:
+    rows = {row[0]: row for row in rows_of(sections()["Variables"])}
+
+    assert rows.keys() == {f"`{name}`" for name in VARIABLES}
+    for name, variable in VARIABLES.items():
+        assert variable.default in rows[f"`{name}`"][1]
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "vllm"])
+def test_the_page_of_switches_has_every_option_of_a_command_and_no_other(command: str) -> None:
+    found = set(OPTION.findall(run(sys.executable, "-m", "agentlightning", command, "--help")))
+    page = sections()
+    told = page["agl"] + page[f"agl {command}"] + (page["agl store"] if command == "agentops" else "")
+    named = {option for row in rows_of(told) for option in OPTION.findall(row[0])} | set(OPTION.findall(page["agl"]))
+
+    assert named == found
+
+
+def test_the_page_of_switches_has_every_command() -> None:
+    page = sections()
+    named = {row[0] for row in rows_of(page["agl"])}
+
+    for command in COMMANDS:
+        assert any(f"`agl {command}`" in name for name in named)
+
+
+def rows_of(section: str) -> Iterator[list[str]]:
+    """The cells of its tables, without their headers."""
+    for table in re.findall(r"^\|.*\n\|[-|]+\n((?:\|.*\n?)+)", section, re.MULTILINE):
+        for row in table.splitlines():
+            yield [cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]]
