@@ -134,7 +134,7 @@ def test_what_the_pages_lead_to_outside_of_docs_is_on_the_site(site: Path, pages
         assert site / "repository" / name in pages
 
 
-def test_the_site_has_every_target_of_every_benchmark(site: Path) -> None:
+def test_the_site_has_every_target_of_every_benchmark(site: Path, pages: dict[Path, Parsed]) -> None:
     targets = [row for result in RESULTS for row in TARGET.findall(result.read_text())]
     verdicts = [[cell.strip() for cell in row.split("|")][-2] for row in targets]
 
@@ -143,6 +143,8 @@ def test_the_site_has_every_target_of_every_benchmark(site: Path) -> None:
 
     assert shown
     assert shown == verdicts
+    links = pages[site / "performance.html"].links
+    assert all(f"repository/benchmarks/results/{result.stem}.html" in links for result in RESULTS)
 
 
 @pytest.mark.parametrize(

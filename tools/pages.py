@@ -33,7 +33,7 @@ _sources: dict[str, Path] = {}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add what pages link to outside of `docs/`, and what that links to."""
+    """Add what pages lead to outside of `docs/`, and what that leads to."""
     _sources.clear()
     _sources.update({file.src_uri: DOCS / file.src_uri for file in files.documentation_pages()})
     waiting = [*_sources.values()]
@@ -41,7 +41,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         source = waiting.pop()
         if source.suffix != ".md":
             continue
-        for link in LINK.findall(source.read_text()):
+        for link in LINK.findall(MEASURED.sub(_measured, source.read_text())):
             target = _target(source, link)
             if target is None or target.is_relative_to(DOCS) or (uri := _uri(target)) in _sources:
                 continue
@@ -124,4 +124,4 @@ def _every_target() -> Iterator[str]:
     for file in sorted(RESULTS.glob("*.md")):
         rows = [row for section in _sections(file) for row in section.targets]
         if rows:
-            yield from ("", f"### {file.stem}", "", HEADER, RULE, *rows)
+            yield from ("", f"### [{file.stem}](../benchmarks/results/{file.name})", "", HEADER, RULE, *rows)
