@@ -181,6 +181,13 @@ def test_the_page_of_switches_has_every_variable_with_its_default() -> None:
         assert variable.default in rows[f"`{name}`"][1]
 
 
+@pytest.mark.parametrize("readme", ["README.md", "README.zh.md"])
+def test_each_readme_has_every_variable(readme: str) -> None:
+    named = re.findall(r"^\| `(AGL_\w+)` \|", (CHECKOUT / readme).read_text(), re.MULTILINE)
+
+    assert sorted(named) == sorted(VARIABLES)
+
+
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name != "vllm"])
 def test_the_page_of_switches_has_every_option_of_a_command_and_no_other(command: str) -> None:
     found = set(OPTION.findall(run(sys.executable, "-m", "agentlightning", command, "--help")))
