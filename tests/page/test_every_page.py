@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, get_args
+from collections.abc import Callable, Iterator
+from typing import get_args
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Page, expect
 
-from tests.common.browser import Scheme, Size
+from tests.agentops.client import SdkClient
+from tests.common.browser import Scheme, Size, Visit
 from tests.page.conftest import Filled, Open
+from tests.server.process import StoreServer
 
 RULES = ("wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice")
+TRACE = "ab" * 16
 PAGES: dict[str, Callable[[Filled], str]] = {
     "rollouts": lambda _: "/",
     "rollouts, sorted, filtered": lambda _: "/?q=times&status=failed&sort=duration&order=asc",
@@ -26,22 +30,64 @@ PAGES: dict[str, Callable[[Filled], str]] = {
 }
 
 
-def violations(page: Any) -> list[str]:
+def violations(page: Page) -> list[str]:
     """What axe finds, each with the elements that it is about."""
     found = Axe().run(page, options={"runOnly": list(RULES), "resultTypes": ["violations"]}).response["violations"]
     return [f"{each['id']}: {each['help']}: {[node['html'] for node in each['nodes']]}" for each in found]
 
 
-@pytest.mark.parametrize("scheme", get_args(Scheme))
-@pytest.mark.parametrize("size", get_args(Size))
-@pytest.mark.parametrize("address", PAGES.values(), ids=PAGES)
-def test_everybody_can_read_it(
-    filled: Filled, look: Open, address: Callable[[Filled], str], size: Size, scheme: Scheme
-) -> None:
-    page = look(address(filled), size=size, scheme=scheme)
-
+def check(page: Page, scheme: Scheme) -> None:
+    """That everybody can read what is in a window."""
     assert violations(page) == []
     # What is wide scrolls within itself.
     assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/[0-9]+/g).every(each => each < 128)")
     assert dark == (scheme == "dark")
+
+
+on_each_screen = pytest.mark.parametrize("size", get_args(Size))
+by_day_and_night = pytest.mark.parametrize("scheme", get_args(Scheme))
+
+
+@by_day_and_night
+@on_each_screen
+@pytest.mark.parametrize("address", PAGES.values(), ids=PAGES)
+def test_everybody_can_read_it(
+    filled: Filled, look: Open, address: Callable[[Filled], str], size: Size, scheme: Scheme
+) -> None:
+    check(look(address(filled), size=size, scheme=scheme), scheme)
+
+
+@by_day_and_night
+@on_each_screen
+def test_what_is_unfolded_too(filled: Filled, look: Open, size: Size, scheme: Scheme) -> None:
+    generation_id = filled.rollout("succeeded").generation_id(1, 0)
+    page = look(f"/generation?id={generation_id}", size=size, scheme=scheme)
+    page.get_by_role("region", name="Prompt").get_by_text("tokens").click()
+    page.get_by_role("group", name="Prompt: ").get_by_text("careful").click()
+
+    expect(page.get_by_role("status").filter(has_text="careful")).to_be_visible()
+    check(page, scheme)
+
+
+@pytest.fixture(scope="module")
+def with_sessions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreServer]:
+    """A store that the AgentOps SDK has sent a session to."""
+    with StoreServer(tmp_path_factory.mktemp("sessions") / "store.db", "--agentops") as server:
+        with server.client() as client:
+            sdk = SdkClient(client)
+            sdk.send(sdk.session(TRACE))
+        yield server
+
+
+@by_day_and_night
+@on_each_screen
+def test_sessions_too(with_sessions: StoreServer, visit: Callable[..., Visit], size: Size, scheme: Scheme) -> None:
+    page = visit(with_sessions, size=size, scheme=scheme).page
+    page.goto("/")
+    page.get_by_role("link", name="Sessions").click()
+    expect(page.get_by_role("heading", name="Sessions")).to_be_visible()
+    check(page, scheme)
+    page.get_by_role("link", name=TRACE).click()
+    expect(page.get_by_role("heading", name="Session")).to_contain_text(TRACE)
+    check(page, scheme)
