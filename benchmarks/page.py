@@ -140,7 +140,7 @@ def measure(quick: bool) -> Part:
     with busy.running():
         if found is None:
             say(MISSING)
-            sections = [Section("The page", skipped=MISSING)]
+            sections = [Section("First paint", "ms", rows=[Row("each page", note=MISSING)])]
         else:
             with tempfile.TemporaryDirectory(prefix="agl-bench-") as name, chromium(found) as browser:
                 sections = visits(browser, Path(name), QUICK_ROUNDS if quick else ROUNDS)
