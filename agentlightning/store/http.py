@@ -45,6 +45,7 @@ class _Unsendable(ValueError):
 class _Added(msgspec.Struct):
     new: int
     refused: list[Refusal]
+    sender: Literal["known", "unknown"] | None = None
 
 
 class _Greeted(msgspec.Struct):
@@ -77,6 +78,7 @@ class HttpStore(Store):
         self._path = parts.path.rstrip("/") + ROUTES
         self._authorization = _authorization(unquote(parts.password or parts.username or "") or settings.store_key())
         self._idle: list[HTTPConnection] = []
+        self._greeted: Sender | None = None
         try:
             if self._read(self._ask("GET", "/health"), Any) != {"status": "ok"}:
                 raise StoreRefused(f"{self._shown} is no agl store")
@@ -86,6 +88,7 @@ class HttpStore(Store):
     def greet(self, sender: Sender) -> None:
         # What is none would be another route.
         uuid_bytes(sender.id)
+        self._greeted = sender
         told = {name: getattr(sender, name) for name in ("host", "pid", "started_at", "version", "vllm", "model")}
         vocabulary = sender.vocabulary
         told["vocabulary"] = None if vocabulary is None else vocabulary.digest.hex()
@@ -160,6 +163,10 @@ class HttpStore(Store):
         except ValueError as error:
             raise _Unsendable(str(error)) from error
         answer = self._read(self._ask("POST", "/generations", body=body), _Added)
+        if answer.sender == "unknown" and self._greeted is not None and self._greeted.id == sender_id:
+            # Its database is another one since it was greeted.
+            with suppress(ValueError):
+                self.greet(self._greeted)
         return answer.new, answer.refused
 
     def _ask(

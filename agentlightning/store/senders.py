@@ -26,6 +26,7 @@ __all__ = [
     "greet",
     "has_vocabulary",
     "introduce",
+    "is_known",
     "note",
     "recent",
     "vocabulary",
@@ -113,6 +114,11 @@ def introduce(connection: Connection, sender: Sender, vocabulary_digest: bytes |
     }
     if not insert_if_new(connection, tables.senders, id=wanted, **columns):
         connection.execute(update(tables.senders).where(_SENDERS.id == wanted).values(**columns))
+
+
+def is_known(connection: Connection, sender_id: str | None) -> bool:
+    """Whether it has greeted."""
+    return _find(connection, sender_id) is not None
 
 
 def has_vocabulary(connection: Connection, digest: bytes) -> bool:

@@ -6,12 +6,13 @@ import dataclasses
 import zlib
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from agentlightning.generation import Loss, new_id
+from agentlightning.generation import Generation, Loss, new_id
 from agentlightning.sender import PACKED_LIMIT, Sender, Vocabulary
 from agentlightning.store import Store, open_database, open_store, senders, wire
 from tests.common.generations import generation
@@ -50,6 +51,11 @@ def put(client: httpx.Client, each: Sender) -> Any:
     return answer.json()
 
 
+def post(client: httpx.Client, sender_id: str, *generations: Generation) -> Any:
+    message = wire.encode(generations, sender_id=sender_id)
+    return client.post("/v1/agl/generations", content=message, headers={"Content-Type": wire.MEDIA_TYPE}).json()
+
+
 def put_vocabulary(client: httpx.Client, digest: str, body: bytes, **headers: str) -> httpx.Response:
     return client.put(f"/v1/agl/vocabularies/{digest}", content=body, headers={**BYTES, **headers})
 
@@ -66,8 +72,7 @@ def test_a_vocabulary_is_asked_for_until_it_is_there(client: httpx.Client, store
     kept = generation(1)
 
     assert put(client, one) == put(client, one) == {"vocabulary": "wanted"}
-    message = wire.encode([kept], sender_id=one.id)
-    client.post("/v1/agl/generations", content=message, headers={"Content-Type": wire.MEDIA_TYPE})
+    assert post(client, one.id, kept) == {"new": 1, "refused": [], "sender": "known"}
     first = put_vocabulary(client, one.vocabulary.digest.hex(), one.vocabulary.to_bytes())
     again = put_vocabulary(client, one.vocabulary.digest.hex(), one.vocabulary.to_bytes())
 
@@ -186,8 +191,34 @@ def test_a_vocabulary_of_another_kind_is_told_so(client: httpx.Client) -> None:
     assert "application/octet-stream" in answer.json()["detail"]
 
 
-def test_one_sender_with_a_broken_name_costs_no_generation(client: httpx.Client) -> None:
-    for sender_id in ("no uuid", new_id()):
-        message = wire.encode([generation(1)], sender_id=sender_id)
-        answer = client.post("/v1/agl/generations", content=message, headers={"Content-Type": wire.MEDIA_TYPE})
-        assert (answer.status_code, answer.json()["refused"]) == (201, [])
+@pytest.mark.parametrize("sender_id", ["no uuid", "", new_id()])
+def test_generations_of_a_sender_that_is_not_known_are_kept(client: httpx.Client, sender_id: str) -> None:
+    assert post(client, sender_id, generation(1)) == {"new": 1, "refused": [], "sender": "unknown"}
+
+
+def test_our_client_greets_again_where_the_database_is_another_one(tmp_path: Path) -> None:
+    path, each, kept = tmp_path / "store.db", sender(), [generation(number) for number in range(3)]
+    with StoreServer(path) as server, open_store(server.url) as ours, server.client() as client:
+        ours.greet(each)
+        ours.add(kept[:1], each.id)
+        server.kill()
+        for file in tmp_path.glob("store.db*"):
+            file.unlink()
+        server.start()
+        assert client.get("/v1/agl/senders").json()["items"] == []
+
+        ours.add(kept[1:2], each.id)
+        ours.add(kept[2:], each.id)
+
+        assert asked(client, each)["minutes"][0]["generations"] == 1
+        with closing(open_database(str(path))) as database, database.reading() as connection:
+            assert senders.vocabulary_of(connection, kept[2].id) == each.vocabulary
+
+
+def test_our_client_does_not_greet_for_another_one(ours: Store, client: httpx.Client) -> None:
+    ours.greet(sender())
+    stranger = new_id()
+
+    assert ours.add([generation(1)], stranger) == 1
+
+    assert stranger not in {item["id"] for item in client.get("/v1/agl/senders").json()["items"]}

@@ -134,6 +134,9 @@ class Added(BaseModel):
 
     new: int = Field(description="How many were not known yet.")
     refused: list[Refused]
+    sender: Literal["known", "unknown"] | None = Field(
+        None, description="Left out where the message names none. One that is unknown is to say who it is."
+    )
 
 
 class Tally(BaseModel):

@@ -19,7 +19,7 @@ from agentlightning.server.models import generations as models
 from agentlightning.server.models.common import Id
 from agentlightning.server.routes.common import Database, errors, router
 from agentlightning.server.transactions import Busy, Transactions
-from agentlightning.store import Filters, StoreRefused, StoreUnavailable, wire
+from agentlightning.store import Filters, StoreRefused, StoreUnavailable, senders, wire
 from agentlightning.store import generations as kept
 from agentlightning.store.generations import Place
 from agentlightning.store.wire import MEDIA_TYPE, Refusal
@@ -75,7 +75,11 @@ async def _keep(database: Transactions, body: bytes) -> Response:
     new, also = await _written(database, message.generations, message.sender)
     if message.losses:
         await database.write(lambda connection: kept.add_losses(connection, message.losses))
-    return Json({"new": new, "refused": [*refused, *also]}, 201 if new else 200)
+    answer: dict[str, Any] = {"new": new, "refused": [*refused, *also]}
+    if message.sender is not None:
+        known = await database.read(lambda connection: senders.is_known(connection, message.sender))
+        answer["sender"] = "known" if known else "unknown"
+    return Json(answer, 201 if new else 200)
 
 
 async def _written(
