@@ -21,6 +21,10 @@ LONG_IDS = 32_768
 Open = Callable[..., Page]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--pictures", action="store_true", help="make the pictures of docs/images, which the README shows")
+
+
 @pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
     # For these tests alone: while it is there, the thread that pytest runs in can have no event loop of its own.

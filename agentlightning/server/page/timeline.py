@@ -18,6 +18,8 @@ __all__ = ["Row", "Timeline", "of_rollout"]
 
 SPANS_SHOWN = 1000
 DEEPEST = 12
+# Of the whole, in percent.
+NARROWEST = 0.4
 UNDER_WAY = ("preparing", "running")
 
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
@@ -170,7 +172,9 @@ def _row(bar: _Bar, start: float, end: float) -> Row:
     whole = (end - start) or 1.0
     begins = start if bar.start is None else bar.start
     ends = end if bar.end is None and bar.state in UNDER_WAY else bar.end or begins
-    left = 100 * (begins - start) / whole
+    # One that took no time, or is at the very end, can be seen all the same.
+    left = min(100 * (begins - start) / whole, 100 - NARROWEST)
+    width = min(max(100 * (ends - begins) / whole, NARROWEST), 100 - left)
     return Row(
         bar.kind,
         min(bar.depth, DEEPEST),
@@ -179,8 +183,7 @@ def _row(bar: _Bar, start: float, end: float) -> Row:
         bar.start,
         bar.end,
         round(left, 3),
-        # One that took no time can be seen all the same.
-        round(min(max(100 * (ends - begins) / whole, 0.4), 100 - left if left < 99.6 else 0.4), 3),
+        round(width, 3),
         bar.generation_id,
         bar.reward,
     )
