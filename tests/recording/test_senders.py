@@ -1,4 +1,4 @@
-"""A real vLLM tells its store who it is, and what its token ids stand for, before it answers."""
+"""A real vLLM tells its store who it is, and what its token ids stand for."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_the_store_knows_the_server_and_what_it_has_written(recording: Recording
     assert found.sender.model == recording.model
     prompts = sum(len(ids_of(each)[0]) for each in kept)
     assert written(found) == (len(kept), prompts, sum(len(ids) for each in kept for ids in ids_of(each)[1]))
-    # It was told who it is before it answered.
+    # Since before its first answer, however late it was told.
     assert found.sender.started_at < min(each.finished_at for each in kept)
     assert found.lost == 0
     assert fetch(recording, "/v1/agl/status")["counters"]["failures"] == {}

@@ -28,7 +28,19 @@ class _Served(NamedTuple):
 
 
 _served = _Served()
-_said: tuple[_Served, Sender] | None = None
+_started_at: int
+_said: tuple[_Served, Sender] | None
+
+
+def _begin() -> None:
+    """A process begins, which is another sender than the one that has forked it."""
+    global _started_at, _said
+    # Not when it is asked for: generations may have been lost by then.
+    _started_at, _said = time.time_ns(), None
+
+
+_begin()
+os.register_at_fork(after_in_child=_begin)
 
 
 def served_name(model_config: Any) -> str | None:
@@ -71,7 +83,7 @@ def sender() -> Sender:
     """Who records, as far as it is known: the same until more is. For the recorder's thread."""
     global _said
     served = _served
-    if _said is None or _said[1].pid != os.getpid():
+    if _said is None:
         _said = _Served(), _this_process()
     if _said[0] is not served:
         vocabulary = contained("putting the vocabulary together", _vocabulary, served)
@@ -83,7 +95,7 @@ def _this_process() -> Sender:
     return Sender(
         host=os.uname().nodename,
         pid=os.getpid(),
-        started_at=time.time_ns(),
+        started_at=_started_at,
         version=agentlightning.__version__,
         vllm=getattr(sys.modules.get("vllm"), "__version__", None),
     )
