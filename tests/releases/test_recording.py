@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import Any
 
 import pytest
 
 from agentlightning.generation import Generation
-from agentlightning.store import StoreUnavailable, open_store
-from tests.common.answers import post
+from agentlightning.instrumentation.vllm.server import STATUS_ROUTE
+from agentlightning.server.page.pieces import Pieces
+from agentlightning.store import StoreUnavailable, open_database, open_store, senders
+from tests.common.answers import fetch, post
 from tests.common.vllm import RemoteOpenAIServer
 from tests.recording.server import until
 from tests.releases.chosen import ANYTHING
@@ -80,3 +83,20 @@ def test_each_of_n_choices_of_each_prompt_has_its_own(armed: RemoteOpenAIServer,
     for choice in choices:
         assert choice.logprobs is not None
         assert len(choice.logprobs) == len(ids(choice.token_ids))
+
+
+def test_the_store_knows_who_has_written_and_what_the_ids_stand_for(armed: RemoteOpenAIServer, engine: Engine) -> None:
+    answer = post(armed, COMPLETIONS, {"model": armed.model, "prompt": PROMPTS[0], **engine.asks(ANYTHING)})
+    [generation] = kept(armed, answer["id"])
+    with closing(open_database(armed.env["AGL_STORE"])) as database, database.reading() as connection:
+        seen = senders.recent(connection, generation.started_at or 0)
+        vocabulary = senders.vocabulary_of(connection, generation.id)
+
+    [sender] = [each.sender for each in seen]
+    assert (sender.model, sender.vllm) == (armed.model, fetch(armed, STATUS_ROUTE)["vllm"])
+    assert vocabulary is not None
+    said = {"tokens": [*ids(generation.prompt_token_ids), *ids(generation.choices[0].token_ids)]}
+    # Each is known, and put together they are the text, as the model's own tokenizer has it.
+    pieces = Pieces(vocabulary)
+    text = "".join(map(pieces.text, said["tokens"])).encode().decode("unicode_escape").encode("latin-1")
+    assert text.decode("utf-8", "replace") == post(armed, "/detokenize", {"model": armed.model, **said})["prompt"]
