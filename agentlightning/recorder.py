@@ -42,6 +42,8 @@ LONGEST_PAUSE_SECONDS = 2.0
 # Short, so that the thread hears in time that the process is to end.
 PATIENCE_SECONDS = 0.5
 SECONDS_BETWEEN_LOGS = 10.0
+# Where one did not get through, and the store is not opened anew.
+SECONDS_BETWEEN_GREETINGS = 10.0
 # As long as a store of one host needs for a batch.
 SECONDS_TO_FORK = 1.0
 LEFT_ALONE: list[Store | None] = []
@@ -127,7 +129,9 @@ class Recorder:
 
     def _begin(self) -> None:
         self._thread: Thread | None = None
+        self._writer: Sender | None = None
         self._greeted: Sender | None = None
+        self._silent_to_store_until = 0.0
         self._queue: SimpleQueue[tuple[Callable[[], Generation], int] | None] = SimpleQueue()
         self._closing = Event()
         self._deadline = float("inf")
@@ -267,7 +271,7 @@ class Recorder:
             try:
                 with self._opened() as store:
                     started = time.perf_counter()
-                    store.add(generations, None if self._greeted is None else self._greeted.id)
+                    store.add(generations, None if self._writer is None else self._writer.id)
             except (StoreUnavailable, StoreRefused) as error:
                 self._failed(error)
                 asked = error.retry_after if isinstance(error, StoreUnavailable) else None
@@ -327,18 +331,16 @@ class Recorder:
             yield self._store
 
     def _greet(self, store: Store) -> None:
+        # Whatever is in the way of a greeting (a proxy that lets no large body through, for one) costs no generation.
         try:
-            sender = self._sender()
-            if sender is not None and sender != self._greeted:
-                self._greeted = sender
-                store.greet(sender)
-        except StoreUnavailable:
-            raise
-        except StoreRefused as error:
-            raise StoreUnavailable(str(error)) from error
+            self._writer = self._sender()
+            if self._writer in (None, self._greeted) or time.monotonic() < self._silent_to_store_until:
+                return
+            store.greet(self._writer)
+            self._greeted = self._writer
         except Exception as error:
-            # What is wrong with what is said of this process costs no generation.
-            self._say("greeting", f"the store is not told who writes: {error!r}")
+            self._silent_to_store_until = time.monotonic() + SECONDS_BETWEEN_GREETINGS
+            self._say("greeting", f"the store is not told who writes: {error}")
 
     def _failed(self, error: Exception) -> None:
         """The store could not be written: it is opened again the next time."""
@@ -351,6 +353,9 @@ class Recorder:
 
     def _let_go(self) -> None:
         store, self._store, self._greeted = self._store, None, None
+        if not self._closing.is_set():
+            # There is time to greet the next one, which may be another.
+            self._silent_to_store_until = 0.0
         if store is not None:
             with suppress(Exception):
                 store.close()

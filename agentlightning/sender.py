@@ -12,10 +12,13 @@ from typing import Any
 
 from agentlightning.generation import new_id
 
-__all__ = ["PACKED_LIMIT", "Sender", "Vocabulary"]
+__all__ = ["ID_LIMIT", "PACKED_LIMIT", "Sender", "Vocabulary"]
 
 PACKED_LIMIT = 16 << 20
 """Bytes of a vocabulary as it is sent and kept. The largest that there are have 2 MiB."""
+
+ID_LIMIT = 1 << 22
+"""A tokenizer that gives out higher ids than this is broken, or something else than a tokenizer."""
 
 # As JSON: no vocabulary has a tenth of it.
 _UNPACKED_LIMIT = 64 << 20
@@ -75,6 +78,8 @@ class Vocabulary:
         ):
             raise ValueError("a vocabulary that has something else than special ids and tokens")
         special, tokens = found["special"], found["tokens"]
+        if len(tokens) > ID_LIMIT:
+            raise ValueError(f"a vocabulary of more than {ID_LIMIT} tokens")
         if not all(token is None or isinstance(token, str) for token in tokens):
             raise ValueError("a vocabulary with a token that is no text")
         if not all(type(each) is int and 0 <= each < len(tokens) for each in special):

@@ -165,7 +165,7 @@ class HttpStore(Store):
         answer = self._read(self._ask("POST", "/generations", body=body), _Added)
         if answer.sender == "unknown" and self._greeted is not None and self._greeted.id == sender_id:
             # Its database is another one since it was greeted.
-            with suppress(ValueError):
+            with suppress(ValueError, StoreUnavailable, StoreRefused):
                 self.greet(self._greeted)
         return answer.new, answer.refused
 

@@ -5,6 +5,7 @@ Everything here works inside a transaction of somebody else's.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -53,7 +54,7 @@ class Asked:
     """Which rollouts, and in which order.
 
     Attributes:
-        search: what is in their id or their input; lower and upper case are the same. Empty: whatever is.
+        search: what is in their id or their input; lower and upper case of A to Z are the same. Empty: whatever is.
         status: of the queue's, or `RECORDED`; None: any.
         sort_by: nulls come last.
         limit, offset: how many, after how many others.
@@ -96,7 +97,9 @@ class Overview:
 
 def of_all(connection: Connection, asked: Asked) -> tuple[list[Overview], int]:
     """Those on one page, and how many there are on all pages: none where the page is behind the last."""
-    each = _all(asked).subquery()
+    # Where every call names a rollout, which an index tells, no span has to.
+    some_name_none = select(generations.c.key).where(generations.c.rollout_key.is_(None)).limit(1)
+    each = _all(asked, by_spans=connection.execute(some_name_none).first() is not None).subquery()
     duration = func.coalesce(each.c.end_time, asked.now) - each.c.start_time
     rewards = _rewards()
     orders: Mapping[Column, ColumnElement[Any]] = {
@@ -139,9 +142,9 @@ def _overview(row: Any) -> Overview:
     )
 
 
-def _all(asked: Asked) -> Select[Any]:
+def _all(asked: Asked, by_spans: bool) -> Select[Any]:
     """A row for each rollout that is asked for."""
-    calls = _calls()
+    calls = _calls(by_spans)
     of_queue = select(
         rollouts.c.rollout_id,
         rollouts.c.status,
@@ -159,7 +162,9 @@ def _all(asked: Asked) -> Select[Any]:
         *(calls.c[name] for name in _SUMS),
     ).where(~exists().where(rollouts.c.rollout_id == calls.c.rollout_id))
     if asked.search:
-        is_in_input = rollouts.c.input.icontains(asked.search, autoescape=True)
+        # As it is written in JSON.
+        written = json.dumps(asked.search, ensure_ascii=False)[1:-1]
+        is_in_input = rollouts.c.input.icontains(written, autoescape=True)
         of_queue = of_queue.where(or_(rollouts.c.rollout_id.icontains(asked.search, autoescape=True), is_in_input))
         recorded = recorded.where(calls.c.rollout_id.icontains(asked.search, autoescape=True))
     both = union_all(of_queue, recorded).subquery()
@@ -170,29 +175,47 @@ def _all(asked: Asked) -> Select[Any]:
 _SUMS = ("calls", "finished", "prompt_tokens", "output_tokens")
 
 
-def _calls() -> Any:
-    """Of each rollout that generations name: how many, and how many ids. From an index alone."""
-    of_each = generations.c
-    is_finished = case((of_each.status == STATUSES.index("finished"), 1), else_=0)
-    counted = (
-        select(
-            of_each.rollout_key,
-            func.count().label("calls"),
-            # A sum is no integer to PostgreSQL.
-            cast(func.sum(is_finished), BigInteger).label("finished"),
-            cast(func.sum(of_each.prompt_tokens), BigInteger).label("prompt_tokens"),
-            cast(func.sum(of_each.output_tokens), BigInteger).label("output_tokens"),
-            (cast(func.min(of_each.finished_at), Double) / 1e9).label("started"),
-            (cast(func.max(of_each.finished_at), Double) / 1e9).label("ended"),
-        )
-        .where(of_each.rollout_key.is_not(None))
-        .group_by(of_each.rollout_key)
-        .subquery()
-    )
+def _calls(by_spans: bool) -> Any:
+    """Of each rollout that has calls: how many, and how many ids. Those that name it come from an index alone."""
+    named = generations.c.rollout_key.is_not(None)
+    by_key = select(generations.c.rollout_key, *_sums(generations.c)).where(named)
+    counted = by_key.group_by(generations.c.rollout_key).subquery()
     columns = [column for column in counted.c if column.name != "rollout_key"]
     joined = counted.join(texts, texts.c.key == counted.c.rollout_key)
+    found = select(texts.c.text.label("rollout_id"), *columns).select_from(joined)
+    if by_spans:
+        # Those that name none, and whose answer one of its spans names.
+        spanned = (
+            select(spans.c.rollout_id, *(generations.c[name] for name in _COUNTED))
+            .select_from(spans.join(generations, generations.c.response_id == spans.c.response_id))
+            .where(spans.c.response_id.is_not(None), spans.c.rollout_id.is_not(None))
+            .where(generations.c.rollout_key.is_(None))
+            .distinct()
+            .subquery()
+        )
+        of_spans = select(spanned.c.rollout_id, *_sums(spanned.c)).group_by(spanned.c.rollout_id)
+        both = union_all(found, of_spans).subquery()
+        sums = [cast(func.sum(both.c[name]), BigInteger).label(name) for name in _SUMS]
+        moments = [func.min(both.c.started).label("started"), func.max(both.c.ended).label("ended")]
+        found = select(both.c.rollout_id, *sums, *moments).group_by(both.c.rollout_id)
     # Both halves of `_all` read it: it is put together once.
-    return select(texts.c.text.label("rollout_id"), *columns).select_from(joined).cte("calls")
+    return found.cte("calls")
+
+
+_COUNTED = ("key", "status", "prompt_tokens", "output_tokens", "finished_at")
+
+
+def _sums(of_each: Any) -> list[ColumnElement[Any]]:
+    is_finished = case((of_each.status == STATUSES.index("finished"), 1), else_=0)
+    # A sum is no integer to PostgreSQL.
+    return [
+        func.count().label("calls"),
+        cast(func.sum(is_finished), BigInteger).label("finished"),
+        cast(func.sum(of_each.prompt_tokens), BigInteger).label("prompt_tokens"),
+        cast(func.sum(of_each.output_tokens), BigInteger).label("output_tokens"),
+        (cast(func.min(of_each.finished_at), Double) / 1e9).label("started"),
+        (cast(func.max(of_each.finished_at), Double) / 1e9).label("ended"),
+    ]
 
 
 def _rewards() -> Any:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from sqlalchemy import Connection, case, func, or_, select
+from sqlalchemy import Column, Connection, case, func, or_, select
 
 from agentlightning.generation import STATUSES
 from agentlightning.store import generations as kept
@@ -23,7 +23,7 @@ from agentlightning.store.attributes import GENERATION, OUTCOME, RESPONSE, links
 from agentlightning.store.database import in_parts
 from agentlightning.triplet import Triplet
 
-__all__ = ["has_call", "of_responses", "of_rollout", "rollouts_of"]
+__all__ = ["Place", "has_call", "of_responses", "of_rollout", "places_of", "rollouts_of"]
 
 Texts = Mapping[int | None, str | None]
 
@@ -61,6 +61,16 @@ class _Call:
         return float("inf") if self.span.end_time is None else self.span.end_time * 1e9
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a generation stands in its rollout; as in its triplets."""
+
+    generation_id: str
+    attempt_id: str | None
+    span_id: str | None
+    reward: float | None
+
+
 def of_rollout(connection: Connection, rollout_id: str, attempt_id: str | None = None) -> list[Triplet]:
     """A triplet for each choice of each model call of a rollout, or of an attempt of it; one for a call without any.
 
@@ -81,13 +91,18 @@ def of_rollout(connection: Connection, rollout_id: str, attempt_id: str | None =
     of a call the last counts; of several generations of a call the last gets it, with all of its choices. What belongs
     to a call that is missing, or links to none, or to an answer that several calls have, is nobody's.
     """
-    spans = _spans(connection, rollout_id, attempt_id)
-    keys, shared = _keys(connection, rollout_id, attempt_id, spans)
-    generations = _generations(connection, keys)
-    known = texts.texts_of(connection, {key for row in generations for key in (row.model_key, row.attempt_key)})
-    calls = _in_order(_calls(generations, spans, shared, known))
-    rewards = _rewards(calls, spans)
+    calls, known, rewards = _all_of(connection, rollout_id, attempt_id, (_GENERATIONS.prompt_token_ids,))
     return _triplets(connection, rollout_id, calls, known, rewards)
+
+
+def places_of(connection: Connection, rollout_id: str) -> list[Place]:
+    """The generations of a rollout's calls, in the order of its triplets, without what is in them."""
+    calls, _, rewards = _all_of(connection, rollout_id, None, ())
+    return [
+        Place(rows.uuid_text(row.id), call.attempt_id, call.span.span_id if call.span else None, rewards.get(row.key))
+        for call in calls
+        for row in call.generations
+    ]
 
 
 def has_call(connection: Connection, rollout_id: str, generation_id: str) -> bool:
@@ -122,13 +137,25 @@ def of_responses(connection: Connection, response_ids: Iterable[str]) -> dict[st
     """Of each of these answers that one call has had, and no other, the first choice of its last generation."""
     answers = _keys_of(connection, {rows.storable(each) or "" for each in response_ids})
     last = [calls[0][-1] for calls in answers.values() if len(calls) == 1]
-    generations = _generations(connection, last)
+    generations = _generations(connection, last, (_GENERATIONS.prompt_token_ids,))
     known = texts.texts_of(connection, {row.model_key for row in generations})
     calls = [_Call([row], [], None) for row in generations]
     found: dict[str, Triplet] = {}
     for triplet in _triplets(connection, None, calls, known, {}):
         found.setdefault(triplet.response_id or "", triplet)
     return found
+
+
+def _all_of(
+    connection: Connection, rollout_id: str, attempt_id: str | None, more: Sequence[Column[Any]]
+) -> tuple[list[_Call], Texts, dict[int, float]]:
+    """The calls in order, what their keys stand for, and the reward of each generation that has got one."""
+    spans = _spans(connection, rollout_id, attempt_id)
+    keys, shared = _keys(connection, rollout_id, attempt_id, spans)
+    generations = _generations(connection, keys, more)
+    known = texts.texts_of(connection, {key for row in generations for key in (row.model_key, row.attempt_key)})
+    calls = _in_order(_calls(generations, spans, shared, known))
+    return calls, known, _rewards(calls, spans)
 
 
 def _spans(connection: Connection, rollout_id: str, attempt_id: str | None) -> Sequence[Any]:
@@ -189,7 +216,7 @@ def _call_of(row: Any) -> Any:
     return row.key if row.call_id is None else row.call_id
 
 
-def _generations(connection: Connection, keys: Iterable[int]) -> list[Any]:
+def _generations(connection: Connection, keys: Iterable[int], more: Sequence[Column[Any]]) -> list[Any]:
     """Without their texts, in the order in which they finished."""
     query = select(
         _GENERATIONS.key,
@@ -200,7 +227,7 @@ def _generations(connection: Connection, keys: Iterable[int]) -> list[Any]:
         _GENERATIONS.attempt_key,
         _GENERATIONS.finished_at,
         _GENERATIONS.status,
-        _GENERATIONS.prompt_token_ids,
+        *more,
     )
     found = [
         row for some in in_parts(sorted(keys)) for row in connection.execute(query.where(_GENERATIONS.key.in_(some)))

@@ -13,7 +13,7 @@ from agentlightning.store import open_database, open_store, overview, rollouts, 
 from agentlightning.store.database import Database
 from agentlightning.store.overview import COLUMNS, Asked, Overview
 from tests.common.generations import HOSTILE, SECOND, START, generation
-from tests.store.test_triplets import of_reward
+from tests.store.test_triplets import of_call, of_reward
 
 HOUR = 3600.0
 NOW = START / SECOND + HOUR
@@ -62,6 +62,18 @@ def test_a_rollout_that_only_calls_name_lasts_from_the_first_to_the_last(url: st
     assert of_all(database) == [
         Overview("r", "recorded", 0, 3, 3, 9, 15, None, START / SECOND + 2, 7.0, True),
     ]
+
+
+def test_a_call_that_names_no_rollout_is_of_the_one_whose_span_names_its_answer(url: str, database: Database) -> None:
+    with database.writing() as connection:
+        rollout_id = rollouts.start(connection, rollouts.NewRollout(input="1"), None)
+        # Two spans are about one call, as some instrumentations have it.
+        spans.add(connection, [of_call(number, 7, rollout_id=rollout_id) for number in (1, 2)])
+    with open_store(url) as store:
+        store.add([call(7, None, response_id="answer-7"), call(8, None, response_id="another"), call(9, rollout_id)])
+    [found] = of_all(database)
+
+    assert (found.calls, found.finished, found.prompt_tokens, found.output_tokens) == (2, 2, 6, 10)
 
 
 def test_a_rollout_that_has_not_ended_lasts_until_now(database: Database) -> None:

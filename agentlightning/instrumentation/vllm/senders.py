@@ -11,12 +11,9 @@ from typing import Any, NamedTuple
 
 import agentlightning
 from agentlightning.instrumentation.vllm.containment import contained
-from agentlightning.sender import Sender, Vocabulary
+from agentlightning.sender import ID_LIMIT, Sender, Vocabulary
 
 __all__ = ["note_engine", "note_model", "sender", "served_name"]
-
-# A tokenizer that gives out higher ids than this is broken, or something else than a tokenizer.
-_ID_LIMIT = 1 << 22
 
 
 class _Served(NamedTuple):
@@ -105,7 +102,7 @@ def _vocabulary(served: _Served) -> Vocabulary | None:
     # Tokenizers of models' own may have bytes for tokens.
     ids = {number: token for token, number in (served.ids or {}).items() if isinstance(token, str)}
     highest = max(ids, default=-1)
-    if not 0 <= highest < _ID_LIMIT:
+    if not 0 <= highest < ID_LIMIT:
         return None
     tokens = [ids.get(number) for number in range(highest + 1)]
     return Vocabulary(tokens, frozenset(number for number in served.special if 0 <= number <= highest))

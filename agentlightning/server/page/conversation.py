@@ -61,20 +61,16 @@ class Call:
 
 def of_rollout(connection: Connection, rollout_id: str) -> tuple[list[Call], int]:
     """The calls of a rollout, in the order of its triplets; and how many more there are than are shown."""
-    places: dict[str, list[triplets.Triplet]] = {}
-    for each in triplets.of_rollout(connection, rollout_id):
-        places.setdefault(each.generation_id, []).append(each)
+    places = triplets.places_of(connection, rollout_id)
     found: list[Call] = []
     # What was said so far in each attempt: one agent's calls may come between those of another.
     said: defaultdict[str | None, list[str]] = defaultdict(list)
-    for generation_id, of_call in list(places.items())[:CALLS_SHOWN]:
-        generation = generations.find(connection, generation_id)
+    for place in places[:CALLS_SHOWN]:
+        generation = generations.find(connection, place.generation_id)
         if generation is not None:
-            place = of_call[0]
             so_far = said[place.attempt_id]
             before = _beginning(generation.prompt_text, so_far)
-            rewards = {each.index: each.reward for each in of_call}
-            found.append(_call(generation, place.attempt_id, place.span_id, before, rewards))
+            found.append(_call(generation, place.attempt_id, place.span_id, before, place.reward))
             so_far += _texts_of(generation)
     return found, max(len(places) - CALLS_SHOWN, 0)
 
@@ -82,11 +78,11 @@ def of_rollout(connection: Connection, rollout_id: str) -> tuple[list[Call], int
 def without_rollout(connection: Connection) -> list[Call]:
     """The last calls that belong to no rollout, the last one first."""
     found = generations.latest(connection, {"rollout_id": None}, CALLS_SHOWN)
-    return [_call(each, each.attempt_id, None, "", {}) for each in found]
+    return [_call(each, each.attempt_id, None, "", None) for each in found]
 
 
 def _call(
-    generation: Generation, attempt_id: str | None, span_id: str | None, before: str, rewards: dict[int, float | None]
+    generation: Generation, attempt_id: str | None, span_id: str | None, before: str, reward: float | None
 ) -> Call:
     prompt = generation.prompt_text
     return Call(
@@ -102,7 +98,7 @@ def _call(
         is_continued=bool(before),
         said=None if prompt is None else prompt[len(before) :],
         answers=[
-            Answer(each.index, each.text, len(each.token_ids or ()), each.finish_reason, rewards.get(each.index))
+            Answer(each.index, each.text, len(each.token_ids or ()), each.finish_reason, reward)
             for each in generation.choices
         ],
     )

@@ -11,6 +11,7 @@ from fastapi import Query
 from pydantic import BaseModel
 from sqlalchemy import Connection
 
+from agentlightning.server.models.common import Part
 from agentlightning.store import absence, generations, overview, rollouts
 from agentlightning.store.absence import Absence
 from agentlightning.store.overview import RECORDED, Asked, Column, Overview
@@ -35,7 +36,7 @@ COLUMNS: tuple[tuple[Column, str, bool], ...] = (
 class Listing(BaseModel):
     """What the table is asked for, as its address has it."""
 
-    q: str = ""
+    q: Part = ""
     status: str = ""
     sort: Column = "started"
     order: Literal["asc", "desc"] = "desc"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime, timezone
@@ -63,7 +64,7 @@ def _moment(seconds: float | None) -> Markup:
 
 def _seconds(value: float | None) -> str:
     """How long something took, as exactly as it matters."""
-    if value is None:
+    if value is None or not math.isfinite(value):
         return "\N{EN DASH}"
     space = "\N{NO-BREAK SPACE}"
     if value < 1:

@@ -66,7 +66,7 @@ async def show_generation(
     request: Request,
     database: Database,
     generation_id: Annotated[Id, Query(alias="id")],
-    choice: Annotated[int, Query(ge=0, le=1 << 31)] = 0,
+    choice: Annotated[int, Query(ge=0, le=(1 << 63) - 1)] = 0,
 ) -> Response:
     """One generation, and one of its choices."""
     found = await database.read(lambda connection: tokens.of_choice(connection, generation_id, choice))

@@ -120,9 +120,13 @@ def _colour(logprob: float) -> int:
     return next((place for place, bound in enumerate(_BOUNDS) if logprob >= bound), len(_BOUNDS))
 
 
-def _summary(logprobs: array[float]) -> Summary:
-    lowest = min(logprobs)
-    return Summary(sum(logprobs) / len(logprobs), lowest, logprobs.index(lowest))
+def _summary(logprobs: array[float]) -> Summary | None:
+    # An engine that has gone wrong has some that are no numbers.
+    known = [place for place, each in enumerate(logprobs) if not math.isnan(each)]
+    if not known:
+        return None
+    lowest = min(known, key=logprobs.__getitem__)
+    return Summary(sum(logprobs[place] for place in known) / len(known), logprobs[lowest], lowest)
 
 
 def _fields(generation: Generation, choice: Choice | None) -> Iterator[tuple[str, object]]:
@@ -134,13 +138,13 @@ def _fields(generation: Generation, choice: Choice | None) -> Iterator[tuple[str
         "Endpoint": generation.endpoint,
         "Finish reason": choice and choice.finish_reason,
         "Stop reason": choice and choice.stop_reason,
-        "Prompt tokens": generation.prompt_token_ids and len(generation.prompt_token_ids),
+        "Prompt tokens": None if generation.prompt_token_ids is None else len(generation.prompt_token_ids),
         "Of these from the cache": generation.cached_tokens,
-        "Output tokens": choice and choice.token_ids and len(choice.token_ids),
+        "Output tokens": None if choice is None or choice.token_ids is None else len(choice.token_ids),
         "Until the first token": first and started and f"{(first - started) / NANOSECONDS:.3f} s",
         "Until the last": started and f"{(finished - started) / NANOSECONDS:.3f} s",
         "Logprobs": generation.logprobs_mode,
-        "Weights": choice and choice.weight_versions and ", ".join(map(_version, choice.weight_versions)),
+        "Weights": choice and ", ".join(map(_version, choice.weight_versions or ())),
         "Attempt": generation.attempt_id,
         "Session": generation.session_id,
         "Trace": generation.trace_id,
@@ -157,4 +161,10 @@ def _version(found: tuple[str, int, int]) -> str:
 
 
 def _indented(sampling_params: str | None) -> str | None:
-    return None if sampling_params is None else json.dumps(json.loads(sampling_params), indent=2, ensure_ascii=False)
+    if sampling_params is None:
+        return None
+    try:
+        return json.dumps(json.loads(sampling_params), indent=2, ensure_ascii=False)
+    except (ValueError, RecursionError):
+        # Whoever writes generations by a way of their own may have others.
+        return sampling_params

@@ -5,6 +5,7 @@ for (const name of ["htmx:error", "htmx:response:error"]) {
     trouble.textContent ||= `The store does not answer: this is how it was at ${new Date().toLocaleTimeString()}`;
   });
 }
-document.addEventListener("htmx:after:swap", () => {
-  trouble.textContent = "";
+document.addEventListener("htmx:after:swap", (event) => {
+  // Also where nothing was put in, since the store has answered that it cannot.
+  if (event.detail.ctx.response?.status < 400) trouble.textContent = "";
 });
