@@ -19,7 +19,7 @@ function choose(text, token) {
   const [id, logprob] = token.dataset.t.split(" ");
   const chance = logprob === undefined ? "" : `, logprob ${logprob} (${(100 * Math.exp(logprobOf(token))).toPrecision(3)} %)`;
   told.textContent = `Token ${place.get(token)}: ${JSON.stringify(token.textContent)}, id ${id}${chance}`;
-  token.scrollIntoView({ block: "nearest" });
+  show(token);
   if (text.id === "answer") {
     history.replaceState(null, "", `#t${place.get(token)}`);
     document.getElementById("share").hash = `t${place.get(token)}`;
@@ -33,6 +33,12 @@ document.addEventListener("click", (event) => {
   tokensOf(text);
   choose(text, token);
 });
+
+// A block that comes into sight may turn out larger than it was taken for, and move the token out of it again.
+function show(token, frames = 10) {
+  token.scrollIntoView({ block: "nearest" });
+  if (frames) requestAnimationFrame(() => show(token, frames - 1));
+}
 
 const STEPS = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: 20, ArrowUp: -20, Home: -Infinity, End: Infinity };
 
