@@ -486,9 +486,7 @@ def test_a_greeting_that_does_not_get_through_costs_no_generation_and_is_tried_a
     monkeypatch.setattr(DatabaseStore, "greet", away)
     monkeypatch.setattr("agentlightning.recorder.SECONDS_BETWEEN_GREETINGS", 0)
     recorder, generations = Recorder(str(path), ROOMY, Greeter()), some(5)
-    for number, each in enumerate(generations, 1):
-        record(recorder, [each])
-        until(lambda number=number: recorder.counters().generations == number)
+    record_one_by_one(recorder, generations)
     recorder.close()
 
     assert kept(path) == ids(generations)
@@ -496,6 +494,13 @@ def test_a_greeting_that_does_not_get_through_costs_no_generation_and_is_tried_a
     assert len(attempts) == 3
     # Of those that were written once it had got through.
     assert 0 < counted(path)[os.getpid()] <= len(generations)
+
+
+def record_one_by_one(recorder: Recorder, generations: Sequence[Generation]) -> None:
+    """Each when the one before it is written."""
+    for number, each in enumerate(generations, 1):
+        record(recorder, [each])
+        until(lambda number=number: recorder.counters().generations == number)
 
 
 def refused() -> Sender:
@@ -511,9 +516,7 @@ def test_what_no_store_takes_for_a_sender_costs_no_generation_and_is_told_once(
     path: Path, caplog: pytest.LogCaptureFixture, sender: Callable[[], Sender]
 ) -> None:
     recorder, generations = Recorder(str(path), ROOMY, sender), some(2)
-    for number, each in enumerate(generations, 1):
-        record(recorder, [each])
-        until(lambda number=number: recorder.counters().generations == number)
+    record_one_by_one(recorder, generations)
     recorder.close()
 
     assert kept(path) == ids(generations)

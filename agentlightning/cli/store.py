@@ -9,7 +9,8 @@ from agentlightning.cli.serving import add_options, key_of, serve
 
 DESCRIPTION = """\
 Serve a store of rollouts, spans, resources, workers and generations over HTTP: the LightningStore interface of Agent
-Lightning 0.3 under /v1/agl, and OpenTelemetry's at /v1/traces. The document of all routes is at /openapi.json.
+Lightning 0.3 under /v1/agl, and OpenTelemetry's at /v1/traces. A page to look at it all is at /, and
+the document of all routes at /openapi.json.
 """
 EPILOG = """\
 The key is asked for as `Authorization: Bearer KEY`, or in the URL: http://agl:KEY@HOST:4747. Who can see the processes

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from sqlalchemy import (
     BigInteger,
@@ -34,16 +34,7 @@ from agentlightning.store.tables import generations, rollouts, spans, texts
 __all__ = ["COLUMNS", "RECORDED", "Asked", "Column", "Overview", "of_all"]
 
 Column = Literal["rollout", "status", "calls", "prompt_tokens", "output_tokens", "reward", "started", "duration"]
-COLUMNS: tuple[Column, ...] = (
-    "rollout",
-    "status",
-    "calls",
-    "prompt_tokens",
-    "output_tokens",
-    "reward",
-    "started",
-    "duration",
-)
+COLUMNS: tuple[Column, ...] = get_args(Column)
 
 RECORDED = "recorded"
 """The status of a rollout that the queue does not have."""

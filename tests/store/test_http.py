@@ -25,9 +25,7 @@ from agentlightning.store import Store, StoreRefused, StoreUnavailable, open_dat
 from tests.common.generations import FULL, generation
 from tests.server.process import StoreServer
 from tests.store import test_stores as all_stores
-from tests.store.test_stores import ids, store
-
-__all__ = ["store"]
+from tests.store.test_stores import ids
 
 # What all stores do, by way of the `url` that is here; what differs is below.
 for _name, _test in vars(all_stores).items():

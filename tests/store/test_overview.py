@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from agentlightning.generation import Choice, Generation
-from agentlightning.store import open_database, open_store, overview, rollouts, spans
+from agentlightning.store import open_store, overview, rollouts, spans
 from agentlightning.store.database import Database
 from agentlightning.store.overview import COLUMNS, Asked, Overview
 from tests.common.generations import HOSTILE, SECOND, START, generation
@@ -17,13 +16,6 @@ from tests.store.test_triplets import of_call, of_reward
 
 HOUR = 3600.0
 NOW = START / SECOND + HOUR
-
-
-@pytest.fixture
-def database(url: str) -> Iterator[Database]:
-    database = open_database(url)
-    yield database
-    database.close()
 
 
 def call(number: int, rollout_id: str | None, **fields: Any) -> Generation:

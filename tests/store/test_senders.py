@@ -8,7 +8,6 @@ import sqlite3
 import time
 import zlib
 from array import array
-from collections.abc import Iterator
 from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +18,7 @@ from sqlalchemy import func, select
 
 from agentlightning.generation import Choice, Loss, new_id
 from agentlightning.sender import Sender, Vocabulary
-from agentlightning.store import Store, generations, open_database, open_store, senders, tables
+from agentlightning.store import Store, generations, open_store, senders, tables
 from agentlightning.store.database import Database
 from tests.common.generations import EMPTY, HOSTILE, generation
 
@@ -32,20 +31,6 @@ VOCABULARY = Vocabulary(["<s>", "Ġthe", "größe", '\0"\\', None, "北京"], fr
 def sender(**fields: Any) -> Sender:
     usual: dict[str, Any] = {"host": "gpu-1", "pid": 7, "started_at": NOW - DAY, "version": "0.1.0"}
     return Sender(**usual | {"vllm": "0.32.0", "model": "a model", "vocabulary": VOCABULARY} | fields)
-
-
-@pytest.fixture
-def store(url: str) -> Iterator[Store]:
-    with open_store(url) as store:
-        yield store
-
-
-@pytest.fixture
-def database(store: Store, url: str) -> Iterator[Database]:
-    """The same, as who shows what is in it reads it."""
-    found = open_database(url)
-    yield found
-    found.close()
 
 
 def seen(database: Database, since: int = 0, limit: int = 100) -> list[senders.Seen]:

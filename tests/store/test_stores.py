@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,12 +10,6 @@ import pytest
 from agentlightning.generation import Choice, Generation, Loss
 from agentlightning.store import Store, open_store
 from tests.common.generations import EMPTY, FULL, HOSTILE, SECOND, START, generation
-
-
-@pytest.fixture
-def store(url: str) -> Iterator[Store]:
-    with open_store(url) as store:
-        yield store
 
 
 def ids(store: Store, **filters: Any) -> list[str]:

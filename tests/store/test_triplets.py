@@ -11,25 +11,12 @@ from typing import Any
 import pytest
 
 from agentlightning.generation import Choice, Generation, new_id
-from agentlightning.store import Store, attributes, open_database, open_store, spans, triplets
+from agentlightning.store import Store, attributes, spans, triplets
 from agentlightning.store.database import Database
 from agentlightning.triplet import Triplet
 from tests.common.generations import HOSTILE, SECOND, START, generation
 
 HOUR = 3600 * SECOND
-
-
-@pytest.fixture
-def store(url: str) -> Iterator[Store]:
-    with open_store(url) as store:
-        yield store
-
-
-@pytest.fixture
-def database(store: Store, url: str) -> Iterator[Database]:
-    database = open_database(url)
-    yield database
-    database.close()
 
 
 def call(number: int, **fields: Any) -> Generation:

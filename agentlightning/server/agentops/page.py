@@ -12,15 +12,13 @@ from agentlightning.server.agentops.calls import Seen, seen, total
 from agentlightning.server.agentops.clients import CAUSE
 from agentlightning.server.models.common import Id
 from agentlightning.server.page.rendering import page as rendered
-from agentlightning.server.page.tree import in_tree
+from agentlightning.server.page.tree import DEEPEST, in_tree
 from agentlightning.server.routes.common import Database, router
 from agentlightning.store import rollouts, sessions, uploads
 
 __all__ = ["page"]
 
 SESSIONS_SHOWN = 100
-DEEPEST = 12
-"""How deep a span is shown; what is below is as deep."""
 
 page = router("agentops", prefix="")
 

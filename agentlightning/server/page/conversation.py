@@ -27,7 +27,6 @@ class Answer:
     text: str | None
     token_ids: int
     finish_reason: str | None
-    reward: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +38,7 @@ class Call:
         started, finished: seconds since the epoch.
         is_continued: whether the prompt begins with what was said before, and `said` is the rest of it.
         said: None where no text is kept.
+        reward: of the generation, whichever of its answers it is for.
     """
 
     id: str
@@ -52,6 +52,7 @@ class Call:
     prompt_ids: int
     is_continued: bool
     said: str | None
+    reward: float | None
     answers: Sequence[Answer]
 
     @property
@@ -97,9 +98,9 @@ def _call(
         prompt_ids=len(generation.prompt_token_ids or ()),
         is_continued=bool(before),
         said=None if prompt is None else prompt[len(before) :],
+        reward=reward,
         answers=[
-            Answer(each.index, each.text, len(each.token_ids or ()), each.finish_reason, reward)
-            for each in generation.choices
+            Answer(each.index, each.text, len(each.token_ids or ()), each.finish_reason) for each in generation.choices
         ],
     )
 

@@ -33,7 +33,6 @@ class Pieces:
         self._tokens: Sequence[str | None] = () if vocabulary is None else vocabulary.tokens
         self._special = frozenset[int]() if vocabulary is None else vocabulary.special
         self._read = self._reader()
-        self._known: dict[int, str] = {}
 
     @property
     def are_known(self) -> bool:
@@ -46,14 +45,9 @@ class Pieces:
 
     def text(self, token_id: int) -> str:
         """The text of an id."""
-        found = self._known.get(token_id)
-        if found is None:
-            token = self._tokens[token_id] if 0 <= token_id < len(self._tokens) else None
-            found = f"[{token_id}]" if token is None else self._text(token, token_id)
-            self._known[token_id] = found
-        return found
-
-    def _text(self, token: str, token_id: int) -> str:
+        token = self._tokens[token_id] if 0 <= token_id < len(self._tokens) else None
+        if token is None:
+            return f"[{token_id}]"
         return token if token_id in self._special else self._read(token).decode("utf-8", "backslashreplace")
 
     def _reader(self) -> Callable[[str], bytes]:

@@ -17,7 +17,7 @@ from markupsafe import Markup, escape
 
 import agentlightning
 
-__all__ = ["HEADERS", "STATIC", "page"]
+__all__ = ["STATIC", "page"]
 
 _HERE = Path(__file__).parent
 STATIC = _HERE / "static"

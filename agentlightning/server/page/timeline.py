@@ -5,19 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from sqlalchemy import Connection, select
 
 from agentlightning.server.page.conversation import Call
-from agentlightning.server.page.tree import in_tree
+from agentlightning.server.page.tree import DEEPEST, in_tree
 from agentlightning.store import attributes, tables
 
-__all__ = ["Row", "Timeline", "of_rollout"]
+__all__ = ["Bar", "Row", "Timeline", "of_rollout"]
 
 SPANS_SHOWN = 1000
-DEEPEST = 12
 # Of the whole, in percent.
 NARROWEST = 0.4
 UNDER_WAY = ("preparing", "running")
@@ -26,14 +25,13 @@ _decode = msgspec.json.Decoder(dict[str, Any]).decode
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One bar.
+class Bar:
+    """What began, and ended.
 
     Attributes:
         kind: `attempt`, `span` or `generation`.
         state: how it ended, in the store's words; empty where nobody said.
         start, end: seconds since the epoch; None where unknown, or not yet.
-        left, width: of the whole, from 0 to 100.
         generation_id: of a generation, whose page it leads to.
     """
 
@@ -43,14 +41,20 @@ class Row:
     state: str
     start: float | None
     end: float | None
-    left: float
-    width: float
     generation_id: str | None = None
     reward: float | None = None
 
     @property
     def seconds(self) -> float | None:
         return None if self.start is None or self.end is None else max(self.end - self.start, 0.0)
+
+
+class Row(NamedTuple):
+    """A bar, and how far from the left it begins and how wide it is: from 0 to 100 of the whole."""
+
+    bar: Bar
+    left: float
+    width: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +69,6 @@ class Timeline:
     @property
     def seconds(self) -> float:
         return self.end - self.start
-
-
-@dataclass(slots=True)
-class _Bar:
-    kind: str
-    depth: int
-    label: str
-    state: str
-    start: float | None
-    end: float | None
-    generation_id: str | None = None
-    reward: float | None = None
 
 
 def of_rollout(connection: Connection, rollout_id: str, rollout: Any | None, calls: Sequence[Call]) -> Timeline:
@@ -108,7 +100,7 @@ def _spans(connection: Connection, rollout_id: str) -> Sequence[Any]:
     return connection.execute(query.limit(SPANS_SHOWN + 1)).all()
 
 
-def _bars(attempts: Sequence[Any], spans: Sequence[Any], calls: Sequence[Call]) -> Iterator[_Bar]:
+def _bars(attempts: Sequence[Any], spans: Sequence[Any], calls: Sequence[Call]) -> Iterator[Bar]:
     known = {each.attempt_id: each for each in attempts}
     # Of those that name one that the queue does not have, each has a place of its own, after the others.
     ids = [*known, *(each.attempt_id for each in (*spans, *calls))]
@@ -120,23 +112,24 @@ def _bars(attempts: Sequence[Any], spans: Sequence[Any], calls: Sequence[Call]) 
         yield from bars
 
 
-def _attempt(attempt_id: str | None, found: Any | None, bars: Sequence[_Bar]) -> _Bar:
+def _attempt(attempt_id: str | None, found: Any | None, bars: Sequence[Bar]) -> Bar:
     moments = [each for bar in bars for each in (bar.start, bar.end) if each is not None]
     if found is None:
         label = f"Attempt {attempt_id}" if attempt_id else "Calls that name no attempt"
-        return _Bar("attempt", 0, label, "", min(moments, default=None), max(moments, default=None))
+        return Bar("attempt", 0, label, "", min(moments, default=None), max(moments, default=None))
     end = found.end_time
     if end is None and found.status not in UNDER_WAY:
         # Of one that was given up, only when it was heard of last is known.
         end = max(found.last_heartbeat_time or found.start_time, *moments, found.start_time)
-    return _Bar("attempt", 0, f"Attempt {found.sequence_id}: {attempt_id}", found.status, found.start_time, end)
+    return Bar("attempt", 0, f"Attempt {found.sequence_id}: {attempt_id}", found.status, found.start_time, end)
 
 
-def _below(spans: Sequence[Any], calls: Sequence[Call]) -> Iterator[_Bar]:
+def _below(spans: Sequence[Any], calls: Sequence[Call]) -> Iterator[Bar]:
     """The spans as a tree, each generation below the span that names it, the others where they began."""
     found = sorted([*spans, *calls], key=_began)
     for depth, each in in_tree(found, _name, _parent):
-        yield _generation(depth + 1, each) if isinstance(each, Call) else _span(depth + 1, each)
+        below = min(depth + 1, DEEPEST)
+        yield _generation(below, each) if isinstance(each, Call) else _span(below, each)
 
 
 def _began(each: Any) -> float:
@@ -152,38 +145,24 @@ def _parent(each: Any) -> str | None:
     return each.span_id if isinstance(each, Call) else each.parent_id
 
 
-def _span(depth: int, row: Any) -> _Bar:
+def _span(depth: int, row: Any) -> Bar:
     body = _decode(row.body)
     failed = attributes.has_failed(body["attributes"], body["status"]["status_code"])
     state = "" if failed is None else "failed" if failed else "succeeded"
-    return _Bar("span", depth, row.name, state, row.start_time, row.end_time, reward=row.reward)
+    return Bar("span", depth, row.name, state, row.start_time, row.end_time, reward=row.reward)
 
 
-def _generation(depth: int, call: Call) -> _Bar:
+def _generation(depth: int, call: Call) -> Bar:
     counted = f"{call.prompt_ids} + {sum(each.token_ids for each in call.answers)} tokens"
-    rewards = [each.reward for each in call.answers if each.reward is not None]
     label = f"{call.endpoint or 'generation'}: {counted}"
-    return _Bar(
-        "generation", depth, label, call.status, call.started, call.finished, call.id, rewards[-1] if rewards else None
-    )
+    return Bar("generation", depth, label, call.status, call.started, call.finished, call.id, call.reward)
 
 
-def _row(bar: _Bar, start: float, end: float) -> Row:
+def _row(bar: Bar, start: float, end: float) -> Row:
     whole = (end - start) or 1.0
     begins = start if bar.start is None else bar.start
     ends = end if bar.end is None and bar.state in UNDER_WAY else bar.end or begins
     # One that took no time, or is at the very end, can be seen all the same.
     left = min(100 * (begins - start) / whole, 100 - NARROWEST)
     width = min(max(100 * (ends - begins) / whole, NARROWEST), 100 - left)
-    return Row(
-        bar.kind,
-        min(bar.depth, DEEPEST),
-        bar.label,
-        bar.state,
-        bar.start,
-        bar.end,
-        round(left, 3),
-        round(width, 3),
-        bar.generation_id,
-        bar.reward,
-    )
+    return Row(bar, round(left, 3), round(width, 3))

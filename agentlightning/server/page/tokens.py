@@ -7,7 +7,6 @@ import math
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
 from typing import Any
 
 from markupsafe import Markup, escape
@@ -91,8 +90,9 @@ def _laid_out(token_ids: array[int], logprobs: array[float] | None, pieces: Piec
 
 def _blocks(token_ids: array[int], logprobs: array[float] | None, pieces: Pieces) -> Iterator[Markup]:
     block: list[str] = []
+    # A long answer has the same ids again and again.
     written: dict[int, tuple[Markup, bool]] = {}
-    for place, token_id in zip(count(), token_ids):
+    for place, token_id in enumerate(token_ids):
         if token_id not in written:
             text = pieces.text(token_id)
             written[token_id] = _with_breaks(text), text.endswith("\n")

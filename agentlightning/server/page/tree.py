@@ -6,7 +6,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-__all__ = ["in_tree"]
+__all__ = ["DEEPEST", "in_tree"]
+
+DEEPEST = 12
+"""How deep the style has something shown; what is below is shown as deep."""
 
 T = TypeVar("T")
 
