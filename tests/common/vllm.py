@@ -132,11 +132,11 @@ class RemoteOpenAIServer:
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
-                raise RuntimeError(f"the server ended with {self.process.returncode}:\n{self.log[-5000:]}")
+                raise RuntimeError(f"the server ended with {self.process.returncode}:\n{self.log[-20000:]}")
             if self._is_up(self):
                 return
             time.sleep(0.25)
-        raise RuntimeError(f"the server was not up after {START_SECONDS} s:\n{self.log[-5000:]}")
+        raise RuntimeError(f"the server was not up after {START_SECONDS} s:\n{self.log[-20000:]}")
 
     def stop(self) -> None:
         """Interrupt it, as Ctrl-C does, and end what is left of it."""
