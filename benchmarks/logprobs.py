@@ -1,7 +1,8 @@
 """What logprobs cost that nobody asks for, beside those that vLLM is asked for and a gateway that asks for them.
 
-As in `benchmarks/serving.py`, all turns are taken by one server process. The Rust frontend, at whose engine core
-nothing can be turned on and off, is two servers side by side: one that is recorded, and one that is not instrumented.
+As in `benchmarks/serving.py`, all turns are taken by one server process. Its engine core is ours all the time: there
+logprobs are packed for an API server of ours. The Rust frontend, at whose engine core nothing can be turned on and off,
+is two servers side by side: one that is recorded, and one that is not instrumented.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ RECORDS, AGAIN, LOGPROBS = "recording", "recording, again", "recording, with AGL
 ASKED, GATEWAY = "vLLM, asked for ids and logprobs", "a gateway that asks for ids and logprobs"
 POSITIONS = {RECORDS: "on", AGAIN: "on", LOGPROBS: "logprobs", ASKED: "off", GATEWAY: "off"}
 ASKS = {"return_token_ids": True, "logprobs": True}
+# What our API server says to the engine core, which would record what nobody has claimed.
+CLAIMED = {"vllm_xargs": {"agentlightning": []}}
 RUST, RUST_RECORDED = "the Rust frontend", "the Rust frontend, recorded"
 ABOUT = (
     f"Chat completions of {TOKENS} tokens by a tiny model, {CONCURRENCY} at once, recorded to SQLite. The second turn "
@@ -50,7 +53,7 @@ def measure(quick: bool) -> Part:
     with tempfile.TemporaryDirectory(prefix="agl-bench-") as folder:
         for start in range(starts):
             say(f"logprobs: starting a server, {start + 1} of {starts}")
-            env = {**environment(seed=start), "AGL_STORE": str(Path(folder, f"{start}.db"))}
+            env = {**environment(seed=start), "AGL_INSTRUMENT": "1", "AGL_STORE": str(Path(folder, f"{start}.db"))}
             with RemoteOpenAIServer("--middleware=benchmarks.switch.Switch", env=env) as server:
                 say("logprobs: recording with and without them")
                 with gateway(server, "logprobs") as url, busy.running():
@@ -64,7 +67,8 @@ def measure(quick: bool) -> Part:
 async def take_turns(url: str, server: RemoteOpenAIServer, seconds: float) -> list[Round]:
     """The server alone, and behind the gateway."""
     request = {"model": server.model, **CHAT}
-    bodies = {name: {**request, **(ASKS if name == ASKED else {})} for name in POSITIONS}
+    vllms = {ASKED: {**CLAIMED, **ASKS}, GATEWAY: CLAIMED}
+    bodies = {name: {**request, **vllms.get(name, {})} for name in POSITIONS}
     async with session(server.url) as straight, session(url) as through:
         await is_up(through)
         clients = {

@@ -33,8 +33,9 @@ class Switch:
 
     async def _turn(self, app: Any, position: str, send: Any) -> None:
         on = position != "off"
-        # As it is before anything of ours: the server starts without us.
-        stack = self._vllms_stack = self._vllms_stack or app.middleware_stack
+        stack = self._vllms_stack or app.middleware_stack
+        # As it is without us, who may have been there from the start.
+        stack = self._vllms_stack = stack.app if isinstance(stack, RequestContexts) else stack
         # On or off, what was on is taken off: one turn is as much work as another.
         uninstrument_vllm()
         # Read when the patches are put on.

@@ -34,10 +34,13 @@ class RequestContexts:
 
     It is to be outermost, so that whoever guards a path sees the one that is routed. A prefix that is not well formed
     is left on, and vLLM answers as to any path that it does not know.
+
+    Attributes:
+        app: what it stands before.
     """
 
     def __init__(self, app: App) -> None:
-        self._app = app
+        self.app = app
 
     def __call__(self, scope: Scope, receive: Any, send: Any) -> Awaitable[None]:
         if scope["type"] in ("http", "websocket"):
@@ -46,7 +49,7 @@ class RequestContexts:
             # A websocket has none: its engine requests are as many as its messages. To none, not left as it is, since
             # a server may handle it in the context of the request that came before it on the same connection.
             request_context.enter(context if scope["type"] == "http" else None)
-        return self._app(scope, receive, send)
+        return self.app(scope, receive, send)
 
 
 def _understood(scope: Scope) -> tuple[Scope, RequestContext]:
