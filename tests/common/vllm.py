@@ -34,12 +34,15 @@ QUIET = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
     # The tiny model is quicker in one thread; those of several engines would wait for each other's cores.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
 }
 SMALL = ("--max-model-len", "1024", "--enforce-eager", "--dtype", "float32")
+CACHE_BYTES = 256 << 20
+"""For the keys and values of a quarter of a million tokens: up to a dozen engines of the tests are there at once, each
+of which would take most of the memory."""
+LITTLE_CACHE = ("--kv-cache-memory-bytes", str(CACHE_BYTES))
 # Without a worker process, as on one GPU. On CPUs vLLM starts one, for whose sake both it and the engine core spin.
 NO_WORKER = ("--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor")
 PLAIN = ("vllm", "serve")
@@ -77,7 +80,7 @@ class RemoteOpenAIServer:
         command: Sequence[str] = PLAIN,
         env: Mapping[str, str] | None = None,
         model: Path | None = None,
-        small: Sequence[str] = (*SMALL, *NO_WORKER),
+        small: Sequence[str] = (*SMALL, *LITTLE_CACHE, *NO_WORKER),
         scripts: Path = SCRIPTS,
         is_up: Callable[[RemoteOpenAIServer], bool] = is_healthy,
     ) -> None:

@@ -16,7 +16,8 @@ import json, sys
 from vllm import LLM, SamplingParams
 
 if __name__ == "__main__":
-    model = LLM(sys.argv[1], max_model_len=1024, enforce_eager=True, dtype="float32")
+    small = {"max_model_len": 1024, "enforce_eager": True, "dtype": "float32", "kv_cache_memory_bytes": 256 << 20}
+    model = LLM(sys.argv[1], **small)
     prompt = {"prompt_token_ids": json.loads(sys.argv[2])}
     [answer] = model.generate(prompt, SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
     with open(sys.argv[3], "w") as file:

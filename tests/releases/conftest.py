@@ -91,6 +91,8 @@ def server(
         "PYTHONPATH": str(CHECKOUT),
         # Every start would compile a thousand modules.
         "PYTHONDONTWRITEBYTECODE": "",
+        # GiB, which every release knows.
+        "VLLM_CPU_KVCACHE_SPACE": "1",
         **({"AGL_INSTRUMENT": "1"} if armed else {}),
         **({"AGL_STORE": str(store), "AGL_LOGPROBS": "on"} if store else {}),
         "LD_PRELOAD": ":".join(str(folder(release) / "lib" / library) for library in release.preload),

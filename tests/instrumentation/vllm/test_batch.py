@@ -13,7 +13,7 @@ from agentlightning.store import open_store
 from tests.common.answers import post, steady, tokenize
 from tests.common.reference import greedy
 from tests.common.tiny_model import tiny_model
-from tests.common.vllm import SMALL, RemoteOpenAIServer, run
+from tests.common.vllm import LITTLE_CACHE, SMALL, RemoteOpenAIServer, run
 
 BATCH = "/v1/chat/completions/batch"
 CONVERSATIONS = [[{"role": "user", "content": " ".join(["word"] * (30 - length))}] for length in range(30)]
@@ -63,7 +63,8 @@ def test_result_lines_of_run_batch_carry_their_ids_and_are_kept(tmp_path: Path, 
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     files = ("-i", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl"))
     store = tmp_path / "generations.db"
-    ran = run(*command, *files, "--model", model, *SMALL, env={"AGL_INSTRUMENT": "1", "AGL_STORE": str(store)})
+    env = {"AGL_INSTRUMENT": "1", "AGL_STORE": str(store)}
+    ran = run(*command, *files, "--model", model, *SMALL, *LITTLE_CACHE, env=env)
 
     assert ran.returncode == 0, ran.stderr
     results = {line["custom_id"]: line for line in map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())}
