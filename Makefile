@@ -8,7 +8,7 @@ SHELL := /bin/bash
 help:
 	@echo 'make demo    a real vLLM answers with token ids, shown in a table'
 	@echo 'make demo-rollout'
-	@echo '             a queue, two runners, an agent with a tool, what a trainer would learn from, and a page to see it on'
+	@echo '             two runners run an agent that uses a tool; the triplets a trainer would use, and a page to inspect them'
 	@echo 'make test    all tests, against a real vLLM'
 	@echo 'make test-releases [RELEASES="0.8.5 0.32.0"]'
 	@echo '             the same questions to each vLLM since 0.8.5, each in an environment of its own (30 GB for all)'
