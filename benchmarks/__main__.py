@@ -11,7 +11,18 @@ from pathlib import Path
 from benchmarks.machine import describe_machine
 from benchmarks.report import Report, say
 
-BENCHMARKS = ("startup", "serving", "step", "store", "recording", "logprobs", "lightning_store", "beyond", "page")
+BENCHMARKS = (
+    "startup",
+    "serving",
+    "step",
+    "store",
+    "recording",
+    "logprobs",
+    "gpu",
+    "lightning_store",
+    "beyond",
+    "page",
+)
 RESULTS = Path(__file__).with_name("results")
 
 
@@ -28,7 +39,13 @@ def main() -> None:
     reports = []
     for name in options.names or BENCHMARKS:
         # Imported one by one: what one of them needs, another can be run without.
-        part = import_module(f"benchmarks.{name}").measure(options.quick)
+        benchmark = import_module(f"benchmarks.{name}")
+        if hasattr(benchmark, "missing") and (missing := benchmark.missing()):
+            if options.names:
+                sys.exit(f"{name} cannot be measured here: {missing}")
+            say(f"{name} is left out: {missing}")
+            continue
+        part = benchmark.measure(options.quick)
         report = Report(f"python -m benchmarks {name}", describe_machine(), part)
         if options.quick:
             say(f"{RESULTS.name}/{name}.md is left as it is: only a full run writes it")

@@ -8,19 +8,17 @@ is two servers side by side: one that is recorded, and one that is not instrumen
 from __future__ import annotations
 
 import asyncio
-import random
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
 
+from benchmarks.gateway import gateway, is_up
 from benchmarks.machine import BusyMeter
-from benchmarks.recording import gateway, is_up, session
 from benchmarks.report import Part, Row, Section, Target, say
-from benchmarks.serving import CHAT, CONCURRENCY, IDS, TOKENS, Client, Load, environment
+from benchmarks.serving import CHAT, CONCURRENCY, IDS, TOKENS, Client, Load, environment, rounds_of, session
 from tests.common.rust_frontend import rust_frontend
 from tests.common.vllm import RemoteOpenAIServer, side_by_side
 
@@ -79,18 +77,7 @@ async def take_turns(url: str, server: RemoteOpenAIServer, seconds: float) -> li
             await client.turn(name)
             await client.check(name, IDS, name != GATEWAY)
             await client.check(name, b'"logprobs":{', name == ASKED)
-        return await rounds_of(clients, seconds)
-
-
-async def rounds_of(clients: Mapping[str, Client], seconds: float) -> list[Round]:
-    """Turns of all of them, in another order each time, until the time is over."""
-    rounds: list[Round] = []
-    order = list(clients)
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline or len(rounds) < MIN_ROUNDS:
-        random.shuffle(order)
-        rounds.append({name: await clients[name].turn(name) for name in order})
-    return rounds
+        return await rounds_of(clients, seconds, MIN_ROUNDS)
 
 
 def measured_rust(start: int, path: Path, seconds: float) -> list[Round]:
@@ -118,7 +105,7 @@ async def turns_of_rust(servers: Mapping[str, RemoteOpenAIServer], seconds: floa
             clients[name] = Client(each, engine_core(servers[name]), PATH, {name: body}, {})
             await clients[name].turn(name)
             await clients[name].check(name, IDS)
-        return await rounds_of(clients, seconds)
+        return await rounds_of(clients, seconds, MIN_ROUNDS)
 
 
 def engine_core(server: RemoteOpenAIServer) -> int:

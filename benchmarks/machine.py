@@ -6,6 +6,8 @@ import datetime
 import os
 import platform
 import re
+import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,12 +17,23 @@ from pathlib import Path
 def describe_machine() -> dict[str, str]:
     """Enough to repeat it by, and nothing that names this very machine."""
     models = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    found = gpus()
     return {
         "processor": f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores",
+        **({"GPU": ", ".join(found)} if found else {}),
         "Python": f"{platform.python_implementation()} {platform.python_version()}",
         "system": f"{platform.system()} {platform.release()}",
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }
+
+
+def gpus() -> list[str]:
+    """The names of NVIDIA's, as its own tool has them."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    command = ("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+    asked = subprocess.run(command, capture_output=True, text=True, check=False)
+    return asked.stdout.splitlines() if asked.returncode == 0 else []
 
 
 class BusyMeter:

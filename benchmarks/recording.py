@@ -13,21 +13,18 @@ import asyncio
 import gc
 import os
 import random
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import psutil
 from vllm.v1.engine import EngineCoreOutput, FinishReason
 
 from agentlightning.instrumentation.vllm import instrument_vllm, recording, request_context, uninstrument_vllm
 from agentlightning.instrumentation.vllm.middleware import RequestContexts
+from benchmarks.gateway import gateway, is_up
 from benchmarks.machine import BusyMeter
 from benchmarks.report import Part, Row, Section, Target, say
 from benchmarks.serving import (
@@ -42,10 +39,11 @@ from benchmarks.serving import (
     Load,
     Workload,
     environment,
+    session,
     take_turns,
 )
 from tests.common.engine import Engine
-from tests.common.vllm import RemoteOpenAIServer, free_port
+from tests.common.vllm import RemoteOpenAIServer
 
 STARTS, SECONDS = 2, 110
 QUICK_STARTS, QUICK_SECONDS = 1, 60
@@ -118,18 +116,6 @@ def of_rate(rounds: Sequence[Round]) -> Section:
     return Section(f"throughput, {PLAIN.name}", "requests a second", about, rows)
 
 
-@contextmanager
-def gateway(server: RemoteOpenAIServer, *asks: str) -> Iterator[str]:
-    """The address of a gateway to this server, while it runs."""
-    port = free_port()
-    process = subprocess.Popen([sys.executable, "-m", "benchmarks.proxy", server.url, str(port), *asks])
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait()
-
-
 async def take_turns_with(url: str, server: RemoteOpenAIServer, seconds: float) -> list[Round]:
     """As `take_turns`, with a gateway that takes turns with the server itself."""
     rounds: list[Round] = []
@@ -148,21 +134,6 @@ async def take_turns_with(url: str, server: RemoteOpenAIServer, seconds: float) 
             random.shuffle(order)
             rounds.append({name: await clients[name].turn(turns[name]) for name in order})
     return rounds
-
-
-def session(url: str) -> aiohttp.ClientSession:
-    # Servers close a connection that has been idle for five seconds, as between two turns it may be.
-    return aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2))
-
-
-async def is_up(gateway: aiohttp.ClientSession) -> None:
-    for _ in range(600):
-        try:
-            async with gateway.get("/health"):
-                return
-        except aiohttp.ClientConnectionError:
-            await asyncio.sleep(0.1)
-    raise RuntimeError("the gateway does not start")
 
 
 def on_the_event_loop(folder: Path, turns: int) -> Section:

@@ -42,9 +42,6 @@ CONCURRENCY = 64
 REQUESTS = 128
 TOKENS = 32
 
-WARM_UP = 32
-"""The first requests of a turn, which are not measured: what was patched is looked up anew."""
-
 VLLM, AGAIN, OURS = "vLLM", "vLLM, again", "vLLM, instrumented"
 IDS = b'token_ids":['
 PROMPT = "What is the capital of France?"
@@ -59,13 +56,32 @@ ABOUT = (
 
 
 @dataclass(frozen=True)
+class Turn:
+    """What a turn sends.
+
+    Attributes:
+        concurrency: requests at once.
+        warm_up: the first requests, which are not measured: what was patched is looked up anew.
+    """
+
+    requests: int = REQUESTS
+    concurrency: int = CONCURRENCY
+    warm_up: int = 32
+
+
+@dataclass(frozen=True)
 class Load:
-    """What one load on the server took."""
+    """What one load on the server took.
+
+    Attributes:
+        client: the share of a core that sending it took, and reading the answers.
+    """
 
     cpu: float
     rate: float
     median: float
     slowest: float
+    client: float
 
 
 @dataclass(frozen=True)
@@ -167,6 +183,7 @@ class Client:
         path: the route.
         bodies: the request, for each kind of turn.
         positions: of the server's switch, for each kind of turn; none of a server that has none.
+        size: of a turn.
     """
 
     def __init__(
@@ -176,12 +193,14 @@ class Client:
         path: str,
         bodies: Mapping[str, Any],
         positions: Mapping[str, str],
+        size: Turn = Turn(),
     ) -> None:
         self._session = session
         self._pid = pid
         self._path = path
         self._bodies = {name: json.dumps(body).encode() for name, body in bodies.items()}
         self._positions = positions
+        self._size = size
 
     @classmethod
     def of(cls, workload: Workload, session: aiohttp.ClientSession, server: RemoteOpenAIServer) -> Client:
@@ -196,12 +215,19 @@ class Client:
         if self._positions:
             async with self._session.get(f"{ROUTE}{self._positions[name]}") as response:
                 response.raise_for_status()
-        await self._requests(name, WARM_UP)
-        cpu, started = cpu_seconds(self._pid), time.perf_counter()
-        seconds = await self._requests(name, REQUESTS)
-        elapsed, cpu = time.perf_counter() - started, cpu_seconds(self._pid) - cpu
+        await self._requests(name, self._size.warm_up)
+        cpu, client, started = cpu_seconds(self._pid), time.process_time(), time.perf_counter()
+        seconds = await self._requests(name, self._size.requests)
+        elapsed, client = time.perf_counter() - started, time.process_time() - client
+        cpu = cpu_seconds(self._pid) - cpu
         hundredths = statistics.quantiles(seconds, n=100, method="inclusive")
-        return Load(cpu / REQUESTS * 1e3, REQUESTS / elapsed, hundredths[49] * 1e3, hundredths[98] * 1e3)
+        return Load(
+            cpu=cpu / self._size.requests * 1e3,
+            rate=self._size.requests / elapsed,
+            median=hundredths[49] * 1e3,
+            slowest=hundredths[98] * 1e3,
+            client=client / elapsed,
+        )
 
     async def check(self, name: str, shows: bytes, does: bool = True) -> None:
         """Lest something else be measured than answers that show this, or do not."""
@@ -220,7 +246,7 @@ class Client:
                 await self._answer(name)
                 seconds.append(time.perf_counter() - started)
 
-        await asyncio.gather(*(one_after_the_other() for _ in range(CONCURRENCY)))
+        await asyncio.gather(*(one_after_the_other() for _ in range(self._size.concurrency)))
         return seconds
 
     async def _answer(self, name: str) -> bytes:
@@ -230,6 +256,22 @@ class Client:
             if response.status != 200:
                 raise RuntimeError(f"{self._path} answers {response.status}: {answer[:1000]!r}")
             return answer
+
+
+async def rounds_of(clients: Mapping[str, Client], seconds: float, at_least: int) -> list[Round]:
+    """Turns of all of them, in another order each time, until the time is over and there are so many."""
+    rounds: list[Round] = []
+    order = list(clients)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline or len(rounds) < at_least:
+        random.shuffle(order)
+        rounds.append({name: await clients[name].turn(name) for name in order})
+    return rounds
+
+
+def session(url: str) -> aiohttp.ClientSession:
+    # Servers close a connection that has been idle for five seconds, as between two turns it may be.
+    return aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2))
 
 
 def table(workload: Workload, measure: Measure, rounds: Sequence[Round]) -> Section:

@@ -1,4 +1,4 @@
-"""A chat model that needs no download: a Qwen2 of 100k random weights, and a byte-level BPE tokenizer of its own.
+"""Chat models that need no download: Qwen2s of random weights, each with a byte-level BPE tokenizer of its own.
 
 Random weights emit invalid UTF-8, special tokens and merges that tokenise differently the second time: what breaks
 whoever sends text through a tokenizer again.
@@ -6,9 +6,13 @@ whoever sends text through a tokenizer again.
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
+import string
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +35,57 @@ CORPUS = [
 ]
 
 
+@dataclass(frozen=True)
+class Size:
+    """What a model is made of.
+
+    Attributes:
+        tokens: in its vocabulary, at the least: those that are missing are made up, and no text has them.
+        spread: standard deviation of its weights.
+    """
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    positions: int
+    spread: float
+    dtype: str
+    tokens: int = 0
+
+
+TINY = Size(64, 128, 2, 2, 2, 2048, 0.5, "float32")
+"""100k weights."""
+SMALL = Size(896, 4864, 24, 14, 2, 4096, 0.02, "bfloat16", 151_936)
+"""494 million, in the shape of Qwen2.5-0.5B."""
+
+
 def tiny_model() -> Path:
-    """The folder of the model, made on the first call (some ten seconds) and kept in `.cache/`."""
-    folder = Path(__file__).parents[2] / ".cache" / "tiny-model"
+    """The folder of the tiny model, made on the first call (some ten seconds) and kept in `.cache/`."""
+    return _kept("tiny-model", TINY)
+
+
+def small_model() -> Path:
+    """The folder of the small one, likewise: a minute, and 1 GB."""
+    return _kept("small-model", SMALL)
+
+
+def _kept(name: str, size: Size) -> Path:
+    folder = Path(__file__).parents[2] / ".cache" / name
     if not (folder / "config.json").exists():
         folder.parent.mkdir(exist_ok=True)
         # Made beside it and renamed: whoever is interrupted leaves no half a model behind.
         with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
-            _make(Path(unfinished) / "model")
+            _make(Path(unfinished) / "model", size)
             os.replace(Path(unfinished) / "model", folder)
     return folder
 
 
-def _make(folder: Path) -> None:
+def _make(folder: Path, size: Size) -> None:
     import torch
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
@@ -60,28 +99,40 @@ def _make(folder: Path) -> None:
             show_progress=False,
         ),
     )
+    if tokenizer.get_vocab_size() + len(MARKUP_TOKENS) < size.tokens:
+        tokenizer = Tokenizer.from_str(_filled_up(tokenizer.to_str(), size.tokens - len(MARKUP_TOKENS)))
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in MARKUP_TOKENS])
     fast: Any = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     fast.chat_template = CHAT_TEMPLATE
-    fast.model_max_length = 2048
+    fast.model_max_length = size.positions
 
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=len(fast),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
+        hidden_size=size.hidden,
+        intermediate_size=size.intermediate,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.key_value_heads,
+        max_position_embeddings=size.positions,
         tie_word_embeddings=True,
         eos_token_id=fast.eos_token_id,
         pad_token_id=fast.pad_token_id,
-        initializer_range=0.5,
+        initializer_range=size.spread,
     )
-    model: Any = Qwen2ForCausalLM(config)
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, size.dtype))
     model.save_pretrained(folder)
     fast.save_pretrained(folder)
+
+
+def _filled_up(tokenizer: str, tokens: int) -> str:
+    """The tokenizer, as JSON, with so many tokens: those that are made up are words that no merge leads to."""
+    state = json.loads(tokenizer)
+    vocabulary = state["model"]["vocab"]
+    words = ("Ġ" + "".join(letters) for letters in itertools.product(string.ascii_lowercase, repeat=4))
+    made_up = (word for word in words if word not in vocabulary)
+    vocabulary.update(zip(made_up, range(len(vocabulary), tokens), strict=False))
+    return json.dumps(state)
 
 
 if __name__ == "__main__":
