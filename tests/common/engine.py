@@ -12,6 +12,9 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
+# Options that are no sampling parameters.
+OF_REQUESTS = ("resumable", "pooling_params", "mm_features", "prompt_embeds", "prompt_is_token_ids")
+
 
 class Engine:
     """It says what it is told to, to requests that are registered as `AsyncLLM` registers them."""
@@ -19,22 +22,23 @@ class Engine:
     def __init__(self) -> None:
         self.processor = OutputProcessor(tokenizer=None, log_stats=False)
 
-    def add(self, name: str, prompt: list[int], *, stream: bool = False, queue: bool = True, **options: Any) -> None:
+    def add(
+        self, name: str, prompt: list[int] | None, *, stream: bool = False, queue: bool = True, **options: Any
+    ) -> None:
         """Register a request, under its name and `-0`; with `n`, those that vLLM makes of it."""
         kind = RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY
-        extra = {option: options.pop(option) for option in ("resumable", "pooling_params") if option in options}
+        extra = {option: options.pop(option) for option in OF_REQUESTS if option in options}
         params = None if "pooling_params" in extra else SamplingParams(output_kind=kind, detokenize=False, **options)
         request = EngineCoreRequest(
             request_id=f"{name}-0",
             external_req_id=name,
             prompt_token_ids=prompt,
-            mm_features=None,
             sampling_params=params,
             arrival_time=time.time(),
             lora_request=None,
             cache_salt=None,
             data_parallel_rank=None,
-            **{"pooling_params": None, **extra},
+            **{"pooling_params": None, "mm_features": None, **extra},
         )
         collector = RequestOutputCollector(kind, name) if queue else None
         if params is None or params.n == 1:

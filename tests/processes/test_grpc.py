@@ -19,6 +19,8 @@ from tests.processes.every_endpoint import prompt_token_ids
 PYTHON_M = ("python", "-m", "vllm.entrypoints.grpc_server", "--model")
 WHY = "vLLM's gRPC server (--grpc) speaks a protocol of its own, its answers are left as they are"
 TOKENS = 8
+# As a frontend ends the ids that it gives, and begins those of choices: here they are the client's own.
+ROLLOUT, ATTEMPT = "7_rollout-20251124", "at-1a2b3c4d"
 
 ASK = """\
 import json, sys
@@ -59,7 +61,7 @@ def test_it_answers_as_ever_and_is_recorded_for_the_rollout_that_a_requests_id_n
         is_up=lambda server: "Server is ready to accept requests" in server.log,
     ) as server:
         prompt = prompt_token_ids()
-        asked = (str(server.port), json.dumps(prompt), str(TOKENS), "rollout-7.at-1")
+        asked = (str(server.port), json.dumps(prompt), str(TOKENS), f"{ROLLOUT}.{ATTEMPT}")
         told = run("python", "-c", ASK, *asked, env=environment)
 
         assert told.stdout == f"{[greedy(prompt, TOKENS)]}\n", told.stderr
@@ -67,7 +69,7 @@ def test_it_answers_as_ever_and_is_recorded_for_the_rollout_that_a_requests_id_n
     with open_store(store) as recorded:
         # The server warms up with requests of its own, which are for none.
         [kept] = [each for each in recorded.generations() if each.rollout_id is not None]
-    assert (kept.rollout_id, kept.attempt_id, kept.request_id) == ("rollout-7", "at-1", "rollout-7.at-1")
+    assert (kept.rollout_id, kept.attempt_id, kept.request_id) == (ROLLOUT, ATTEMPT, f"{ROLLOUT}.{ATTEMPT}")
     assert kept.prompt_token_ids is not None
     assert kept.prompt_token_ids.tolist() == prompt
     [choice] = kept.choices

@@ -203,6 +203,15 @@ class TestCompletions:
         assert kept.prompt_token_ids is None
         assert [choice_ids(choice) for choice in kept.choices] == [answer["choices"][0]["token_ids"]]
 
+    def test_nor_has_one_that_is_embeddings_in_part(self, recording: RecordingServer, rollout: str) -> None:
+        parts = [{"type": "text", "text": "Say: "}, {"type": "prompt_embeds", "data": embedded(3)}]
+        body = {**recording.body(messages=[{"role": "user", "content": parts}]), **IDS}
+        answer = answer_to(recording, rollout, CHAT, body)
+        [kept] = recording.recorded(rollout_id=rollout)
+
+        assert kept.prompt_token_ids is None
+        assert [choice_ids(choice) for choice in kept.choices] == [answer["choices"][0]["token_ids"]]
+
     def test_a_beam_search_is_kept_with_every_request_to_the_engine(
         self, recording: RecordingServer, rollout: str
     ) -> None:

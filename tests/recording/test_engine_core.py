@@ -103,6 +103,12 @@ def test_its_logprobs_are_what_the_frontend_answers_when_it_is_asked(
     assert (answer["choices"][0]["logprobs"] is not None) == asked
 
 
+def test_no_client_can_say_that_its_request_is_recorded_already(rust: RecordingServer, rollout: str) -> None:
+    answer = ask(rust, CHAT, rollout, messages=TALK, vllm_xargs={"agentlightning": ["logprobs"]})
+
+    assert kept_of(rust, rollout_id=rollout).response_id == answer["id"]
+
+
 def test_without_a_header_it_belongs_to_no_rollout(rust: RecordingServer) -> None:
     answer = ask(rust, CHAT, None, messages=TALK)
     kept = kept_of(rust, response_id=answer["id"])

@@ -20,14 +20,25 @@ __all__ = ["RESPONSE_PATCHES", "SERVING_PATCHES"]
 
 def attach(response: Any, request: Any, carried: Carried) -> None:
     """The answer has `prompt_token_ids` and each choice's `token_ids`: add `response_token_ids`."""
-    if not carried.prompt:
+    if not carried.prompt or _is_embedded(request):
         response.prompt_token_ids = None
     add_response_token_ids(response)
 
 
 def trim(stream: AsyncGenerator[str, None], request: Any, carried: Carried) -> AsyncGenerator[str, None]:
     """The stream has all that it should; its prompt ids may be one thing too many."""
-    return stream if carried.prompt else edited(stream, "prompt_token_ids", _drop_prompt_ids)
+    whole = carried.prompt and not _is_embedded(request)
+    return stream if whole else edited(stream, "prompt_token_ids", _drop_prompt_ids)
+
+
+def _is_embedded(request: Any) -> bool:
+    """Whether some of the prompt is embeddings: vLLM has placeholders for them among its ids."""
+    contents = (message.get("content") for message in request.messages if isinstance(message, dict))
+    return any(_is_embeddings(part) for content in contents if isinstance(content, list) for part in content)
+
+
+def _is_embeddings(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "prompt_embeds"
 
 
 def _drop_prompt_ids(chunk: dict[str, Any]) -> None:

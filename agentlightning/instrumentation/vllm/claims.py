@@ -13,7 +13,8 @@ from typing import Any
 
 __all__ = ["asks_for_itself", "claim", "frontend_is_elsewhere", "is_claimed", "uses_rust_frontend"]
 
-# In the parameters' `extra_args`, which vLLM hands to an engine as they are and sends back to nobody.
+# In the parameters' `extra_args`, which vLLM hands to an engine as they are and sends back to nobody. Clients can send
+# some too, but of JSON no bytes are made: none can say that its request is recorded already.
 _CLAIM = "agentlightning"
 
 
@@ -26,7 +27,7 @@ def claim(request: Any, **changes: Any) -> None:
         changes: what else of the parameters is to be another for the engine.
     """
     params = copy(request.sampling_params)
-    params.extra_args = {**(params.extra_args or {}), _CLAIM: list(changes)}
+    params.extra_args = {**(params.extra_args or {}), _CLAIM: ",".join(changes).encode()}
     for name, value in changes.items():
         setattr(params, name, value)
     request.sampling_params = params
@@ -34,7 +35,7 @@ def claim(request: Any, **changes: Any) -> None:
 
 def is_claimed(sampling_params: Any) -> bool:
     """Whether somebody of ours has sent a request with these parameters."""
-    return _CLAIM in (sampling_params.extra_args or ())
+    return isinstance((sampling_params.extra_args or {}).get(_CLAIM), bytes)
 
 
 def asks_for_itself(sampling_params: Any) -> bool:

@@ -10,10 +10,10 @@ import functools
 import logging
 import time
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from agentlightning import settings
@@ -21,6 +21,7 @@ from agentlightning.generation import Choice, Generation
 from agentlightning.instrumentation.vllm import claims, logprobs, recording, request_names, senders
 from agentlightning.instrumentation.vllm.containment import contained
 from agentlightning.instrumentation.vllm.generations import as_json, routed_experts, status_of, weight_versions
+from agentlightning.instrumentation.vllm.records import prompt_ids_of
 from agentlightning.patching import Patch, Where, Wrap
 
 __all__ = ["CORE_PATCHES", "SCHEDULER_PATCHES"]
@@ -39,7 +40,7 @@ class Followed:
     """A request to the engine, while it is followed.
 
     Attributes:
-        request: vLLM's `Request`, which has the ids so far.
+        request: vLLM's `Request`, which has the ids so far; None once it has ended.
         sampling_params: as the frontend made them.
         asks: whether only the recording wants logprobs.
         logprobs, routed_experts: arrays of each step.
@@ -71,6 +72,16 @@ class Followed:
         experts = getattr(output, "routed_experts", None)
         if experts is not None:
             self.routed_experts.append(experts)
+
+
+class Whole(NamedTuple):
+    """What is kept of a `Request` that has ended: vLLM's own would keep its images and embeddings in memory."""
+
+    request_id: str
+    arrived_at: float
+    prompt_token_ids: Sequence[int] | None
+    token_ids: Sequence[int]
+    lora_request: Any
 
 
 class Unclaimed:
@@ -126,31 +137,38 @@ class Unclaimed:
             followed.weight_versions.append((version, len(followed.request.output_token_ids)))
 
     def _end(self, followed: Followed, finish_reason: str) -> None:
-        del self._followed[followed.request.request_id]
+        request, followed.request = followed.request, None
+        del self._followed[request.request_id]
         followed.finish_reason = finish_reason
-        request = followed.request
-        ids = len(request.prompt_token_ids or ()) + len(request.output_token_ids)
-        experts = sum(chunk.nbytes for chunk in followed.routed_experts)
-        recording.keep(functools.partial(_generation_of, followed, self.config, time.time_ns()), ids, experts)
+        whole = Whole(
+            request.request_id,
+            request.arrival_time,
+            prompt_ids_of(request),
+            request.output_token_ids,
+            request.lora_request,
+        )
+        ids = len(whole.prompt_token_ids or ()) + len(whole.token_ids)
+        more = logprobs.BYTES_PER_PART * len(followed.logprobs)
+        more += sum(chunk.nbytes for chunk in followed.routed_experts)
+        recording.keep(functools.partial(_generation_of, followed, whole, self.config, time.time_ns()), ids, more)
 
 
-def _generation_of(followed: Followed, config: Any, finished_at: int) -> Generation:
-    request = followed.request
-    name = request_names.read(request.request_id, from_rust=claims.uses_rust_frontend())
-    token_ids = array("i", request.output_token_ids)
+def _generation_of(followed: Followed, whole: Whole, config: Any, finished_at: int) -> Generation:
+    name = request_names.read(whole.request_id, from_rust=claims.uses_rust_frontend())
+    token_ids = array("i", whole.token_ids)
     found = logprobs.of_sampled_ids(followed.logprobs, len(token_ids)) if followed.logprobs else None
     return Generation(
         request_id=name.request_id,
         response_id=name.response_id,
         endpoint=name.endpoint,
-        model=_model(request, config),
+        model=senders.served_name(config) if whole.lora_request is None else whole.lora_request.lora_name,
         rollout_id=name.rollout_id,
         attempt_id=name.attempt_id,
-        started_at=int(request.arrival_time * 1e9),
+        started_at=int(whole.arrived_at * 1e9),
         first_token_at=followed.first_token_at,
         finished_at=finished_at,
         status=status_of([followed.finish_reason]),
-        prompt_token_ids=array("i", request.prompt_token_ids) if request.prompt_token_ids else None,
+        prompt_token_ids=array("i", whole.prompt_token_ids) if whole.prompt_token_ids else None,
         sampling_params=as_json(followed.sampling_params, settings.record_text()),
         logprobs_mode=None if found is None else logprobs.mode_of(config),
         cached_tokens=followed.cached_tokens,
@@ -168,17 +186,12 @@ def _generation_of(followed: Followed, config: Any, finished_at: int) -> Generat
     )
 
 
-def _model(request: Any, config: Any) -> str | None:
-    """The name that a frontend answers with: that of the model, or of an adapter."""
-    return senders.served_name(config) if request.lora_request is None else request.lora_request.lora_name
-
-
 def following(add_request: Callable[..., Any]) -> Callable[..., Any]:
     """The wrapper around `Scheduler.add_request`."""
 
     def add_request_and_follow(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         # A pooling request has none.
-        if request.sampling_params is not None:
+        if getattr(request, "sampling_params", None) is not None:
             contained("recording a request of the engine core", _follow, self, request)
         return add_request(self, request, *args, **kwargs)
 

@@ -16,15 +16,11 @@ from agentlightning.instrumentation.vllm.request_context import RequestContext
 
 __all__ = ["as_json", "generation_of", "routed_experts", "status_of", "weight_versions"]
 
-# Sampling parameters in which a client says what a text is to have or not to have.
-TEXTS = ("stop", "bad_words", "structured_outputs", "extra_args")
-
 
 def generation_of(record: Record, finished_at: int) -> Generation:
     """The generation that a complete record is; `finished_at` is in nanoseconds since the epoch."""
     state, context = record.ended[0].state, record.context or _named(record)
     keeps_text = settings.record_text()
-    prompt_token_ids = state.prompt_token_ids
     choices = sorted((_choice(ended, keeps_text) for ended in record.ended), key=lambda choice: choice.index)
     return Generation(
         call_id=context.call_id if record.context is not None else None,
@@ -36,12 +32,12 @@ def generation_of(record: Record, finished_at: int) -> Generation:
         attempt_id=context.attempt_id,
         session_id=context.session_id,
         trace_id=context.trace_id,
-        started_at=int(record.request.arrival_time * 1e9),
+        started_at=int(record.arrived_at * 1e9),
         first_token_at=_first_token_at(state),
         finished_at=finished_at,
         status=status_of([ended.finish_reason for ended in record.ended]),
         # A prompt of embeddings has none.
-        prompt_token_ids=array("i", prompt_token_ids) if prompt_token_ids else None,
+        prompt_token_ids=array("i", record.prompt_token_ids) if record.prompt_token_ids else None,
         prompt_text=state.prompt if keeps_text else None,
         sampling_params=as_json(record.sampling_params, keeps_text),
         logprobs_mode=record.logprobs_mode if any(choice.logprobs for choice in choices) else None,
@@ -54,8 +50,7 @@ def _named(record: Record) -> RequestContext:
     """What is known of a request that is behind no HTTP request: over gRPC its id names the rollout."""
     context = RequestContext()
     if releases.serves_grpc():
-        name = request_names.read(record.name, from_rust=True)
-        context.rollout_id, context.attempt_id = name.rollout_id, name.attempt_id
+        context.rollout_id, context.attempt_id = request_names.whose(record.name)
     return context
 
 
@@ -140,7 +135,7 @@ def _said(sampling_params: bytes, keeps_text: bool) -> str:
     said = {
         name: value
         for name, value in json.loads(sampling_params).items()
-        if _is_said(name) and (keeps_text or name not in TEXTS)
+        if _is_said(name) and (keeps_text or not _has_text(value))
     }
     return json.dumps(said, separators=(",", ":"))
 
@@ -148,3 +143,11 @@ def _said(sampling_params: bytes, keeps_text: bool) -> str:
 def _is_said(name: str) -> bool:
     # The others are how vLLM works with them: what it has derived, and how it hands out and copies results.
     return not name.startswith("_") and name not in ("output_kind", "skip_clone")
+
+
+def _has_text(value: Any) -> bool:
+    """Whether a client may have said a text with this: told by the value, since releases have other names for it."""
+    if isinstance(value, dict):
+        # The bias of each id, whose keys are ids: JSON has no others than texts.
+        return not all(key.isdecimal() for key in value) or any(map(_has_text, value.values()))
+    return any(map(_has_text, value)) if isinstance(value, list) else isinstance(value, str)

@@ -11,11 +11,13 @@ from array import array
 from collections.abc import Callable, Iterable
 from typing import Any
 
-__all__ = ["NUMBER_ASKED_FOR", "Taking", "are_wanted", "mode_of", "of_sampled_ids", "pack", "take"]
+__all__ = ["BYTES_PER_PART", "NUMBER_ASKED_FOR", "Taking", "are_wanted", "mode_of", "of_sampled_ids", "pack", "take"]
 
 _PACKED = "agentlightning"
 NUMBER_ASKED_FOR = 0
 """Of the sampled id alone: vLLM's `logprobs` counts those besides."""
+BYTES_PER_PART = 120
+"""What the array of one step holds on to."""
 
 
 def are_wanted(sampling_params: Any) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 from agentlightning import settings
 from agentlightning.instrumentation.vllm import claims, logprobs, recording, request_context, running, senders
 from agentlightning.instrumentation.vllm.containment import contained
+from agentlightning.instrumentation.vllm.records import prompt_ids_of
 from agentlightning.instrumentation.vllm.request_context import EngineRequest, RequestContext
 from agentlightning.patching import Patch, Where, Wrap
 
@@ -28,13 +29,13 @@ def tied(add_request: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         context = request_context.current()
         collects = context is not None and context.collects
-        # More input for a request that is known already (realtime) comes the same way.
-        if not (collects or records) or request.request_id in self.request_states:
+        if not (collects or records):
             return add_request(self, request, prompt, parent_req, *args, **kwargs)
+        # More input for a request that is known already (realtime) comes the same way.
+        is_new = contained("looking for a request", _is_new, self, request)
         answer = add_request(self, request, prompt, parent_req, *args, **kwargs)
-        state = self.request_states[request.request_id]
-        # A pooling request has no detokenizer, and gives out no ids.
-        if state.detokenizer is not None:
+        state = contained("finding a request", _state_of, self, request) if is_new else None
+        if state is not None:
             if context is not None and collects:
                 contained("capturing a request", _tie, state, request, context)
             if records:
@@ -44,9 +45,19 @@ def tied(add_request: Callable[..., Any]) -> Callable[..., Any]:
     return add_request_and_tie
 
 
+def _is_new(processor: Any, request: Any) -> bool:
+    return request.request_id not in processor.request_states
+
+
+def _state_of(processor: Any, request: Any) -> Any:
+    """vLLM's state of a request; None of a pooling request, which has no detokenizer, and gives out no ids."""
+    state = processor.request_states[request.request_id]
+    return None if state.detokenizer is None else state
+
+
 def _tie(state: Any, request: Any, context: RequestContext) -> None:
     name = running.name_of(request)
-    context.engine_requests.append(EngineRequest(name, request.prompt_token_ids, state.detokenizer))
+    context.engine_requests.append(EngineRequest(name, prompt_ids_of(request), state.detokenizer))
 
 
 def _note(
@@ -67,17 +78,24 @@ def finishing(process_outputs: Callable[..., Any]) -> Callable[..., Any]:
     """The wrapper around `OutputProcessor.process_outputs`, which runs once for each step of the engine."""
 
     def process_outputs_and_finish(self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
-        states = self.request_states
+        # An error here would end vLLM's loop, and with it the engine.
+        states = getattr(self, "request_states", ())
         before = len(states)
         answer = process_outputs(self, engine_core_outputs, *args, **kwargs)
         # Most steps end nothing, and those cost the same however many requests are in them.
-        under_way = running.under_way(self) if len(states) < before else None
-        if under_way is not None:
-            for ended in [output for output in engine_core_outputs if output.request_id not in states]:
-                contained("recording what ended", under_way.finish, ended)
+        if len(states) < before:
+            contained("recording what ended", _finish, self, engine_core_outputs)
         return answer
 
     return process_outputs_and_finish
+
+
+def _finish(processor: Any, engine_core_outputs: Any) -> None:
+    under_way = running.under_way(processor)
+    if under_way is not None:
+        states = processor.request_states
+        for ended in [output for output in engine_core_outputs if output.request_id not in states]:
+            contained("recording what ended", under_way.finish, ended)
 
 
 def aborting(abort_requests: Callable[..., Any]) -> Callable[..., Any]:

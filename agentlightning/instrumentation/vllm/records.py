@@ -7,7 +7,7 @@ from typing import Any
 
 from agentlightning.instrumentation.vllm.request_context import RequestContext
 
-__all__ = ["Ended", "Record"]
+__all__ = ["Ended", "Record", "prompt_ids_of"]
 
 
 @dataclass(slots=True)
@@ -28,13 +28,25 @@ class Ended:
 
 @dataclass(slots=True)
 class Record:
-    """What becomes one generation: a request to the engine, or the `n` that vLLM makes of one."""
+    """What becomes one generation: a request to the engine, or the `n` that vLLM makes of one.
+
+    Not vLLM's request itself, which would keep its images and embeddings in memory for as long as this waits.
+    """
 
     name: str
-    request: Any
+    arrived_at: float
+    prompt_token_ids: list[int] | None
     sampling_params: Any
     context: RequestContext | None
     logprobs_mode: str | None = None
     n: int = 1
     open: int = 0
     ended: list[Ended] = field(default_factory=list)
+
+
+def prompt_ids_of(request: Any) -> list[int] | None:
+    """The ids that went in, of one of vLLM's requests; None where embeddings did.
+
+    Where some of a prompt is embeddings (parts of a chat message), vLLM has placeholders for them among its ids.
+    """
+    return request.prompt_token_ids if getattr(request, "prompt_is_token_ids", None) is None else None

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from agentlightning.instrumentation.vllm.middleware import is_id
 
-__all__ = ["RequestName", "read"]
+__all__ = ["RequestName", "read", "whose"]
 
 ENDPOINTS = {"chatcmpl": "/v1/chat/completions", "cmpl": "/v1/completions"}
 
@@ -58,11 +58,12 @@ def read(request_id: str, from_rust: bool) -> RequestName:
     response = name
     if match["kind"] == "cmpl" and not from_rust:
         response, client = _NUMBER.sub("", name), _NUMBER.sub("", client)
-    rollout, attempt = _whose(client)
+    rollout, attempt = whose(client)
     return RequestName(name, response, ENDPOINTS.get(match["kind"]), rollout, attempt, int(match["index"] or 0))
 
 
-def _whose(client: str) -> tuple[str | None, str | None]:
+def whose(client: str) -> tuple[str | None, str | None]:
+    """The rollout and the attempt that a client's own id names: `ROLLOUT`, or `ROLLOUT.ATTEMPT`."""
     if _NOBODYS.fullmatch(client) or not is_id(client):
         return None, None
     rollout, _, attempt = client.rpartition(".")

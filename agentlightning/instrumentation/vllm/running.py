@@ -9,13 +9,16 @@ from collections.abc import Callable, Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from agentlightning.instrumentation.vllm import recording
+from agentlightning.instrumentation.vllm import logprobs, recording
 from agentlightning.instrumentation.vllm.containment import contained
 from agentlightning.instrumentation.vllm.generations import generation_of
-from agentlightning.instrumentation.vllm.records import Ended, Record
+from agentlightning.instrumentation.vllm.records import Ended, Record, prompt_ids_of
 from agentlightning.instrumentation.vllm.request_context import RequestContext
 
 __all__ = ["Running", "give_up_all", "name_of", "note_logprobs_mode", "running", "start", "under_way"]
+
+# An object of vLLM's for one logprob that a client has asked for, with its text and its place in a dictionary.
+BYTES_PER_LOGPROB = 300
 
 _running: WeakKeyDictionary[Any, Running] = WeakKeyDictionary()
 _logprobs_modes: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
@@ -55,12 +58,29 @@ def give_up_all() -> None:
 
 
 def _keep(record: Record) -> None:
-    token_ids, experts = len(record.request.prompt_token_ids or ()), 0
+    token_ids, more = len(record.prompt_token_ids or ()), 0
     for ended in record.ended:
         token_ids += len(ended.state.detokenizer.token_ids)
-        if ended.routed_experts:
-            experts += sum(chunk.nbytes for chunk in ended.routed_experts)
-    recording.keep(functools.partial(generation_of, record, time.time_ns()), token_ids, experts)
+        more += _bytes_of(ended)
+    recording.keep(functools.partial(generation_of, record, time.time_ns()), token_ids, more)
+
+
+def _bytes_of(ended: Ended) -> int:
+    """What else a request that has ended holds on to."""
+    state = ended.state
+    nbytes = sum(chunk.nbytes for chunk in ended.routed_experts) if ended.routed_experts else 0
+    # Not in every release.
+    embeds = getattr(state, "prompt_embeds", None)
+    if embeds is not None:
+        nbytes += embeds.nbytes
+    taking = state.logprobs_processor.update_from_output
+    if isinstance(taking, logprobs.Taking):
+        nbytes += logprobs.BYTES_PER_PART * len(taking.parts)
+    for positions in (state.logprobs_processor.logprobs, state.logprobs_processor.prompt_logprobs):
+        # The first position of a prompt has none.
+        if positions:
+            nbytes += BYTES_PER_LOGPROB * len(positions) * len(positions[-1] or ())
+    return nbytes
 
 
 def name_of(request: Any) -> str:
@@ -85,15 +105,18 @@ class Running:
     def add(self, state: Any, request: Any, parent: Any, context: RequestContext | None) -> None:
         """Note a request when vLLM does; `parent` is that of the requests that it makes of one with n > 1."""
         if parent is None:
-            record = Record(name_of(request), request, request.sampling_params, context, self._logprobs_mode)
+            record = self._record(name_of(request), request, request.sampling_params, context)
         elif parent.request_id in self._parents:
             record = self._parents[parent.request_id]
         else:
-            params = parent.sampling_params
-            record = Record(name_of(parent), request, params, context, self._logprobs_mode, parent.n)
+            record = self._record(name_of(parent), request, parent.sampling_params, context, parent.n)
             self._parents[parent.request_id] = record
         record.open += 1
         self._requests[request.request_id] = (record, state)
+
+    def _record(self, name: str, request: Any, params: Any, context: RequestContext | None, n: int = 1) -> Record:
+        prompt = prompt_ids_of(request)
+        return Record(name, request.arrival_time, prompt, params, context, self._logprobs_mode, n)
 
     def finish(self, output: Any) -> None:
         """The engine is done with a request: `output` is its last `EngineCoreOutput`."""

@@ -10,6 +10,7 @@ from openai import BadRequestError
 from tests.common.answers import Streamed, gather, post, tokenize
 from tests.common.reference import greedy, shows
 from tests.common.vllm import RemoteOpenAIServer
+from tests.instrumentation.vllm.test_completions import embedded
 
 MESSAGES: Any = [{"role": "user", "content": "What is the capital of France? 😀"}]
 CHAT = "/v1/chat/completions"
@@ -111,3 +112,25 @@ def test_a_refused_request_is_refused_as_before(armed: RemoteOpenAIServer, plain
 
 def test_without_ids_the_field_is_absent_and_not_null(armed: RemoteOpenAIServer) -> None:
     assert "response_token_ids" not in post(armed, CHAT, body(armed, return_token_ids=False))
+
+
+class TestPromptEmbeds:
+    """Of a prompt that is embeddings in part vLLM says placeholders for them, which nobody may train on."""
+
+    @pytest.fixture
+    def messages(self) -> Any:
+        parts = [{"type": "text", "text": "Say: "}, {"type": "prompt_embeds", "data": embedded(3)}]
+        return [{"role": "user", "content": parts}]
+
+    def test_an_answer_carries_no_prompt_ids(self, armed: RemoteOpenAIServer, messages: Any) -> None:
+        answer = ask(armed, messages=messages)
+
+        assert answer.prompt_token_ids is None
+        assert answer.response_token_ids == [answer.choices[0].token_ids]
+        assert len(answer.response_token_ids[0]) == 24
+
+    def test_nor_does_a_stream(self, armed: RemoteOpenAIServer, messages: Any) -> None:
+        streamed, answer = ask_streamed(armed, messages=messages), ask(armed, messages=messages)
+
+        assert streamed.prompt_token_ids == {}
+        assert streamed.token_ids == {0: answer.response_token_ids[0]}

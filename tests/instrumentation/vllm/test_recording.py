@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import gc
+import json
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from vllm import SamplingParams
 from vllm.pooling_params import PoolingParams
 from vllm.v1.engine import FinishReason
 
 from agentlightning import instrumentation
 from agentlightning.generation import Generation
-from agentlightning.instrumentation.vllm import recording
+from agentlightning.instrumentation.vllm import containment, output_processor, recording
+from agentlightning.instrumentation.vllm.generations import as_json
 from agentlightning.instrumentation.vllm.running import under_way
 from agentlightning.store import open_store
 from tests.common.engine import Engine
@@ -123,3 +129,71 @@ def test_what_is_generated_without_a_server_leaves_nothing(engine: Engine, path:
 
     assert engine.processor.request_states == {}
     assert not path.exists()
+
+
+def test_what_waits_to_be_written_holds_on_to_no_image(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting: list[Callable[[], Generation]] = []
+    monkeypatch.setattr(recording, "keep", lambda build, *sizes: waiting.append(build))
+    image = Image()
+    seen = weakref.ref(image)
+    engine.add("seeing", [1, 2, 3], mm_features=[image])
+    del image
+    gc.collect()
+
+    # vLLM has sent it to its engine by now.
+    assert seen() is None
+    engine.says("seeing-0", [5], FinishReason.STOP)
+    [build] = waiting
+    assert list(build().prompt_token_ids or ()) == [1, 2, 3]
+
+
+class Image:
+    """Stands for what vLLM has made of one."""
+
+
+def test_what_else_waits_counts_for_the_queue(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    monkeypatch.setattr(recording, "keep", lambda build, ids, more: sizes.append(more))
+    embeds = torch.zeros(1000, 64)
+    engine.add("embedded", None, prompt_embeds=embeds)
+    engine.add("plain", [1])
+    engine.says("embedded-0", [5], FinishReason.STOP)
+    engine.says("plain-0", [5], FinishReason.STOP)
+
+    assert sizes == [embeds.nbytes, 0]
+
+
+def test_a_prompt_that_is_embeddings_in_part_has_no_ids(engine: Engine, path: Path) -> None:
+    mixed = {"prompt_embeds": torch.zeros(3, 64), "prompt_is_token_ids": [True, False, True]}
+    engine.add("mixed", [1, 0, 3], **mixed)
+    engine.says("mixed-0", [5], FinishReason.STOP)
+
+    [generation] = kept(path)
+    assert (generation.prompt_token_ids, ends(generation)) == (None, [(0, [5], "stop")])
+
+
+def test_a_vllm_that_has_not_what_is_looked_for_answers_as_ever(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGL_STORE", str(path))
+    add = output_processor.tied(lambda processor, request, *others: "added")
+    process = output_processor.finishing(lambda processor, outputs: outputs)
+
+    assert add(object(), object(), None) == "added"
+    assert process(object(), [1]) == [1]
+    assert containment.failures == {"looking for a request: AttributeError": 1}
+
+
+def test_where_no_text_is_kept_parameters_are_numbers() -> None:
+    params = SamplingParams(
+        max_tokens=7,
+        temperature=0.5,
+        stop=["secret"],
+        stop_token_ids=[5],
+        logit_bias={3: 1.5},
+        extra_args={"secret": 1},
+    )
+
+    kept = json.loads(as_json(params, keeps_text=False))
+    numbers = {"max_tokens": 7, "temperature": 0.5, "stop_token_ids": [5], "logit_bias": {"3": 1.5}}
+    assert numbers.items() <= kept.items()
+    assert "secret" not in str(kept)
+    assert "secret" in as_json(params, keeps_text=True)
