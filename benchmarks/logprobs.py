@@ -29,10 +29,8 @@ MIN_ROUNDS = 15
 PATH = "/v1/chat/completions"
 RECORDS, AGAIN, LOGPROBS = "recording", "recording, again", "recording, with AGL_LOGPROBS=on"
 ASKED, GATEWAY = "vLLM, asked for ids and logprobs", "a gateway that asks for ids and logprobs"
-POSITIONS = {RECORDS: "on", AGAIN: "on", LOGPROBS: "logprobs", ASKED: "off", GATEWAY: "off"}
+POSITIONS = {RECORDS: "on", AGAIN: "on", LOGPROBS: "logprobs", ASKED: "claimed", GATEWAY: "claimed"}
 ASKS = {"return_token_ids": True, "logprobs": True}
-# What our API server says to the engine core, which would record what nobody has claimed.
-CLAIMED = {"vllm_xargs": {"agentlightning": []}}
 RUST, RUST_RECORDED = "the Rust frontend", "the Rust frontend, recorded"
 ABOUT = (
     f"Chat completions of {TOKENS} tokens by a tiny model, {CONCURRENCY} at once, recorded to SQLite. The second turn "
@@ -65,8 +63,7 @@ def measure(quick: bool) -> Part:
 async def take_turns(url: str, server: RemoteOpenAIServer, seconds: float) -> list[Round]:
     """The server alone, and behind the gateway."""
     request = {"model": server.model, **CHAT}
-    vllms = {ASKED: {**CLAIMED, **ASKS}, GATEWAY: CLAIMED}
-    bodies = {name: {**request, **vllms.get(name, {})} for name in POSITIONS}
+    bodies = {name: {**request, **(ASKS if name == ASKED else {})} for name in POSITIONS}
     async with session(server.url) as straight, session(url) as through:
         await is_up(through)
         clients = {

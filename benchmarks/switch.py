@@ -10,13 +10,25 @@ import os
 from collections.abc import Awaitable, MutableMapping
 from typing import Any
 
-from agentlightning.instrumentation.vllm import instrument_vllm, uninstrument_vllm
+from vllm.v1.engine.output_processor import OutputProcessor
+
+from agentlightning.instrumentation.vllm import claims, instrument_vllm, uninstrument_vllm
 from agentlightning.instrumentation.vllm.middleware import App, RequestContexts
 
 __all__ = ["ROUTE", "Switch"]
 
 ROUTE = "/instrumented/"
-"""What follows it is `off`, `on`, or `logprobs`: on, with `AGL_LOGPROBS`."""
+"""What follows it is `off`, `on`, `logprobs`: on, with `AGL_LOGPROBS`; or `claimed`: off, but for what an engine core
+of ours is told, which would record what nobody has claimed.
+"""
+
+_vllms_add_request = OutputProcessor.add_request
+
+
+def _add_request_and_claim(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+    answer = _vllms_add_request(self, request, *args, **kwargs)
+    claims.claim(request)
+    return answer
 
 
 class Switch:
@@ -32,16 +44,19 @@ class Switch:
         return self._app(scope, receive, send)
 
     async def _turn(self, app: Any, position: str, send: Any) -> None:
-        on = position != "off"
+        on = position in ("on", "logprobs")
         stack = self._vllms_stack or app.middleware_stack
         # As it is without us, who may have been there from the start.
         stack = self._vllms_stack = stack.app if isinstance(stack, RequestContexts) else stack
         # On or off, what was on is taken off: one turn is as much work as another.
+        OutputProcessor.add_request = _vllms_add_request
         uninstrument_vllm()
         # Read when the patches are put on.
         os.environ["AGL_LOGPROBS"] = "on" if position == "logprobs" else "off"
         if on:
             instrument_vllm()
+        if position == "claimed":
+            OutputProcessor.add_request = _add_request_and_claim
         # What is put on when a server starts.
         app.middleware_stack = RequestContexts(stack) if on else stack
         await send({"type": "http.response.start", "status": 204, "headers": []})
