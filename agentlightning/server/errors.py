@@ -15,6 +15,7 @@ from starlette.routing import Match
 
 from agentlightning.store import StoreRefused, StoreUnavailable
 from agentlightning.store.rollouts import Unknown
+from agentlightning.store.wire import ERROR_HEADER
 
 __all__ = ["add_handlers", "sentence", "what_is_wrong"]
 
@@ -24,8 +25,9 @@ logger = logging.getLogger("agentlightning.store")
 
 
 def sentence(status: int, detail: str, headers: Mapping[str, str] | None = None) -> Response:
-    """The answer."""
-    return Response(msgspec.json.encode({"detail": detail}), status, headers, "application/json")
+    """The answer, by which a client knows that no proxy said it."""
+    said = msgspec.json.encode({"detail": detail})
+    return Response(said, status, {ERROR_HEADER: "1", **(headers or {})}, "application/json")
 
 
 def add_handlers(app: FastAPI) -> None:

@@ -16,7 +16,7 @@ from agentlightning.generation import Generation, Loss, Status
 from agentlightning.sender import Sender
 from agentlightning.store import Filters, Store, StoreRefused, StoreUnavailable, wire
 from agentlightning.store.rows import uuid_bytes
-from agentlightning.store.wire import MEDIA_TYPE, Refusal
+from agentlightning.store.wire import ERROR_HEADER, MEDIA_TYPE, Refusal
 from agentlightning.triplet import Triplet
 
 if TYPE_CHECKING:
@@ -235,10 +235,15 @@ class HttpStore(Store):
         """What an answer that is none of success means."""
         status = response.status
         said = _detail(answer) or f"{status} {response.reason}"
-        # What a proxy says of a request says nothing of the generations in it.
-        if status in (400, 413, 422) and _detail(answer):
-            return _Unsendable(said) if status == 413 else ValueError(said)
-        if status in (400, 408, 413, 422, 429) or status >= 500:
+        is_ours = ERROR_HEADER in response.headers
+        # What is too large stays so, whoever says it: a proxy with a limit of its own says it every time, and what is
+        # kept back for it would keep back all that comes after it.
+        if status == 413:
+            return _Unsendable(said if is_ours else f"what is before {self._shown} takes no body as large: {said}")
+        # What else a proxy says of a request says nothing of what is in it, and may be otherwise in a minute.
+        if status in (400, 422) and is_ours:
+            return ValueError(said)
+        if status in (400, 408, 422, 429) or status >= 500:
             return StoreUnavailable(f"{self._shown} cannot be used now: {said}", _retry_after(response))
         if status in (401, 403):
             advice = "set AGL_STORE_KEY to its key, or put that into the URL: http://agl:KEY@HOST:PORT"
@@ -312,7 +317,7 @@ def _query(filters: Filters) -> Iterator[tuple[str, str]]:
 
 
 def _detail(answer: bytes) -> str:
-    """The sentence of an error of `agl store`; empty where it is somebody else's."""
+    """The sentence of an error, as `agl store` has it, and others; empty where there is none."""
     try:
         return msgspec.json.decode(answer, type=dict[str, str])["detail"]
     except (msgspec.MsgspecError, UnicodeDecodeError, KeyError):

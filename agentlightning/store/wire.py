@@ -24,9 +24,11 @@ from msgspec.structs import asdict
 from agentlightning.generation import Choice, Generation, Loss, RoutedExperts, Status
 from agentlightning.store.rows import array_of, bytes_of, experts_bytes, experts_of
 
-__all__ = ["MEDIA_TYPE", "Envelope", "Refusal", "decode", "decode_each", "encode", "without_surrogates"]
+__all__ = ["ERROR_HEADER", "MEDIA_TYPE", "Envelope", "Refusal", "decode", "decode_each", "encode", "without_surrogates"]
 
 MEDIA_TYPE = "application/vnd.agl.generations.v1+msgpack"
+ERROR_HEADER = "X-AGL-Error"
+"""What every error of `agl store` has: `{"detail": "..."}` alone is what any FastAPI on the way answers, too."""
 
 T = TypeVar("T")
 

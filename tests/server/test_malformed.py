@@ -52,6 +52,7 @@ def assert_refused(answer: httpx.Response, *statuses: int) -> str:
     """Returns the sentence."""
     assert answer.status_code in statuses, f"{answer.status_code}: {answer.text[:500]}"
     assert answer.headers["content-type"] == "application/json"
+    assert answer.headers["x-agl-error"] == "1"
     told = answer.json()
     assert list(told) == ["detail"]
     detail = told["detail"]
@@ -162,7 +163,7 @@ def test_a_body_that_is_too_large_is_refused(client: httpx.Client) -> None:
 
 def test_a_body_that_is_said_to_be_too_large_is_not_waited_for(careful: StoreServer, client: httpx.Client) -> None:
     port = int(careful.url.rpartition(":")[2])
-    head = "POST /v1/agl/spans HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = "POST /v1/agl/spans HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with socket.create_connection(("127.0.0.1", port), timeout=SECONDS) as connection:
         connection.sendall(f"{head}Content-Length: {10**15}\r\n\r\n".encode())
         assert b" 413 " in connection.recv(64)

@@ -20,7 +20,8 @@ from typing import Any
 
 import pytest
 
-from agentlightning.generation import Generation
+from agentlightning.generation import Generation, Loss
+from agentlightning.recorder import Recorder
 from agentlightning.store import Store, StoreRefused, StoreUnavailable, open_database, open_store
 from tests.common.generations import FULL, generation
 from tests.server.process import StoreServer
@@ -100,8 +101,9 @@ class _Handler(BaseHTTPRequestHandler):
             connection.request(self.command, self.path, body, dict(self.headers))
             response = connection.getresponse()
             headers = {"Content-Type": response.headers["Content-Type"]}
-            if "Retry-After" in response.headers:
-                headers["Retry-After"] = response.headers["Retry-After"]
+            for name in ("Retry-After", "X-AGL-Error"):
+                if name in response.headers:
+                    headers[name] = response.headers[name]
             return response.status, headers, response.read()
 
     def answer(self, status: int, body: bytes, **headers: str) -> None:
@@ -254,7 +256,6 @@ def test_an_answer_that_is_cut_off_is_none(between: Between) -> None:
     ("status", "headers", "retry_after"),
     [
         (400, {}, None),
-        (413, {}, None),
         (502, {}, None),
         (503, {"Retry-After": "7"}, 7.0),
         (429, {"Retry-After": "1"}, 1.0),
@@ -273,6 +274,86 @@ def test_a_proxy_whose_store_is_away_is_asked_again_when_it_says(
             store.add([generation(1)])
         assert told.value.retry_after == retry_after
         assert store.add([generation(1)]) == 1
+
+
+GATEWAY = b'{"detail": "no upstream"}'
+"""What any gateway made with FastAPI says, in the form that errors of the store have."""
+
+
+def loss(count: int) -> Loss:
+    return Loss(count=count, reason="queue full", first_at=1, last_at=1, host="host", pid=1)
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_an_error_of_a_gateway_is_not_the_store_s_whatever_form_it_has(between: Between, status: int) -> None:
+    with open_store(between.url) as store:
+        with answers(between, lambda handler, _: handler.answer(status, GATEWAY)):
+            for ask in (
+                lambda: store.add([generation(1), generation(2)]),
+                lambda: store.add([generation(1)]),
+                lambda: store.add_losses([loss(1)]),
+                store.tally,
+            ):
+                with pytest.raises(StoreUnavailable, match="cannot be used now: no upstream"):
+                    ask()
+        assert store.add([generation(1), generation(2)]) == 2
+
+
+def test_what_the_store_itself_cannot_keep_is_told_by_way_of_a_proxy_too(between: Between) -> None:
+    with open_store(between.url) as store, pytest.raises(ValueError, match="something in it cannot be kept"):
+        store.add_losses([loss(2**63)])
+
+
+def test_a_gateway_that_cannot_reach_the_store_costs_no_generation(
+    between: Between, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[str] = []
+
+    def no_upstream(handler: _Handler, body: bytes) -> None:
+        if handler.command == "GET":
+            status, headers, answer = handler.forwarded(body)
+            handler.answer(status, answer, **headers)
+            return
+        asked.append(handler.path)
+        handler.answer(400, GATEWAY)
+
+    generations = [generation(number) for number in range(20)]
+    recorder = Recorder(between.url, 1 << 30)
+    with answers(between, no_upstream):
+        for each in generations:
+            recorder.record(lambda each=each: each, 1_000)
+        deadline = time.monotonic() + 60
+        while len(asked) < 3:
+            assert time.monotonic() < deadline, "waited in vain"
+            time.sleep(0.01)
+    recorder.close()
+
+    assert recorder.counters().generations == len(generations)
+    assert not any(recorder.counters().lost.values())
+    assert "cannot be used now: no upstream" in caplog.text
+    with open_store(between.url) as store:
+        assert ids(store) == [each.id for each in generations]
+
+
+@pytest.mark.parametrize("body", [b"<html>Request Entity Too Large</html>", b'{"detail": "too large"}'])
+def test_what_is_too_large_for_a_proxy_is_sent_in_parts_and_one_that_is_by_itself_keeps_none_back(
+    between: Between, body: bytes
+) -> None:
+    def narrow(handler: _Handler, sent: bytes) -> None:
+        if len(sent) > 100_000:
+            handler.answer(413, body, **{"Content-Type": "text/html"})
+            return
+        status, headers, answer = handler.forwarded(sent)
+        handler.answer(status, answer, **headers)
+
+    small, large = [generation(number, prompt=5_000) for number in range(20)], generation(20, prompt=50_000)
+    with open_store(between.url) as store:
+        with (
+            answers(between, narrow),
+            pytest.raises(ValueError, match=rf"^{large.id}: what is before http://127.* takes no body as large: "),
+        ):
+            store.add([*small[:7], large, *small[7:]])
+        assert [*store.generations()] == small
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["after a line", "within a line"])
