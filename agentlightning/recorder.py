@@ -292,9 +292,14 @@ class Recorder:
                 return
             # Many servers that found the store away at once shall not come back at once. What is random in this process
             # may be somebody else's to repeat.
-            wait = max(pause * random.SystemRandom().uniform(0.5, 1), asked or 0)
-            if self._closing.wait(wait):
+            wait = pause * random.SystemRandom().uniform(0.5, 1)
+            if self._closing.is_set():
+                # What the store asks for counts no more: it may be longer than there is, and all would be lost untried.
                 time.sleep(min(wait, left))
+            elif self._closing.wait(max(wait, asked or 0)):
+                # There is a deadline now: short pauses again, for as many attempts as there is time for.
+                pause = FIRST_PAUSE_SECONDS
+                continue
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
     def _write_losses(self) -> None:

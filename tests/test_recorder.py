@@ -293,6 +293,69 @@ def test_what_is_left_at_the_end_is_written_down_if_that_works(path: Path) -> No
     assert {loss.reason for loss in losses} == {"stopped: the process ended before they were written"}
 
 
+@pytest.fixture
+def busy(monkeypatch: pytest.MonkeyPatch) -> list[StoreUnavailable]:
+    """What a store answers to those who write generations, before it takes any."""
+    answers: list[StoreUnavailable] = []
+    add = DatabaseStore.add
+
+    def add_if_not_busy(self: DatabaseStore, generations: Sequence[Generation], sender_id: str | None = None) -> int:
+        if answers:
+            raise answers.pop(0)
+        return add(self, generations, sender_id)
+
+    monkeypatch.setattr(DatabaseStore, "add", add_if_not_busy)
+    return answers
+
+
+@pytest.fixture
+def pausing(monkeypatch: pytest.MonkeyPatch) -> Event:
+    """Set when a recorder has begun with a pause that is longer than any test."""
+    begun = Event()
+
+    class Noted(Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            if timeout is not None and timeout > SECONDS:
+                begun.set()
+            return super().wait(timeout)
+
+    monkeypatch.setattr(recording, "Event", Noted)
+    return begun
+
+
+def test_a_store_that_asked_for_a_long_pause_is_asked_again_before_the_end(
+    path: Path, busy: list[StoreUnavailable], pausing: Event
+) -> None:
+    busy += [StoreUnavailable("busy", 3_600.0)] * 3
+    recorder, generations = Recorder(str(path), ROOMY), some(5)
+    record(recorder, generations)
+    assert pausing.wait(SECONDS)
+
+    recorder.close()
+
+    assert kept(path) == ids(generations)
+    assert recorder.counters().lost == dict.fromkeys(LOST, 0)
+
+
+def test_what_a_store_that_asks_for_a_long_pause_never_took_is_counted_and_written_down(
+    path: Path, busy: list[StoreUnavailable], pausing: Event
+) -> None:
+    busy += [StoreUnavailable("busy", 3_600.0)] * 10_000
+    recorder = Recorder(str(path), ROOMY)
+    record(recorder, some(5))
+    assert pausing.wait(SECONDS)
+
+    recorder.close(timeout=2)
+    until(lambda: recorder.counters().lost["stopped"] == 5)
+    recorder.close()
+
+    assert kept(path) == []
+    with open_store(str(path)) as store:
+        assert [(loss.count, loss.reason) for loss in store.losses()] == [
+            (5, "stopped: the process ended before they were written")
+        ]
+
+
 def test_a_program_that_ends_without_closing_it_loses_nothing(path: Path) -> None:
     subprocess.run([sys.executable, "-c", PROGRAM, path], check=True, timeout=SECONDS)
 
