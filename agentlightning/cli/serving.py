@@ -123,7 +123,7 @@ def serve(
 
 
 def is_loopback(host: str) -> bool:
-    """Whether nobody but this machine reaches it."""
+    """Whether a host is this machine to itself, which nobody else reaches by it."""
     if host == "localhost":
         return True
     try:
@@ -165,6 +165,8 @@ def _serve(prog: str, options: Any, key: str | None, agentops: bool, is_up: Call
         database,
         key=key,
         cors_origins=options.cors_origin,
+        # Without a key, what keeps pages out whose host is made to mean this machine is that it is no name of it.
+        is_own_name=is_loopback if key is None and is_loopback(options.host) else None,
         body_limit=options.max_body_mb << 20,
         agentops=agentops,
         is_stopping=lambda: server.should_exit,

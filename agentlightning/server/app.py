@@ -16,6 +16,7 @@ from agentlightning.server import errors
 from agentlightning.server.keys import LOGINS, OPEN, Keys
 from agentlightning.server.limits import STRANGERS_LIMIT, WAITING_LIMIT, Bodies, Room
 from agentlightning.server.metrics import Metrics, Watched
+from agentlightning.server.origins import Origins
 from agentlightning.server.page import routes as page
 from agentlightning.server.routes import (
     about,
@@ -43,6 +44,7 @@ def create_app(
     *,
     key: str | None = None,
     cors_origins: Sequence[str] = (),
+    is_own_name: Callable[[str], bool] | None = None,
     body_limit: int,
     agentops: bool = False,
     is_stopping: Callable[[], bool] = lambda: False,
@@ -53,6 +55,7 @@ def create_app(
         database: is closed with it.
         key: what whoever asks has to have; None where nothing is asked for.
         cors_origins: the pages that browsers let ask; `*` is any.
+        is_own_name: whether a host is one that the server answers as; None where that may be any.
         body_limit: how many bytes the body of a request may have.
         agentops: have what the AgentOps SDK calls, too; needs PyJWT.
         is_stopping: whether the server is about to end: then nobody is let wait for rollouts.
@@ -92,6 +95,7 @@ def create_app(
     if key is not None or tokens is not None:
         app.add_middleware(Keys, key=key, tokens=tokens)
         app.add_middleware(Bodies, limit=min(body_limit, STRANGERS_LIMIT), paths=(*OPEN, *LOGINS))
+    app.add_middleware(Origins, allowed=cors_origins, is_own_name=is_own_name)
     if cors_origins:
         app.add_middleware(
             CORSMiddleware,

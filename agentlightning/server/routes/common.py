@@ -82,15 +82,18 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     meant = {
         400: "The body is no JSON, or cannot be unpacked; as text: it is no HTTP, or the URL is too long.",
         401: "The key is missing or wrong.",
+        403: "A page of another origin, which is not let ask, would change something.",
         404: "There is none of this id.",
         413: "The body is too large.",
         415: "The body is of a kind, or packed in a way, that is not known.",
+        421: "A server without a key was asked by a name that is not the machine's own.",
         429: "More waits for the disk than the server holds; try again after the seconds in Retry-After.",
         422: "Something in the request is not as it has to be.",
         503: "The store cannot be used now; try again after the seconds in Retry-After.",
     }
     found: dict[int | str, dict[str, Any]] = {
-        status: {"description": meant[status], **ERROR} for status in (400, 401, 413, 415, 422, 503, *statuses)
+        status: {"description": meant[status], **ERROR}
+        for status in (400, 401, 403, 413, 415, 421, 422, 503, *statuses)
     }
     found[400] |= {"content": {**ERROR["content"], **NOT_HTTP}}
     return found

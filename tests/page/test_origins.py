@@ -1,0 +1,61 @@
+"""A page of somebody else, in a browser that knows the key, changes nothing in the store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+from playwright.sync_api import Browser, expect
+
+from tests.server.process import StoreServer
+
+KEY = "correct-horse"
+DEQUEUE = "/v1/agl/queues/rollouts/dequeue"
+PAGE = """\
+<!doctype html>
+<title>not yet</title>
+<form method="post" action="{target}"><button>Win a prize</button></form>
+<script>
+fetch("{target}", {{method: "POST", mode: "no-cors", credentials: "include"}})
+  .finally(() => {{ document.title = "asked" }})
+</script>
+"""
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """The files of a folder, as a page of another origin; yields its URL."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=folder)) as server:
+        Thread(target=server.serve_forever).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+
+
+@pytest.mark.parametrize("key", [None, KEY], ids=["without a key", "with one"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"], ids=["of the same host", "of another host"])
+def test_neither_a_script_nor_a_form_takes_what_waits(
+    browser: Browser, tmp_path: Path, key: str | None, host: str
+) -> None:
+    with StoreServer(tmp_path / "store.db", key=key) as store, store.client() as trainer, served(tmp_path) as other:
+        rollouts = [{"input": number} for number in range(3)]
+        trainer.post("/v1/agl/queues/rollouts/enqueue", json={"rollouts": rollouts}).raise_for_status()
+        (tmp_path / "index.html").write_text(PAGE.format(target=store.url + DEQUEUE))
+        credentials = None if key is None else {"username": "agl", "password": key}
+        window = browser.new_context(http_credentials=credentials)  # type: ignore[arg-type]
+        page = window.new_page()
+        page.goto(store.url)
+        expect(page.get_by_role("link", name="ro-")).to_have_count(3)
+        page.goto(other.replace("127.0.0.1", host))
+        expect(page).to_have_title("asked")
+        page.get_by_role("button", name="Win a prize").click()
+        expect(page.get_by_text("may change nothing here")).to_be_visible()
+        window.close()
+
+        assert trainer.get("/v1/agl/rollouts?status_in=queuing").json()["total"] == 3
