@@ -58,7 +58,10 @@ def add(connection: Connection, new: Sequence[NewSpan]) -> int:
     Each that has no `sequence_id` gets it: what is done again in another transaction begins with spans that have none.
     """
     wanted = Counter(each.rollout_id for each in new if each.rollout_id is not None and each.sequence_id is None)
-    given = {rollout_id: iter(next_sequence_ids(connection, rollout_id, n)) for rollout_id, n in wanted.items()}
+    # In one order: each locks the row of its rollout, and of two that have the same each would wait for the other.
+    given = {
+        rollout_id: iter(next_sequence_ids(connection, rollout_id, wanted[rollout_id])) for rollout_id in sorted(wanted)
+    }
     highest: dict[str, int] = {}
     for each in new:
         if each.rollout_id is None:
@@ -67,7 +70,7 @@ def add(connection: Connection, new: Sequence[NewSpan]) -> int:
             each.sequence_id = next(given[each.rollout_id])
         else:
             highest[each.rollout_id] = max(each.sequence_id, highest.get(each.rollout_id, 0))
-    for rollout_id, sequence_id in highest.items():
+    for rollout_id, sequence_id in sorted(highest.items()):
         _at_least(connection, rollout_id, sequence_id)
     values = [
         (

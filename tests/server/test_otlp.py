@@ -13,11 +13,14 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi.testclient import TestClient
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
     ExportTraceServiceResponse,
 )
 
+from agentlightning.server import create_app
+from agentlightning.store import open_database, rollouts, spans
 from tests.common.environments import CHECKOUT
 from tests.common.vllm import without_agl
 from tests.server.opentelemetry_sdk import ATTRIBUTES, LINKED
@@ -344,3 +347,22 @@ def test_what_is_sent_again_stays_with_its_attempt(client: httpx.Client) -> None
     first, second = spans_of(client, rollout_id=rollout_id)
     assert (first["attempt_id"], first["span_id"]) == (attempt_id, sent["spanId"])
     assert second["attempt_id"] != attempt_id
+
+
+def test_rollouts_are_locked_in_one_order_whatever_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two servers that get spans of the same rollouts, each would wait for what the other has locked."""
+    ids = [new_id("ro") for _ in range(20)]
+    heard_of, numbered = [], []
+    number = spans.next_sequence_ids
+
+    def note(connection: Any, rollout_id: str, how_many: int) -> range:
+        numbered.append(rollout_id)
+        return number(connection, rollout_id, how_many)
+
+    monkeypatch.setattr(rollouts, "heard_of", lambda _, rollout_id, attempt_id: heard_of.append(rollout_id))
+    monkeypatch.setattr(spans, "next_sequence_ids", note)
+    app = create_app(open_database(str(tmp_path / "store.db")), body_limit=1 << 20)
+    with TestClient(app) as client:
+        post_json(client, *(a_span(attributes=of_rollout(each)) for each in ids))
+
+    assert heard_of == numbered == sorted(ids)

@@ -125,10 +125,12 @@ def _keep(connection: Connection, sent: list[NewSpan], project_id: str | None) -
                 alive[named] = _attempt_of(connection, *named)
             each.attempt_id = alive[named]
     own = {} if project_id is None else sessions.join(connection, new, project_id)
-    for rollout_id, attempt_id in {(each.rollout_id, each.attempt_id or "") for each in new}:
-        if rollout_id is not None:
-            # Those of rollouts that nobody has made here are kept all the same.
-            rollouts.heard_of(connection, rollout_id, attempt_id)
+    named = {(each.rollout_id, each.attempt_id or "") for each in new if each.rollout_id is not None}
+    # In one order, whatever the process: each locks its rollout, and of two that have the same each would wait for the
+    # other.
+    for rollout_id, attempt_id in sorted(named):
+        # Those of rollouts that nobody has made here are kept all the same.
+        rollouts.heard_of(connection, rollout_id, attempt_id)
     kept = spans.add(connection, new)
     sessions.end(connection, new, own)
     return kept
