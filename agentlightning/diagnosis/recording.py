@@ -21,7 +21,8 @@ ADVICE = {
 
 
 def read(url: str, rollout_id: str | None) -> dict[str, Any]:
-    """What the store at `url` has: how many generations by status, in all and for the rollout, and what was lost.
+    """What the store at `url` has: how many generations by status, in all and for the rollout, what was lost, and
+    what the queue says of the rollout.
 
     Raises:
         Unreachable: where there is no store, or none that can be read.
@@ -39,7 +40,11 @@ def read(url: str, rollout_id: str | None) -> dict[str, Any]:
                 "lost": lost,
             }
             if rollout_id is not None:
-                report |= {"rollout_id": rollout_id, "of_rollout": store.tally(rollout_id=rollout_id)}
+                report |= {
+                    "rollout_id": rollout_id,
+                    "of_rollout": store.tally(rollout_id=rollout_id),
+                    "status": store.rollout_status(rollout_id),
+                }
             return report
     except StoreRefused as reason:
         raise Unreachable(str(reason), "give what AGL_STORE has where the server runs") from reason
@@ -70,8 +75,13 @@ def findings(report: Mapping[str, Any]) -> Iterator[Finding]:
 
 def _of_rollout(report: Mapping[str, Any], total: int) -> Finding:
     counts, subject = report["of_rollout"], "rollout"
-    lost = sum(loss["count"] for loss in report["lost"].values())
-    absence = why(counts, total=total, without_rollout=report["without_rollout"], lost=lost)
+    absence = why(
+        counts,
+        has_any=total > 0,
+        has_nobodys=report["without_rollout"] > 0,
+        has_losses=bool(report["lost"]),
+        status=report["status"],
+    )
     if absence is None:
         return Finding(subject, Mark.OK, _counted(counts))
     return Finding(subject, Mark.PROBLEM, f"{report['rollout_id'][:100]!r}: {absence.reason}", absence.advice)

@@ -108,6 +108,10 @@ class Store(AbstractContextManager["Store"], ABC):
         """What could not be kept, in the order in which it was written down."""
 
     @abstractmethod
+    def rollout_status(self, rollout_id: str) -> str | None:
+        """The status of a rollout in the queue; None where that does not have it."""
+
+    @abstractmethod
     def triplets(self, rollout_id: str | None = None, attempt_id: str | None = None) -> Iterator[Triplet]:
         """Those of a rollout, or of an attempt of it, in order; without a rollout those of all.
 

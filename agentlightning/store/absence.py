@@ -24,16 +24,16 @@ class Absence:
 
 
 def why(
-    of_rollout: Mapping[Any, int], *, total: int, without_rollout: int, lost: int, status: str = ""
+    of_rollout: Mapping[Any, int], *, has_any: bool, has_nobodys: bool, has_losses: bool, status: str | None
 ) -> Absence | None:
     """Why no generation of a rollout has finished; None where one has.
 
     Args:
         of_rollout: how many generations it has, by how they ended; `finished` is among them.
-        total: how many there are in the store.
-        without_rollout: how many of these belong to none.
-        lost: how many could not be kept.
-        status: of the rollout in the queue, where that is known.
+        has_any: whether there is any in the store.
+        has_nobodys: whether one of these belongs to no rollout.
+        has_losses: whether one could not be kept.
+        status: of the rollout in the queue; None where that does not have it.
     """
     if of_rollout["finished"]:
         return None
@@ -47,11 +47,11 @@ def why(
     if status in WAITING:
         return Absence("it waits in the queue", "is a runner at work, and does it ask this store?")
     nothing = "nothing is recorded for it"
-    if lost:
+    if has_losses:
         return Absence(f"{nothing}; what was lost may be its", "look at what was lost, and when")
-    if not total:
+    if not has_any:
         return Absence(f"{nothing}, nor for any other", IS_IT_CALLED)
-    if without_rollout:
+    if has_nobodys:
         return Absence(f"{nothing}; was it called without naming it? Some calls named no rollout", NAME_IT)
     return Absence(
         f"{nothing}: the server was never called for it, only for others",

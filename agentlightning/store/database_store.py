@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from agentlightning.generation import Generation, Loss, Status
 from agentlightning.sender import Sender
-from agentlightning.store import Filters, Store, senders, triplets
+from agentlightning.store import Filters, Store, rollouts, senders, triplets
 from agentlightning.store import generations as kept
 from agentlightning.store.database import Database
+from agentlightning.store.rows import storable
 from agentlightning.triplet import Triplet
 
 if TYPE_CHECKING:
@@ -57,6 +58,11 @@ class DatabaseStore(Store):
         with self._database.reading() as connection:
             found = list(kept.losses(connection))
         yield from found
+
+    def rollout_status(self, rollout_id: str) -> str | None:
+        with self._database.reading() as connection:
+            found = rollouts.find(connection, storable(rollout_id) or "")
+        return None if found is None else found.status
 
     def triplets(self, rollout_id: str | None = None, attempt_id: str | None = None) -> Iterator[Triplet]:
         rollout_ids = [] if rollout_id is None else [rollout_id]

@@ -14,7 +14,7 @@ from agentlightning.generation import STATUSES, Generation, Loss, Status
 from agentlightning.store import Filters, rows, senders, tables, texts
 from agentlightning.store.database import found, in_parts, insert_rows, next_keys
 
-__all__ = ["Place", "add", "add_losses", "find", "key_of", "latest", "losses", "page", "tally"]
+__all__ = ["Place", "add", "add_losses", "find", "has_any", "has_losses", "key_of", "latest", "losses", "page", "tally"]
 
 FILTERED = {
     "rollout_id": tables.generations.c.rollout_key,
@@ -107,6 +107,12 @@ def tally(connection: Connection, filters: Filters) -> dict[Status, int]:
     return {name: found.get(number, 0) for number, name in enumerate(STATUSES)}
 
 
+def has_any(connection: Connection, filters: Filters) -> bool:
+    """Whether the filters let one through."""
+    query = select(tables.generations.c.key).where(*_conditions(connection, filters)).limit(1)
+    return connection.execute(query).first() is not None
+
+
 def add_losses(connection: Connection, new: Sequence[Loss]) -> int:
     """Write down what could not be kept; returns how many are new. One whose id is known is left as it is."""
     unknown = _unknown(connection, tables.losses, new)
@@ -118,6 +124,11 @@ def add_losses(connection: Connection, new: Sequence[Loss]) -> int:
 def losses(connection: Connection) -> Iterator[Loss]:
     """What could not be kept, in the order in which it was written down."""
     return map(rows.loss_of, connection.execute(select(tables.losses).order_by(tables.losses.c.key)))
+
+
+def has_losses(connection: Connection) -> bool:
+    """Whether there is one that could not be kept."""
+    return connection.execute(select(tables.losses.c.key).limit(1)).first() is not None
 
 
 def _generations_of(connection: Connection, found: Sequence[Any]) -> list[Generation]:

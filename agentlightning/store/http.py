@@ -52,6 +52,14 @@ class _Greeted(msgspec.Struct):
     vocabulary: Literal["known", "wanted"] | None
 
 
+class _Rollout(msgspec.Struct):
+    status: str
+
+
+class _Rollouts(msgspec.Struct):
+    items: list[_Rollout]
+
+
 class HttpStore(Store):
     """The generations of an `agl store`. Connections are kept alive: as many as threads have asked at once.
 
@@ -126,6 +134,15 @@ class HttpStore(Store):
 
     def losses(self) -> Iterator[Loss]:
         yield from self._read(self._ask("GET", "/losses"), dict[str, list[Loss]])["items"]
+
+    def rollout_status(self, rollout_id: str) -> str | None:
+        # What is no id to the queue, for it is too long or has a NUL, is of none of its rollouts.
+        with suppress(ValueError):
+            # Not as a part of the path: an id may have a slash.
+            answer = self._ask("GET", "/rollouts", [("rollout_id_in", rollout_id), ("limit", "1")])
+            for each in self._read(answer, _Rollouts).items:
+                return each.status
+        return None
 
     def triplets(self, rollout_id: str | None = None, attempt_id: str | None = None) -> Iterator[Triplet]:
         ids = {"rollout_id": rollout_id, "attempt_id": attempt_id}
@@ -248,6 +265,8 @@ class HttpStore(Store):
         if status in (401, 403):
             advice = "set AGL_STORE_KEY to its key, or put that into the URL: http://agl:KEY@HOST:PORT"
             return StoreRefused(f"{self._shown} lets nobody in without the right key: {advice}")
+        if status == 421:
+            return StoreRefused(f"{self._shown} is not to be asked by this name: {said}")
         if 300 <= status < 400:
             place = settings.without_secrets(response.headers.get("Location", "another place"))
             return StoreRefused(f"{self._shown} sends us to {place[:200]}: give the URL of the store itself")

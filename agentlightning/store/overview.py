@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from sqlalchemy import (
     BigInteger,
@@ -31,7 +31,7 @@ from agentlightning.generation import STATUSES
 from agentlightning.store.rows import text_of
 from agentlightning.store.tables import generations, rollouts, spans, texts
 
-__all__ = ["COLUMNS", "RECORDED", "Asked", "Column", "Overview", "of_all"]
+__all__ = ["COLUMNS", "RECORDED", "Asked", "Column", "Found", "Overview", "of_all"]
 
 Column = Literal["rollout", "status", "calls", "prompt_tokens", "output_tokens", "reward", "started", "duration"]
 COLUMNS: tuple[Column, ...] = get_args(Column)
@@ -86,11 +86,25 @@ class Overview:
     ended: bool
 
 
-def of_all(connection: Connection, asked: Asked) -> tuple[list[Overview], int]:
-    """Those on one page, and how many there are on all pages: none where the page is behind the last."""
-    # Where every call names a rollout, which an index tells, no span has to.
-    some_name_none = select(generations.c.key).where(generations.c.rollout_key.is_(None)).limit(1)
-    each = _all(asked, by_spans=connection.execute(some_name_none).first() is not None).subquery()
+class Found(NamedTuple):
+    """Those on one page.
+
+    Attributes:
+        total: how many there are on all pages; none where the page is behind the last.
+        nobodys: how many calls name no rollout.
+    """
+
+    rollouts: list[Overview]
+    total: int
+    nobodys: int
+
+
+def of_all(connection: Connection, asked: Asked) -> Found:
+    """Those on the page that is asked for."""
+    counted = select(func.count()).select_from(generations).where(generations.c.rollout_key.is_(None))
+    nobodys = connection.execute(counted).scalar_one()
+    # Where every call names a rollout, no span has to.
+    each = _all(asked, by_spans=nobodys > 0).subquery()
     duration = func.coalesce(each.c.end_time, asked.now) - each.c.start_time
     rewards = _rewards()
     orders: Mapping[Column, ColumnElement[Any]] = {
@@ -113,7 +127,7 @@ def of_all(connection: Connection, asked: Asked) -> tuple[list[Overview], int]:
         .offset(asked.offset)
     )
     found = connection.execute(query).all()
-    return [_overview(row) for row in found], found[0].total if found else 0
+    return Found([_overview(row) for row in found], found[0].total if found else 0, nobodys)
 
 
 def _overview(row: Any) -> Overview:

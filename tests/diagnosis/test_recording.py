@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from agentlightning.generation import Generation, Loss
-from agentlightning.store import open_store
+from agentlightning.store import open_database, open_store, rollouts
 from tests.common.environments import Environment
 from tests.common.generations import START, generation
 from tests.diagnosis.command import Said, doctor
@@ -89,6 +89,19 @@ def test_called_for_other_rollouts_only(said: Any) -> None:
     assert "compare its id with the one in the agent's base URL or headers" in answer.text
 
 
+def test_one_that_waits_in_the_queue(said: Any, path: Path) -> None:
+    database = open_database(str(path))
+    with database.writing() as connection:
+        [waiting] = rollouts.enqueue(connection, [rollouts.NewRollout(input="1")])
+    database.close()
+
+    answer = said([generation(1, rollout_id=None)], [], "--rollout", waiting)
+
+    assert answer.status == 1
+    assert f"problem rollout '{waiting}': it waits in the queue" in answer.text
+    assert "is a runner at work, and does it ask this store?" in answer.text
+
+
 def test_aborted(said: Any) -> None:
     answer = said([generation(1, status="aborted"), generation(2, status="error")], [], "--rollout", "rollout-0")
 
@@ -166,6 +179,7 @@ def test_json_has_the_counts(said: Any) -> None:
         "lost": {"queue full": {"count": 3, "last_at": START}},
         "rollout_id": "x'",
         "of_rollout": {"finished": 0, "aborted": 0, "error": 0},
+        "status": None,
     }
 
 

@@ -167,3 +167,25 @@ def test_calls_that_named_no_rollout_are_found(
     expect(page.get_by_role("heading", name="Generation")).to_contain_text(nobodys.id)
     page.get_by_role("link", name="Calls without a rollout").click()
     expect(page.get_by_role("heading", name="Calls without a rollout")).to_be_visible()
+
+
+def test_how_a_span_ended_is_not_looked_for_in_a_body_of_mebibytes(
+    visit: Callable[..., Visit], living: StoreServer, trainer: httpx.Client
+) -> None:
+    rollout_id = started(trainer, "Is it long?")["rollout_id"]
+    of_rollout = {"key": "agentlightning.rollout_id", "value": {"stringValue": rollout_id}}
+    spans = [
+        {
+            "traceId": f"{number:032x}",
+            "spanId": f"{number:016x}",
+            "name": name,
+            "attributes": [of_rollout],
+            "status": {"code": 2, "message": "x" * length},
+        }
+        for number, (name, length) in enumerate({"short": 10, "long": 1 << 20}.items(), start=1)
+    ]
+    trainer.post("/v1/traces", json={"resourceSpans": [{"scopeSpans": [{"spans": spans}]}]}).raise_for_status()
+    page = visit(living).page
+    page.goto(f"/rollout?id={rollout_id}")
+
+    assert ["failed" in each for each in rows(page) if each.startswith(("short", "long"))] == [True, False]

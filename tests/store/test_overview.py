@@ -27,7 +27,7 @@ def call(number: int, rollout_id: str | None, **fields: Any) -> Generation:
 
 def of_all(database: Database, **asked: Any) -> list[Overview]:
     with database.reading() as connection:
-        return overview.of_all(connection, Asked(now=NOW, **asked))[0]
+        return overview.of_all(connection, Asked(now=NOW, **asked)).rollouts
 
 
 def test_a_rollout_of_the_queue_has_its_status_and_its_calls(url: str, database: Database) -> None:
@@ -75,7 +75,9 @@ def test_a_rollout_that_has_not_ended_lasts_until_now(database: Database) -> Non
     later = NOW * 2
 
     with database.reading() as connection:
-        assert overview.of_all(connection, Asked(now=later))[0][0].duration == pytest.approx(later - found.started)
+        assert overview.of_all(connection, Asked(now=later)).rollouts[0].duration == pytest.approx(
+            later - found.started
+        )
 
 
 @pytest.fixture
@@ -144,11 +146,19 @@ def test_a_status_is_one_of_the_queue_or_of_those_that_it_has_not(database: Data
 
 def test_how_many_there_are_is_told_with_each_page(database: Database, many: list[str]) -> None:
     with database.reading() as connection:
-        first, total = overview.of_all(connection, Asked(now=NOW, search="rollout-1", limit=3))
-        behind, none = overview.of_all(connection, Asked(now=NOW, limit=3, offset=60))
+        first, total, _ = overview.of_all(connection, Asked(now=NOW, search="rollout-1", limit=3))
+        behind, none, _ = overview.of_all(connection, Asked(now=NOW, limit=3, offset=60))
 
     assert (len(first), total) == (3, 10)
     assert (behind, none) == ([], 0)
+
+
+def test_calls_that_name_no_rollout_are_counted(url: str, database: Database) -> None:
+    with open_store(url) as store:
+        store.add([call(1, None), call(2, "r"), call(3, None)])
+
+    with database.reading() as connection:
+        assert overview.of_all(connection, Asked(now=NOW)).nobodys == 2
 
 
 def test_whatever_an_id_is_it_is_there(url: str, database: Database) -> None:

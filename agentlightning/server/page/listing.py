@@ -65,9 +65,8 @@ class Listed:
 
 def of_page(connection: Connection, listing: Listing) -> dict[str, Any]:
     """What the table shows."""
-    found, total = overview.of_all(connection, listing.asked())
-    # Where each has something, nobody has to know what else is in the store.
-    known = _in_store(connection) if any(not each.finished for each in found) else {}
+    found, total, nobodys = overview.of_all(connection, listing.asked())
+    known = _in_store(connection, has_nobodys=nobodys > 0)
     return {
         "asked": listing,
         "rollouts": [Listed(each, _absence(each, known)) for each in found],
@@ -75,27 +74,27 @@ def of_page(connection: Connection, listing: Listing) -> dict[str, Any]:
         "pages": max(-(-total // AT_ONCE), 1),
         "columns": COLUMNS,
         "statuses": STATUSES,
-        "without_rollout": _without_rollout(connection),
+        "without_rollout": nobodys,
     }
 
 
-def why(connection: Connection, rollout_id: str, status: str) -> Absence | None:
+def why(connection: Connection, rollout_id: str, status: str | None) -> Absence | None:
     """Why no generation of a rollout has finished; None where one has."""
     counts = generations.tally(connection, {"rollout_id": rollout_id})
-    return absence.why(counts, **_in_store(connection), status=status)
+    has_nobodys = generations.has_any(connection, {"rollout_id": None})
+    return absence.why(counts, **_in_store(connection, has_nobodys), status=status)
 
 
-def _absence(found: Overview, known: Mapping[str, int]) -> Absence | None:
+def _absence(found: Overview, known: Mapping[str, bool]) -> Absence | None:
     if found.finished:
         return None
     return absence.why({"finished": 0, "aborted or failed": found.calls}, **known, status=found.status)
 
 
-def _in_store(connection: Connection) -> dict[str, int]:
-    total = sum(generations.tally(connection, {}).values())
-    lost = sum(loss.count for loss in generations.losses(connection))
-    return {"total": total, "without_rollout": _without_rollout(connection), "lost": lost}
-
-
-def _without_rollout(connection: Connection) -> int:
-    return sum(generations.tally(connection, {"rollout_id": None}).values())
+def _in_store(connection: Connection, has_nobodys: bool) -> dict[str, bool]:
+    # A page asks every few seconds: of each there is no more than has to be found, and nothing is counted.
+    return {
+        "has_any": generations.has_any(connection, {}),
+        "has_nobodys": has_nobodys,
+        "has_losses": generations.has_losses(connection),
+    }

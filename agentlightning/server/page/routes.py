@@ -50,7 +50,7 @@ async def show_rollout(
         if found is None and not shown.rows:
             return None
         has_answers = any(call.status == "finished" for call in calls)
-        why = None if has_answers else listing.why(connection, rollout_id, "" if found is None else found.status)
+        why = None if has_answers else listing.why(connection, rollout_id, None if found is None else found.status)
         return {"calls": calls, "more_calls": more_calls, "timeline": shown, "rollout": found, "absence": why}
 
     found = await database.read(read)

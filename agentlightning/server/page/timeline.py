@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import msgspec
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, case, func, select
 
 from agentlightning.server.page.conversation import Call
 from agentlightning.server.page.tree import DEEPEST, in_tree
@@ -17,6 +17,9 @@ from agentlightning.store import attributes, tables
 __all__ = ["Bar", "Row", "Timeline", "of_rollout"]
 
 SPANS_SHOWN = 1000
+# Bytes: whoever looks on asks every few seconds, and a prompt with its ids may be MiBs. How long one is, a database
+# knows without reading it.
+LARGEST_READ = 64 << 10
 # Of the whole, in percent.
 NARROWEST = 0.4
 UNDER_WAY = ("preparing", "running")
@@ -30,7 +33,7 @@ class Bar:
 
     Attributes:
         kind: `attempt`, `span` or `generation`.
-        state: how it ended, in the store's words; empty where nobody said.
+        state: how it ended, in the store's words; empty where nobody said, or where it is in a body that is too large.
         start, end: seconds since the epoch; None where unknown, or not yet.
         generation_id: of a generation, whose page it leads to.
     """
@@ -96,7 +99,9 @@ def _attempts(connection: Connection, rollout_key: int) -> Sequence[Any]:
 
 def _spans(connection: Connection, rollout_id: str) -> Sequence[Any]:
     table = tables.spans
-    query = select(table).where(table.c.rollout_id == rollout_id).order_by(table.c.sequence_id, table.c.key)
+    columns = [column for column in table.c if column is not table.c.body]
+    body = case((func.length(table.c.body) <= LARGEST_READ, table.c.body)).label("body")
+    query = select(*columns, body).where(table.c.rollout_id == rollout_id).order_by(table.c.sequence_id, table.c.key)
     return connection.execute(query.limit(SPANS_SHOWN + 1)).all()
 
 
@@ -146,10 +151,15 @@ def _parent(each: Any) -> str | None:
 
 
 def _span(depth: int, row: Any) -> Bar:
-    body = _decode(row.body)
+    return Bar("span", depth, row.name, _state(row.body), row.start_time, row.end_time, reward=row.reward)
+
+
+def _state(read: bytes | None) -> str:
+    if read is None:
+        return ""
+    body = _decode(read)
     failed = attributes.has_failed(body["attributes"], body["status"]["status_code"])
-    state = "" if failed is None else "failed" if failed else "succeeded"
-    return Bar("span", depth, row.name, state, row.start_time, row.end_time, reward=row.reward)
+    return "" if failed is None else "failed" if failed else "succeeded"
 
 
 def _generation(depth: int, call: Call) -> Bar:
