@@ -1,7 +1,8 @@
 """What the patches cost a server on a GPU: as users start one, with a model of half a billion weights.
 
-As in `benchmarks/serving.py`, all turns are taken by one server process. On a GPU the engine is so quick that it may be
-the API server, or the client, that sets the pace: each table of throughput has one beside it of what kept a core busy.
+As in `benchmarks/logprobs.py`, all turns are taken by one server process, whose engine core is ours. On a GPU the
+engine is so quick that it may be the API server, or the client, that sets the pace: each table of throughput has one
+beside it of what kept a core busy.
 """
 
 from __future__ import annotations
@@ -37,7 +38,14 @@ VLLM, AGAIN, LOGPROBS_ASKED = (
 )
 RECORDS, LOGPROBS = "recording", "recording, with AGL_LOGPROBS=on"
 GATEWAY = "a gateway that asks for ids"
-POSITIONS = {VLLM: "off", AGAIN: "off", RECORDS: "on", LOGPROBS: "logprobs", LOGPROBS_ASKED: "off", GATEWAY: "off"}
+POSITIONS = {
+    VLLM: "claimed",
+    AGAIN: "claimed",
+    RECORDS: "on",
+    LOGPROBS: "logprobs",
+    LOGPROBS_ASKED: "claimed",
+    GATEWAY: "claimed",
+}
 IDS_ASKED = {"return_token_ids": True}
 ASKS = {VLLM: IDS_ASKED, AGAIN: IDS_ASKED, LOGPROBS_ASKED: {**IDS_ASKED, "logprobs": True}}
 """What a request says besides."""
@@ -82,7 +90,7 @@ def measure(quick: bool) -> Part:
     model = small_model()
     with tempfile.TemporaryDirectory(prefix="agl-bench-") as folder:
         say("gpu: starting a server")
-        env = {**environment(seed=0), "AGL_STORE": str(Path(folder, "gpu.db"))}
+        env = {**environment(seed=0), "AGL_INSTRUMENT": "1", "AGL_STORE": str(Path(folder, "gpu.db"))}
         with RemoteOpenAIServer(*ARGUMENTS, model=model, small=(), env=env) as server:
             for kind in KINDS:
                 say(f"gpu: {kind.name}")
@@ -122,7 +130,7 @@ async def take_turns(server: RemoteOpenAIServer, kind: Kind, url: str | None, qu
 
 
 def tables(kind: Kind, rounds: Sequence[Round]) -> list[Section]:
-    names = list(rounds[0])
+    names = [name for name in POSITIONS if name in rounds[0]]
 
     def compared(field: str, scale: float = 1) -> list[Row]:
         measured = {name: [scale * getattr(each[name], field) for each in rounds] for name in names}
