@@ -154,7 +154,8 @@ class Image:
 def test_what_else_waits_counts_for_the_queue(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     monkeypatch.setattr(recording, "keep", lambda build, ids, more: sizes.append(more))
-    embeds = torch.zeros(1000, 64)
+    # Few: threads of torch's own do not outlive a fork, and who works on many waits for them.
+    embeds = torch.zeros(10, 64)
     engine.add("embedded", None, prompt_embeds=embeds)
     engine.add("plain", [1])
     engine.says("embedded-0", [5], FinishReason.STOP)
