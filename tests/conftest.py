@@ -30,6 +30,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     session.config._tmp_path_factory.getbasetemp()  # type: ignore[attr-defined]
     # Ended in this way too, pytest ends its fixtures, and so the servers that it has started.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A shell lets what it starts in the background ignore it, and that goes on to what the tests start and interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
