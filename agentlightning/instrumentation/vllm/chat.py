@@ -33,7 +33,7 @@ def trim(stream: AsyncGenerator[str, None], request: Any, carried: Carried) -> A
 
 def _is_embedded(request: Any) -> bool:
     """Whether some of the prompt is embeddings: vLLM has placeholders for them among its ids."""
-    contents = (message.get("content") for message in request.messages if isinstance(message, dict))
+    contents = (message.get("content") for message in getattr(request, "messages", ()) if isinstance(message, dict))
     return any(_is_embeddings(part) for content in contents if isinstance(content, list) for part in content)
 
 
