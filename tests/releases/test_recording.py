@@ -89,7 +89,7 @@ def test_the_store_knows_who_has_written_and_what_the_ids_stand_for(armed: Remot
     answer = post(armed, COMPLETIONS, {"model": armed.model, "prompt": PROMPTS[0], **engine.asks(ANYTHING)})
     [generation] = kept(armed, answer["id"])
     with closing(open_database(armed.env["AGL_STORE"])) as database, database.reading() as connection:
-        seen = senders.recent(connection, generation.started_at or 0)
+        seen = senders.recent(connection, since=0)
         vocabulary = senders.vocabulary_of(connection, generation.id)
 
     [sender] = [each.sender for each in seen]
