@@ -74,11 +74,12 @@ Round = Mapping[str, Load]
 
 def missing() -> str:
     """What it needs and is not there; nothing, where all is."""
-    # It takes a while to import, which whoever only reads this module need not wait for.
-    from vllm.platforms import current_platform
+    if gpus():
+        # It takes a while to import, and need not be there where there is no GPU.
+        from vllm.platforms import current_platform
 
-    if gpus() and current_platform.is_cuda():
-        return ""
+        if current_platform.is_cuda():
+            return ""
     return "it needs an NVIDIA GPU that nvidia-smi knows, and a vLLM that is built for it"
 
 

@@ -7,13 +7,13 @@ is patched, and of which every patch is taken off again, is the same process bot
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
+from importlib import import_module
 from typing import Any
 
-from vllm.v1.engine.output_processor import OutputProcessor
-
-from agentlightning.instrumentation.vllm import claims, instrument_vllm, uninstrument_vllm
+from agentlightning.instrumentation.vllm import claims, instrument_vllm, releases, uninstrument_vllm
 from agentlightning.instrumentation.vllm.middleware import App, RequestContexts
+from agentlightning.patching import PatchSet, Wrap
 
 __all__ = ["ROUTE", "Switch"]
 
@@ -22,13 +22,21 @@ ROUTE = "/instrumented/"
 of ours is told, which would record what nobody has claimed.
 """
 
-_vllms_add_request = OutputProcessor.add_request
+
+def claiming(add_request: Callable[..., Any]) -> Callable[..., Any]:
+    """The wrapper around `OutputProcessor.add_request`."""
+
+    def add_request_and_claim(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        answer = add_request(self, request, *args, **kwargs)
+        claims.claim(request)
+        return answer
+
+    return add_request_and_claim
 
 
-def _add_request_and_claim(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-    answer = _vllms_add_request(self, request, *args, **kwargs)
-    claims.claim(request)
-    return answer
+CLAIMING = PatchSet(
+    "claims", releases.OUTPUT_PROCESSOR.modules, (Wrap("OutputProcessor.add_request", ("request",), claiming),)
+)
 
 
 class Switch:
@@ -49,14 +57,14 @@ class Switch:
         # As it is without us, who may have been there from the start.
         stack = self._vllms_stack = stack.app if isinstance(stack, RequestContexts) else stack
         # On or off, what was on is taken off: one turn is as much work as another.
-        OutputProcessor.add_request = _vllms_add_request
+        CLAIMING.undo()
         uninstrument_vllm()
         # Read when the patches are put on.
         os.environ["AGL_LOGPROBS"] = "on" if position == "logprobs" else "off"
         if on:
             instrument_vllm()
         if position == "claimed":
-            OutputProcessor.add_request = _add_request_and_claim
+            CLAIMING.apply(import_module(CLAIMING.modules[0]))
         # What is put on when a server starts.
         app.middleware_stack = RequestContexts(stack) if on else stack
         await send({"type": "http.response.start", "status": 204, "headers": []})

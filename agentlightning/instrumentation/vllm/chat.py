@@ -20,19 +20,21 @@ __all__ = ["RESPONSE_PATCHES", "SERVING_PATCHES"]
 
 def attach(response: Any, request: Any, carried: Carried) -> None:
     """The answer has `prompt_token_ids` and each choice's `token_ids`: add `response_token_ids`."""
-    if not carried.prompt or _is_embedded(request):
+    if not carried.prompt:
         response.prompt_token_ids = None
     add_response_token_ids(response)
 
 
 def trim(stream: AsyncGenerator[str, None], request: Any, carried: Carried) -> AsyncGenerator[str, None]:
     """The stream has all that it should; its prompt ids may be one thing too many."""
-    whole = carried.prompt and not _is_embedded(request)
-    return stream if whole else edited(stream, "prompt_token_ids", _drop_prompt_ids)
+    return stream if carried.prompt else edited(stream, "prompt_token_ids", _drop_prompt_ids)
 
 
-def _is_embedded(request: Any) -> bool:
+def _is_embedded(serving: Any, request: Any) -> bool:
     """Whether some of the prompt is embeddings: vLLM has placeholders for them among its ids."""
+    # Off in most servers, which need not look through every message of every request.
+    if not getattr(getattr(serving, "model_config", None), "enable_prompt_embeds", False):
+        return False
     contents = (message.get("content") for message in getattr(request, "messages", ()) if isinstance(message, dict))
     return any(_is_embeddings(part) for content in contents if isinstance(content, list) for part in content)
 
@@ -57,7 +59,9 @@ def _asks_vllm(request: Any) -> bool:
     return releases.gives_token_ids(type(request))
 
 
-ENDPOINT = Endpoint("/v1/chat/completions", attach, trim, asks_vllm=_asks_vllm, serves=_answers_chat)
+ENDPOINT = Endpoint(
+    "/v1/chat/completions", attach, trim, asks_vllm=_asks_vllm, serves=_answers_chat, is_embedded=_is_embedded
+)
 
 
 def with_ids_taken(build: Callable[..., Any]) -> Callable[..., Any]:

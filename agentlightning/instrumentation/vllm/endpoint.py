@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from agentlightning.instrumentation.vllm.answer import NOTHING, Carried, said, wanted
@@ -22,6 +22,7 @@ class Endpoint:
         trim: the same for a stream of SSE events; the stream itself where nothing is to be taken off.
         asks_vllm: whether vLLM gives all ids if it is asked, and answers as before; where not, they are taken.
         serves: whether a serving object answers for this endpoint itself, and not for one that is built upon it.
+        is_embedded: whether what a serving object is asked has a prompt without ids of its own.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Endpoint:
     trim: Callable[[AsyncGenerator[str, None], Any, Carried], AsyncGenerator[str, None]]
     asks_vllm: Callable[[Any], bool]
     serves: Callable[[Any], bool] = lambda serving: True
+    is_embedded: Callable[[Any, Any], bool] = lambda serving, request: False
 
     def wrap(self, create: Callable[..., Any]) -> Callable[..., Any]:
         """The wrapper for the `create_*` method, which gives an answer, an error or a stream."""
@@ -52,7 +54,7 @@ class Endpoint:
         carried = wanted(said(request))
         if carried.response and self.asks_vllm(request):
             request.return_token_ids = True
-        return carried
+        return replace(carried, prompt=False) if self.is_embedded(serving, request) else carried
 
     def takes(self, serving: Any, request: Any) -> Carried:
         """What of the ids is to be taken from the engine's results; nothing where that cannot be told."""
