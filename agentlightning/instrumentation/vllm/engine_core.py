@@ -43,7 +43,7 @@ class Followed:
         request: vLLM's `Request`, which has the ids so far; None once it has ended.
         sampling_params: as the frontend made them.
         asks: whether only the recording wants logprobs.
-        logprobs, routed_experts: arrays of each step.
+        logprobs, routed_experts: arrays of each step; of the logprobs, the sampled ids' alone.
         weight_versions: the weights that it is sampled with, from which place on.
         finish_reason, stop_reason: as the engine says them.
     """
@@ -51,7 +51,7 @@ class Followed:
     request: Any
     sampling_params: Any
     asks: bool = False
-    logprobs: list[Any] = field(default_factory=list)
+    logprobs: list[array[float]] = field(default_factory=list)
     routed_experts: list[Any] = field(default_factory=list)
     weight_versions: list[tuple[str, int]] = field(default_factory=list)
     first_token_at: int | None = None
@@ -68,7 +68,7 @@ class Followed:
         if self.asks:
             logprobs.take(output, self.logprobs)
         elif output.new_logprobs is not None:
-            self.logprobs.append(output.new_logprobs.logprobs)
+            self.logprobs.append(logprobs.first_of_each(output.new_logprobs.logprobs))
         experts = getattr(output, "routed_experts", None)
         if experts is not None:
             self.routed_experts.append(experts)
@@ -204,8 +204,12 @@ def _follow(scheduler: Any, request: Any) -> None:
         if claims.asks_for_itself(params):
             _packed.setdefault(scheduler, set()).add(request.request_id)
         return
-    # Where more input comes in between (realtime), it is no prompt and its answer.
-    if getattr(request, "resumable", False):
+    # Where more input comes in between (realtime), it is no prompt and its answer; nor is what ends such input, with
+    # which a request comes again that the scheduler has.
+    if getattr(request, "resumable", False) or request.request_id in getattr(scheduler, "requests", ()):
+        return
+    # The frontend has refused it, and tells the engine so that another one lets go of its keys and values (0.32).
+    if getattr(request, "abort_immediately", False):
         return
     found = _unclaimed.get(scheduler)
     if found is None:
