@@ -8,10 +8,21 @@ nobody wants any, and its arrays are taken before vLLM looks for them: answers s
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
+from weakref import WeakMethod
 
-__all__ = ["BYTES_PER_PART", "NUMBER_ASKED_FOR", "Taking", "are_wanted", "mode_of", "of_sampled_ids", "pack", "take"]
+__all__ = [
+    "BYTES_PER_PART",
+    "NUMBER_ASKED_FOR",
+    "Taking",
+    "are_wanted",
+    "first_of_each",
+    "mode_of",
+    "of_sampled_ids",
+    "pack",
+    "take",
+]
 
 _PACKED = "agentlightning"
 NUMBER_ASKED_FOR = 0
@@ -37,20 +48,24 @@ class Taking:
     """Stands before `LogprobsProcessor.update_from_output` of one request, which vLLM calls with what it gets for it.
 
     Args:
-        update: vLLM's, which is to see none of them.
+        processor: vLLM's `LogprobsProcessor`, which is to see none of them.
 
     Attributes:
-        parts: the engine's arrays so far, as `of_sampled_ids` takes them.
+        parts: those of each step.
     """
 
-    def __init__(self, update: Callable[[Any], object]) -> None:
-        self._update = update
-        self.parts: list[Any] = []
+    def __init__(self, processor: Any) -> None:
+        # The processor holds this: held in turn, both would wait for the garbage collector.
+        self._update = WeakMethod(processor.update_from_output)
+        self.parts: list[array[float]] = []
 
     def __call__(self, output: Any) -> None:
         """Take them off an `EngineCoreOutput`."""
         take(output, self.parts)
-        self._update(output)
+        update = self._update()
+        # vLLM calls this by way of the processor, which is there.
+        assert update is not None
+        update(output)
 
 
 def pack(output: Any) -> None:
@@ -63,11 +78,11 @@ def pack(output: Any) -> None:
     # 0.11.0 there are lists, which cost little.
     if found is None or getattr(output, "trace_headers", output) is not None or isinstance(found.logprobs, list):
         return
-    output.trace_headers = {_PACKED: found.logprobs[:, 0].tobytes().hex()}
+    output.trace_headers = {_PACKED: first_of_each(found.logprobs).tobytes().hex()}
     output.new_logprobs = None
 
 
-def take(output: Any, parts: list[Any]) -> None:
+def take(output: Any, parts: list[array[float]]) -> None:
     """Take them off an `EngineCoreOutput`, and put them where the others are."""
     packed = getattr(output, "trace_headers", None)
     if packed and _PACKED in packed:
@@ -77,17 +92,27 @@ def take(output: Any, parts: list[Any]) -> None:
     found = output.new_logprobs
     if found is not None:
         output.new_logprobs = None
-        parts.append(found.logprobs)
+        parts.append(first_of_each(found.logprobs))
 
 
-def of_sampled_ids(parts: Iterable[Iterable[Any]], count: int) -> array[float] | None:
+def first_of_each(rows: Any) -> array[float]:
+    """Of the engine's rows, one an id, the logprob of the sampled id: a copy.
+
+    Args:
+        rows: an array of float32, [ids, logprobs an id], a part of the message that all requests of a step came in, and
+            keeps all of it in memory; lists of numbers up to 0.11.0.
+    """
+    return array("f", (row[0] for row in rows)) if isinstance(rows, list) else array("f", rows[:, 0].tobytes())
+
+
+def of_sampled_ids(parts: Iterable[array[float]], count: int) -> array[float] | None:
     """The logprobs of the sampled ids, one an id; None where the engine has not given as many.
 
     Args:
-        parts: arrays of one row an id, in which the sampled id's comes first (lists up to 0.11.0); or what was packed.
+        parts: those of each step.
         count: how many ids are kept: of those past a stop string there may be more logprobs.
     """
     found = array("f")
     for part in parts:
-        found.extend(part if isinstance(part, array) else array("f", (row[0] for row in part)))
+        found.extend(part)
     return found[:count] if len(found) >= count else None

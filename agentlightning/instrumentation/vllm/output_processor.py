@@ -68,7 +68,7 @@ def _note(
     if state.queue is not None and not getattr(request, "resumable", False):
         running.running(processor).add(state, request, parent_req, context)
         if asks and not logprobs.are_wanted(request.sampling_params):
-            state.logprobs_processor.update_from_output = logprobs.Taking(state.logprobs_processor.update_from_output)
+            state.logprobs_processor.update_from_output = logprobs.Taking(state.logprobs_processor)
             asked = {"logprobs": logprobs.NUMBER_ASKED_FOR}
     # vLLM sends it to the engine when this has returned.
     claims.claim(request, **asked)

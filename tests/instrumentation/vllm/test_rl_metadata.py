@@ -5,6 +5,8 @@ vLLM's own `OutputProcessor` and `Request` are given what such an engine would s
 
 from __future__ import annotations
 
+import gc
+import weakref
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,6 +93,22 @@ def test_an_engine_that_gives_fewer_than_it_was_asked_for_is_not_made_up_for(eng
 
     [generation] = kept(path)
     assert (generation.choices[0].logprobs, generation.logprobs_mode) == (None, None)
+
+
+def test_nothing_of_vllms_is_held_on_to_for_logprobs(engine: Engine, path: Path) -> None:
+    engine.add("one", [1])
+    gc.disable()
+    found = arrays(-0.5)
+    # A part of the message that all requests of the step came in.
+    seen = weakref.ref(found.logprobs)
+    engine.steps([output("one-0", [5], new_logprobs=found)])
+    del found
+    assert seen() is None
+
+    processor = weakref.ref(engine.processor.request_states["one-0"].logprobs_processor)
+    engine.steps([output("one-0", [6], LENGTH, new_logprobs=arrays(-1))])
+    assert len(kept(path)) == 1
+    assert processor() is None
 
 
 def test_each_of_n_has_its_own_and_vllm_none(engine: Engine, path: Path) -> None:
