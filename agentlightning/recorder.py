@@ -209,11 +209,7 @@ class Recorder:
         self._say("late", f"the recorder takes no more generations: {why}; lost so far: {self._late}")
 
     def _run(self) -> None:
-        try:
-            with self._opened():
-                pass
-        except StoreUnavailable as error:
-            self._failed(error)
+        self._try_to_open()
         while not (self._closing.is_set() and self._queue.empty()):
             try:
                 self._round()
@@ -222,6 +218,14 @@ class Recorder:
         self._write_losses()
         with self._storing:
             self._let_go()
+
+    def _try_to_open(self) -> None:
+        """Open the store before there is anything to write, so that what is in the way of it is told at the start."""
+        try:
+            with self._opened():
+                pass
+        except StoreUnavailable as error:
+            self._failed(error)
 
     def _round(self) -> None:
         """Write what has come, wait for more if nothing has."""
@@ -234,7 +238,7 @@ class Recorder:
                 self._write(generations)
         finally:
             self._went += sum(nbytes for _, nbytes in items)
-            self._observe(self.counters())
+            self._tell()
         self._write_losses()
 
     def _gathered(self) -> list[tuple[Callable[[], Generation], int]]:
@@ -351,7 +355,7 @@ class Recorder:
         """The store could not be written: it is opened again the next time."""
         self._counters.failed_writes += 1
         self._counters.trouble = str(error)
-        self._observe(self.counters())
+        self._tell()
         self._say("store", f"generations wait for the store: {error}")
         with self._storing:
             self._let_go()
@@ -376,7 +380,7 @@ class Recorder:
         if counters.trouble is not None:
             counters.trouble = None
             logger.info("agentlightning: generations are written to the store again")
-        self._observe(self.counters())
+        self._tell()
 
     def _lose(self, kind: str, count: int, detail: str) -> None:
         self._counters.lost[kind] += count
@@ -385,7 +389,14 @@ class Recorder:
         loss = self._losing.setdefault(kind, _loss(0, f"{kind}: {detail}", now, now))
         loss.count += count
         loss.last_at = now
-        self._observe(self.counters())
+        self._tell()
+
+    def _tell(self) -> None:
+        try:
+            self._observe(self.counters())
+        except Exception as error:
+            # It may be told between two attempts to write, which have to go on.
+            self._say("observe", f"what becomes of generations is not counted outside: {error!r}")
 
     def _say(self, kind: str, message: str) -> None:
         """Log it, but not this kind more than once in a while."""

@@ -421,6 +421,22 @@ def test_what_waits_for_a_read_only_file_is_written_once_when_it_may_be() -> Non
         assert kept(path) == ids(generations)
 
 
+def test_an_observer_that_fails_costs_no_generation(tmp_path: Path) -> None:
+    def observe(counters: object) -> None:
+        raise ZeroDivisionError
+
+    # Its folder is not there: the first that there is to tell is that.
+    path = tmp_path / "later" / "generations.db"
+    recorder = Recorder(str(path), ROOMY, observe=observe)
+    recorder.start()
+    until(lambda: recorder.counters().failed_writes)
+    path.parent.mkdir()
+    record(recorder, [generation(0), generation(1)])
+    recorder.close()
+
+    assert len(kept(path)) == 2
+
+
 @pytest.mark.forked
 def test_a_forked_process_writes_what_it_records_itself_and_its_parent_the_rest(path: Path) -> None:
     recorder, before, in_child, in_parent = Recorder(str(path), ROOMY), some(50), some(50, 50), some(50, 100)

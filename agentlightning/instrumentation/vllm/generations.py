@@ -16,6 +16,9 @@ from agentlightning.instrumentation.vllm.request_context import RequestContext
 
 __all__ = ["as_json", "generation_of", "routed_experts", "status_of", "weight_versions"]
 
+# Of a client's parameters: with a grammar, or the ids that are allowed, they may have megabytes.
+_REMEMBERED_BYTES = 4_000
+
 
 def generation_of(record: Record, finished_at: int) -> Generation:
     """The generation that a complete record is; `finished_at` is in nanoseconds since the epoch."""
@@ -126,11 +129,11 @@ def as_json(sampling_params: Any, keeps_text: bool) -> str:
     """
     import msgspec  # vLLM's own: its parameters are a Struct that leaves out defaults.
 
-    return _said(msgspec.json.encode(sampling_params, enc_hook=repr), keeps_text)
+    encoded = msgspec.json.encode(sampling_params, enc_hook=repr)
+    # An agent's calls mostly have the same ones, and short ones.
+    return (_said_before if len(encoded) <= _REMEMBERED_BYTES else _said)(encoded, keeps_text)
 
 
-# An agent's calls mostly have the same ones.
-@functools.lru_cache(1_000)
 def _said(sampling_params: bytes, keeps_text: bool) -> str:
     said = {
         name: value
@@ -138,6 +141,9 @@ def _said(sampling_params: bytes, keeps_text: bool) -> str:
         if _is_said(name) and (keeps_text or not _has_text(value))
     }
     return json.dumps(said, separators=(",", ":"))
+
+
+_said_before = functools.lru_cache(1_000)(_said)
 
 
 def _is_said(name: str) -> bool:

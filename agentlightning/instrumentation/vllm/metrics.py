@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from agentlightning.recorder import LOST, WRITE_SECONDS, Counters
@@ -16,7 +17,8 @@ class Metrics:
         # vLLM's own. Not at the top: it decides on its import whether there are several processes.
         from prometheus_client import Counter, Gauge, Histogram
 
-        self._seen = Counters()
+        self._begin()
+        os.register_at_fork(after_in_child=self._begin)
         self._generations: Any = Counter("agentlightning_generations", "Generations that the store has.")
         self._tokens: Any = Counter("agentlightning_tokens", "Token ids that the store has.", ["kind"])
         self._lost: Any = Counter(
@@ -33,6 +35,10 @@ class Metrics:
             self._tokens.labels(kind)
         for reason in LOST:
             self._lost.labels(reason)
+
+    def _begin(self) -> None:
+        # A process that was forked counts from nothing, as its recorder does.
+        self._seen = Counters()
 
     def __call__(self, counters: Counters) -> None:
         """To be called after every write."""

@@ -68,7 +68,8 @@ def calls(target: str, endpoint: str) -> Patch:
 
     def with_a_call(create: Callable[..., Any]) -> Callable[..., Any]:
         async def create_in_a_call(serving: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-            context = request_context.current() or RequestContext(endpoint=endpoint)
+            context = request_context.current() or RequestContext()
+            context.endpoint = context.endpoint or endpoint
             # The endpoint that is built upon another has said it already.
             context.model = context.model or getattr(request, "model", None)
             return await request_context.opened(lambda: create(serving, request, *args, **kwargs), context)

@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import gc
 import json
+import os
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from vllm import SamplingParams
 from vllm.pooling_params import PoolingParams
 from vllm.v1.engine import FinishReason
+from vllm.v1.request import Request
 
 from agentlightning import instrumentation
 from agentlightning.generation import Generation
-from agentlightning.instrumentation.vllm import containment, output_processor, recording
-from agentlightning.instrumentation.vllm.generations import as_json
+from agentlightning.instrumentation.vllm import (
+    containment,
+    engine_core,
+    output_processor,
+    recording,
+    request_context,
+    responses,
+)
+from agentlightning.instrumentation.vllm.generations import _said_before, as_json
+from agentlightning.instrumentation.vllm.metrics import Metrics
+from agentlightning.instrumentation.vllm.request_context import RequestContext
 from agentlightning.instrumentation.vllm.running import under_way
+from agentlightning.patching import PatchSet
+from agentlightning.recorder import Counters
 from agentlightning.store import open_store
 from tests.common.engine import Engine
 
@@ -116,6 +133,30 @@ def test_what_is_fed_in_between_leaves_nothing(engine: Engine, path: Path) -> No
     assert not path.exists()
 
 
+class Scheduler:
+    """In the place of vLLM's, which needs a model."""
+
+    def __init__(self) -> None:
+        self.requests: dict[str, Request] = {}
+
+    def add_request(self, request: Request) -> None:
+        self.requests.setdefault(request.request_id, request)
+
+
+def test_an_engine_core_records_neither_an_end_of_input_nor_a_refusal(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AGL_STORE", str(path))
+    add, scheduler = engine_core.following(Scheduler.add_request), Scheduler()
+    add(scheduler, Request("realtime", [0], SamplingParams(), None, resumable=True))
+    add(scheduler, Request("realtime", [0], SamplingParams(), None))
+    add(scheduler, Request("refused", [0], SamplingParams(), None, abort_immediately=True))
+    assert scheduler not in engine_core._unclaimed
+
+    add(scheduler, Request("another", [1, 2], SamplingParams(), None))
+    assert [*engine_core._unclaimed[scheduler]._followed] == ["another"]
+
+
 def test_pooling_leaves_nothing(engine: Engine, path: Path) -> None:
     engine.add("pooled", [1], pooling_params=PoolingParams())
     engine.processor.abort_requests(["pooled"], internal=False)
@@ -181,6 +222,48 @@ def test_a_vllm_that_has_not_what_is_looked_for_answers_as_ever(path: Path, monk
     assert add(object(), object(), None) == "added"
     assert process(object(), [1]) == [1]
     assert containment.failures == {"looking for a request: AttributeError": 1}
+
+
+class Serving:
+    """In the place of vLLM's, which needs a model."""
+
+    async def create_responses(self, request: Any) -> RequestContext | None:
+        return request_context.current()
+
+    async def responses_full_generator(self, request: Any) -> None: ...
+
+
+def test_a_call_by_no_route_has_the_endpoint_that_it_is_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGL_STORE", str(path))
+    serving = ModuleType("serving")
+    vars(serving)["OpenAIServingResponses"] = Serving
+    PatchSet("responses", ("serving",), responses.SERVING_PATCHES).apply(serving)
+    request = SimpleNamespace(model="tiny", model_fields_set=set())
+    context = asyncio.run(Serving().create_responses(request))
+
+    assert context is not None
+    assert (context.endpoint, context.model) == ("/v1/responses", "tiny")
+
+
+def test_a_forked_process_counts_from_nothing() -> None:
+    metrics = Metrics()
+    metrics(Counters(generations=3))
+    child = os.fork()
+    if not child:
+        with contextlib.suppress(ValueError):
+            metrics(Counters(generations=1))
+            os._exit(0)
+        os._exit(1)
+
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_long_parameters_are_not_remembered() -> None:
+    long = SamplingParams(allowed_token_ids=list(range(5_000)))
+    before = _said_before.cache_info().currsize
+
+    assert json.loads(as_json(long, keeps_text=True))["allowed_token_ids"] == list(range(5_000))
+    assert _said_before.cache_info().currsize == before
 
 
 def test_where_no_text_is_kept_parameters_are_numbers() -> None:
