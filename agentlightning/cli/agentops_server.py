@@ -15,8 +15,8 @@ Keep what the AgentOps SDK sends: sessions, model calls and tool calls, each mod
 has recorded for it. It is `agl store` with what that SDK calls beside all else: `agl store --agentops` is the same.
 """
 EPILOG = """\
-It prints what to set where the agent runs. With a key (--api-key, or AGL_STORE_KEY) that alone is traded for a token;
-without one, any is. SIGTERM ends it when what it was asked is answered, in ten seconds at most."""
+It prints what to set where the agent runs. With a key (--api-key, or AGL_STORE_KEY) only that key gets a token;
+without one, any key does. On SIGTERM it finishes open requests, for at most ten seconds, and exits."""
 
 PORT = 8002
 PID_FILE = "agl-agentops.pid"
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         type=Path,
         default=Path(PID_FILE),
-        help="of --daemon, and for --stop; beside it is what the server says, in a .log (default: %(default)s)",
+        help="where --daemon writes its process id and --stop reads it; the log is beside it (default: %(default)s)",
     )
     return parser
 

@@ -82,7 +82,10 @@ def _parser() -> argparse.ArgumentParser:
     instead.add_argument("--store", metavar="URL", help="look into the store there instead")
     parser.add_argument("--rollout", metavar="ID", help="why the store has nothing of this one")
     parser.add_argument(
-        "--api-key", metavar="KEY", default=os.environ.get("VLLM_API_KEY"), help="its key; VLLM_API_KEY if not given"
+        "--api-key",
+        metavar="KEY",
+        default=os.environ.get("VLLM_API_KEY"),
+        help="of the vLLM server at --url; VLLM_API_KEY if not given. A store has its in AGL_STORE_KEY or in its URL",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     parser.add_argument("--version", action="version", version=f"agl {agentlightning.__version__}")

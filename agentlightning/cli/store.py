@@ -16,7 +16,7 @@ EPILOG = """\
 The key is asked for as `Authorization: Bearer KEY`, or in the URL: http://agl:KEY@HOST:4747. Who can see the processes
 of this machine can see --api-key; AGL_STORE_KEY is for its owner alone.
 
-SIGTERM ends it when what it was asked is answered, in ten seconds at most."""
+On SIGTERM it finishes open requests, for at most ten seconds, and exits."""
 
 INSTEAD = {
     "--backend": "the store is a file, or what its URL says: use --store agl-store.db",

@@ -28,12 +28,12 @@ written again.
 make test-releases
 ```
 
-The same is asked of every release: chat and completions, plain and streamed, several choices and prompts, stop strings,
+Every release gets the same tests: chat and completions, plain and streamed, several choices and prompts, stop strings,
 logprobs, usage, tool calls beside a parser, requests that want no ids, clients that hang up, several API servers, and
-taking the patches off. All is asked over HTTP of the release's own server. Where its compiled part does not run on the
+removing the patches. They all go over HTTP to the release's own server. Where its compiled part does not run on the
 machine, the tokens come from a worker of the tests (`tests/releases/worker.py`) that has no model: what stands above a
-worker, from the API server down to the engine's scheduler, is vLLM's. Elsewhere vLLM runs whole. What it comes to is in
-the README: [supported releases](../README.md#supported-releases).
+worker, from the API server down to the engine's scheduler, is vLLM's. Elsewhere vLLM runs whole. The README summarises
+the results: [supported releases](../README.md#supported-releases).
 
 """
 COLUMNS = ("vLLM", "engine", "worker", "pydantic", "passed", "failed", "date")
