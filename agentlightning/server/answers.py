@@ -123,12 +123,20 @@ async def page(
     if len(found.keys) <= ROWS_AT_ONCE:
         return Json({"items": first, **about})
 
-    async def parts() -> AsyncIterator[bytes]:
-        yield b'{"items":' + encode(first)[:-1]
+    async def blocks() -> AsyncIterator[list[Any]]:
+        yield first
         for start in range(ROWS_AT_ONCE, len(found.keys), ROWS_AT_ONCE):
             keys = found.keys[start : start + ROWS_AT_ONCE]
-            more = await transactions.read(lambda connection, keys=keys: rows(connection, keys))
-            yield b"," + encode(more)[1:-1]
+            yield await transactions.read(lambda connection, keys=keys: rows(connection, keys))
+
+    async def parts() -> AsyncIterator[bytes]:
+        yield b'{"items":['
+        separator = b""
+        async for items in blocks():
+            # All of them may be gone since their keys were read.
+            if items:
+                yield separator + encode(items)[1:-1]
+                separator = b","
         yield b"]," + encode(about)[1:]
 
     return StreamingResponse(parts(), media_type="application/json")

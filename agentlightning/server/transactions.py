@@ -71,12 +71,13 @@ class Transactions:
         Raises:
             StoreUnavailable: the store cannot be read now.
         """
-        due, found = await self._loop.run_in_executor(self._readers, self._read, work)
-        while due:
+        looks_for_due = True
+        while True:
+            is_due, found = await self._loop.run_in_executor(self._readers, self._read, work, looks_for_due)
+            if not is_due:
+                return found
             # Where there is nothing to end after all, somebody else is at it.
-            checked = bool(await self.write(rollouts.expire))
-            due, found = await self._loop.run_in_executor(self._readers, self._read, work, checked)
-        return found
+            looks_for_due = bool(await self.write(rollouts.expire))
 
     async def write(self, work: Work[T]) -> T:
         """What `work` returns, when it is committed.
@@ -103,10 +104,10 @@ class Transactions:
         await self._loop.run_in_executor(None, self._writer.join)
         self._readers.shutdown()
 
-    def _read(self, work: Work[Any], checked: bool = True) -> tuple[bool, Any]:
+    def _read(self, work: Work[Any], looks_for_due: bool) -> tuple[bool, Any]:
         """Whether something is overdue, or else what `work` returns."""
         with self._database.reading() as connection:
-            if checked and rollouts.is_anything_due(connection):
+            if looks_for_due and rollouts.is_anything_due(connection):
                 return True, None
             return False, work(connection)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable
 from contextlib import closing
 from pathlib import Path
@@ -10,11 +11,15 @@ from threading import Barrier
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, insert, select, update
+from fastapi import Response
+from fastapi.responses import StreamingResponse
+from sqlalchemy import Connection, delete, insert, select, true, update
 
-from agentlightning.server import transactions
+from agentlightning.server import answers, transactions
+from agentlightning.server.answers import ROWS_AT_ONCE
+from agentlightning.server.models.workers import QueryWorkers
 from agentlightning.server.transactions import Busy, Transactions
-from agentlightning.store import StoreUnavailable, open_database
+from agentlightning.store import StoreUnavailable, open_database, tables, workers
 from agentlightning.store.tables import span_sequences as table
 from tests.common.postgresql import PostgresServer
 
@@ -146,3 +151,30 @@ def test_what_two_servers_do_in_opposite_orders_is_done_by_both(postgresql: Post
 
 def _rise(connection: Connection, name: str) -> None:
     connection.execute(update(table).where(table.c.rollout_id == name).values(last=table.c.last + 1))
+
+
+@pytest.mark.parametrize("rows", [ROWS_AT_ONCE, ROWS_AT_ONCE + 1, 3 * ROWS_AT_ONCE])
+def test_a_page_whose_rows_go_while_it_is_sent_is_json_all_the_same(url: str, rows: int) -> None:
+    def fill(connection: Connection) -> None:
+        for number in range(rows):
+            workers.note(connection, f"w-{number}", last_heartbeat_time=1.0)
+
+    async def script(running: Transactions) -> tuple[bytes, bytes]:
+        async def page() -> Response:
+            of_all = QueryWorkers.model_validate({"sort_by": None})
+            return await answers.page(
+                running, of_all, lambda _: true(), select(tables.workers), tables.workers.c.key, answers.worker
+            )
+
+        async def body(of: Any) -> bytes:
+            return b"".join([part async for part in of.body_iterator]) if isinstance(of, StreamingResponse) else of.body
+
+        await running.write(fill)
+        whole = await body(await page())
+        begun = await page()
+        await running.write(lambda connection: connection.execute(delete(tables.workers)))
+        return whole, await body(begun)
+
+    whole, cut = map(json.loads, run(url, script))
+    assert [each["worker_id"] for each in whole["items"]] == [f"w-{number}" for number in range(rows)]
+    assert cut == {**whole, "items": whole["items"][:ROWS_AT_ONCE]}
