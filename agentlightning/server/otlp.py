@@ -28,10 +28,12 @@ KINDS = ("UNSPECIFIED", "INTERNAL", "SERVER", "CLIENT", "PRODUCER", "CONSUMER")
 # In OTLP's JSON these are hexadecimal, where protobuf's has base64.
 HEXADECIMAL = ("traceId", "spanId", "parentSpanId", "trace_id", "span_id", "parent_span_id")
 REASON_LIMIT = 300
+DETAILS_LIMIT = 100_000
+"""Events and links of the spans in one request. An empty one is two bytes, of which much more is made."""
 
 
 class Unreadable(ValueError):
-    """A body that is not what its Content-Type says; the message is one sentence."""
+    """A body that is not what its Content-Type says, or too much to read; the message is one sentence."""
 
 
 def parsed(message: Message, body: bytes, content_type: str) -> None:
@@ -67,7 +69,13 @@ def spans_of(
     Args:
         headers: that it came with, which may name a rollout and an attempt for what does not.
         project_id: of AgentOps, for which it came, whatever it says itself.
+
+    Raises:
+        Unreadable: it has more events and links than `DETAILS_LIMIT`.
     """
+    sent = (span for each in request.resource_spans for part in each.scope_spans for span in part.spans)
+    if sum(len(span.events) + len(span.links) for span in sent) > DETAILS_LIMIT:
+        raise Unreadable(f"the body has more than {DETAILS_LIMIT} events and links")
     found: list[NewSpan] = []
     refused = 0
     named = {name: headers.get(header) for name, header in HEADERS.items()}

@@ -197,6 +197,19 @@ def test_json_of_another_shape_is_refused_in_a_sentence(body: Any, client: httpx
     assert len(detail) < 500
 
 
+@pytest.mark.parametrize("detail", ["links", "events"])
+def test_what_becomes_much_more_than_it_was_is_refused(detail: str, client: httpx.Client) -> None:
+    request = ExportTraceServiceRequest()
+    span = request.resource_spans.add().scope_spans.add().spans.add(trace_id=bytes(16), span_id=bytes(8))
+    for _ in range(100_001):
+        getattr(span, detail).add()
+    packed = gzip.compress(request.SerializeToString())
+    assert len(packed) < 1_000
+
+    answer = client.post("/v1/traces", content=packed, headers={**PROTOBUF, "Content-Encoding": "gzip"})
+    assert (answer.status_code, "100000 events and links" in answer.json()["detail"]) == (400, True)
+
+
 def test_json_has_ids_in_hexadecimal_and_long_numbers_as_text(client: httpx.Client) -> None:
     rollout_id, attempt_id = an_attempt(client)
     values = [{"intValue": "0"}, {"intValue": 9707}, {"intValue": "0"}]

@@ -106,10 +106,10 @@ async def _export(
     body = await request.body()
     try:
         await database.run(lambda: parsed(message, body, content_type))
+        if keep is not None:
+            await keep(message)
     except Unreadable as error:
         return sentence(400, str(error))
-    if keep is not None:
-        await keep(message)
     return Response(written(answer, content_type), media_type=content_type)
 
 
