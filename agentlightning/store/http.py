@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead, InvalidURL
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import unquote, urlencode, urlsplit
@@ -148,7 +148,12 @@ class HttpStore(Store):
         ids = {"rollout_id": rollout_id, "attempt_id": attempt_id}
         # Not as parts of the path: an id may have a slash.
         asked = [(name, value) for name, value in ids.items() if value is not None]
-        with self._asked("GET", "/triplets", asked, accept=LINES) as response:
+        with ExitStack() as stack:
+            try:
+                response = stack.enter_context(self._asked("GET", "/triplets", asked, accept=LINES))
+            except ValueError:
+                # What the queue takes for no id is of none of its rollouts.
+                return
             for line in _lines_of(response):
                 try:
                     found = Triplet.from_dict(self._read(line, dict[str, Any]))

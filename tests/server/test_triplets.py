@@ -145,6 +145,8 @@ def test_a_store_over_http_has_the_same_triplets(store: StoreServer, client: htt
         assert found == [*recorded.triplets(rollout_id)] == [*remote.triplets(rollout_id, "a")]
         assert len(found) == 3
         assert [*remote.triplets(rollout_id, "b")] == []
+        # What the queue takes for no id.
+        assert [*remote.triplets("x" * 600)] == [*remote.triplets("")] == [*recorded.triplets("x" * 600)] == []
         assert [each for each in remote.triplets() if each.rollout_id == rollout_id] == found
 
 

@@ -162,7 +162,7 @@ class QueryRollouts(Query):
 
     model_config = example(status_in=["queuing", "running"], limit=100)
 
-    status_in: list[RolloutStatus] | None = None
+    status_in: list[RolloutStatus] | None = Field(None, max_length=64)
     rollout_id_in: list[Part] | None = Field(None, max_length=BATCH_LIMIT)
     rollout_id_contains: Part | None = None
     filter_logic: Logic = "and"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from agentlightning.server.models.common import LEFT_OUT, Logic, Part, Query, Sent, example
 from agentlightning.store.workers import WorkerStatus
@@ -39,7 +39,7 @@ class QueryWorkers(Query):
 
     model_config = example(status_in=["busy"])
 
-    status_in: list[WorkerStatus] | None = None
+    status_in: list[WorkerStatus] | None = Field(None, max_length=64)
     worker_id_contains: Part | None = None
     filter_logic: Logic = "and"
     sort_by: (
