@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
+from agentlightning.server.transactions import Busy
 from agentlightning.store import StoreRefused, StoreUnavailable
 from agentlightning.store.rollouts import Unknown
 from agentlightning.store.wire import ERROR_HEADER
@@ -36,6 +37,7 @@ def add_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(ValidationError, _invalid)
     app.add_exception_handler(Unknown, _unknown)
+    app.add_exception_handler(Busy, _busy)
     app.add_exception_handler(StoreUnavailable, _unavailable)
     app.add_exception_handler(StoreRefused, _unavailable)
     for kind in (ValueError, OverflowError, RecursionError):
@@ -82,6 +84,12 @@ async def _invalid(_: Request, error: Any) -> Response:
 
 async def _unknown(_: Request, error: Any) -> Response:
     return sentence(404, str(error))
+
+
+async def _busy(request: Request, error: Exception) -> Response:
+    # The client of Agent Lightning 0.3 takes a 429 for good (as read): it is for routes that have it in the document.
+    status = 429 if 429 in request.scope["route"].responses else 503
+    return sentence(status, str(error), {"Retry-After": "1"})
 
 
 async def _unavailable(_: Request, error: Exception) -> Response:

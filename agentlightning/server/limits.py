@@ -41,7 +41,7 @@ NUMBER_LIMIT = 2**53 - 1
 STRANGERS_LIMIT = 64 << 10
 """Bytes of a body where whoever sends it may have no key."""
 WAITING_LIMIT = 256 << 20
-"""Bytes of generations that wait for the disk."""
+"""Bytes of bodies that wait for the disk."""
 
 # Most bodies are not larger, and are unpacked in the time that a thread would take to begin with it.
 BYTES_AT_ONCE = 1 << 20

@@ -8,7 +8,7 @@ import threading
 import time
 from array import array
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -324,6 +324,22 @@ def test_where_too_much_waits_for_the_disk_more_is_sent_later(tmp_path: Path, mo
     for why, retry_after in waits:
         assert "wait for the disk already" in why
         assert retry_after == 1.0
+
+
+def test_so_it_is_with_all_else_but_by_a_status_that_others_clients_try_again_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(application, "WAITING_LIMIT", MIB)
+    path = tmp_path / "store.db"
+    body = {"input": "x" * MIB}
+
+    with Served(path).running() as url, closing(open_database(str(path))) as database, ThreadPoolExecutor(2) as pool:
+        with database.writing():
+            done = [pool.submit(httpx.post, f"{url}/v1/agl/rollouts", json=body, timeout=SECONDS) for _ in range(2)]
+            [refused] = wait(done, return_when=FIRST_COMPLETED).done
+        assert (refused.result().status_code, refused.result().headers["retry-after"]) == (503, "1")
+        assert "wait for the disk already" in refused.result().json()["detail"]
+        assert sorted(each.result().status_code for each in done) == [201, 503]
 
 
 def test_one_that_is_larger_than_may_wait_has_the_room_for_itself(

@@ -171,7 +171,9 @@ def _generation(depth: int, call: Call) -> Bar:
 def _row(bar: Bar, start: float, end: float) -> Row:
     whole = (end - start) or 1.0
     begins = start if bar.start is None else bar.start
-    ends = end if bar.end is None and bar.state in UNDER_WAY else bar.end or begins
+    ends = bar.end
+    if ends is None:
+        ends = end if bar.state in UNDER_WAY else begins
     # One that took no time, or is at the very end, can be seen all the same.
     left = min(100 * (begins - start) / whole, 100 - NARROWEST)
     width = min(max(100 * (ends - begins) / whole, NARROWEST), 100 - left)

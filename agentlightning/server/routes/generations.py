@@ -18,7 +18,7 @@ from agentlightning.server.limits import BATCH_LIMIT
 from agentlightning.server.models import generations as models
 from agentlightning.server.models.common import Id
 from agentlightning.server.routes.common import Database, errors, router
-from agentlightning.server.transactions import Busy, Transactions
+from agentlightning.server.transactions import Transactions
 from agentlightning.store import Filters, StoreRefused, StoreUnavailable, senders, wire
 from agentlightning.store import generations as kept
 from agentlightning.store.generations import Place
@@ -58,14 +58,6 @@ async def add_generations(request: Request, database: Database) -> Response:
         found = repr(content_type[:100]) if content_type else "without a Content-Type"
         return sentence(415, f"generations come as {MEDIA_TYPE}, and this is {found}")
     body = await request.body()
-    try:
-        with request.app.state.room.taken(len(body)):
-            return await _keep(database, body)
-    except Busy as error:
-        return sentence(429, str(error), {"Retry-After": "1"})
-
-
-async def _keep(database: Transactions, body: bytes) -> Response:
     try:
         message, refused = await database.run(lambda: wire.decode_each(body))
     except ValueError as error:
