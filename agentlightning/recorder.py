@@ -32,7 +32,7 @@ ENDED = "the process ended before they were written"
 WRITE_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 """The upper bounds of the buckets that writes are counted in, by how long they took."""
 
-# How long the thread waits for more after the first: a transaction costs as much as writing twenty generations, and
+# How long the thread waits for more after the first: a transaction costs as much as writing many generations, and
 # each time the thread wakes it takes the interpreter from the event loop.
 GATHERING_SECONDS = 0.25
 BATCH_GENERATIONS = 500

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 from fastapi import Response
-from fastapi.responses import StreamingResponse
 from sqlalchemy import Connection, delete, insert, select, true, update
 
 from agentlightning.server import answers, transactions
@@ -167,7 +166,8 @@ def test_a_page_whose_rows_go_while_it_is_sent_is_json_all_the_same(url: str, ro
             )
 
         async def body(of: Any) -> bytes:
-            return b"".join([part async for part in of.body_iterator]) if isinstance(of, StreamingResponse) else of.body
+            parts: list[Any] = [part async for part in of.body_iterator] if hasattr(of, "body_iterator") else [of.body]
+            return b"".join(parts)
 
         await running.write(fill)
         whole = await body(await page())
