@@ -84,11 +84,14 @@ def find(connection: Connection, generation_id: str) -> Generation | None:
     return None
 
 
-def latest(connection: Connection, filters: Filters, limit: int) -> list[Generation]:
-    """So many of those that the filters let through, the last to finish first."""
+def latest(connection: Connection, filters: Filters, limit: int) -> Iterator[Generation]:
+    """So many of those that the filters let through, the last to finish first, each read when it is asked for."""
     backwards = [column.desc() for column in IN_ORDER]
-    query = select(tables.generations).where(*_conditions(connection, filters)).order_by(*backwards).limit(limit)
-    return _generations_of(connection, connection.execute(query).all())
+    key = tables.generations.c.key
+    query = select(key).where(*_conditions(connection, filters)).order_by(*backwards).limit(limit)
+    for each in connection.execute(query).scalars().all():
+        row = connection.execute(select(tables.generations).where(key == each)).all()
+        yield from _generations_of(connection, row)
 
 
 def key_of(connection: Connection, generation_id: str) -> int | None:
