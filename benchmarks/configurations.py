@@ -43,6 +43,11 @@ OFF = Configuration("agentlightning, off", OURS, (OURS,), check=f"{OURS!r} not i
 ARMED = Configuration(
     "agentlightning, armed", OURS, (OURS,), env={"AGL_INSTRUMENT": "1"}, check=has_finder("agentlightning")
 )
+# Most of what ours needs is vLLM's already, and every start reads the names of all that is installed.
+OFF_ALONE = Configuration("agentlightning, off, without what it needs", "alone", (OURS, "--no-deps"), check=OFF.check)
+ARMED_ALONE = Configuration(
+    "agentlightning, armed, without what it needs", "alone", OFF_ALONE.requires, env=ARMED.env, check=ARMED.check
+)
 WRAPT = Configuration(
     "wrapt, one hook in sitecustomize",
     "wrapt",
@@ -106,4 +111,4 @@ PEERS = (
     ),
     DDTRACE,
 )
-EVERY = (CLEAN, CLEAN_AGAIN, OFF, ARMED, *PEERS)
+EVERY = (CLEAN, CLEAN_AGAIN, OFF, ARMED, OFF_ALONE, ARMED_ALONE, *PEERS)
