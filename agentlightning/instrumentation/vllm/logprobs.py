@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from typing import Any
 from weakref import WeakMethod
 
+from agentlightning.instrumentation.vllm.containment import contained
+
 __all__ = [
     "BYTES_PER_PART",
     "NUMBER_ASKED_FOR",
@@ -61,7 +63,8 @@ class Taking:
 
     def __call__(self, output: Any) -> None:
         """Take them off an `EngineCoreOutput`."""
-        take(output, self.parts)
+        # An error here would end vLLM's loop, and with it the engine.
+        contained("taking logprobs", take, output, self.parts)
         update = self._update()
         # vLLM calls this by way of the processor, which is there.
         assert update is not None
@@ -78,7 +81,7 @@ def pack(output: Any) -> None:
     # 0.11.0 there are lists, which cost little.
     if found is None or getattr(output, "trace_headers", output) is not None or isinstance(found.logprobs, list):
         return
-    output.trace_headers = {_PACKED: first_of_each(found.logprobs).tobytes().hex()}
+    output.trace_headers = {_PACKED: found.logprobs[:, 0].tobytes().hex()}
     output.new_logprobs = None
 
 

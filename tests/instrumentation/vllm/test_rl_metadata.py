@@ -21,7 +21,7 @@ from vllm.v1.request import Request
 
 from agentlightning import instrumentation
 from agentlightning.generation import Generation, RoutedExperts
-from agentlightning.instrumentation.vllm import engine_core, logprobs, recording
+from agentlightning.instrumentation.vllm import containment, engine_core, logprobs, recording
 from agentlightning.store import open_store
 from tests.common.engine import Engine
 
@@ -93,6 +93,16 @@ def test_an_engine_that_gives_fewer_than_it_was_asked_for_is_not_made_up_for(eng
 
     [generation] = kept(path)
     assert (generation.choices[0].logprobs, generation.logprobs_mode) == (None, None)
+
+
+def test_logprobs_of_another_shape_end_no_engine(engine: Engine, path: Path) -> None:
+    engine.add("one", [1])
+    of_each = numpy.array([-0.5], dtype=numpy.float32)
+    engine.steps([output("one-0", [5], LENGTH, new_logprobs=LogprobsLists(of_each, of_each, of_each))])
+
+    [generation] = kept(path)
+    assert generation.choices[0].logprobs is None
+    assert containment.failures == {"taking logprobs: IndexError": 1}
 
 
 def test_nothing_of_vllms_is_held_on_to_for_logprobs(engine: Engine, path: Path) -> None:
