@@ -88,8 +88,9 @@ async def _unknown(_: Request, error: Any) -> Response:
 
 async def _busy(request: Request, error: Exception) -> Response:
     # The client of Agent Lightning 0.3 takes a 429 for good (as read): it is for routes that have it in the document.
-    status = 429 if 429 in request.scope["route"].responses else 503
-    return sentence(status, str(error), {"Retry-After": "1"})
+    if 429 in request.scope["route"].responses:
+        return sentence(429, str(error), {"Retry-After": "1"})
+    return await _unavailable(request, error)
 
 
 async def _unavailable(_: Request, error: Exception) -> Response:

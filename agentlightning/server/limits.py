@@ -17,6 +17,7 @@ __all__ = [
     "BATCH_LIMIT",
     "DEPTH_LIMIT",
     "DEQUEUE_LIMIT",
+    "DETAILS_LIMIT",
     "ID_LIMIT",
     "NUMBER_LIMIT",
     "PAGE_LIMIT",
@@ -30,6 +31,8 @@ BATCH_LIMIT = 10_000
 """Rollouts in one request to enqueue them, or to wait for them; generations in one request."""
 DEQUEUE_LIMIT = 1_000
 """Rollouts in one request to dequeue them."""
+DETAILS_LIMIT = 100_000
+"""Events and links of the spans in one OTLP request. An empty one is two bytes, of which much more is made."""
 PAGE_LIMIT = 10_000
 """Items on a page that has a limit; one that has none is sent as it is read."""
 DEPTH_LIMIT = 200

@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError, Message
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from agentlightning.server.answers import encode
-from agentlightning.server.limits import ID_LIMIT, NUMBER_LIMIT
+from agentlightning.server.limits import DETAILS_LIMIT, ID_LIMIT, NUMBER_LIMIT
 from agentlightning.store.attributes import PROJECT, TAGS, response_id, reward
 from agentlightning.store.spans import NewSpan
 
@@ -28,8 +28,6 @@ KINDS = ("UNSPECIFIED", "INTERNAL", "SERVER", "CLIENT", "PRODUCER", "CONSUMER")
 # In OTLP's JSON these are hexadecimal, where protobuf's has base64.
 HEXADECIMAL = ("traceId", "spanId", "parentSpanId", "trace_id", "span_id", "parent_span_id")
 REASON_LIMIT = 300
-DETAILS_LIMIT = 100_000
-"""Events and links of the spans in one request. An empty one is two bytes, of which much more is made."""
 
 
 class Unreadable(ValueError):

@@ -326,7 +326,7 @@ def test_where_too_much_waits_for_the_disk_more_is_sent_later(tmp_path: Path, mo
         assert retry_after == 1.0
 
 
-def test_so_it_is_with_all_else_but_by_a_status_that_others_clients_try_again_after(
+def test_so_it_is_with_all_else_but_by_a_status_that_other_clients_try_again_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(application, "WAITING_LIMIT", MIB)

@@ -63,9 +63,9 @@ class _Route(APIRoute):
         handle = super().get_route_handler()
 
         async def handle_strictly(request: Request) -> Response:
-            if request.method in ("GET", "HEAD"):
-                return await handle(_Request(request.scope, request.receive))
             asked = _Request(request.scope, request.receive)
+            if request.method in ("GET", "HEAD"):
+                return await handle(asked)
             body = await asked.body()
             if self.body_field is not None and body:
                 # FastAPI would say of a body of another kind that it is no object.
