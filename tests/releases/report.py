@@ -1,4 +1,4 @@
-"""`docs/releases.md`: what was run on each release, and what came of it."""
+"""`docs/releases.md`: which tests were run on each release, and what came of them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from benchmarks.machine import describe_machine
 from tests.common.environments import CHECKOUT
 from tests.releases.environments import FOLDER, scripts
 from tests.releases.table import COMPILED, RELEASES, Release
+from tools.sections import replace_section
 
 PAGE = CHECKOUT / "docs" / "releases.md"
 
-HEADER = """\
-# Releases
-
+SECTION = "The same tests on each release"
+INTRODUCTION = """\
 Written by the tests, which the command below runs on each release, in an environment of its own; run it to have it
 written again.
 
@@ -66,7 +66,8 @@ class Report:
             outcomes = {name: self._outcomes[release.name][name] for name in ("passed", "failed")}
             pydantic = version_of("pydantic", release)
             _kept(release).write_text(json.dumps({**outcomes, "pydantic": pydantic, **describe_machine()}))
-        PAGE.write_text(HEADER + "".join(_page([release for release in RELEASES if _kept(release).exists()])))
+        kept = [release for release in RELEASES if _kept(release).exists()]
+        replace_section(PAGE, SECTION, INTRODUCTION + "".join(_page(kept)))
 
 
 def version_of(package: str, release: Release) -> str:
