@@ -118,6 +118,19 @@ class Scheduler:
         pass
 """
 
+ENGINE_MESSAGES = """\
+class MsgpackEncoder:
+    def encode(self, obj):
+        pass
+
+    def encode_into(self, obj, buf):
+        pass
+
+class MsgpackDecoder:
+    def decode(self, bufs):
+        pass
+"""
+
 RESPONSES_SERVING = """\
 class OpenAIServingResponses:
     async def create_responses(self, request, raw_request=None):
@@ -285,6 +298,7 @@ THE_SAME_EVERYWHERE = {
     "v1/engine/core.py": ENGINE_CORE,
     "v1/engine/utils.py": "",
     "v1/core/sched/scheduler.py": SCHEDULER,
+    "v1/serial_utils.py": ENGINE_MESSAGES,
     "v1/utils.py": "",
     "entrypoints/anthropic/protocol.py": MESSAGES_PROTOCOL,
     "entrypoints/anthropic/serving.py": MESSAGES_SERVING,

@@ -17,10 +17,10 @@ failures: Counter[str] = Counter()
 """How often, by kind, something of ours failed and vLLM went on without it: the answer went out as vLLM made it."""
 
 
-def contained(what: str, function: Callable[..., T], *args: Any) -> T | None:
-    """`function(*args)`, or None where it raises: vLLM goes on without it. Counted, and logged once a kind."""
+def contained(what: str, function: Callable[..., T], *args: Any, **kwargs: Any) -> T | None:
+    """Return `function(*args, **kwargs)`, or None where it raises: vLLM goes on. Counted, and logged once a kind."""
     try:
-        return function(*args)
+        return function(*args, **kwargs)
     except Exception as error:
         _note_failure(what, error)
         return None

@@ -1,4 +1,4 @@
-"""The engine core's side: it records the requests that nobody has claimed, and packs logprobs for who has.
+"""The engine core's side: it records the requests without a mark, and packs logprobs for those that ask so.
 
 They come and go by three methods of vLLM's `Scheduler`: `add_request`, `update_from_output` with what each step has
 sampled, and `finish_requests` for those that are given up. All of it happens in the one thread of the engine core.
@@ -18,19 +18,19 @@ from weakref import WeakKeyDictionary
 
 from agentlightning import settings
 from agentlightning.generation import Choice, Generation
-from agentlightning.instrumentation.vllm import claims, logprobs, recording, request_names, senders
+from agentlightning.instrumentation.vllm import logprobs, marks, recording, releases, request_names, senders
 from agentlightning.instrumentation.vllm.containment import contained
 from agentlightning.instrumentation.vllm.generations import as_json, routed_experts, status_of, weight_versions
 from agentlightning.instrumentation.vllm.records import prompt_ids_of
 from agentlightning.patching import Patch, Where, Wrap
 
-__all__ = ["CORE_PATCHES", "SCHEDULER_PATCHES"]
+__all__ = ["CORE_PATCHES", "MESSAGE_PATCHES", "SCHEDULER_PATCHES"]
 
 logger = logging.getLogger("agentlightning")
 
-_unclaimed: WeakKeyDictionary[Any, Unclaimed] = WeakKeyDictionary()
-_packed: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
-"""The requests of each `Scheduler` whose logprobs a frontend of ours asks for, to record them itself."""
+_unmarked: WeakKeyDictionary[Any, Unmarked] = WeakKeyDictionary()
+_packed: set[str] = set()
+"""The requests whose logprobs an instrumented frontend asks for, to record them itself."""
 _weights: str | None = None
 """Those of the engine core in this process, where vLLM names them."""
 
@@ -84,8 +84,8 @@ class Whole(NamedTuple):
     lora_request: Any
 
 
-class Unclaimed:
-    """The requests of one `Scheduler` that nobody has claimed, and that have not ended.
+class Unmarked:
+    """The unfinished requests of one `Scheduler` that no instrumented process has sent.
 
     Attributes:
         config: vLLM's of the model.
@@ -103,7 +103,7 @@ class Unclaimed:
         params = request.sampling_params
         followed = self._followed[request.request_id] = Followed(request, params)
         if settings.logprobs() and not logprobs.are_wanted(params):
-            claims.claim(request, logprobs=logprobs.NUMBER_ASKED_FOR)
+            logprobs.ask_for_them(request)
             followed.asks = True
         if _weights is not None:
             followed.weight_versions.append((_weights, 0))
@@ -114,22 +114,29 @@ class Unclaimed:
             for output in batch.outputs:
                 followed = self._followed.get(output.request_id)
                 if followed is not None:
-                    followed.take(output)
-                    if output.finish_reason is not None:
-                        followed.stop_reason = output.stop_reason
-                        self._end(followed, str(output.finish_reason))
+                    # Each by itself: an output that cannot be read costs the others of its step nothing.
+                    contained("recording a step of the engine", self._take, followed, output)
+
+    def _take(self, followed: Followed, output: Any) -> None:
+        try:
+            followed.take(output)
+        finally:
+            if output.finish_reason is not None:
+                followed.stop_reason = output.stop_reason
+                self._end(followed, str(output.finish_reason))
 
     def given_up(self, request_ids: Iterable[str] | None) -> None:
         """These are to have ended, all of them for None."""
         for request_id in list(self._followed if request_ids is None else request_ids):
             followed = self._followed.get(request_id)
             if followed is not None and followed.request.is_finished():
-                self._end(followed, str(followed.request.get_finished_reason()))
+                reason = str(followed.request.get_finished_reason())
+                contained("recording what was given up", self._end, followed, reason)
 
     def give_up_all(self, finish_reason: str) -> None:
         """The engine ends, and with it all that is under way."""
         for followed in list(self._followed.values()):
-            self._end(followed, finish_reason)
+            contained("recording what is under way", self._end, followed, finish_reason)
 
     def weights_are(self, version: str) -> None:
         """From the next step on other weights are sampled with."""
@@ -154,7 +161,7 @@ class Unclaimed:
 
 
 def _generation_of(followed: Followed, whole: Whole, config: Any, finished_at: int) -> Generation:
-    name = request_names.read(whole.request_id, from_rust=claims.uses_rust_frontend())
+    name = request_names.read(whole.request_id, from_rust=releases.uses_rust_frontend())
     token_ids = array("i", whole.token_ids)
     found = logprobs.of_sampled_ids(followed.logprobs, len(token_ids)) if followed.logprobs else None
     return Generation(
@@ -199,10 +206,10 @@ def following(add_request: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _follow(scheduler: Any, request: Any) -> None:
-    params = request.sampling_params
-    if claims.is_claimed(params):
-        if claims.asks_for_itself(params):
-            _packed.setdefault(scheduler, set()).add(request.request_id)
+    mark = marks.take(request.request_id)
+    if mark is not None:
+        if mark is marks.Mark.RECORDED_WITH_LOGPROBS:
+            _packed.add(request.request_id)
         return
     # Where more input comes in between (realtime), it is no prompt and its answer; nor is what ends such input, with
     # which a request comes again that the scheduler has.
@@ -211,12 +218,12 @@ def _follow(scheduler: Any, request: Any) -> None:
     # The frontend has refused it, and tells the engine so that another one lets go of its keys and values (0.32).
     if getattr(request, "abort_immediately", False):
         return
-    found = _unclaimed.get(scheduler)
+    found = _unmarked.get(scheduler)
     if found is None:
         logger.warning(
             "agentlightning: requests come from a frontend that is not instrumented: the engine core records them"
         )
-        found = _unclaimed[scheduler] = Unclaimed(scheduler)
+        found = _unmarked[scheduler] = Unmarked(scheduler)
         senders.note_model(found.config)
     found.follow(request)
 
@@ -226,23 +233,34 @@ def sampling(update_from_output: Callable[..., Any]) -> Callable[..., Any]:
 
     def update_from_output_and_take(self: Any, *args: Any, **kwargs: Any) -> Any:
         outputs = update_from_output(self, *args, **kwargs)
-        unclaimed, packed = _unclaimed.get(self), _packed.get(self)
-        if unclaimed:
-            contained("recording a step of the engine", unclaimed.sampled, outputs)
-        if packed:
-            contained("packing logprobs", _pack, outputs, packed)
+        unmarked = _unmarked.get(self)
+        if unmarked:
+            contained("recording a step of the engine", unmarked.sampled, outputs)
         return outputs
 
     return update_from_output_and_take
 
 
-def _pack(outputs: Any, packed: set[str]) -> None:
-    for batch in _batches(outputs):
-        for output in batch.outputs:
-            if output.request_id in packed:
-                logprobs.pack(output)
-                if output.finish_reason is not None:
-                    packed.remove(output.request_id)
+def packing(encode_into: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `MsgpackEncoder.encode_into`, with which an engine core sends a frontend what a step has sampled.
+
+    Not earlier: until then a user's scheduler may read the outputs.
+    """
+
+    def encode_into_packed(self: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
+        if _packed:
+            for output in getattr(obj, "outputs", ()):
+                if getattr(output, "request_id", None) in _packed:
+                    contained("packing logprobs", _pack, output)
+        return encode_into(self, obj, *args, **kwargs)
+
+    return encode_into_packed
+
+
+def _pack(output: Any) -> None:
+    if output.finish_reason is not None:
+        _packed.discard(output.request_id)
+    logprobs.pack(output)
 
 
 def _batches(outputs: Any) -> Iterable[Any]:
@@ -254,17 +272,19 @@ def giving_up(finish_requests: Callable[..., Any]) -> Callable[..., Any]:
     """The wrapper around `Scheduler.finish_requests`."""
 
     def finish_requests_and_give_up(self: Any, request_ids: Any, *args: Any, **kwargs: Any) -> Any:
-        unclaimed, packed = _unclaimed.get(self), _packed.get(self)
-        if not (unclaimed or packed):
+        unmarked = _unmarked.get(self)
+        if not (unmarked or _packed):
             return finish_requests(self, request_ids, *args, **kwargs)
         if request_ids is not None:
             # What can be iterated over only once is iterated over here.
             request_ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
         answer = finish_requests(self, request_ids, *args, **kwargs)
-        if unclaimed:
-            contained("recording what was given up", unclaimed.given_up, request_ids)
-        if packed:
-            packed.difference_update(list(packed) if request_ids is None else request_ids)
+        if unmarked:
+            contained("recording what was given up", unmarked.given_up, request_ids)
+        if request_ids is None:
+            _packed.clear()
+        else:
+            _packed.difference_update(request_ids)
         return answer
 
     return finish_requests_and_give_up
@@ -284,9 +304,9 @@ def ending(finish_reason: str) -> Callable[[Callable[..., Any]], Callable[..., A
 
 
 def _give_up_all(finish_reason: str) -> None:
-    if _unclaimed:
-        for unclaimed in list(_unclaimed.values()):
-            unclaimed.give_up_all(finish_reason)
+    if _unmarked:
+        for unmarked in list(_unmarked.values()):
+            unmarked.give_up_all(finish_reason)
         # Here and not at the interpreter's exit: who started this process waits for it only so long.
         recording.recorder().close()
 
@@ -315,8 +335,8 @@ def changing_weights(set_weight_version: Callable[..., Any]) -> Callable[..., An
 def _note_weights(version: str) -> None:
     global _weights
     _weights = version
-    for unclaimed in _unclaimed.values():
-        unclaimed.weights_are(version)
+    for unmarked in _unmarked.values():
+        unmarked.weights_are(version)
 
 
 def _records(module: ModuleType) -> bool:
@@ -338,3 +358,4 @@ SCHEDULER_PATCHES: tuple[Patch, ...] = (
     Where(_records, Wrap("Scheduler.update_from_output", (), sampling)),
     Where(_records, Wrap("Scheduler.finish_requests", ("request_ids",), giving_up)),
 )
+MESSAGE_PATCHES: tuple[Patch, ...] = (Where(_records, Wrap("MsgpackEncoder.encode_into", ("obj", "buf"), packing)),)

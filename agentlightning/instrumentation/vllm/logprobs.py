@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable
+from copy import copy
 from typing import Any
 from weakref import WeakMethod
 
@@ -16,9 +17,9 @@ from agentlightning.instrumentation.vllm.containment import contained
 
 __all__ = [
     "BYTES_PER_PART",
-    "NUMBER_ASKED_FOR",
     "Taking",
     "are_wanted",
+    "ask_for_them",
     "first_of_each",
     "mode_of",
     "of_sampled_ids",
@@ -27,8 +28,6 @@ __all__ = [
 ]
 
 _PACKED = "agentlightning"
-NUMBER_ASKED_FOR = 0
-"""Of the sampled id alone: vLLM's `logprobs` counts those besides."""
 BYTES_PER_PART = 120
 """What the array of one step holds on to."""
 
@@ -37,6 +36,20 @@ def are_wanted(sampling_params: Any) -> bool:
     """Whether a client has asked for some, with these parameters: then vLLM has them, and they are recorded too."""
     # From 0.22 a client may name the ids whose logprobs it wants.
     return sampling_params.logprobs is not None or getattr(sampling_params, "logprob_token_ids", None) is not None
+
+
+def ask_for_them(request: Any) -> None:
+    """Have the engine compute the logprobs of the ids that it samples for a request.
+
+    Args:
+        request: vLLM's `EngineCoreRequest` or `Request`. It gets parameters of its own, since those that it has may be
+            shared: by the requests that vLLM makes of one with n > 1, and by the recording, which keeps them as the
+            client sent them.
+    """
+    params = copy(request.sampling_params)
+    # Of the sampled id alone: vLLM's number counts the ids besides.
+    params.logprobs = 0
+    request.sampling_params = params
 
 
 def mode_of(model_config: Any) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from agentlightning import settings
-from agentlightning.instrumentation.vllm import claims, logprobs, recording, request_context, running, senders
+from agentlightning.instrumentation.vllm import logprobs, marks, recording, request_context, running, senders
 from agentlightning.instrumentation.vllm.containment import contained
 from agentlightning.instrumentation.vllm.records import prompt_ids_of
 from agentlightning.instrumentation.vllm.request_context import EngineRequest, RequestContext
@@ -63,15 +63,16 @@ def _tie(state: Any, request: Any, context: RequestContext) -> None:
 def _note(
     processor: Any, state: Any, request: Any, parent_req: Any, context: RequestContext | None, asks: bool
 ) -> None:
-    asked: dict[str, Any] = {}
+    mark = marks.Mark.RECORDED
     # An offline LLM has no queue. Where more input comes in between (realtime), it is no prompt and its answer.
     if state.queue is not None and not getattr(request, "resumable", False):
         running.running(processor).add(state, request, parent_req, context)
         if asks and not logprobs.are_wanted(request.sampling_params):
             state.logprobs_processor.update_from_output = logprobs.Taking(state.logprobs_processor)
-            asked = {"logprobs": logprobs.NUMBER_ASKED_FOR}
+            logprobs.ask_for_them(request)
+            mark = marks.Mark.RECORDED_WITH_LOGPROBS
     # vLLM sends it to the engine when this has returned.
-    claims.claim(request, **asked)
+    marks.add(request.request_id, mark)
 
 
 def finishing(process_outputs: Callable[..., Any]) -> Callable[..., Any]:

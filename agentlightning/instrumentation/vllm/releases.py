@@ -65,6 +65,7 @@ OUTPUT_PROCESSOR = Home(("vllm.v1.engine.output_processor",))
 ENGINE_CLIENT = Home(("vllm.v1.engine.async_llm",))
 ENGINE_CORE = Home(("vllm.v1.engine.core",))
 SCHEDULER = Home(("vllm.v1.core.sched.scheduler",))
+ENGINE_MESSAGES = Home(("vllm.v1.serial_utils",))
 API_SERVER_MANAGER = Home(("vllm.v1.utils",))
 ENGINE_CORE_MANAGER = Home(("vllm.v1.engine.utils",), since="0.9.2")
 SERVE_ARGUMENTS = Home(
@@ -108,6 +109,13 @@ GENERATE_RETURN_TOKEN_IDS_SINCE = "0.30.0"
 def serves_grpc() -> bool:
     """Whether this process serves vLLM's gRPC."""
     return any(module in sys.modules for module in GRPC)
+
+
+def uses_rust_frontend() -> bool:
+    """Whether vLLM is told to answer by its Rust frontend, without Python."""
+    from vllm import envs
+
+    return bool(getattr(envs, "VLLM_USE_RUST_FRONTEND", False))
 
 
 def gives_token_ids(request_model: Any) -> bool:

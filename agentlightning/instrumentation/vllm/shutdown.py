@@ -5,15 +5,20 @@ From 0.18 (as read; not yet in 0.15.1) it kills them right after their SIGTERM, 
 
 from __future__ import annotations
 
-import sys
+import inspect
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
+from weakref import WeakSet
 
-from agentlightning.instrumentation.vllm import claims, recording
+from agentlightning.instrumentation.vllm import recording, releases
+from agentlightning.instrumentation.vllm.containment import contained
 from agentlightning.patching import Patch, Where, Wrap
 
 __all__ = ["API_SERVER_PATCHES", "ENGINE_CORE_PATCHES"]
+
+_headless: WeakSet[Any] = WeakSet()
+"""The managers of engine cores whose frontend is on another machine."""
 
 # What a recorder takes at most, and what vLLM does before it comes to it. Nobody waits longer than they take.
 SECONDS = 7.0
@@ -28,12 +33,28 @@ def patient_with_api_servers(shutdown: Callable[..., Any]) -> Callable[..., Any]
     return shutdown_patiently
 
 
+def noting_where_clients_are(init: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `CoreEngineProcManager.__init__`, which is told whether its frontend is elsewhere (`--headless`)."""
+    signature = inspect.signature(init)
+
+    def init_and_note(manager: Any, *args: Any, **kwargs: Any) -> None:
+        contained("reading where an engine's clients are", _note, signature, manager, *args, **kwargs)
+        init(manager, *args, **kwargs)
+
+    return init_and_note
+
+
+def _note(signature: inspect.Signature, manager: Any, *args: Any, **kwargs: Any) -> None:
+    if not signature.bind(manager, *args, **kwargs).arguments["local_client"]:
+        _headless.add(manager)
+
+
 def patient_with_engine_cores(shutdown: Callable[..., Any]) -> Callable[..., Any]:
-    """The wrapper around `CoreEngineProcManager.shutdown`."""
+    """Wrap `CoreEngineProcManager.shutdown`."""
 
     def shutdown_patiently(manager: Any, timeout: float | None = None, *args: Any, **kwargs: Any) -> Any:
-        # Others have nothing to write down, and take their time to clean up.
-        if timeout is not None and claims.frontend_is_elsewhere(sys.argv):
+        # Other engine cores have nothing to write down, and take their time to clean up.
+        if timeout is not None and (manager in _headless or releases.uses_rust_frontend()):
             timeout = max(timeout, SECONDS)
         return shutdown(manager, timeout, *args, **kwargs)
 
@@ -54,5 +75,9 @@ ENGINE_CORE_PATCHES: tuple[Patch, ...] = (
     Where(
         _manages("CoreEngineProcManager"),
         Wrap("CoreEngineProcManager.shutdown", ("timeout",), patient_with_engine_cores),
+    ),
+    Where(
+        _manages("CoreEngineProcManager"),
+        Wrap("CoreEngineProcManager.__init__", ("local_client",), noting_where_clients_are),
     ),
 )

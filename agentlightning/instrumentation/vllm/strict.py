@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from agentlightning import settings
-from agentlightning.instrumentation.vllm import claims, recording
+from agentlightning.instrumentation.vllm import recording, releases
 from agentlightning.patching import Patch, Wrap
 
 __all__ = ["app_patches", "argument_patches", "judge_grpc", "limits", "refuse", "server_patches"]
@@ -105,7 +105,7 @@ def _past_us(args: Any) -> list[str]:
     # As ServeSubcommand.cmd decides; where no subcommand was read (python -m ...api_server), Python answers.
     if getattr(args, "subparser", None) != "serve" or getattr(args, "grpc", False):
         return []
-    if not claims.uses_rust_frontend():
+    if not releases.uses_rust_frontend():
         return []
     answers = 'with token ids only where a request says "return_token_ids": true'
     records = f"; {RECORDED_BY_ENGINE}" if recording.is_on() else ""

@@ -151,10 +151,10 @@ def test_an_engine_core_records_neither_an_end_of_input_nor_a_refusal(
     add(scheduler, Request("realtime", [0], SamplingParams(), None, resumable=True))
     add(scheduler, Request("realtime", [0], SamplingParams(), None))
     add(scheduler, Request("refused", [0], SamplingParams(), None, abort_immediately=True))
-    assert scheduler not in engine_core._unclaimed
+    assert scheduler not in engine_core._unmarked
 
     add(scheduler, Request("another", [1, 2], SamplingParams(), None))
-    assert [*engine_core._unclaimed[scheduler]._followed] == ["another"]
+    assert [*engine_core._unmarked[scheduler]._followed] == ["another"]
 
 
 def test_pooling_leaves_nothing(engine: Engine, path: Path) -> None:

@@ -167,7 +167,7 @@ class Scheduler:
     """In the place of vLLM's, which needs a model: no more than one to hold on to."""
 
 
-def unclaimed(name: str, **params: Any) -> Request:
+def unmarked(name: str, **params: Any) -> Request:
     sampling = SamplingParams(max_tokens=9, **params)
     return Request(name, [1, 2], sampling, None, arrival_time=1.0)
 
@@ -178,9 +178,9 @@ def step(request: Request, ids: Sequence[int], end: FinishReason | None = None, 
 
 
 def test_an_engine_core_keeps_the_same(path: Path) -> None:
-    requests = engine_core.Unclaimed(Scheduler())
+    requests = engine_core.Unmarked(Scheduler())
     engine_core._note_weights("default")
-    asks, asked = unclaimed("cmpl-a-00000000"), unclaimed("cmpl-b-00000000", logprobs=1)
+    asks, asked = unmarked("cmpl-a-00000000"), unmarked("cmpl-b-00000000", logprobs=1)
     for request in (asks, asked):
         requests.follow(request)
     assert asks.sampling_params is not None
