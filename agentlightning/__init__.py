@@ -36,19 +36,24 @@ def is_on() -> bool:
 class Finder:
     """Goes first on `sys.meta_path`, lets others find the modules that are followed, and has `execute` execute those.
 
-    `execute(spec, module)` is called in the place of `spec.loader.exec_module(module)`.
+    It stays there: taken off, it would hide the finder behind it from a thread that goes through the list, and a new
+    list would lose what another thread inserts into the old one. One that follows nothing is a dictionary lookup.
+
+    Attributes:
+        followed: the names of the modules.
+        execute: `execute(spec, module)` is called in the place of `spec.loader.exec_module(module)`.
     """
 
     def __init__(self, followed: "Container[str]", execute: "Callable[[ModuleSpec, ModuleType], object]") -> None:
-        self._followed = followed
-        self._execute = execute
+        self.followed = followed
+        self.execute = execute
         # (thread, module) pairs that are being looked up: two finders that ask each other would never end.
         self._asking: "set[tuple[int, str]]" = set()
 
     def find_spec(
         self, fullname: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
     ) -> "ModuleSpec | None":
-        if fullname not in self._followed:
+        if fullname not in self.followed:
             return None
         key = (get_ident(), fullname)
         if key in self._asking:
@@ -60,7 +65,7 @@ class Finder:
             self._asking.discard(key)
         # A namespace package has no loader, and a loader of the old kind has no exec_module: nothing to follow.
         if spec is not None and hasattr(spec.loader, "exec_module") and type(spec.loader).__module__ != __name__:
-            spec.loader = _loader(spec, self._execute)
+            spec.loader = _loader(spec, self.execute)
         return spec
 
     def _ask_the_others(self, *wanted: "Any") -> "ModuleSpec | None":
@@ -107,15 +112,19 @@ def _execute_vllm(spec: "Any", module: "ModuleType") -> None:
         from agentlightning._startup import execute_vllm
     except Exception as error:  # Uninstalled, or damaged, since this interpreter started.
         import logging
+        import os
 
-        logging.getLogger("agentlightning").error("agentlightning: vllm is left as it is, unpatched: %r", error)
+        message = f"agentlightning: vllm is left as it is, unpatched: {error!r}"
+        if os.environ.get("AGL_INSTRUMENT", "").strip().lower() == "strict":
+            raise SystemExit(message) from error
+        logging.getLogger("agentlightning").error(message)
         spec.loader.exec_module(module)
     else:
         execute_vllm(spec, module)
 
 
-tripwire = Finder({"vllm"}, _execute_vllm)
-"""Follows vLLM until `importhook` does."""
+finder = Finder({"vllm"}, _execute_vllm)
+"""The one finder of this process: it waits for vLLM, and from then on follows what `importhook` is told to."""
 
 if is_on():
-    sys.meta_path.insert(0, tripwire)
+    sys.meta_path.insert(0, finder)

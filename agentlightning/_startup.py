@@ -2,40 +2,55 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-from agentlightning import importhook, is_on, tripwire
+from agentlightning import importhook, is_on
 
 
 def start() -> None:
     """Arm this interpreter if `AGL_INSTRUMENT` asks for it: a vLLM that is imported, or has been, is patched.
 
-    Idempotent: vLLM calls it as a plugin, armed or not. Raises nothing: what goes wrong is one line on stderr.
+    Idempotent: vLLM calls it as a plugin, armed or not. What goes wrong is one line on stderr.
+
+    Raises:
+        SystemExit: `AGL_INSTRUMENT=strict`, and this vLLM cannot be patched completely, or not at all.
     """
     try:
         if is_on():
-            importhook.take_place_of(tripwire)
             # Once: what follows vLLM from then on is the instrumentation's own, and goes when that is taken back.
             importhook.when_imported("vllm", instrument, once=True)
-    except BaseException as error:
+    except Exception as error:
+        _refuse_if_strict(error)
         _say(f"not armed: {error!r}")
 
 
 def execute_vllm(spec: ModuleSpec, module: ModuleType) -> None:
-    """Execute a vLLM that the tripwire has found, in the way of the import hook, which follows it from now on."""
+    """Execute the vLLM that the finder has waited for, and follow it with the import hook from now on."""
     importhook.execute(spec, module, start)
 
 
 def instrument(vllm: ModuleType) -> None:
     """Patch the vLLM that has just been imported; the import hook that calls this contains and logs what fails."""
-    from agentlightning import settings
+    try:
+        from agentlightning import settings
 
-    if settings.instrument() != "off":
-        from agentlightning.instrumentation import arm_all
+        if settings.instrument() != "off":
+            from agentlightning.instrumentation import arm_all
 
-        arm_all()
+            arm_all()
+    except Exception as error:
+        _refuse_if_strict(error)
+        raise
+
+
+def _refuse_if_strict(error: Exception) -> None:
+    """End the process if strict was asked for: a server that could not be patched must not serve."""
+    # Read here, since the module that reads the variables may be what failed.
+    if os.environ.get("AGL_INSTRUMENT", "").strip().lower() == "strict":
+        raise SystemExit(f"agentlightning: AGL_INSTRUMENT=strict refuses this vLLM: {error!r}") from error
 
 
 def _say(message: str) -> None:

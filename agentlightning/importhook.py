@@ -14,9 +14,9 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from agentlightning import Finder
+from agentlightning import finder
 
-__all__ = ["ImportHook", "execute", "finders_ahead", "is_executing", "take_off", "take_place_of", "when_imported"]
+__all__ = ["ImportHook", "execute", "finders_ahead", "is_executing", "when_imported"]
 
 Callback = Callable[[ModuleType], object]
 
@@ -41,8 +41,6 @@ class ImportHook:
                 _hooks[self.name] = hooks
             else:
                 _hooks.pop(self.name, None)
-            if not _hooks:
-                take_off(_finder)
 
     def __enter__(self) -> ImportHook:
         return self
@@ -68,8 +66,10 @@ def when_imported(name: str, callback: Callback, once: bool = False) -> ImportHo
         hook = ImportHook(name, callback, once)
         # A new list each time: a thread that is calling the old one's hooks is not disturbed.
         _hooks[name] = [*hooks, hook]
-        if _finder not in sys.meta_path:
-            sys.meta_path.insert(0, _finder)
+        # Registered first: what the finder has waited for so far is not missed in between.
+        finder.followed, finder.execute = _hooks, execute
+        if finder not in sys.meta_path:
+            sys.meta_path.insert(0, finder)
         # Its loader calls this hook too, when the module has been executed.
         executing = name in _executing
     if name in sys.modules and not executing:
@@ -79,22 +79,8 @@ def when_imported(name: str, callback: Callback, once: bool = False) -> ImportHo
 
 def finders_ahead() -> list[object]:
     """The finders that `sys.meta_path` asks before ours: a module that one of them finds by itself is never seen."""
-    finders = sys.meta_path
-    return list(finders[: finders.index(_finder)]) if _finder in finders else []
-
-
-def take_place_of(finder: Finder) -> None:
-    """Put our finder where this one is on `sys.meta_path`, unless ours is there."""
-    with _lock:
-        if finder in sys.meta_path and _finder not in sys.meta_path:
-            # Neither put in nor taken out, which would move the others while other threads ask them one by one.
-            sys.meta_path[sys.meta_path.index(finder)] = _finder
-
-
-def take_off(finder: Finder) -> None:
-    """Take a finder off `sys.meta_path`. Idempotent."""
-    # By a new list: out of the old one, a thread that goes through it would miss the finder behind, and so a module.
-    sys.meta_path = [other for other in sys.meta_path if other is not finder]
+    finders: list[object] = list(sys.meta_path)
+    return finders[: finders.index(finder)] if finder in finders else []
 
 
 def is_executing(module: ModuleType) -> bool:
@@ -153,7 +139,6 @@ def _call(hook: ImportHook, module: ModuleType) -> None:
             exc_info=logger.isEnabledFor(logging.DEBUG),
         )
     finally:
-        # Not before: what the callback registers keeps the finder at its place among the others.
         if hook.once:
             hook.remove()
 
@@ -161,4 +146,3 @@ def _call(hook: ImportHook, module: ModuleType) -> None:
 _lock = threading.RLock()
 _hooks: dict[str, list[ImportHook]] = {}
 _executing: set[str] = set()
-_finder: Any = Finder(_hooks, execute)

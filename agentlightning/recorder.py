@@ -20,7 +20,7 @@ from threading import Event, Lock, Thread, local
 
 from agentlightning.generation import Generation, Loss
 from agentlightning.sender import Sender
-from agentlightning.store import Store, StoreRefused, StoreUnavailable, open_store
+from agentlightning.store import InvalidRecord, Store, StoreRefused, StoreUnavailable, open_store
 
 __all__ = ["LOST", "NOT_BUILT", "QUEUE_FULL", "REFUSED", "STOPPED", "WRITE_SECONDS", "Counters", "Recorder"]
 
@@ -136,8 +136,9 @@ class Recorder:
         self._closing = Event()
         self._deadline = float("inf")
         self._counters = Counters()
-        # Bytes that came in and bytes that went out: each number is written by one thread alone, the caller's or ours,
-        # so that neither ever waits for a lock of the other.
+        self._recording = Lock()
+        # Bytes that came in and bytes that went out: the one is written under the lock of those who record, the other
+        # by our thread alone, so that they never wait for it.
         self._came = self._went = 0
         self._turned_away = self._noted = self._late = 0
         self._turned_away_at = (0, 0)
@@ -147,6 +148,10 @@ class Recorder:
 
     def start(self) -> None:
         """Start the thread, which opens the store. Idempotent; the first `record` does it too, but then has to wait."""
+        with self._recording:
+            self._start_thread()
+
+    def _start_thread(self) -> None:
         if self._thread is None:
             thread = Thread(target=self._run, name="agentlightning-recorder", daemon=True)
             thread.start()
@@ -154,27 +159,29 @@ class Recorder:
             atexit.register(self.close)
 
     def record(self, build: Callable[[], Generation], nbytes: int) -> None:
-        """Have a generation written. To be called by one thread alone; never waits, never raises.
+        """Have a generation written; never waits for the store, never raises. Safe for several threads.
 
         Args:
             build: makes the generation, in the thread that writes.
             nbytes: what it holds on to until then.
         """
-        try:
-            if self._closing.is_set():
-                self._come_too_late("it is closed")
-                return
-            waiting = self._came - self._went
-            # One that is larger than the queue has it for itself.
-            if waiting and waiting + nbytes > self._queue_bytes:
-                self._turn_away()
-                return
-            self.start()
-            self._came += nbytes
-            self._queue.put((build, nbytes))
-        except Exception as error:
-            # No thread can be started where the interpreter is about to end.
-            self._come_too_late(repr(error))
+        # Held for an addition, and for the start of the thread.
+        with self._recording:
+            try:
+                if self._closing.is_set():
+                    self._come_too_late("it is closed")
+                    return
+                waiting = self._came - self._went
+                # One that is larger than the queue has it for itself.
+                if waiting and waiting + nbytes > self._queue_bytes:
+                    self._turn_away()
+                    return
+                self._start_thread()
+                self._came += nbytes
+                self._queue.put((build, nbytes))
+            except Exception as error:
+                # No thread can be started where the interpreter is about to end.
+                self._come_too_late(repr(error))
 
     def counters(self) -> Counters:
         """What has become of what was recorded, by now."""
@@ -279,8 +286,13 @@ class Recorder:
             except (StoreUnavailable, StoreRefused) as error:
                 self._failed(error)
                 asked = error.retry_after if isinstance(error, StoreUnavailable) else None
+            except InvalidRecord as error:
+                kept = [generation for generation in generations if generation.id not in error.reasons]
+                self._lose(REFUSED, len(generations) - len(kept), str(error))
+                self._count(kept, time.perf_counter() - started)
+                return
             except Exception as error:
-                # One of them is at fault, and the others shall not be lost with it.
+                # An error of ours before the store is asked, so that none of them is there yet.
                 if len(generations) == 1:
                     self._lose(REFUSED, 1, repr(error))
                 else:

@@ -709,15 +709,13 @@ def test_a_hook_removed_while_the_module_is_executed_is_not_called(folder: Path)
     assert isinstance(module.__loader__, SourceFileLoader)
 
 
-def test_a_hook_for_once_is_called_once_and_takes_the_finder_with_it(folder: Path) -> None:
+def test_a_hook_for_once_is_called_once(folder: Path) -> None:
     write(folder, {"hooked.py": ""})
     seen: list[str] = []
     when_imported("hooked", lambda module: seen.append(module.__name__), once=True)
-    finders = len(sys.meta_path)
     importlib.reload(importlib.import_module("hooked"))
 
     assert seen == ["hooked"]
-    assert len(sys.meta_path) == finders - 1
 
 
 def test_a_hook_as_a_context_manager_ends_with_the_block(folder: Path) -> None:
@@ -753,8 +751,8 @@ def test_a_removed_callback_can_be_registered_again(folder: Path) -> None:
     assert seen == [module]
 
 
-def test_the_finder_is_there_once_while_there_is_a_hook() -> None:
-    before = list(sys.meta_path)
+def test_the_finder_is_there_once_and_stays_with_nothing_to_follow() -> None:
+    before = [finder for finder in sys.meta_path if finder not in our_finders()]
     hooks = [when_imported(name, lambda module: None) for name in ("one", "one", "two")]
     assert len(our_finders()) == 1
     assert sys.meta_path[1:] == before
@@ -764,7 +762,25 @@ def test_the_finder_is_there_once_while_there_is_a_hook() -> None:
 
     for hook in hooks * 2:
         hook.remove()
-    assert sys.meta_path == before
+    [finder] = our_finders()
+    assert sys.meta_path == [finder, *before]
+    assert all(importhook.finder.find_spec(name) is None for name in ("one", "two", "vllm"))
+
+
+def test_what_another_thread_inserts_while_hooks_come_and_go_stays_on_the_path() -> None:
+    inserted = [Finder({}) for _ in range(500)]
+
+    def insert() -> None:
+        for finder in inserted:
+            sys.meta_path.insert(0, finder)
+
+    thread = threading.Thread(target=insert)
+    thread.start()
+    while thread.is_alive():
+        when_imported("hooked", lambda module: None).remove()
+    thread.join()
+
+    assert set(inserted) <= set(sys.meta_path)
 
 
 @pytest.mark.parametrize("change", ["added", "removed"])

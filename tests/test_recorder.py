@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
 
 import pytest
 
@@ -215,7 +215,50 @@ def test_one_that_the_store_cannot_keep_is_lost_alone(recorder: Recorder, path: 
     assert recorder.counters().lost["refused"] == 1
     with open_store(str(path)) as store:
         (loss,) = store.losses()
-    assert (loss.count, loss.reason) == (1, "refused: ValueError(\"'no UUID' is no UUID in lower case\")")
+    assert (loss.count, loss.reason) == (1, "refused: no UUID: 'no UUID' is no UUID in lower case")
+
+
+class Counting(DatabaseStore):
+    """A store that counts how often it is asked to keep something."""
+
+    adds = 0
+
+    def add(self, generations: Sequence[Generation], sender_id: str | None = None) -> int:
+        self.adds += 1
+        return super().add(generations, sender_id)
+
+
+def test_one_of_five_hundred_that_no_store_can_keep_costs_no_second_request_for_the_others(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Counting(open_database(str(path)))
+    monkeypatch.setattr(recording, "open_store", lambda url, **options: store)
+    recorder, generations = Recorder(str(path), ROOMY), some(500)
+    generations[123].id = "no UUID"
+    begin = Event()
+    # Put together when all of them wait, so that they are written at once.
+    recorder.record(lambda: begin.wait() and generations[0], NBYTES)
+    record(recorder, generations[1:])
+    begin.set()
+    recorder.close()
+
+    assert kept(path) == ids(generations[:123] + generations[124:])
+    counters = recorder.counters()
+    assert (counters.generations, counters.lost["refused"], counters.lost["stopped"]) == (499, 1, 0)
+    assert store.adds <= 2
+
+
+def test_several_threads_may_record_at_once(recorder: Recorder, path: Path) -> None:
+    batches = [some(500, first=500 * number) for number in range(4)]
+    threads = [Thread(target=record, args=(recorder, batch)) for batch in batches]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    recorder.close()
+
+    assert sorted(kept(path)) == sorted(each for batch in batches for each in ids(batch))
+    assert (recorder.counters().generations, recorder.counters().queue_bytes) == (2_000, 0)
 
 
 def test_a_store_that_is_not_there_yet_is_waited_for(tmp_path: Path) -> None:

@@ -206,15 +206,33 @@ def let_arming_fail(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.forked
-@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), MemoryError(), ImportError("no\nimport")])
+@pytest.mark.parametrize("error", [MemoryError(), ImportError("no\nimport")])
 def test_an_error_while_arming_is_one_line_on_stderr(
-    error: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     let_arming_fail(error, monkeypatch)
 
     start()
 
     assert capsys.readouterr() == ("", f"agentlightning: not armed: {error!r}\n")
+
+
+@pytest.mark.forked
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()])
+def test_what_ends_a_process_while_arming_ends_it(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    let_arming_fail(error, monkeypatch)
+
+    with pytest.raises(type(error)):
+        start()
+
+
+@pytest.mark.forked
+def test_strict_refuses_where_arming_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    let_arming_fail(ImportError("no import"), monkeypatch)
+    monkeypatch.setenv("AGL_INSTRUMENT", "strict")
+
+    with pytest.raises(SystemExit, match="AGL_INSTRUMENT=strict refuses this vLLM: ImportError"):
+        start()
 
 
 class Unwritable:
@@ -229,7 +247,7 @@ class Unwritable:
 def test_an_error_while_arming_goes_no_further_where_it_cannot_be_said(
     stderr: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    let_arming_fail(SystemExit(), monkeypatch)
+    let_arming_fail(ImportError(), monkeypatch)
     monkeypatch.setattr(sys, "stderr", stderr)
 
     start()

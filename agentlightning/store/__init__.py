@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import islice
 from types import TracebackType
 from typing import TYPE_CHECKING, TypedDict
 
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
 
     from agentlightning.store.database import Database
 
-__all__ = ["Filters", "Store", "StoreRefused", "StoreUnavailable", "open_database", "open_store"]
+__all__ = ["Filters", "InvalidRecord", "Store", "StoreRefused", "StoreUnavailable", "open_database", "open_store"]
 
 SECONDS_FOR_OTHERS = 5.0
+REASONS_SHOWN = 3
 
 
 class StoreUnavailable(Exception):
@@ -41,6 +43,23 @@ class StoreUnavailable(Exception):
 
 class StoreRefused(Exception):
     """The store cannot be used as it is, and waiting does not help. The message is one sentence that says why."""
+
+
+class InvalidRecord(ValueError):
+    """Some records cannot be kept by any store; all others of the same call are kept.
+
+    Attributes:
+        reasons: why, in one sentence, by the id of each record that is not kept.
+        new: how many of the others are new.
+    """
+
+    def __init__(self, reasons: Mapping[str, str], new: int) -> None:
+        shown = [f"{record_id[:100]}: {reason}" for record_id, reason in islice(reasons.items(), REASONS_SHOWN)]
+        if len(reasons) > REASONS_SHOWN:
+            shown.append(f"and {len(reasons) - REASONS_SHOWN} more")
+        super().__init__("; ".join(shown))
+        self.reasons = reasons
+        self.new = new
 
 
 class Filters(TypedDict, total=False):
@@ -76,7 +95,7 @@ class Store(AbstractContextManager["Store"], ABC):
 
     @abstractmethod
     def add(self, generations: Sequence[Generation], sender_id: str | None = None) -> int:
-        """Keep all of them, or none where it raises; returns how many are new.
+        """Keep all of them that can be kept; returns how many are new.
 
         One whose id is known already is left as it is: whoever does not know whether an `add` has worked repeats it.
 
@@ -84,7 +103,8 @@ class Store(AbstractContextManager["Store"], ABC):
             sender_id: whose they are; one that has never greeted is as none.
 
         Raises:
-            ValueError: one of them cannot be kept by any store: its `id` or `call_id` is no UUID, for one.
+            InvalidRecord: some cannot be kept by any store (an `id` or `call_id` that is no UUID, for one). It names
+                them, and all others are kept.
         """
 
     @abstractmethod

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING
 
 from agentlightning.generation import Generation, Loss, Status
 from agentlightning.sender import Sender
-from agentlightning.store import Filters, Store, rollouts, senders, triplets
+from agentlightning.store import (
+    Filters,
+    InvalidRecord,
+    Store,
+    StoreRefused,
+    StoreUnavailable,
+    rollouts,
+    senders,
+    triplets,
+)
 from agentlightning.store import generations as kept
 from agentlightning.store.database import Database
 from agentlightning.store.rows import storable
@@ -35,7 +44,18 @@ class DatabaseStore(Store):
         self._database.write(lambda connection: senders.greet(connection, sender))
 
     def add(self, generations: Sequence[Generation], sender_id: str | None = None) -> int:
-        return self._database.write(lambda connection: kept.add(connection, generations, sender_id))
+        try:
+            return self._database.write(lambda connection: kept.add(connection, generations, sender_id))
+        except (StoreUnavailable, StoreRefused):
+            raise
+        except Exception:
+            # One of them is at fault: found in a second transaction, so that the usual one stays as quick as it is.
+            new, reasons = self._database.write(
+                lambda connection: kept.add_valid(connection, generations, sender_id, self._database.explanation)
+            )
+        if reasons:
+            raise InvalidRecord(reasons, new)
+        return new
 
     def generations(self, **filters: Unpack[Filters]) -> Iterator[Generation]:
         end = None

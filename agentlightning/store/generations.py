@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import groupby
 from typing import Any, NamedTuple, TypeVar
@@ -11,10 +11,23 @@ from typing import Any, NamedTuple, TypeVar
 from sqlalchemy import ColumnElement, Connection, Table, false, func, select, tuple_
 
 from agentlightning.generation import STATUSES, Generation, Loss, Status
-from agentlightning.store import Filters, rows, senders, tables, texts
+from agentlightning.store import Filters, StoreRefused, StoreUnavailable, rows, senders, tables, texts
 from agentlightning.store.database import found, in_parts, insert_rows, next_keys
 
-__all__ = ["Place", "add", "add_losses", "find", "has_any", "has_losses", "key_of", "latest", "losses", "page", "tally"]
+__all__ = [
+    "Place",
+    "add",
+    "add_losses",
+    "add_valid",
+    "find",
+    "has_any",
+    "has_losses",
+    "key_of",
+    "latest",
+    "losses",
+    "page",
+    "tally",
+]
 
 FILTERED = {
     "rollout_id": tables.generations.c.rollout_key,
@@ -54,6 +67,43 @@ def add(connection: Connection, generations: Sequence[Generation], sender_id: st
     choices = ((choice, key) for generation, _, key in numbered for choice in generation.choices)
     insert_rows(connection, tables.choices, [rows.choice_row(*each, keys) for each in choices])
     return len(new)
+
+
+def add_valid(
+    connection: Connection,
+    generations: Sequence[Generation],
+    sender_id: str | None,
+    explain: Callable[[Exception], Exception | None],
+) -> tuple[int, dict[str, str]]:
+    """Keep the generations that can be kept, in the transaction that is open.
+
+    Args:
+        explain: gives what to raise for an error of the database's driver, as `Database.explanation` does.
+
+    Returns:
+        How many are new, and by the id of each that cannot be kept, why.
+
+    Raises:
+        StoreUnavailable, StoreRefused: the database is the reason; then none is kept.
+    """
+    connection.exec_driver_sql("SAVEPOINT valid")
+    try:
+        new = add(connection, generations, sender_id)
+    except Exception as error:
+        meaning = explain(error) or error
+        if isinstance(meaning, (StoreUnavailable, StoreRefused)):
+            raise
+        connection.exec_driver_sql("ROLLBACK TO valid")
+        connection.exec_driver_sql("RELEASE valid")
+        if len(generations) == 1:
+            return 0, {str(generations[0].id): str(meaning) or type(meaning).__name__}
+    else:
+        connection.exec_driver_sql("RELEASE valid")
+        return new, {}
+    middle = len(generations) // 2
+    first, reasons = add_valid(connection, generations[:middle], sender_id, explain)
+    second, more = add_valid(connection, generations[middle:], sender_id, explain)
+    return first + second, reasons | more
 
 
 def page(

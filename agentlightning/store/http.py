@@ -14,7 +14,7 @@ import msgspec
 from agentlightning import settings
 from agentlightning.generation import Generation, Loss, Status
 from agentlightning.sender import Sender
-from agentlightning.store import Filters, Store, StoreRefused, StoreUnavailable, wire
+from agentlightning.store import Filters, InvalidRecord, Store, StoreRefused, StoreUnavailable, wire
 from agentlightning.store.rows import uuid_bytes
 from agentlightning.store.wire import ERROR_HEADER, MEDIA_TYPE, Refusal
 from agentlightning.triplet import Triplet
@@ -33,7 +33,6 @@ SECONDS_TO_ANSWER = 30.0
 LONGEST_RETRY_AFTER = 60.0
 GENERATIONS_AT_ONCE = 64
 BYTES_AT_ONCE = 1 << 20
-REFUSALS_SHOWN = 3
 # How a connection that the other side has closed shows; the others are how it does with TLS.
 CLOSED = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 
@@ -107,13 +106,9 @@ class HttpStore(Store):
             self._ask("PUT", route, body=vocabulary.to_bytes(), kind="application/octet-stream")
 
     def add(self, generations: Sequence[Generation], sender_id: str | None = None) -> int:
-        """Keep them, but for those that no store can keep, whom the ValueError names: all others are kept."""
         new, refused = self._send(generations, sender_id)
         if refused:
-            told = [f"{each.id[:100]}: {each.reason}" for each in refused[:REFUSALS_SHOWN]]
-            if len(refused) > REFUSALS_SHOWN:
-                told.append(f"and {len(refused) - REFUSALS_SHOWN} more")
-            raise ValueError("; ".join(told))
+            raise InvalidRecord({each.id: each.reason for each in refused}, new)
         return new
 
     def generations(self, **filters: Unpack[Filters]) -> Iterator[Generation]:

@@ -205,6 +205,6 @@ def run(*command: str, env: Mapping[str, str] | None = None) -> subprocess.Compl
         env={**without_agl(os.environ), **QUIET, **(env or {})},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )

@@ -28,9 +28,9 @@ from tests.server.process import StoreServer
 from tests.store import test_stores as all_stores
 from tests.store.test_stores import ids
 
-# What all stores do, by way of the `url` that is here; what differs is below.
+# What all stores do, by way of the `url` that is here; what only this one does is below.
 for _name, _test in vars(all_stores).items():
-    if _name.startswith("test_") and not _name.endswith("is_refused_whole"):
+    if _name.startswith("test_"):
         globals()[_name] = _test
 
 KILLS = 20
@@ -132,41 +132,6 @@ def answers(between: Between, answer: Callable[[_Handler, bytes], None]) -> Iter
     between.answered = answer
     yield
     between.answered = None
-
-
-@pytest.mark.parametrize(
-    ("bad", "reason"),
-    [
-        ({"id": "no-uuid"}, "no-uuid: 'no-uuid' is no UUID"),
-        ({"call_id": "x" * 32}, "is no UUID"),
-        ({"status": "asleep"}, "Invalid enum value 'asleep'"),
-        ({"finished_at": None}, "Expected `int`, got `None`"),
-        ({"started_at": 2**63}, "a number that SQLite cannot hold"),
-        ({"started_at": 2**64}, "something that cannot be sent"),
-        ({"choices": [*FULL.choices, *FULL.choices]}, "UNIQUE"),
-    ],
-)
-def test_one_that_no_store_can_keep_is_named_and_the_others_are_kept(
-    store: Store, bad: dict[str, Any], reason: str
-) -> None:
-    kept = [generation(number) for number in range(9)]
-    wrong = generation(9, **bad)
-
-    with pytest.raises(ValueError, match=reason) as refused:
-        store.add([*kept[:5], wrong, *kept[5:]])
-
-    assert str(refused.value).startswith(f"{wrong.id}: ")
-    assert [*store.generations()] == kept
-    assert store.add(kept) == 0
-
-
-def test_of_many_that_no_store_can_keep_a_few_are_named(store: Store) -> None:
-    kept = generation(1)
-
-    with pytest.raises(ValueError, match=r"^0: .*; 1: .*; 2: .*; and 297 more$"):
-        store.add([*(generation(2, id=str(number)) for number in range(300)), kept])
-
-    assert [*store.generations()] == [kept]
 
 
 def test_what_is_too_large_for_one_message_is_sent_in_several(store: Store) -> None:

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from agentlightning import settings, tripwire
-from agentlightning.importhook import ImportHook, finders_ahead, is_executing, take_off, when_imported
+from agentlightning import settings
+from agentlightning.importhook import ImportHook, finders_ahead, is_executing, when_imported
 from agentlightning.instrumentation.vllm import (
     batch,
     chat,
@@ -28,6 +28,7 @@ from agentlightning.instrumentation.vllm import (
     output_processor,
     releases,
     responses,
+    running,
     server,
     shutdown,
     strict,
@@ -135,16 +136,17 @@ def _arm() -> bool:
 def uninstrument_vllm() -> None:
     """Take every patch off again, in this process, and patch no vLLM that it imports later; idempotent.
 
-    Requests under way end as they began. `instrument_vllm` patches again.
+    Requests under way are answered as they began; of a server that records, those are not recorded, and the log says
+    how many. `instrument_vllm` patches again.
     """
     global _armed, _declined
     _declined = True
-    take_off(tripwire)
     with _lock:
         while _hooks:
             _hooks.pop().remove()
         for patch_set in PATCH_SETS:
             patch_set.undo()
+        running.forget_all()
         _armed = False
 
 

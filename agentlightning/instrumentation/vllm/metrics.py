@@ -2,23 +2,47 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
 from agentlightning.recorder import LOST, WRITE_SECONDS, Counters
 
-__all__ = ["Metrics"]
+__all__ = ["Observer"]
 
 
-class Metrics:
-    """Counts on Prometheus's metrics what a recorder's counters have grown by since the last call."""
+class Observer:
+    """Adds to the metrics what one recorder's counters have grown by since the last call."""
 
     def __init__(self) -> None:
+        self._metrics = _metrics()
+        self._metrics.observers.append(self)
+        self._begin()
+        os.register_at_fork(after_in_child=self._begin)
+
+    def _begin(self) -> None:
+        # A process that was forked counts from nothing, as its recorder does.
+        self.seen = Counters()
+
+    def __call__(self, counters: Counters) -> None:
+        """To be called after every write."""
+        before, self.seen = self.seen, counters
+        self._metrics.add(before, counters)
+
+
+@functools.cache
+def _metrics() -> _Metrics:
+    return _Metrics()
+
+
+class _Metrics:
+    """The metrics of this process, of all its recorders: Prometheus knows each name once."""
+
+    def __init__(self) -> None:
+        self.observers: list[Observer] = []
         # vLLM's own. Not at the top: it decides on its import whether there are several processes.
         from prometheus_client import Counter, Gauge, Histogram
 
-        self._begin()
-        os.register_at_fork(after_in_child=self._begin)
         self._generations: Any = Counter("agentlightning_generations", "Generations that the store has.")
         self._tokens: Any = Counter("agentlightning_tokens", "Token ids that the store has.", ["kind"])
         self._lost: Any = Counter(
@@ -36,18 +60,13 @@ class Metrics:
         for reason in LOST:
             self._lost.labels(reason)
 
-    def _begin(self) -> None:
-        # A process that was forked counts from nothing, as its recorder does.
-        self._seen = Counters()
-
-    def __call__(self, counters: Counters) -> None:
-        """To be called after every write."""
-        seen, self._seen = self._seen, counters
-        self._generations.inc(counters.generations - seen.generations)
-        self._tokens.labels("prompt").inc(counters.prompt_tokens - seen.prompt_tokens)
-        self._tokens.labels("output").inc(counters.output_tokens - seen.output_tokens)
-        for reason, count in counters.lost.items():
-            self._lost.labels(reason).inc(count - seen.lost[reason])
-        self._queue_bytes.set(counters.queue_bytes)
-        if sum(counters.writes) > sum(seen.writes):
-            self._writes.observe(counters.write_seconds - seen.write_seconds)
+    def add(self, before: Counters, now: Counters) -> None:
+        """Add what one recorder's counters have grown by."""
+        self._generations.inc(now.generations - before.generations)
+        self._tokens.labels("prompt").inc(now.prompt_tokens - before.prompt_tokens)
+        self._tokens.labels("output").inc(now.output_tokens - before.output_tokens)
+        for reason, count in now.lost.items():
+            self._lost.labels(reason).inc(count - before.lost[reason])
+        self._queue_bytes.set(sum(observer.seen.queue_bytes for observer in self.observers))
+        if sum(now.writes) > sum(before.writes):
+            self._writes.observe(now.write_seconds - before.write_seconds)

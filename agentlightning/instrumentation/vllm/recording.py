@@ -14,7 +14,7 @@ from typing import Any
 from agentlightning import settings
 from agentlightning.generation import Generation
 from agentlightning.instrumentation.vllm import request_context, senders
-from agentlightning.instrumentation.vllm.metrics import Metrics
+from agentlightning.instrumentation.vllm.metrics import Observer
 from agentlightning.instrumentation.vllm.request_context import RequestContext
 from agentlightning.patching import Patch, Where, Wrap
 from agentlightning.recorder import Recorder
@@ -32,12 +32,20 @@ def is_on() -> bool:
     return settings.store() is not None
 
 
-@functools.cache
 def recorder() -> Recorder:
-    """This process's recorder, where generations are kept."""
+    """The recorder of this process for the store that `AGL_STORE` names now.
+
+    A program may be instrumented again with another store. What was recorded before goes to the store of that time,
+    whose recorder stays until the process ends.
+    """
     url = settings.store()
     assert url is not None, "asked for where nothing is kept"
-    return Recorder(url, settings.queue_bytes(), senders.sender, Metrics())
+    return _recorder(url, settings.queue_bytes())
+
+
+@functools.cache
+def _recorder(url: str, queue_bytes: int) -> Recorder:
+    return Recorder(url, queue_bytes, senders.sender, Observer())
 
 
 def keep(build: Callable[[], Generation], token_ids: int, more_bytes: int = 0) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import logging
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,7 +16,9 @@ from agentlightning.instrumentation.vllm.generations import generation_of
 from agentlightning.instrumentation.vllm.records import Ended, Record, prompt_ids_of
 from agentlightning.instrumentation.vllm.request_context import RequestContext
 
-__all__ = ["Running", "give_up_all", "name_of", "note_logprobs_mode", "running", "start", "under_way"]
+__all__ = ["Running", "forget_all", "give_up_all", "name_of", "note_logprobs_mode", "running", "start", "under_way"]
+
+logger = logging.getLogger("agentlightning")
 
 # An object of vLLM's for one logprob that a client has asked for, with its text and its place in a dictionary.
 BYTES_PER_LOGPROB = 300
@@ -55,6 +58,14 @@ def give_up_all() -> None:
     """The server ends: what is under way ends with it."""
     for each in list(_running.values()):
         each.give_up_all("abort")
+
+
+def forget_all() -> None:
+    """Record nothing of what is under way: how it ends will not be seen, since the patches are taken off."""
+    count = sum(len(each) for each in _running.values())
+    if count:
+        logger.warning("agentlightning: %d requests under way are not recorded: the patches were taken off", count)
+    _running.clear()
 
 
 def _keep(record: Record) -> None:
@@ -101,6 +112,9 @@ class Running:
         self._logprobs_mode = logprobs_mode
         self._requests: dict[str, tuple[Record, Any]] = {}
         self._parents: dict[str, Record] = {}
+
+    def __len__(self) -> int:
+        return len(self._requests)
 
     def add(self, state: Any, request: Any, parent: Any, context: RequestContext | None) -> None:
         """Note a request when vLLM does; `parent` is that of the requests that it makes of one with n > 1."""

@@ -31,7 +31,7 @@ from agentlightning.instrumentation.vllm import (
     responses,
 )
 from agentlightning.instrumentation.vllm.generations import _said_before, as_json
-from agentlightning.instrumentation.vllm.metrics import Metrics
+from agentlightning.instrumentation.vllm.metrics import Observer
 from agentlightning.instrumentation.vllm.request_context import RequestContext
 from agentlightning.instrumentation.vllm.running import under_way
 from agentlightning.patching import PatchSet
@@ -246,16 +246,50 @@ def test_a_call_by_no_route_has_the_endpoint_that_it_is_for(path: Path, monkeypa
 
 
 def test_a_forked_process_counts_from_nothing() -> None:
-    metrics = Metrics()
-    metrics(Counters(generations=3))
+    observer = Observer()
+    observer(Counters(generations=3))
     child = os.fork()
     if not child:
         with contextlib.suppress(ValueError):
-            metrics(Counters(generations=1))
+            observer(Counters(generations=1))
             os._exit(0)
         os._exit(1)
 
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_program_that_is_instrumented_again_records_to_the_store_that_is_named_then(
+    engine: Engine, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.add("first", [1])
+    engine.says("first-0", [5], FinishReason.LENGTH)
+    instrumentation.uninstrument_vllm()
+    another = tmp_path / "another.db"
+    monkeypatch.setenv("AGL_STORE", str(another))
+    instrumentation.instrument_vllm()
+    engine.add("second", [1])
+    engine.says("second-0", [6], FinishReason.LENGTH)
+
+    [second] = kept(another)
+    assert second.request_id == "second"
+    report = recording.report()
+    assert report is not None
+    assert (report["store"], report["generations"]) == (str(another), 1)
+    monkeypatch.setenv("AGL_STORE", str(path))
+    [first] = kept(path)
+    assert first.request_id == "first"
+
+
+def test_what_is_under_way_when_the_patches_are_taken_off_is_not_recorded_and_the_log_says_so(
+    engine: Engine, path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.add("under-way", [1])
+    instrumentation.uninstrument_vllm()
+    engine.says("under-way-0", [5], FinishReason.LENGTH)
+    instrumentation.instrument_vllm()
+
+    assert "1 requests under way are not recorded" in caplog.text
+    assert under_way(engine.processor) is None
 
 
 def test_long_parameters_are_not_remembered() -> None:

@@ -206,6 +206,26 @@ def test_an_engine_core_keeps_the_same(path: Path) -> None:
     assert (by_name["cmpl-a"].status, by_name["cmpl-b"].status) == ("error", "finished")
 
 
+def test_an_output_that_cannot_be_read_costs_the_others_of_its_step_nothing(path: Path) -> None:
+    requests = engine_core.Unmarked(Scheduler())
+    odd, good = unmarked("cmpl-odd-00000000", logprobs=1), unmarked("cmpl-good-00000000", logprobs=1)
+    for request in (odd, good):
+        requests.follow(request)
+    of_another_shape = LogprobsLists(numpy.ones(1), numpy.float32(-0.5), numpy.ones(1))  # type: ignore[arg-type]
+    sent = [
+        step(odd, [5], LENGTH, new_logprobs=of_another_shape),
+        step(good, [6], LENGTH, new_logprobs=arrays(-1)),
+    ]
+    requests.sampled({0: EngineCoreOutputs(outputs=sent)})
+
+    assert not requests
+    by_name = {each.request_id: each.choices[0] for each in kept(path)}
+    assert by_name["cmpl-odd"].token_ids == array("i", [5])
+    assert by_name["cmpl-odd"].logprobs is None
+    assert by_name["cmpl-good"].logprobs == array("f", [-1])
+    assert containment.failures.total() == 1
+
+
 def test_logprobs_are_sent_as_they_are_where_requests_are_traced() -> None:
     traced, untraced = (
         output("one", [5, 6], new_logprobs=arrays(-0.5, -1), trace_headers=headers) for headers in ({"a": "b"}, None)
