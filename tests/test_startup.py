@@ -23,7 +23,7 @@ from agentlightning.instrumentation.vllm import releases
 from tests.common.made_up_vllm import PROMPT, RESPONSE, VERSION, Layout, made_up_vllm
 
 CHECKOUT = Path(__file__).parents[1]
-SECONDS = 20
+SECONDS = 120
 
 OFF = ["", "0", "false", "off", "no", "False", "OFF", "nO", "   ", " 0\t", " Off "]
 ON = ["1", "true", "on", "yes", "strict", "True", "ON", "yEs", "STRICT", " 1 ", "\ton "]
@@ -233,6 +233,31 @@ def test_strict_refuses_where_arming_fails(monkeypatch: pytest.MonkeyPatch) -> N
 
     with pytest.raises(SystemExit, match="AGL_INSTRUMENT=strict refuses this vLLM: ImportError"):
         start()
+
+
+def test_strict_refuses_where_vllm_calls_us_as_its_plugin_after_it_was_imported(tmp_path: Path) -> None:
+    made_up_vllm(tmp_path)
+    # Where no .pth file has run: the variable comes after Python's start.
+    code = """\
+import os
+import vllm, vllm.grpc
+from agentlightning._startup import start
+os.environ["AGL_INSTRUMENT"] = "strict"
+start()
+print("serves")
+"""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(("AGL_", "PYTHON"))}
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**variables, "PYTHONPATH": str(tmp_path)},
+        cwd=sys.prefix,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert ran.stderr.startswith("agentlightning: AGL_INSTRUMENT=strict refuses this server: vLLM's gRPC server")
 
 
 class Unwritable:

@@ -1,16 +1,33 @@
-"""vLLM's own `OutputProcessor`, with whoever uses it in the place of the engine."""
+"""vLLM's own `OutputProcessor`, with whoever uses it in the place of the engine; and what it has recorded."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from copy import copy
+from pathlib import Path
 from typing import Any
 
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 from vllm.v1.engine.parallel_sampling import ParentRequest
+
+from agentlightning.generation import Generation
+from agentlightning.instrumentation.vllm import recording
+from agentlightning.store import open_store
+
+
+def kept(path: Path) -> list[Generation]:
+    """What this process has recorded into the file, once all of it is there."""
+    recorder = recording.recorder()
+    # Not by `close`, which waits for some seconds only.
+    while recorder.counters().queue_bytes:
+        time.sleep(0.01)
+    recorder.close()
+    with open_store(str(path), create=False) as store:
+        return [*store.generations()]
+
 
 # Options that are no sampling parameters.
 OF_REQUESTS = ("resumable", "pooling_params", "mm_features", "prompt_embeds", "prompt_is_token_ids")

@@ -13,7 +13,10 @@ from pathlib import Path
 
 from tests.common.environments import CHECKOUT
 
-__all__ = ["CONNECTOR", "LOGITS_PROCESSORS", "arguments", "environment", "shown"]
+__all__ = ["CONNECTOR", "LOGITS_PROCESSORS", "OF_LOGPROBS", "arguments", "environment", "is_settled", "shown"]
+
+OF_LOGPROBS = {"logprobs", "new_logprobs"}
+"""The attributes in which it shows that logprobs are recorded (`AGL_LOGPROBS=on`)."""
 
 PACKAGE = __name__
 CONNECTOR = {
@@ -44,13 +47,24 @@ def environment(file: Path) -> dict[str, str]:
     return {"PLUGINS_WRITE_TO": str(file), "PYTHONPATH": f"{CHECKOUT}:{Path(__file__).parent / 'installed'}"}
 
 
-def shown(file: Path, leave_out: Iterable[str] = ()) -> Counter[str]:
+def is_settled(file: Path) -> bool:
+    """Whether every request that a scheduler has added was freed, and told to the stat logger where there is one."""
+    text = file.read_text() if file.exists() else ""
+    added, freed, logged = (
+        text.count(f'["{who}"')
+        for who in ("scheduler: after add_request", "scheduler: _free_request", "stat logger: finished")
+    )
+    return added == freed and logged in (0, added)
+
+
+def shown(file: Path, leave_out: Iterable[str] = (), after: int = 0) -> Counter[str]:
     """How often each plugin was shown what.
 
     Args:
         leave_out: names of attributes whose values do not count.
+        after: how many lines of the file to pass over.
     """
-    lines = file.read_text().splitlines()
+    lines = file.read_text().splitlines()[after:]
     return Counter(json.dumps(_without(json.loads(line), set(leave_out)), sort_keys=True) for line in lines)
 
 

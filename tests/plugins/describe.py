@@ -17,6 +17,8 @@ __all__ = ["write"]
 # UUIDs, and the random digits that vLLM and its frontends make ids of.
 _RANDOM = re.compile(r"[0-9a-f]{8}(-?[0-9a-f]{4}){3}-?[0-9a-f]{12}|[0-9a-f]{8,}")
 _TIME = re.compile(r"time|latency|_ts$|interval")
+# Where there was room in the cache, and whether a grammar is compiled yet, which another thread does.
+_VARIES = re.compile(r"block_ids$|^_?grammar$")
 _DEEPEST = 7
 
 
@@ -58,7 +60,10 @@ def _described(value: Any, name: str, depth: int) -> Any:
         return sorted((_described(item, name, depth + 1) for item in value), key=json.dumps)
     if isinstance(value, Sequence | deque):
         return [_described(item, name, depth + 1) for item in value]
-    attributes = {each: _described(item, each, depth + 1) for each, item in _attributes(value).items()}
+    attributes = {
+        each: "varies" if _VARIES.search(each) else _described(item, each, depth + 1)
+        for each, item in _attributes(value).items()
+    }
     return {"class": type(value).__qualname__, **attributes}
 
 

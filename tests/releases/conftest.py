@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import plugins
 from tests.common.environments import CHECKOUT
 from tests.common.tiny_model import tiny_model
 from tests.common.vllm import PLAIN, SMALL, RemoteOpenAIServer
@@ -83,7 +84,7 @@ def model(release: Release, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def server(
-    release: Release, model: Path, *arguments: str, armed: bool, store: Path | None = None
+    release: Release, model: Path, *arguments: str, armed: bool, store: Path | None = None, shown: Path | None = None
 ) -> RemoteOpenAIServer:
     command = AGL if armed and release.numbers < (0, 10, 2) else PLAIN
     env = {
@@ -99,6 +100,10 @@ def server(
         # Said by name: 0.8.5 falls back to V0 where nobody does.
         **({"VLLM_USE_V1": release.engine.removeprefix("V")} if release.numbers < (0, 11) else {}),
     }
+    # The V0 engine has other schedulers.
+    if shown is not None and release.engine == "V1":
+        env |= plugins.environment(shown)
+        arguments = (*plugins.arguments(release.numbers, release.worker == COMPILED), *arguments)
     # Without a model the type of its weights is nothing, but 0.8.5 has V1 only for half precision.
     worker = () if release.worker == COMPILED else (f"--worker-cls={release.worker}", "--dtype=bfloat16")
     arguments = (*PARSERS, *worker, *arguments)
@@ -112,15 +117,17 @@ def engine(release: Release) -> Engine:
 
 @pytest.fixture(scope="session")
 def armed(release: Release, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RemoteOpenAIServer]:
-    """The release's server with us, which records too."""
-    with server(release, model, armed=True, store=tmp_path_factory.mktemp("store") / "generations.db") as armed:
+    """The release's server with us, which records too, and a user's plugins in it."""
+    folder = tmp_path_factory.mktemp("armed")
+    shown = folder / "shown.jsonl"
+    with server(release, model, armed=True, store=folder / "generations.db", shown=shown) as armed:
         yield armed
 
 
 @pytest.fixture(scope="session")
-def plain(release: Release, model: Path) -> Iterator[RemoteOpenAIServer]:
+def plain(release: Release, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RemoteOpenAIServer]:
     """The same without."""
-    with server(release, model, armed=False) as plain:
+    with server(release, model, armed=False, shown=tmp_path_factory.mktemp("plain") / "shown.jsonl") as plain:
         yield plain
 
 

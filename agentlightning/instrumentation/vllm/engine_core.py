@@ -11,6 +11,7 @@ import logging
 import time
 from array import array
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -242,25 +243,21 @@ def sampling(update_from_output: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def packing(encode_into: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `MsgpackEncoder.encode_into`, with which an engine core sends a frontend what a step has sampled.
-
-    Not earlier: until then a user's scheduler may read the outputs.
-    """
+    """Wrap `MsgpackEncoder.encode_into`, with which an engine core sends a frontend what a step has sampled."""
 
     def encode_into_packed(self: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
-        if _packed:
-            for output in getattr(obj, "outputs", ()):
-                if getattr(output, "request_id", None) in _packed:
-                    contained("packing logprobs", _pack, output)
+        if _packed and hasattr(obj, "outputs"):
+            obj = contained("packing logprobs", _with_packed, obj) or obj
         return encode_into(self, obj, *args, **kwargs)
 
     return encode_into_packed
 
 
-def _pack(output: Any) -> None:
-    if output.finish_reason is not None:
-        _packed.discard(output.request_id)
-    logprobs.pack(output)
+def _with_packed(batch: Any) -> Any:
+    batch = copy(batch)
+    batch.outputs = [logprobs.packed(output) if output.request_id in _packed else output for output in batch.outputs]
+    _packed.difference_update(output.request_id for output in batch.outputs if output.finish_reason is not None)
+    return batch
 
 
 def _batches(outputs: Any) -> Iterable[Any]:

@@ -23,7 +23,7 @@ __all__ = [
     "first_of_each",
     "mode_of",
     "of_sampled_ids",
-    "pack",
+    "packed",
     "take",
 ]
 
@@ -84,18 +84,21 @@ class Taking:
         update(output)
 
 
-def pack(output: Any) -> None:
-    """Make three arrays of an `EngineCoreOutput` one text, on its way to a frontend of ours that will `take` them.
+def packed(output: Any) -> Any:
+    """Return a copy of an `EngineCoreOutput` in which one text stands for three arrays, for a frontend that takes them.
 
-    To unpack arrays costs that frontend more, for each id, than all else that recording does.
+    To unpack arrays costs that frontend more, for each id, than all else that recording does. A copy, since a user's
+    scheduler may keep the outputs that it has returned.
     """
     found = output.new_logprobs
     # In vLLM's trace headers, which are nobody's where nothing is traced (to 0.10.1, as read, there are none). Up to
     # 0.11.0 there are lists, which cost little.
     if found is None or getattr(output, "trace_headers", output) is not None or isinstance(found.logprobs, list):
-        return
+        return output
+    output = copy(output)
     output.trace_headers = {_PACKED: found.logprobs[:, 0].tobytes().hex()}
     output.new_logprobs = None
+    return output
 
 
 def take(output: Any, parts: list[array[float]]) -> None:

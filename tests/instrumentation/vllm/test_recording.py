@@ -36,8 +36,7 @@ from agentlightning.instrumentation.vllm.request_context import RequestContext
 from agentlightning.instrumentation.vllm.running import under_way
 from agentlightning.patching import PatchSet
 from agentlightning.recorder import Counters
-from agentlightning.store import open_store
-from tests.common.engine import Engine
+from tests.common.engine import Engine, kept
 
 pytestmark = pytest.mark.forked
 
@@ -56,12 +55,6 @@ def engine(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     # Whatever the end was, nothing is held on to.
     running = under_way(engine.processor)
     assert running is None or (running._requests, running._parents) == ({}, {})
-
-
-def kept(path: Path) -> list[Generation]:
-    recording.recorder().close()
-    with open_store(str(path), create=False) as store:
-        return [*store.generations()]
 
 
 def ends(generation: Generation) -> list[tuple[int, list[int], str | None]]:

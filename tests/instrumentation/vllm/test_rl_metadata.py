@@ -20,10 +20,9 @@ from vllm.v1.outputs import LogprobsLists
 from vllm.v1.request import Request
 
 from agentlightning import instrumentation
-from agentlightning.generation import Generation, RoutedExperts
-from agentlightning.instrumentation.vllm import containment, engine_core, logprobs, recording
-from agentlightning.store import open_store
-from tests.common.engine import Engine
+from agentlightning.generation import RoutedExperts
+from agentlightning.instrumentation.vllm import containment, engine_core, logprobs
+from tests.common.engine import Engine, kept
 
 pytestmark = pytest.mark.forked
 
@@ -42,12 +41,6 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def engine(path: Path) -> Engine:
     return Engine()
-
-
-def kept(path: Path) -> list[Generation]:
-    recording.recorder().close()
-    with open_store(str(path), create=False) as store:
-        return [*store.generations()]
 
 
 def arrays(*logprobs: float) -> LogprobsLists:
@@ -231,9 +224,11 @@ def test_logprobs_are_sent_as_they_are_where_requests_are_traced() -> None:
         output("one", [5, 6], new_logprobs=arrays(-0.5, -1), trace_headers=headers) for headers in ({"a": "b"}, None)
     )
     taken: list[Any] = []
-    for each in (traced, untraced):
-        logprobs.pack(each)
+    kept = untraced
+    traced, untraced = logprobs.packed(traced), logprobs.packed(untraced)
     assert (traced.new_logprobs is None, untraced.new_logprobs is None) == (False, True)
+    # A scheduler of the user's may have kept it.
+    assert (kept.new_logprobs is None, kept.trace_headers) == (False, None)
     for each in (traced, untraced):
         logprobs.take(each, taken)
 

@@ -11,7 +11,7 @@ import pytest
 from tests.common.answers import joined, joined_events, post, steady
 from tests.common.tiny_model import tiny_model
 from tests.common.vllm import RemoteOpenAIServer, run, side_by_side
-from tests.plugins import arguments, environment, shown
+from tests.plugins import OF_LOGPROBS, arguments, environment, is_settled, shown
 from tests.recording.server import until
 
 TALK: Any = [{"role": "user", "content": "What is the capital of France?"}]
@@ -43,7 +43,6 @@ QUESTIONS: list[tuple[str, dict[str, Any]]] = [
     (CHAT, {"messages": TALK, "use_beam_search": True, "n": 2, "max_tokens": 3}),
 ]
 ANSWERS_IDS = {"prompt_token_ids", "token_ids", "response_token_ids", "generations"}
-LOGPROBS = {"logprobs", "new_logprobs", "max_logprobs", "num_logprobs"}
 
 
 def ask_everything(server: RemoteOpenAIServer) -> list[Any]:
@@ -68,7 +67,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[Any],
     """The answers of three servers with plugins, and what the plugins were shown."""
     folder = tmp_path_factory.mktemp("plugins")
     ours = {"AGL_INSTRUMENT": "1", "AGL_STORE": str(folder / "generations.db")}
-    configurations = {"without us": {}, "recording": ours, "with logprobs": {**ours, "AGL_LOGPROBS": "on"}}
+    configurations = {"without us": {}, "recording": ours, "with logprobs": {**ours, "AGL_OF_LOGPROBS": "on"}}
     options = ("--enable-scale-out", "--enable-auto-tool-choice", "--tool-call-parser=hermes")
     servers = {
         name: RemoteOpenAIServer(
@@ -82,15 +81,9 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[Any],
             answers = ask_everything(server)
             file = folder / f"{name}.jsonl"
             # The last of them is told after the answer: of the first server it is known by nothing else.
-            until(lambda file=file: settled(file), "what the plugins write")
+            until(lambda file=file: is_settled(file), "what the plugins write")
             found[name] = (answers, file)
     return found
-
-
-def settled(file: Path) -> bool:
-    """Whether every request that was added has been freed, and was told to the stat logger."""
-    text = file.read_text()
-    return text.count('["scheduler: after add_request"') == text.count('["stat logger: finished"')
 
 
 def test_plugins_are_shown_the_same_while_generations_are_recorded(seen: dict[str, tuple[list[Any], Path]]) -> None:
@@ -109,7 +102,7 @@ def test_answers_are_the_same_whatever_a_processor_does_with_extra_arguments(
 
 
 def test_plugins_see_the_logprobs_that_are_recorded_and_nothing_else(seen: dict[str, tuple[list[Any], Path]]) -> None:
-    plain, recording = (shown(seen[name][1], LOGPROBS) for name in ("without us", "with logprobs"))
+    plain, recording = (shown(seen[name][1], OF_LOGPROBS) for name in ("without us", "with logprobs"))
 
     assert dict(recording - plain) == {}
     assert dict(plain - recording) == {}
