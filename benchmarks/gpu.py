@@ -39,12 +39,12 @@ VLLM, AGAIN, LOGPROBS_ASKED = (
 RECORDS, LOGPROBS = "recording", "recording, with AGL_LOGPROBS=on"
 GATEWAY = "a gateway that asks for ids"
 POSITIONS = {
-    VLLM: "claimed",
-    AGAIN: "claimed",
+    VLLM: "marked",
+    AGAIN: "marked",
     RECORDS: "on",
     LOGPROBS: "logprobs",
-    LOGPROBS_ASKED: "claimed",
-    GATEWAY: "claimed",
+    LOGPROBS_ASKED: "marked",
+    GATEWAY: "marked",
 }
 IDS_ASKED = {"return_token_ids": True}
 ASKS = {VLLM: IDS_ASKED, AGAIN: IDS_ASKED, LOGPROBS_ASKED: {**IDS_ASKED, "logprobs": True}}

@@ -29,7 +29,7 @@ MIN_ROUNDS = 15
 PATH = "/v1/chat/completions"
 RECORDS, AGAIN, LOGPROBS = "recording", "recording, again", "recording, with AGL_LOGPROBS=on"
 ASKED, GATEWAY = "vLLM, asked for ids and logprobs", "a gateway that asks for ids and logprobs"
-POSITIONS = {RECORDS: "on", AGAIN: "on", LOGPROBS: "logprobs", ASKED: "claimed", GATEWAY: "claimed"}
+POSITIONS = {RECORDS: "on", AGAIN: "on", LOGPROBS: "logprobs", ASKED: "marked", GATEWAY: "marked"}
 ASKS = {"return_token_ids": True, "logprobs": True}
 RUST, RUST_RECORDED = "the Rust frontend", "the Rust frontend, recorded"
 ABOUT = (

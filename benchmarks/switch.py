@@ -11,31 +11,32 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from importlib import import_module
 from typing import Any
 
-from agentlightning.instrumentation.vllm import claims, instrument_vllm, releases, uninstrument_vllm
+from agentlightning.instrumentation.vllm import instrument_vllm, marks, releases, uninstrument_vllm
 from agentlightning.instrumentation.vllm.middleware import App, RequestContexts
 from agentlightning.patching import PatchSet, Wrap
 
 __all__ = ["ROUTE", "Switch"]
 
 ROUTE = "/instrumented/"
-"""What follows it is `off`, `on`, `logprobs`: on, with `AGL_LOGPROBS`; or `claimed`: off, but for what an engine core
-of ours is told, which would record what nobody has claimed.
+"""The route ends in `off`, `on`, `logprobs` (on, with `AGL_LOGPROBS`), or `marked`: off, but requests are marked, since
+the engine core, which is instrumented, would record those without a mark.
 """
 
 
-def claiming(add_request: Callable[..., Any]) -> Callable[..., Any]:
-    """The wrapper around `OutputProcessor.add_request`."""
+def marking(add_request: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `OutputProcessor.add_request`."""
 
-    def add_request_and_claim(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+    def add_request_and_mark(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         answer = add_request(self, request, *args, **kwargs)
-        claims.claim(request)
+        marks.add(request.request_id, marks.Mark.RECORDED)
         return answer
 
-    return add_request_and_claim
+    return add_request_and_mark
 
 
-CLAIMING = PatchSet(
-    "claims", releases.OUTPUT_PROCESSOR.modules, (Wrap("OutputProcessor.add_request", ("request",), claiming),)
+MARKING = (
+    PatchSet("marks", releases.OUTPUT_PROCESSOR.modules, (Wrap("OutputProcessor.add_request", ("request",), marking),)),
+    PatchSet("messages", releases.ENGINE_MESSAGES.modules, marks.MESSAGE_PATCHES),
 )
 
 
@@ -57,14 +58,16 @@ class Switch:
         # As it is without us, who may have been there from the start.
         stack = self._vllms_stack = stack.app if isinstance(stack, RequestContexts) else stack
         # On or off, what was on is taken off: one turn is as much work as another.
-        CLAIMING.undo()
+        for patch_set in MARKING:
+            patch_set.undo()
         uninstrument_vllm()
         # Read when the patches are put on.
         os.environ["AGL_LOGPROBS"] = "on" if position == "logprobs" else "off"
         if on:
             instrument_vllm()
-        if position == "claimed":
-            CLAIMING.apply(import_module(CLAIMING.modules[0]))
+        if position == "marked":
+            for patch_set in MARKING:
+                patch_set.apply(import_module(patch_set.modules[0]))
         # What is put on when a server starts.
         app.middleware_stack = RequestContexts(stack) if on else stack
         await send({"type": "http.response.start", "status": 204, "headers": []})
