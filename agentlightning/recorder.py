@@ -279,6 +279,7 @@ class Recorder:
         """Write them all, as soon as the store lets it, or count them as lost."""
         pause = FIRST_PAUSE_SECONDS
         while True:
+            started = time.perf_counter()
             try:
                 with self._opened() as store:
                     started = time.perf_counter()
