@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from agentlightning.instrumentation.vllm import recording, request_context
-from agentlightning.instrumentation.vllm.answer import captured_fields, said, wanted
+from agentlightning.instrumentation.vllm.answer import captured_fields, hides_reasoning, said, wanted
 from agentlightning.instrumentation.vllm.containment import contained
 from agentlightning.patching import Patch, Wrap
 
@@ -35,14 +36,17 @@ def with_token_ids(build: Callable[..., Any]) -> Callable[..., Any]:
     async def responses_full_generator(serving: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         response = await build(serving, request, *args, **kwargs)
         if hasattr(response, "output"):
-            contained(f"{ROUTE}: attaching ids", _attach, response, request)
+            contained(f"{ROUTE}: attaching ids", _attach, response, serving, request)
         return response
 
     return responses_full_generator
 
 
-def _attach(response: Any, request: Any) -> None:
-    for name, value in captured_fields(request_context.current(), wanted(said(request))).items():
+def _attach(response: Any, serving: Any, request: Any) -> None:
+    carried = wanted(said(request))
+    if hides_reasoning(serving, request):
+        carried = replace(carried, response=False)
+    for name, value in captured_fields(request_context.current(), carried).items():
         setattr(response, name, value)
 
 
