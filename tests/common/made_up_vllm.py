@@ -157,6 +157,12 @@ class ServingTokens:
         pass
 """
 
+SERVING_BASE = """\
+class BaseServing:
+    async def _check_model(self, request):
+        pass
+"""
+
 ENVS = """\
 import os
 
@@ -286,6 +292,7 @@ THE_SAME_EVERYWHERE = {
     "v1/engine/utils.py": "",
     "v1/core/sched/scheduler.py": SCHEDULER,
     "v1/utils.py": "",
+    "entrypoints/serve/engine/serving.py": SERVING_BASE,
     "entrypoints/anthropic/protocol.py": MESSAGES_PROTOCOL,
     "entrypoints/anthropic/serving.py": MESSAGES_SERVING,
     "entrypoints/openai/chat_completion/batch_serving.py": BATCH_SERVING,

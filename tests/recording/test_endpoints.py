@@ -15,7 +15,7 @@ from tests.instrumentation.vllm.test_completions import embedded
 from tests.recording.server import RecordingServer, until
 
 CHAT, COMPLETIONS, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"
-BATCH, GENERATE = "/v1/chat/completions/batch", "/inference/v1/generate"
+BATCH, GENERATE, SCORING = "/v1/chat/completions/batch", "/inference/v1/generate", "/generative_scoring"
 TALK: Any = [{"role": "user", "content": "What is the capital of France? 😀"}]
 PROMPTS = ["The quick brown", "Größe 😀", "one two"]
 IDS = {"return_token_ids": True}
@@ -212,6 +212,43 @@ class TestCompletions:
         assert kept.prompt_token_ids is None
         assert [choice_ids(choice) for choice in kept.choices] == [answer["choices"][0]["token_ids"]]
 
+    @pytest.mark.parametrize("side", [{}, {"truncation_side": "right"}], ids=["default side", "right"])
+    def test_a_prompt_that_was_cut_has_its_ids_and_no_text(
+        self, recording: RecordingServer, rollout: str, side: dict[str, str]
+    ) -> None:
+        long = " ".join(PROMPTS)
+        whole = [tokenize(recording, prompt=long), tokenize(recording, messages=TALK)]
+        for path, prompt in ((COMPLETIONS, {"prompt": long}), (CHAT, {"messages": TALK})):
+            options = {**prompt, "truncate_prompt_tokens": 5, "max_tokens": 1, **side}
+            answer_to(recording, rollout, path, recording.body(**options))
+        kept = recording.recorded(rollout_id=rollout)
+
+        cut = [ids[:5] if side else ids[-5:] for ids in whole]
+        assert [(ids_of(each)[0], each.prompt_text) for each in kept] == [(ids, None) for ids in cut]
+
+    def test_a_prompt_that_there_was_room_for_keeps_its_text(self, recording: RecordingServer, rollout: str) -> None:
+        answer_to(recording, rollout, COMPLETIONS, recording.body(prompt=PROMPTS[0], truncate_prompt_tokens=900))
+        answer_to(recording, rollout, COMPLETIONS, recording.body(prompt=PROMPTS[0], truncate_prompt_tokens=-1))
+        options = {"input": PROMPTS[0], "truncation": "auto", "max_output_tokens": 4}
+        answer_to(recording, rollout, RESPONSES, {"model": recording.model, **options})
+        kept = recording.recorded(rollout_id=rollout)
+
+        assert [decoded_prompt(each) == each.prompt_text for each in kept] == [True] * 4
+
+    def test_a_prompt_that_was_cut_to_the_room_there_is_has_no_text(
+        self, recording: RecordingServer, rollout: str
+    ) -> None:
+        long = "word " * 2000
+        body = recording.body(prompt=long, truncate_prompt_tokens=-1, max_tokens=4)
+        answer_to(recording, rollout, COMPLETIONS, body)
+        options = {"input": long, "truncation": "auto", "max_output_tokens": 4}
+        answer_to(recording, rollout, RESPONSES, {"model": recording.model, **options})
+        kept = recording.recorded(rollout_id=rollout)
+
+        assert len(kept) == 3
+        assert {each.prompt_text for each in kept} == {None}
+        assert all(1000 < len(ids_of(each)[0]) < 1024 for each in kept)
+
     def test_a_beam_search_is_kept_with_every_request_to_the_engine(
         self, recording: RecordingServer, rollout: str
     ) -> None:
@@ -227,6 +264,8 @@ class TestCompletions:
         assert len(kept) == made > 5
         assert len({each.call_id for each in kept}) == 1
         assert {each.response_id for each in kept} == {answer["id"]}
+        # Their ids go on behind the prompt, and vLLM's text of them does not.
+        assert {each.prompt_text for each in kept} == {None}
         # What the beams went through: each of their ids is one that the engine was asked to go on from.
         prompts = [ids_of(each)[0] for each in kept]
         prompt = tokenize(recording, prompt=PROMPTS[0])
@@ -236,6 +275,12 @@ class TestCompletions:
 
 
 SUCCESSES = "vllm:request_success_total"
+
+
+def decoded_prompt(generation: Generation) -> str:
+    from tests.common.reference import tokenizer
+
+    return tokenizer().decode(ids_of(generation)[0])
 
 
 def decoded(choice: Choice) -> str:
@@ -303,6 +348,29 @@ class TestOthers:
         assert ids_of(kept) == (prompt, [greedy(prompt, 6)])
         assert kept.response_id == (answer[0] if stream else answer)["request_id"]
         assert kept.endpoint == GENERATE
+
+    @pytest.mark.parametrize("named", [True, False], ids=["with a model", "without one"])
+    @pytest.mark.parametrize("headers", [{}, {"X-Request-Id": "0"}], ids=["an id of vLLM", "an id of the client"])
+    def test_generative_scoring(
+        self, recording: RecordingServer, rollout: str, named: bool, headers: dict[str, str]
+    ) -> None:
+        items = [[201, 85], [309, 33, 2]]
+        body = {"query": [1, 87], "items": items, "label_token_ids": [5, 6]}
+        body |= {"model": recording.model} if named else {}
+        answer = post(recording, f"/rollout/{quote(rollout)}{SCORING}", body, headers)
+        kept = recording.recorded(rollout_id=rollout)
+
+        assert sorted(ids_of(each)[0] for each in kept) == sorted([1, 87, *item] for item in items)
+        assert {(each.endpoint, each.model, each.response_id) for each in kept} == {
+            (SCORING, recording.model, answer["id"])
+        }
+        assert len({each.call_id for each in kept}) == 1
+
+    def test_a_chat_that_names_no_model_has_that_of_the_server(self, recording: RecordingServer, rollout: str) -> None:
+        answer = answer_to(recording, rollout, CHAT, {"messages": TALK, "max_tokens": 1})
+        [kept] = recording.recorded(rollout_id=rollout)
+
+        assert kept.model == answer["model"] == recording.model
 
     def test_what_generates_nothing_leaves_nothing(self, recording: RecordingServer) -> None:
         before = {each.id for each in recording.recorded()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from agentlightning import settings
@@ -13,10 +13,16 @@ __all__ = ["NOTHING", "Carried", "add_response_token_ids", "captured_fields", "h
 
 @dataclass(frozen=True)
 class Carried:
-    """What one answer carries: the response ids, and the prompt ids beside them."""
+    """What one answer carries: the response ids, and the prompt ids beside them.
+
+    Attributes:
+        response, prompt: whether it carries these.
+        whole: whether a stream carries them as vLLM sends them, however many they are: the request itself has asked.
+    """
 
     response: bool
     prompt: bool
+    whole: bool = False
 
 
 ALL = Carried(response=True, prompt=True)
@@ -36,7 +42,7 @@ def wanted(said: object) -> Carried:
     """
     if not isinstance(said, bool):
         return _BY_SETTING[settings.return_token_ids()]
-    return ALL if said else NOTHING
+    return replace(ALL, whole=True) if said else NOTHING
 
 
 def hides_reasoning(serving: Any, request: Any) -> bool:

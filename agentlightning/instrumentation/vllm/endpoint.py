@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from agentlightning.instrumentation.vllm import releases
+from agentlightning.instrumentation.vllm import long_events, releases
 from agentlightning.instrumentation.vllm.answer import NOTHING, Carried, hides_reasoning, said, wanted
 from agentlightning.instrumentation.vllm.containment import contained
 
@@ -42,7 +42,8 @@ class Endpoint:
             if not carried.response:
                 return answer
             if isinstance(answer, AsyncGenerator):
-                return contained(f"{self.name}: trimming a stream", self.trim, answer, request, carried) or answer
+                answer = contained(f"{self.name}: trimming a stream", self.trim, answer, request, carried) or answer
+                return answer if carried.whole else long_events.split(answer, self.name)
             if hasattr(answer, "choices"):
                 contained(f"{self.name}: attaching ids", self.attach, answer, request, carried)
             return answer

@@ -61,6 +61,13 @@ GENERATE_SERVING = Home(
     ),
     since="0.11.1",
 )
+SERVING_BASE = Home(
+    (
+        "vllm.entrypoints.serve.engine.serving",  # from 0.24.0
+        "vllm.entrypoints.openai.engine.serving",  # from 0.15.0
+        "vllm.entrypoints.openai.serving_engine",  # to 0.14.1
+    )
+)
 OUTPUT_PROCESSOR = Home(("vllm.v1.engine.output_processor",))
 ENGINE_CLIENT = Home(("vllm.v1.engine.async_llm",))
 ENGINE_CORE = Home(("vllm.v1.engine.core",))

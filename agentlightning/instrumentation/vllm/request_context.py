@@ -57,7 +57,9 @@ class RequestContext:
     Attributes:
         rollout_id, attempt_id, session_id, trace_id, request_id: as its path or its headers say.
         endpoint: the path of its route.
-        model: the one that it asks for.
+        model: the one that it asks for, or the server's where it names none.
+        base_id: what vLLM makes the ids of its answer and of its engine requests of.
+        text_limit: from how many ids on a prompt of its may hold others than its text stands for.
         prefix: what was taken off its path, if anything was.
         scope: the HTTP request as ASGI has it, with what vLLM keeps in its `state`.
         collects: whether `engine_requests` are wanted.
@@ -70,6 +72,8 @@ class RequestContext:
     request_id: str | None = None
     endpoint: str | None = None
     model: str | None = None
+    base_id: str | None = None
+    text_limit: int | None = None
     prefix: Prefix | None = None
     scope: Mapping[str, Any] | None = None
     # Not for every endpoint: a beam search makes thousands, and nobody would read them.
