@@ -212,43 +212,6 @@ class TestCompletions:
         assert kept.prompt_token_ids is None
         assert [choice_ids(choice) for choice in kept.choices] == [answer["choices"][0]["token_ids"]]
 
-    @pytest.mark.parametrize("side", [{}, {"truncation_side": "right"}], ids=["default side", "right"])
-    def test_a_prompt_that_was_cut_has_its_ids_and_no_text(
-        self, recording: RecordingServer, rollout: str, side: dict[str, str]
-    ) -> None:
-        long = " ".join(PROMPTS)
-        whole = [tokenize(recording, prompt=long), tokenize(recording, messages=TALK)]
-        for path, prompt in ((COMPLETIONS, {"prompt": long}), (CHAT, {"messages": TALK})):
-            options = {**prompt, "truncate_prompt_tokens": 5, "max_tokens": 1, **side}
-            answer_to(recording, rollout, path, recording.body(**options))
-        kept = recording.recorded(rollout_id=rollout)
-
-        cut = [ids[:5] if side else ids[-5:] for ids in whole]
-        assert [(ids_of(each)[0], each.prompt_text) for each in kept] == [(ids, None) for ids in cut]
-
-    def test_a_prompt_that_there_was_room_for_keeps_its_text(self, recording: RecordingServer, rollout: str) -> None:
-        answer_to(recording, rollout, COMPLETIONS, recording.body(prompt=PROMPTS[0], truncate_prompt_tokens=900))
-        answer_to(recording, rollout, COMPLETIONS, recording.body(prompt=PROMPTS[0], truncate_prompt_tokens=-1))
-        options = {"input": PROMPTS[0], "truncation": "auto", "max_output_tokens": 4}
-        answer_to(recording, rollout, RESPONSES, {"model": recording.model, **options})
-        kept = recording.recorded(rollout_id=rollout)
-
-        assert [decoded_prompt(each) == each.prompt_text for each in kept] == [True] * 4
-
-    def test_a_prompt_that_was_cut_to_the_room_there_is_has_no_text(
-        self, recording: RecordingServer, rollout: str
-    ) -> None:
-        long = "word " * 2000
-        body = recording.body(prompt=long, truncate_prompt_tokens=-1, max_tokens=4)
-        answer_to(recording, rollout, COMPLETIONS, body)
-        options = {"input": long, "truncation": "auto", "max_output_tokens": 4}
-        answer_to(recording, rollout, RESPONSES, {"model": recording.model, **options})
-        kept = recording.recorded(rollout_id=rollout)
-
-        assert len(kept) == 3
-        assert {each.prompt_text for each in kept} == {None}
-        assert all(1000 < len(ids_of(each)[0]) < 1024 for each in kept)
-
     def test_a_beam_search_is_kept_with_every_request_to_the_engine(
         self, recording: RecordingServer, rollout: str
     ) -> None:
@@ -275,12 +238,6 @@ class TestCompletions:
 
 
 SUCCESSES = "vllm:request_success_total"
-
-
-def decoded_prompt(generation: Generation) -> str:
-    from tests.common.reference import tokenizer
-
-    return tokenizer().decode(ids_of(generation)[0])
 
 
 def decoded(choice: Choice) -> str:

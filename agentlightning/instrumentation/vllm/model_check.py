@@ -39,7 +39,7 @@ def _note(context: RequestContext, serving: Any, request: Any) -> None:
 
 
 def _base_id(context: RequestContext, request: Any) -> str | None:
-    """What vLLM makes the ids of an answer and of its requests to the engine of: the client's `X-Request-Id`, if any."""
+    """The part that the ids of an answer and of its engine requests share: the client's `X-Request-Id`, if any."""
     header = dict((context.scope or {}).get("headers", ())).get(b"x-request-id")
     return header.decode("latin-1") if header else getattr(request, "request_id", None)
 

@@ -66,10 +66,9 @@ async def _shortened(stream: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, N
     in_progress = None
     async with aclosing(stream):
         async for event in stream:
-            kind = getattr(event, "type", None)
-            if kind == "response.in_progress":
+            if getattr(event, "type", None) == "response.in_progress":
                 in_progress = event
-            elif kind == "response.completed" and in_progress is not None:
+            elif in_progress is not None and hasattr(event, "response"):
                 *before, event = contained(f"{ROUTE}: splitting a long event", _split, event, in_progress) or (event,)
                 for each in before:
                     yield each

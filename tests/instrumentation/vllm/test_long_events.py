@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Iterator
+from itertools import chain
 from typing import Any
 
 import aiohttp
@@ -62,7 +63,7 @@ def test_ids_of_a_chat_prompt_follow_the_event_that_says_whose_turn_it_is() -> N
     assert [second, done] == others
     role, *more = chunks_of(events)
     assert role == {**first, "prompt_token_ids": None}
-    assert sum((chunk.pop("prompt_token_ids") for chunk in more), []) == MANY
+    assert [*chain(*(chunk.pop("prompt_token_ids") for chunk in more))] == MANY
     assert more == [{**LIKE, "choices": [chat_choice(index=1)]}] * len(more)
 
 
@@ -73,8 +74,8 @@ def test_ids_of_a_completions_choice_come_before_its_end(finish_reason: str | No
     chunks = chunks_of(sent(event_of(**LIKE, choices=[choice])))
 
     choices = [chunk["choices"][0] for chunk in chunks]
-    assert sum((each["prompt_token_ids"] or [] for each in choices), []) == MANY
-    assert sum((each["token_ids"] for each in choices), []) == MANY[::-1]
+    assert [*chain(*(each["prompt_token_ids"] or [] for each in choices))] == MANY
+    assert [*chain(*(each["token_ids"] for each in choices))] == MANY[::-1]
     where = -1 if finish_reason else 0
     assert choices.pop(where) == text_choice(finish_reason, prompt_token_ids=None, token_ids=[])  # type: ignore[arg-type]
     assert {(each["index"], each["text"], each["finish_reason"]) for each in choices} == {(1, "", None)}
@@ -139,10 +140,10 @@ def test_parts_joined_by_position_are_the_whole(monkeypatch: pytest.MonkeyPatch)
     ]
 
 
-# A real server, and a prompt as long as that of an agent with a repository in its context. The tiny model's ids have
+# A real server, and a prompt as long as that of an agent that has read a repository. The tiny model's ids have
 # three digits.
 WORDS = 30_000
-LONG = " ".join(["word"] * WORDS)
+LONG = " one" * WORDS
 SMALL = ("--max-model-len=40960", '--hf-overrides={"max_position_embeddings": 40960}', "--dtype=float32")
 TALK: Any = [{"role": "user", "content": LONG}]
 
