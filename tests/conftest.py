@@ -58,7 +58,7 @@ def two_api_servers() -> Iterator[RemoteOpenAIServer]:
 @pytest.fixture(scope="session")
 def guarded() -> Iterator[RemoteOpenAIServer]:
     """Strict, with a key, behind a proxy's path and two parsers, and `AGL_RETURN_TOKEN_IDS=response`."""
-    env = {"AGL_INSTRUMENT": "strict", "AGL_RETURN_TOKEN_IDS": "response"}
+    env = {"AGL_INSTRUMENT": "strict", "AGL_RETURN_TOKEN_IDS": "response", **OPTIONAL_ENV}
     # The key is what the clients send.
     with RemoteOpenAIServer("--api-key=none", "--root-path=/root", *PARSERS, env=env) as server:
         yield server

@@ -170,6 +170,12 @@ class ServingTokens:
         pass
 """
 
+SERVING_BASE = """\
+class BaseServing:
+    async def _check_model(self, request):
+        pass
+"""
+
 ENVS = """\
 import os
 
@@ -300,6 +306,7 @@ THE_SAME_EVERYWHERE = {
     "v1/core/sched/scheduler.py": SCHEDULER,
     "v1/serial_utils.py": ENGINE_MESSAGES,
     "v1/utils.py": "",
+    "entrypoints/serve/engine/serving.py": SERVING_BASE,
     "entrypoints/anthropic/protocol.py": MESSAGES_PROTOCOL,
     "entrypoints/anthropic/serving.py": MESSAGES_SERVING,
     "entrypoints/openai/chat_completion/batch_serving.py": BATCH_SERVING,

@@ -15,7 +15,7 @@ from tests.instrumentation.vllm.test_completions import embedded
 from tests.recording.server import RecordingServer, until
 
 CHAT, COMPLETIONS, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"
-BATCH, GENERATE = "/v1/chat/completions/batch", "/inference/v1/generate"
+BATCH, GENERATE, SCORING = "/v1/chat/completions/batch", "/inference/v1/generate", "/generative_scoring"
 TALK: Any = [{"role": "user", "content": "What is the capital of France? 😀"}]
 PROMPTS = ["The quick brown", "Größe 😀", "one two"]
 IDS = {"return_token_ids": True}
@@ -227,6 +227,8 @@ class TestCompletions:
         assert len(kept) == made > 5
         assert len({each.call_id for each in kept}) == 1
         assert {each.response_id for each in kept} == {answer["id"]}
+        # Their ids go on behind the prompt, and vLLM's text of them does not.
+        assert {each.prompt_text for each in kept} == {None}
         # What the beams went through: each of their ids is one that the engine was asked to go on from.
         prompts = [ids_of(each)[0] for each in kept]
         prompt = tokenize(recording, prompt=PROMPTS[0])
@@ -303,6 +305,29 @@ class TestOthers:
         assert ids_of(kept) == (prompt, [greedy(prompt, 6)])
         assert kept.response_id == (answer[0] if stream else answer)["request_id"]
         assert kept.endpoint == GENERATE
+
+    @pytest.mark.parametrize("named", [True, False], ids=["with a model", "without one"])
+    @pytest.mark.parametrize("headers", [{}, {"X-Request-Id": "0"}], ids=["an id of vLLM", "an id of the client"])
+    def test_generative_scoring(
+        self, recording: RecordingServer, rollout: str, named: bool, headers: dict[str, str]
+    ) -> None:
+        items = [[201, 85], [309, 33, 2]]
+        body = {"query": [1, 87], "items": items, "label_token_ids": [5, 6]}
+        body |= {"model": recording.model} if named else {}
+        answer = post(recording, f"/rollout/{quote(rollout)}{SCORING}", body, headers)
+        kept = recording.recorded(rollout_id=rollout)
+
+        assert sorted(ids_of(each)[0] for each in kept) == sorted([1, 87, *item] for item in items)
+        assert {(each.endpoint, each.model, each.response_id) for each in kept} == {
+            (SCORING, recording.model, answer["id"])
+        }
+        assert len({each.call_id for each in kept}) == 1
+
+    def test_a_chat_that_names_no_model_has_that_of_the_server(self, recording: RecordingServer, rollout: str) -> None:
+        answer = answer_to(recording, rollout, CHAT, {"messages": TALK, "max_tokens": 1})
+        [kept] = recording.recorded(rollout_id=rollout)
+
+        assert kept.model == answer["model"] == recording.model
 
     def test_what_generates_nothing_leaves_nothing(self, recording: RecordingServer) -> None:
         before = {each.id for each in recording.recorded()}

@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import quote
 
 import anthropic
+import httpx
 import openai
 import pytest
 
@@ -81,6 +82,15 @@ def test_a_base_url_says_it(recording: RecordingServer, rollout: str, ask: Ask) 
 
     assert whose(recording.recorded(rollout_id=rollout)) == {(rollout, "2"), (rollout, None)}
     assert whose(recording.kept(rollout_id=rollout, attempt_id="2")) == {(rollout, "2")}
+
+
+def test_it_says_it_with_a_slash_too_many(recording: RecordingServer, rollout: str) -> None:
+    url = f"{recording.url}/rollout/{quote(rollout)}/attempt/a%2F2/v1/completions/"
+    body, key = recording.body(prompt="one", max_tokens=2), {"Authorization": "Bearer none"}
+    answer = httpx.post(url, json=body, headers=key, follow_redirects=True, timeout=120)
+
+    assert answer.json()["choices"]
+    assert whose(recording.recorded(rollout_id=rollout)) == {(rollout, "a/2")}
 
 
 @CLIENTS

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from agentlightning import settings
-from agentlightning.instrumentation.vllm.request_context import RequestContext
+from agentlightning.instrumentation.vllm.request_context import EngineRequest, RequestContext
 
-__all__ = ["NOTHING", "Carried", "add_response_token_ids", "captured_fields", "said", "wanted"]
+__all__ = ["NOTHING", "Carried", "add_response_token_ids", "captured_fields", "hides_reasoning", "said", "wanted"]
 
 
 @dataclass(frozen=True)
 class Carried:
-    """What one answer carries: the response ids, and the prompt ids beside them."""
+    """What one answer carries: the response ids, and the prompt ids beside them.
+
+    Attributes:
+        response, prompt: whether it carries these.
+        whole: whether a stream carries them as vLLM sends them, however many they are: the request itself has asked.
+    """
 
     response: bool
     prompt: bool
+    whole: bool = False
 
 
 ALL = Carried(response=True, prompt=True)
@@ -36,7 +42,22 @@ def wanted(said: object) -> Carried:
     """
     if not isinstance(said, bool):
         return _BY_SETTING[settings.return_token_ids()]
-    return ALL if said else NOTHING
+    return replace(ALL, whole=True) if said else NOTHING
+
+
+def hides_reasoning(serving: Any, request: Any) -> bool:
+    """Whether a request keeps its reasoning out of the answer (`include_reasoning: false`).
+
+    Response ids, decoded, are that reasoning. Without a parser vLLM cannot tell reasoning from text and shows both, and
+    a release that does not know the field shows both too.
+    """
+    if "include_reasoning" not in type(request).model_fields or request.include_reasoning:
+        return False
+    return any(getattr(serving, name, None) for name in _PARSERS)
+
+
+# What a serving object has if a parser was configured, by release. gpt-oss is parsed without one being configured.
+_PARSERS = ("parser_cls", "parser", "reasoning_parser_cls", "reasoning_parser", "use_harmony")
 
 
 def add_response_token_ids(answer: Any) -> None:
@@ -55,17 +76,20 @@ def captured_fields(context: RequestContext | None, carried: Carried) -> dict[st
     The ids are those of the last engine request; where there were several, as in a loop of tool calls, `generations`
     has those of all, in order. Empty where nothing is wanted, or the engine was not asked.
     """
-    if context is None or not carried.response or not context.engine_requests:
+    if context is None or not context.engine_requests:
         return {}
+    if not carried.response:
+        # In a loop of tool calls, what was generated is in the prompts that follow.
+        return _prompt_of(context.engine_requests[0], carried) if len(context.engine_requests) == 1 else {}
     generations = [
-        {
-            # A prompt of embeddings has none.
-            **({"prompt_token_ids": request.prompt_token_ids} if carried.prompt and request.prompt_token_ids else {}),
-            "token_ids": request.token_ids,
-        }
-        for request in context.engine_requests
+        {**_prompt_of(request, carried), "token_ids": request.token_ids} for request in context.engine_requests
     ]
     last = dict(generations[-1])
     ids = last.pop("token_ids")
     fields: dict[str, Any] = {**last, "response_token_ids": [ids]}
     return {**fields, "generations": generations} if len(generations) > 1 else fields
+
+
+def _prompt_of(request: EngineRequest, carried: Carried) -> dict[str, Any]:
+    # A prompt of embeddings has no ids.
+    return {"prompt_token_ids": request.prompt_token_ids} if carried.prompt and request.prompt_token_ids else {}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from agentlightning.instrumentation.vllm import recording, request_context
-from agentlightning.instrumentation.vllm.answer import NOTHING, Carried, add_response_token_ids, wanted
+from agentlightning.instrumentation.vllm.answer import NOTHING, Carried, add_response_token_ids, hides_reasoning, wanted
 from agentlightning.instrumentation.vllm.containment import contained
 from agentlightning.instrumentation.vllm.request_context import RequestContext
 from agentlightning.patching import Patch, Wrap
@@ -21,8 +22,13 @@ def with_token_ids(create: Callable[..., Any]) -> Callable[..., Any]:
 
     async def create_batch_chat_completion(serving: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         carried = contained(f"{ROUTE}: asking for ids", _ask, request) or NOTHING
+        # vLLM's chat hides ids and logprobs together with the reasoning; its batch hides the text alone.
+        hidden = carried.response and contained(f"{ROUTE}: hiding reasoning", _hide, serving, request)
         answer, context = await request_context.collecting(lambda: create(serving, request, *args, **kwargs))
         if carried.response and hasattr(answer, "choices"):
+            if hidden:
+                carried = replace(carried, response=False)
+                contained(f"{ROUTE}: hiding reasoning", _drop_logprobs, answer)
             contained(f"{ROUTE}: attaching ids", _attach, answer, context, carried)
         return answer
 
@@ -38,6 +44,18 @@ def _ask(request: Any) -> Carried:
     return carried
 
 
+def _hide(serving: Any, request: Any) -> bool:
+    if not hides_reasoning(serving, request):
+        return False
+    request.return_token_ids = False
+    return True
+
+
+def _drop_logprobs(answer: Any) -> None:
+    for choice in answer.choices:
+        choice.logprobs = None
+
+
 def _attach(answer: Any, context: RequestContext, carried: Carried) -> None:
     if carried.prompt:
         # The conversations are worked on side by side, so they are told apart by the number in their request's id.
@@ -46,7 +64,8 @@ def _attach(answer: Any, context: RequestContext, carried: Carried) -> None:
         }
         for choice in answer.choices:
             choice.prompt_token_ids = prompts[choice.index]
-    add_response_token_ids(answer)
+    if carried.response:
+        add_response_token_ids(answer)
 
 
 SERVING_PATCHES: tuple[Patch, ...] = (

@@ -6,7 +6,8 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from agentlightning.instrumentation.vllm.answer import NOTHING, Carried, said, wanted
+from agentlightning.instrumentation.vllm import long_events, releases
+from agentlightning.instrumentation.vllm.answer import NOTHING, Carried, hides_reasoning, said, wanted
 from agentlightning.instrumentation.vllm.containment import contained
 
 __all__ = ["Endpoint"]
@@ -41,7 +42,8 @@ class Endpoint:
             if not carried.response:
                 return answer
             if isinstance(answer, AsyncGenerator):
-                return contained(f"{self.name}: trimming a stream", self.trim, answer, request, carried) or answer
+                answer = contained(f"{self.name}: trimming a stream", self.trim, answer, request, carried) or answer
+                return answer if carried.whole else long_events.split(answer, self.name)
             if hasattr(answer, "choices"):
                 contained(f"{self.name}: attaching ids", self.attach, answer, request, carried)
             return answer
@@ -51,7 +53,7 @@ class Endpoint:
     def _ask(self, serving: Any, request: Any) -> Carried:
         if not self.serves(serving):
             return NOTHING
-        carried = wanted(said(request))
+        carried = _wanted(serving, request)
         if carried.response and self.asks_vllm(request):
             request.return_token_ids = True
         return replace(carried, prompt=False) if self.is_embedded(serving, request) else carried
@@ -61,4 +63,11 @@ class Endpoint:
         return contained(f"{self.name}: taking ids", self._takes, serving, request) or NOTHING
 
     def _takes(self, serving: Any, request: Any) -> Carried:
-        return wanted(said(request)) if self.serves(serving) and not self.asks_vllm(request) else NOTHING
+        return _wanted(serving, request) if self.serves(serving) and not self.asks_vllm(request) else NOTHING
+
+
+def _wanted(serving: Any, request: Any) -> Carried:
+    """What an answer is to carry: nothing by default where reasoning is hidden by a vLLM that would show its ids."""
+    if said(request) is not True and not releases.hides_ids_of_reasoning() and hides_reasoning(serving, request):
+        return NOTHING
+    return wanted(said(request))

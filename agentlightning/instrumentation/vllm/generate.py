@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
-from agentlightning.instrumentation.vllm import recording, releases
+from agentlightning.instrumentation.vllm import long_events, recording, releases
 from agentlightning.instrumentation.vllm.answer import wanted
 from agentlightning.instrumentation.vllm.containment import contained
 from agentlightning.instrumentation.vllm.fields import RequestField
@@ -20,15 +20,19 @@ def with_prompt_ids(serve: Callable[..., Any]) -> Callable[..., Any]:
     """The wrapper around `serve_tokens`."""
 
     async def serve_tokens(serving: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        contained(f"{ROUTE}: asking for ids", _ask, request)
-        return await serve(serving, request, *args, **kwargs)
+        asked = contained(f"{ROUTE}: asking for ids", _ask, request)
+        answer = await serve(serving, request, *args, **kwargs)
+        return long_events.split(answer, ROUTE) if asked and isinstance(answer, AsyncGenerator) else answer
 
     return serve_tokens
 
 
-def _ask(request: Any) -> None:
-    if request.return_token_ids is None and wanted(None).prompt:
-        request.return_token_ids = True
+def _ask(request: Any) -> bool:
+    """Ask for prompt ids where the request does not say, and whether that was done."""
+    if request.return_token_ids is not None or not wanted(None).prompt:
+        return False
+    request.return_token_ids = True
+    return True
 
 
 SERVING_PATCHES: tuple[Patch, ...] = (

@@ -41,12 +41,20 @@ def generation_of(record: Record, finished_at: int) -> Generation:
         status=status_of([ended.finish_reason for ended in record.ended]),
         # A prompt of embeddings has none.
         prompt_token_ids=array("i", record.prompt_token_ids) if record.prompt_token_ids else None,
-        prompt_text=state.prompt if keeps_text else None,
+        prompt_text=_prompt_text(record, context) if keeps_text else None,
         sampling_params=as_json(record.sampling_params, keeps_text),
         logprobs_mode=record.logprobs_mode if any(choice.logprobs for choice in choices) else None,
         cached_tokens=getattr(state, "num_cached_tokens", None),
         choices=choices,
     )
+
+
+def _prompt_text(record: Record, context: RequestContext) -> str | None:
+    """The text of a prompt's ids; None where they may be others, as of a prompt that vLLM has cut."""
+    ids = record.prompt_token_ids
+    if ids is not None and context.text_limit is not None and len(ids) >= context.text_limit:
+        return None
+    return record.ended[0].state.prompt
 
 
 def _named(record: Record) -> RequestContext:
@@ -94,7 +102,10 @@ def _response_id(record: Record, context: RequestContext) -> str:
     metadata = (context.scope or {}).get("state", {}).get("request_metadata")
     if metadata is not None:
         return metadata.request_id
-    # Each prompt of a completions request has its number behind it.
+    # Behind it, those of one call have numbers.
+    before = f"{record.name}-".find(f"-{context.base_id}-") if context.base_id else -1
+    if context.base_id and before >= 0:
+        return record.name[: before + 1 + len(context.base_id)]
     return record.name.rpartition("-")[0] if record.name.startswith("cmpl-") else record.name
 
 

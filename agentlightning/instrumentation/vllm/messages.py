@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
-from agentlightning.instrumentation.vllm import recording, request_context
+from agentlightning.instrumentation.vllm import long_events, recording, request_context
 from agentlightning.instrumentation.vllm.answer import Carried, captured_fields, wanted
 from agentlightning.instrumentation.vllm.containment import contained, contained_async
 from agentlightning.instrumentation.vllm.fields import ExtraField
@@ -57,13 +57,25 @@ async def _streamed(
     async with aclosing(stream):
         async for event in stream:
             if event.startswith("event: message_delta\n"):
-                event = contained(f"{ROUTE}: attaching ids", _edit, event, context, carried) or event
-            yield event
+                for each in contained(f"{ROUTE}: attaching ids", _edited, event, context, carried) or (event,):
+                    yield each
+            else:
+                yield event
 
 
-def _edit(event: str, context: RequestContext, carried: Carried) -> str:
+def _edited(event: str, context: RequestContext, carried: Carried) -> list[str]:
+    """The event with the ids, after others like it where it would be too long."""
     head, _, data = event.partition("data: ")
-    return f"{head}data: {as_json({**json.loads(data), **captured_fields(context, carried)})}\n\n"
+    delta, fields = json.loads(data), captured_fields(context, carried)
+    like = {**delta, "delta": dict.fromkeys(delta["delta"])}
+    before: list[str] = []
+    while True:
+        event = f"{head}data: {as_json({**delta, **fields})}\n\n"
+        if carried.whole or not fields or not long_events.is_long(event):
+            return [*before, event]
+        # The prompt's ids first: they are in front of the others.
+        moved = {name: fields.pop(name) for name in tuple(fields)[:1]}
+        before += (f"{head}data: {as_json({**like, **part})}\n\n" for part in long_events.parts(moved))
 
 
 RESPONSE_PATCHES: tuple[Patch, ...] = (

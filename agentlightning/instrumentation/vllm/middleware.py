@@ -6,16 +6,17 @@ import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from agentlightning.instrumentation.vllm import request_context
 from agentlightning.instrumentation.vllm.containment import contained
-from agentlightning.instrumentation.vllm.request_context import RequestContext
+from agentlightning.instrumentation.vllm.request_context import Prefix, RequestContext
 
 __all__ = ["RequestContexts", "ignored", "is_id"]
 
 Scope = MutableMapping[str, Any]
-App = Callable[[Scope, Any, Any], Awaitable[None]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Any, Send], Awaitable[None]]
 
 MAX_ID_LENGTH = 256
 
@@ -42,10 +43,12 @@ class RequestContexts:
     def __init__(self, app: App) -> None:
         self.app = app
 
-    def __call__(self, scope: Scope, receive: Any, send: Any) -> Awaitable[None]:
+    def __call__(self, scope: Scope, receive: Any, send: Send) -> Awaitable[None]:
         if scope["type"] in ("http", "websocket"):
             understood = contained("reading whose a request is", _understood, scope)
             scope, context = understood or (scope, RequestContext())
+            if context.prefix:
+                send = _keeping_the_prefix(scope, context.prefix, send)
             # A websocket has none: its engine requests are as many as its messages. To none, not left as it is, since
             # a server may handle it in the context of the request that came before it on the same connection.
             request_context.enter(context if scope["type"] == "http" else None)
@@ -76,9 +79,58 @@ def _without_prefix(scope: Scope, context: RequestContext) -> Scope:
     if not all(is_id(part) for part in ids if part):
         return scope
     context.rollout_id, context.attempt_id = ids
+    context.prefix = Prefix(before.decode(), path[len(before) : -len(match["rest"])].decode("latin-1"))
     rest = before + match["rest"]
     # Decoded as the server decodes it, and once: what is guarded and what is routed are both read from "path".
     return {**scope, "path": _decoded(rest), "raw_path": rest}
+
+
+def _keeping_the_prefix(scope: Scope, prefix: Prefix, send: Send) -> Send:
+    """`send`, with the prefix back in redirects to the same path with or without a slash at its end.
+
+    Starlette answers so where only that path has a route. It keeps its own `root_path` there, but has never seen the
+    prefix.
+    """
+
+    # No coroutine of its own: it is called for each chunk of a stream.
+    def send_with_prefix(message: MutableMapping[str, Any]) -> Awaitable[None]:
+        if message["type"] == "http.response.start" and 300 <= message["status"] < 400:
+            message = contained("keeping the prefix of a redirect", _redirected, message, scope, prefix) or message
+        return send(message)
+
+    return send_with_prefix
+
+
+def _redirected(message: MutableMapping[str, Any], scope: Scope, prefix: Prefix) -> MutableMapping[str, Any]:
+    headers = [
+        (name, _with_prefix(value, scope, prefix) if name.lower() == b"location" else value)
+        for name, value in message.get("headers", ())
+    ]
+    return {**message, "headers": headers}
+
+
+def _with_prefix(location: bytes, scope: Scope, prefix: Prefix) -> bytes:
+    """The location of a redirect, with the prefix if its path is the one that was asked for but for a slash."""
+    to = urlsplit(location.decode("latin-1"))
+    host = dict(scope.get("headers", ())).get(b"host", b"").decode("latin-1")
+    asked, path, before = scope["path"].rstrip("/"), unquote(to.path).rstrip("/"), prefix.before
+    if to.netloc.lower() not in ("", host.lower(), *_addresses(scope)):
+        return location
+    if path != asked:
+        # Older releases of Starlette put the root path before a path that came without.
+        before = scope.get("root_path", "")
+        if not before or path != f"{before}{asked}":
+            return location
+    if not to.path.startswith(before):
+        return location
+    path = f"{before}{prefix.taken}{to.path[len(before) :]}"
+    return urlunsplit(to._replace(path=path)).encode("latin-1")
+
+
+def _addresses(scope: Scope) -> tuple[str, ...]:
+    """How a redirect names this server where the client's request has no Host header."""
+    server = scope.get("server")
+    return (str(server[0]), f"{server[0]}:{server[1]}") if server else ()
 
 
 def _decoded(part: bytes) -> str:

@@ -61,6 +61,13 @@ GENERATE_SERVING = Home(
     ),
     since="0.11.1",
 )
+SERVING_BASE = Home(
+    (
+        "vllm.entrypoints.serve.engine.serving",  # from 0.24.0
+        "vllm.entrypoints.openai.engine.serving",  # from 0.15.0
+        "vllm.entrypoints.openai.serving_engine",  # to 0.14.1
+    )
+)
 OUTPUT_PROCESSOR = Home(("vllm.v1.engine.output_processor",))
 ENGINE_CLIENT = Home(("vllm.v1.engine.async_llm",))
 ENGINE_CORE = Home(("vllm.v1.engine.core",))
@@ -104,6 +111,8 @@ ids to who did not ask; to 0.12 streams lose the ids of chunks that are left out
 """
 GENERATE_RETURN_TOKEN_IDS_SINCE = "0.30.0"
 """The first whose `/inference/v1/generate` does."""
+HIDES_IDS_OF_REASONING_SINCE = "0.26.0"
+"""The first whose chat answers leave out response ids and logprobs where they leave out reasoning."""
 
 
 def serves_grpc() -> bool:
@@ -120,8 +129,16 @@ def uses_rust_frontend() -> bool:
 
 def gives_token_ids(request_model: Any) -> bool:
     """Whether this vLLM gives all ids of a chat or completions answer if such a request says `return_token_ids`."""
-    version = getattr(sys.modules.get("vllm"), "__version__", "")
-    return "return_token_ids" in request_model.model_fields and not is_before(version, WHOLE_TOKEN_IDS_SINCE)
+    return "return_token_ids" in request_model.model_fields and not is_before(_version(), WHOLE_TOKEN_IDS_SINCE)
+
+
+def hides_ids_of_reasoning() -> bool:
+    """Whether this vLLM's chat answers leave out the ids of reasoning that they leave out."""
+    return not is_before(_version(), HIDES_IDS_OF_REASONING_SINCE)
+
+
+def _version() -> str:
+    return getattr(sys.modules.get("vllm"), "__version__", "")
 
 
 @cache

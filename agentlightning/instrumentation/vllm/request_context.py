@@ -10,11 +10,11 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from agentlightning.generation import new_id
 
-__all__ = ["EngineRequest", "RequestContext", "collecting", "current", "enter", "opened"]
+__all__ = ["EngineRequest", "Prefix", "RequestContext", "collecting", "current", "enter", "opened"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,18 @@ class EngineRequest:
         return list(self.detokenizer.output_token_ids)
 
 
+class Prefix(NamedTuple):
+    """The part of a path that names a rollout.
+
+    Attributes:
+        before: the root path, if the path came with it.
+        taken: what was taken off the path behind that, encoded as it came.
+    """
+
+    before: str
+    taken: str
+
+
 @dataclass(slots=True)
 class RequestContext:
     """Whose a request is, where it says so, and its requests to the engine, where an endpoint wants them.
@@ -45,7 +57,10 @@ class RequestContext:
     Attributes:
         rollout_id, attempt_id, session_id, trace_id, request_id: as its path or its headers say.
         endpoint: the path of its route.
-        model: the one that it asks for.
+        model: the one that it asks for, or the server's where it names none.
+        base_id: what vLLM makes the ids of its answer and of its engine requests of.
+        text_limit: from how many ids on a prompt of its may hold others than its text stands for.
+        prefix: what was taken off its path, if anything was.
         scope: the HTTP request as ASGI has it, with what vLLM keeps in its `state`.
         collects: whether `engine_requests` are wanted.
     """
@@ -57,6 +72,9 @@ class RequestContext:
     request_id: str | None = None
     endpoint: str | None = None
     model: str | None = None
+    base_id: str | None = None
+    text_limit: int | None = None
+    prefix: Prefix | None = None
     scope: Mapping[str, Any] | None = None
     # Not for every endpoint: a beam search makes thousands, and nobody would read them.
     collects: bool = False

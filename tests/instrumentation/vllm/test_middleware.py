@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 from urllib.parse import unquote
 
+import httpx
 import openai
 import pytest
 
@@ -139,6 +140,64 @@ def test_all_else_passes_as_it_is(scope: dict[str, Any]) -> None:
     assert passed_on(scope) == scope
 
 
+def location_of(scope: dict[str, Any], location: str, status: int = 307) -> str:
+    """Where a client is sent by an app that sends whoever asks to `location`."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": status, "headers": [(b"location", location.encode())]})
+        await send({"type": "http.response.body", "body": b""})
+
+    messages: list[Any] = []
+
+    async def send(message: Any) -> None:
+        messages.append(message)
+
+    asyncio.run(RequestContexts(app)(scope, None, send))  # type: ignore[arg-type]
+    start, _ = messages
+    return dict(start["headers"])[b"location"].decode()
+
+
+HOST = {"headers": [(b"host", b"vllm:8000")]}
+
+
+@pytest.mark.parametrize(
+    ("path", "location", "expected"),
+    [
+        ("/rollout/x/v1/models/", "http://vllm:8000/v1/models", "http://vllm:8000/rollout/x/v1/models"),
+        ("/rollout/x/metrics", "http://vllm:8000/metrics/?a=/b", "http://vllm:8000/rollout/x/metrics/?a=/b"),
+        ("/rollout/x/v1/models/", "/v1/models", "/rollout/x/v1/models"),
+        ("/rollout/a%2Fb/attempt/%e2%82%ac/v1/models/", "/v1/models", "/rollout/a%2Fb/attempt/%e2%82%ac/v1/models"),
+        ("/rollout/x/v1/a%20b/", "http://vllm:8000/v1/a%20b", "http://vllm:8000/rollout/x/v1/a%20b"),
+        # Whatever else an app redirects to, it means that.
+        ("/rollout/x/v1/models/", "http://another:8000/v1/models", None),
+        ("/rollout/x/v1/models/", "http://vllm:8000/login", None),
+        ("/rollout/x/v1/models/", "/", None),
+        ("/v1/models/", "http://vllm:8000/v1/models", None),
+        ("/rollout//v1/models/", "http://vllm:8000/rollout//v1/models", None),
+    ],
+)
+def test_a_redirect_to_the_same_path_keeps_the_prefix(path: str, location: str, expected: str | None) -> None:
+    assert location_of(scope_of(path, **HOST), location) == (expected or location)
+
+
+@pytest.mark.parametrize(
+    ("path", "location", "expected"),
+    [
+        ("/root/rollout/x/v1/models/", "/root/v1/models", "/root/rollout/x/v1/models"),
+        ("/rollout/x/root/v1/models/", "/root/v1/models", "/rollout/x/root/v1/models"),
+        # As newer and as older releases of Starlette answer.
+        ("/rollout/x/v1/models/", "/v1/models", "/rollout/x/v1/models"),
+        ("/rollout/x/v1/models/", "/root/v1/models", "/root/rollout/x/v1/models"),
+    ],
+)
+def test_a_redirect_keeps_the_root_path_before_the_prefix(path: str, location: str, expected: str) -> None:
+    assert location_of(scope_of(path, root_path="/root", **HOST), location) == expected
+
+
+def test_what_is_no_redirect_keeps_its_location() -> None:
+    assert location_of(scope_of("/rollout/x/v1/models/", **HOST), "/v1/models", status=201) == "/v1/models"
+
+
 def client(server: RemoteOpenAIServer, before: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}{before}/v1", api_key="none", max_retries=0, timeout=120)
 
@@ -195,6 +254,17 @@ def test_what_leads_nowhere_is_vllms_404_with_the_key_and_without(guarded: Remot
 
 def test_what_vllm_answers_without_a_key_it_answers_below_a_prefix(guarded: RemoteOpenAIServer) -> None:
     assert get(guarded, "/rollout/x/health")[0] == 200
+
+
+@pytest.mark.parametrize("before", ["/root/rollout/a%2Fb/attempt/%E2%82%AC", "/rollout/x%20y", "/root", ""])
+@pytest.mark.parametrize("query", ["", "?a=%2F"])
+def test_a_slash_too_many_is_redirected_to_the_path_below_the_prefix(
+    guarded: RemoteOpenAIServer, before: str, query: str
+) -> None:
+    url = f"{guarded.url}{before}/v1/models"
+    answer = httpx.get(f"{url}/{query}", headers=KEY)
+
+    assert (answer.status_code, answer.headers["location"]) == (307, f"{url}{query}")
 
 
 def test_without_us_there_is_no_prefix(plain: RemoteOpenAIServer) -> None:

@@ -5,12 +5,14 @@ The server runs with `AGL_RETURN_TOKEN_IDS=response`: no prompt ids unless a req
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
-from tests.common.answers import Streamed, gather, tokenize
+from tests.common.answers import Streamed, gather, post, tokenize
 from tests.common.vllm import RemoteOpenAIServer
+from tests.instrumentation.vllm.test_responses import finished
 
 MESSAGES: Any = [{"role": "user", "content": "How is the weather in Paris?"}]
 TOOLS = [
@@ -114,3 +116,69 @@ def test_what_vllm_hides_on_purpose_stays_hidden(parsing: RemoteOpenAIServer) ->
     assert answer.choices[0].token_ids is None
     assert "response_token_ids" not in answer.model_extra
     assert streamed.token_ids == {0: []}
+
+
+HIDDEN: dict[str, Any] = {"include_reasoning": False, "structured_outputs": {"regex": r"<think>a{20}</think>So: b"}}
+SAID: Any = pytest.mark.parametrize("said", [{}, {"return_token_ids": True}], ids=["not said", "asked for"])
+
+
+def told(server: RemoteOpenAIServer, **options: Any) -> dict[str, Any]:
+    return {"model": server.model, "temperature": 0, **HIDDEN, **options}
+
+
+def hides(answer: Any) -> bool:
+    """Whether an answer has the text without its reasoning, and no id or logprob of either."""
+    written = json.dumps(answer)
+    assert "So: b" in written
+    return not any(name in written for name in ("<think>", "aaaa", "response_token_ids", '"token_ids": [', '"logprob"'))
+
+
+@SAID
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
+def test_a_response_without_its_reasoning_has_no_response_ids(
+    parsing: RemoteOpenAIServer, said: dict[str, bool], stream: bool
+) -> None:
+    body = told(parsing, input="How?", max_output_tokens=60, stream=stream, **said)
+    body |= {"include": ["message.output_text.logprobs"], "top_logprobs": 1}
+    answer = post(parsing, "/v1/responses", body)
+    closing = answer[-1]["response"] if stream else answer
+
+    assert hides(answer)
+    # AGL_RETURN_TOKEN_IDS=response
+    assert ("prompt_token_ids" in closing) == bool(said)
+    assert closing["usage"]["output_tokens_details"]["reasoning_tokens"] > 0
+
+
+@SAID
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
+def test_nor_has_one_of_the_background(parsing: RemoteOpenAIServer, said: dict[str, bool], stream: bool) -> None:
+    body = told(parsing, input="How?", max_output_tokens=60, background=True, store=True, stream=stream, **said)
+    answer = post(parsing, "/v1/responses", body)
+    queued = answer[0]["response"] if stream else answer
+
+    assert not stream or hides(answer)
+    assert hides(finished(parsing, queued["id"]).model_dump(mode="json"))
+
+
+@SAID
+def test_nor_has_a_batch(parsing: RemoteOpenAIServer, said: dict[str, bool]) -> None:
+    body = told(parsing, messages=[MESSAGES] * 2, max_tokens=60, logprobs=True, **said)
+    answer = post(parsing, "/v1/chat/completions/batch", body)
+
+    assert hides(answer)
+    assert [bool(choice.get("prompt_token_ids")) for choice in answer["choices"]] == [bool(said)] * 2
+
+
+def test_a_batch_that_declines_ids_is_vllms_own(parsing: RemoteOpenAIServer) -> None:
+    body = told(parsing, messages=[MESSAGES], max_tokens=60, logprobs=True, return_token_ids=False)
+
+    assert post(parsing, "/v1/chat/completions/batch", body)["choices"][0]["logprobs"]["content"]
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/chat/completions/batch"])
+def test_without_a_parser_nothing_is_hidden(armed: RemoteOpenAIServer, path: str) -> None:
+    asked = {"input": "How?"} if path == "/v1/responses" else {"messages": [MESSAGES], "max_tokens": 60}
+    answer = post(armed, path, told(armed, **asked))
+
+    assert "<think>" in json.dumps(answer)
+    assert answer["response_token_ids"]

@@ -1,0 +1,106 @@
+"""What is read of every request where vLLM checks its model, on vLLM's own serving classes without their engines.
+
+Audio needs packages and models that the tests do not have, so its endpoints are asked here and by no client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.entrypoints.generate.generative_scoring.serving import GenerativeScoringRequest, ServingGenerativeScoring
+from vllm.entrypoints.generate.structured_decisions.serving import ServingStructuredDecisions
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+from vllm.entrypoints.serve.engine.serving import BaseServing
+from vllm.entrypoints.speech_to_text.transcription.protocol import TranscriptionRequest
+from vllm.entrypoints.speech_to_text.transcription.serving import OpenAIServingTranscription
+from vllm.entrypoints.speech_to_text.translation.protocol import TranslationRequest
+from vllm.entrypoints.speech_to_text.translation.serving import OpenAIServingTranslation
+
+from agentlightning import instrumentation
+from agentlightning.instrumentation.vllm import containment, request_context
+from agentlightning.instrumentation.vllm.request_context import RequestContext
+
+pytestmark = pytest.mark.forked
+
+AUDIO: Any = {"file": SimpleNamespace(filename="a.wav")}
+
+
+@pytest.fixture(autouse=True)
+def recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGL_STORE", str(tmp_path / "generations.db"))
+    instrumentation.instrument_vllm()
+
+
+def checked(serving_class: type[Any], request: Any, headers: dict[bytes, bytes] | None = None) -> RequestContext:
+    """What is known of a request once vLLM has checked its model."""
+    serving = serving_class.__new__(serving_class)
+    serving.request_logger = None
+    serving.model_config = SimpleNamespace(max_model_len=1000)
+    serving.models = SimpleNamespace(
+        base_model_paths=[SimpleNamespace(name="served")], is_base_model=lambda name: True, lora_requests={}
+    )
+    context = RequestContext(scope={"headers": [*(headers or {}).items()]})
+
+    async def check() -> None:
+        request_context.enter(context)
+        assert await serving._check_model(request) is None
+
+    asyncio.run(check())
+    assert not containment.failures
+    return context
+
+
+def chat(**options: Any) -> ChatCompletionRequest:
+    return ChatCompletionRequest(messages=[{"role": "user", "content": "hi"}], **options)
+
+
+@pytest.mark.parametrize(
+    "serving_class",
+    [ServingGenerativeScoring, ServingStructuredDecisions, OpenAIServingTranscription, OpenAIServingTranslation],
+)
+def test_endpoints_that_nothing_else_is_known_of_check_their_model_there(serving_class: type[Any]) -> None:
+    assert serving_class._check_model is BaseServing._check_model
+
+
+@pytest.mark.parametrize(
+    ("serving_class", "request_class"),
+    [(OpenAIServingTranscription, TranscriptionRequest), (OpenAIServingTranslation, TranslationRequest)],
+)
+def test_a_request_about_audio_says_its_model(serving_class: type[Any], request_class: Any) -> None:
+    assert checked(serving_class, request_class.model_construct(**AUDIO, model="asked for")).model == "asked for"
+    assert checked(serving_class, request_class.model_construct(**AUDIO, model=None)).model == "served"
+
+
+def test_ids_are_made_of_the_clients_own_or_vllms() -> None:
+    scoring = GenerativeScoringRequest(query="a", items=["b"], label_token_ids=[1])
+
+    assert checked(ServingGenerativeScoring, scoring).base_id == scoring.request_id
+    assert checked(ServingGenerativeScoring, scoring, {b"x-request-id": b"mine"}).base_id == "mine"
+
+
+@pytest.mark.parametrize(
+    ("request_", "limit"),
+    [
+        (chat(), None),
+        (chat(truncate_prompt_tokens=0), 0),
+        (chat(truncate_prompt_tokens=7), 7),
+        (chat(truncate_prompt_tokens=-1), 999),
+        (chat(truncate_prompt_tokens=-1, max_tokens=10), 990),
+        (chat(truncate_prompt_tokens=-1, max_completion_tokens=20, max_tokens=10), 980),
+        (chat(use_beam_search=True), 0),
+        (CompletionRequest(prompt="a", truncate_prompt_tokens=-1, max_tokens=10), 990),
+        (ResponsesRequest(input="a"), None),
+        (ResponsesRequest(input="a", truncation="disabled"), None),
+        (ResponsesRequest(input="a", truncation="auto"), 999),
+        (ResponsesRequest(input="a", truncation="auto", max_output_tokens=10), 990),
+    ],
+)
+def test_a_prompt_that_may_have_been_cut_is_known_by_its_length(request_: Any, limit: int | None) -> None:
+    assert checked(OpenAIServingChat, request_).text_limit == limit
