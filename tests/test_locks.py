@@ -6,9 +6,11 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 from tests.common.environments import virtual_environment
 from tools import lock
@@ -37,6 +39,18 @@ def test_each_line_is_an_exact_version_and_no_address(name: str) -> None:
 @pytest.mark.skipif(not HAS_LOCK, reason="this environment was not made with the lock")
 def test_what_make_installs_is_what_the_lock_names() -> None:
     assert ENVIRONMENT.installed(Path(sys.executable)) == ENVIRONMENT.versions()
+
+
+@pytest.mark.skipif(not HAS_LOCK, reason="this environment was not made with the lock")
+def test_what_the_lock_names_is_for_the_first_python_of_its_version_too() -> None:
+    """Debian 12 has 3.11.2."""
+    first = "{}.{}.0".format(*TESTED_PYTHON)
+
+    assert [
+        each.name
+        for each in distributions()
+        if not SpecifierSet(each.metadata.get("Requires-Python") or "").contains(first)
+    ] == []
 
 
 @pytest.mark.skipif(not HAS_LOCK, reason="this environment was not made with the lock")
