@@ -1,9 +1,11 @@
 # make demo | demo-rollout | test | lint | docs: each sets up what it needs the first time, and only then.
-VENV := .venv
+# With NEWEST=1: all of that with the newest of everything, in an environment of its own.
+VENV := $(if $(NEWEST),.venv-newest,.venv)
+LOCK := tools/locks/environment.txt
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-rollout test test-releases lint docs bench format clean
+.PHONY: help demo demo-rollout test test-releases lint docs bench format lock clean always
 
 help:
 	@echo 'make demo    a real vLLM answers with token ids, shown in a table'
@@ -16,11 +18,16 @@ help:
 	@echo 'make docs    the documentation as a site, in site/'
 	@echo 'make bench   what it costs every Python process, beside its peers, a server, and recording (an hour)'
 	@echo 'make format  put the formatting right'
+	@echo 'make lock    write the exact versions of what is installed to tools/locks, with which all of these work'
+	@echo 'make test NEWEST=1'
+	@echo '             the same, like each of these, with the newest of everything, in .venv-newest'
 	@echo 'make clean   remove what the others made'
 
-# vLLM is installed once; we are installed again when what that depends on changes.
-$(VENV)/.ready: pyproject.toml tools/make_env.py agentlightning.pth
-	$(PYTHON) tools/make_env.py $(VENV)
+# Made anew when the lock is not the one that it was made with (its text counts, not its time); the newest, on another
+# day. This checkout is installed again when what that depends on changes.
+$(VENV)/.ready: pyproject.toml tools/make_env.py tools/lock.py agentlightning.pth \
+		$(if $(NEWEST)$(shell cmp -s $(LOCK) $(VENV)/made-with || echo other),always)
+	$(PYTHON) -m tools.make_env $(if $(NEWEST),--newest) $(VENV)
 	@touch $@
 
 .cache/tiny-model/config.json: tests/common/tiny_model.py | $(VENV)/.ready
@@ -58,5 +65,9 @@ format: $(VENV)/.ready
 	$(VENV)/bin/ruff format
 	$(VENV)/bin/ruff check --fix
 
+# From what is installed; the files say how a version is changed.
+lock: $(VENV)/.ready
+	$(VENV)/bin/python -m tools.make_lock
+
 clean:
-	rm -rf $(VENV) .cache dist site .hypothesis .pytest_cache .ruff_cache
+	rm -rf .venv .venv-newest .cache dist site .hypothesis .pytest_cache .ruff_cache

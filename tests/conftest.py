@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.common.debian import skipped_parts
 from tests.common.postgresql import MISSING, PostgresServer, programs
 from tests.common.vllm import AGL, RemoteOpenAIServer
 
@@ -23,6 +24,10 @@ PARSERS = (
 # What is off in vLLM unless it is asked for.
 OPTIONAL = ("--enable-prompt-embeds", "--enable-scale-out")
 OPTIONAL_ENV = {"VLLM_ENABLE_RESPONSES_API_STORE": "1"}
+
+
+def pytest_report_header() -> list[str]:
+    return skipped_parts()
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

@@ -19,6 +19,7 @@ import pytest
 import agentlightning
 from agentlightning.modules import locate
 from tests.common.made_up_vllm import made_up_vllm
+from tools.lock import tests_constraints
 
 CHECKOUT = Path(__file__).parents[1]
 SCRIPTS = Path(sysconfig.get_path("scripts"))
@@ -103,7 +104,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (sys.executable, "-m", "venv", "--without-pip", folder),
         (*pip, "install", "--disable-pip-version-check", "-q", "--no-deps", CHECKOUT),
     ):
-        result = run(*command)
+        result = run(*command, **tests_constraints())
         assert result.returncode == 0, result.stderr
     return folder
 

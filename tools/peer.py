@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tools.lock import Lock, is_newest, newest
 from tools.make_env import CHECKOUT, run, say
 
 __all__ = ["environment", "peer"]
@@ -30,9 +31,15 @@ def peer() -> Path:
 
 
 def environment(name: str, title: str, requirements: Sequence[str]) -> Path:
-    """The folder of the interpreter and commands of an environment in `.cache` that has these, and nothing else."""
-    folder = CHECKOUT / ".cache" / name
-    wanted = "\n".join((sys.version, *requirements))
+    """The folder of the interpreter and commands of an environment in `.cache` that has these, and nothing else.
+
+    What they need in turn has the versions of `tools/locks/NAME.txt`, or the newest ones where `is_newest()` says so.
+    """
+    lock = Lock(name)
+    # A new environment has no lock before `make lock` has written one.
+    is_locked = lock.path.exists() and not is_newest()
+    folder = CHECKOUT / ".cache" / (f"{name}-newest" if is_newest() else name)
+    wanted = "\n".join((sys.version, *requirements, lock.path.read_text() if is_locked else newest()))
     note = folder / "is-there"
     if not note.exists() or note.read_text() != wanted:
         shutil.rmtree(folder, ignore_errors=True)
@@ -41,7 +48,8 @@ def environment(name: str, title: str, requirements: Sequence[str]) -> Path:
         log.unlink(missing_ok=True)
         uv = (sys.executable, "-m", "uv")
         run(f"{title}: Python", [*uv, "venv", "--python", sys.executable, folder], log)
-        install = [*uv, "pip", "install", "--python", folder / "bin" / "python", *requirements]
+        constraints = ("--constraints", lock.path) if is_locked else ()
+        install = [*uv, "pip", "install", "--python", folder / "bin" / "python", *constraints, *requirements]
         run(f"{title}, and what it needs (a minute)", install, log)
         note.write_text(wanted)
     return folder / "bin"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -425,7 +426,7 @@ def test_a_store_that_is_not_there_is_not_made(tmp_path: Path) -> None:
     result = run("--store", tmp_path / "typo.db")
 
     assert (result.returncode, result.stdout) == (1, b"")
-    reason = "cannot be opened: No such file or directory"
+    reason = f"cannot be opened: {os.strerror(errno.ENOENT)}"
     assert result.stderr.decode() == f"agl export: {tmp_path}/typo.db {reason}\n"
     assert [*tmp_path.iterdir()] == []
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
 from playwright.sync_api import Browser, ConsoleMessage, Dialog, Request, WebError, sync_playwright
 
-MISSING = "Chromium is not installed here: apt-get install chromium"
+from tests.common.debian import CHROMIUM
+
+MISSING = CHROMIUM.missing
 MILLISECONDS = 30_000
 """A safety net: nothing here takes as long."""
 
@@ -31,7 +32,8 @@ _SIZES: dict[Size, Any] = {"phone": {"width": 390, "height": 844}, "desktop": {"
 
 def program() -> str | None:
     """The path of the browser that is installed; None where there is none."""
-    return shutil.which("chromium")
+    found = CHROMIUM.find()
+    return str(found) if found else None
 
 
 @contextmanager
@@ -90,7 +92,7 @@ class Visit:
     def _saw_console(self, message: ConsoleMessage) -> None:
         url = message.location.get("url", "")
         # That the address that somebody has gone to is not there, the page says itself; and beside JSON, which can name
-        # no icon, a browser looks for one here.
+        # no icon, a browser looks for one here. The words are Chromium's: with others, a test that sees them fails.
         is_known = message.page is not None and url in (message.page.url, f"{self._url}/favicon.ico")
         if message.type == "error" and not (is_known and message.text.startswith("Failed to load")):
             self.complaints.append(f"in the console: {message.text} ({url})")

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import pytest
 
-LIBRARIES = Path("/usr/lib")
-MISSING = "libfaketime is not installed here: apt-get install faketime"
+from tests.common.debian import FAKETIME
 
 
 def an_hour_ahead() -> Mapping[str, str]:
@@ -22,8 +20,8 @@ def standing_still(moment: str) -> Mapping[str, str]:
 
 
 def _with_clock(says: str) -> Mapping[str, str]:
-    found = sorted(LIBRARIES.glob("*/faketime/libfaketime.so.1"))
-    if not found:
-        pytest.skip(MISSING)
+    found = FAKETIME.find()
+    if found is None:
+        pytest.skip(FAKETIME.missing)
     # What is waited for is measured by another clock, which nobody sets.
-    return {"LD_PRELOAD": str(found[0]), "FAKETIME": says, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+    return {"LD_PRELOAD": str(found), "FAKETIME": says, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tools.lock import tests_constraints
+
 CHECKOUT = Path(__file__).parents[2]
 
 OUR_MODULES = "import sys; print(*sorted(name for name in sys.modules if name.split('.')[0] == 'agentlightning'))"
@@ -17,11 +19,14 @@ OUR_FINDERS = "import sys; print(sum(type(f).__module__ == 'agentlightning' for 
 
 
 def run(*command: str | Path, **variables: str) -> str:
-    """What the command prints, on stderr too; fails where it fails."""
+    """What the command prints, on stderr too; fails where it fails.
+
+    pip and uv install the versions of the tests' environment.
+    """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("AGL_", "PYTHON"))}
     result = subprocess.run(
         command,
-        env=inherited | variables,
+        env=inherited | tests_constraints() | variables,
         # Not the checkout, which `-c` and `-m` would import from.
         cwd=sys.prefix,
         stdout=subprocess.PIPE,

@@ -17,19 +17,17 @@ from typing import Any
 import psutil
 import psycopg
 
-PACKAGES = Path("/usr/lib/postgresql")
+from tests.common.debian import POSTGRESQL
+
 USER = "agl"
 SECONDS = 120
-MISSING = "PostgreSQL is not installed here: apt-get install postgresql"
+MISSING = POSTGRESQL.missing
 
 
 def programs() -> Path | None:
     """The folder of the newest PostgreSQL that is installed; None where there is none."""
-    found = sorted(PACKAGES.glob("*/bin/initdb"), key=lambda path: int(path.parts[-3]))
-    elsewhere = shutil.which("initdb")
-    if elsewhere and not found:
-        found = [Path(elsewhere).resolve()]
-    return found[-1].parent if found else None
+    found = POSTGRESQL.find()
+    return found.parent if found else None
 
 
 class PostgresServer:

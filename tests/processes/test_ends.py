@@ -19,7 +19,8 @@ from tests.processes.every_endpoint import MESSAGES, carried, expected
 PYTHON_M = ("python", "-m", "vllm.entrypoints.openai.api_server", "--model")
 SECONDS = 60
 
-# How its HTTP server ends. What vLLM says beside it depends on how quick the engine is to end.
+# How its HTTP server ends: uvicorn's words, compared with the same ones. What vLLM says beside it depends on how quick
+# the engine is to end.
 SAID = re.compile(r"^INFO: +([A-Z][^\d\n]+)$", re.MULTILINE)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,7 +16,15 @@ from tests.common.reference import greedy
 from tests.common.tiny_model import tiny_model
 from tests.common.vllm import PLAIN, RemoteOpenAIServer, run
 from tests.processes.every_endpoint import prompt_token_ids
+from tools.lock import tests_constraints
 
+# What they need besides is in the lock.
+PACKAGES = (
+    "grpcio-health-checking==1.85.1",
+    "grpcio-reflection==1.85.1",
+    "smg-grpc-proto==0.4.28",
+    "smg-grpc-servicer==0.14.1",
+)
 PYTHON_M = ("python", "-m", "vllm.entrypoints.grpc_server", "--model")
 WHY = "vLLM's gRPC server (--grpc) speaks a protocol of its own, its answers are left as they are"
 TOKENS = 8
@@ -46,7 +55,7 @@ def grpc_packages(tmp_path_factory: pytest.TempPathFactory) -> str:
     """
     folder = tmp_path_factory.mktemp("grpc")
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", "install")
-    subprocess.run([*pip, "--target", folder, "smg-grpc-servicer>=0.5.2"], check=True)
+    subprocess.run([*pip, "--target", folder, *PACKAGES], env={**os.environ, **tests_constraints()}, check=True)
     return str(folder)
 
 
@@ -58,6 +67,7 @@ def test_it_answers_as_ever_and_is_recorded_for_the_rollout_that_a_requests_id_n
     with RemoteOpenAIServer(
         "--grpc",
         env={**environment, "AGL_INSTRUMENT": "1", "AGL_STORE": store, "AGL_LOGPROBS": "on"},
+        # The words of smg-grpc-servicer, whose version is above.
         is_up=lambda server: "Server is ready to accept requests" in server.log,
     ) as server:
         prompt = prompt_token_ids()

@@ -117,7 +117,7 @@ def test_a_server_that_ends_waits_for_the_store(server: RecordingServer) -> None
     with locked(server):
         others = [ask(server) for _ in range(5)]
         server.process.terminate()
-        # vLLM has done its part, and the rest is the recorder's.
+        # vLLM has done its part, and the rest is the recorder's: uvicorn's words, whose version is locked.
         until(lambda: "Application shutdown complete" in server.log, "the end")
     server.process.wait(60)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tests.common.environments import CHECKOUT
 from tests.releases.table import RELEASES, TCMALLOC, Release
+from tools.lock import ENVIRONMENT, is_newest
 from tools.make_env import BROKEN_COMPANIONS, name_it_vllm, run, say
 
 FOLDER = CHECKOUT / ".cache" / "releases"
@@ -85,12 +86,18 @@ def _install_vllm(release: Release) -> None:
 
 def _uv(release: Release, what: str, *arguments: str | Path) -> None:
     python = scripts(release) / "python"
-    command = [sys.executable, "-m", "uv", "pip", "install", "--python", python, *arguments]
+    newer = ("--exclude-newer", _latest()) if _latest() else ()
+    command = [sys.executable, "-m", "uv", "pip", "install", "--python", python, *newer, *arguments]
     run(what, command, FOLDER / f"{release.version}.log")
 
 
+def _latest() -> str:
+    """What is not named exactly has the version that was the newest when the lock was written: empty without a lock."""
+    return "" if is_newest() else ENVIRONMENT.written_at()
+
+
 def _vllm(release: Release) -> str:
-    return json.dumps([release.build, release.pins, release.platform, sys.version])
+    return json.dumps([release.build, release.pins, release.platform, sys.version, _latest()])
 
 
 def _us() -> str:

@@ -151,6 +151,7 @@ def test_the_key_is_told_to_nobody(locked: StoreServer, outside: httpx.Client) -
         outside.get("/metrics", headers={"Authorization": f"Bearer {KEY}x"}),
     ]
     log = locked.log.read_text()
+    # uvicorn's access log, whose version is locked.
     assert "GET /metrics" in log, "the log is not at its loudest"
     encoded = base64.b64encode(f"agl:{KEY}".encode()).decode()
     for text in (log, *(answer.text for answer in answers), *(str(answer.headers) for answer in answers)):

@@ -76,7 +76,6 @@ def test_a_write_that_raises_is_undone_alone(url: str) -> None:
     assert (first, second, third) == (1, 1, 1)
     assert isinstance(refused, LookupError)
     assert isinstance(taken, ValueError)
-    assert "unique" in str(taken).lower()
     assert kept(url) == ["a", "b", "c"]
 
 
@@ -92,7 +91,6 @@ def test_what_cannot_be_written_now_is_told_to_all_and_not_kept(url: str) -> Non
         run(url, script, patience=0.05)
     [refused] = told.value.args
     assert [type(each) for each in refused] == [StoreUnavailable, StoreUnavailable]
-    assert "lock" in str(refused[0])
     assert kept(url) == []
 
 

@@ -390,7 +390,7 @@ def test_a_store_below_a_path_is_found(between: Between) -> None:
 
 
 def test_a_store_that_does_not_run_is_waited_for() -> None:
-    with pytest.raises(StoreUnavailable, match=r"^http://\*\*\*@127\.0\.0\.1:1 cannot be reached: .*refused"):
+    with pytest.raises(StoreUnavailable, match=r"^http://\*\*\*@127\.0\.0\.1:1 cannot be reached: "):
         open_store("http://agl:s3cret@127.0.0.1:1")
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg import errors
+from sqlalchemy.exc import DBAPIError
 
 from agentlightning.generation import Generation
 from agentlightning.store import StoreRefused, StoreUnavailable, open_store, postgresql
@@ -36,6 +38,12 @@ def query(url: str, statement: str) -> Any:
     with psycopg.connect(url, autocommit=True) as connection:
         cursor = connection.execute(statement.encode())
         return cursor.fetchone() if cursor.description else None
+
+
+def reason(caught: pytest.ExceptionInfo[Exception]) -> BaseException | None:
+    """The database's own error: its class stands for a code, its words may be other ones, in any language."""
+    error = caught.value.__cause__
+    return error.orig if isinstance(error, DBAPIError) else error
 
 
 def test_the_tables_are_in_a_schema_of_their_own_beside_what_else_there_is(url: str) -> None:
@@ -114,8 +122,9 @@ def test_a_step_that_fails_leaves_the_older_tables_whole(url: str, monkeypatch: 
     with monkeypatch.context() as newer:
         newer.setattr(postgresql, "VERSION", 2)
         newer.setattr(postgresql, "MIGRATIONS", {1: ("CREATE TABLE notes (note TEXT)", "CREATE TABLE texts (again)")})
-        with pytest.raises(StoreUnavailable, match="syntax error"):
+        with pytest.raises(StoreUnavailable, match="cannot be used now: ") as failed:
             open_store(url)
+    assert isinstance(reason(failed), errors.SyntaxError)
 
     assert query(url, "SELECT to_regclass('agentlightning.notes')") == (None,)
     with open_store(url) as store:
@@ -126,15 +135,16 @@ def test_an_id_that_no_index_has_room_for_is_refused_and_costs_no_other(url: str
     # Nothing that repeats: what PostgreSQL can pack, it has room for.
     digits = random.Random(1).randbytes(20_000).hex()
     with open_store(url) as store:
-        with pytest.raises(ValueError, match=r"index row .* exceeds|index row requires"):
+        with pytest.raises(ValueError, match=r".") as refused:
             store.add([generation(1), generation(2, response_id=digits)])
+        assert isinstance(reason(refused), errors.ProgramLimitExceeded)
 
         assert store.add([generation(1)]) == 1
 
 
 def test_what_is_no_database_is_refused_with_the_reason(url: str, postgresql: PostgresServer) -> None:
     nothing = postgresql.url("there_is_no_such_database")
-    with pytest.raises(StoreRefused, match=r'cannot be used: .*database "there_is_no_such_database" does not exist'):
+    with pytest.raises(StoreRefused, match="/there_is_no_such_database cannot be used: "):
         open_store(nothing)
     with pytest.raises(StoreRefused, match="names no database: it is postgresql://USER:PASSWORD@HOST/DATABASE"):
         open_store("postgresql://127.0.0.1")
@@ -163,7 +173,7 @@ def test_a_server_that_is_not_there_is_unavailable_and_its_password_is_not_shown
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         url = f"postgresql://agl:secret@127.0.0.1:{taken.getsockname()[1]}/db"
-        with pytest.raises(StoreUnavailable, match="onnection refused") as away:
+        with pytest.raises(StoreUnavailable, match="cannot be used now: ") as away:
             open_store(url)
 
     assert "secret" not in str(away.value)
@@ -205,16 +215,18 @@ def test_a_server_that_only_reads_is_waited_for(url: str) -> None:
     database = url.rpartition("/")[2]
     query(url, f"ALTER DATABASE {database} SET default_transaction_read_only TO on")
     with open_store(url, create=False) as store:
-        with pytest.raises(StoreUnavailable, match="read-only transaction"):
+        with pytest.raises(StoreUnavailable, match="cannot be used now: ") as refused:
             store.add([generation(2)])
+        assert isinstance(reason(refused), errors.ReadOnlySqlTransaction)
         assert [found.request_id for found in store.generations()] == [generation(1).request_id]
 
 
 def test_who_holds_a_lock_for_long_is_not_waited_for(url: str) -> None:
     with open_store(url, patience=0.2) as store, psycopg.connect(url) as another:
         another.execute("LOCK TABLE agentlightning.generations")
-        with pytest.raises(StoreUnavailable, match="lock timeout"):
+        with pytest.raises(StoreUnavailable, match="cannot be used now: ") as waited:
             store.add([generation(1)])
+        assert isinstance(reason(waited), errors.LockNotAvailable)
         another.rollback()
 
         assert store.add([generation(1)]) == 1

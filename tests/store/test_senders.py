@@ -223,7 +223,8 @@ def test_the_counts_of_a_rollout_come_from_an_index_alone(tmp_path: Path) -> Non
     with closing(sqlite3.connect(path)) as connection:
         plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {query}")]
 
-    assert plan[0] == "SEARCH generations USING COVERING INDEX generations_by_rollout (rollout_key=?)"
+    # In SQLite's words.
+    assert "COVERING INDEX generations_by_rollout" in plan[0]
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 import stat
@@ -16,6 +17,8 @@ import pytest
 
 from agentlightning.store import Store, StoreRefused, StoreUnavailable, filesystem, open_store, sqlite
 from tests.common.generations import FULL, generation
+
+NOT_THERE = os.strerror(errno.ENOENT)
 
 
 @pytest.fixture
@@ -121,14 +124,14 @@ def test_without_sqlalchemy_the_install_command_is_named(tmp_path: Path) -> None
 
 
 def test_no_file_is_made_where_none_is_asked_for(path: Path) -> None:
-    with pytest.raises(StoreUnavailable, match=f"{path} cannot be opened: No such file or directory"):
+    with pytest.raises(StoreUnavailable, match=f"{path} cannot be opened: {NOT_THERE}"):
         open_store(str(path), create=False)
 
     assert not path.exists()
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(StoreUnavailable, match=r"missing/a\.db cannot be opened: No such file or directory"):
+    with pytest.raises(StoreUnavailable, match=rf"missing/a\.db cannot be opened: {NOT_THERE}"):
         open_store(str(tmp_path / "missing" / "a.db"))
 
 
@@ -157,7 +160,7 @@ def test_a_file_that_is_no_database_is_refused_and_left_as_it_is(path: Path) -> 
     path.write_text("a text, and a longer one than the header of a database is\n" * 100)
     before = path.read_bytes()
 
-    with pytest.raises(StoreRefused, match=f"{path} is no SQLite file, or a broken one: file is not a database"):
+    with pytest.raises(StoreRefused, match=f"{path} is no SQLite file, or a broken one: "):
         open_store(str(path))
 
     assert path.read_bytes() == before
@@ -170,7 +173,10 @@ def test_a_file_that_is_broken_is_refused_when_that_shows(path: Path) -> None:
         file.seek(3 * 16384)
         file.write(b"\xff" * (path.stat().st_size - 3 * 16384))
 
-    with open_store(str(path)) as store, pytest.raises(StoreRefused, match=r"or a broken one: .*malformed"):
+    with (
+        open_store(str(path)) as store,
+        pytest.raises(StoreRefused, match=f"{path} is no SQLite file, or a broken one: "),
+    ):
         ids(store)
 
 
@@ -215,7 +221,7 @@ def test_a_step_that_fails_leaves_the_older_file_whole(path: Path, monkeypatch: 
     with monkeypatch.context() as newer:
         newer.setattr(sqlite, "VERSION", 2)
         newer.setattr(sqlite, "MIGRATIONS", {1: ("CREATE TABLE notes (note TEXT)", "CREATE TABLE generations (again)")})
-        with pytest.raises(StoreUnavailable, match="already exists"):
+        with pytest.raises(StoreUnavailable, match=f"{path} cannot be used now: "):
             open_store(str(path))
 
     assert query(path, "PRAGMA user_version") == 1
@@ -228,7 +234,7 @@ def test_a_file_that_was_replaced_is_not_written_to(store: Store, path: Path) ->
     store.add([generation(1)])
     path.rename(path.with_suffix(".old"))
 
-    with pytest.raises(StoreUnavailable, match="No such file or directory"):
+    with pytest.raises(StoreUnavailable, match=NOT_THERE):
         store.add([generation(2)])
     open_store(str(path)).close()
     with pytest.raises(StoreUnavailable, match="was replaced since it was opened"):
@@ -267,7 +273,7 @@ def test_a_network_file_system_is_refused_with_the_reason(
         open_store(path, create=False)
 
     if kind is None:
-        assert "No such file or directory" in str(refused.value)
+        assert NOT_THERE in str(refused.value)
     else:
         assert f"{path} is on a network file system ({kind})" in str(refused.value)
 

@@ -67,7 +67,7 @@ NONSENSE: st.SearchStrategy[Any] = st.recursive(
 )
 
 ERROR = re.compile(r'"error":{[^{}]*"code":"?(\w+)')
-"""In a stream, which has answered 200 by then."""
+"""In a stream, which has answered 200 by then: vLLM's form, whose version is locked."""
 
 
 @dataclass(frozen=True)
