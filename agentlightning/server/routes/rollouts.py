@@ -12,6 +12,7 @@ from sqlalchemy import Connection, select
 from agentlightning.server.answers import Json, attempt, encode, page, rollout
 from agentlightning.server.errors import sentence
 from agentlightning.server.limits import DEQUEUE_LIMIT
+from agentlightning.server.mending import without_nan
 from agentlightning.server.models import rollouts as models
 from agentlightning.server.models.common import Id, Page
 from agentlightning.server.routes.common import Database, errors, router
@@ -25,7 +26,7 @@ __all__ = ["routes"]
 
 SHORTEST_NAP, LONGEST_NAP = 0.02, 0.5
 
-routes = router("rollouts")
+routes = router("rollouts", mend=without_nan)
 
 
 def _new(body: models.NewRollout) -> rollouts.NewRollout:
@@ -156,6 +157,8 @@ async def update_attempt(rollout_id: Id, attempt_id: Id, body: models.ChangeAtte
     changes: dict[str, Any] = {name: getattr(body, name) for name in body.model_fields_set}
     if "metadata" in changes:
         changes["metadata"] = _text(changes["metadata"])
+    if "worker_id" in changes:
+        changes["worker_id"] = changes["worker_id"] or None
     row = await database.write(
         lambda connection: rollouts.update_attempt(connection, rollout_id, attempt_id, **changes)
     )
