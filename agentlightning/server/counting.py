@@ -32,6 +32,9 @@ def has_more_in_json(body: bytes, limit: int) -> bool:
     """Whether a body in JSON has more values than the limit: what comes after a comma, or opens an array or object."""
     if len(body) <= LEAST_BYTES * limit or sum(body.count(each) for each in _SEPARATORS) <= limit:
         return False
+    # A value has two texts at most, its name and itself, of two quotes each.
+    if body.count(b'"') - body.count(b'\\"') > 4 * limit:
+        return True
     # What is in a text is not a value.
     bare = _STRINGS.sub(b"", body)
     return sum(bare.count(each) for each in _SEPARATORS) > limit
@@ -51,10 +54,18 @@ def has_more_in_protobuf(body: bytes, kind: Any, messages: int, elements: int) -
         while waiting:
             position, end, fields, is_array = waiting.pop()
             while position < end:
-                # Token ids are long arrays, each of whose elements takes a few bytes.
+                # Token ids are long arrays, each of whose elements takes a few bytes: a number has no room for more.
                 if is_array and body[position] == _ELEMENT:
                     size = body[position + 1]
-                    if not size or (size < 0x80 and _is_plain(body, position + 2, size)):
+                    if (
+                        not size
+                        or (
+                            body[position + 2] == _INTEGER
+                            and 2 <= size <= 5
+                            and (size == 2 or body[position + 3] > 0x7F)
+                        )
+                        or (size < 0x80 and _is_plain(body, position + 2, size))
+                    ):
                         position += 2 + size
                         elements -= 1
                         if elements < 0:
@@ -93,10 +104,8 @@ def _fields(kind: Any) -> tuple[Fields, bool]:
 
 
 def _is_plain(body: bytes, position: int, size: int) -> bool:
-    """Whether an `AnyValue` is one short number or text, and has no room for anything else."""
+    """Whether an `AnyValue` is one short text or double, and has no room for anything else."""
     tag = body[position]
-    if tag == _INTEGER:
-        return size == 2 or (size <= 5 and body[position + 1] >= 0x80)
     return body[position + 1] == size - 2 if tag == _TEXT else tag == _DOUBLE and size == 9
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "DEPTH_LIMIT",
     "DEQUEUE_LIMIT",
     "DETAILS_LIMIT",
+    "ELEMENTS_LIMIT",
     "ID_LIMIT",
     "MESSAGES_LIMIT",
     "NUMBER_LIMIT",
@@ -45,8 +46,10 @@ ID_LIMIT = 512
 """Characters of an id or a name that is looked up."""
 MESSAGES_LIMIT = 500_000
 """Messages in one OTLP request, at whatever depth, but for the elements of arrays: an attribute is two."""
+ELEMENTS_LIMIT = 2_000_000
+"""Elements of arrays in one OTLP request, such as token ids."""
 VALUES_LIMIT = 4_000_000
-"""Elements of arrays in one OTLP request, such as token ids; elements and fields in any other body in JSON."""
+"""Elements of arrays, and fields of objects, in any other body in JSON."""
 NUMBER_LIMIT = 2**53 - 1
 """The highest whole number that every reader of JSON tells from the next one."""
 STRANGERS_LIMIT = 64 << 10

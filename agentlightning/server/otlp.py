@@ -17,7 +17,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from agentlightning.server.answers import encode
 from agentlightning.server.counting import has_more_in_json, has_more_in_protobuf
-from agentlightning.server.limits import DETAILS_LIMIT, ID_LIMIT, MESSAGES_LIMIT, NUMBER_LIMIT, VALUES_LIMIT
+from agentlightning.server.limits import DETAILS_LIMIT, ELEMENTS_LIMIT, ID_LIMIT, MESSAGES_LIMIT, NUMBER_LIMIT
 from agentlightning.server.mending import mended_json, mended_protobuf
 from agentlightning.store.attributes import PROJECT, TAGS, response_id, reward
 from agentlightning.store.spans import NewSpan
@@ -38,7 +38,11 @@ class Unreadable(ValueError):
     """A body that is not what its Content-Type says, or too much to read; the message is one sentence."""
 
 
-TOO_MANY = f"the body has more than {MESSAGES_LIMIT} messages or {VALUES_LIMIT} elements of arrays: send it in parts"
+class TooMuch(Unreadable):
+    """A body that would become many times as large as it is."""
+
+
+TOO_MANY = f"the body has more than {MESSAGES_LIMIT} messages or {ELEMENTS_LIMIT} elements of arrays: send it in parts"
 UNREADABLE = "it is none, as OTLP has it"
 ODD_IDS = "a trace_id has 16 bytes and a span_id 8, and neither is all zeros"
 
@@ -58,6 +62,8 @@ def parsed(message: Message, body: bytes, content_type: str) -> Counter[str]:
             _read_protobuf(message, body)
         elif body:
             refused[UNREADABLE] = _read_json(message, body)
+    except TooMuch:
+        raise
     except (DecodeError, ParseError, msgspec.DecodeError, UnicodeDecodeError, ValueError) as error:
         # Some of these have the value in them, whatever its length.
         reason = " ".join(str(error).split())[:REASON_LIMIT]
@@ -69,8 +75,8 @@ def parsed(message: Message, body: bytes, content_type: str) -> Counter[str]:
 
 
 def _read_protobuf(message: Message, body: bytes) -> None:
-    if has_more_in_protobuf(body, message.DESCRIPTOR, MESSAGES_LIMIT, VALUES_LIMIT):
-        raise Unreadable(TOO_MANY)
+    if has_more_in_protobuf(body, message.DESCRIPTOR, MESSAGES_LIMIT, ELEMENTS_LIMIT):
+        raise TooMuch(TOO_MANY)
     try:
         message.ParseFromString(body)
     except DecodeError:
@@ -84,7 +90,7 @@ def _read_json(message: Message, body: bytes) -> int:
     """Returns how many spans are left out, since they cannot be read."""
     # A message in JSON is a field, and has one.
     if has_more_in_json(body, 2 * MESSAGES_LIMIT):
-        raise Unreadable(TOO_MANY)
+        raise TooMuch(TOO_MANY)
     try:
         found = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError):
