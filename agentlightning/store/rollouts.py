@@ -163,7 +163,7 @@ def dequeue(connection: Connection, limit: int, worker_id: str | None) -> list[s
     """Take the rollouts that have been queued the longest, each with a new attempt; returns their ids."""
     found = connection.execute(_WAITING, {"most": limit}).all()
     at = now(connection)
-    if worker_id is not None:
+    if worker_id:
         workers.note(connection, worker_id, last_dequeue_time=at, **({} if found else workers.without_work(at)))
     for each in found:
         _begin(connection, each, worker_id, at)
@@ -369,7 +369,7 @@ def _attempt(
         "deadline": deadline,
     }
     connection.execute(_NEW_ATTEMPT, values)
-    if worker_id is not None:
+    if worker_id:
         workers.note(connection, worker_id, **workers.busy(at, rollout_id, attempt_id))
 
 

@@ -368,20 +368,22 @@ def test_numbers_that_are_not_finite_are_null_as_python_writes_them(path: str, c
         assert (main["endpoint"], main["sampling_parameters"]) == ("NaN", {"temperature": None})
 
 
-def test_an_empty_id_is_none(client: httpx.Client) -> None:
+def test_an_empty_id_is_none_and_comes_back_as_it_was_sent(client: httpx.Client) -> None:
+    """As in Agent Lightning 0.3."""
     made = client.post("/v1/agl/rollouts", json={"input": 1, "worker_id": "", "resources_id": ""}).json()
-    assert (made["attempt"]["worker_id"], made["resources_id"] == "") == (None, False)
+    assert (made["attempt"]["worker_id"], made["resources_id"]) == ("", "")
     path = f"/v1/agl/rollouts/{made['rollout_id']}"
     assert client.post(f"{path}/attempts/latest", json={"worker_id": "w"}).json()["worker_id"] == "w"
-    assert client.post(f"{path}/attempts/latest", json={"worker_id": ""}).json()["worker_id"] is None
+    assert client.post(f"{path}/attempts/latest", json={"worker_id": ""}).json()["worker_id"] == ""
     assert client.post(path, json={"resources_id": "r"}).json()["resources_id"] == "r"
-    assert client.post(path, json={"resources_id": ""}).json()["resources_id"] is None
+    assert client.post(path, json={"resources_id": ""}).json()["resources_id"] == ""
     again = client.post(f"{path}/attempts", json={"worker_id": ""}).json()
-    assert again["attempt"]["worker_id"] is None
-    assert client.get("/v1/agl/workers", params={"worker_id_contains": ""}).json()["items"][0]["worker_id"]
+    assert again["attempt"]["worker_id"] == ""
     client.post("/v1/agl/queues/rollouts/enqueue", json={"rollouts": [{"input": 1, "resources_id": ""}]})
     taken = client.post("/v1/agl/queues/rollouts/dequeue", json={"limit": 100, "worker_id": ""}).json()
-    assert {each["attempt"]["worker_id"] for each in taken} == {None}
+    assert {each["attempt"]["worker_id"] for each in taken} == {""}
+    # Nobody has this name.
+    assert "" not in {each["worker_id"] for each in client.get("/v1/agl/workers").json()["items"]}
 
 
 @pytest.mark.parametrize("parent_id", [None, "", "0" * 16])
@@ -395,7 +397,9 @@ def test_spans_without_a_parent_and_with_a_number_below_zero_are_taken(
     assert answer.status_code == 201, answer.text
     found = client.get("/v1/agl/spans", params={"rollout_id": made["rollout_id"]}).json()["items"]
     assert found == [answer.json()]
-    assert (found[0]["sequence_id"], found[0]["parent_id"]) == (-3, None)
+    assert (found[0]["sequence_id"], found[0]["parent_id"]) == (-3, parent_id)
+    asked = {"rollout_id": made["rollout_id"], "parent_id": "0" * 16}
+    assert client.get("/v1/agl/spans", params=asked).json()["items"] == []
     assert found[0]["attributes"] == {"share": None, "half": "?!"}
     asked = {"rollout_id": made["rollout_id"], "attempt_id": ids["attempt_id"]}
     assert client.post("/v1/agl/spans/next", json=asked).json() == {"sequence_id": 1}

@@ -8,14 +8,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, S
 
 from agentlightning.server.limits import ID_LIMIT, NUMBER_LIMIT, PAGE_LIMIT
 
-__all__ = ["LEFT_OUT", "Id", "Logic", "Named", "Page", "Part", "Query", "Seconds", "Sent", "Whole", "example"]
+__all__ = ["LEFT_OUT", "Id", "Logic", "Page", "Part", "Query", "Seconds", "Sent", "Whole", "example"]
 
 # Not every database has a NUL in a text.
 _WITHOUT_NUL = r"^[^\x00]*$"
 Id = Annotated[str, StringConstraints(min_length=1, max_length=ID_LIMIT, pattern=_WITHOUT_NUL)]
 Part = Annotated[str, StringConstraints(max_length=ID_LIMIT, pattern=_WITHOUT_NUL)]
-# Clients of 0.3 send an empty id for none.
-Named = Annotated[Id | None, BeforeValidator(lambda value: None if value == "" else value)]
 Seconds = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 # To JSON 1.0 is the same number as 1.
 Whole = Annotated[

@@ -157,8 +157,6 @@ async def update_attempt(rollout_id: Id, attempt_id: Id, body: models.ChangeAtte
     changes: dict[str, Any] = {name: getattr(body, name) for name in body.model_fields_set}
     if "metadata" in changes:
         changes["metadata"] = _text(changes["metadata"])
-    if "worker_id" in changes:
-        changes["worker_id"] = changes["worker_id"] or None
     row = await database.write(
         lambda connection: rollouts.update_attempt(connection, rollout_id, attempt_id, **changes)
     )

@@ -48,7 +48,7 @@ async def add_span(request: Request, database: Database) -> Response:
     # Some send no text, or zeros, for none.
     parent_id = checked.parent_id if checked.parent_id and checked.parent_id.strip("0") else None
     apart = ("rollout_id", "attempt_id", "sequence_id", "resource")
-    body = {**{name: value for name, value in sent.items() if name not in apart}, "parent_id": parent_id}
+    body = {name: value for name, value in sent.items() if name not in apart}
     new = spans.NewSpan(
         rollout_id=checked.rollout_id,
         attempt_id=checked.attempt_id,

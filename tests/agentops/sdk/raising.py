@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import time
 from contextlib import suppress
 from typing import Any
 
@@ -29,8 +30,10 @@ def is_interrupted() -> None:
 
 
 def main() -> None:
-    client = agentops.init(auto_start_session=False)
-    del client
+    agentops.init(auto_start_session=False)
+    # What is sent before that is no session.
+    while agentops.get_client().get_current_jwt() is None:
+        time.sleep(0.05)
     for each in (returns, raises, is_interrupted):
         with suppress(ValueError, KeyboardInterrupt):
             each()
