@@ -67,6 +67,9 @@ class Vocabulary:
             raise ValueError(f"a vocabulary that becomes larger than {_UNPACKED_LIMIT >> 20} MiB")
         if not unpacker.eof or unpacker.unused_data:
             raise ValueError("a vocabulary that is cut off, or has something behind its end")
+        # An empty object is two bytes, and becomes a hundred.
+        if body.count(b",") > 2 * ID_LIMIT or body.count(b"{") + body.count(b"[") > ID_LIMIT // 4:
+            raise ValueError("a vocabulary that has more in it than tokens")
         try:
             found = json.loads(body)
         except (ValueError, RecursionError) as error:

@@ -13,6 +13,7 @@ from sqlalchemy import Column, ColumnElement, Connection
 from agentlightning.server.models.common import Query
 from agentlightning.server.transactions import Transactions
 from agentlightning.store.pages import Page, find_page
+from agentlightning.store.rows import text_of
 
 __all__ = ["Json", "attempt", "encode", "page", "resources", "rollout", "span", "worker"]
 
@@ -81,9 +82,13 @@ def resources(row: Any) -> dict[str, Any]:
 
 
 def span(row: Any) -> msgspec.Raw:
-    """A span: the columns that its body is without, and its body."""
+    """A span: the columns that its body is without, its body, and what is kept once for many."""
     known = {"rollout_id": row.rollout_id, "attempt_id": row.attempt_id, "sequence_id": row.sequence_id}
-    return msgspec.Raw(encode(known)[:-1] + b"," + row.body[1:])
+    common = row.common
+    if isinstance(common, str):
+        common = text_of(common).encode()
+    body = encode(known)[:-1] + b"," + row.body[1:]
+    return msgspec.Raw(body if common is None else body[:-1] + b"," + common[1:])
 
 
 async def page(

@@ -14,7 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 import agentlightning
 from agentlightning.server import errors
 from agentlightning.server.keys import LOGINS, OPEN, Keys
-from agentlightning.server.limits import STRANGERS_LIMIT, WAITING_LIMIT, Bodies, Room
+from agentlightning.server.limits import ARRIVING_LIMIT, STRANGERS_LIMIT, WAITING_LIMIT, Bodies, Room
 from agentlightning.server.metrics import Metrics, Watched
 from agentlightning.server.origins import Origins
 from agentlightning.server.page import routes as page
@@ -91,10 +91,12 @@ def create_app(
     app.state.routes = [route for routes in routers for route in routes.routes]
     errors.add_handlers(app)
     # From the inside out.
-    app.add_middleware(Bodies, limit=body_limit)
+    arriving = Room(ARRIVING_LIMIT)
+    app.add_middleware(Bodies, limit=body_limit, arriving=arriving)
     if key is not None or tokens is not None:
         app.add_middleware(Keys, key=key, tokens=tokens)
-        app.add_middleware(Bodies, limit=min(body_limit, STRANGERS_LIMIT), paths=(*OPEN, *LOGINS))
+        strangers = min(body_limit, STRANGERS_LIMIT)
+        app.add_middleware(Bodies, limit=strangers, arriving=arriving, paths=(*OPEN, *LOGINS))
     app.add_middleware(Origins, allowed=cors_origins, is_own_name=is_own_name)
     if cors_origins:
         app.add_middleware(

@@ -15,6 +15,7 @@ from starlette.routing import Match
 
 from agentlightning.server.transactions import Busy
 from agentlightning.store import StoreRefused, StoreUnavailable
+from agentlightning.store.database import Unkeepable
 from agentlightning.store.rollouts import Unknown
 from agentlightning.store.wire import ERROR_HEADER
 
@@ -40,8 +41,7 @@ def add_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Busy, _busy)
     app.add_exception_handler(StoreUnavailable, _unavailable)
     app.add_exception_handler(StoreRefused, _unavailable)
-    for kind in (ValueError, OverflowError, RecursionError):
-        app.add_exception_handler(kind, _unusable)
+    app.add_exception_handler(Unkeepable, _unkeepable)
     app.add_exception_handler(Exception, _unexpected)
 
 
@@ -98,9 +98,7 @@ async def _unavailable(_: Request, error: Exception) -> Response:
     return sentence(503, str(error), {"Retry-After": "1"})
 
 
-async def _unusable(request: Request, error: Exception) -> Response:
-    if isinstance(error, RecursionError):
-        return sentence(400, "the body is nested too deeply")
+async def _unkeepable(request: Request, error: Exception) -> Response:
     logger.info("%s %s: %s", request.method, request.url.path, error)
     return sentence(422, f"something in it cannot be kept: {error}")
 

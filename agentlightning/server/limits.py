@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -14,14 +15,18 @@ from agentlightning.server.errors import sentence
 from agentlightning.server.transactions import Busy
 
 __all__ = [
+    "ARRIVING_LIMIT",
     "BATCH_LIMIT",
     "DEPTH_LIMIT",
     "DEQUEUE_LIMIT",
     "DETAILS_LIMIT",
+    "ELEMENTS_LIMIT",
     "ID_LIMIT",
+    "MESSAGES_LIMIT",
     "NUMBER_LIMIT",
     "PAGE_LIMIT",
     "STRANGERS_LIMIT",
+    "VALUES_LIMIT",
     "WAITING_LIMIT",
     "Bodies",
     "Room",
@@ -39,15 +44,30 @@ DEPTH_LIMIT = 200
 """Arrays and objects inside of one another, in a body: who reads it again has a limit, too, Python's near 1,000."""
 ID_LIMIT = 512
 """Characters of an id or a name that is looked up."""
+MESSAGES_LIMIT = 500_000
+"""Messages in one OTLP request, at whatever depth, but for the elements of arrays: an attribute is two."""
+ELEMENTS_LIMIT = 2_000_000
+"""Elements of arrays in one OTLP request, such as token ids."""
+VALUES_LIMIT = 4_000_000
+"""Elements of arrays, and fields of objects, in any other body in JSON."""
 NUMBER_LIMIT = 2**53 - 1
 """The highest whole number that every reader of JSON tells from the next one."""
 STRANGERS_LIMIT = 64 << 10
 """Bytes of a body where whoever sends it may have no key."""
 WAITING_LIMIT = 256 << 20
 """Bytes of bodies that wait for the disk."""
+ARRIVING_LIMIT = 256 << 20
+"""Bytes of bodies that have not arrived as a whole, without the first `UNCOUNTED` of each."""
 
 # Most bodies are not larger, and are unpacked in the time that a thread would take to begin with it.
 BYTES_AT_ONCE = 1 << 20
+# Small requests get in whatever else arrives: they are bounded by how many connections there are.
+UNCOUNTED = 64 << 10
+GZIP = ("gzip", "x-gzip")
+# Of gzip, which is several, one after the other, where it was written in parts.
+MEMBERS_LIMIT = 10_000
+MEMBERS_AT_ONCE = 100
+PACKED_AT_ONCE = 64 << 10
 
 
 class Refused(Exception):
@@ -67,12 +87,14 @@ class Bodies:
 
     Args:
         limit: how many bytes one may have.
+        arriving: has room for all that have not arrived yet.
         paths: those that it is for; all if not given.
     """
 
-    def __init__(self, app: ASGIApp, limit: int, paths: Sequence[str] | None = None) -> None:
+    def __init__(self, app: ASGIApp, limit: int, arriving: Room, paths: Sequence[str] | None = None) -> None:
         self._app = app
         self._limit = limit
+        self._arriving = arriving
         self._paths = paths
         self._unpacking = asyncio.Semaphore(1)
 
@@ -86,6 +108,9 @@ class Bodies:
             body = await self._body(headers, receive)
         except Refused as refused:
             await sentence(refused.status, str(refused))(scope, receive, send)
+            return
+        except Busy as busy:
+            await sentence(503, str(busy), {"Retry-After": "1"})(scope, receive, send)
             return
         if body is None:
             return
@@ -107,22 +132,24 @@ class Bodies:
         if not declared.isdecimal() or int(declared) > self._limit:
             raise self._too_large()
         encoding = headers.get("content-encoding", "identity").lower()
-        if encoding not in ("identity", "gzip"):
+        if encoding not in ("identity", *GZIP):
             raise Refused(415, f"a body may be packed with gzip, not with {encoding!r}")
-        parts: list[bytes] = []
-        size, more = 0, True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            part = message.get("body", b"")
-            parts.append(part)
-            size += len(part)
-            if size > self._limit:
-                raise self._too_large()
-            more = message.get("more_body", False)
-        body = b"".join(parts)
-        return await self._unpacked(body) if encoding == "gzip" and body else body
+        with self._arriving.growing("arrive") as counted:
+            parts: list[bytes] = []
+            size, more = 0, True
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return None
+                part = message.get("body", b"")
+                parts.append(part)
+                size += len(part)
+                if size > self._limit:
+                    raise self._too_large()
+                counted(size - UNCOUNTED)
+                more = message.get("more_body", False)
+            body = b"".join(parts)
+            return await self._unpacked(body) if encoding in GZIP and body else body
 
     async def _unpacked(self, body: bytes) -> bytes:
         unpacker = _Unpacker(body)
@@ -165,13 +192,36 @@ class Room:
         Raises:
             Busy: there is no room for them now.
         """
-        if self._taken and self._taken + nbytes > self._nbytes:
-            raise Busy(f"{self._taken >> 20} MiB wait for the disk already")
-        self._taken += nbytes
-        try:
+        with self.growing("wait for the disk") as counted:
+            counted(nbytes)
             yield
+
+    @contextmanager
+    def growing(self, what: str) -> Iterator[Callable[[int], None]]:
+        """Around what holds on to more and more bytes; gives a function that is told how many they are.
+
+        Args:
+            what: they do, in words.
+
+        Raises:
+            Busy: there is no room for them now.
+        """
+        own = 0
+
+        def count(nbytes: int) -> None:
+            nonlocal own
+            if nbytes <= own:
+                return
+            others = self._taken - own
+            if others and others + nbytes > self._nbytes:
+                raise Busy(f"{self._taken >> 20} MiB {what} already")
+            self._taken += nbytes - own
+            own = nbytes
+
+        try:
+            yield count
         finally:
-            self._taken -= nbytes
+            self._taken -= own
 
 
 class _Unpacker:
@@ -185,8 +235,10 @@ class _Unpacker:
         self.parts: list[bytes] = []
         self.size = 0
         self.ends = False
-        self._rest = body
-        self._member = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+        self._body = body
+        self._position = 0
+        self._members = 1
+        self._member = _member()
 
     def step(self) -> None:
         """Unpack some more.
@@ -195,15 +247,29 @@ class _Unpacker:
             zlib.error: it is not gzip.
             EOFError: it is cut off.
         """
-        part = self._member.decompress(self._rest, BYTES_AT_ONCE)
-        self.parts.append(part)
-        self.size += len(part)
-        if not self._member.eof:
-            self._rest = self._member.unconsumed_tail
-            if not self._rest and len(part) < BYTES_AT_ONCE:
+        most, members = self.size + BYTES_AT_ONCE, self._members + MEMBERS_AT_ONCE
+        while not self.ends and self.size < most and self._members < members:
+            # Not all of it: what is left over is copied each time.
+            packed = self._body[self._position : self._position + PACKED_AT_ONCE]
+            part = self._member.decompress(packed, most - self.size)
+            self._position += len(packed) - len(self._member.unconsumed_tail) - len(self._member.unused_data)
+            if part:
+                self.parts.append(part)
+                self.size += len(part)
+            if self._member.eof:
+                self._next()
+            elif not part and not packed:
                 raise EOFError
-        elif self._member.unused_data:
-            # Gzip may be several, one after the other; but no client sends it, and a million of them are nobody's.
-            raise zlib.error("there is more behind its end")
-        else:
+
+    def _next(self) -> None:
+        if self._position == len(self._body):
             self.ends = True
+            return
+        self._members += 1
+        if self._members > MEMBERS_LIMIT:
+            raise zlib.error(f"it has more than {MEMBERS_LIMIT} members")
+        self._member = _member()
+
+
+def _member() -> Any:
+    return zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)

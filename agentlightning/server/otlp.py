@@ -5,16 +5,20 @@ from __future__ import annotations
 import base64
 import binascii
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 from google.protobuf.json_format import MessageToJson, ParseDict, ParseError
 from google.protobuf.message import DecodeError, Message
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from agentlightning.server.answers import encode
-from agentlightning.server.limits import DETAILS_LIMIT, ID_LIMIT, NUMBER_LIMIT
+from agentlightning.server.counting import has_more_in_json, has_more_in_protobuf
+from agentlightning.server.limits import DETAILS_LIMIT, ELEMENTS_LIMIT, ID_LIMIT, MESSAGES_LIMIT, NUMBER_LIMIT
+from agentlightning.server.mending import mended_json, mended_protobuf
 from agentlightning.store.attributes import PROJECT, TAGS, response_id, reward
 from agentlightning.store.spans import NewSpan
 
@@ -34,17 +38,32 @@ class Unreadable(ValueError):
     """A body that is not what its Content-Type says, or too much to read; the message is one sentence."""
 
 
-def parsed(message: Message, body: bytes, content_type: str) -> None:
-    """Read a body into an OTLP request.
+class TooMuch(Unreadable):
+    """A body that would become many times as large as it is."""
+
+
+TOO_MANY = f"the body has more than {MESSAGES_LIMIT} messages or {ELEMENTS_LIMIT} elements of arrays: send it in parts"
+UNREADABLE = "it is none, as OTLP has it"
+ODD_IDS = "a trace_id has 16 bytes and a span_id 8, and neither is all zeros"
+
+
+def parsed(message: Message, body: bytes, content_type: str) -> Counter[str]:
+    """Read a body into an OTLP request. Text that is no UTF-8 is mended.
+
+    Returns:
+        How many spans had to be left out, by the reason.
 
     Raises:
-        Unreadable: it is none.
+        Unreadable: it is none, or none of its spans can be read, or it has too many messages or values.
     """
+    refused: Counter[str] = Counter()
     try:
         if content_type == PROTOBUF:
-            message.ParseFromString(body)
+            _read_protobuf(message, body)
         elif body:
-            ParseDict(_fields(msgspec.json.decode(body), message.DESCRIPTOR), message, ignore_unknown_fields=True)
+            refused[UNREADABLE] = _read_json(message, body)
+    except TooMuch:
+        raise
     except (DecodeError, ParseError, msgspec.DecodeError, UnicodeDecodeError, ValueError) as error:
         # Some of these have the value in them, whatever its length.
         reason = " ".join(str(error).split())[:REASON_LIMIT]
@@ -52,6 +71,67 @@ def parsed(message: Message, body: bytes, content_type: str) -> None:
     except (RecursionError, AttributeError, TypeError) as error:
         # Of JSON that has nothing of the shape of one.
         raise Unreadable(f"the body is no OTLP request in {content_type}") from error
+    return +refused
+
+
+def _read_protobuf(message: Message, body: bytes) -> None:
+    if has_more_in_protobuf(body, message.DESCRIPTOR, MESSAGES_LIMIT, ELEMENTS_LIMIT):
+        raise TooMuch(TOO_MANY)
+    try:
+        message.ParseFromString(body)
+    except DecodeError:
+        message.Clear()
+        message.ParseFromString(mended_protobuf(body, message))
+        if not _has_any(message):
+            raise
+
+
+def _read_json(message: Message, body: bytes) -> int:
+    """Returns how many spans are left out, since they cannot be read."""
+    # A message in JSON is a field, and has one.
+    if has_more_in_json(body, 2 * MESSAGES_LIMIT):
+        raise TooMuch(TOO_MANY)
+    try:
+        found = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        found = msgspec.json.decode(mended_json(body))
+    try:
+        ParseDict(_fields(found, message.DESCRIPTOR), message, ignore_unknown_fields=True)
+        return 0
+    except (ParseError, ValueError, RecursionError, AttributeError, TypeError):
+        refused = _leave_out(found, _is_unreadable)
+        message.Clear()
+        ParseDict(_fields(found, message.DESCRIPTOR), message, ignore_unknown_fields=True)
+        if not _has_any(message):
+            raise
+        return refused
+
+
+def _has_any(request: Any) -> bool:
+    """Whether a request has a span."""
+    return isinstance(request, ExportTraceServiceRequest) and any(
+        part.spans for each in request.resource_spans for part in each.scope_spans
+    )
+
+
+def _leave_out(found: Any, is_left_out: Callable[[Any], bool]) -> int:
+    """Remove spans from a request in JSON; returns how many."""
+    removed = 0
+    for of_resource in found.get("resourceSpans") or found.get("resource_spans") or ():
+        for part in of_resource.get("scopeSpans") or of_resource.get("scope_spans") or ():
+            spans = part.get("spans") or []
+            kept = [span for span in spans if not is_left_out(span)]
+            removed += len(spans) - len(kept)
+            part["spans"] = kept
+    return removed
+
+
+def _is_unreadable(span: Any) -> bool:
+    try:
+        ParseDict(_fields(span, Span.DESCRIPTOR), Span(), ignore_unknown_fields=True)
+    except (ParseError, ValueError, RecursionError, AttributeError, TypeError):
+        return True
+    return False
 
 
 def written(message: Message, content_type: str) -> bytes:
@@ -60,12 +140,12 @@ def written(message: Message, content_type: str) -> bytes:
 
 
 def spans_of(
-    request: ExportTraceServiceRequest, headers: Mapping[str, str], project_id: str | None = None
+    request: ExportTraceServiceRequest, header: Callable[[str], str | None], project_id: str | None = None
 ) -> tuple[list[NewSpan], int]:
-    """The spans of a request, and how many it has besides that are none: their ids are not as long as ids are.
+    """The spans of a request, and how many have to be left out, since their ids are not as `ODD_IDS` says.
 
     Args:
-        headers: that it came with, which may name a rollout and an attempt for what does not.
+        header: gives those that it came with, which may name a rollout and an attempt for what does not.
         project_id: of AgentOps, for which it came, whatever it says itself.
 
     Raises:
@@ -76,7 +156,7 @@ def spans_of(
         raise Unreadable(f"the body has more than {DETAILS_LIMIT} events and links")
     found: list[NewSpan] = []
     refused = 0
-    named = {name: headers.get(header) for name, header in HEADERS.items()}
+    named = {name: header(each) for name, each in HEADERS.items()}
     for of_resource in request.resource_spans:
         attributes = _attributes(of_resource.resource.attributes)
         if project_id is not None:
@@ -84,21 +164,30 @@ def spans_of(
         resource = {"attributes": attributes, "schema_url": of_resource.schema_url}
         for of_scope in of_resource.scope_spans:
             scope = {"name": of_scope.scope.name, "version": of_scope.scope.version}
+            common = encode({"resource": resource, "scope": scope}) if of_scope.spans else b""
             for span in of_scope.spans:
-                if len(span.trace_id) == 16 and len(span.span_id) == 8:
-                    found.append(_span(span, resource, scope, named))
+                if _is_id(span.trace_id, 16) and _is_id(span.span_id, 8):
+                    found.append(_span(span, attributes, common, named))
                 else:
                     refused += 1
     return found, refused
 
 
-def _span(
-    span: Any, resource: Mapping[str, Any], scope: Mapping[str, str], headers: Mapping[str, str | None]
-) -> NewSpan:
+def _is_id(sent: bytes, length: int) -> bool:
+    return len(sent) == length and any(sent)
+
+
+def _span(span: Any, of_resource: Mapping[str, Any], common: bytes, headers: Mapping[str, str | None]) -> NewSpan:
+    """
+    Args:
+        of_resource: the attributes of its resource.
+        common: what it has in common with others: JSON of its resource and scope.
+    """
     attributes = _attributes(span.attributes)
-    rollout_id, attempt_id = _place(headers, resource["attributes"], _tags(attributes), attributes)
+    rollout_id, attempt_id = _place(headers, of_resource, _tags(attributes), attributes)
     trace_id, span_id = span.trace_id.hex(), span.span_id.hex()
-    parent_id = span.parent_span_id.hex() or None
+    # Some send zeros for none.
+    parent_id = span.parent_span_id.hex() if any(span.parent_span_id) else None
     start_time, end_time = _seconds(span.start_time_unix_nano), _seconds(span.end_time_unix_nano)
     body = {
         "trace_id": trace_id,
@@ -129,14 +218,12 @@ def _span(
         "end_time": end_time,
         "context": _context(trace_id, span_id, span.trace_state),
         "parent": None,
-        "resource": resource,
-        "scope": scope,
         "kind": _one_of(KINDS, span.kind),
     }
     return NewSpan(
         rollout_id=rollout_id,
         attempt_id=attempt_id,
-        sequence_id=_sequence_id(attributes.get(SEQUENCE, resource["attributes"].get(SEQUENCE))),
+        sequence_id=_sequence_id(attributes.get(SEQUENCE, of_resource.get(SEQUENCE))),
         trace_id=trace_id,
         span_id=span_id,
         parent_id=parent_id,
@@ -146,6 +233,7 @@ def _span(
         response_id=response_id(attributes),
         reward=reward(span.name, attributes),
         body=encode(body),
+        common=common,
     )
 
 
@@ -180,7 +268,7 @@ def _sequence_id(value: Any) -> int | None:
         number = int(str(value))
     except ValueError:
         return None
-    return number if 0 <= number <= NUMBER_LIMIT else None
+    return number if abs(number) <= NUMBER_LIMIT else None
 
 
 def _context(trace_id: str, span_id: str, trace_state: str) -> dict[str, Any]:

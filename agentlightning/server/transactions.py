@@ -175,11 +175,15 @@ class Transactions:
                 write.future.set_exception(write.error)
 
     async def _sweep(self) -> None:
-        """End overdue attempts also where nobody asks: a rollout that is to be tried again shows in the metrics."""
+        """End overdue attempts also where nobody asks: a rollout that is to be tried again shows in the metrics.
+
+        And give back disk space, if a reader was in the way of that before.
+        """
         while True:
             await asyncio.sleep(SECONDS_BETWEEN_SWEEPS)
             try:
                 await self.read(lambda _: None)
+                await self.run(self._database.tidy)
             except (StoreUnavailable, StoreRefused) as error:
                 logger.warning("overdue attempts cannot be ended now: %s", error)
             except Exception:

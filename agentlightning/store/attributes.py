@@ -36,9 +36,10 @@ PROJECT = "agentops.project.id"
 """The attribute of what sends spans that has the project of AgentOps that it is for."""
 
 # How a session has ended: the text that it was ended with. The SDK sends none for an enumeration of its own, and so
-# none where it was ended by a `with` block, and "Shutdown" where the program was at its end.
+# none where it was ended by a `with` block, and "Shutdown" where the program was at its end. Of a function that it
+# decorates it sends "Success" when that returns, "Indeterminate" when it raises, and "Unknown" when it is cancelled.
 END_STATE = "agentops.session.end_state"
-FAILURES = ("fail", "failed", "failure", "error")
+FAILURES = ("fail", "failed", "failure", "error", "indeterminate", "unknown")
 SUCCESSES = ("success", "succeeded", "ok")
 # Of 0.2, whose name of the span is this, and of 0.3, whose attributes begin with it.
 REWARD = "agentlightning.reward"

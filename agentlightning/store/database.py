@@ -18,6 +18,7 @@ from agentlightning.store import StoreUnavailable
 __all__ = [
     "Conflict",
     "Database",
+    "Unkeepable",
     "found",
     "in_parts",
     "insert_if_new",
@@ -41,10 +42,14 @@ class Conflict(StoreUnavailable):
     """Somebody else wrote the same at this moment. Nothing of it is kept; at once again, it should work."""
 
 
+class Unkeepable(ValueError):
+    """A value that the database cannot hold: whoever sent it is told, and nothing of it is kept."""
+
+
 class Database(ABC):
     """Has the tables of this version. Safe for several threads, not for a fork.
 
-    Whatever is done with its connections raises `StoreUnavailable`, `StoreRefused`, or `ValueError` where a value is
+    Whatever is done with its connections raises `StoreUnavailable`, `StoreRefused`, or `Unkeepable` where a value is
     the reason.
     """
 
@@ -59,6 +64,10 @@ class Database(ABC):
     @abstractmethod
     def explanation(self, error: Exception) -> Exception | None:
         """What to raise for an error of the driver; None for one that is none."""
+
+    def tidy(self) -> None:
+        """Give back disk space that is not needed any more, unless that would have to wait for others."""
+        return
 
     @abstractmethod
     def close(self) -> None:

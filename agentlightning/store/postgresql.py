@@ -14,15 +14,22 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from agentlightning.settings import without_secrets
 from agentlightning.store import StoreRefused, StoreUnavailable, tables
-from agentlightning.store.database import Conflict, Database, transaction
+from agentlightning.store.database import Conflict, Database, Unkeepable, transaction
 
 __all__ = ["PostgresqlDatabase"]
 
 SCHEMA = "agentlightning"
 """Our tables are in a schema of their own, whatever else the database has."""
-VERSION = 1
+VERSION = 2
 """Of our tables, as `agentlightning.version` says it."""
-MIGRATIONS: Mapping[int, Sequence[str]] = {}
+MIGRATIONS: Mapping[int, Sequence[str]] = {
+    1: (
+        "ALTER TABLE spans ADD COLUMN is_numbered BOOLEAN",
+        "ALTER TABLE spans ADD COLUMN common_key BIGINT",
+        'CREATE TABLE probes (name TEXT COLLATE "C" PRIMARY KEY, written_at DOUBLE PRECISION NOT NULL)',
+        *tables.ENDS_THAT_WERE_LEFT,
+    ),
+}
 """The statements that make tables of this version those of the next."""
 # Whoever makes or changes the tables holds it: any number, as long as it is ours.
 ADVISORY_LOCK = int.from_bytes(b"AgL1", "big")
@@ -114,12 +121,14 @@ class PostgresqlDatabase(Database):
                 return StoreRefused(f"{self._name} cannot be used: {told}")
             case errors.ProgramLimitExceeded() | psycopg.DataError() | psycopg.IntegrityError():
                 # The first is of an id of some KiB, for one, that an index has no room for.
-                return ValueError(told)
+                return Unkeepable(told)
             case psycopg.ProgrammingError() if reason.sqlstate is None:
                 # Of the driver itself: a value that is of no type that it knows.
-                return ValueError(told)
+                return Unkeepable(told)
             case OverflowError() | struct.error():
-                return ValueError(f"a number that PostgreSQL cannot hold: {told}")
+                return Unkeepable(f"a number that PostgreSQL cannot hold: {told}")
+            case UnicodeEncodeError():
+                return Unkeepable(f"a text that PostgreSQL cannot hold: {reason.reason}")
             case psycopg.Error() | PoolTimeout():
                 # A server that only reads, since another has taken its place, is none of a value's doing either.
                 return self._unreachable(told)

@@ -163,7 +163,7 @@ def dequeue(connection: Connection, limit: int, worker_id: str | None) -> list[s
     """Take the rollouts that have been queued the longest, each with a new attempt; returns their ids."""
     found = connection.execute(_WAITING, {"most": limit}).all()
     at = now(connection)
-    if worker_id is not None:
+    if worker_id:
         workers.note(connection, worker_id, last_dequeue_time=at, **({} if found else workers.without_work(at)))
     for each in found:
         _begin(connection, each, worker_id, at)
@@ -369,7 +369,7 @@ def _attempt(
         "deadline": deadline,
     }
     connection.execute(_NEW_ATTEMPT, values)
-    if worker_id is not None:
+    if worker_id:
         workers.note(connection, worker_id, **workers.busy(at, rollout_id, attempt_id))
 
 
@@ -378,6 +378,8 @@ def _settle(connection: Connection, found: Attempted, number: int, changes: dict
     at = now(connection)
     if changes.get("status") in ("failed", "succeeded"):
         changes["end_time"] = at
+    elif changes.get("status") in UNDER_WAY:
+        changes["end_time"] = None
     if changes:
         _change_attempt(connection, found.key, number, **changes)
     attempt = _attempt_of(connection, found.key, number)
@@ -409,8 +411,7 @@ def _of_status(status: RolloutStatus, queued_at: int | None, at: float) -> dict[
     changes: dict[str, Any] = {"status": status, "queued_at": None}
     if status in QUEUED:
         changes["queued_at"] = queued_at or _nanoseconds(at)
-    if status in FINISHED:
-        changes["end_time"] = at
+    changes["end_time"] = at if status in FINISHED else None
     return changes
 
 

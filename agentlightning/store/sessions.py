@@ -147,6 +147,7 @@ def _move(connection: Connection, which: ColumnElement[bool], place: Place) -> N
     numbers = next_sequence_ids(connection, place[0], len(keys))
     moved = update(spans).where(spans.c.key == bindparam("of_key"))
     connection.execute(
-        moved.values(rollout_id=place[0], attempt_id=place[1], sequence_id=bindparam("number")),
+        # The numbers are no longer those of a sender.
+        moved.values(rollout_id=place[0], attempt_id=place[1], sequence_id=bindparam("number"), is_numbered=False),
         [{"of_key": key, "number": number} for key, number in zip(keys, numbers, strict=True)],
     )

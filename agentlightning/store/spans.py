@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, bindparam, case, select, update
 
+from agentlightning.store import texts
 from agentlightning.store.database import in_parts, insert_if_new, insert_rows
 from agentlightning.store.rows import storable
 from agentlightning.store.tables import span_sequences, spans
@@ -32,10 +33,11 @@ class NewSpan:
 
     Attributes:
         rollout_id: None, as `attempt_id`, for one that came without.
-        sequence_id: its place in the rollout; None for the next.
+        sequence_id: its place in the rollout, if its sender gave one; None for the next.
         start_time: seconds since the epoch, as `end_time`.
         response_id: the answer of a model that it is about; `attributes.response_id` finds it, and `reward` finds that.
-        body: a JSON object of all but `rollout_id`, `attempt_id` and `sequence_id`.
+        body: a JSON object of all but `rollout_id`, `attempt_id`, `sequence_id` and what is in `common`.
+        common: a JSON object of what it has in common with many others, which is kept once: `resource` and `scope`.
     """
 
     rollout_id: str | None
@@ -50,6 +52,7 @@ class NewSpan:
     response_id: str | None
     reward: float | None
     body: bytes
+    common: bytes | None = None
 
 
 def add(connection: Connection, new: Sequence[NewSpan]) -> int:
@@ -62,6 +65,8 @@ def add(connection: Connection, new: Sequence[NewSpan]) -> int:
     given = {
         rollout_id: iter(next_sequence_ids(connection, rollout_id, wanted[rollout_id])) for rollout_id in sorted(wanted)
     }
+    keys = texts.keys_of(connection, {_text(each.common) for each in new})
+    are_numbered = [each.rollout_id is not None and each.sequence_id is not None for each in new]
     highest: dict[str, int] = {}
     for each in new:
         if each.rollout_id is None:
@@ -83,11 +88,13 @@ def add(connection: Connection, new: Sequence[NewSpan]) -> int:
             _column(each.name),
             each.start_time,
             each.end_time,
+            is_numbered,
             storable(each.response_id),
             each.reward,
+            keys[_text(each.common)],
             each.body,
         )
-        for each in new
+        for each, is_numbered in zip(new, are_numbered, strict=True)
     ]
     return insert_rows(connection, spans, values, without="key", if_new=True)
 
@@ -125,6 +132,10 @@ def _at_least(connection: Connection, rollout_id: str, sequence_id: int) -> None
         return
     if not insert_if_new(connection, span_sequences, rollout_id=rollout_id, last=sequence_id):
         connection.execute(_AT_LEAST, least)
+
+
+def _text(common: bytes | None) -> str | None:
+    return None if common is None else common.decode()
 
 
 def _column(text: str) -> str:

@@ -13,20 +13,29 @@ from sqlalchemy import URL, Connection, create_engine, event
 from sqlalchemy.exc import DBAPIError
 
 from agentlightning.store import StoreRefused, StoreUnavailable, tables
-from agentlightning.store.database import Database, transaction
+from agentlightning.store.database import Database, Unkeepable, transaction
 from agentlightning.store.filesystem import network_file_system
 
 __all__ = ["SqliteDatabase"]
 
 APPLICATION_ID = int.from_bytes(b"AgL1", "big")
 """What `PRAGMA application_id` says in our files."""
-VERSION = 1
+VERSION = 2
 """The schema's, as `PRAGMA user_version` says it."""
-MIGRATIONS: Mapping[int, Sequence[str]] = {}
+MIGRATIONS: Mapping[int, Sequence[str]] = {
+    1: (
+        "ALTER TABLE spans ADD COLUMN is_numbered BOOLEAN",
+        "ALTER TABLE spans ADD COLUMN common_key INTEGER",
+        "CREATE TABLE probes (name TEXT NOT NULL, written_at DOUBLE NOT NULL, PRIMARY KEY (name))",
+        *tables.ENDS_THAT_WERE_LEFT,
+    ),
+}
 """The statements that make a file of this version one of the next."""
 
 # Set before the file's first page is written, or never: smaller pages waste more of themselves on rows of some KiB.
 PAGE_BYTES = 16384
+WAL_BYTES = 16 << 20
+"""What the WAL file may keep when all that is in it has been copied to the file."""
 
 
 class SqliteDatabase(Database):
@@ -63,25 +72,47 @@ class SqliteDatabase(Database):
     def reading(self) -> AbstractContextManager[Connection]:
         return self._transaction("BEGIN")
 
-    def writing(self) -> AbstractContextManager[Connection]:
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
         if self._identity() != self._file:
             raise StoreUnavailable(f"{self._path} was replaced since it was opened")
-        return self._transaction("BEGIN IMMEDIATE")
+        with self._transaction("BEGIN IMMEDIATE") as connection:
+            yield connection
+        self.tidy()
 
     def explanation(self, error: Exception) -> Exception | None:
         reason = error.orig if isinstance(error, DBAPIError) else error
         if isinstance(reason, OSError):
             return StoreUnavailable(f"{self._path} cannot be opened: {reason.strerror}")
         if isinstance(reason, OverflowError):
-            return ValueError(f"a number that SQLite cannot hold: {reason}")
+            return Unkeepable(f"a number that SQLite cannot hold: {reason}")
+        if isinstance(reason, UnicodeEncodeError):
+            return Unkeepable(f"a text that SQLite cannot hold: {reason.reason}")
         if isinstance(reason, sqlite3.OperationalError):
             return StoreUnavailable(f"{self._path} cannot be used now: {reason}")
         if type(reason) is sqlite3.DatabaseError:
             return StoreRefused(f"{self._path} is no SQLite file, or a broken one: {reason}")
-        return ValueError(f"{reason}") if isinstance(reason, sqlite3.Error) else None
+        return Unkeepable(f"{reason}") if isinstance(reason, sqlite3.Error) else None
+
+    def tidy(self) -> None:
+        """Empty the WAL file, if a large transaction has left it large and no reader is in the way."""
+        if not self._has_large_wal():
+            return
+        with suppress(StoreUnavailable, StoreRefused), self.explained(), self._engine.connect() as connection:
+            connection.exec_driver_sql("PRAGMA busy_timeout = 0")
+            try:
+                connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+            finally:
+                connection.exec_driver_sql(f"PRAGMA busy_timeout = {int(self._patience * 1000)}")
 
     def close(self) -> None:
         self._engine.dispose()
+
+    def _has_large_wal(self) -> bool:
+        try:
+            return os.stat(f"{self._path}-wal").st_size > WAL_BYTES
+        except OSError:
+            return False
 
     def _make_file(self) -> None:
         with self.explained(), suppress(FileExistsError):
@@ -150,3 +181,4 @@ class SqliteDatabase(Database):
 def _configure(connection: sqlite3.Connection, _: object) -> None:
     # In WAL mode this loses nothing when a process is killed; without power, the last transactions, whole.
     connection.execute("PRAGMA synchronous = NORMAL")
+    connection.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")

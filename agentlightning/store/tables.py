@@ -28,11 +28,13 @@ from sqlalchemy import (
 )
 
 __all__ = [
+    "ENDS_THAT_WERE_LEFT",
     "attempts",
     "choices",
     "generations",
     "losses",
     "metadata",
+    "probes",
     "resources",
     "rollouts",
     "secrets",
@@ -212,10 +214,14 @@ spans = Table(
     Column("name", _Text, nullable=False),
     Column("start_time", Double),
     Column("end_time", Double),
+    # Whether its sender gave it its sequence_id. Else the store did when it arrived, which says nothing of when it was.
+    Column("is_numbered", Boolean),
     # What it says that others look for: the `id` of a model's answer, and a reward.
     Column("response_id", _Text),
     Column("reward", Double),
-    # A JSON object of all but rollout_id, attempt_id and sequence_id.
+    # A JSON object of what many spans have in common: resource and scope. Null where the body has them.
+    Column("common_key", _Key),
+    # A JSON object of all else but rollout_id, attempt_id and sequence_id.
     Column("body", LargeBinary, nullable=False),
 )
 
@@ -278,6 +284,14 @@ uploads = Table(
     Column("body", LargeBinary, nullable=False),
 )
 
+probes = Table(
+    "probes",
+    metadata,
+    Column("name", _Text, primary_key=True),
+    Column("written_at", Double, nullable=False),
+)
+"""Written to find out whether the database can be written."""
+
 secrets = Table(
     "secrets",
     metadata,
@@ -319,3 +333,9 @@ _index_where_set(spans, "of_response", "response_id")
 _index("spans_with_reward", spans.c.rollout_id, spans.c.sequence_id, spans.c.reward, where=spans.c.reward.is_not(None))
 _index_where_set(uploads, "of_trace", "trace_id")
 _index("resources_by_time", resources.c.update_time)
+
+ENDS_THAT_WERE_LEFT = (
+    "UPDATE rollouts SET end_time = NULL WHERE status NOT IN ('failed', 'succeeded', 'cancelled')",
+    "UPDATE attempts SET end_time = NULL WHERE status IN ('preparing', 'running')",
+)
+"""Version 1 left a rollout, and an attempt, that ran again the time at which it had ended before."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -58,7 +58,8 @@ class _Call:
         """Nanoseconds since the epoch; of a missing one, by the clock of whoever made its span."""
         if self.generations:
             return self.generations[-1].finished_at
-        return float("inf") if self.span.end_time is None else self.span.end_time * 1e9
+        ended = _ended(self.span)
+        return float("inf") if ended is None else ended * 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +81,22 @@ def of_rollout(connection: Connection, rollout_id: str, attempt_id: str | None =
     spans that name it are theirs one by one, in order, where there are as many and no attempt of one contradicts; else
     none of them is.
 
-    Order: calls that have spans are in the order of those, and one that has none comes after the last of them that
-    finished before it. The generations of one call (tool loops, beam search) stay together. A call that is missing has
-    its place by its span, and no triplet. It is where no call has the answer that a span names, and where the spans
-    that name one of several calls are more than these, or are of other attempts.
+    Arrival is not order: spans are sent in batches, and generations wait in a queue, so that either may come late. Two
+    events are compared by what one writer or one clock says of both, and by arrival only where nothing else is known.
+
+    Order: calls that have spans are in the order in which these ended (`_in_time`), and one that has none comes after
+    the last of them that finished before it, by the clock of vLLM's host. The generations of one call (tool loops, beam
+    search) stay together. A call that is missing has its place by its span, and no triplet. It is where no call has the
+    answer that a span names, and where the spans that name one of several calls are more than these, or are of other
+    attempts.
 
     Rewards: one that names a generation, or links to the answer or the span of a call, belongs to that; one that was
     given as the outcome of its attempt to the last call that is there by now; each other to the last call of its
-    attempt before it. One that has none before it, and no call's span after it, is an outcome, too. Of several rewards
-    of a call the last counts; of several generations of a call the last gets it, with all of its choices. What belongs
-    to a call that is missing, or links to none, or to an answer that several calls have, is nobody's.
+    attempt that ended before it (`_is_before`). One that has none before it, and no call's span after it, is an
+    outcome, too. Of several rewards of a call the last counts, and one that was posted counts more than one in a span
+    of the agent: their clocks differ. Of several generations of a call the last gets it, with all of its choices. A
+    reward that belongs to a call that is missing, or links to none, or to an answer that several calls have, is left
+    out.
     """
     calls, known, rewards = _all_of(connection, rollout_id, attempt_id, (_GENERATIONS.prompt_token_ids,))
     return _triplets(connection, rollout_id, calls, known, rewards)
@@ -154,30 +161,74 @@ def _all_of(
     keys, shared = _keys(connection, rollout_id, attempt_id, spans)
     generations = _generations(connection, keys, more)
     known = texts.texts_of(connection, {key for row in generations for key in (row.model_key, row.attempt_key)})
-    calls = _in_order(_calls(generations, spans, shared, known))
+    calls = _in_order(_calls(generations, spans, shared, known), spans)
     return calls, known, _rewards(calls, spans)
 
 
 def _spans(connection: Connection, rollout_id: str, attempt_id: str | None) -> Sequence[Any]:
-    """The spans of a rollout that name an answer, or give a reward.
-
-    In the order of `sequence_id`, in which 0.3 has spans, too: the store numbers those of a rollout as they end, where
-    `start_time` is by the clock of whichever host has sent one.
-    """
+    """The spans of a rollout that name an answer, or give a reward, in the order in which they ended."""
     wanted = [(_SPANS.rollout_id, rollout_id), (_SPANS.attempt_id, attempt_id)]
     # Spans have these ids as they came: none is what a database may have no way to hold.
     if any(text is not None and ("\0" in text or text.encode(errors="replace").decode() != text) for _, text in wanted):
         return []
-    columns = (_SPANS.attempt_id, _SPANS.sequence_id, _SPANS.span_id, _SPANS.start_time, _SPANS.end_time)
+    columns = (_SPANS.key, _SPANS.attempt_id, _SPANS.sequence_id, _SPANS.is_numbered, _SPANS.span_id)
+    columns += (_SPANS.start_time, _SPANS.end_time)
     # The body of a call's span may have thousands of ids, and is not looked into.
     body = case((_SPANS.reward.is_not(None), _SPANS.body)).label("body")
     query = (
         select(*columns, _SPANS.response_id, _SPANS.reward, body)
         .where(*(column == text for column, text in wanted if text is not None))
         .where(or_(_SPANS.response_id.is_not(None), _SPANS.reward.is_not(None)))
-        .order_by(_SPANS.sequence_id, _SPANS.start_time, _SPANS.key)
     )
-    return connection.execute(query).all()
+    return _in_time(connection.execute(query).all())
+
+
+def _in_time(spans: Iterable[Any]) -> list[Any]:
+    """Spans in the order in which they ended.
+
+    Those that their sender has numbered are in the order of their numbers. Each of the others comes after the last of
+    these that ended before it by the clock of the agent's host, and they are in the order of that clock. Spans without
+    a time, and those of the same time, are in the order of arrival.
+    """
+    numbered: list[Any] = []
+    timed: list[Any] = []
+    others: list[Any] = []
+    for span in spans:
+        (numbered if span.is_numbered else others if _ended(span) is None else timed).append(span)
+    numbered.sort(key=lambda span: (span.sequence_id, _ended(span) or 0.0, span.key))
+    timed.sort(key=lambda span: (_ended(span), span.sequence_id, span.key))
+    others.sort(key=lambda span: (span.sequence_id, span.key))
+    found = _merged(numbered, _earliest(_ended(span) for span in numbered), timed, _ended)
+    return _merged(found, _earliest(span.sequence_id for span in found), others, lambda span: span.sequence_id)
+
+
+def _ended(span: Any) -> float | None:
+    """Seconds since the epoch, by the clock of its sender's host."""
+    return span.start_time if span.end_time is None else span.end_time
+
+
+def _earliest(moments: Iterable[float | None]) -> list[float]:
+    """From each place on the earliest moment: of several clocks, an earlier one may come later."""
+    known = [float("inf") if each is None else each for each in moments]
+    return list(accumulate(reversed(known), min))[::-1]
+
+
+def _merged(
+    chain: Sequence[Any], moments: Sequence[float], others: Iterable[Any], moment: Callable[[Any], Any]
+) -> list[Any]:
+    """Each of the others behind the last of the chain whose moment is no later than its own.
+
+    Args:
+        moments: of the chain, in ascending order.
+        others: in the order of their own moments.
+    """
+    behind: defaultdict[int, list[Any]] = defaultdict(list)
+    for each in others:
+        behind[bisect_right(moments, moment(each))].append(each)
+    found = [*behind[0]]
+    for place, each in enumerate(chain, 1):
+        found += (each, *behind[place])
+    return found
 
 
 def _keys(
@@ -225,6 +276,8 @@ def _generations(connection: Connection, keys: Iterable[int], more: Sequence[Col
         _GENERATIONS.response_id,
         _GENERATIONS.model_key,
         _GENERATIONS.attempt_key,
+        _GENERATIONS.sender_key,
+        _GENERATIONS.started_at,
         _GENERATIONS.finished_at,
         _GENERATIONS.status,
         *more,
@@ -264,30 +317,20 @@ def _may_be_of(call: _Call, span: Any) -> bool:
     return not call.attempt_id or not span.attempt_id or call.attempt_id == span.attempt_id
 
 
-def _in_order(calls: Iterable[_Call]) -> list[_Call]:
+def _in_order(calls: Iterable[_Call], spans: Iterable[Any]) -> list[_Call]:
     spanned: list[_Call] = []
     others: list[_Call] = []
+    places = {id(span): place for place, span in enumerate(spans)}
     for call in calls:
         (others if call.span is None else spanned).append(call)
-    spanned.sort(key=lambda call: _place(call.span))
-    # When the first of those from each place on has finished: by several clocks, it may be one that comes late.
-    known = (call.finished_at if call.generations else float("inf") for call in reversed(spanned))
-    moments = list(accumulate(known, min))[::-1]
+    spanned.sort(key=lambda call: places[id(call.span)])
+    moments = _earliest(call.finished_at if call.generations else None for call in spanned)
     # By the clocks of agents a missing one stands somewhere between those around it, and moves none of these.
     for place, call in enumerate(spanned):
         if not call.generations:
             moments[place] = min(moments[place], max(call.finished_at, moments[place - 1] if place else 0))
-    behind: defaultdict[int, list[_Call]] = defaultdict(list)
-    for call in sorted(others, key=lambda call: call.finished_at):
-        behind[bisect_right(moments, call.finished_at)].append(call)
-    found = [*behind[0]]
-    for place, call in enumerate(spanned, 1):
-        found += (call, *behind[place])
-    return found
-
-
-def _place(span: Any) -> tuple[int, float]:
-    return span.sequence_id, span.start_time or 0.0
+    others.sort(key=lambda call: call.finished_at)
+    return _merged(spanned, moments, others, lambda call: call.finished_at)
 
 
 def _rewards(calls: Sequence[_Call], spans: Iterable[Any]) -> dict[int, float]:
@@ -296,11 +339,11 @@ def _rewards(calls: Sequence[_Call], spans: Iterable[Any]) -> dict[int, float]:
     how_many = Counter(call.response_id for call in calls)
     linked = {(RESPONSE, rows.text_of(each.response_id)): each for each in calls if how_many[each.response_id] == 1}
     linked |= {(SPAN, span.span_id): call for call in calls for span in call.spans}
+    ahead = _seconds_ahead(calls)
     found: dict[int, float] = {}
-    for span in spans:
-        if span.reward is None:
-            continue
-        said = json.loads(span.body)["attributes"]
+    given = [(json.loads(span.body)["attributes"], span) for span in spans if span.reward is not None]
+    # Posted ones count last: the store's clock, which they go by, is not the agent's.
+    for said, span in sorted(given, key=lambda each: OUTCOME in each[0] or GENERATION in each[0]):
         if GENERATION in said:
             key = generations.get(str(said[GENERATION]))
         else:
@@ -308,28 +351,67 @@ def _rewards(calls: Sequence[_Call], spans: Iterable[Any]) -> dict[int, float]:
             if named:
                 call = next((linked[link] for link in named if link in linked), None)
             else:
-                call = _rewarded(calls, span, is_outcome=said.get(OUTCOME) is True)
+                call = _rewarded(calls, span, said.get(OUTCOME) is True, ahead)
             key = call.generations[-1].key if call is not None and call.generations else None
         if key is not None:
             found[key] = span.reward
     return found
 
 
-def _rewarded(calls: Iterable[_Call], reward: Any, is_outcome: bool) -> _Call | None:
-    """The call that a reward belongs to that says nothing of one."""
+def _rewarded(calls: Iterable[_Call], reward: Any, is_outcome: bool, ahead: Callable[[_Call], float]) -> _Call | None:
+    """The call of a reward that names none."""
     ours = [call for call in calls if _may_be_of(call, reward)]
     if is_outcome:
         # Of those that are there: a judge, for one, has the last word, and is nothing that is learnt from.
         return next((call for call in reversed(ours) if call.generations), None)
-    last = ours[-1] if ours else None
-    moment = float("inf") if reward.start_time is None else reward.start_time * 1e9
-    found = None
-    for call in ours:
-        if call.span is not None and _place(call.span) > _place(reward):
+    before = [place for place, call in enumerate(ours) if call.span is not None and _is_before(call.span, reward)]
+    found = ours[before[-1]] if before else None
+    given = _ended(reward)
+    for call in ours[before[-1] + 1 if before else 0 :]:
+        if call.span is not None:
             return found
-        if call.span is not None or call.finished_at <= moment:
+        if given is None or call.finished_at / 1e9 + ahead(call) <= given:
             found = call
-    return found or last
+    return found or (ours[-1] if ours else None)
+
+
+def _is_before(span: Any, reward: Any) -> bool:
+    """Whether a call's span ended before a reward was given: by the numbers that their sender gave to both, or else by
+    the clock of the agent's host. Where one of them has no time, by arrival.
+    """
+    if span.is_numbered and reward.is_numbered and span.sequence_id != reward.sequence_id:
+        return span.sequence_id < reward.sequence_id
+    ended, given = _ended(span), _ended(reward)
+    if ended is None or given is None:
+        return (span.sequence_id, span.key) < (reward.sequence_id, reward.key)
+    return ended <= given
+
+
+def _seconds_ahead(calls: Iterable[_Call]) -> Callable[[_Call], float]:
+    """By how many seconds the agent's clock is ahead of the one that a call's finish is by.
+
+    The clocks count as equal unless calls that have both a span and generations contradict: a call starts in vLLM after
+    its span did, and finishes before its span does. Each process that records has a clock of its own.
+    """
+    both: defaultdict[Any, list[_Call]] = defaultdict(list)
+    for call in calls:
+        if call.span is not None and call.generations and _ended(call.span) is not None:
+            both[call.generations[-1].sender_key].append(call)
+    known = {sender_key: _ahead(some) for sender_key, some in both.items()}
+    return lambda call: known.get(call.generations[-1].sender_key, 0.0)
+
+
+def _ahead(calls: Iterable[_Call]) -> float:
+    least, most = float("-inf"), float("inf")
+    for call in calls:
+        first, last, span = call.generations[0], call.generations[-1], call.span
+        if first.started_at is not None and span.start_time is not None:
+            least = max(least, span.start_time - first.started_at / 1e9)
+        most = min(most, (_ended(span) or 0.0) - last.finished_at / 1e9)
+    if least > most:
+        # Spans that take no time are made when the answer is there: of them only the end tells.
+        return min(0.0, most)
+    return 0.0 if least <= 0.0 <= most else least if least > float("-inf") else most
 
 
 def _triplets(

@@ -147,6 +147,23 @@ def encode(
         raise ValueError(f"something that cannot be sent: {error}") from error
 
 
+def count(body: bytes) -> int:
+    """How many generations and losses a message has, before anything is made of them; 0 where it cannot be told."""
+    try:
+        parts = msgspec.msgpack.decode(body, type=dict[str, msgspec.Raw])
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return 0
+    return sum(_length(bytes(parts[name])) for name in ("generations", "losses") if name in parts)
+
+
+def _length(array: bytes) -> int:
+    """How many elements an array in MessagePack has, as its head says."""
+    head = array[0]
+    if 0x90 <= head <= 0x9F:
+        return head & 0x0F
+    return int.from_bytes(array[1 : {0xDC: 3, 0xDD: 5}.get(head, 1)], "big")
+
+
 def decode(body: bytes) -> Envelope:
     """What the message has in it.
 

@@ -11,6 +11,8 @@ import httpx
 import pytest
 
 from tests.agentops.client import SdkClient
+from tests.agentops.conftest import Run
+from tests.server.process import StoreServer
 from tests.server.test_otlp import PROTOBUF, a_span, an_attempt, attribute, of_rollout
 
 TAGS = "agentops.tags"
@@ -44,6 +46,9 @@ def test_a_session_gets_a_rollout_of_its_own_once(sdk: SdkClient) -> None:
 FAILED: dict[str, dict[str, Any]] = {
     "Fail": {"attributes": [attribute("agentops.session.end_state", "stringValue", "Fail")]},
     "Error": {"attributes": [attribute("agentops.session.end_state", "stringValue", "Error")]},
+    # What the SDK sends of a function that it decorates: where that raises, and where it is cancelled.
+    "Indeterminate": {"attributes": [attribute("agentops.session.end_state", "stringValue", "Indeterminate")]},
+    "Unknown": {"attributes": [attribute("agentops.session.end_state", "stringValue", "Unknown")]},
     "the status of its root": {"status": {"code": 2, "message": "ValueError"}},
 }
 
@@ -56,7 +61,7 @@ def test_a_session_that_says_so_has_failed(sdk: SdkClient, fields: dict[str, Any
     assert sdk.rollout(sdk.place(trace_id)[0])["status"] == "failed"
 
 
-@pytest.mark.parametrize("state", ["Success", "Indeterminate", "Shutdown"])
+@pytest.mark.parametrize("state", ["Success", "Shutdown"])
 def test_a_session_that_does_not_say_so_has_succeeded(sdk: SdkClient, state: str) -> None:
     trace_id = uuid.uuid4().hex
     sdk.send(sdk.session(trace_id, attribute("agentops.session.end_state", "stringValue", state)))
@@ -64,7 +69,7 @@ def test_a_session_that_does_not_say_so_has_succeeded(sdk: SdkClient, state: str
     assert sdk.rollout(sdk.place(trace_id)[0])["status"] == "succeeded"
 
 
-@pytest.mark.parametrize("state", [None, "Shutdown", "Indeterminate"])
+@pytest.mark.parametrize("state", [None, "Shutdown"])
 @pytest.mark.parametrize("failed", [0, 1])
 def test_a_session_that_does_not_say_has_failed_with_the_last_of_its_spans(
     sdk: SdkClient, failed: int, state: str | None
@@ -77,6 +82,25 @@ def test_a_session_that_does_not_say_has_failed_with_the_last_of_its_spans(
     sdk.send(sdk.session(trace_id, *said, endTimeUnixNano="1700000009000000000"))
 
     assert sdk.rollout(sdk.place(trace_id)[0])["status"] == ("succeeded", "failed")[failed]
+
+
+def test_a_session_of_a_function_has_failed_if_that_raises(
+    store: StoreServer, client: httpx.Client, run_sdk: Run
+) -> None:
+    known = {each["rollout_id"] for each in client.get("/v1/agl/rollouts").json()["items"]}
+    run_sdk(store, "raising.py")
+
+    made = [each for each in client.get("/v1/agl/rollouts").json()["items"] if each["rollout_id"] not in known]
+    spans = [client.get("/v1/agl/spans", params={"rollout_id": each["rollout_id"]}).json()["items"] for each in made]
+    statuses = {found[-1]["name"].partition(".")[0]: each["status"] for each, found in zip(made, spans, strict=True)}
+    assert statuses == {"returns": "succeeded", "raises": "failed", "is_interrupted": "failed"}
+
+
+def test_a_session_of_zeros_for_a_parent_ends(sdk: SdkClient) -> None:
+    trace_id = uuid.uuid4().hex
+    sdk.send(sdk.session(trace_id, parentSpanId="0" * 16))
+
+    assert sdk.rollout(sdk.place(trace_id)[0])["status"] == "succeeded"
 
 
 def test_a_session_that_says_so_has_succeeded_whatever_failed_in_it(sdk: SdkClient) -> None:

@@ -17,12 +17,14 @@ import sys
 import termios
 import time
 from array import array
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pandas
 import pyarrow
+import pyarrow.json
 import pyarrow.parquet
 import pytest
 
@@ -83,6 +85,22 @@ GENERATIONS[3] = generation(
     ],
 )
 GENERATIONS[4] = Generation(request_id="chatcmpl-4", finished_at=GENERATIONS[4].finished_at, status="error")
+
+
+REWARD = NewSpan(
+    rollout_id="r",
+    attempt_id="a",
+    sequence_id=None,
+    trace_id="t",
+    span_id="s",
+    parent_id=None,
+    name="agentlightning.annotation",
+    start_time=None,
+    end_time=None,
+    response_id=None,
+    reward=0.5,
+    body=b'{"attributes": {}}',
+)
 
 
 def row(kept: Generation) -> dict[str, Any]:
@@ -170,6 +188,56 @@ def test_hugging_face_datasets_opens_it(file: Path, kind: str, tmp_path: Path) -
     assert loaded[3]["choices"][0]["token_ids"] == [2**31 - 1, 0]
 
 
+LATE = 1_400
+"""So many rows are longer than the 10 MiB that `datasets` takes types from, and have no more than they must."""
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store in which only the last of many generations have all that they may have, and the last of them a reward."""
+    path = tmp_path_factory.mktemp("sparse") / "store.db"
+    of_all: dict[str, Any] = {"rollout_id": "r", "attempt_id": "a", "cached_tokens": None}
+    known = {
+        "session_id": "a session",
+        "trace_id": "0af7651916cd43dd8448eb211c80319c",
+        "cached_tokens": 7,
+        "choices": GENERATIONS[3].choices,
+    }
+    with open_store(str(path)) as opened:
+        for first in range(0, LATE + 100, 100):
+            fields = of_all | (known if first >= LATE else {})
+            opened.add([generation(number, prompt=1_600, **fields) for number in range(first, first + 100)])
+    with contextlib.closing(open_database(str(path))) as database:
+        database.write(lambda connection: spans.add(connection, [REWARD]))
+    return path
+
+
+@pytest.mark.parametrize("what", ["generations", "triplets"])
+def test_long_jsonl_whose_fields_are_null_for_long_is_opened_in_one_line_as_documented(
+    sparse: Path, tmp_path: Path, what: str
+) -> None:
+    file = tmp_path / "file.jsonl"
+    assert run("--store", sparse, "--what", what, "-o", file).returncode == 0
+    assert file.stat().st_size > 10 << 20
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+
+    cache = str(tmp_path / "cache")
+    loaded = datasets.load_dataset("json", data_files=str(file), chunksize=1 << 30, split="train", cache_dir=cache)
+    table = pyarrow.json.read_json(file, pyarrow.json.ReadOptions(block_size=1 << 30))
+    frame = pandas.read_json(file, lines=True)
+    assert len(frame) == len(rows)
+    for found in (loaded[:], table.to_pydict()):
+        assert list(found) == list(rows[0])
+        for name in ("session_id", "trace_id", "cached_tokens") if what == "generations" else ("reward",):
+            assert found[name] == [row[name] for row in rows]
+            assert (found[name][0], found[name][-1] is None) == (None, False)
+    if what == "generations":
+        for choices in (loaded[-1]["choices"], table["choices"][-1].as_py()):
+            assert choices == rows[-1]["choices"]
+            assert choices[0]["logprobs"]
+            assert choices[0]["weight_versions"]
+
+
 @pytest.mark.parametrize(
     ("options", "numbers"),
     [
@@ -213,20 +281,7 @@ def rewarded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     with open_store(str(path)) as opened:
         opened.add(kept)
-    reward = NewSpan(
-        rollout_id="rollout-0",
-        attempt_id="b",
-        sequence_id=None,
-        trace_id="t",
-        span_id="s",
-        parent_id=None,
-        name="agentlightning.annotation",
-        start_time=None,
-        end_time=None,
-        response_id=None,
-        reward=0.5,
-        body=b'{"attributes": {}}',
-    )
+    reward = replace(REWARD, rollout_id="rollout-0", attempt_id="b")
     database = open_database(str(path))
     database.write(lambda connection: spans.add(connection, [reward]))
     database.close()

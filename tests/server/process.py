@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ class StoreServer:
         store: what it serves in the place of that file.
         env: environment variables of its own.
         arguments: of `agl store`, besides.
+        files: how many files it may have open, soft and hard; as many as these tests if not given.
         key: what it is told to ask for, by the environment.
     """
 
@@ -39,12 +41,14 @@ class StoreServer:
         key: str | None = None,
         store: str | None = None,
         env: Mapping[str, str] | None = None,
+        files: tuple[int, int] | None = None,
     ) -> None:
         self.path = path
         self.store = store or str(path)
         self.key = key
         self._arguments = arguments
         self._env = env or {}
+        self._files = files
         self._port = 0
         self.log = path.with_suffix(".log")
 
@@ -70,7 +74,7 @@ class StoreServer:
             env["AGL_STORE_KEY"] = self.key
         with self.log.open("ab") as log:
             begins = log.tell()
-            self.process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+            self.process = subprocess.Popen(command, env=env, stdout=log, stderr=log, preexec_fn=self._limit)
         deadline = time.monotonic() + SECONDS
         while True:
             said = self.log.read_bytes()[begins:].decode()
@@ -84,6 +88,10 @@ class StoreServer:
                 except httpx.TransportError:
                     pass
             time.sleep(0.02)
+
+    def _limit(self) -> None:
+        if self._files is not None:
+            resource.setrlimit(resource.RLIMIT_NOFILE, self._files)
 
     def stop(self) -> int:
         """SIGTERM; returns the exit status."""

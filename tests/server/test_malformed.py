@@ -133,15 +133,38 @@ def test_many_gzip_bombs_at_once_are_one_at_a_time(tmp_path: Path, bomb: bytes) 
         b"{}",
         b"\x1f\x8b",
         gzip.compress(b"{}")[:-1],
-        gzip.compress(b"{}") * 2,
+        gzip.compress(b"{}") + b"{}",
+        gzip.compress(b"{}") + gzip.compress(b"{}")[:-1],
+        gzip.compress(b"") * 10_001,
         gzip.compress(b"{}" * 2 * MIB)[:-9],
     ],
-    ids=["none", "its beginning", "cut off", "something behind it", "much, cut off"],
+    ids=["none", "its beginning", "cut off", "something behind it", "two, cut off", "too many", "much, cut off"],
 )
 @pytest.mark.parametrize("path", ["/v1/agl/spans", "/v1/traces", "/v1/agl/rollouts"])
 def test_what_is_no_whole_gzip_is_refused(path: str, body: bytes, client: httpx.Client) -> None:
     detail = assert_refused(client.post(path, content=body, headers={**JSON, "Content-Encoding": "gzip"}), 400)
     assert "gzip" in detail
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "x-gzip", "GZIP"])
+@pytest.mark.parametrize("cuts", [(), (5,), (1, 2, 3, 4), tuple(range(1, 200))], ids=len)
+def test_gzip_may_have_another_name_and_several_members(
+    encoding: str, cuts: tuple[int, ...], client: httpx.Client
+) -> None:
+    text = json.dumps({"input": "x" * 200}).encode()
+    parts = [text[start:end] for start, end in zip((0, *cuts), (*cuts, len(text)), strict=True)]
+    packed = b"".join(gzip.compress(part) for part in parts)
+    answer = client.post("/v1/agl/rollouts", content=packed, headers={**JSON, "Content-Encoding": encoding})
+    assert answer.status_code == 201, answer.text
+    assert answer.json()["input"] == "x" * 200
+
+
+def test_large_members_become_one_body(client: httpx.Client) -> None:
+    text = json.dumps({"input": "0123456789abcdef" * 300_000}).encode()
+    packed = b"".join(gzip.compress(text[start : start + MIB]) for start in range(0, len(text), MIB))
+    answer = client.post("/v1/agl/rollouts", content=packed, headers={**JSON, "Content-Encoding": "gzip"})
+    assert answer.status_code == 201, answer.text
+    assert len(answer.json()["input"]) == 4_800_000
 
 
 def test_other_ways_to_pack_are_refused(client: httpx.Client) -> None:
@@ -179,8 +202,8 @@ UNREADABLE = {
     "UTF-16": '{"input": 1}'.encode("utf-16"),
     "cut off": b'{"input": ',
     "two of them": b'{"input": 1} {"input": 2}',
-    "NaN": b'{"input": NaN}',
-    "Infinity": b'{"input": -Infinity}',
+    "NaN in a name": b"{NaN: 1}",
+    "half of NaN": b'{"input": Na}',
     "no number of 64 bits": b'{"input": 1e400}',
     "half a surrogate pair": b'{"input": "\\ud83d"}',
     "the other half": b'{"input": "\\ude00"}',
@@ -220,7 +243,8 @@ def test_json_has_to_say_that_it_is(path: str, content_type: str | None, client:
 
 def test_protobuf_garbage_is_refused(client: httpx.Client) -> None:
     headers = {"Content-Type": "application/x-protobuf"}
-    # A message in a message, and so on; a length that is not there; a text that is no UTF-8; a number without an end.
+    # A message in a message, and so on; a length that is not there; a text that is no UTF-8, and no span with it; a
+    # number without an end.
     deep = b""
     for _ in range(2_000):
         deep = b"\x0a" + _varint(len(deep)) + deep
@@ -262,6 +286,7 @@ def test_numbers_of_any_size_come_back(number: str, client: httpx.Client) -> Non
     assert type(found) is type(json.loads(number))
 
 
+NAN, INFINITY = float("nan"), float("inf")
 A_SPAN = {
     "rollout_id": "ro-1",
     "attempt_id": "at-1",
@@ -298,11 +323,86 @@ def test_numbers_that_cannot_be_are_refused(path: str, name: str, number: str, c
         "rollouts.0.config.max_attempts": {"rollouts": [{"input": 1, "config": {"max_attempts": "NUMBER"}}]},
     }[name]
     answer = client.post(path, content=json.dumps(sent).replace('"NUMBER"', number), headers=JSON)
+    if (name, number) == ("sequence_id", "-1"):
+        # As Agent Lightning 0.3 has it; there is no such attempt.
+        assert_refused(answer, 404)
+        return
     if (name, number) == ("offset", '"1"'):
         # In a URL, which has the same fields, it is text.
         assert answer.status_code == 200
         return
     assert name in assert_refused(answer, 422)
+
+
+NULLS = {
+    "/v1/agl/rollouts": {
+        "input": [NAN, INFINITY, -INFINITY, "NaN"],
+        "metadata": {"a": NAN},
+        "config": {"timeout_seconds": NAN},
+    },
+    "/v1/agl/workers/nan": {"heartbeat_stats": {"cpu": NAN, "text": 'an "Infinity" \\'}},
+    "/v1/agl/resources": {
+        "main": {
+            "resource_type": "llm",
+            "endpoint": "NaN",
+            "model": "m",
+            "sampling_parameters": {"temperature": INFINITY},
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("path", NULLS)
+def test_numbers_that_are_not_finite_are_null_as_python_writes_them(path: str, client: httpx.Client) -> None:
+    sent = NULLS[path]
+    answer = client.post(path, content=json.dumps(sent), headers=JSON)
+    assert answer.is_success, answer.text
+    found = answer.json()
+    if path.endswith("rollouts"):
+        assert found["input"] == [None, None, None, "NaN"]
+        assert (found["metadata"], found["config"]["timeout_seconds"]) == ({"a": None}, None)
+    elif path.endswith("nan"):
+        assert found["heartbeat_stats"] == {"cpu": None, "text": 'an "Infinity" \\'}
+    else:
+        main = found["resources"]["main"]
+        assert (main["endpoint"], main["sampling_parameters"]) == ("NaN", {"temperature": None})
+
+
+def test_an_empty_id_is_none_and_comes_back_as_it_was_sent(client: httpx.Client) -> None:
+    """As in Agent Lightning 0.3."""
+    made = client.post("/v1/agl/rollouts", json={"input": 1, "worker_id": "", "resources_id": ""}).json()
+    assert (made["attempt"]["worker_id"], made["resources_id"]) == ("", "")
+    path = f"/v1/agl/rollouts/{made['rollout_id']}"
+    assert client.post(f"{path}/attempts/latest", json={"worker_id": "w"}).json()["worker_id"] == "w"
+    assert client.post(f"{path}/attempts/latest", json={"worker_id": ""}).json()["worker_id"] == ""
+    assert client.post(path, json={"resources_id": "r"}).json()["resources_id"] == "r"
+    assert client.post(path, json={"resources_id": ""}).json()["resources_id"] == ""
+    again = client.post(f"{path}/attempts", json={"worker_id": ""}).json()
+    assert again["attempt"]["worker_id"] == ""
+    client.post("/v1/agl/queues/rollouts/enqueue", json={"rollouts": [{"input": 1, "resources_id": ""}]})
+    taken = client.post("/v1/agl/queues/rollouts/dequeue", json={"limit": 100, "worker_id": ""}).json()
+    assert {each["attempt"]["worker_id"] for each in taken} == {""}
+    # Nobody has this name.
+    assert "" not in {each["worker_id"] for each in client.get("/v1/agl/workers").json()["items"]}
+
+
+@pytest.mark.parametrize("parent_id", [None, "", "0" * 16])
+def test_spans_without_a_parent_and_with_a_number_below_zero_are_taken(
+    parent_id: str | None, client: httpx.Client
+) -> None:
+    made = client.post("/v1/agl/rollouts", json={"input": 1}).json()
+    ids = {"rollout_id": made["rollout_id"], "attempt_id": made["attempt"]["attempt_id"]}
+    sent = A_SPAN | ids | {"sequence_id": -3, "parent_id": parent_id, "attributes": {"share": NAN, "half": "\ud83d!"}}
+    answer = client.post("/v1/agl/spans", content=json.dumps(sent), headers=JSON)
+    assert answer.status_code == 201, answer.text
+    found = client.get("/v1/agl/spans", params={"rollout_id": made["rollout_id"]}).json()["items"]
+    assert found == [answer.json()]
+    assert (found[0]["sequence_id"], found[0]["parent_id"]) == (-3, parent_id)
+    asked = {"rollout_id": made["rollout_id"], "parent_id": "0" * 16}
+    assert client.get("/v1/agl/spans", params=asked).json()["items"] == []
+    assert found[0]["attributes"] == {"share": None, "half": "?!"}
+    asked = {"rollout_id": made["rollout_id"], "attempt_id": ids["attempt_id"]}
+    assert client.post("/v1/agl/spans/next", json=asked).json() == {"sequence_id": 1}
 
 
 @pytest.mark.parametrize("wrong", [None, True, "1.5", [], {}, -(10**30)], ids=str)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import random
 import subprocess
 import sys
 import uuid
@@ -306,6 +307,134 @@ def test_spans_whose_ids_have_another_length_are_counted_and_the_others_kept(cli
     assert int(answer["partialSuccess"]["rejectedSpans"]) == len(bad)
     assert "span_id" in answer["partialSuccess"]["errorMessage"]
     assert [each["span_id"] for each in spans_of(client, rollout_id=rollout_id)] == [good["spanId"]]
+
+
+UNREADABLE_SPANS: dict[str, tuple[dict[str, Any], str]] = {
+    "an id that is not hexadecimal": ({"spanId": "no hexadecimal"}, "none, as OTLP has it"),
+    "a name that is a number": ({"name": 7}, "none, as OTLP has it"),
+    "a number that is too long": ({"startTimeUnixNano": "9" * 30}, "none, as OTLP has it"),
+    "an attribute of another shape": ({"attributes": [{"key": {}}]}, "none, as OTLP has it"),
+    "a trace id of zeros": ({"traceId": "0" * 32}, "all zeros"),
+    "a span id of zeros": ({"spanId": "0" * 16}, "all zeros"),
+    "a span id that is too short": ({"spanId": "00ff"}, "16 bytes and a span_id 8"),
+}
+
+
+@pytest.mark.parametrize(("fields", "reason"), UNREADABLE_SPANS.values(), ids=UNREADABLE_SPANS)
+def test_a_span_that_cannot_be_kept_is_counted_and_the_others_kept(
+    fields: dict[str, Any], reason: str, client: httpx.Client
+) -> None:
+    rollout_id = new_id("partly")
+    good = [a_span() for _ in range(5)]
+    sent = [*good[:2], a_span(**fields), *good[2:], a_span(**fields)]
+    answer = post_json(client, *sent, resource={"attributes": of_rollout(rollout_id)})
+    assert answer["partialSuccess"]["rejectedSpans"] == "2"
+    assert answer["partialSuccess"]["errorMessage"].startswith("2 of the spans: ")
+    assert reason in answer["partialSuccess"]["errorMessage"]
+    assert [each["span_id"] for each in spans_of(client, rollout_id=rollout_id)] == [each["spanId"] for each in good]
+
+
+def test_spans_whose_ids_no_index_has_room_for_are_counted_and_the_others_kept(
+    store: StoreServer, client: httpx.Client
+) -> None:
+    rollout_id = new_id("partly")
+    # What PostgreSQL cannot make short: an entry of an index has room for 2,700 bytes.
+    long = "".join(chr(0x10000 + each) for each in random.Random(1).sample(range(0x10000), 512))
+    good = [a_span() for _ in range(20)]
+    bad = [a_span(attributes=of_rollout(long, long[::-1])) for _ in range(2)]
+    answer = post_json(client, *good[:7], bad[0], *good[7:], bad[1], resource={"attributes": of_rollout(rollout_id)})
+    kept = [each["span_id"] for each in spans_of(client, rollout_id=rollout_id)]
+    assert kept == [each["spanId"] for each in good]
+    if store.store.startswith("postgresql"):
+        assert answer["partialSuccess"]["rejectedSpans"] == "2"
+        assert "index" in answer["partialSuccess"]["errorMessage"]
+    else:
+        assert answer == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("a \ud83d b", "a ? b"), ("\udc00\ud83d", "??"), ("\ud83d\ude00", "\U0001f600"), ("\\ud83d", "\\ud83d")],
+)
+def test_halves_of_surrogate_pairs_in_json_become_question_marks(
+    text: str, expected: str, client: httpx.Client
+) -> None:
+    rollout_id = new_id("surrogates")
+    said = [*of_rollout(rollout_id), attribute("text", "stringValue", text)]
+    sent = [a_span(), a_span(name=text, attributes=said), a_span(attributes=of_rollout(rollout_id))]
+    body = json.dumps({"resourceSpans": [{"scopeSpans": [{"spans": sent}]}]})
+    answer = client.post("/v1/traces", content=body, headers={"Content-Type": "application/json"})
+    assert (answer.status_code, answer.json()) == (200, {})
+    found = spans_of(client, rollout_id=rollout_id)
+    assert [each["name"] for each in found] == [expected, "chat"]
+    assert found[0]["attributes"]["text"] == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [(b"a \xff b", "a ? b"), (b"\xed\xa0\xbd", "?"), (b"\xc3", "?"), ("größe".encode("latin-1"), "gr??e")],
+)
+@pytest.mark.parametrize("kind", ["protobuf", "json"])
+def test_text_that_is_no_utf_8_is_mended(kind: str, text: bytes, expected: str, client: httpx.Client) -> None:
+    rollout_id = new_id("latin")
+    mark = "MARK" + "x" * (len(text) - 4) if len(text) > 4 else "MARK"[: len(text)]
+    if kind == "json":
+        sent = [a_span(attributes=of_rollout(rollout_id)), a_span(name="NAME", attributes=of_rollout(rollout_id))]
+        body = json.dumps({"resourceSpans": [{"scopeSpans": [{"spans": sent}]}]}).encode().replace(b"NAME", text)
+        headers = {"Content-Type": "application/json"}
+    else:
+        request = ExportTraceServiceRequest()
+        spans = request.resource_spans.add().scope_spans.add().spans
+        for name in ("chat", mark):
+            span = spans.add(trace_id=os.urandom(16), span_id=os.urandom(8), name=name)
+            span.attributes.add(key="agentlightning.rollout_id").value.string_value = rollout_id
+            span.attributes.add(key="bytes").value.bytes_value = b"\xff\x00"
+        marked = mark.encode()
+        body, headers = request.SerializeToString(), PROTOBUF
+        assert body.count(b"*" + bytes([len(marked)]) + marked) == 1
+        body = body.replace(b"*" + bytes([len(marked)]) + marked, b"*" + bytes([len(text)]) + text)
+    answer = client.post("/v1/traces", content=body, headers=headers)
+    assert answer.status_code == 200, answer.text
+    found = spans_of(client, rollout_id=rollout_id)
+    assert [each["name"] for each in found] == ["chat", expected]
+    assert kind == "json" or found[1]["attributes"]["bytes"] == "ff00"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_headers_name_a_rollout_in_utf_8_or_else_in_latin_1(encoding: str, client: httpx.Client) -> None:
+    """As vLLM servers read them: a call and its span find each other."""
+    rollout_id, attempt_id = new_id("größe"), "versuch-ü"
+    headers = {b"x-agl-rollout-id": rollout_id.encode(encoding), b"x-agl-attempt-id": attempt_id.encode(encoding)}
+    body = {"resourceSpans": [{"scopeSpans": [{"spans": [a_span()]}]}]}
+    assert client.post("/v1/traces", json=body, headers=headers).json() == {}
+    [found] = spans_of(client, rollout_id=rollout_id)
+    assert found["attempt_id"] == attempt_id
+
+
+@pytest.mark.parametrize("parent", ["", "0" * 16, None])
+def test_a_parent_of_zeros_is_none(parent: str | None, client: httpx.Client) -> None:
+    rollout_id = new_id("root")
+    post_json(client, a_span(parentSpanId=parent, attributes=of_rollout(rollout_id)))
+    [found] = spans_of(client, rollout_id=rollout_id)
+    assert found["parent_id"] is None
+
+
+def test_what_many_spans_have_in_common_is_kept_once(tmp_path: Path) -> None:
+    path = tmp_path / "store.db"
+    rollout_id = new_id("common")
+    long = attribute("long", "stringValue", "x" * 100_000)
+    scope = {"name": "y" * 100_000, "version": "1"}
+    with StoreServer(path) as server, server.client() as client:
+        resource = {"attributes": [*of_rollout(rollout_id), long]}
+        for _ in range(2):
+            sent = [{"resource": resource, "scopeSpans": [{"scope": scope, "spans": [a_span() for _ in range(500)]}]}]
+            assert client.post("/v1/traces", json={"resourceSpans": sent}).json() == {}
+        found = spans_of(client, rollout_id=rollout_id, limit=1000, offset=999)
+        server.stop()
+    assert len(found) == 1
+    assert found[0]["resource"]["attributes"]["long"] == "x" * 100_000
+    assert found[0]["scope"] == scope
+    assert path.stat().st_size < 8 << 20
 
 
 def test_protobuf_is_answered_in_protobuf(client: httpx.Client) -> None:

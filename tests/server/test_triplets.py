@@ -19,6 +19,7 @@ from agentlightning.store import Store, open_store
 from tests.common.generations import generation
 from tests.common.vllm import without_agl
 from tests.server.process import StoreServer
+from tests.server.test_malformed import A_SPAN as SPAN
 from tests.server.test_otlp import a_span, attribute, new_id, of_rollout, post_json, spans_of
 
 LINES = {"Accept": "application/jsonl"}
@@ -165,6 +166,38 @@ def test_a_reward_is_the_span_that_it_became_and_the_last_one_counts(client: htt
     assert (kept[0]["attempt_id"], kept[0]["attributes"]["agentlightning.generation_id"]) == (attempt_id, new[1].id)
     assert [each["reward"] for each in triplets_of(client, rollout_id)] == [None, 0.5, -1.0]
     assert client.get(f"/v1/agl/rollouts/{rollout_id}").json()["status"] == "running"
+
+
+@pytest.mark.parametrize("calls_before", [0, 2])
+def test_a_reward_stays_on_the_last_call_when_its_span_comes_after_the_reward(
+    client: httpx.Client, recorded: Store, calls_before: int
+) -> None:
+    """As from a BatchSpanProcessor, which sends after five seconds, and the runner of 0.3, which sends at once."""
+    rollout_id, attempt_id = an_attempt(client)
+    new = calls(calls_before + 1, rollout_id=rollout_id, attempt_id=attempt_id)
+    recorded.add(new)
+    times = [{f"{each}TimeUnixNano": f"{1_700_000_000 + n}000000000" for each in ("start", "end")} for n in range(3)]
+    for n, each in enumerate(new[:-1]):
+        send_span(client, rollout_id, attempt_id, each.response_id, **times[n])
+    ids = {"rollout_id": rollout_id, "attempt_id": attempt_id}
+    number = client.post("/v1/agl/spans/next", json=ids).json()["sequence_id"]
+    given = {
+        **SPAN,
+        **ids,
+        "sequence_id": number,
+        "span_id": uuid.uuid4().hex[:16],
+        "name": "agentlightning.annotation",
+        "attributes": {"agentlightning.reward.0.name": "primary", "agentlightning.reward.0.value": 1.0},
+        "start_time": 1_700_000_010.0,
+        "end_time": 1_700_000_010.0,
+    }
+    assert client.post("/v1/agl/spans", json=given).status_code == 201
+    before = [each["reward"] for each in triplets_of(client, rollout_id)]
+    send_span(client, rollout_id, attempt_id, new[-1].response_id, **times[calls_before])
+
+    found = triplets_of(client, rollout_id)
+    assert before == [each["reward"] for each in found] == [None] * calls_before + [1.0]
+    assert all(each["span_id"] for each in found)
 
 
 @pytest.mark.parametrize("value", [None, "1", True, [], "NaN"], ids=str)

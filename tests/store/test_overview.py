@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from array import array
+from contextlib import closing
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 
 from agentlightning.generation import Choice, Generation
-from agentlightning.store import open_store, overview, rollouts, spans
+from agentlightning.store import open_database, open_store, overview, rollouts, spans, tables
 from agentlightning.store.database import Database
 from agentlightning.store.overview import COLUMNS, Asked, Overview
 from tests.common.generations import HOSTILE, SECOND, START, generation
@@ -166,3 +168,65 @@ def test_whatever_an_id_is_it_is_there(url: str, database: Database) -> None:
         store.add([call(number, rollout_id) for number, rollout_id in enumerate(HOSTILE.values())])
 
     assert {each.rollout_id for each in of_all(database)} == set(HOSTILE.values())
+
+
+def is_running_since_it_has_failed(url: str) -> str:
+    """A rollout that has failed, and whose next attempt runs."""
+    with closing(open_database(url)) as database, database.writing() as connection:
+        rollout_id = rollouts.start(connection, rollouts.NewRollout(input="1"), None)
+        rollouts.update_attempt(connection, rollout_id, "latest", status="failed")
+        rollouts.start_attempt(connection, rollout_id, None)
+    return rollout_id
+
+
+def test_a_rollout_that_runs_again_has_not_ended(url: str, database: Database) -> None:
+    rollout_id = is_running_since_it_has_failed(url)
+
+    [found] = of_all(database)
+    assert (found.rollout_id, found.status, found.ended) == (rollout_id, "preparing", False)
+    assert found.duration == pytest.approx(max(NOW - found.started, 0))
+    with database.writing() as connection:
+        rollouts.update_attempt(connection, rollout_id, "latest", status="failed")
+    assert [each.ended for each in of_all(database)] == [True]
+    with database.writing() as connection:
+        rollouts.update_rollout(connection, rollout_id, status="queuing")
+    assert [each.ended for each in of_all(database)] == [False]
+
+
+def test_an_attempt_that_runs_again_has_not_ended(url: str, database: Database) -> None:
+    with database.writing() as connection:
+        rollout_id = rollouts.start(connection, rollouts.NewRollout(input="1"), None)
+        ended = rollouts.update_attempt(connection, rollout_id, "latest", status="failed").end_time
+        again = rollouts.update_attempt(connection, rollout_id, "latest", status="running").end_time
+
+    assert (ended is None, again) == (False, None)
+
+
+def test_rollouts_of_an_older_store_that_run_again_have_not_ended(url: str) -> None:
+    """Version 1 left them the time at which they had ended before, and knew nothing of who numbers spans."""
+    running = is_running_since_it_has_failed(url)
+    with closing(open_database(url)) as database, database.writing() as connection:
+        ended = rollouts.start(connection, rollouts.NewRollout(input="2"), None)
+        rollouts.update_attempt(connection, ended, "latest", status="succeeded")
+        spans.add(connection, [of_reward(1, 0.5, rollout_id=running)])
+        for statement in (
+            "UPDATE rollouts SET end_time = 7",
+            "UPDATE attempts SET end_time = 7",
+            "ALTER TABLE spans DROP COLUMN is_numbered",
+            "ALTER TABLE spans DROP COLUMN common_key",
+            "DROP TABLE probes",
+            "PRAGMA user_version = 1" if "postgresql" not in url else "UPDATE version SET version = 1",
+        ):
+            connection.exec_driver_sql(statement)
+
+    with closing(open_database(url)) as database:
+        assert {each.rollout_id: each.ended for each in of_all(database)} == {running: False, ended: True}
+        with database.reading() as connection:
+            attempts = connection.execute(select(tables.attempts.c.status, tables.attempts.c.end_time)).all()
+            assert {status: end_time for status, end_time in attempts if status != "failed"} == {
+                "preparing": None,
+                "succeeded": 7,
+            }
+        with database.writing() as connection:
+            spans.add(connection, [of_reward(2, 0.75, rollout_id=running)])
+        assert {each.rollout_id: each.reward for each in of_all(database)}[running] == 0.75

@@ -97,11 +97,12 @@ def test_every_step_from_an_older_version_is_taken_once_by_whoever_comes_first(
     """Today's is the older one here, and two steps lead on from it."""
     with open_store(url) as store:
         store.add([FULL])
+    today = postgresql.VERSION
     steps = {
-        1: ("ALTER TABLE losses ADD COLUMN note TEXT", "CREATE TABLE notes (note TEXT)"),
-        2: ("INSERT INTO notes VALUES ('of version 3')",),
+        today: ("ALTER TABLE losses ADD COLUMN note TEXT", "CREATE TABLE notes (note TEXT)"),
+        today + 1: ("INSERT INTO notes VALUES ('of the second step')",),
     }
-    monkeypatch.setattr(postgresql, "VERSION", 3)
+    monkeypatch.setattr(postgresql, "VERSION", today + 2)
     monkeypatch.setattr(postgresql, "MIGRATIONS", steps)
     all_there = Barrier(8)
 
@@ -112,7 +113,7 @@ def test_every_step_from_an_older_version_is_taken_once_by_whoever_comes_first(
 
     with ThreadPoolExecutor(8) as threads:
         assert [*threads.map(open_with_others, range(8))] == [[FULL]] * 8
-    assert query(url, "SELECT version FROM agentlightning.version") == (3,)
+    assert query(url, "SELECT version FROM agentlightning.version") == (today + 2,)
     assert query(url, "SELECT count(*) FROM agentlightning.notes") == (1,)
 
 
@@ -120,8 +121,12 @@ def test_a_step_that_fails_leaves_the_older_tables_whole(url: str, monkeypatch: 
     with open_store(url) as store:
         store.add([FULL])
     with monkeypatch.context() as newer:
-        newer.setattr(postgresql, "VERSION", 2)
-        newer.setattr(postgresql, "MIGRATIONS", {1: ("CREATE TABLE notes (note TEXT)", "CREATE TABLE texts (again)")})
+        newer.setattr(postgresql, "VERSION", postgresql.VERSION + 1)
+        newer.setattr(
+            postgresql,
+            "MIGRATIONS",
+            {postgresql.VERSION - 1: ("CREATE TABLE notes (note TEXT)", "CREATE TABLE texts (again)")},
+        )
         with pytest.raises(StoreUnavailable, match="cannot be used now: ") as failed:
             open_store(url)
     assert isinstance(reason(failed), errors.SyntaxError)

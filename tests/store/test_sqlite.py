@@ -198,18 +198,19 @@ def test_every_step_from_an_older_schema_is_taken_once(path: Path, monkeypatch: 
     kept = [generation(number) for number in range(10)]
     with open_store(str(path)) as store:
         store.add(kept)
+    today = sqlite.VERSION
     steps = {
-        1: ("ALTER TABLE losses ADD COLUMN note TEXT", "UPDATE losses SET note = 'of version 2'"),
-        2: ("CREATE TABLE notes (note TEXT)", "INSERT INTO notes VALUES ('of version 3')"),
+        today: ("ALTER TABLE losses ADD COLUMN note TEXT", "UPDATE losses SET note = 'of the first step'"),
+        today + 1: ("CREATE TABLE notes (note TEXT)", "INSERT INTO notes VALUES ('of the second step')"),
     }
-    monkeypatch.setattr(sqlite, "VERSION", 3)
+    monkeypatch.setattr(sqlite, "VERSION", today + 2)
     monkeypatch.setattr(sqlite, "MIGRATIONS", steps)
 
     with open_store(str(path)) as store:
         assert [*store.generations()] == kept
 
-    assert query(path, "PRAGMA user_version") == 3
-    assert query(path, "SELECT note FROM notes") == "of version 3"
+    assert query(path, "PRAGMA user_version") == today + 2
+    assert query(path, "SELECT note FROM notes") == "of the second step"
     # The steps are not taken again.
     open_store(str(path)).close()
     assert query(path, "SELECT count(*) FROM notes") == 1
@@ -218,13 +219,16 @@ def test_every_step_from_an_older_schema_is_taken_once(path: Path, monkeypatch: 
 def test_a_step_that_fails_leaves_the_older_file_whole(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_store(str(path)) as store:
         store.add([generation(1)])
+    today = sqlite.VERSION
     with monkeypatch.context() as newer:
-        newer.setattr(sqlite, "VERSION", 2)
-        newer.setattr(sqlite, "MIGRATIONS", {1: ("CREATE TABLE notes (note TEXT)", "CREATE TABLE generations (again)")})
+        newer.setattr(sqlite, "VERSION", today + 1)
+        newer.setattr(
+            sqlite, "MIGRATIONS", {today: ("CREATE TABLE notes (note TEXT)", "CREATE TABLE generations (again)")}
+        )
         with pytest.raises(StoreUnavailable, match=f"{path} cannot be used now: "):
             open_store(str(path))
 
-    assert query(path, "PRAGMA user_version") == 1
+    assert query(path, "PRAGMA user_version") == today
     assert query(path, "SELECT count(*) FROM sqlite_master WHERE name = 'notes'") == 0
     with open_store(str(path)) as store:
         assert [*store.generations()] == [*store.generations(rollout_id="rollout-0")] != []

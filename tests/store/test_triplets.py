@@ -6,12 +6,15 @@ import json
 import random
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings, strategies
 
 from agentlightning.generation import Choice, Generation, new_id
-from agentlightning.store import Store, attributes, spans, triplets
+from agentlightning.store import Store, attributes, open_database, open_store, spans, triplets
 from agentlightning.store.database import Database
 from agentlightning.triplet import Triplet
 from tests.common.generations import HOSTILE, SECOND, START, generation
@@ -552,3 +555,177 @@ def test_a_long_rollout_is_read_in_parts(store: Store, database: Database) -> No
     keep(database, *(of_call(number, answer=1_199 - number) for number in range(1_200)))
 
     assert answers(store.triplets("r")) == named(*range(1_199, -1, -1))
+
+
+def unnumbered(span: spans.NewSpan) -> spans.NewSpan:
+    """The same, as OTLP has it: the store numbers it when it arrives."""
+    return replace(span, sequence_id=None)
+
+
+def test_a_call_whose_span_arrives_after_the_reward_keeps_it(store: Store, database: Database) -> None:
+    """A BatchSpanProcessor sends after five seconds, the runner its reward at once."""
+    store.add([call(1), call(2), call(3)])
+    keep(database, unnumbered(of_call(1)), unnumbered(of_call(2)))
+    keep(database, of_reward(3, 1.0, at=3.5))
+    before = rewards(store.triplets("r"))
+    keep(database, unnumbered(of_call(4, answer=3, at=3.25)))
+
+    assert before == rewards(store.triplets("r")) == [None, None, 1.0]
+
+
+@pytest.mark.parametrize("ahead", [0, HOUR, -HOUR], ids=["the same clock", "vLLM's is ahead", "vLLM's is behind"])
+def test_a_reward_stays_where_it_is_whatever_spans_arrive_later(store: Store, database: Database, ahead: int) -> None:
+    """The clocks of vLLM's host and of the agent's are told apart by the calls that have a time of both."""
+    calls = [
+        call(n, finished_at=START + n * SECOND + ahead, started_at=START + n * SECOND - SECOND // 2 + ahead)
+        for n in (1, 2, 3, 4)
+    ]
+    store.add(calls)
+    late = [unnumbered(took(of_call(n, at=n + 0.01), 0.6)) for n in (1, 2, 3, 4)]
+    keep(database, late[0], unnumbered(of_reward(9, 0.5, at=3.4)))
+    seen = [rewards(store.triplets("r"))]
+    for each in (late[3], late[1], late[2]):
+        keep(database, each)
+        seen.append(rewards(store.triplets("r")))
+
+    assert seen == [[None, None, 0.5, None]] * 4
+
+
+def took(span: spans.NewSpan, seconds: float) -> spans.NewSpan:
+    """The same, begun so much earlier."""
+    assert span.end_time is not None
+    return replace(span, start_time=span.end_time - seconds)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 1, 0), (2, 0, 1)], ids=str)
+def test_calls_and_rewards_go_by_the_clock_of_the_agent_and_not_by_arrival(
+    store: Store, database: Database, order: Sequence[int]
+) -> None:
+    store.add([call(1), call(2)])
+    new = [unnumbered(of_call(1)), unnumbered(of_reward(2, 0.5, at=1.5)), unnumbered(of_call(3, answer=2, at=2))]
+    for place in order:
+        keep(database, new[place])
+
+    assert joined(store.triplets("r")) == [(1, "span-1", 0.5), (2, "span-3", None)]
+
+
+def test_numbers_of_the_sender_count_more_than_clocks(store: Store, database: Database) -> None:
+    store.add([call(1), call(2)])
+    keep(database, of_call(3, answer=2, at=-3600), of_call(1), of_reward(2, 0.5, at=-7200))
+
+    assert joined(store.triplets("r")) == [(1, "span-1", 0.5), (2, "span-3", None)]
+
+
+def test_a_span_without_a_number_stands_among_those_that_have_one_by_its_time(store: Store, database: Database) -> None:
+    store.add([call(1), call(2), call(3)])
+    keep(database, of_call(10, answer=1, at=1), of_call(11, answer=3, at=3))
+    keep(database, unnumbered(of_call(12, answer=2, at=2)), unnumbered(of_reward(13, 0.5, at=2.5)))
+
+    assert joined(store.triplets("r")) == [(1, "span-10", None), (2, "span-12", 0.5), (3, "span-11", None)]
+
+
+def test_spans_without_a_time_are_in_the_order_of_arrival(store: Store, database: Database) -> None:
+    store.add([call(1), call(2)])
+    for each in (of_call(1, answer=2), of_reward(2, 0.5), of_call(3, answer=1)):
+        keep(database, replace(each, sequence_id=None, start_time=None, end_time=None))
+
+    assert joined(store.triplets("r")) == [(2, "span-1", 0.5), (1, "span-3", None)]
+
+
+@pytest.mark.parametrize("posted_first", [True, False])
+def test_a_reward_that_was_posted_counts_more_than_the_agents_own(
+    store: Store, database: Database, posted_first: bool
+) -> None:
+    """It has its time by the store's clock, which is not the agent's: that does not tell which of them was first."""
+    store.add([call(1)])
+    new = [unnumbered(of_reward(1, 0.5, {"agentlightning.outcome": True}, at=-60)), unnumbered(of_reward(2, 0.1, at=2))]
+    for each in new if posted_first else reversed(new):
+        keep(database, each)
+
+    assert rewards(store.triplets("r")) == [0.5]
+
+
+@strategies.composite
+def attempts_of_agents(draw: strategies.DrawFn) -> tuple[list[Generation], list[spans.NewSpan], list[float | None]]:
+    """What one agent does, one thing after the other, by the one clock of its host, which vLLM's may differ from: its
+    calls, the spans of some of them, rewards of some of them; and which reward belongs to which call.
+    """
+    skew = draw(strategies.sampled_from([0, 0, HOUR, -HOUR]))
+    calls: list[Generation] = []
+    new: list[spans.NewSpan] = []
+    expected: list[float | None] = []
+    moment = 0.0
+    for number in range(1, draw(strategies.integers(1, 5)) + 1):
+        began = moment + draw(strategies.floats(0.01, 5))
+        started, finished = began + 0.001, began + draw(strategies.floats(0.1, 5))
+        moment = finished + draw(strategies.floats(0.001, 0.05))
+        times = {
+            "started_at": START + int(started * SECOND) + skew,
+            "finished_at": START + int(finished * SECOND) + skew,
+        }
+        calls.append(call(number, **times))
+        # With clocks that differ, only the spans tell what was before a reward.
+        if skew or draw(strategies.booleans()):
+            new.append(unnumbered(took(of_call(10 * number, answer=number, at=moment), moment - began)))
+        expected.append(None)
+        if draw(strategies.booleans()):
+            moment += draw(strategies.floats(0.001, 1))
+            expected[-1] = number / 8
+            new.append(unnumbered(of_reward(10 * number + 1, number / 8, at=moment)))
+    return calls, new, expected
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(found=attempts_of_agents(), data=strategies.data())
+def test_whatever_the_order_of_arrival_each_call_has_the_reward_that_came_after_it(
+    url: str, found: tuple[list[Generation], list[spans.NewSpan], list[float | None]], data: strategies.DataObject
+) -> None:
+    calls, new, expected = found
+    # A rollout of its own for each example.
+    rollout_id = new_id()
+    arrivals = data.draw(strategies.permutations([*calls, *new]))
+    with open_store(url) as store, closing(open_database(url)) as database:
+        for each in arrivals:
+            if isinstance(each, Generation):
+                store.add(
+                    [replace(each, id=new_id(), rollout_id=rollout_id, response_id=f"{rollout_id} {each.response_id}")]
+                )
+            else:
+                answer = each.response_id and f"{rollout_id} {each.response_id}"
+                keep(database, replace(each, rollout_id=rollout_id, response_id=answer))
+        triplets_found = [*store.triplets(rollout_id)]
+
+    assert [each.reward for each in triplets_found] == expected
+    assert [each.response_id for each in triplets_found] == [
+        f"{rollout_id} answer-{n}" for n in range(1, len(calls) + 1)
+    ]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(found=attempts_of_agents(), data=strategies.data())
+def test_a_reward_that_was_shown_stays_where_it_is_whatever_span_arrives_next(
+    url: str, found: tuple[list[Generation], list[spans.NewSpan], list[float | None]], data: strategies.DataObject
+) -> None:
+    """Of agents that give one reward, at the end, and whose calls have been recorded."""
+    calls, new, _ = found
+    rollout_id = new_id()
+    of_calls = [each for each in new if each.reward is None]
+    ended = max([each.end_time or 0.0 for each in of_calls] + [calls[-1].finished_at / SECOND]) - START / SECOND
+    given_last = unnumbered(of_reward(99, 1.0, at=ended + 1))
+    late = data.draw(strategies.permutations([*of_calls, given_last]))
+    seen: list[list[float | None]] = []
+    with open_store(url) as store, closing(open_database(url)) as database:
+        store.add(
+            [
+                replace(each, id=new_id(), rollout_id=rollout_id, response_id=f"{rollout_id} {each.response_id}")
+                for each in calls
+            ]
+        )
+        for each in late:
+            answer = each.response_id and f"{rollout_id} {each.response_id}"
+            keep(database, replace(each, rollout_id=rollout_id, response_id=answer))
+            seen.append(rewards(store.triplets(rollout_id)))
+
+    shown = [each for each in seen if any(each)]
+    assert shown == [[None] * (len(calls) - 1) + [1.0]] * len(shown)
+    assert shown

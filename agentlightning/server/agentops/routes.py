@@ -15,6 +15,7 @@ from agentlightning.server.agentops.calls import Seen, seen, total
 from agentlightning.server.agentops.tokens import Token
 from agentlightning.server.answers import Json
 from agentlightning.server.errors import sentence
+from agentlightning.server.headers import header
 from agentlightning.server.keys import token_of
 from agentlightning.server.models import agentops as models
 from agentlightning.server.models.common import Id
@@ -50,7 +51,9 @@ async def log_in(key: models.Key, request: Request) -> Response:
     """Trade the key of this store, or where it has none any key, for a token."""
     sent, token = _traded(key, request)
     client = request.client.host if request.client else "somebody"
-    request.app.state.clients.has_come(token.id, f"{request.headers.get('user-agent', 'a client')[:200]} at {client}")
+    request.app.state.clients.has_come(
+        token.id, f"{(header(request.scope, 'user-agent') or 'a client')[:200]} at {client}"
+    )
     return Json({"token": sent, "project_id": token.project_id, "project_prem_status": "pro"})
 
 
@@ -127,7 +130,7 @@ async def _upload(
     kind: uploads.Kind, upload: models.Upload, request: Request, sender: Token, database: Transactions
 ) -> Response:
     body = upload.body.encode("utf-8", "replace")
-    trace_id = _trace_id(request.headers.get("trace-id"))
+    trace_id = _trace_id(header(request.scope, "trace-id"))
     upload_id = await database.write(
         lambda connection: uploads.add(connection, kind, sender.project_id, trace_id, body)
     )

@@ -29,6 +29,9 @@ __all__ = [
 ]
 
 
+# Clients of 0.3 clear an id by an empty one, and find it again like that: such a `Part` may be.
+
+
 class RolloutConfig(Sent):
     """When an attempt is given up, and when another is made."""
 
@@ -54,7 +57,7 @@ class NewRollout(Sent):
 
     input: Any = Field(description="The task: any JSON.")
     mode: Mode | None = None
-    resources_id: Id | None = Field(None, description="Null is the latest resources.")
+    resources_id: Part | None = Field(None, description="Null is the latest resources.")
     config: RolloutConfig | None = None
     metadata: dict[str, Any] | None = None
 
@@ -62,7 +65,7 @@ class NewRollout(Sent):
 class StartRollout(NewRollout):
     """A rollout that is run at once, by the worker that asks."""
 
-    worker_id: Id | None = None
+    worker_id: Part | None = None
 
 
 class Enqueue(Sent):
@@ -79,7 +82,7 @@ class Dequeue(Sent):
     model_config = example(limit=1, worker_id="runner-1")
 
     limit: Whole = Field(1, description=f"At most {DEQUEUE_LIMIT} are taken at once, however many are asked for.")
-    worker_id: Id | None = None
+    worker_id: Part | None = None
 
 
 class ChangeRollout(Sent):
@@ -89,7 +92,7 @@ class ChangeRollout(Sent):
 
     input: Any = LEFT_OUT
     mode: Mode | None = None
-    resources_id: Id | None = None
+    resources_id: Part | None = None
     status: RolloutStatus = LEFT_OUT
     config: RolloutConfig = LEFT_OUT
     metadata: dict[str, Any] | None = None
@@ -100,7 +103,7 @@ class StartAttempt(Sent):
 
     model_config = example(worker_id="runner-1")
 
-    worker_id: Id | None = None
+    worker_id: Part | None = None
 
 
 class ChangeAttempt(Sent):
@@ -109,7 +112,7 @@ class ChangeAttempt(Sent):
     model_config = example(status="succeeded")
 
     status: AttemptStatus = LEFT_OUT
-    worker_id: Id = LEFT_OUT
+    worker_id: Part = LEFT_OUT
     last_heartbeat_time: Seconds = LEFT_OUT
     metadata: dict[str, Any] = LEFT_OUT
 

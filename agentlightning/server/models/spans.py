@@ -65,7 +65,7 @@ class _Span(Sent):
 
     trace_id: Id
     span_id: Id
-    parent_id: Id | None
+    parent_id: Part | None
     name: str
     status: SpanStatus
     attributes: dict[str, Any]
@@ -113,7 +113,7 @@ class Span(_Span):
 
     rollout_id: Id
     attempt_id: Id
-    sequence_id: Whole = Field(ge=0, le=NUMBER_LIMIT, description="Its place among the rollout's spans.")
+    sequence_id: Whole = Field(ge=-NUMBER_LIMIT, le=NUMBER_LIMIT, description="Its place among the rollout's spans.")
 
 
 class KeptSpan(_Span):

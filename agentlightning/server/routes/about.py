@@ -14,6 +14,7 @@ from agentlightning.server.metrics import CONTENT_TYPE_LATEST
 from agentlightning.server.models import about as models
 from agentlightning.server.routes.common import Database, errors, router
 from agentlightning.store import StoreRefused, StoreUnavailable, rollouts, tables
+from agentlightning.store.probes import write_something
 
 __all__ = ["interface", "root"]
 
@@ -45,8 +46,9 @@ async def is_ready(database: Database) -> Response:
     def work(connection: Connection) -> None:
         for table in COUNTED.values():
             connection.execute(select(literal(1)).select_from(table).limit(1)).first()
+        # A file that is gone or a full disk can be read, and so can a database that only reads.
+        write_something(connection)
 
-    # A file that is gone can be read on by whoever has it open: only who writes finds out.
     try:
         await database.write(work)
     except (StoreUnavailable, StoreRefused) as error:

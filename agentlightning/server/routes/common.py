@@ -9,10 +9,14 @@ import msgspec
 from fastapi import APIRouter, Depends, HTTPException, Request, Response
 from fastapi.routing import APIRoute
 
-from agentlightning.server.limits import DEPTH_LIMIT
+from agentlightning.server.counting import has_more_in_json
+from agentlightning.server.headers import header
+from agentlightning.server.limits import DEPTH_LIMIT, VALUES_LIMIT
 from agentlightning.server.transactions import Transactions
 
 __all__ = ["Database", "errors", "router"]
+
+Mend = Callable[[bytes], bytes]
 
 ERROR = {
     "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
@@ -23,10 +27,16 @@ NOT_HTTP = {"text/plain": {"schema": {"type": "string"}}}
 
 
 class _Request(Request):
-    """A request whose JSON is read as RFC 8259 has it: without NaN, which no answer could have in it again."""
+    """A request whose JSON is read as RFC 8259 has it.
+
+    Attributes:
+        mend: makes JSON of a body that is almost that; None where nothing else is taken.
+    """
+
+    mend: Mend | None = None
 
     def must_be_json(self) -> None:
-        content_type = self.headers.get("content-type", "")
+        content_type = header(self.scope, "content-type") or ""
         kind, _, subtype = content_type.partition(";")[0].strip().lower().partition("/")
         if kind != "application" or (subtype != "json" and not subtype.endswith("+json")):
             found = repr(content_type[:100]) if content_type else "without a Content-Type"
@@ -36,8 +46,10 @@ class _Request(Request):
         if not hasattr(self, "_json"):
             self.must_be_json()
             body = await self.body()
+            if has_more_in_json(body, VALUES_LIMIT):
+                raise HTTPException(400, f"the body has more than {VALUES_LIMIT} values")
             try:
-                self._json = msgspec.json.decode(body)
+                self._json = self._decoded(body)
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 raise HTTPException(400, f"the body is no JSON: {error}") from error
             except RecursionError as error:
@@ -46,6 +58,14 @@ class _Request(Request):
             if body.count(b"[") + body.count(b"{") > DEPTH_LIMIT and _is_too_deep(self._json):
                 raise HTTPException(400, TOO_DEEP)
         return self._json
+
+    def _decoded(self, body: bytes) -> Any:
+        try:
+            return msgspec.json.decode(body)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            if self.mend is None or (mended := self.mend(body)) == body:
+                raise
+            return msgspec.json.decode(mended)
 
 
 def _is_too_deep(found: Any) -> bool:
@@ -59,11 +79,14 @@ def _is_too_deep(found: Any) -> bool:
 
 
 class _Route(APIRoute):
+    mend: Mend | None = None
+
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
 
         async def handle_strictly(request: Request) -> Response:
             asked = _Request(request.scope, request.receive)
+            asked.mend = self.mend
             if request.method in ("GET", "HEAD"):
                 return await handle(asked)
             body = await asked.body()
@@ -76,9 +99,14 @@ class _Route(APIRoute):
         return handle_strictly
 
 
-def router(tag: str, prefix: str = "/v1/agl") -> APIRouter:
-    """The routes about one thing."""
-    return APIRouter(prefix=prefix, route_class=_Route, tags=[tag])
+def router(tag: str, prefix: str = "/v1/agl", mend: Mend | None = None) -> APIRouter:
+    """The routes about one thing.
+
+    Args:
+        mend: makes JSON of bodies that are almost that, and that clients send all the same.
+    """
+    route = type("_Route", (_Route,), {"mend": None if mend is None else staticmethod(mend)})
+    return APIRouter(prefix=prefix, route_class=route, tags=[tag])
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -14,6 +14,7 @@ from fastapi.responses import StreamingResponse
 from agentlightning.generation import Generation
 from agentlightning.server.answers import Json, encode
 from agentlightning.server.errors import sentence
+from agentlightning.server.headers import header
 from agentlightning.server.limits import BATCH_LIMIT
 from agentlightning.server.models import generations as models
 from agentlightning.server.models.common import Id
@@ -53,17 +54,17 @@ FOUND = {
 )
 async def add_generations(request: Request, database: Database) -> Response:
     """Keep generations, each once, and losses. Those that cannot be kept are named, and all others kept."""
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    content_type = (header(request.scope, "content-type") or "").partition(";")[0].strip().lower()
     if content_type != MEDIA_TYPE:
         found = repr(content_type[:100]) if content_type else "without a Content-Type"
         return sentence(415, f"generations come as {MEDIA_TYPE}, and this is {found}")
     body = await request.body()
+    if wire.count(body) > BATCH_LIMIT:
+        return sentence(413, f"the body has more than {BATCH_LIMIT} generations and losses")
     try:
         message, refused = await database.run(lambda: wire.decode_each(body))
     except ValueError as error:
         return sentence(400, f"the body {error}")
-    if len(message.generations) + len(message.losses) > BATCH_LIMIT:
-        return sentence(413, f"the body has more than {BATCH_LIMIT} generations and losses")
     new, also = await _written(database, message.generations, message.sender)
     if message.losses:
         await database.write(lambda connection: kept.add_losses(connection, message.losses))

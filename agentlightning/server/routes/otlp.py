@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -20,14 +21,18 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 from sqlalchemy import Connection
 
 from agentlightning.server.errors import sentence
+from agentlightning.server.headers import header
 from agentlightning.server.keys import token_of
-from agentlightning.server.otlp import JSON, PROTOBUF, Unreadable, parsed, spans_of, written
+from agentlightning.server.otlp import JSON, ODD_IDS, PROTOBUF, Unreadable, parsed, spans_of, written
 from agentlightning.server.routes.common import Database, errors, router
 from agentlightning.server.transactions import Transactions
 from agentlightning.store import rollouts, sessions, spans
+from agentlightning.store.database import Unkeepable
 from agentlightning.store.spans import NewSpan
 
 __all__ = ["routes"]
+
+REASONS_SHOWN = 3
 
 logger = logging.getLogger("agentlightning.store")
 
@@ -72,16 +77,31 @@ async def traces(request: Request, database: Database) -> Response:
     token = token_of(request.scope)
     project_id = None if token is None else token.project_id
 
-    async def keep(message: Any) -> None:
-        new, refused = await database.run(lambda: spans_of(message, request.headers, project_id))
-        await database.write(lambda connection: _keep(connection, new, project_id))
+    async def keep(message: Any, refused: Counter[str]) -> None:
+        new, odd = await database.run(lambda: spans_of(message, lambda name: header(request.scope, name), project_id))
+        refused[ODD_IDS] += odd
+        refused += await _written(database, new, project_id)
         if token is not None and new:
             request.app.state.clients.has_sent(token.id)
         if refused:
-            answer.partial_success.rejected_spans = refused
-            answer.partial_success.error_message = "a trace_id has 16 bytes, and a span_id 8"
+            answer.partial_success.rejected_spans = refused.total()
+            told = [f"{count} of the spans: {reason}" for reason, count in refused.most_common(REASONS_SHOWN)]
+            answer.partial_success.error_message = "; ".join(told)
 
     return await _export(request, database, ExportTraceServiceRequest(), answer, keep)
+
+
+async def _written(database: Transactions, new: list[NewSpan], project_id: str | None) -> Counter[str]:
+    """Keep spans. Returns how many of them no store can keep, by the reason: all others are kept."""
+    try:
+        await database.write(lambda connection: _keep(connection, new, project_id))
+        return Counter()
+    except Unkeepable as error:
+        if len(new) == 1:
+            return Counter({str(error): 1})
+    middle = len(new) // 2
+    first = await _written(database, new[:middle], project_id)
+    return first + await _written(database, new[middle:], project_id)
 
 
 @routes.post("/logs", **_about("Logs", "resourceLogs", []))
@@ -99,15 +119,15 @@ async def metrics(request: Request, database: Database) -> Response:
 async def _export(
     request: Request, database: Transactions, message: Message, answer: Message, keep: Any = None
 ) -> Response:
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    content_type = (header(request.scope, "content-type") or "").partition(";")[0].strip().lower()
     if content_type not in (PROTOBUF, JSON):
         found = repr(content_type[:100]) if content_type else "without a Content-Type"
         return sentence(415, f"OTLP comes as {PROTOBUF} or {JSON}, and this is {found}")
     body = await request.body()
     try:
-        await database.run(lambda: parsed(message, body, content_type))
+        refused = await database.run(lambda: parsed(message, body, content_type))
         if keep is not None:
-            await keep(message)
+            await keep(message, refused)
     except Unreadable as error:
         return sentence(400, str(error))
     return Response(written(answer, content_type), media_type=content_type)

@@ -8,6 +8,7 @@ from fastapi import Query, Response
 from sqlalchemy import Connection, select
 
 from agentlightning.server.answers import Json, encode, page, resources
+from agentlightning.server.mending import without_nan
 from agentlightning.server.models import resources as models
 from agentlightning.server.models.common import Id, Page
 from agentlightning.server.routes.common import Database, errors, router
@@ -17,7 +18,7 @@ from agentlightning.store.tables import resources as table
 
 __all__ = ["routes"]
 
-routes = router("resources")
+routes = router("resources", mend=without_nan)
 
 
 @routes.get("/resources", response_model=Page[models.ResourcesUpdate], responses=errors())

@@ -12,6 +12,7 @@ from sqlalchemy import Connection, select
 from agentlightning.server.answers import Json, attempt, encode, page, rollout
 from agentlightning.server.errors import sentence
 from agentlightning.server.limits import DEQUEUE_LIMIT
+from agentlightning.server.mending import without_nan
 from agentlightning.server.models import rollouts as models
 from agentlightning.server.models.common import Id, Page
 from agentlightning.server.routes.common import Database, errors, router
@@ -25,7 +26,7 @@ __all__ = ["routes"]
 
 SHORTEST_NAP, LONGEST_NAP = 0.02, 0.5
 
-routes = router("rollouts")
+routes = router("rollouts", mend=without_nan)
 
 
 def _new(body: models.NewRollout) -> rollouts.NewRollout:

@@ -11,6 +11,7 @@ from sqlalchemy import Connection
 from agentlightning.sender import PACKED_LIMIT, Sender, Vocabulary
 from agentlightning.server.answers import Json
 from agentlightning.server.errors import sentence
+from agentlightning.server.headers import header
 from agentlightning.server.models import senders as models
 from agentlightning.server.routes.common import Database, errors, router
 from agentlightning.store import senders
@@ -48,7 +49,7 @@ async def put_sender(sender_id: models.SenderId, greeting: models.Greeting, data
 )
 async def put_vocabulary(digest: models.Digest, request: Request, database: Database) -> Response:
     """Keep what token ids stand for: `{"special":[ids],"tokens":[text or null]}`, packed with zlib."""
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    content_type = (header(request.scope, "content-type") or "").partition(";")[0].strip().lower()
     if content_type != BYTES:
         found = repr(content_type[:100]) if content_type else "without a Content-Type"
         return sentence(415, f"a vocabulary comes as {BYTES}, and this is {found}")

@@ -11,6 +11,7 @@ from sqlalchemy import ColumnElement, Connection, false, select
 
 from agentlightning.server.answers import Json, encode, page, span
 from agentlightning.server.errors import sentence
+from agentlightning.server.mending import mended_json, without_nan
 from agentlightning.server.models import spans as models
 from agentlightning.server.models.common import Page
 from agentlightning.server.routes.common import Database, errors, router
@@ -18,6 +19,7 @@ from agentlightning.store import attributes, rollouts, spans, triplets
 from agentlightning.store.pages import contains, matching
 from agentlightning.store.rows import text_of
 from agentlightning.store.tables import spans as table
+from agentlightning.store.tables import texts
 from agentlightning.triplet import Triplet
 
 __all__ = ["routes"]
@@ -27,7 +29,7 @@ LOGPROBS = "logprobs.content"
 
 parts = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
-routes = router("spans")
+routes = router("spans", mend=lambda body: without_nan(mended_json(body)))
 
 BODY = {
     "requestBody": {
@@ -43,20 +45,24 @@ async def add_span(request: Request, database: Database) -> Response:
     sent = await request.json()
     # Checked, and kept as it was sent: the ids in it may be thousands.
     checked = models.Span.model_validate(sent)
-    body = {name: value for name, value in sent.items() if name not in ("rollout_id", "attempt_id", "sequence_id")}
+    # Some send no text, or zeros, for none.
+    parent_id = checked.parent_id if checked.parent_id and checked.parent_id.strip("0") else None
+    apart = ("rollout_id", "attempt_id", "sequence_id", "resource")
+    body = {name: value for name, value in sent.items() if name not in apart}
     new = spans.NewSpan(
         rollout_id=checked.rollout_id,
         attempt_id=checked.attempt_id,
         sequence_id=checked.sequence_id,
         trace_id=checked.trace_id,
         span_id=checked.span_id,
-        parent_id=checked.parent_id,
+        parent_id=parent_id,
         name=checked.name,
         start_time=checked.start_time,
         end_time=checked.end_time,
         response_id=attributes.response_id(checked.attributes),
         reward=attributes.reward(checked.name, checked.attributes),
         body=encode(body),
+        common=encode({"resource": sent["resource"]}),
     )
 
     def work(connection: Connection) -> int:
@@ -111,8 +117,9 @@ async def _page(asked: models.QuerySpans, database: Database) -> Response:
                 may.append(contains(table.c[name], part))
         return matching([*must, matching(may, asked.filter_logic)], "and")
 
-    query = select(
-        table.c.key, table.c.rollout_id, table.c.attempt_id, table.c.sequence_id, table.c.response_id, table.c.body
+    columns = ("key", "rollout_id", "attempt_id", "sequence_id", "response_id", "body")
+    query = select(*(table.c[name] for name in columns), texts.c.text.label("common")).select_from(
+        table.outerjoin(texts, texts.c.key == table.c.common_key)
     )
     return await page(database, asked, where, query, table.c.key, span, _with_captured_ids)
 

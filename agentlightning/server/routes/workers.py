@@ -8,6 +8,7 @@ from fastapi import Body, Query, Response
 from sqlalchemy import Connection, select
 
 from agentlightning.server.answers import Json, encode, page, worker
+from agentlightning.server.mending import without_nan
 from agentlightning.server.models import workers as models
 from agentlightning.server.models.common import Id, Page
 from agentlightning.server.routes.common import Database, errors, router
@@ -18,7 +19,7 @@ from agentlightning.store.tables import workers as table
 
 __all__ = ["routes"]
 
-routes = router("workers")
+routes = router("workers", mend=without_nan)
 
 
 @routes.get("/workers", response_model=Page[models.Worker], responses=errors())
