@@ -49,7 +49,7 @@ def test_what_the_lock_names_is_for_the_first_python_of_its_version_too() -> Non
     assert [
         each.name
         for each in distributions()
-        if not SpecifierSet(each.metadata.get("Requires-Python") or "").contains(first)
+        if "Requires-Python" in each.metadata and first not in SpecifierSet(each.metadata["Requires-Python"])
     ] == []
 
 
