@@ -212,7 +212,7 @@ def tested(version: str) -> str:
     if row is None:
         return "only read"
     if row.hybrid:
-        return f"run, its Python over the compiled part of {row.build}"
+        return "run as a hybrid"
     return "run whole" if row.worker == COMPILED else "run with a stand-in"
 
 
@@ -276,12 +276,20 @@ def _run_row(version: str) -> int:
 SECTION = "What is there in each release"
 INTRODUCTION = """\
 Written by `python -m tools.check_release --all`, which reads the source of every release on the package index and runs
-nothing: are the module, the class, the method and the parameters there that each set of patches relies on?
-`make check-release VLLM=0.34.0` asks the same of another one, or of a wheel file, says where a module has moved to and
-what serves in it that no release had before, and runs its tests if the matrix has a row for it.
+none of them: are the module, the class, the method and the parameters there that each set of patches relies on? It
+checks the patch sets themselves, as they are checked where vLLM runs, against stubs made of the source. What a decorator
+makes of a method, and what a method does, it cannot see; the tests can.
 
-How far a release is tested stands in the last column: *run whole* is vLLM as it is; *run with a stand-in* is all of
-vLLM but the model, whose place a worker of the tests takes; *only read* is no more than this table.
+`make check-release VLLM=0.34.0` reads another release, or the file of a wheel. Where something is missing, it says where
+a class or function of that name is now. It lists the routes, serving classes and launchers that the newest known release
+does not have, and then runs the tests above, if they have a row for the release.
+
+The last column says how far a release was tested:
+
+- *run whole*: vLLM as it is, with a model.
+- *run as a hybrid*: all of its own Python, with a model, over the compiled part of an earlier release.
+- *run with a stand-in*: all of vLLM but the model, whose place a worker of the tests takes.
+- *only read*: nothing but this table.
 
 """
 
@@ -313,6 +321,7 @@ def _table(results: Sequence[tuple[str, Sequence[Outcome]]]) -> Iterator[str]:
                 reasons.setdefault((outcome.name, detail), []).append(version)
     yield "\nWhy a set is left off:\n\n"
     for (name, detail), versions in reasons.items():
+        # They come one after the other, the newest first.
         of = versions[0] if len(versions) == 1 else f"{versions[-1]} to {versions[0]}"
         yield f"- {name} ({of}): {detail}.\n"
 

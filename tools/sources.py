@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import re
+import types
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -134,7 +135,9 @@ class _Module(ModuleType):
             contents |= {function.name: _function(function) for function in functions}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return type(bases[0] if bases else object)(definition.name, tuple(bases), contents)
+            return types.new_class(
+                definition.name, tuple(bases), exec_body=lambda namespace: namespace.update(contents)
+            )
 
 
 def _module_name(file: str) -> str:
