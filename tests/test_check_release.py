@@ -160,6 +160,29 @@ def test_a_method_that_a_base_class_has_now_is_there(known: Path, tmp_path: Path
     assert checked.left_off == {}
 
 
+def test_classes_that_have_parted_are_each_found(known: Path, tmp_path: Path) -> None:
+    edits = {"class EngineCoreProc(EngineCore):": "class Process:"}
+    process = {"v1/engine/process.py": "class EngineCoreProc:\n    def _send_engine_dead(self):\n        pass\n"}
+    checked = check(wheel_of(tmp_path, "0.34.0", edits, more=process), known, "--json")
+
+    assert checked.status == 1
+    assert checked.left_off == {
+        "engine core": [
+            "vllm.v1.engine.core has no class EngineCoreProc",
+            "EngineCoreProc is defined in vllm.v1.engine.process",
+        ]
+    }
+
+
+def test_a_class_that_is_nowhere_is_missing(known: Path, tmp_path: Path) -> None:
+    checked = check(wheel_of(tmp_path, "0.34.0", {"EngineCore": "Core"}), known, "--json")
+
+    assert checked.status == 1
+    missing = checked.left_off["engine core"]
+    assert missing[:2] == [f"vllm.v1.engine.core has no class {name}" for name in ("EngineCoreProc", "EngineCore")]
+    assert not [detail for detail in missing if "moved" in detail or "defined" in detail]
+
+
 def test_each_parameter_that_is_missing_is_named(known: Path, tmp_path: Path) -> None:
     edits = {
         "def abort_requests(self, request_ids, internal)": "def abort_requests(self, ids)",

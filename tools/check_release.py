@@ -73,8 +73,8 @@ def _check(patch_set: PatchSet, source: Source, version: str) -> Outcome:
                 _check_patch(patch, source.module(home))
             except NotForThisRelease as reason:
                 return Outcome(patch_set.name, NOT_FOR_THIS_RELEASE, home, (str(reason),))
-            except Mismatch as error:
-                details.append(str(error))
+            except Exception as error:
+                details.append(_reason(error))
         if not details:
             return Outcome(patch_set.name, THERE, home)
     return Outcome(patch_set.name, MISSING, home, (*dict.fromkeys(details), *_elsewhere(patch_set, source, home)))
@@ -90,17 +90,26 @@ def _elsewhere(patch_set: PatchSet, source: Source, home: str | None) -> Iterato
     """Where the classes and functions are defined that the set looks for, and whether the set would fit there."""
     names = dict.fromkeys(map(_name, patch_set.patches))
     found = [set(source.defining(name)) for name in names]
-    for module in sorted(set.intersection(*found) - {home}):
+    together = set.intersection(*found) - {home}
+    for module in sorted(together):
         wrong = [reason for patch in patch_set.patches if (reason := _mismatch(patch, source.module(module)))]
         yield f"{', '.join(names)} moved to {module}: {'; '.join(wrong) or 'all is there'}"
+    if not together:
+        for name, modules in zip(names, found, strict=True):
+            if home not in modules and modules:
+                yield f"{name} is defined in {_some(sorted(modules))}"
     present = home is not None and all(getattr(source.module(home), name, None) for name in names)
     for method in dict.fromkeys(filter(None, map(_method, patch_set.patches))):
         if home is not None and present and _mismatch_of_method(patch_set, method, source.module(home)):
             # The very class is named already, with what is wrong with its method.
             others = [other for other in source.with_method(method, "vllm") if not _is_in(home, names, other)]
             if others:
-                more = f" and {len(others) - MOST_NAMED} more" if len(others) > MOST_NAMED else ""
-                yield f"{method} is a method of {', '.join(others[:MOST_NAMED])}{more}"
+                yield f"{method} is a method of {_some(others)}"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return f"{', '.join(names[:MOST_NAMED])}{more}"
 
 
 def _is_in(module: str, names: Iterable[str], other: str) -> bool:
@@ -116,8 +125,13 @@ def _mismatch(patch: Patch, module: ModuleType) -> str | None:
         _check_patch(patch, module)
     except NotForThisRelease:
         return None
-    except Mismatch as error:
-        return str(error)
+    except Exception as error:
+        return _reason(error)
+
+
+def _reason(error: Exception) -> str:
+    # As PatchSet.apply says it.
+    return str(error) if isinstance(error, Mismatch) else " ".join(repr(error).split())
 
 
 def _name(patch: Patch) -> str:
@@ -275,14 +289,14 @@ def _run_row(version: str) -> int:
 
 SECTION = "What is there in each release"
 INTRODUCTION = """\
-Written by `python -m tools.check_release --all`, which reads the source of every release on the package index and runs
-none of them: are the module, the class, the method and the parameters there that each set of patches relies on? It
-checks the patch sets themselves, as they are checked where vLLM runs, against stubs made of the source. What a decorator
-makes of a method, and what a method does, it cannot see; the tests can.
+Written by `python -m tools.check_release --all`, which reads the source of every release on the package index and
+runs none of them: are the module, the class, the method and the parameters there that each set of patches relies on?
+It checks the patch sets themselves, as they are checked where vLLM runs, against stubs made of the source. What a
+decorator makes of a method, and what a method does, it cannot see; the tests can.
 
-`make check-release VLLM=0.34.0` reads another release, or the file of a wheel. Where something is missing, it says where
-a class or function of that name is now. It lists the routes, serving classes and launchers that the newest known release
-does not have, and then runs the tests above, if they have a row for the release.
+`make check-release VLLM=0.34.0` reads another release, or the file of a wheel. Where something is missing, it says
+where a class or function of that name is now. It lists the routes, serving classes and launchers that the newest
+known release does not have, and then runs the tests above, if they have a row for the release.
 
 The last column says how far a release was tested:
 

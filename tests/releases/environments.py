@@ -96,7 +96,9 @@ def _uv(release: Release, what: str, *arguments: str | Path) -> None:
 
 
 def _vllm(release: Release) -> str:
-    return json.dumps([release.build, release.pins, release.platform, sys.version])
+    made_of = [release.build, release.pins, release.platform, sys.version]
+    # A hybrid is a copy of what is installed here, with this checkout.
+    return json.dumps([*made_of, hybrid.copied(), _us()] if release.hybrid else made_of)
 
 
 def _us() -> str:

