@@ -4,16 +4,21 @@ VENV := $(if $(NEWEST),.venv-newest,.venv)
 LOCK := tools/locks/environment.txt
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 SHELL := /bin/bash
+HYBRID := 0.33.0
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-rollout test test-releases lint docs bench format lock clean always
+.PHONY: help demo demo-rollout test test-hybrid test-releases check-release lint docs bench format lock clean always
 
 help:
 	@echo 'make demo    a real vLLM answers with token ids, shown in a table'
 	@echo 'make demo-rollout'
 	@echo '             two runners run an agent that uses a tool; the triplets a trainer would use, and a page to inspect them'
 	@echo 'make test    all tests, against a real vLLM'
+	@echo 'make test-hybrid [HYBRID=$(HYBRID)] [TESTS=tests/recording]'
+	@echo '             the same on a release without a CPU build: its Python, over the compiled part of the one before'
 	@echo 'make test-releases [RELEASES="0.8.5 0.32.0"]'
 	@echo '             the same questions to each vLLM since 0.8.5, each in an environment of its own (30 GB for all)'
+	@echo 'make check-release VLLM=0.34.0'
+	@echo '             is all that is patched there, in any release or wheel file, and what serves in it that is new'
 	@echo 'make lint    formatting, lint and types'
 	@echo 'make docs    the documentation as a site, in site/'
 	@echo 'make bench   what it costs every Python process, beside its peers, a server, and recording (an hour)'
@@ -48,6 +53,13 @@ test: $(VENV)/.ready .cache/tiny-model/config.json
 test-releases: $(VENV)/.ready .cache/tiny-model/config.json
 	$(VENV)/bin/python -m tests.releases.environments $(RELEASES)
 	$(VENV)/bin/python -m pytest tests/releases --releases='$(RELEASES)' --keep-results
+
+test-hybrid: $(VENV)/.ready .cache/tiny-model/config.json
+	$(VENV)/bin/python -m tests.releases.environments $(HYBRID)
+	.cache/releases/$(HYBRID)/bin/python -m pytest $(TESTS)
+
+check-release: $(VENV)/.ready .cache/tiny-model/config.json
+	$(VENV)/bin/python -m tools.check_release --run $(VLLM)
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff format --check

@@ -51,7 +51,7 @@ class Mismatch(Exception):
 
 
 class NotForThisRelease(Exception):
-    """The code that is there is older than what the patch is for: nothing to patch, and nothing wrong."""
+    """The code that is there is older than what the patch is for, or does it itself: nothing is wrong."""
 
 
 class Patch(Protocol):
@@ -83,7 +83,7 @@ class PatchSet:
         self.name = name
         self.since = since
         self.modules = tuple(modules)
-        self._patches = tuple(patches)
+        self.patches = tuple(patches)
         self._undo: list[Callable[[], None]] = []
         self._status = Status(State.PENDING)
         self._lock = threading.RLock()
@@ -96,22 +96,22 @@ class PatchSet:
     def apply(self, module: ModuleType) -> None:
         """Check every patch against `module`, then apply all of them, or none.
 
-        Raises nothing: the outcome is the `status`, and a set that is left off is one warning. Applying twice is a
+        Raises nothing: the outcome is the `status`, and a set that fails is one warning. Applying twice is a
         no-op with a warning; a module that was reloaded or imported again holds other classes, and is patched again.
         """
         with self._lock:
             undo: list[Callable[[], None]] = []
             try:
                 applied = self._status.state is State.APPLIED
-                if applied and all(patch.is_applied(module) for patch in self._patches):
+                if applied and all(patch.is_applied(module) for patch in self.patches):
                     logger.warning("agentlightning: %s is patched already (%s)", module.__name__, self.name)
                     return
-                for patch in self._patches:
+                for patch in self.patches:
                     patch.check(module)
-                for patch in self._patches:
+                for patch in self.patches:
                     undo.append(patch.apply(module))
             except NotForThisRelease as reason:
-                self._leave_off(State.NOT_FOR_THIS_RELEASE, str(reason))
+                self.skip(str(reason))
             except Exception as error:
                 _run_backwards(undo)
                 self.fail(str(error) if isinstance(error, Mismatch) else " ".join(repr(error).split()))
@@ -120,15 +120,16 @@ class PatchSet:
                 self._status = Status(State.APPLIED)
 
     def skip(self, reason: str) -> None:
-        """Mark the set as not for this release, silently: what it would patch is not there at all, and not missed."""
+        """Mark the set as not for this release.
+
+        Silently, as nothing is wrong: the release is older than what would be patched, or does it itself. The status
+        says so, wherever the module is imported; the log would only where and when a server imports it.
+        """
         self._status = Status(State.NOT_FOR_THIS_RELEASE, reason)
 
     def fail(self, reason: str) -> None:
         """Mark the set as failed, with one warning: what it patches cannot be found, or not be patched."""
-        self._leave_off(State.FAILED, reason)
-
-    def _leave_off(self, state: State, reason: str) -> None:
-        self._status = Status(state, reason)
+        self._status = Status(State.FAILED, reason)
         logger.warning("agentlightning: %s is left as it is, unpatched: %s", self.name, reason)
 
     def undo(self) -> None:

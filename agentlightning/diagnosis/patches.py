@@ -15,9 +15,10 @@ from typing import Any
 from agentlightning.diagnosis import Finding, Mark
 from agentlightning.diagnosis.installation import PTH, interpreter
 from agentlightning.diagnosis.presence import what_is_missing
+from agentlightning.instrumentation.vllm import releases
 from agentlightning.modules import locate
 
-__all__ = ["findings", "of_patches"]
+__all__ = ["findings", "of_an_unknown_release", "of_patches"]
 
 PROBE_SECONDS = 600
 # Importing us arms a process where the variable is on; that must not hide whether Python arms it by itself.
@@ -40,6 +41,7 @@ def findings() -> Iterator[Finding]:
     outcome = _probed()
     yield _version(outcome)
     patches, not_imported = outcome.get("patches", {}), outcome.get("not_imported", {})
+    yield from of_an_unknown_release(outcome.get("version"), patches)
     yield from of_patches(patches)
     yield from _not_imported(not_imported)
     # All that there is to patch has been imported: nothing can be pending that we were asked for.
@@ -74,6 +76,28 @@ def of_patches(patches: Mapping[str, Mapping[str, str | None]]) -> Iterator[Find
             yield Finding(name, Mark.PROBLEM, text, advice)
         else:
             yield Finding(name, Mark.OK if state == "applied" else Mark.NOTE, text)
+
+
+def of_an_unknown_release(version: Any, patches: Mapping[str, Mapping[str, str | None]]) -> Iterator[Finding]:
+    """Which patch sets have found what they patch in a vLLM that is newer than all that are known here; else nothing.
+
+    Args:
+        version: vLLM's; None where it is not known.
+        patches: as for `of_patches`.
+    """
+    if not isinstance(version, str) or not releases.is_before(releases.NEWEST_KNOWN, version):
+        return
+    applied = [name for name, patch in patches.items() if patch["state"] == "applied"]
+    left_off = [f"{name} ({patch['state']})" for name, patch in patches.items() if patch["state"] != "applied"]
+    found = (
+        f"all {len(patches)} patch sets have" if not left_off else f"{len(applied)} of {len(patches)} patch sets have"
+    )
+    others = f"; not {', '.join(left_off)}" if left_off else ""
+    text = (
+        f"{version} is newer than any release that this agentlightning was tested with ({releases.NEWEST_KNOWN}): "
+        f"{found} found what they patch in it{others}"
+    )
+    yield Finding("release", Mark.NOTE, text)
 
 
 def _not_imported(modules: Mapping[str, str]) -> Iterator[Finding]:

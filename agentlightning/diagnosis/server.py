@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard
 
 from agentlightning.diagnosis import Finding, Mark, Unreachable
-from agentlightning.diagnosis.patches import of_patches
+from agentlightning.diagnosis.patches import of_an_unknown_release, of_patches
 from agentlightning.instrumentation.vllm.server import STATUS_ROUTE
 
 __all__ = ["findings", "read"]
@@ -98,6 +98,7 @@ def findings(status: Mapping[str, Any]) -> Iterator[Finding]:
     # Not what anybody who asks this expects, and still what was asked for.
     silent = status["switches"].get("AGL_RETURN_TOKEN_IDS") == "none"
     yield Finding("switches", Mark.NOTE if silent else Mark.OK, switches)
+    yield from of_an_unknown_release(status["vllm"], status["patches"])
     yield from of_patches(status["patches"])
     for limit in status["limits"]:
         yield Finding("engine", Mark.NOTE, limit)

@@ -261,7 +261,7 @@ if __name__ == "__main__":
     main()
 """
 
-Layout = Literal["bare", "to 0.14", "from 0.15", "from 0.29"]
+Layout = Literal["bare", "to 0.14", "from 0.15", "from 0.29", "from 0.33"]
 
 
 def _server(launcher: str, serve_arguments: str, app: str | None = None) -> dict[str, str]:
@@ -290,6 +290,7 @@ def _server(launcher: str, serve_arguments: str, app: str | None = None) -> dict
 
 TO_0_28 = _server("entrypoints.launcher", "entrypoints.openai.cli_args")
 FROM_0_29 = _server("entrypoints.launchers.launcher", "entrypoints.launchers.cli_args", "entrypoints.launchers.app")
+FROM_0_33 = _server("entrypoints.launchers.launcher", "entrypoints.common.cli_args", "entrypoints.launchers.app")
 SERVING_FROM_0_15 = {
     "entrypoints/openai/chat_completion/protocol.py": CHAT_PROTOCOL,
     "entrypoints/openai/chat_completion/serving.py": CHAT_SERVING,
@@ -326,6 +327,7 @@ MODULES: Mapping[Layout, Mapping[str, str]] = {
     },
     "from 0.15": {**SERVING_FROM_0_15, **TO_0_28, **THE_SAME_EVERYWHERE},
     "from 0.29": {**SERVING_FROM_0_15, **FROM_0_29, **THE_SAME_EVERYWHERE},
+    "from 0.33": {**SERVING_FROM_0_15, **FROM_0_33, **THE_SAME_EVERYWHERE},
 }
 
 

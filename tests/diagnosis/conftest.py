@@ -33,7 +33,7 @@ def load_general_plugins():
 
 def write_vllm(folder: Path, edits: Mapping[str, str] | None = None) -> None:
     """The made-up vLLM, with plugins."""
-    made_up_vllm(folder, "from 0.29", edits)
+    made_up_vllm(folder, "from 0.33", edits)
     (folder / "vllm" / "plugins.py").write_text(PLUGINS)
 
 

@@ -143,6 +143,37 @@ def test_a_vllm_in_which_nothing_is_known_is_a_problem_for_each_patch_set(
     assert said.text.endswith(f"{len(PATCH_SETS)} problems.")
 
 
+UNKNOWN = {f'"{VERSION}"': '"0.34.0"'}
+NEWER = f"note release 0.34.0 is newer than any release that this agentlightning was tested with ({VERSION}): "
+
+
+def test_an_unknown_release_in_which_all_is_found_is_a_note(environment: Environment) -> None:
+    write_vllm(environment.site_packages, UNKNOWN)
+
+    said = doctor(environment)
+
+    assert said.status == 0, said.stdout
+    assert f"{NEWER}all {len(PATCH_SETS)} patch sets have found what they patch in it" in said.text
+
+
+def test_an_unknown_release_names_the_patch_sets_that_have_found_nothing(environment: Environment) -> None:
+    edits = {"def create_chat_completion": "def chat", "validate_parsed_serve_args": "validate"}
+    write_vllm(environment.site_packages, {**UNKNOWN, **edits})
+
+    said = doctor(environment)
+
+    assert said.status == 1
+    found = f"{len(PATCH_SETS) - 2} of {len(PATCH_SETS)} patch sets have found what they patch in it"
+    assert f"{NEWER}{found}; not chat (failed), start-up check (failed)" in said.text
+    assert "problem chat failed: vllm.entrypoints.openai.chat_completion.serving has no OpenAIServingChat." in said.text
+    assert "ok completions applied" in said.text
+    assert said.text.endswith("2 problems.")
+
+
+def test_a_known_release_is_no_note_of_its_own(environment: Environment) -> None:
+    assert "newer than any release" not in doctor(environment).text
+
+
 def test_what_a_release_does_itself_is_a_note(environment: Environment) -> None:
     write_vllm(
         environment.site_packages,

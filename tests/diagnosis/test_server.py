@@ -290,6 +290,18 @@ def test_what_a_server_could_not_patch_is_a_problem() -> None:
     assert said.text.endswith("1 problem.")
 
 
+def test_a_server_of_an_unknown_release_says_which_patch_sets_found_what_they_patch() -> None:
+    patches = {
+        "chat": {"state": "failed", "reason": "no OpenAIServingChat"},
+        "completions": {"state": "applied", "reason": None},
+    }
+    with answering_status(vllm="0.99.0", patches=patches) as url:
+        said = ask(url)
+
+    assert "note release 0.99.0 is newer than any release that this agentlightning was tested with" in said.text
+    assert "1 of 2 patch sets have found what they patch in it; not chat (failed)" in said.text
+
+
 def test_a_server_that_was_told_to_answer_without_ids_is_a_note() -> None:
     with answering_status(switches={"AGL_INSTRUMENT": "on", "AGL_RETURN_TOKEN_IDS": "none"}) as url:
         said = ask(url)

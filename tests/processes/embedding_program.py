@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 from typing import Any
 
 import uvicorn
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.entrypoints.openai.api_server import build_app, init_app_state
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
+
+from agentlightning.instrumentation.vllm.releases import SERVE_ARGUMENTS
+from agentlightning.modules import locate
 
 
 async def serve(args: Any) -> None:
@@ -25,4 +28,6 @@ async def serve(args: Any) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(make_arg_parser(FlexibleArgumentParser()).parse_args()))
+    # Where it is changes from release to release.
+    arguments = importlib.import_module(next(filter(locate, SERVE_ARGUMENTS.modules)))
+    asyncio.run(serve(arguments.make_arg_parser(FlexibleArgumentParser()).parse_args()))

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tests.common.environments import CHECKOUT
+from tests.releases import hybrid
 from tests.releases.table import RELEASES, TCMALLOC, Release
 from tools.lock import ENVIRONMENT, is_newest
 from tools.make_env import BROKEN_COMPANIONS, name_it_vllm, run, say
@@ -42,7 +43,7 @@ def make(releases: Iterable[Release]) -> None:
     for release in missing:
         _install_vllm(release)
     for release in releases:
-        if release.build and not _is_there(release, "us", _us()):
+        if release.build and not release.hybrid and not _is_there(release, "us", _us()):
             _uv(release, f"{release.version}: this checkout", "--editable", str(CHECKOUT))
             _note(release, "us", _us())
         if TCMALLOC in release.preload:
@@ -57,7 +58,7 @@ def _stand_in_for_tcmalloc(library: Path) -> None:
 
 def _say_what_it_takes(missing: list[Release]) -> None:
     pytorches = {pin for release in missing for pin in release.pins if pin.startswith("torch==")}
-    needed = sum(GIGABYTES.get(pin, 5) for pin in pytorches) + len(missing) // 2
+    needed = sum(GIGABYTES.get(pin, 5) for pin in pytorches) + (len(missing) + 1) // 2
     FOLDER.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(FOLDER).free // 10**9
     say(f"environments for vLLM {', '.join(release.version for release in missing)}")
@@ -71,6 +72,11 @@ def _install_vllm(release: Release) -> None:
     FOLDER.mkdir(exist_ok=True)
     log = FOLDER / f"{release.version}.log"
     log.unlink(missing_ok=True)
+    if release.hybrid:
+        assert release.build
+        hybrid.make(folder(release), release.version, release.build)
+        _note(release, "vllm", _vllm(release))
+        return
     uv = (sys.executable, "-m", "uv")
     run(f"{release.version}: Python", [*uv, "venv", "--python", sys.executable, folder(release)], log)
     overrides, excludes = folder(release) / "overrides.txt", folder(release) / "excludes.txt"
@@ -97,7 +103,9 @@ def _latest() -> str:
 
 
 def _vllm(release: Release) -> str:
-    return json.dumps([release.build, release.pins, release.platform, sys.version, _latest()])
+    made_of = [release.build, release.pins, release.platform, sys.version, _latest()]
+    # A hybrid is a copy of what is installed here, with this checkout.
+    return json.dumps([*made_of, hybrid.copied(), _us()] if release.hybrid else made_of)
 
 
 def _us() -> str:

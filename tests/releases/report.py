@@ -32,8 +32,9 @@ Every release gets the same tests: chat and completions, plain and streamed, sev
 logprobs, usage, tool calls beside a parser, requests that want no ids, clients that hang up, several API servers, and
 removing the patches. They all go over HTTP to the release's own server. Where its compiled part does not run on the
 machine, the tokens come from a worker of the tests (`tests/releases/worker.py`) that has no model: what stands above a
-worker, from the API server down to the engine's scheduler, is vLLM's. Elsewhere vLLM runs whole. The README summarises
-the results: [supported releases](../README.md#supported-releases).
+worker, from the API server down to the engine's scheduler, is vLLM's. Elsewhere vLLM runs whole; a release that has no
+CPU build yet is a hybrid: all of its own Python, over the compiled part of the newest that has one
+(`tests/releases/hybrid.py`). The README summarises the results: [supported releases](../README.md#supported-releases).
 
 """
 COLUMNS = ("vLLM", "engine", "worker", "pydantic", "passed", "failed", "date")
@@ -86,8 +87,10 @@ def _page(run: Sequence[Release]) -> Iterator[str]:
         yield f"- {name}: {', '.join(dict.fromkeys(result[name] for result in results))}\n"
     yield f"\n| {' | '.join(COLUMNS)} |\n|---|---|---|---|---:|---:|---|\n"
     for release, result in zip(run, results, strict=True):
-        build = f" ({release.build})" if release.build and release.build != release.version else ""
+        build = f" ({release.build})" if release.build not in (None, release.version) and not release.hybrid else ""
         worker = "vLLM's" if release.worker == COMPILED else "the tests'"
+        if release.hybrid:
+            worker += f", hybrid over {release.build}"
         counts = (str(result["passed"]), str(result["failed"]))
         yield f"| {' | '.join((release.version + build, release.engine, worker, result['pydantic'], *counts))} "
         yield f"| {result['date']} |\n"

@@ -30,6 +30,8 @@ class Release:
         engine: V1 unless it says V0; up to 0.10 vLLM has both.
         platform: an entry point that stands for vLLM's CPU platform.
         preload: libraries of the environment that it wants in LD_PRELOAD.
+        hybrid: whether it has no CPU build yet, so that its own Python runs over the compiled part of `build`, which is
+            then the one that the tests' own environment holds (`tests/releases/hybrid.py`).
         left_out: the checks that the release fails by itself, patched or not, and why.
     """
 
@@ -40,6 +42,7 @@ class Release:
     engine: Literal["V0", "V1"] = "V1"
     platform: str | None = None
     preload: tuple[str, ...] = ()
+    hybrid: bool = False
     left_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -91,4 +94,5 @@ RELEASES: Sequence[Release] = (
     Release("0.22.1", "0.22.1", ("transformers==4.57.6", *TORCH_2_11)),
     Release("0.28.0", "0.28.0", TORCH_2_13),
     Release("0.32.0"),
+    Release("0.33.0", "0.32.0", hybrid=True),
 )

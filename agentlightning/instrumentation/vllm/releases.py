@@ -1,7 +1,7 @@
 """Where each thing lives in which vLLM release: the only file with version numbers.
 
 A target is found by what is there: each entry lists the names that a module has had, newest first, and whichever
-vLLM imports is patched. Read from 38 releases between 0.8.5 and 0.33.0.
+vLLM imports is patched. Read from all 45 releases from 0.8.5 to 0.33.0; `make check-release` reads another.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ MESSAGES_SERVING = Home(
     ),
     since="0.11.1",
 )
-BATCH_SERVING = Home(("vllm.entrypoints.openai.chat_completion.batch_serving",), since="0.19.1")
+BATCH_SERVING = Home(("vllm.entrypoints.openai.chat_completion.batch_serving",), since="0.19.0")
 GENERATE_SERVING = Home(
     (
         "vllm.entrypoints.scale_out.token_in_token_out.serving",  # from 0.25.0
@@ -77,6 +77,7 @@ API_SERVER_MANAGER = Home(("vllm.v1.utils",))
 ENGINE_CORE_MANAGER = Home(("vllm.v1.engine.utils",), since="0.9.2")
 SERVE_ARGUMENTS = Home(
     (
+        "vllm.entrypoints.common.cli_args",  # from 0.33.0
         "vllm.entrypoints.launchers.cli_args",  # from 0.29.0
         "vllm.entrypoints.openai.cli_args",  # to 0.28.0
     )
@@ -95,8 +96,8 @@ LAUNCHER = Home(
 )
 
 GRPC = (
-    "smg_grpc_servicer.vllm.servicer",  # as read in 0.18.1 and later
-    "vllm.grpc",  # as read in 0.14.1 and 0.15.1
+    "smg_grpc_servicer.vllm.servicer",  # from 0.18.0
+    "vllm.grpc",  # 0.14.0 to 0.17.1
 )
 """Imported by what serves gRPC, and by nothing else."""
 

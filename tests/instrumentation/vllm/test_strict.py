@@ -95,7 +95,7 @@ def reasons(refused: subprocess.CompletedProcess[str]) -> list[str]:
     return sentence.removeprefix(REFUSAL).split("; ")
 
 
-@pytest.mark.parametrize("layout", ["to 0.14", "from 0.15", "from 0.29"])
+@pytest.mark.parametrize("layout", ["to 0.14", "from 0.15", "from 0.29", "from 0.33"])
 @pytest.mark.parametrize("way", [VLLM_SERVE, API_SERVER], ids=["vllm serve", "python -m"])
 def test_a_server_that_is_patched_whole_serves(way: tuple[str, ...], layout: Layout, tmp_path: Path) -> None:
     made_up_vllm(tmp_path, layout)
@@ -105,7 +105,7 @@ def test_a_server_that_is_patched_whole_serves(way: tuple[str, ...], layout: Lay
     assert (served.returncode, served.stdout, served.stderr) == (0, "validated\nserved\n", "")
 
 
-@pytest.mark.parametrize("layout", ["to 0.14", "from 0.15", "from 0.29"])
+@pytest.mark.parametrize("layout", ["to 0.14", "from 0.15", "from 0.29", "from 0.33"])
 @pytest.mark.parametrize("way", [VLLM_SERVE, API_SERVER], ids=["vllm serve", "python -m"])
 def test_a_target_that_is_missing_refuses_however_it_is_started(
     way: tuple[str, ...], layout: Layout, tmp_path: Path
@@ -223,7 +223,7 @@ def test_an_answer_past_python_is_one_warning_where_not_strict(
     assert served.stderr == f"agentlightning: {reason}\n"
 
 
-@pytest.mark.parametrize("layout", ["to 0.14", "from 0.29"])
+@pytest.mark.parametrize("layout", ["to 0.14", "from 0.29", "from 0.33"])
 @pytest.mark.parametrize("call", ["run_server", "build_app"])
 def test_a_program_that_reads_no_command_line_is_judged_when_it_serves(
     call: str, layout: Layout, tmp_path: Path
