@@ -3,7 +3,7 @@ VENV := .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-rollout test test-releases lint docs bench format clean
+.PHONY: help demo demo-rollout test test-releases check-upstream lint docs bench format clean
 
 help:
 	@echo 'make demo    a real vLLM answers with token ids, shown in a table'
@@ -12,6 +12,8 @@ help:
 	@echo 'make test    all tests, against a real vLLM'
 	@echo 'make test-releases [RELEASES="0.8.5 0.32.0"]'
 	@echo '             the same questions to each vLLM since 0.8.5, each in an environment of its own (30 GB for all)'
+	@echo 'make check-upstream [VLLM=0.32.0] [STORE=1] [ONLY=TEXT]'
+	@echo '             the tests of vLLM itself, with and without this package; with STORE=1 also recording (an hour or two)'
 	@echo 'make lint    formatting, lint and types'
 	@echo 'make docs    the documentation as a site, in site/'
 	@echo 'make bench   what it costs every Python process, beside its peers, a server, and recording (an hour)'
@@ -41,6 +43,9 @@ test: $(VENV)/.ready .cache/tiny-model/config.json
 test-releases: $(VENV)/.ready .cache/tiny-model/config.json
 	$(VENV)/bin/python -m tests.releases.environments $(RELEASES)
 	$(VENV)/bin/python -m pytest tests/releases --releases='$(RELEASES)' --keep-results
+
+check-upstream: $(VENV)/.ready
+	$(VENV)/bin/python -m tools.check_upstream $(VLLM) $(if $(STORE),--store) $(if $(ONLY),--only '$(ONLY)')
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff format --check
