@@ -18,6 +18,7 @@ VARIABLE = "UPSTREAM_OUTCOMES"
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:
+    Path(os.environ[VARIABLE]).touch()  # it makes progress
     if report.failed:
         _write(test=report.nodeid, when="collect", outcome="failed", reason=_last_line(report.longreprtext))
 

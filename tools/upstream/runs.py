@@ -7,10 +7,12 @@ import json
 import os
 import subprocess
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -24,6 +26,8 @@ TEST_SECONDS = 400
 SILENT_SECONDS = TEST_SECONDS + 100
 """What a test has that hangs in a way that pytest cannot end."""
 CUT = "cut"
+LAST = ("collect", "teardown")
+"""The phases after which the outcome is known: of a file that cannot be collected, and of a test."""
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -106,7 +110,14 @@ class Runner:
         written.write_text("")
         variables = {**self._variables, **mode.variables, outcomes.VARIABLE: str(written)}
         pytest = (self._scripts / "python", "-m", "pytest", "-p", outcomes.__name__, "-p", "no:cacheprovider")
-        options = ("-v", "-rA", f"--timeout={TEST_SECONDS}", "--color=no", f"--rootdir={self._source}")
+        options = (
+            "-v",
+            "-rA",
+            "--continue-on-collection-errors",
+            f"--timeout={TEST_SECONDS}",
+            "--color=no",
+            f"--rootdir={self._source}",
+        )
         with log.open("w") as printed:
             process = subprocess.Popen(
                 [*pytest, *options, *what],
@@ -151,17 +162,25 @@ def _end_descendants() -> None:
 
 def _read(written: Path) -> dict[str, Outcome]:
     found: dict[str, Outcome] = {}
+    phases: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for line in written.read_text().splitlines(keepends=True):
         if not line.endswith("\n"):
             break  # it is being written
-        said = json.loads(line)
-        before = found.get(said["test"])
-        if said["when"] == "start":
-            found[said["test"]] = Outcome(CUT, f"nothing for {SILENT_SECONDS} s")
-        elif before is None or before.outcome in (CUT, "passed"):
-            reason = said["reason"]
-            seconds = said.get("seconds", 0.0) + (before.seconds if before else 0.0)
-            found[said["test"]] = Outcome(said["outcome"], reason, seconds)
-        elif said["outcome"] == "failed" and before.outcome == "skipped":
-            found[said["test"]] = Outcome("failed", said["reason"], before.seconds)
+        phase = json.loads(line)
+        test = phase["test"]
+        phases[test].append(phase)
+        if phase["when"] == "start":
+            found[test] = Outcome(CUT, "it did not end")
+        elif phase["when"] in LAST:
+            found[test] = _outcome(phases[test])
     return found
+
+
+def _outcome(phases: Sequence[Mapping[str, Any]]) -> Outcome:
+    """Of one test: failed if a phase failed, else skipped if one was."""
+    seconds = sum(phase.get("seconds", 0.0) for phase in phases)
+    for outcome in ("failed", "skipped"):
+        for phase in phases:
+            if phase.get("outcome") == outcome:
+                return Outcome(outcome, phase["reason"], seconds)
+    return Outcome("passed", seconds=seconds)

@@ -14,10 +14,6 @@ GROUPS: Mapping[str, Sequence[str]] = {
         "entrypoints/anthropic/test_anthropic_messages_conversion.py",
         "entrypoints/anthropic/test_protocol_exports.py",
         "entrypoints/cli",
-        "entrypoints/cohere/test_api_router.py",
-        "entrypoints/cohere/test_protocol.py",
-        "entrypoints/cohere/test_registry_and_args.py",
-        "entrypoints/cohere/test_serving_streaming.py",
         "entrypoints/generate/generative_scoring/test_generative_scoring.py",
         "entrypoints/launchers/render",
         "entrypoints/launchers/test_balanced_accepts.py",
@@ -111,7 +107,6 @@ GROUPS: Mapping[str, Sequence[str]] = {
     ),
     "servers": (
         "entrypoints/anthropic/test_messages.py",
-        "entrypoints/cohere/test_chat_v2.py",
         "entrypoints/launchers/test_run_batch.py",
         "entrypoints/openai/chat_completion/test_batched_chat_completions.py",
         "entrypoints/openai/chat_completion/test_chat.py",
