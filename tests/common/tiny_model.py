@@ -57,8 +57,8 @@ class Size:
 
 TINY = Size(64, 128, 2, 2, 2, 2048, 0.5, "float32")
 """100k weights."""
-WIDE = Size(64, 128, 2, 2, 2, 32_768, 0.5, "float32", 151_936)
-"""The tiny one with the vocabulary and the context of a real one: 10 million weights, nearly all of them embeddings."""
+WIDE = Size(64, 128, 2, 2, 2, 2048, 0.5, "float32", 151_936)
+"""The tiny one with the vocabulary of a real one: 10 million weights, nearly all of them embeddings."""
 SMALL = Size(896, 4864, 24, 14, 2, 4096, 0.02, "bfloat16", 151_936)
 """494 million, in the shape of Qwen2.5-0.5B."""
 

@@ -18,6 +18,7 @@ import psutil
 
 from tools.make_env import say
 from tools.upstream import outcomes
+from tools.upstream.selection import LEFT_OUT
 
 __all__ = ["Mode", "Outcome", "Runner"]
 
@@ -113,6 +114,7 @@ class Runner:
         options = (
             "-v",
             "-rA",
+            f"-k={' and '.join(f'not {name}' for name in LEFT_OUT)}",
             "--continue-on-collection-errors",
             f"--timeout={TEST_SECONDS}",
             "--color=no",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-__all__ = ["DIFFERENT", "groups"]
+__all__ = ["DIFFERENT", "LEFT_OUT", "groups"]
 
 GROUPS: Mapping[str, Sequence[str]] = {
     "units": (
@@ -138,6 +138,9 @@ Units need no engine, or have a stand-in for it; engines run in the process or b
 It leaves out what is for a GPU, for models that are no language models, for a network or for data sets, and what takes
 long and touches nothing that is patched: parsers alone, kernels, the accuracy of answers.
 """
+
+LEFT_OUT = ("GPTOSS",)
+"""Parts of the names of tests that are not run: they start a server for a model that the tiny one cannot stand for."""
 
 DIFFERENT: Mapping[str, str] = {}
 """Tests that may end otherwise with us, by the ends of their names, and why that is right."""
