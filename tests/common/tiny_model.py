@@ -57,8 +57,6 @@ class Size:
 
 TINY = Size(64, 128, 2, 2, 2, 2048, 0.5, "float32")
 """100k weights."""
-WIDE = Size(64, 128, 2, 2, 2, 2048, 0.5, "float32", 151_936)
-"""The tiny one with the vocabulary of a real one: 10 million weights, nearly all of them embeddings."""
 SMALL = Size(896, 4864, 24, 14, 2, 4096, 0.02, "bfloat16", 151_936)
 """494 million, in the shape of Qwen2.5-0.5B."""
 
@@ -66,11 +64,6 @@ SMALL = Size(896, 4864, 24, 14, 2, 4096, 0.02, "bfloat16", 151_936)
 def tiny_model() -> Path:
     """The folder of the tiny model, made on the first call (some ten seconds) and kept in `.cache/`."""
     return _kept("tiny-model", TINY)
-
-
-def wide_model() -> Path:
-    """The folder of the one with a large vocabulary, likewise."""
-    return _kept("wide-model", WIDE)
 
 
 def small_model() -> Path:

@@ -6,36 +6,27 @@ import ast
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy
 from safetensors.numpy import save_file
 
-from tools.make_env import CHECKOUT, say
-from tools.upstream.source import FOLDER
+from tests.common.tiny_model import tiny_model
 
 __all__ = ["hugging_face_home"]
 
 MODEL = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 NAMES_ALONE = ("gpt2",)
 REVISION = "0" * 40
-MAKE_MODEL = "import sys; from tests.common.tiny_model import wide_model; sys.stdout.write(str(wide_model()))"
 
 
 def hugging_face_home(tests: Path, files: Iterable[str]) -> Path:
     """The folder for `HF_HOME`, for the models that these files of the tests name, and those that they import from."""
-    home = FOLDER / "huggingface"
+    home = tests.parent / "huggingface"
     shutil.rmtree(home, ignore_errors=True)
-    say("making the model that stands for theirs")
-    model = subprocess.run(
-        [sys.executable, "-c", MAKE_MODEL], cwd=CHECKOUT, capture_output=True, text=True, check=False
-    )
-    if model.returncode:
-        sys.exit(model.stderr)
-    adapter = _adapter(Path(model.stdout), home / "adapter")
+    model = tiny_model()
+    adapter = _adapter(model, home / "adapter")
     names = {*NAMES_ALONE, *_named(tests / file for file in _with_helpers(tests, files))}
     for name in names:
         repository = home / "hub" / f"models--{name.replace('/', '--')}"
@@ -43,7 +34,7 @@ def hugging_face_home(tests: Path, files: Iterable[str]) -> Path:
         (repository / "refs" / "main").write_text(REVISION)
         snapshot = repository / "snapshots" / REVISION
         snapshot.mkdir(parents=True)
-        for part in (adapter if "lora" in name.lower() else Path(model.stdout)).iterdir():
+        for part in (adapter if "lora" in name.lower() else model).iterdir():
             (snapshot / part.name).symlink_to(part)
     return home
 
