@@ -6,7 +6,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 SHELL := /bin/bash
 HYBRID := 0.33.0
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-rollout test test-hybrid test-releases check-release lint docs bench format lock clean always
+.PHONY: help demo demo-rollout test test-hybrid test-releases check-release check-upstream lint docs bench format lock clean always
 
 help:
 	@echo 'make demo    a real vLLM answers with token ids, shown in a table'
@@ -19,6 +19,8 @@ help:
 	@echo '             the same questions to each vLLM since 0.8.5, each in an environment of its own (30 GB for all)'
 	@echo 'make check-release VLLM=0.34.0'
 	@echo '             is all that is patched there, in any release or wheel file, and what serves in it that is new'
+	@echo 'make check-upstream [VLLM=0.32.0] [STORE=1] [ONLY=TEXT]'
+	@echo '             the tests of vLLM itself, with and without this package; with STORE=1 also recording (an hour or two)'
 	@echo 'make lint    formatting, lint and types'
 	@echo 'make docs    the documentation as a site, in site/'
 	@echo 'make bench   what it costs every Python process, beside its peers, a server, and recording (an hour)'
@@ -60,6 +62,9 @@ test-hybrid: $(VENV)/.ready .cache/tiny-model/config.json
 
 check-release: $(VENV)/.ready .cache/tiny-model/config.json
 	$(VENV)/bin/python -m tools.check_release --run $(VLLM)
+
+check-upstream: $(VENV)/.ready
+	$(VENV)/bin/python -m tools.check_upstream $(VLLM) $(if $(STORE),--store) $(if $(ONLY),--only '$(ONLY)')
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff format --check
