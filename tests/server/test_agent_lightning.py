@@ -31,6 +31,7 @@ SECTIONS = (
     "revivals",
     "errors",
     "statistics",
+    "leniences",
 )
 
 REFUSALS = {500: 404, 400: 422}

@@ -675,7 +675,9 @@ def attempts_of_agents(draw: strategies.DrawFn) -> tuple[list[Generation], list[
     return calls, new, expected
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(found=attempts_of_agents(), data=strategies.data())
 def test_whatever_the_order_of_arrival_each_call_has_the_reward_that_came_after_it(
     url: str, found: tuple[list[Generation], list[spans.NewSpan], list[float | None]], data: strategies.DataObject
@@ -701,7 +703,9 @@ def test_whatever_the_order_of_arrival_each_call_has_the_reward_that_came_after_
     ]
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(found=attempts_of_agents(), data=strategies.data())
 def test_a_reward_that_was_shown_stays_where_it_is_whatever_span_arrives_next(
     url: str, found: tuple[list[Generation], list[spans.NewSpan], list[float | None]], data: strategies.DataObject

@@ -570,6 +570,47 @@ async def errors(store: Any, note: Facts) -> None:
     note("nothing has changed", (await store.get_rollout_by_id(known)).status)
 
 
+async def leniences(store: Any, note: Facts) -> None:
+    """What is almost right, and taken."""
+    started = await store.start_rollout("empty ids", resources_id="", worker_id="")
+    rollout_id = started.rollout_id
+    note("started with empty ids", started)
+    note("a worker", (await store.update_attempt(rollout_id, "latest", worker_id="n1")).worker_id)
+    note("no worker any more", (await store.update_attempt(rollout_id, "latest", worker_id="")).worker_id)
+    note("none since", (await store.get_latest_attempt(rollout_id)).worker_id)
+    note("no resources any more", (await store.update_rollout(rollout_id, resources_id="")).resources_id)
+    note("another without a worker", (await store.start_attempt(rollout_id, worker_id="")).attempt.worker_id)
+    queued = await store.enqueue_rollout("empty ids", resources_id="")
+    note("queued without resources", queued.resources_id)
+    note("taken without a worker", (await store.dequeue_rollout(worker_id="")).attempt.worker_id)
+
+    attempted = await store.start_rollout("spans")
+    rollout_id, attempt_id = attempted.rollout_id, attempted.attempt.attempt_id
+    for number in (-7, 0):
+        sent = _span(attempted, number, parent_id="", span_id=f"{number + 100:016x}")
+        note(f"numbered {number}", await store.add_span(sent))
+    note("number after those below zero", await store.get_next_span_sequence_id(rollout_id, attempt_id))
+    note("in order", [each.sequence_id for each in (await store.query_spans(rollout_id)).items])
+
+    async def taken(name: str, call: Awaitable[Any], part: Callable[[Any], Any]) -> None:
+        try:
+            note(name, part(await call))
+        except ClientResponseError as error:
+            note(name, error.status)
+
+    for name, number in {"NaN": float("nan"), "infinity": float("inf"), "minus infinity": -float("inf")}.items():
+        await taken(f"{name} in an input", store.enqueue_rollout([number, 1.5]), lambda each: each.input)
+        await taken(f"{name} in metadata", store.start_rollout(1, metadata={"n": number}), lambda each: each.metadata)
+        stats = store.update_worker("n2", {"cpu": number, "memory": 1.5})
+        await taken(f"{name} in stats", stats, lambda each: each.heartbeat_stats)
+        llm = lightning.LLM(endpoint="http://localhost", model="m", sampling_parameters={"temperature": number})
+        added = store.add_resources({"main": llm})
+        await taken(f"{name} in resources", added, lambda each: each.resources["main"].sampling_parameters)
+        config = Config(timeout_seconds=number)
+        started = store.start_rollout("for ever", config=config)
+        await taken(f"{name} seconds", started, lambda each: each.config.timeout_seconds)
+
+
 async def statistics(store: Any, note: Facts) -> None:
     found = await store.statistics()
     note("totals", {name: each for name, each in found.items() if name.startswith("total_") and "bytes" not in name})
@@ -590,6 +631,7 @@ SECTIONS: tuple[Section, ...] = (
     revivals,
     errors,
     statistics,
+    leniences,
 )
 
 
