@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from tools.upstream.comparison import Comparison, Outcomes, compare
 from tools.upstream.environment import layered
 from tools.upstream.models import hugging_face_home
 from tools.upstream.report import table, write_page
-from tools.upstream.runs import Mode, Outcome, Runner
+from tools.upstream.runs import Mode, Outcome, Runner, file_of
 from tools.upstream.selection import DIFFERENT, groups
 from tools.upstream.source import FOLDER, tests_of
 
@@ -46,11 +46,12 @@ class Check:
     def run(self, all_groups: Mapping[str, Sequence[str]], keep: bool) -> None:
         """Run all groups in each mode; with `keep`, only files without outcomes from the last time."""
         if keep:
-            self.outcomes = {mode.name: self._kept(mode) for mode in self._modes}
+            files = {file for group in all_groups.values() for file in group}
+            self.outcomes = {mode.name: self._kept(mode, files) for mode in self._modes}
         for name, group in all_groups.items():
             for mode in self._modes:
                 outcomes = self.outcomes[mode.name]
-                done = {test.partition("::")[0] for test in outcomes}
+                done = {file_of(test) for test in outcomes}
                 left = [file for file in group if file not in done]
                 if not left:
                     continue
@@ -64,11 +65,10 @@ class Check:
                 said = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
                 say(f"{mode.name}: {name}: {said} ({time.monotonic() - started:.0f} s)")
 
-    def _kept(self, mode: Mode) -> dict[str, Outcome]:
+    def _kept(self, mode: Mode, files: Set[str]) -> dict[str, Outcome]:
         kept = self._folder / f"{mode.name}.json"
-        return (
-            {test: Outcome(**fields) for test, fields in json.loads(kept.read_text()).items()} if kept.exists() else {}
-        )
+        all_of_last = json.loads(kept.read_text()) if kept.exists() else {}
+        return {test: Outcome(**fields) for test, fields in all_of_last.items() if file_of(test) in files}
 
     def compare(self, mode: Mode) -> Comparison:
         """What differs in this mode from the run without us; runs again what does."""

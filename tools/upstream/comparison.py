@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from tools.upstream.runs import Outcome
+from tools.upstream.runs import Outcome, file_of
 
 __all__ = ["Comparison", "Outcomes", "compare"]
 
@@ -59,7 +59,7 @@ def compare(
         elif reason := next((known[end] for end in known if test.partition("[")[0].endswith(end)), None):
             comparison.known[test] = ([before], [after], reason)
         else:
-            differing[test.partition("::")[0]].append(test)
+            differing[file_of(test)].append(test)
     for tests in differing.values():
         befores = {test: [_outcome(without, test)] for test in tests}
         afters = {test: [_outcome(instrumented, test)] for test in tests}

@@ -20,7 +20,7 @@ from tools.make_env import say
 from tools.upstream import outcomes
 from tools.upstream.selection import LEFT_OUT
 
-__all__ = ["Mode", "Outcome", "Runner"]
+__all__ = ["Mode", "Outcome", "Runner", "file_of"]
 
 TEST_SECONDS = 400
 """The first test of many files starts a server."""
@@ -96,13 +96,13 @@ class Runner:
         while left:
             outcomes_of_run = self._pytest(left, mode, f"{left[0].replace('/', '.')}")
             found.update(outcomes_of_run)
-            cut = [_file(test) for test, outcome in outcomes_of_run.items() if outcome.outcome == CUT]
+            cut = [file_of(test) for test, outcome in outcomes_of_run.items() if outcome.outcome == CUT]
             left = left[left.index(cut[-1]) + 1 :] if cut and cut[-1] in left else []
         return found
 
     def again(self, tests: Sequence[str], mode: Mode) -> dict[str, Outcome]:
         """Run single tests of one file."""
-        return self._pytest(tests, mode, f"{_file(tests[0]).replace('/', '.')}.again")
+        return self._pytest(tests, mode, f"{file_of(tests[0]).replace('/', '.')}.again")
 
     def _pytest(self, what: Sequence[str], mode: Mode, name: str) -> dict[str, Outcome]:
         log = self._output / mode.name / f"{name}.log"
@@ -145,12 +145,13 @@ def _wait(process: subprocess.Popen[bytes], written: Path, mode: str) -> None:
         with suppress(subprocess.TimeoutExpired):
             process.wait(5)
         *_, last = ("", *_read(written))
-        if last and _file(last) != told:
-            told = _file(last)
+        if last and file_of(last) != told:
+            told = file_of(last)
             say(f"  {mode}: {told}")
 
 
-def _file(test: str) -> str:
+def file_of(test: str) -> str:
+    """The file that a test, by its name, is in."""
     return test.partition("::")[0]
 
 
