@@ -186,12 +186,13 @@ def generate(prompt: list[int], records: bool) -> float:
         for step in range(STEPS)
     ]
     door = RequestContexts(add) if records else add
+    nothing: Any = None
     gc.collect()
     gc.disable()
     started = time.thread_time_ns()
     for name, each in zip(names, scopes, strict=True):
         each["add"] = lambda name=name: engine.add(name, prompt, stream=True)
-        door(each, None, None)
+        door(each, nothing, nothing)
     for outputs in steps:
         engine.steps(outputs)
     elapsed = time.thread_time_ns() - started

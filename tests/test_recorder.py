@@ -237,8 +237,13 @@ def test_one_of_five_hundred_that_no_store_can_keep_costs_no_second_request_for_
     recorder, generations = Recorder(str(path), ROOMY), some(500)
     generations[123].id = "no UUID"
     begin = Event()
-    # Put together when all of them wait, so that they are written at once.
-    recorder.record(lambda: begin.wait() and generations[0], NBYTES)
+
+    def build_when_all_wait() -> Generation:
+        # So that they are written at once.
+        begin.wait()
+        return generations[0]
+
+    recorder.record(build_when_all_wait, NBYTES)
     record(recorder, generations[1:])
     begin.set()
     recorder.close()

