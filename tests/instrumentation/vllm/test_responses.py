@@ -71,7 +71,8 @@ def test_a_stream_carries_them_on_the_event_that_closes_it(armed: RemoteOpenAISe
     answer = ask(armed)
     *others, last = [event.model_dump() for event in ask(armed, stream=True)]
 
-    assert last["type"] == "response.completed"
+    # vLLM's words: from 0.33 on the latter, where an answer was cut short.
+    assert last["type"] in ("response.completed", "response.incomplete")
     assert last["response"]["prompt_token_ids"] == answer.prompt_token_ids
     assert last["response"]["response_token_ids"] == answer.response_token_ids
     assert not any(map(carries, others))
