@@ -131,6 +131,8 @@ def knowing_the_engine(init: Callable[..., Any]) -> Callable[..., Any]:
         init(self, vllm_config, *args, **kwargs)
         contained("reading the logprobs' mode", _note_mode, self, vllm_config)
         contained("reading which model is served", _note_engine, self, vllm_config)
+        # Here and not with the first generation: run-batch may end right after that, and with it the time to open it.
+        contained("opening the store", running.start)
 
     return init_and_tell
 
