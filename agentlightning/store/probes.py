@@ -1,15 +1,21 @@
-"""Whether a database can be written, found out by writing to it. The caller owns the transaction."""
+"""Whether a database can be read and written, found out by doing so. The caller owns the transaction."""
 
 from __future__ import annotations
 
 from sqlalchemy import Connection, update
 
-from agentlightning.store.database import insert_if_new, now
+from agentlightning.store.database import insert_if_new, now, takes_turns
 from agentlightning.store.tables import probes
 
-__all__ = ["write_something"]
+__all__ = ["read_afresh", "write_something"]
 
 NAME = "ready"
+
+
+def read_afresh(connection: Connection) -> None:
+    """Let go of what SQLite has in memory of its file, so that what is read next is read from there."""
+    if takes_turns(connection):
+        connection.exec_driver_sql("PRAGMA shrink_memory")
 
 
 def write_something(connection: Connection) -> None:

@@ -14,7 +14,7 @@ from agentlightning.server.metrics import CONTENT_TYPE_LATEST
 from agentlightning.server.models import about as models
 from agentlightning.server.routes.common import Database, errors, router
 from agentlightning.store import StoreRefused, StoreUnavailable, rollouts, tables
-from agentlightning.store.probes import write_something
+from agentlightning.store.probes import read_afresh, write_something
 
 __all__ = ["interface", "root"]
 
@@ -44,6 +44,7 @@ async def is_ready(database: Database) -> Response:
     """That its store can be read and written; without a key."""
 
     def work(connection: Connection) -> None:
+        read_afresh(connection)
         for table in COUNTED.values():
             connection.execute(select(literal(1)).select_from(table).limit(1)).first()
         # A file that is gone or a full disk can be read, and so can a database that only reads.
