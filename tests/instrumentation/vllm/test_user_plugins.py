@@ -113,6 +113,7 @@ PROGRAM = """\
 import sys
 from vllm import LLM, SamplingParams
 from vllm.config import KVTransferConfig
+from tests.common.vllm import NO_WORKER
 from tests.plugins import CONNECTOR, LOGITS_PROCESSORS
 
 if __name__ == "__main__":
@@ -120,6 +121,7 @@ if __name__ == "__main__":
     model = LLM(
         sys.argv[1],
         **small,
+        distributed_executor_backend=NO_WORKER[1],
         scheduler_cls="tests.plugins.scheduler.Scheduler",
         logits_processors=[*LOGITS_PROCESSORS],
         kv_transfer_config=KVTransferConfig(**CONNECTOR),
