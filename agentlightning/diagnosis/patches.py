@@ -79,7 +79,7 @@ def of_patches(patches: Mapping[str, Mapping[str, str | None]]) -> Iterator[Find
 
 
 def of_an_unknown_release(version: Any, patches: Mapping[str, Mapping[str, str | None]]) -> Iterator[Finding]:
-    """Which patch sets have found what they patch in a vLLM that is newer than all that are known here; else nothing.
+    """Say which patch sets have found their targets, in a vLLM that is newer than all known ones; else nothing.
 
     Args:
         version: vLLM's; None where it is not known.

@@ -15,7 +15,7 @@ from google.protobuf.descriptor import FieldDescriptor
 __all__ = ["has_more_in_json", "has_more_in_protobuf"]
 
 LEAST_BYTES = 2
-"""Of a message in protobuf, header included, and of a value in JSON with what separates it from the next."""
+"""The size of the smallest message in protobuf, with its header, and of a value in JSON, with its separator."""
 
 _STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _SEPARATORS = b",[{"

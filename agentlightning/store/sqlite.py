@@ -35,7 +35,7 @@ MIGRATIONS: Mapping[int, Sequence[str]] = {
 # Set before the file's first page is written, or never: smaller pages waste more of themselves on rows of some KiB.
 PAGE_BYTES = 16384
 WAL_BYTES = 16 << 20
-"""What the WAL file may keep when all that is in it has been copied to the file."""
+"""The size to which the WAL file shrinks when all that is in it has been copied to the database file."""
 
 
 class SqliteDatabase(Database):

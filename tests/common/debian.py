@@ -32,7 +32,7 @@ class Package:
 
     @property
     def missing(self) -> str:
-        """What to say where it is not there."""
+        """Say what is missing, and how to install it."""
         return f"{self.title} is not installed here: {_command(self)}"
 
 
@@ -60,7 +60,7 @@ PACKAGES = (CHROMIUM, FAKETIME, POSTGRESQL)
 
 
 def skipped_parts() -> list[str]:
-    """What to say at the start of the tests of the parts that are skipped here; nothing where all is installed."""
+    """Say at the start of the tests which parts are skipped here; nothing where all is installed."""
     missing = _missing()
     if not missing:
         return []

@@ -19,7 +19,7 @@ from agentlightning.store import open_store
 
 
 def kept(path: Path) -> list[Generation]:
-    """What this process has recorded into the file, once all of it is there."""
+    """Return what this process has recorded into the file, once all of it is there."""
     recorder = recording.recorder()
     # Not by `close`, which waits for some seconds only.
     while recorder.counters().queue_bytes:

@@ -13,7 +13,7 @@ __all__ = ["NOTHING", "Carried", "add_response_token_ids", "captured_fields", "h
 
 @dataclass(frozen=True)
 class Carried:
-    """What one answer carries: the response ids, and the prompt ids beside them.
+    """The ids that one answer carries: those of the response, and of the prompt beside them.
 
     Attributes:
         response, prompt: whether it carries these.

@@ -67,7 +67,7 @@ class Endpoint:
 
 
 def _wanted(serving: Any, request: Any) -> Carried:
-    """What an answer is to carry: nothing by default where reasoning is hidden by a vLLM that would show its ids."""
+    """Decide what an answer carries: nothing by default where a vLLM that would show the ids hides reasoning."""
     if said(request) is not True and not releases.hides_ids_of_reasoning() and hides_reasoning(serving, request):
         return NOTHING
     return wanted(said(request))

@@ -1,4 +1,4 @@
-"""Which process records a request to the engine: the first instrumented one that sees it.
+"""Marks that decide which process records a request to the engine: the first instrumented one that sees it.
 
 An instrumented API server, gRPC server or offline `LLM` marks each request that it sends to an engine core, and the
 engine core records the requests without a mark: those of the Rust frontend, and of frontends on other machines that are
@@ -24,7 +24,7 @@ __all__ = ["MESSAGE_PATCHES", "Mark", "add", "take"]
 
 
 class Mark(Enum):
-    """What the sender of a request tells the engine core; the value is the frame that says so."""
+    """A message from the sender of a request to the engine core; the value is its frame."""
 
     RECORDED = b"agentlightning: recorded"
     RECORDED_WITH_LOGPROBS = b"agentlightning: recorded with logprobs"

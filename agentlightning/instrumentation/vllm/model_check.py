@@ -1,4 +1,4 @@
-"""What a request says that matters for its recording, whatever the endpoint: read where vLLM checks its model.
+"""Facts of a request that its recording needs, whatever the endpoint: read where vLLM checks its model.
 
 Every endpoint of vLLM hands its request to `_check_model` of one base class before it does anything else. Read there,
 endpoints that nothing else of ours knows have the right names too.

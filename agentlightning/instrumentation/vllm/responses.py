@@ -97,7 +97,7 @@ def _split(event: Any, in_progress: Any) -> list[Any]:
 
 
 IDS = ("generations", "prompt_token_ids", "response_token_ids")
-"""What leaves a closing event that is too long, in this order, for as long as it is."""
+"""Fields that leave a closing event that is too long, in this order, until it is short enough."""
 
 SERVING_PATCHES: tuple[Patch, ...] = (
     recording.calls("OpenAIServingResponses.create_responses", ROUTE),
