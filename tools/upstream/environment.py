@@ -26,11 +26,7 @@ REQUIREMENTS = (
 """Installed without what they depend on, which is beneath, in the very versions that vLLM is there with."""
 VLLM_COMMAND = """\
 #!{python}
-import os
 import sys
-
-# The tests ask for spawn, as CUDA needs it; where nothing does, a server of one process forks in a third of the time.
-os.environ.pop("VLLM_WORKER_MULTIPROC_METHOD", None)
 
 from vllm.entrypoints.cli.main import main
 
@@ -42,7 +38,7 @@ if __name__ == "__main__":
 def layered(version: str, beneath: Path, tests: Path) -> Path:
     """The folder of an interpreter, and of a command `vllm`, that have what is `beneath` and these `tests`."""
     folder = FOLDER / version / "environment"
-    described = json.dumps([str(beneath), str(tests), str(CHECKOUT), REQUIREMENTS, VLLM_COMMAND])
+    described = json.dumps([str(beneath), str(tests), str(CHECKOUT), REQUIREMENTS])
     note = folder / "is-there"
     if not note.exists() or note.read_text() != described:
         shutil.rmtree(folder, ignore_errors=True)

@@ -8,22 +8,26 @@ from pathlib import Path
 __all__ = ["DIFFERENT", "LEFT_OUT", "groups"]
 
 GROUPS: Mapping[str, Sequence[str]] = {
-    "servers": (
+    "chat": (
         "entrypoints/anthropic/test_messages.py",
-        "entrypoints/launchers/test_run_batch.py",
         "entrypoints/openai/chat_completion/test_batched_chat_completions.py",
         "entrypoints/openai/chat_completion/test_chat.py",
         "entrypoints/openai/chat_completion/test_completion_with_function_calling.py",
         "entrypoints/openai/chat_completion/test_include_reasoning.py",
         "entrypoints/openai/chat_completion/test_logprob_token_ids.py",
+        "entrypoints/openai/test_return_token_ids.py",
+        "entrypoints/openai/test_return_tokens_as_ids.py",
+    ),
+    "completions and Responses": (
         "entrypoints/openai/completion/test_completion.py",
         "entrypoints/openai/responses/test_basic.py",
         "entrypoints/openai/responses/test_function_call.py",
         "entrypoints/openai/responses/test_simple.py",
         "entrypoints/openai/responses/test_stateful.py",
         "entrypoints/openai/responses/test_structured_output.py",
-        "entrypoints/openai/test_return_token_ids.py",
-        "entrypoints/openai/test_return_tokens_as_ids.py",
+    ),
+    "other servers": (
+        "entrypoints/launchers/test_run_batch.py",
         "entrypoints/scale_out/token_in_token_out/test_serving_tokens.py",
         "entrypoints/serve/instrumentator/test_basic.py",
         "entrypoints/serve/instrumentator/test_metrics.py",
@@ -129,13 +133,13 @@ GROUPS: Mapping[str, Sequence[str]] = {
 }
 """Files and folders below `tests`, as 0.32 has them. Each group runs in one process.
 
-Units need no engine, or have a stand-in for it; engines run in the process or beside it; servers answer over HTTP.
+The first three start servers, engines run in the process of the tests or beside it, units have a stand-in for one.
 It leaves out what is for a GPU, for models that are no language models, for a network or for data sets, and what takes
 long and touches nothing that is patched: parsers alone, kernels, the accuracy of answers.
 """
 
-LEFT_OUT = ("gptoss", "gpt_oss", "harmony")
-"""Parts of the names of tests that are not run: that model's vocabulary comes from a network."""
+LEFT_OUT = ("gptoss", "gpt_oss", "harmony", "transcription", "translation", "test_score")
+"""Parts of the names of tests that are not run: for models that the tiny one cannot stand for."""
 
 DIFFERENT: Mapping[str, str] = {}
 """Tests that may end otherwise with us, by the ends of their names, and why that is right."""
