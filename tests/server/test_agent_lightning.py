@@ -79,7 +79,10 @@ CHOSEN: dict[str, dict[str, tuple[Any, Any]]] = {
 
 WITHOUT_END = {
     "attempts": ["one that ended may be tried again"],
-    "changes": [f"input=together, mode=val, metadata={{}}, status=requeuing{again}" for again in ("", ", read again")],
+    "changes": [
+        *(f"input=together, mode=val, metadata={{}}, status=requeuing{again}" for again in ("", ", read again")),
+        "queued again",
+    ],
 }
 """Where a rollout that had ended runs again, or waits to. In Agent Lightning's store it still has its end."""
 
