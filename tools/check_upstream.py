@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from agentlightning.store import open_store
 from tests.releases.environments import make, named, scripts
@@ -86,9 +87,7 @@ class Check:
 
 def main() -> int:
     arguments = _arguments()
-    if arguments.environment is None and arguments.vllm != OURS:
-        make(named([arguments.vllm]))
-    [beneath, *_] = [arguments.environment] if arguments.environment else _of_matrix(arguments.vllm)
+    beneath = arguments.environment.absolute() if arguments.environment else _of_matrix(arguments.vllm)
     tests = tests_of(arguments.vllm)
     runs = groups(tests, arguments.only)
     if not runs:
@@ -110,7 +109,9 @@ def main() -> int:
     check = Check(arguments.vllm, runner, modes)
     check.run(runs, arguments.keep)
     comparisons = {mode.name: check.compare(mode) for mode in modes[1:]}
-    result = {name: {**comparison.counts(), **asdict(comparison)} for name, comparison in comparisons.items()}
+    result: dict[str, dict[str, Any]] = {
+        name: {**comparison.counts(), "tests": asdict(comparison)} for name, comparison in comparisons.items()
+    }
     if arguments.store:
         with open_store(str(store)) as opened:
             result[RECORDING]["generations recorded"] = sum(1 for _ in opened.generations())
@@ -133,9 +134,14 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _of_matrix(version: str) -> list[Path]:
-    """The environment of a release, as `make test-releases` has it, or the one that this runs in."""
-    return [scripts(release).parent for release in named([version])]
+def _of_matrix(version: str) -> Path:
+    """The environment of a release, made as `make test-releases` makes it; the one that this runs in for its own."""
+    try:
+        releases = named([version])
+    except ValueError as error:
+        sys.exit(f"{error}; --environment names a folder that has it")
+    make(releases)
+    return scripts(releases[0]).parent
 
 
 def _status(comparisons: dict[str, Comparison]) -> int:

@@ -29,7 +29,7 @@ def plugins_saw(server: RemoteOpenAIServer, engine: Engine) -> Counter[str]:
     questions: list[tuple[str, dict[str, Any]]] = [
         (CHAT, {"messages": MESSAGES, **engine.asks(ANYTHING)}),
         (CHAT, {"messages": MESSAGES, **engine.asks(ANYTHING), **STREAM}),
-        (CHAT, {"messages": MESSAGES, **engine.asks(ANYTHING), "n": 2}),
+        (CHAT, {"messages": MESSAGES, **engine.asks(ANYTHING, temperature=1), "n": 2}),
         (CHAT, {"messages": MESSAGES, **engine.asks(ANYTHING), "logprobs": True}),
         (CHAT, {"messages": MESSAGES, **engine.asks(SENTENCE), "stop": [" four"]}),
         (COMPLETIONS, {"prompt": ["one two", "three"], **engine.asks(ANYTHING)}),

@@ -54,7 +54,7 @@ def _section(results: Mapping[str, Results]) -> Iterator[str]:
         test.partition("[")[0]: reason
         for result in results.values()
         for mode in WITH
-        for test, (_, _, reason) in result.get(mode, {}).get("known", {}).items()
+        for test, (_, _, reason) in result.get(mode, {}).get("tests", {}).get("known", {}).items()
     }
     if reasons:
         yield "\nThose that differ, and are known:\n\n"

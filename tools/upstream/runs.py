@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import subprocess
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -135,7 +136,13 @@ class Runner:
             finally:
                 _end_descendants()
                 process.wait()
-        return _read(written) or {name: Outcome("failed", f"pytest ended with status {process.returncode}")}
+        found = _read(written)
+        if not found:
+            # Equal in every mode, it would look like no difference.
+            sys.exit(
+                f"pytest ran nothing, and ended with status {process.returncode}: {log}\n{log.read_text()[-2000:]}"
+            )
+        return found
 
 
 def _wait(process: subprocess.Popen[bytes], written: Path, mode: str) -> None:
