@@ -34,6 +34,8 @@ def plugins_saw(server: RemoteOpenAIServer, engine: Engine) -> Counter[str]:
         (CHAT, {"messages": MESSAGES, **engine.asks(SENTENCE), "stop": [" four"]}),
         (COMPLETIONS, {"prompt": ["one two", "three"], **engine.asks(ANYTHING)}),
         (COMPLETIONS, {"prompt": "one two", **engine.asks(ANYTHING), **STREAM}),
+        # Last, so that the engine has been told of all that ended before: it hears so in this order.
+        (COMPLETIONS, {"prompt": "one", **engine.asks(ANYTHING)}),
     ]
     for path, body in questions:
         post(server, path, {"model": server.model, "max_tokens": 8, **body})

@@ -1,4 +1,4 @@
-"""Failures that a test provokes are counted in that test alone."""
+"""A test leaves nothing to those that are forked after it: neither failures that it provoked, nor a request."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from agentlightning.instrumentation.vllm import containment
+from agentlightning.instrumentation.vllm import containment, request_context
 
 
 @pytest.fixture(autouse=True)
-def counted_alone() -> Iterator[None]:
-    """Forget the failures of a test when it is over: tests that are forked later inherit what this process counts."""
+def leaves_nothing() -> Iterator[None]:
+    """Forget the failures and the request of a test when it is over: forked tests inherit what this process has."""
     yield
     containment.failures.clear()
+    request_context.enter(None)

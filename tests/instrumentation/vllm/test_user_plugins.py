@@ -41,6 +41,8 @@ QUESTIONS: list[tuple[str, dict[str, Any]]] = [
     ("/v1/chat/completions/batch", {"messages": [TALK, TALK], **GREEDY}),
     ("/inference/v1/generate", {"token_ids": [1, 87, 85], "sampling_params": GREEDY}),
     (CHAT, {"messages": TALK, "use_beam_search": True, "n": 2, "max_tokens": 3}),
+    # Last, so that the engine has been told of all that ended before: it hears so in this order.
+    (COMPLETIONS, {"prompt": "one", **GREEDY}),
 ]
 ANSWERS_IDS = {"prompt_token_ids", "token_ids", "response_token_ids", "generations"}
 
@@ -67,7 +69,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[Any],
     """The answers of three servers with plugins, and what the plugins were shown."""
     folder = tmp_path_factory.mktemp("plugins")
     ours = {"AGL_INSTRUMENT": "1", "AGL_STORE": str(folder / "generations.db")}
-    configurations = {"without us": {}, "recording": ours, "with logprobs": {**ours, "AGL_OF_LOGPROBS": "on"}}
+    configurations = {"without us": {}, "recording": ours, "with logprobs": {**ours, "AGL_LOGPROBS": "on"}}
     options = ("--enable-scale-out", "--enable-auto-tool-choice", "--tool-call-parser=hermes")
     servers = {
         name: RemoteOpenAIServer(
