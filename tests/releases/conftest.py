@@ -63,7 +63,13 @@ def is_of_a_release(item: pytest.Item) -> bool:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # One release after the other, whose servers are started once: pytest's own order comes back to each.
     names = [release.name for release in RELEASES]
-    items.sort(key=lambda item: names.index(release_of(item).name) if is_of_a_release(item) else -1)
+    # Of each release the plugins first: what they are shown later is also the end of what other tests have asked.
+    items.sort(
+        key=lambda item: (
+            names.index(release_of(item).name) if is_of_a_release(item) else -1,
+            item.path.name != "test_user_plugins.py",
+        )
+    )
     for item in items:
         check = item.get_closest_marker("check")
         if check and (why := release_of(item).left_out.get(check.args[0])):
