@@ -17,7 +17,7 @@ from tests.recording.test_endpoints import BATCH, CHAT, COMPLETIONS, MESSAGES, R
 TEXT = "The quick brown fox jumps over the lazy dog."
 TALK: Any = [{"role": "user", "content": TEXT}]
 LONG = "word " * 2000
-"""Of which the server has room for half."""
+"""A prompt for half of which the server has room."""
 
 
 def short(value: Any) -> str | None:
@@ -35,7 +35,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RecordingServer
 
 
 def asked(server: RecordingServer, rollout: str, path: str, **options: Any) -> Generation:
-    """What is kept of one call."""
+    """Return the generation that is kept of one call."""
     said: dict[str, dict[str, Any]] = {
         CHAT: {"messages": TALK, "max_tokens": 2},
         BATCH: {"messages": [TALK], "max_tokens": 2},

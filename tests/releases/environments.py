@@ -98,7 +98,7 @@ def _uv(release: Release, what: str, *arguments: str | Path) -> None:
 
 
 def _latest() -> str:
-    """What is not named exactly has the version that was the newest when the lock was written: empty without a lock."""
+    """Date of the lock, empty without one: what is not named exactly has the version that was the newest then."""
     return "" if is_newest() else ENVIRONMENT.written_at()
 
 

@@ -49,7 +49,7 @@ def make(folder: Path, version: str, build: str) -> None:
 
 
 def copied() -> list[str]:
-    """What is installed in the environment that is copied, with versions."""
+    """List what is installed in the environment that is copied, with versions."""
     return sorted(metadata.name for metadata in Path(sys.prefix).glob("lib/python*/site-packages/*.dist-info"))
 
 

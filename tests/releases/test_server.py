@@ -106,5 +106,5 @@ V0 = (
 
 
 def notices(server: RemoteOpenAIServer) -> list[str]:
-    """What the log has of ours."""
+    """Return our own lines of the log."""
     return [line.partition("agentlightning: ")[2] for line in server.log.splitlines() if "agentlightning: " in line]

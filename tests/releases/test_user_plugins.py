@@ -22,7 +22,7 @@ STREAM = {"stream": True}
 
 
 def plugins_saw(server: RemoteOpenAIServer, engine: Engine) -> Counter[str]:
-    """What the plugins of a server are shown of one question after the other."""
+    """Ask one question after the other, and return what the plugins of a server are shown."""
     file = Path(server.env["PLUGINS_WRITE_TO"])
     until(lambda: is_settled(file), "the end of what was asked before")
     before = len(file.read_text().splitlines()) if file.exists() else 0

@@ -27,7 +27,7 @@ def event_of(**chunk: Any) -> str:
 
 
 def sent(*events: str) -> list[str]:
-    """What comes out of a stream of these events."""
+    """Pass these events through `split`, and return what comes out."""
 
     async def stream() -> AsyncGenerator[str, None]:
         for event in events:
@@ -103,7 +103,7 @@ def test_every_other_event_is_as_it_was(event: str) -> None:
 
 
 def test_bytes_count_and_not_characters() -> None:
-    """Of 64 KiB, which readers count in bytes."""
+    """Readers count the 64 KiB in bytes."""
     events = sent(event_of(**LIKE, choices=[chat_choice(content="€" * 15_000)], prompt_token_ids=MANY[:4_000]))
 
     first, second = chunks_of(events)

@@ -141,7 +141,7 @@ def test_all_else_passes_as_it_is(scope: dict[str, Any]) -> None:
 
 
 def location_of(scope: dict[str, Any], location: str, status: int = 307) -> str:
-    """Where a client is sent by an app that sends whoever asks to `location`."""
+    """Return where a client is sent by an app that redirects everybody to `location`."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": status, "headers": [(b"location", location.encode())]})

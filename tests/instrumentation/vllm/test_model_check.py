@@ -1,4 +1,4 @@
-"""What is read of every request where vLLM checks its model, on vLLM's own serving classes without their engines.
+"""Facts read of every request where vLLM checks its model, on vLLM's own serving classes without their engines.
 
 Audio needs packages and models that the tests do not have, so its endpoints are asked here and by no client.
 """
@@ -39,7 +39,7 @@ def recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def checked(serving_class: type[Any], request: Any, headers: dict[bytes, bytes] | None = None) -> RequestContext:
-    """What is known of a request once vLLM has checked its model."""
+    """Return the context of a request once vLLM has checked its model."""
     serving: Any = object.__new__(serving_class)
     serving.request_logger = None
     serving.model_config = SimpleNamespace(max_model_len=1000)
