@@ -12,6 +12,8 @@ from tests.common.debian import skipped_parts
 from tests.common.postgresql import MISSING, PostgresServer, programs
 from tests.common.vllm import AGL, RemoteOpenAIServer
 
+pytest_plugins = ("tests.common.tiers", "tests.common.forked", "tests.common.groups")
+
 PARSERS = (
     "--enable-auto-tool-choice",
     "--tool-call-parser=hermes",

@@ -43,7 +43,6 @@ class PostgresServer:
         self._numbers = count()
 
     def __enter__(self) -> PostgresServer:
-        self._owner = os.getpid()
         self.folder = Path(tempfile.mkdtemp(prefix="agl-postgresql-"))
         if self._user:
             os.chown(self.folder, self._user["user"], self._user["group"])
@@ -56,11 +55,9 @@ class PostgresServer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # A forked test ends every fixture that it has inherited, in its own process.
-        if os.getpid() == self._owner:
-            self.kill()
-            self._log.close()
-            shutil.rmtree(self.folder)
+        self.kill()
+        self._log.close()
+        shutil.rmtree(self.folder)
 
     def start(self) -> None:
         """Start it, and wait until it lets clients in."""

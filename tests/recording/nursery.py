@@ -30,7 +30,6 @@ class Nursery:
     """
 
     def __enter__(self) -> Nursery:
-        self._owner = os.getpid()
         variables = {"AGL_INSTRUMENT": "1", "AGL_STORE": os.devnull, "PYTHONPATH": str(CHECKOUT)}
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__],
@@ -42,11 +41,8 @@ class Nursery:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # A forked test ends every fixture that it has inherited, in its own process: this one is not its own, and it
-        # would wait for ever for the end of a process that is nobody's child there.
-        if os.getpid() == self._owner:
-            self._process.kill()
-            self._process.wait()
+        self._process.kill()
+        self._process.wait()
 
     def fork(self, command: list[str], env: Mapping[str, str], log: Path) -> int:
         """Start a server, and give its process id."""

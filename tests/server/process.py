@@ -53,14 +53,11 @@ class StoreServer:
         self.log = path.with_suffix(".log")
 
     def __enter__(self) -> StoreServer:
-        self._owner = os.getpid()
         self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        # A forked test ends every fixture that it has inherited, in its own process.
-        if os.getpid() == self._owner:
-            self.kill()
+        self.kill()
 
     @property
     def url(self) -> str:

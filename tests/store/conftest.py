@@ -1,14 +1,17 @@
-"""The databases that stores stand on."""
+"""The databases and the server that stores stand on."""
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from agentlightning.store import Store, open_database, open_store
 from agentlightning.store.database import Database
+from tests.server.process import StoreServer
 
 
 @pytest.fixture
@@ -29,3 +32,18 @@ def database(url: str) -> Iterator[Database]:
     database = open_database(url)
     yield database
     database.close()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreServer]:
+    """`agl store`, which tests share; each has it `emptied`."""
+    with StoreServer(tmp_path_factory.mktemp("agl") / "store.db", "--max-body-mb=16") as server:
+        yield server
+
+
+def emptied(server: StoreServer) -> str:
+    """The URL of this server, from whose store all generations are gone."""
+    with closing(sqlite3.connect(server.path)) as connection, connection:
+        for table in ("generations", "choices", "texts", "losses"):
+            connection.execute(f"DELETE FROM {table}")
+    return server.url

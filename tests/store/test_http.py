@@ -1,10 +1,9 @@
-"""Generations in an `agl store`, over HTTP: all that other stores do, and what only a network does."""
+"""Generations in an `agl store`, over HTTP: what only a network does; the rest is what every store does."""
 
 from __future__ import annotations
 
 import json
 import random
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -25,32 +24,18 @@ from agentlightning.recorder import Recorder
 from agentlightning.store import Store, StoreRefused, StoreUnavailable, open_database, open_store
 from tests.common.generations import FULL, generation
 from tests.server.process import StoreServer
-from tests.store import test_stores as all_stores
+from tests.store.conftest import emptied
 from tests.store.test_stores import ids
-
-# What all stores do, by way of the `url` that is here; what only this one does is below.
-for _name, _test in vars(all_stores).items():
-    if _name.startswith("test_"):
-        globals()[_name] = _test
 
 KILLS = 20
 CLIENTS = 4
 BATCH = 5
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreServer]:
-    with StoreServer(tmp_path_factory.mktemp("agl") / "store.db", "--max-body-mb=16") as server:
-        yield server
-
-
 @pytest.fixture
 def url(server: StoreServer) -> str:
     """Of a store that has nothing in it."""
-    with closing(sqlite3.connect(server.path)) as connection, connection:
-        for table in ("generations", "choices", "texts", "losses"):
-            connection.execute(f"DELETE FROM {table}")
-    return server.url
+    return emptied(server)
 
 
 class Between(ThreadingHTTPServer):

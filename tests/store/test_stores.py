@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,21 @@ import pytest
 from agentlightning.generation import Choice, Generation, Loss
 from agentlightning.store import InvalidRecord, Store, open_store
 from tests.common.generations import EMPTY, FULL, HOSTILE, SECOND, START, generation
+from tests.common.postgresql import PostgresServer
+from tests.server.process import StoreServer
+from tests.store.conftest import emptied
+
+
+@pytest.fixture(scope="session", params=["sqlite", "postgresql", "http"])
+def new_store(request: pytest.FixtureRequest) -> Callable[[Path], str]:
+    """Gives the URL of a store in which there is nothing: of the two databases, and of an `agl store`."""
+    if request.param == "sqlite":
+        return str
+    if request.param == "http":
+        server: StoreServer = request.getfixturevalue("server")
+        return lambda _: emptied(server)
+    postgresql: PostgresServer = request.getfixturevalue("postgresql")
+    return lambda _: postgresql.new_database()
 
 
 def ids(store: Store, **filters: Any) -> list[str]:

@@ -1,0 +1,54 @@
+"""Which tests run in one process where pytest-xdist has several (`-n 2 --dist=loadgroup`): those that share a server.
+
+A pytest plugin. What takes long begins first, so that no process is left with it at the end.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+SHARED = {
+    "armed": "vLLM",
+    "plain": "vLLM",
+    "two_api_servers": "vLLM",
+    "guarded": "guarded vLLM",
+    "recording": "recording vLLM",
+    "two_recording": "recording vLLM",
+    "pristine": "diagnosis",
+    "browser": "page",
+}
+"""The group of the tests with a fixture that is dear; all others are grouped by their file and its kind of store."""
+FIRST = (
+    *("vLLM", "recording vLLM", "guarded vLLM", "test_installs.py"),
+    *("processes/", "recording/", "instrumentation/", "page"),
+)
+"""The groups, or the files, that begin first, in this order: each of them starts a vLLM, or as much besides."""
+
+
+def group_of(item: pytest.Item) -> str:
+    """The name of the group that a test is in."""
+    fixtures = getattr(item, "fixturenames", ())
+    for fixture, group in SHARED.items():
+        if fixture in fixtures:
+            return group
+    name = item.path.relative_to(item.config.rootpath / "tests").as_posix()
+    callspec = getattr(item, "callspec", None)
+    kind = callspec.params.get("new_store", "") if callspec else ""
+    return f"{name} {kind}".strip()
+
+
+def _place(item: pytest.Item) -> tuple[int, bool]:
+    group = group_of(item)
+    first = next((place for place, name in enumerate(FIRST) if group.startswith(name)), len(FIRST))
+    # Of the others those of one kind together: the server that several files share is started anew for another kind.
+    return first, group.endswith("postgresql")
+
+
+# Before pytest-xdist, which makes the group a part of the test's id.
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("dist", "no") == "no" and not hasattr(config, "workerinput"):
+        return
+    items.sort(key=_place)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group_of(item)))

@@ -1,0 +1,96 @@
+"""The Python in the documentation, each block run as it stands there, against a server and a store of the tests.
+
+Only addresses and the model's name are others: what a reader has elsewhere is on free ports here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from agentlightning.generation import Generation
+from agentlightning.store import open_store
+from tests.common.environments import CHECKOUT
+from tests.common.generations import generation
+from tests.common.vllm import RemoteOpenAIServer, without_agl
+from tests.server.process import StoreServer
+from tests.test_docs import ENGLISH, PAGES, Block, blocks
+from tools.peer import peer
+
+IMPORTED = re.compile(r"^(?:import|from) (\w+)", re.MULTILINE)
+PRINTS = {
+    "client.chat.completions.create": r"^\[\d+(, \d+)+\] \[\[\d+, \d+, \d+, \d+\]\]$",
+    "store.generations(": r"^array\('i', \[1, 2, 3\]\) \[array\('i', \[1, 2\]\)\]$",
+    "store.tally(": r"^\{'finished': 2, 'aborted': 0, 'error': 0\}$",
+    "store.triplets(": r"^array\('i', \[1, 2, 3\]\) array\('i', \[1, 2\]\) ",
+    "status().items()": r"^server applied $",
+    "/queues/rollouts/dequeue": r"^ro-[\w-]+ succeeded$",
+}
+"""What a block that has this in it prints, among other lines."""
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreServer]:
+    """`agl store` over a file in which the rollout of the documentation is; beside the file is its export."""
+    path = tmp_path_factory.mktemp("docs") / "generations.db"
+    with open_store(str(path)) as store:
+        store.add(recorded())
+    with StoreServer(path) as server:
+        exported = path.with_name("rollout.jsonl")
+        export = (sys.executable, "-m", "agentlightning", "export", "--store", str(path), "--output", str(exported))
+        subprocess.run(export, check=True)
+        yield server
+
+
+def recorded() -> list[Generation]:
+    model = "Qwen/Qwen3-0.6B"
+    return [generation(number, rollout_id="ROLLOUT", model=model, prompt=3, output=2) for number in (1, 2)]
+
+
+def each_block() -> list[object]:
+    """The blocks of the English pages; those that import what is not installed here are skipped, and say so."""
+    found = []
+    for block in blocks("python", pages=tuple(page for page in PAGES if page.name != "README.zh.md")):
+        imported = set(IMPORTED.findall(block.text))
+        missing = sorted(name for name in imported if importlib.util.find_spec(name) is None)
+        marks = pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
+        found.append(pytest.param(block, id=f"{block.page.name}:{block.line}", marks=marks))
+    return found
+
+
+@pytest.mark.parametrize("block", each_block())
+def test_a_python_block_does_what_its_page_says(
+    block: Block, armed: RemoteOpenAIServer, filled: StoreServer, tmp_path: Path
+) -> None:
+    text = block.text.replace("http://localhost:8000", armed.url).replace("http://127.0.0.1:4747", filled.url)
+    if "chat.completions" in text:
+        text = text.replace("Qwen/Qwen3-0.6B", armed.model)
+    # What its page calls so is Agent Lightning 0.3, which has the name of this package.
+    python = str(peer() / "python") if "LightningStoreClient" in text else sys.executable
+    env = without_agl(os.environ)
+    if "LightningStoreClient" not in text:
+        env["PYTHONPATH"] = str(CHECKOUT)
+    (tmp_path / "block.py").write_text(text)
+
+    done = subprocess.run(
+        [python, tmp_path / "block.py"], cwd=filled.path.parent, env=env, capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == 0, done.stderr
+    for code, printed in PRINTS.items():
+        if code in text:
+            assert re.search(printed, done.stdout, re.MULTILINE), done.stdout
+
+
+def test_each_of_the_lines_that_are_expected_is_of_a_block() -> None:
+    texts = [block.text for block in blocks("python")]
+
+    assert ENGLISH in PAGES
+    assert all(any(code in text for text in texts) for code in PRINTS)
