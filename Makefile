@@ -1,18 +1,26 @@
-# make demo | demo-rollout | test | lint | docs: each sets up what it needs the first time, and only then.
+# make demo | demo-rollout | check | test | lint | docs: each sets up what it needs the first time, and only then.
 # With NEWEST=1: all of that with the newest of everything, in an environment of its own.
 VENV := $(if $(NEWEST),.venv-newest,.venv)
 LOCK := tools/locks/environment.txt
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 SHELL := /bin/bash
 HYBRID := 0.33.0
+THREE_RELEASES := 0.8.5 0.14.1 0.33.0
+# Each has servers of its own; more than two want more than two cores and 24 GB.
+PROCESSES := 2
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-rollout test test-hybrid test-releases check-release check-upstream lint docs bench format lock clean always
+.PHONY: help demo demo-rollout check quick-tests test test-all test-pythons test-hybrid test-releases check-release check-upstream lint docs bench format lock clean always
 
 help:
 	@echo 'make demo    a real vLLM answers with token ids, shown in a table'
 	@echo 'make demo-rollout'
 	@echo '             two runners run an agent that uses a tool; the triplets a trainer would use, and a page to inspect them'
-	@echo 'make test    all tests, against a real vLLM'
+	@echo 'make check   lint, types and the tests that start no server: what to run after each edit (a minute)'
+	@echo 'make test    every part, with a real vLLM, real clients and databases (ten minutes)'
+	@echo 'make test-all'
+	@echo '             also endurance, every way to install, other Pythons and three releases of vLLM (an hour)'
+	@echo 'make test-pythons'
+	@echo '             what needs no vLLM, with each Python from 3.10 on that is found'
 	@echo 'make test-hybrid [HYBRID=$(HYBRID)] [TESTS=tests/recording]'
 	@echo '             the same on a release without a CPU build: its Python, over the compiled part of the one before'
 	@echo 'make test-releases [RELEASES="0.8.5 0.32.0"]'
@@ -49,8 +57,22 @@ demo: $(VENV)/.ready .cache/tiny-model/config.json
 demo-rollout: $(VENV)/.ready .cache/tiny-model/config.json
 	@$(VENV)/bin/python -m examples.loop
 
+check: $(VENV)/.ready
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target quick-tests lint
+
+quick-tests: $(VENV)/.ready
+	$(VENV)/bin/python -m pytest --tier=check --quiet
+
 test: $(VENV)/.ready .cache/tiny-model/config.json
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --tier=test --numprocesses=$(PROCESSES)
+
+test-all: $(VENV)/.ready .cache/tiny-model/config.json
+	$(VENV)/bin/python -m pytest --tier=all --numprocesses=$(PROCESSES)
+	$(MAKE) test-pythons
+	$(MAKE) test-releases RELEASES='$(THREE_RELEASES)'
+
+test-pythons: $(VENV)/.ready
+	$(VENV)/bin/python -m tests.other_pythons
 
 test-releases: $(VENV)/.ready .cache/tiny-model/config.json
 	$(VENV)/bin/python -m tests.releases.environments $(RELEASES)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,10 +22,8 @@ from tests.common.environments import (
     run,
     virtual_environment,
 )
+from tests.common.interpreters import THIS_PYTHON, VERSIONS, find_python
 from tests.common.made_up_vllm import made_up_vllm
-
-THIS_PYTHON = "{}.{}".format(*sys.version_info)
-PYTHONS = sorted({"3.10", "3.11", "3.12", "3.13", THIS_PYTHON}, key=lambda version: int(version.partition(".")[2]))
 
 WITH_UV = {
     f"uv sync, {'editable' if editable else 'not editable'}, {link_mode}": (editable, link_mode)
@@ -93,30 +90,6 @@ def user_site(folder: Path) -> Environment:
     return environment
 
 
-def find_python(version: str) -> Path | None:
-    """An interpreter that runs: this one, one on the path, or one that pyenv or uv keeps."""
-    if version == THIS_PYTHON:
-        return Path(sys.executable)
-    pyenv = Path(os.environ.get("PYENV_ROOT", "~/.pyenv"), "versions").expanduser()
-    uv = Path(os.environ.get("UV_PYTHON_INSTALL_DIR", "~/.local/share/uv/python")).expanduser()
-    folders = [
-        *map(Path, os.get_exec_path()),
-        *pyenv.glob(f"{version}.*/bin"),
-        *uv.glob(f"cpython-{version}.*/bin"),
-    ]
-    return next((python for folder in folders if runs(python := folder / f"python{version}", version)), None)
-
-
-def runs(python: Path, version: str) -> bool:
-    # pyenv puts a command on the path for versions, too, that are not switched on: it fails.
-    code = "import sys, venv; print('{}.{}'.format(*sys.version_info))"
-    try:
-        result = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    except OSError:
-        return False
-    return result.stdout.strip() == version
-
-
 def looked_at(output: str) -> tuple[str, ...]:
     """The patch sets that `output`, in which nothing else may be, says to be left off."""
     lines = (line.partition(" is left as it is, unpatched: vLLM ")[0] for line in output.splitlines())
@@ -165,7 +138,7 @@ def of_user(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environmen
     return environment
 
 
-@pytest.fixture(scope="module", params=PYTHONS)
+@pytest.fixture(scope="module", params=VERSIONS)
 def interpreter(request: pytest.FixtureRequest) -> Path:
     """Each Python that the package is for and that this machine has."""
     python = find_python(request.param)

@@ -1,9 +1,11 @@
-"""Which tests run in one process where pytest-xdist has several (`-n 2 --dist=loadgroup`): those that share a server.
+"""Which tests run in one process where pytest-xdist has several (`-n 2`): those that share a server.
 
 A pytest plugin. What takes long begins first, so that no process is left with it at the end.
 """
 
 from __future__ import annotations
+
+import re
 
 import pytest
 
@@ -44,11 +46,28 @@ def _place(item: pytest.Item) -> tuple[int, bool]:
     return first, group.endswith("postgresql")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    if getattr(config.option, "numprocesses", None):
+        config.option.dist = "loadgroup"
+        config.option.loadscopereorder = False
+
+
 # Before pytest-xdist, which makes the group a part of the test's id.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("dist", "no") == "no" and not hasattr(config, "workerinput"):
+    if not getattr(config.option, "loadgroup", False):
         return
     items.sort(key=_place)
     for item in items:
         item.add_marker(pytest.mark.xdist_group(group_of(item)))
+
+
+_RANDOM = re.compile(r"[0-9a-fA-F]{12}")
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    # Each process collects the tests by itself, and they have to have the same names in all; nobody reads a long one.
+    if isinstance(val, str | bytes) and (len(val) > 60 or _RANDOM.search(ascii(val)) or isinstance(val, bytes)):
+        return argname
+    return None

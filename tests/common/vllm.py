@@ -19,13 +19,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-import openai
 import psutil
 
 from tests.common.pace import not_counted
 from tests.common.tiny_model import tiny_model
 
 if TYPE_CHECKING:
+    import openai
     from typing_extensions import Self
 
 SCRIPTS = Path(sysconfig.get_path("scripts"))
@@ -124,10 +124,14 @@ class RemoteOpenAIServer:
 
     def client(self) -> openai.OpenAI:
         """A client for this server; it never retries, so that no test is passed on the second try."""
+        import openai
+
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
 
     def async_client(self) -> openai.AsyncOpenAI:
         """The same, asynchronous."""
+        import openai
+
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
 
     def wait_until_up(self) -> None:

@@ -130,7 +130,9 @@ def test_a_generation_that_is_not_as_it_has_to_be_is_named_and_the_others_are_re
     assert reason in refused[0].reason
 
 
-@pytest.mark.parametrize("bad", [None, [], [7], "text", msgspec.Raw(b"\x91\xa1\xff")], ids=str)
+@pytest.mark.parametrize(
+    "bad", [None, [], [7], "text", msgspec.Raw(b"\x91\xa1\xff")], ids=["none", "[]", "[7]", "text", "raw"]
+)
 def test_a_generation_without_an_id_is_named_by_its_place(bad: Any) -> None:
     message = msgspec.msgpack.decode(wire.encode([FULL]))
     message["generations"].append(bad)

@@ -1,0 +1,102 @@
+"""Run what needs no vLLM with each Python from 3.10 on: `python -m tests.other_pythons [VERSION ...]`.
+
+Each has an environment of its own in `.cache/pythons`, kept. Versions that this machine does not have are named. What
+came of it is in `docs/releases.md`.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from benchmarks.machine import describe_machine
+from tests.common.environments import CHECKOUT
+from tests.common.interpreters import THIS_PYTHON, VERSIONS, find_python
+from tools.lock import ENVIRONMENT, is_newest
+from tools.make_env import run, say
+from tools.sections import replace_section
+
+PAGE = CHECKOUT / "docs" / "releases.md"
+SECTION = "Other Pythons"
+INTRODUCTION = f"""\
+Everything else on this page ran on Python {THIS_PYTHON}. What needs no vLLM - the hook, the settings, the recorder, the
+stores, the commands and `agl store` over SQLite - runs on every Python from 3.10 on that `make test-pythons` finds, in
+an environment without vLLM; it writes this table.
+
+| Python | passed | failed | skipped | date |
+|---|---:|---:|---:|---|
+"""
+PATHS = (
+    *("tests/cli", "tests/server", "tests/store", "tests/test_cli.py", "tests/test_generation.py"),
+    *("tests/test_importhook.py", "tests/test_patching.py", "tests/test_recorder.py", "tests/test_settings.py"),
+    "tests/test_startup.py",
+)
+REQUIREMENTS = (
+    f"{CHECKOUT}[agentops,parquet,postgresql]",
+    *("datasets>=3", "httpx>=0.27", "hypothesis>=6.100", "opentelemetry-exporter-otlp-proto-http>=1.38"),
+    *("orjson>=3.10", "pandas>=2", "psutil>=5.9", "pytest>=8,<9.2", "pytest-forked>=1.6", "pytest-xdist>=3.8"),
+)
+
+
+def environment(version: str, python: Path) -> Path:
+    """The interpreter of an environment that has this package and what its tests need, without vLLM; made once."""
+    folder = CHECKOUT / ".cache" / "pythons" / version
+    note = folder / "is-there"
+    made_of = f"{python}\n{REQUIREMENTS}\n{(CHECKOUT / 'pyproject.toml').read_text()}"
+    if not note.exists() or note.read_text() != made_of:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        log = folder.with_suffix(".log")
+        uv = (sys.executable, "-m", "uv")
+        run(f"Python {version}", [*uv, "venv", "--clear", "--python", python, folder], log)
+        # The lock is of one Python; for others, what was there when it was written.
+        newer = () if is_newest() else ("--exclude-newer", ENVIRONMENT.written_at())
+        install = [*uv, "pip", "install", "--python", folder / "bin" / "python", *newer, "--editable", *REQUIREMENTS]
+        run(f"Python {version}: this checkout and what its tests need", install, log)
+        note.write_text(made_of)
+    return folder / "bin" / "python"
+
+
+def counts(output: str) -> dict[str, int]:
+    """How many passed, failed and were skipped, of what pytest says last."""
+    last = output.rstrip().splitlines()[-1]
+    found = {name: int(number) for number, name in re.findall(r"(\d+) (passed|failed|errors?|skipped)", last)}
+    failed = found.get("failed", 0) + found.get("error", 0) + found.get("errors", 0)
+    return {"passed": found.get("passed", 0), "failed": failed, "skipped": found.get("skipped", 0)}
+
+
+def run_tests(version: str, python: Path) -> tuple[dict[str, int], bool]:
+    """What came of them on this interpreter, and whether all is well."""
+    command = [python, "-m", "pytest", "--tier=test", "--numprocesses=2", "-k", "not postgresql", *PATHS]
+    say(f"Python {version}: the tests that need no vLLM")
+    with subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.PIPE, text=True) as tests:
+        assert tests.stdout is not None
+        output = ""
+        for line in tests.stdout:
+            output += line
+            sys.stdout.write(line)
+    return counts(output), tests.returncode == 0
+
+
+def main(versions: Iterable[str]) -> None:
+    """Run them; exits with 1 where any fails."""
+    lines, all_well = [], True
+    for version in versions:
+        python = find_python(version)
+        if version == THIS_PYTHON:
+            continue
+        if python is None:
+            say(f"Python {version}: not found, not run")
+            continue
+        found, is_well = run_tests(version, environment(version, python))
+        all_well &= is_well
+        lines.append(f"| {version} | {' | '.join(map(str, found.values()))} | {describe_machine()['date']} |\n")
+    if lines:
+        replace_section(PAGE, SECTION, INTRODUCTION + "".join(lines))
+    sys.exit(0 if all_well else 1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or VERSIONS)
