@@ -87,7 +87,7 @@ def postgresql() -> Iterator[PostgresServer]:
         yield server
 
 
-@pytest.fixture(scope="session", params=["sqlite", "postgresql"])
+@pytest.fixture(scope="session", params=["sqlite", pytest.param("postgresql", marks=pytest.mark.tier("test"))])
 def new_store(request: pytest.FixtureRequest) -> Callable[[Path], str]:
     """Gives the URL of a store that is not there yet: of the file of this path, or of a database of PostgreSQL."""
     if request.param == "sqlite":

@@ -8,8 +8,12 @@ import sys
 import uuid
 from array import array
 
+import pytest
+
 from agentlightning.generation import Choice, Generation, RoutedExperts, new_id
 from tests.common.generations import START
+
+pytestmark = pytest.mark.tier("check")
 
 LIGHT = """\
 import sys

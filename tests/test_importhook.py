@@ -28,7 +28,7 @@ import agentlightning
 from agentlightning import importhook
 from agentlightning.importhook import ImportHook, finders_ahead, when_imported
 
-pytestmark = pytest.mark.forked
+pytestmark = [pytest.mark.forked, pytest.mark.tier("check")]
 
 SECONDS = 20
 

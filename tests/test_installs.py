@@ -25,6 +25,8 @@ from tests.common.environments import (
 from tests.common.interpreters import THIS_PYTHON, VERSIONS, find_python
 from tests.common.made_up_vllm import made_up_vllm
 
+pytestmark = pytest.mark.tier("all")
+
 WITH_UV = {
     f"uv sync, {'editable' if editable else 'not editable'}, {link_mode}": (editable, link_mode)
     for editable in (False, True)

@@ -17,7 +17,7 @@ import pytest
 
 from agentlightning.patching import Mismatch, NotForThisRelease, PatchSet, State, Wrap
 
-pytestmark = pytest.mark.forked
+pytestmark = [pytest.mark.forked, pytest.mark.tier("check")]
 
 SOURCE = '''
 class Base:

@@ -28,6 +28,8 @@ from agentlightning.store import Store, StoreRefused, StoreUnavailable, open_dat
 from agentlightning.store.database_store import DatabaseStore
 from tests.common.generations import generation
 
+pytestmark = pytest.mark.tier("check")
+
 SECONDS = 60
 NOBODY = 65534
 NBYTES = 1_000

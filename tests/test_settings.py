@@ -8,6 +8,8 @@ import pytest
 
 from agentlightning import settings
 
+pytestmark = pytest.mark.tier("check")
+
 
 @pytest.fixture(autouse=True)
 def _not_warned_yet() -> None:

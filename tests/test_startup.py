@@ -22,6 +22,8 @@ from agentlightning.instrumentation import vllm
 from agentlightning.instrumentation.vllm import releases
 from tests.common.made_up_vllm import PROMPT, RESPONSE, VERSION, Layout, made_up_vllm
 
+pytestmark = pytest.mark.tier("check")
+
 CHECKOUT = Path(__file__).parents[1]
 SECONDS = 120
 

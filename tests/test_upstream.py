@@ -9,6 +9,8 @@ import pytest
 from tools.upstream.comparison import Outcomes, compare
 from tools.upstream.runs import Outcome
 
+pytestmark = pytest.mark.tier("check")
+
 
 def outcomes(**by_test: str) -> Outcomes:
     return {f"tests/test_chat.py::test_{name}": Outcome(outcome) for name, outcome in by_test.items()}

@@ -46,13 +46,6 @@ def _place(item: pytest.Item) -> tuple[int, bool]:
     return first, group.endswith("postgresql")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_cmdline_main(config: pytest.Config) -> None:
-    if getattr(config.option, "numprocesses", None):
-        config.option.dist = "loadgroup"
-        config.option.loadscopereorder = False
-
-
 # Before pytest-xdist, which makes the group a part of the test's id.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

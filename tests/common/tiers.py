@@ -11,6 +11,7 @@ Times are divided by those of some fixed work in the same run, so that neither a
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ import pytest
 
 from tests.common import pace
 
-__all__ = ["LARGEST", "TIERS", "Tier", "selected"]
+__all__ = ["LARGEST", "TIERS", "Tier", "selected", "thorough"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,9 @@ TIERS = (
 )
 LARGEST = TIERS[-1].name
 _NAMES = [tier.name for tier in TIERS]
+SECONDS_BETWEEN = 1.0
+"""How often it is measured how quick the machine is."""
+_MEASURED = pytest.StashKey[float]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -65,7 +69,13 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 def selected(config: pytest.Config) -> str:
     """The name of the tier that runs."""
-    return config.getoption("--tier")
+    return str(config.getoption("--tier"))
+
+
+@pytest.fixture(scope="session")
+def thorough(pytestconfig: pytest.Config) -> bool:
+    """Whether endurance lasts as long as it is to, as in the largest tier; a few times are enough for the others."""
+    return selected(pytestconfig) == LARGEST
 
 
 def tier_of(item: pytest.Item) -> Tier:
@@ -103,7 +113,9 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     tier = tier_of(item)
     if tier.seconds is not None and not item.get_closest_marker("takes_long"):
         item.user_properties.append(("may take", tier.seconds))
-    item.user_properties.append(("fixed work", pace.fixed_work()))
+    if time.monotonic() - item.config.stash.get(_MEASURED, 0.0) > SECONDS_BETWEEN:
+        item.user_properties.append(("fixed work", pace.fixed_work()))
+        item.config.stash[_MEASURED] = time.monotonic()
     yield
 
 
@@ -114,7 +126,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     item.user_properties.append(("not counted", pace.seconds_not_counted() - before))
 
 
-@dataclass
+@dataclass(eq=False)
 class Limits:
     """Find the tests that take longer than their tiers allow, and fail the run for them."""
 
@@ -124,11 +136,13 @@ class Limits:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         told = {name: float(value) for name, value in report.user_properties if isinstance(value, float | int)}
-        if report.when == "call" and "fixed work" in told:
+        if report.when != "call":
+            return
+        if "fixed work" in told:
             self.works.append(told["fixed work"])
-            if "may take" in told:
-                took = report.duration - told.get("not counted", 0.0)
-                self.tests[report.nodeid] = (took, told["may take"])
+        if "may take" in told:
+            took = report.duration - told.get("not counted", 0.0)
+            self.tests[report.nodeid] = (took, told["may take"])
 
     def slowness(self) -> float:
         """How often as long fixed work took in this run as it does on the machine that the limits are of."""

@@ -188,8 +188,15 @@ def processes_that_serve(server: RemoteOpenAIServer) -> set[int]:
 
 
 def without_agl(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment without our own variables, whatever the shell that runs the tests has set."""
-    return {name: value for name, value in environment.items() if not name.startswith("AGL_")}
+    """The environment without our own variables, whatever the shell that runs the tests has set.
+
+    Nor without bytecode, which a container's shell often switches off: each process would compile thousands of modules.
+    """
+    return {
+        name: value
+        for name, value in environment.items()
+        if not name.startswith("AGL_") and name != "PYTHONDONTWRITEBYTECODE"
+    }
 
 
 def free_port() -> int:

@@ -11,6 +11,8 @@ from agentlightning.server.page import conversation
 from agentlightning.store import open_database, open_store
 from tests.common.generations import generation
 
+pytestmark = pytest.mark.tier("check")
+
 
 def said(path: Path, *calls: tuple[str | None, str | None], attempts: str = "aaaaa") -> list[tuple[str | None, bool]]:
     """What is new in each of these prompts, given with their answers; and whether it goes on from what was before."""

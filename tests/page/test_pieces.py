@@ -10,6 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from agentlightning.sender import Vocabulary
 from agentlightning.server.page.pieces import Pieces
 
+pytestmark = pytest.mark.tier("check")
+
 TEXT = "Where is the largest größe?\n\n\tIn 北京, 1 + 1 = 2. <b>é\N{GRINNING FACE}"
 END = "<|im_end|>"
 

@@ -6,9 +6,13 @@ import copy
 import re
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+
 from tests.common.answers import get
 from tests.common.vllm import RemoteOpenAIServer, free_port, is_healthy, side_by_side
 from tests.processes.every_endpoint import carried, expected
+
+pytestmark = pytest.mark.tier("all")
 
 ARMED = {"AGL_INSTRUMENT": "1"}
 

@@ -96,8 +96,6 @@ def server(
     env = {
         # For the worker that is not vLLM's.
         "PYTHONPATH": str(CHECKOUT),
-        # Every start would compile a thousand modules.
-        "PYTHONDONTWRITEBYTECODE": "",
         # GiB, which every release knows.
         "VLLM_CPU_KVCACHE_SPACE": "1",
         **({"AGL_INSTRUMENT": "1"} if armed else {}),

@@ -18,6 +18,7 @@ from tests.common.postgresql import PostgresServer
 from tests.server.process import StoreServer
 
 KILLS = 20
+FEW_KILLS = 3
 RUNNERS = 8
 SPANS = 2
 
@@ -153,13 +154,13 @@ def all_rollouts(client: httpx.Client) -> Iterator[Any]:
 
 
 def test_agl_store_is_killed_and_what_was_answered_is_there_once(
-    tmp_path: Path, new_store: Callable[[Path], str]
+    tmp_path: Path, new_store: Callable[[Path], str], thorough: bool
 ) -> None:
     moments = random.Random(8)
     path = tmp_path / "store.db"
     with StoreServer(path, store=new_store(path)) as server:
         with Load(server) as load:
-            for _ in range(KILLS):
+            for _ in range(KILLS if thorough else FEW_KILLS):
                 load.until_finished(10)
                 time.sleep(moments.uniform(0, 0.1))
                 server.kill()
@@ -167,11 +168,13 @@ def test_agl_store_is_killed_and_what_was_answered_is_there_once(
         assert_all_there(server, load)
 
 
-def test_postgresql_is_killed_and_what_was_answered_is_there_once(tmp_path: Path, postgresql: PostgresServer) -> None:
+def test_postgresql_is_killed_and_what_was_answered_is_there_once(
+    tmp_path: Path, postgresql: PostgresServer, thorough: bool
+) -> None:
     moments = random.Random(9)
     with StoreServer(tmp_path / "store.db", store=postgresql.new_database()) as server:
         with Load(server) as load:
-            for _ in range(KILLS):
+            for _ in range(KILLS if thorough else FEW_KILLS):
                 load.until_finished(10)
                 time.sleep(moments.uniform(0, 0.1))
                 postgresql.kill()

@@ -28,6 +28,7 @@ from tests.store.conftest import emptied
 from tests.store.test_stores import ids
 
 KILLS = 20
+FEW_KILLS = 3
 CLIENTS = 4
 BATCH = 5
 
@@ -528,13 +529,15 @@ class Client(threading.Thread):
         return True
 
 
-def test_what_was_acknowledged_is_there_once_and_whole_however_often_the_server_is_killed(tmp_path: Path) -> None:
+def test_what_was_acknowledged_is_there_once_and_whole_however_often_the_server_is_killed(
+    tmp_path: Path, thorough: bool
+) -> None:
     moments = random.Random(9)
     with StoreServer(tmp_path / "store.db") as server:
         clients = [Client(server.url, number) for number in range(CLIENTS)]
         for client in clients:
             client.start()
-        for _ in range(KILLS):
+        for _ in range(KILLS if thorough else FEW_KILLS):
             enough = [len(client.acknowledged) + 2 * BATCH for client in clients]
             while any(len(client.acknowledged) < least for client, least in zip(clients, enough, strict=True)):
                 time.sleep(0.005)

@@ -16,6 +16,8 @@ from agentlightning.store.overview import COLUMNS, Asked, Overview
 from tests.common.generations import HOSTILE, SECOND, START, generation
 from tests.store.test_triplets import of_call, of_reward
 
+pytestmark = pytest.mark.tier("check")
+
 HOUR = 3600.0
 NOW = START / SECOND + HOUR
 

@@ -22,6 +22,8 @@ from agentlightning.store import Store, generations, open_store, senders, tables
 from agentlightning.store.database import Database
 from tests.common.generations import EMPTY, HOSTILE, generation
 
+pytestmark = pytest.mark.tier("check")
+
 MINUTE = 60 * 10**9
 DAY = 24 * 60 * MINUTE
 NOW = 1_700_000_000 * 10**9

@@ -18,6 +18,8 @@ import pytest
 from agentlightning.store import Store, StoreRefused, StoreUnavailable, filesystem, open_store, sqlite
 from tests.common.generations import FULL, generation
 
+pytestmark = pytest.mark.tier("check")
+
 NOT_THERE = os.strerror(errno.ENOENT)
 
 

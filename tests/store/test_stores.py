@@ -16,8 +16,16 @@ from tests.common.postgresql import PostgresServer
 from tests.server.process import StoreServer
 from tests.store.conftest import emptied
 
+pytestmark = pytest.mark.tier("check")
 
-@pytest.fixture(scope="session", params=["sqlite", "postgresql", "http"])
+
+SERVED = pytest.mark.tier("test")
+
+
+@pytest.fixture(
+    scope="session",
+    params=["sqlite", pytest.param("postgresql", marks=SERVED), pytest.param("http", marks=SERVED)],
+)
 def new_store(request: pytest.FixtureRequest) -> Callable[[Path], str]:
     """Gives the URL of a store in which there is nothing: of the two databases, and of an `agl store`."""
     if request.param == "sqlite":

@@ -19,6 +19,8 @@ from agentlightning.store.database import Database
 from agentlightning.triplet import Triplet
 from tests.common.generations import HOSTILE, SECOND, START, generation
 
+pytestmark = pytest.mark.tier("check")
+
 HOUR = 3600 * SECOND
 
 # One database for all examples, in each of which there is a rollout of its own.

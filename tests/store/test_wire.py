@@ -13,6 +13,8 @@ from agentlightning.generation import Choice, Generation, Loss, RoutedExperts
 from agentlightning.store import wire
 from tests.common.generations import EMPTY, FULL, HOSTILE, START, generation
 
+pytestmark = pytest.mark.tier("check")
+
 LOSS = Loss(count=3, reason="queue full", first_at=START, last_at=START + 1, host="größe\0", pid=7)
 
 

@@ -21,6 +21,8 @@ from tests.common.answers import fetch, post
 from tests.common.census import PATH
 from tests.common.vllm import RemoteOpenAIServer
 
+pytestmark = pytest.mark.tier("all")
+
 REQUESTS = 10_000
 AT_ONCE = 64
 DEADLINE = 120

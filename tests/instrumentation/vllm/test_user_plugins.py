@@ -14,6 +14,8 @@ from tests.common.vllm import RemoteOpenAIServer, run, side_by_side
 from tests.plugins import OF_LOGPROBS, arguments, environment, is_settled, shown
 from tests.recording.server import until
 
+pytestmark = pytest.mark.tier("all")
+
 TALK: Any = [{"role": "user", "content": "What is the capital of France?"}]
 WEATHER: Any = {
     "type": "function",
