@@ -49,10 +49,12 @@ def has_more_in_protobuf(body: bytes, kind: Any, messages: int, elements: int) -
     """
     if len(body) <= LEAST_BYTES * min(messages, elements):
         return False
-    waiting: list[tuple[int, int, Fields, bool]] = [(0, len(body), *_fields(kind))]
+    # Flat: of half a million tuples the garbage collector would look at each, again and again.
+    waiting: list[Any] = [kind, len(body), 0]
     try:
         while waiting:
-            position, end, fields, is_array = waiting.pop()
+            position, end, kind = waiting.pop(), waiting.pop(), waiting.pop()
+            fields, is_array = _fields(kind)
             while position < end:
                 # Token ids are long arrays, each of whose elements takes a few bytes: a number has no room for more.
                 if is_array and body[position] == _ELEMENT:
@@ -64,24 +66,35 @@ def has_more_in_protobuf(body: bytes, kind: Any, messages: int, elements: int) -
                             and 2 <= size <= 5
                             and (size == 2 or body[position + 3] > 0x7F)
                         )
-                        or (size < 0x80 and _is_plain(body, position + 2, size))
+                        or (
+                            size < 0x80
+                            and body[position + 2] in (_TEXT, _DOUBLE)
+                            and _is_plain(body, position + 2, size)
+                        )
                     ):
                         position += 2 + size
                         elements -= 1
                         if elements < 0:
                             return True
                         continue
-                tag, position = _varint(body, position)
+                # Nearly all tags and sizes are of one byte; a call for each would take most of the time.
+                tag = body[position]
+                position += 1
+                if tag > 0x7F:
+                    tag, position = _varint(body, position - 1)
                 wire_type = tag & 7
                 if wire_type == _BYTES:
-                    size, position = _varint(body, position)
+                    size = body[position]
+                    position += 1
+                    if size > 0x7F:
+                        size, position = _varint(body, position - 1)
                     inner = fields.get(tag >> 3)
                     if inner is not None:
                         messages -= 1
                         if messages < 0:
                             return True
                         if size:
-                            waiting.append((position, position + size, *_fields(inner)))
+                            waiting += (inner, position + size, position)
                     position += size
                 elif wire_type == _VARINT:
                     _, position = _varint(body, position)

@@ -18,7 +18,7 @@ from psycopg import errors
 from sqlalchemy.exc import DBAPIError
 
 from agentlightning.generation import Generation
-from agentlightning.store import StoreRefused, StoreUnavailable, open_store, postgresql
+from agentlightning.store import InvalidRecord, StoreRefused, StoreUnavailable, open_store, postgresql
 from tests.common.generations import FULL, generation
 from tests.common.postgresql import PostgresServer
 from tests.common.processes import SECONDS, fork, together
@@ -141,11 +141,13 @@ def test_an_id_that_no_index_has_room_for_is_refused_and_costs_no_other(url: str
     # Nothing that repeats: what PostgreSQL can pack, it has room for.
     digits = random.Random(1).randbytes(20_000).hex()
     with open_store(url) as store:
-        with pytest.raises(ValueError, match=r".") as refused:
-            store.add([generation(1), generation(2, response_id=digits)])
-        assert isinstance(reason(refused), errors.ProgramLimitExceeded)
+        kept, refused_one = generation(1), generation(2, response_id=digits)
+        with pytest.raises(InvalidRecord, match="index row requires 40016 bytes") as refused:
+            store.add([kept, refused_one])
 
-        assert store.add([generation(1)]) == 1
+        assert [*refused.value.reasons] == [refused_one.id]
+        assert refused.value.new == 1
+        assert [*store.generations()] == [kept]
 
 
 def test_what_is_no_database_is_refused_with_the_reason(url: str, postgresql: PostgresServer) -> None:
