@@ -111,7 +111,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.hookimpl(hookwrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     tier = tier_of(item)
-    if tier.seconds is not None and not item.get_closest_marker("takes_long"):
+    is_endurance = selected(item.config) == LARGEST and "thorough" in getattr(item, "fixturenames", ())
+    if tier.seconds is not None and not is_endurance and not item.get_closest_marker("takes_long"):
         item.user_properties.append(("may take", tier.seconds))
     if time.monotonic() - item.config.stash.get(_MEASURED, 0.0) > SECONDS_BETWEEN:
         item.user_properties.append(("fixed work", pace.fixed_work()))
