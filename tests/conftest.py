@@ -11,6 +11,7 @@ import pytest
 from tests.common.debian import skipped_parts
 from tests.common.postgresql import MISSING, PostgresServer, programs
 from tests.common.vllm import AGL, RemoteOpenAIServer
+from tests.recording.server import RecordingServer
 
 pytest_plugins = ("tests.common.tiers", "tests.common.forked", "tests.common.groups")
 
@@ -56,9 +57,10 @@ def plain() -> Iterator[RemoteOpenAIServer]:
 
 
 @pytest.fixture(scope="session")
-def two_api_servers() -> Iterator[RemoteOpenAIServer]:
-    """`agl vllm serve` with two API server processes in front of one engine."""
-    with RemoteOpenAIServer("--api-server-count=2", command=AGL) as server:
+def two_api_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RecordingServer]:
+    """`agl vllm serve` with two API server processes in front of one engine; both write one file, without any text."""
+    path = tmp_path_factory.mktemp("store") / "generations.db"
+    with RecordingServer(path, "--api-server-count=2", command=AGL, env={"AGL_RECORD_TEXT": "off"}) as server:
         yield server
 
 
@@ -67,7 +69,7 @@ def guarded() -> Iterator[RemoteOpenAIServer]:
     """Strict, with a key, behind a proxy's path and two parsers, and `AGL_RETURN_TOKEN_IDS=response`."""
     env = {"AGL_INSTRUMENT": "strict", "AGL_RETURN_TOKEN_IDS": "response", **OPTIONAL_ENV}
     # The key is what the clients send.
-    with RemoteOpenAIServer("--api-key=none", "--root-path=/root", *PARSERS, env=env) as server:
+    with RemoteOpenAIServer("--api-key=none", "--root-path=/root", *PARSERS, env=env, forks=True) as server:
         yield server
 
 

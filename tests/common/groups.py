@@ -15,7 +15,6 @@ SHARED = {
     "two_api_servers": "vLLM",
     "guarded": "guarded vLLM",
     "recording": "recording vLLM",
-    "two_recording": "recording vLLM",
     "pristine": "diagnosis",
     "browser": "page",
 }

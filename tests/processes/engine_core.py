@@ -1,19 +1,10 @@
-"""How the engine core of a server is started, and which process it is."""
+"""Which process of a server is its engine core."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import psutil
 
 from tests.common.vllm import RemoteOpenAIServer
-
-START_METHOD = Path(__file__).parent / "start_method"
-
-
-def started_by(method: str) -> dict[str, str]:
-    """The environment of a server that starts its engine core by spawn, fork or forkserver."""
-    return {"PYTHONPATH": str(START_METHOD), "ENGINE_CORE": method}
 
 
 def engine_core(server: RemoteOpenAIServer) -> psutil.Process:

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.common.answers import fetch
-from tests.common.vllm import RemoteOpenAIServer
-from tests.processes.engine_core import started_by
+from tests.common.vllm import RemoteOpenAIServer, started_by
 from tests.processes.every_endpoint import carried, expected
 
 PROGRAM = ("python", "-m", "tests.processes.embedding_program", "--model")

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import httpx
 import pytest
 
-from tests.common.vllm import AGL, PLAIN, RemoteOpenAIServer, side_by_side
-from tests.processes.engine_core import engine_core, started_by
+from tests.common.vllm import AGL, PLAIN, RemoteOpenAIServer, side_by_side, started_by
+from tests.processes.engine_core import engine_core
 from tests.processes.every_endpoint import MESSAGES, carried, expected
 
 PYTHON_M = ("python", "-m", "vllm.entrypoints.openai.api_server", "--model")

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from tests.common.reference import greedy
 from tests.common.tiny_model import tiny_model
-from tests.common.vllm import run
-from tests.processes.engine_core import started_by
+from tests.common.vllm import run, started_by
 from tests.processes.every_endpoint import prompt_token_ids
 
 PROGRAM = """\

@@ -26,15 +26,9 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RecordingSer
         "PYTHONPATH": os.pathsep.join([str(with_tool_loop(tmp_path_factory.mktemp("loop"))), str(CHECKOUT)]),
     }
     arguments = (*OPTIONAL, "--api-key=none", "--middleware=tests.recording.under_way.UnderWay")
-    with RecordingServer(tmp_path_factory.mktemp("store") / "generations.db", *arguments, env=env) as server:
-        yield server
-
-
-@pytest.fixture(scope="session")
-def two_recording(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RecordingServer]:
-    """Two API servers that write one file, in which there is to be no text."""
-    path = tmp_path_factory.mktemp("store") / "generations.db"
-    with RecordingServer(path, "--api-server-count=2", env={"AGL_RECORD_TEXT": "off"}) as server:
+    with RecordingServer(
+        tmp_path_factory.mktemp("store") / "generations.db", *arguments, env=env, forks=True
+    ) as server:
         yield server
 
 

@@ -25,16 +25,21 @@ class RecordingServer(RemoteOpenAIServer):
     Args:
         path: where it keeps what it generates.
         store: the URL of where it does so in the place of that file.
-        arguments, env: as `RemoteOpenAIServer` takes them.
+        arguments, env, options: as `RemoteOpenAIServer` takes them.
     """
 
     def __init__(
-        self, path: Path, *arguments: str, env: Mapping[str, str] | None = None, store: str | None = None
+        self,
+        path: Path,
+        *arguments: str,
+        env: Mapping[str, str] | None = None,
+        store: str | None = None,
+        **options: Any,
     ) -> None:
         self.path = path
         self.store = store or str(path)
         ours = {"AGL_INSTRUMENT": "1", "AGL_STORE": self.store, "PYTHONPATH": str(CHECKOUT)}
-        super().__init__(*arguments, env={**ours, **(env or {})})
+        super().__init__(*arguments, env={**ours, **(env or {})}, **options)
 
     def kept(self, **filters: Unpack[Filters]) -> list[Generation]:
         """What is in its store now."""

@@ -61,10 +61,10 @@ def until_kept(server: RecordingServer, rollout: str, calls: int) -> list[Genera
 
 
 def test_each_generation_of_both_is_there_once_and_is_nobody_elses(
-    two_recording: RecordingServer, rollout: str
+    two_api_servers: RecordingServer, rollout: str
 ) -> None:
-    answers = asyncio.run(ask_all(two_recording, rollout, CALLS))
-    kept = until_kept(two_recording, rollout, CALLS)
+    answers = asyncio.run(ask_all(two_api_servers, rollout, CALLS))
+    kept = until_kept(two_api_servers, rollout, CALLS)
 
     assert sorted(int(str(each.attempt_id)) for each in kept) == list(range(CALLS))
     assert len({each.id for each in kept}) == len({each.call_id for each in kept}) == CALLS
@@ -79,22 +79,22 @@ def test_each_generation_of_both_is_there_once_and_is_nobody_elses(
         assert tokenizer().decode(sampled, skip_special_tokens=True) == answer.choices[0].message.content
 
 
-def test_metrics_show_the_sums_of_both(two_recording: RecordingServer, rollout: str) -> None:
-    asyncio.run(ask_all(two_recording, rollout, FEW))
-    until_kept(two_recording, rollout, FEW)
-    until(lambda: len(two_recording.kept()) == counters(two_recording)["generations"], "the counters")
-    until(lambda: counters(two_recording)["queue bytes"] == 0, "an empty queue")
+def test_metrics_show_the_sums_of_both(two_api_servers: RecordingServer, rollout: str) -> None:
+    asyncio.run(ask_all(two_api_servers, rollout, FEW))
+    until_kept(two_api_servers, rollout, FEW)
+    until(lambda: len(two_api_servers.kept()) == counters(two_api_servers)["generations"], "the counters")
+    until(lambda: counters(two_api_servers)["queue bytes"] == 0, "an empty queue")
 
-    kept = two_recording.kept()
-    found = counters(two_recording)
+    kept = two_api_servers.kept()
+    found = counters(two_api_servers)
     assert found["generations"] >= FEW
     assert found["prompt tokens"] == sum(len(ids_of(each)[0]) for each in kept)
     assert found["output tokens"] == sum(len(ids) for each in kept for ids in ids_of(each)[1])
     assert found["lost"] == 0
     assert 0 < found["writes"] <= found["generations"]
     # Each process for itself has seen fewer.
-    pids = {process.pid for process in psutil.Process(two_recording.process.pid).children(recursive=True)}
-    status = fetch(two_recording, "/v1/agl/status")
+    pids = {process.pid for process in psutil.Process(two_api_servers.process.pid).children(recursive=True)}
+    status = fetch(two_api_servers, "/v1/agl/status")
     assert status["pid"] in pids
     assert 0 < status["recording"]["generations"] < found["generations"]
 
@@ -121,22 +121,22 @@ def test_one_server_shows_its_own(recording: RecordingServer) -> None:
     assert counters(recording)["output tokens"] == sum(len(ids) for each in kept for ids in ids_of(each)[1])
 
 
-def test_without_text_there_is_none_in_the_file(two_recording: RecordingServer, rollout: str) -> None:
-    asyncio.run(ask_all(two_recording, rollout, FEW))
-    body = two_recording.body(prompt=SECRETS[0], stop=[SECRETS[2]], bad_words=[SECRETS[3]])
-    stopped = post(two_recording, "/v1/completions", {**body, "structured_outputs": {"choice": [SECRETS[2]]}})
-    until(lambda: two_recording.kept(response_id=stopped["id"]), "the last one")
+def test_without_text_there_is_none_in_the_file(two_api_servers: RecordingServer, rollout: str) -> None:
+    asyncio.run(ask_all(two_api_servers, rollout, FEW))
+    body = two_api_servers.body(prompt=SECRETS[0], stop=[SECRETS[2]], bad_words=[SECRETS[3]])
+    stopped = post(two_api_servers, "/v1/completions", {**body, "structured_outputs": {"choice": [SECRETS[2]]}})
+    until(lambda: two_api_servers.kept(response_id=stopped["id"]), "the last one")
 
-    files = [path.read_bytes() for path in two_recording.path.parent.iterdir()]
+    files = [path.read_bytes() for path in two_api_servers.path.parent.iterdir()]
     # What is looked for would be found: ids of rollouts are kept.
     assert any(rollout.encode() in content for content in files)
     assert [secret for secret in SECRETS for content in files if secret.encode() in content] == []
-    [kept] = two_recording.kept(response_id=stopped["id"])
+    [kept] = two_api_servers.kept(response_id=stopped["id"])
     assert (kept.choices[0].finish_reason, kept.choices[0].stop_reason, kept.choices[0].text) == ("stop", None, None)
 
 
-def test_the_files_are_their_owners_alone(two_recording: RecordingServer, recording: RecordingServer) -> None:
-    for server in (two_recording, recording):
-        server.kept()
-        modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in server.path.parent.iterdir()}
-        assert set(modes.values()) == {0o600}
+def test_the_files_are_their_owners_alone(two_api_servers: RecordingServer) -> None:
+    two_api_servers.kept()
+
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in two_api_servers.path.parent.iterdir()}
+    assert set(modes.values()) == {0o600}

@@ -188,7 +188,11 @@ def test_of_a_frontend_on_another_machine_one_side_records(
     off: Mapping[str, str] = {} if instrumented else {"AGL_INSTRUMENT": "0", "AGL_STORE": ""}
     server = RecordingServer(tmp_path / "server.db", *two_engines, env=off)
     elsewhere = [argument for argument in two_engines if not argument.startswith("--api-server-count")]
-    engine = RecordingServer(tmp_path / "engine.db", *elsewhere, "--headless", "--data-parallel-start-rank=1")
+    # As good as the flag: what counts is what vLLM has read, from wherever. It reads no --config=FILE in one word.
+    config = tmp_path / "config.yaml"
+    config.write_text("headless: true\n")
+    headless = ("--config", str(config), "--data-parallel-start-rank=1")
+    engine = RecordingServer(tmp_path / "engine.db", *elsewhere, *headless)
     engine._is_up = lambda engine: True
     with side_by_side(server, engine), Load(server, rollout, endless()) as load:
         until(lambda: len(load.answered) >= 100, "answers")
@@ -201,3 +205,8 @@ def test_of_a_frontend_on_another_machine_one_side_records(
         answered = {str(stream.response_id) for stream in load.streams}
         assert bool(by_engine) == (RECORDS in engine.log) == (not instrumented)
         assert all(str(each.response_id) in answered for each in by_engine if each.status == "finished")
+        if not instrumented:
+            # What is under way ends with the engine, and is kept.
+            engine.process.send_signal(signal.SIGTERM)
+            engine.process.wait(60)
+            assert "aborted" in {each.status for each in engine.kept()}

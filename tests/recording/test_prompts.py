@@ -30,7 +30,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RecordingServer
     """Without embeddings: where it takes those, vLLM itself has no text of a chat's prompt."""
     path = tmp_path_factory.mktemp("store") / "generations.db"
     env = {"VLLM_ENABLE_RESPONSES_API_STORE": "1"}
-    with RecordingServer(path, "--enable-prompt-tokens-details", *PARSERS, env=env) as server:
+    with RecordingServer(path, "--enable-prompt-tokens-details", *PARSERS, env=env, forks=True) as server:
         yield server
 
 

@@ -76,18 +76,20 @@ def test_what_each_id_stands_for_is_the_tokenizers_own_token(recording: Recordin
         assert vocabulary.special == {*tokenizer().all_special_ids}
 
 
-def test_each_api_server_is_a_sender_and_all_have_one_vocabulary(two_recording: RecordingServer, rollout: str) -> None:
-    asyncio.run(ask_all(two_recording, rollout, FEW))
-    until_kept(two_recording, rollout, FEW)
+def test_each_api_server_is_a_sender_and_all_have_one_vocabulary(
+    two_api_servers: RecordingServer, rollout: str
+) -> None:
+    asyncio.run(ask_all(two_api_servers, rollout, FEW))
+    until_kept(two_api_servers, rollout, FEW)
 
-    found = seen(two_recording)
-    processes = psutil.Process(two_recording.process.pid).children(recursive=True)
+    found = seen(two_api_servers)
+    processes = psutil.Process(two_api_servers.process.pid).children(recursive=True)
     assert len(found) == len({each.sender.pid for each in found}) == 2
     assert {each.sender.pid for each in found} <= {process.pid for process in processes}
-    assert sum(written(each)[0] for each in found) == len(two_recording.kept())
-    with reading(two_recording) as connection:
+    assert sum(written(each)[0] for each in found) == len(two_api_servers.kept())
+    with reading(two_api_servers) as connection:
         # Of each generation, though nothing of a text is kept.
-        digests = {senders.vocabulary_digest_of(connection, each.id) for each in two_recording.kept()}
+        digests = {senders.vocabulary_digest_of(connection, each.id) for each in two_api_servers.kept()}
         how_many = connection.execute(select(func.count()).select_from(tables.vocabularies)).scalar()
     assert digests == {each.vocabulary_digest for each in found}
     assert len(digests - {None}) == how_many == 1

@@ -176,7 +176,7 @@ HEADERS = [
 @pytest.fixture(scope="module")
 def guarded_without_us() -> Iterator[RemoteOpenAIServer]:
     """`guarded`, but without us."""
-    with RemoteOpenAIServer("--api-key=none", "--root-path=/root", *PARSERS) as server:
+    with RemoteOpenAIServer("--api-key=none", "--root-path=/root", *PARSERS, forks=True) as server:
         yield server
 
 

@@ -152,7 +152,7 @@ TALK: Any = [{"role": "user", "content": LONG}]
 def roomy() -> Iterator[RemoteOpenAIServer]:
     small = (*SMALL, "--enforce-eager", *LITTLE_CACHE, *NO_WORKER)
     env = {"AGL_INSTRUMENT": "1", "VLLM_ENABLE_RESPONSES_API_STORE": "1"}
-    with RemoteOpenAIServer("--enable-scale-out", env=env, small=small) as server:
+    with RemoteOpenAIServer("--enable-scale-out", env=env, small=small, forks=True) as server:
         yield server
 
 

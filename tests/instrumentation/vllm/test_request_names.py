@@ -6,7 +6,6 @@ import pytest
 
 from agentlightning.instrumentation.vllm.request_names import RequestName, read
 
-
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 

@@ -152,7 +152,8 @@ def test_a_refused_request_is_refused_as_before(armed: RemoteOpenAIServer, plain
 
 
 def test_where_a_tool_was_called_every_call_of_the_model_is_listed(tmp_path: Path) -> None:
-    with RemoteOpenAIServer(env={"AGL_INSTRUMENT": "1", "PYTHONPATH": str(with_tool_loop(tmp_path))}) as server:
+    env = {"AGL_INSTRUMENT": "1", "PYTHONPATH": str(with_tool_loop(tmp_path))}
+    with RemoteOpenAIServer(env=env, forks=True) as server:
         answer = post(server, RESPONSES, body(server))
         streamed = post(server, RESPONSES, body(server, stream=True))[-1]["response"]
         response_only = post(server, RESPONSES, body(server, return_token_ids=False))
