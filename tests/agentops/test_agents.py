@@ -12,6 +12,8 @@ from tests.agentops.conftest import Run
 from tests.recording.server import RecordingServer, until
 from tests.server.process import StoreServer
 
+pytestmark = pytest.mark.tier("all")
+
 PARSER = ("--enable-auto-tool-choice", "--tool-call-parser=hermes")
 
 

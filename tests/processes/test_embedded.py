@@ -10,6 +10,8 @@ from tests.common.answers import fetch
 from tests.common.vllm import RemoteOpenAIServer, started_by
 from tests.processes.every_endpoint import carried, expected
 
+pytestmark = pytest.mark.tier("all")
+
 PROGRAM = ("python", "-m", "tests.processes.embedding_program", "--model")
 
 

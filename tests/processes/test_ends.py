@@ -16,6 +16,8 @@ from tests.common.vllm import AGL, PLAIN, RemoteOpenAIServer, side_by_side, star
 from tests.processes.engine_core import engine_core
 from tests.processes.every_endpoint import MESSAGES, carried, expected
 
+pytestmark = pytest.mark.tier("all")
+
 PYTHON_M = ("python", "-m", "vllm.entrypoints.openai.api_server", "--model")
 SECONDS = 60
 

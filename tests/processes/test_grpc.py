@@ -18,6 +18,8 @@ from tests.common.vllm import PLAIN, RemoteOpenAIServer, run
 from tests.processes.every_endpoint import prompt_token_ids
 from tools.lock import tests_constraints
 
+pytestmark = pytest.mark.tier("all")
+
 # What they need besides is in the lock.
 PACKAGES = (
     "grpcio-health-checking==1.85.1",

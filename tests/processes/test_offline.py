@@ -10,6 +10,8 @@ from tests.common.tiny_model import tiny_model
 from tests.common.vllm import run, started_by
 from tests.processes.every_endpoint import prompt_token_ids
 
+pytestmark = pytest.mark.tier("all")
+
 PROGRAM = """\
 import json, sys
 from vllm import LLM, SamplingParams

@@ -13,6 +13,8 @@ from tests.common.rust_frontend import rust_frontend
 from tests.common.vllm import RemoteOpenAIServer, run
 from tests.processes.every_endpoint import MESSAGES, TOKENS, prompt_token_ids
 
+pytestmark = pytest.mark.tier("all")
+
 WHY = (
     "agentlightning: vLLM's Rust frontend (VLLM_USE_RUST_FRONTEND) answers without Python, "
     'with token ids only where a request says "return_token_ids": true'

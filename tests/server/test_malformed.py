@@ -63,6 +63,7 @@ def assert_refused(answer: httpx.Response, *statuses: int) -> str:
     return detail
 
 
+@pytest.mark.tier("all")
 def test_the_server_is_as_its_document_says(careful: StoreServer, lightning: Path, tmp_path: Path) -> None:
     config = Path(__file__).with_name("schemathesis.toml")
     limits = ("--seed=1", "--max-examples=3", "--no-shrink", "--generation-database=none")
