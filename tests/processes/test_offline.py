@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.common.reference import greedy
 from tests.common.tiny_model import tiny_model
 from tests.common.vllm import run, started_by
