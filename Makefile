@@ -61,7 +61,7 @@ check: $(VENV)/.ready
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target quick-tests lint
 
 quick-tests: $(VENV)/.ready
-	$(VENV)/bin/python -m pytest --tier=check --quiet
+	$(VENV)/bin/python -m pytest --tier=check --numprocesses=$(PROCESSES)
 
 test: $(VENV)/.ready .cache/tiny-model/config.json
 	$(VENV)/bin/python -m pytest --tier=test --numprocesses=$(PROCESSES)

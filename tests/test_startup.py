@@ -23,6 +23,7 @@ from agentlightning.instrumentation.vllm import releases
 from tests.common.made_up_vllm import PROMPT, RESPONSE, VERSION, Layout, made_up_vllm
 
 pytestmark = pytest.mark.tier("check")
+slow = pytest.mark.tier("test")
 
 CHECKOUT = Path(__file__).parents[1]
 SECONDS = 120
@@ -153,6 +154,7 @@ def test_off_imports_nothing_of_the_package(value: str | None) -> None:
     assert output.stderr == []
 
 
+@slow
 @pytest.mark.parametrize("value", [None, "0", " OFF "])
 def test_off_leaves_vllm_alone(value: str | None, tmp_path: Path) -> None:
     made_up_vllm(tmp_path)
@@ -192,6 +194,7 @@ def test_arming_imports_only_our_modules_where_no_other_startup_file_has_run() -
     assert output.stdout == ["agentlightning"]
 
 
+@slow
 @pytest.mark.parametrize("before", ["pass", "importlib.util.find_spec('vllm')", "import vllm"])
 @pytest.mark.parametrize("after", ["pass", "import vllm"])
 def test_starting_again_adds_nothing(before: str, after: str, tmp_path: Path) -> None:
@@ -289,6 +292,7 @@ def test_nonsense_says_nothing_where_vllm_is_not_imported(value: str) -> None:
     assert python("-c", "print('done')", instrument=value) == Output(["done"], [])
 
 
+@slow
 @pytest.mark.parametrize("value", NONSENSE)
 def test_nonsense_is_warned_of_once_where_vllm_is_imported_and_counts_as_off(value: str, tmp_path: Path) -> None:
     made_up_vllm(tmp_path)
@@ -301,6 +305,7 @@ def test_nonsense_is_warned_of_once_where_vllm_is_imported_and_counts_as_off(val
     assert output.stderr == [f"agentlightning: AGL_INSTRUMENT={value!r} is none of {allowed}; it counts as 'off'"]
 
 
+@slow
 @pytest.mark.parametrize("module", ["vllm", CHAT])
 @pytest.mark.parametrize(
     "line", ["import a_library_that_is_missing", "raise ImportError('libcudart.so.12: not found')"]
@@ -344,6 +349,7 @@ def test_a_pth_file_whose_package_is_gone_stops_nothing_and_says_so_while_on(tmp
     assert "agentlightning.pth" in output.stderr[0]
 
 
+@slow
 @all_can_be_patched
 @pytest.mark.parametrize("layout", SERVING)
 @pytest.mark.parametrize("value", ["1", " Yes "])
@@ -455,6 +461,7 @@ thread.join(0.5)
 """
 
 
+@slow
 @pytest.mark.parametrize("value", [None, "1"])
 def test_a_thread_that_instruments_vllm_while_another_imports_it_stops_neither(
     value: str | None, tmp_path: Path
@@ -482,6 +489,7 @@ def test_a_vllm_without_the_modules_works_and_each_patch_set_says_what_it_misses
     assert output.stderr == [unpatched(patch_set, reason) for patch_set, reason in reasons.items()]
 
 
+@slow
 @all_can_be_patched
 def test_a_release_that_nobody_has_seen_is_patched_and_named_once(tmp_path: Path) -> None:
     made_up_vllm(tmp_path, edits={VERSION: "1.2.3.post4+cpu"})
@@ -516,6 +524,7 @@ def test_what_is_no_release_is_older_than_none(version: str, older: bool) -> Non
     assert releases.is_before(version, "0.13.0") is older
 
 
+@slow
 @all_can_be_patched
 @pytest.mark.parametrize(
     ("old", "new", "patch_set", "reason"),
@@ -671,6 +680,7 @@ class OpenAIServingCompletion(metaclass=Sealed):
 """
 
 
+@slow
 @pytest.mark.parametrize(
     ("old", "new"),
     [
