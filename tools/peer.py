@@ -6,6 +6,7 @@ with schemathesis, which asks for other versions of what vLLM has, too.
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import sys
 from collections.abc import Sequence
@@ -41,17 +42,20 @@ def environment(name: str, title: str, requirements: Sequence[str]) -> Path:
     folder = CHECKOUT / ".cache" / (f"{name}-newest" if is_newest() else name)
     wanted = "\n".join((sys.version, *requirements, lock.path.read_text() if is_locked else newest()))
     note = folder / "is-there"
-    if not note.exists() or note.read_text() != wanted:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.parent.mkdir(exist_ok=True)
-        log = folder.with_suffix(".log")
-        log.unlink(missing_ok=True)
-        uv = (sys.executable, "-m", "uv")
-        run(f"{title}: Python", [*uv, "venv", "--python", sys.executable, folder], log)
-        constraints = ("--constraints", lock.path) if is_locked else ()
-        install = [*uv, "pip", "install", "--python", folder / "bin" / "python", *constraints, *requirements]
-        run(f"{title}, and what it needs (a minute)", install, log)
-        note.write_text(wanted)
+    folder.parent.mkdir(exist_ok=True)
+    # Tests run in several processes, each of which may be the first to need it.
+    with folder.with_suffix(".making").open("w") as making:
+        fcntl.flock(making, fcntl.LOCK_EX)
+        if not note.exists() or note.read_text() != wanted:
+            shutil.rmtree(folder, ignore_errors=True)
+            log = folder.with_suffix(".log")
+            log.unlink(missing_ok=True)
+            uv = (sys.executable, "-m", "uv")
+            run(f"{title}: Python", [*uv, "venv", "--python", sys.executable, folder], log)
+            constraints = ("--constraints", lock.path) if is_locked else ()
+            install = [*uv, "pip", "install", "--python", folder / "bin" / "python", *constraints, *requirements]
+            run(f"{title}, and what it needs (a minute)", install, log)
+            note.write_text(wanted)
     return folder / "bin"
 
 
