@@ -245,6 +245,7 @@ def test_the_image_is_built_only_where_the_python_of_vllm_arms_itself(
     assert result.returncode == status
 
 
+@pytest.mark.tier("all")
 def test_the_real_vllm_calls_what_is_only_on_pythonpath(unpacked: Path, with_vllm: Environment) -> None:
     output = with_vllm.execute(LOADED_BY_VLLM, AGL_INSTRUMENT="1", PYTHONPATH=str(unpacked))
 
@@ -253,6 +254,7 @@ def test_the_real_vllm_calls_what_is_only_on_pythonpath(unpacked: Path, with_vll
     assert set(states) == {"applied"}
 
 
+@pytest.mark.tier("all")
 def test_the_real_vllm_does_not_where_its_plugins_are_named_and_we_are_not(
     unpacked: Path, with_vllm: Environment
 ) -> None:
@@ -263,6 +265,7 @@ def test_the_real_vllm_does_not_where_its_plugins_are_named_and_we_are_not(
     assert not [line for line in output.splitlines() if line.startswith("agentlightning")]
 
 
+@pytest.mark.tier("all")
 def test_the_command_is_there_without_a_script(unpacked: Path, with_vllm: Environment) -> None:
     command = (with_vllm.python, "-m", "agentlightning", "doctor", "--help")
 

@@ -24,6 +24,8 @@ from tests.server.process import StoreServer
 from tests.test_docs import ENGLISH, PAGES, Block, blocks
 from tools.peer import peer
 
+pytestmark = pytest.mark.tier("all")
+
 IMPORTED = re.compile(r"^(?:import|from) (\w+)", re.MULTILINE)
 PRINTS = {
     "client.chat.completions.create": r"^\[\d+(, \d+)+\] \[\[\d+, \d+, \d+, \d+\]\]$",

@@ -21,6 +21,8 @@ from tests.common.environments import (
     virtual_environment,
 )
 
+pytestmark = pytest.mark.tier("all")
+
 PACKAGE = CHECKOUT / "agentlightning"
 DIST_INFO = f"agentlightning-{agentlightning.__version__}.dist-info"
 WAYS_TO_INSTALL = ("wheel", "folder", "editable")

@@ -12,6 +12,18 @@ import pytest
 from tests.server.process import StoreServer
 from tools.peer import peer
 
+ON_EITHER = ("test_about.py", "test_agent_lightning.py", "test_hostile.py", "test_malformed.py", "test_senders.py")
+"""What is about requests more than about what is kept: on PostgreSQL only in the largest tier."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        is_one = item.path.parent == Path(__file__).parent and item.path.name in ON_EITHER
+        if is_one and callspec and callspec.params.get("new_store") == "postgresql":
+            item.add_marker(pytest.mark.tier("all"), append=False)
+
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory, new_store: Callable[[Path], str]) -> Iterator[StoreServer]:

@@ -180,6 +180,7 @@ def guarded_without_us() -> Iterator[RemoteOpenAIServer]:
         yield server
 
 
+@pytest.mark.tier("all")
 @pytest.mark.parametrize(
     "header", [b"", KEY, WEBSOCKET, WEBSOCKET + KEY], ids=["", "key", "websocket", "websocket, key"]
 )
@@ -191,14 +192,17 @@ def test_a_path_is_answered_as_vllm_answers_it(
     assert {"200", "404"} < seen if KEY in header else {"200", "401", "404"} < seen
 
 
+@pytest.mark.tier("all")
 def test_however_it_is_asked_for(guarded: RemoteOpenAIServer, guarded_without_us: RemoteOpenAIServer) -> None:
     assert "401" in assert_alike(guarded, guarded_without_us, SOME_PATHS, METHODS, [b"", WEBSOCKET])
 
 
+@pytest.mark.tier("all")
 def test_whatever_its_headers_say(guarded: RemoteOpenAIServer, guarded_without_us: RemoteOpenAIServer) -> None:
     assert "401" in assert_alike(guarded, guarded_without_us, SOME_PATHS, headers=HEADERS)
 
 
+@pytest.mark.tier("all")
 def test_a_target_that_is_no_path(guarded: RemoteOpenAIServer, guarded_without_us: RemoteOpenAIServer) -> None:
     requests = [request(b"GET", target) for target in WITHOUT_A_SLASH]
 

@@ -206,6 +206,7 @@ def prompt_of(server: RemoteOpenAIServer, path: str) -> list[int]:
     return tokenize(server, **({"prompt": LONG} if path == COMPLETIONS else {"messages": TALK}))
 
 
+@pytest.mark.tier("all")
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS, RESPONSES, MESSAGES, GENERATE])
 def test_a_client_that_reads_line_by_line_gets_every_line(roomy: RemoteOpenAIServer, path: str) -> None:
     events = events_of(lines_of(roomy, path))
@@ -220,6 +221,7 @@ def post_stream(server: RemoteOpenAIServer, path: str, **options: Any) -> list[d
     return post(server, path, body(server, path, **options))
 
 
+@pytest.mark.tier("all")
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS, RESPONSES, MESSAGES, GENERATE])
 def test_who_asks_for_ids_gets_them_in_one_event(roomy: RemoteOpenAIServer, path: str) -> None:
     with_ids = [
@@ -230,6 +232,7 @@ def test_who_asks_for_ids_gets_them_in_one_event(roomy: RemoteOpenAIServer, path
     assert joined_ids(with_ids, "prompt_token_ids") == prompt_of(roomy, path)
 
 
+@pytest.mark.tier("all")
 def test_the_openai_client_reads_them(roomy: RemoteOpenAIServer) -> None:
     client = roomy.client()
     options: Any = {"model": roomy.model, "temperature": 0, "stream": True}
@@ -248,6 +251,7 @@ def test_the_openai_client_reads_them(roomy: RemoteOpenAIServer) -> None:
         assert stream.get_final_response().output_text == responses[-1].response.output_text
 
 
+@pytest.mark.tier("all")
 def test_the_anthropic_client_reads_them(roomy: RemoteOpenAIServer) -> None:
     client = anthropic.Anthropic(base_url=roomy.url, api_key="none", max_retries=0, timeout=120)
     with client.messages.stream(model=roomy.model, messages=TALK, max_tokens=4) as stream:
@@ -260,6 +264,7 @@ def test_the_anthropic_client_reads_them(roomy: RemoteOpenAIServer) -> None:
     assert message.usage.output_tokens == 4
 
 
+@pytest.mark.tier("all")
 def test_a_response_that_is_fetched_has_them_whole(roomy: RemoteOpenAIServer) -> None:
     events = post_stream(roomy, RESPONSES, background=True, store=True)
     client: openai.OpenAI = roomy.client()
