@@ -69,7 +69,8 @@ def _answer(server: RemoteOpenAIServer, path: str, body: bytes | None, more: Map
         text = response.read().decode()
         if response.headers.get_content_type() != "text/event-stream":
             return json.loads(text)
-    data = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+    # Not splitlines(): a model that says U+2028 or U+0085 begins no new line.
+    data = [line.removeprefix("data: ").rstrip("\r") for line in text.split("\n") if line.startswith("data: ")]
     return [json.loads(event) for event in data if event != "[DONE]"]
 
 

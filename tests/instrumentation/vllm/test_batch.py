@@ -47,7 +47,13 @@ def test_a_request_that_asks_gets_prompt_ids_too(parsing: RemoteOpenAIServer) ->
     assert not any(choice.get("prompt_token_ids") for choice in unsaid["choices"])
 
 
-@pytest.mark.parametrize("command", [("vllm", "run-batch"), ("python", "-m", "vllm.entrypoints.openai.run_batch")])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("vllm", "run-batch"),
+        pytest.param(("python", "-m", "vllm.entrypoints.openai.run_batch"), marks=pytest.mark.tier("all")),
+    ],
+)
 def test_result_lines_of_run_batch_carry_their_ids_and_are_kept(tmp_path: Path, command: tuple[str, ...]) -> None:
     model = str(tiny_model())
     chat = {"model": model, "messages": CONVERSATIONS[-1], "max_tokens": 4, "temperature": 0}
@@ -67,7 +73,7 @@ def test_result_lines_of_run_batch_carry_their_ids_and_are_kept(tmp_path: Path, 
     ran = run(*command, *files, "--model", model, *SMALL, *LITTLE_CACHE, env=env)
 
     assert ran.returncode == 0, ran.stderr
-    results = {line["custom_id"]: line for line in map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())}
+    results = {line["custom_id"]: line for line in map(json.loads, (tmp_path / "out.jsonl").open())}
     answer = results["chat"]["response"]["body"]
     assert answer["response_token_ids"] == [greedy(answer["prompt_token_ids"], 4)]
     assert "response_token_ids" not in results["declined"]["response"]["body"]

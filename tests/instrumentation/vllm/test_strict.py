@@ -258,6 +258,7 @@ def test_vllms_own_refusal_of_its_arguments_comes_first(tmp_path: Path) -> None:
     assert REFUSAL not in refused.stderr
 
 
+@pytest.mark.tier("all")
 class TestTheRealVLLM:
     """Refused before a model is loaded."""
 
