@@ -73,8 +73,8 @@ def test_result_lines_of_run_batch_carry_their_ids_and_are_kept(tmp_path: Path, 
     ran = run(*command, *files, "--model", model, *SMALL, *LITTLE_CACHE, env=env)
 
     assert ran.returncode == 0, ran.stderr
-    with (tmp_path / "out.jsonl").open() as lines:
-        results = {line["custom_id"]: line for line in map(json.loads, lines)}
+    with (tmp_path / "out.jsonl").open() as written:
+        results = {line["custom_id"]: line for line in map(json.loads, written)}
     answer = results["chat"]["response"]["body"]
     assert answer["response_token_ids"] == [greedy(answer["prompt_token_ids"], 4)]
     assert "response_token_ids" not in results["declined"]["response"]["body"]
