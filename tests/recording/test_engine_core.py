@@ -23,6 +23,8 @@ from tests.recording.nursery import Nursery
 from tests.recording.server import RecordingServer, until
 from tests.recording.test_endpoints import CHAT, COMPLETIONS, TALK, choice_ids, ids_of
 
+pytestmark = pytest.mark.tier("all")
+
 TWO_ENGINES = ("--data-parallel-size=2",)
 RECORDS = "agentlightning: requests come from a frontend that is not instrumented: the engine core records them"
 MODES = pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
@@ -58,7 +60,6 @@ def kept_of(server: RecordingServer, **filters: Any) -> Generation:
     return kept
 
 
-@pytest.mark.tier("all")
 @MODES
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 def test_what_the_rust_frontend_answers_is_kept_whole(
@@ -86,7 +87,6 @@ def test_what_the_rust_frontend_answers_is_kept_whole(
     assert kept.choices[0].weight_versions == [("default", 0, 24)]
 
 
-@pytest.mark.tier("all")
 @pytest.mark.parametrize("asked", [False, True], ids=["unasked", "asked"])
 def test_its_logprobs_are_what_the_frontend_answers_when_it_is_asked(
     rust: RecordingServer, rollout: str, asked: bool
@@ -105,14 +105,12 @@ def test_its_logprobs_are_what_the_frontend_answers_when_it_is_asked(
     assert (answer["choices"][0]["logprobs"] is not None) == asked
 
 
-@pytest.mark.tier("all")
 def test_no_client_can_say_that_its_request_is_recorded_already(rust: RecordingServer, rollout: str) -> None:
     answer = ask(rust, CHAT, rollout, messages=TALK, vllm_xargs={"agentlightning": ["logprobs"]})
 
     assert kept_of(rust, rollout_id=rollout).response_id == answer["id"]
 
 
-@pytest.mark.tier("all")
 def test_without_a_header_it_belongs_to_no_rollout(rust: RecordingServer) -> None:
     answer = ask(rust, CHAT, None, messages=TALK)
     kept = kept_of(rust, response_id=answer["id"])
@@ -120,7 +118,6 @@ def test_without_a_header_it_belongs_to_no_rollout(rust: RecordingServer) -> Non
     assert (kept.rollout_id, kept.attempt_id) == (None, None)
 
 
-@pytest.mark.tier("all")
 def test_of_an_answer_that_a_stop_string_ends_the_ids_before_it_are_there(rust: RecordingServer, rollout: str) -> None:
     options = {"prompt": "hi", "ignore_eos": True}
     text = ask(rust, COMPLETIONS, None, **options)["choices"][0]["text"]
@@ -134,7 +131,6 @@ def test_of_an_answer_that_a_stop_string_ends_the_ids_before_it_are_there(rust: 
     assert kept.status == "aborted"
 
 
-@pytest.mark.tier("all")
 def test_both_engine_cores_keep_what_many_clients_get_and_what_some_leave(rust: RecordingServer, rollout: str) -> None:
     streams = [
         Stream(number, prompt, leaves_after=3 if number % 3 == 0 else None)
@@ -164,7 +160,6 @@ def test_where_the_server_is_stopped_what_is_under_way_is_kept(tmp_path: Path, r
         assert {each.status for each in kept.values()} == {"aborted"}
 
 
-@pytest.mark.tier("all")
 def test_each_engine_core_is_a_sender_that_knows_its_model_but_no_text(rust: RecordingServer, rollout: str) -> None:
     ask(rust, CHAT, rollout, messages=TALK)
     kept = kept_of(rust, rollout_id=rollout)
@@ -177,7 +172,6 @@ def test_each_engine_core_is_a_sender_that_knows_its_model_but_no_text(rust: Rec
     assert sum(minute.generations for each in found for minute in each.minutes) == len(rust.kept())
 
 
-@pytest.mark.tier("all")
 def test_doctor_tells_where_to_look(rust: RecordingServer, rollout: str) -> None:
     ask(rust, CHAT, rollout, messages=TALK)
     kept_of(rust, rollout_id=rollout)

@@ -16,7 +16,13 @@ TOKENS_UNTIL_THE_END = 900
 AT_ONCE = 16
 
 
-@pytest.mark.parametrize("arguments", [(), ("--api-server-count=2",)], ids=["one API server", "two API servers"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param((), id="one API server"),
+        pytest.param(("--api-server-count=2",), id="two API servers", marks=pytest.mark.tier("all")),
+    ],
+)
 def test_what_is_under_way_is_kept_though_clients_stay(
     nursery: Nursery, tmp_path: Path, rollout: str, arguments: tuple[str, ...]
 ) -> None:
