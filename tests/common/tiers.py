@@ -38,9 +38,9 @@ class Tier:
 
 
 TIERS = (
-    Tier("check", "what starts no server and no interpreter of another environment; less than a minute with lint", 5),
-    Tier("test", "every part of the product, with real servers, clients and databases; ten minutes", 60),
-    Tier("all", "also endurance, every way to install and each start of a server; half an hour", None),
+    Tier("check", "what starts no server and no interpreter of another environment; two minutes with lint", 5),
+    Tier("test", "every part of the product, with real servers, clients and databases; half an hour", 60),
+    Tier("all", "also endurance, every way to install and each start of a server; an hour", None),
 )
 LARGEST = TIERS[-1].name
 _NAMES = [tier.name for tier in TIERS]
