@@ -68,7 +68,7 @@ def counts(output: str) -> dict[str, int]:
 
 
 def run_tests(version: str, python: Path) -> tuple[dict[str, int], bool]:
-    """What came of them on this interpreter, and whether all is well."""
+    """Run the tests on this interpreter; returns the counts, and whether all passed."""
     command = [python, "-m", "pytest", "--tier=test", "--numprocesses=2", "-k", "not postgresql", *PATHS]
     say(f"Python {version}: the tests that need no vLLM")
     with subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.PIPE, text=True) as tests:

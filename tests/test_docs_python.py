@@ -35,7 +35,7 @@ PRINTS = {
     "status().items()": r"^server applied $",
     "/queues/rollouts/dequeue": r"^ro-[\w-]+ succeeded$",
 }
-"""What a block that has this in it prints, among other lines."""
+"""A line that a block with this code prints, as a pattern."""
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What a forked test ends: the fixtures that it has set up itself, and none that it was forked with. A pytest plugin.
+"""A pytest plugin: a forked test ends the fixtures that it has set up itself, and none that it was forked with.
 
 pytest-forked ends all fixtures of the session at the end of each forked test, in its process: a server that tests
 share would be stopped by the first of them, and waiting for a process that is no child of one's own never ends.

@@ -1,6 +1,6 @@
-"""Which tests run in one process where pytest-xdist has several (`-n 2`): those that share a server.
+"""A pytest plugin: tests that share a server run in one process where pytest-xdist has several (`-n 2`).
 
-A pytest plugin. What takes long begins first, so that no process is left with it at the end.
+Groups that take long begin first, so that no process is left with one of them at the end.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ __all__ = ["THIS_PYTHON", "VERSIONS", "find_python"]
 
 THIS_PYTHON = "{}.{}".format(*sys.version_info)
 VERSIONS = sorted({"3.10", "3.11", "3.12", "3.13", "3.14", THIS_PYTHON}, key=lambda name: int(name.partition(".")[2]))
-"""Those that `requires-python` lets in, as far as there are any."""
+"""Versions that `requires-python` allows."""
 
 
 def find_python(version: str) -> Path | None:

@@ -1,4 +1,4 @@
-"""What a test costs, whatever the machine and whatever else runs on it: in fixed work, without servers' starts."""
+"""Measure what a test costs on any machine, busy or idle: in units of fixed work, without the starts of servers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 __all__ = ["REFERENCE_SECONDS", "fixed_work", "not_counted", "seconds_not_counted"]
 
 REFERENCE_SECONDS = 0.025
-"""What `fixed_work` takes on the machine on which the tiers' limits were set: two cores, otherwise idle."""
+"""Time of `fixed_work` on the machine on which the tiers' limits were set: two cores, otherwise idle."""
 _ROUNDS = 300_000
 _not_counted = 0.0
 

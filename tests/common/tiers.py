@@ -133,7 +133,7 @@ class Limits:
 
     works: list[float] = field(default_factory=list)
     tests: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """What each took, and what it may take; in seconds."""
+    """Seconds that each test took, and that it may take."""
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         told = {name: float(value) for name, value in report.user_properties if isinstance(value, float | int)}

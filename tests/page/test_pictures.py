@@ -25,7 +25,7 @@ from tests.server.process import StoreServer
 IMAGES = CHECKOUT / "docs" / "images"
 TEXTS = Path(__file__).parent / "pictures"
 ADDRESS = "127.0.0.1:4747"
-"""Where a store is whose port nobody has chosen."""
+"""Address in the texts, in place of the free port of the run."""
 NOW = datetime(2026, 11, 25, 10, 0, 0, tzinfo=timezone.utc)
 COUNT = 250
 

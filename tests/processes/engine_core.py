@@ -1,4 +1,4 @@
-"""Which process of a server is its engine core."""
+"""Find the engine core among the processes of a server."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from tests.server.process import StoreServer
 from tools.peer import peer
 
 ON_EITHER = ("test_about.py", "test_agent_lightning.py", "test_hostile.py", "test_malformed.py", "test_senders.py")
-"""What is about requests more than about what is kept: on PostgreSQL only in the largest tier."""
+"""Files about requests more than about storage: on PostgreSQL in the largest tier alone."""
 
 
 @pytest.hookimpl(tryfirst=True)
