@@ -30,7 +30,7 @@ an environment without vLLM; it writes this table.
 |---|---:|---:|---:|---|
 """
 PATHS = (
-    *("tests/cli", "tests/server", "tests/store", "tests/test_cli.py", "tests/test_generation.py"),
+    *("tests/cli", "tests/server", "tests/store", "tests/test_generation.py"),
     *("tests/test_importhook.py", "tests/test_patching.py", "tests/test_recorder.py", "tests/test_settings.py"),
     "tests/test_startup.py",
 )
