@@ -23,7 +23,7 @@ PAGE = CHECKOUT / "docs" / "releases.md"
 SECTION = "Other Pythons"
 INTRODUCTION = f"""\
 Everything else on this page ran on Python {THIS_PYTHON}. What needs no vLLM - the hook, the settings, the recorder, the
-stores, the commands and `agl store` over SQLite - runs on every Python from 3.10 on that `make test-pythons` finds, in
+stores, `agl export` and `agl store` over SQLite - runs on every Python from 3.10 on that `make test-pythons` finds, in
 an environment without vLLM; it writes this table.
 
 | Python | passed | failed | skipped | date |
@@ -84,9 +84,9 @@ def main(versions: Iterable[str]) -> None:
     """Run them; exits with 1 where any fails."""
     lines, all_well = [], True
     for version in versions:
-        python = find_python(version)
         if version == THIS_PYTHON:
             continue
+        python = find_python(version)
         if python is None:
             say(f"Python {version}: not found, not run")
             continue

@@ -24,7 +24,7 @@ from tools.lock import tests_constraints
 CHECKOUT = Path(__file__).parents[1]
 SCRIPTS = Path(sysconfig.get_path("scripts"))
 WAYS_TO_CALL = {"agl vllm": ("agl", "vllm"), "python -m": ("python", "-m", "agentlightning.cli.vllm")}
-SECONDS = 300
+SECONDS = 120
 
 VLLM_SCRIPT = """\
 #!{python}

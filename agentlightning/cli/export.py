@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import stat
 import sys
@@ -32,6 +33,7 @@ INTERRUPTED = 128 + signal.SIGINT
 NOBODY_READS = 128 + signal.SIGPIPE
 WRITERS = {"jsonl": formats.write_jsonl, "parquet": formats.write_parquet}
 FILTERS_OF_TRIPLETS = ("rollout_id", "attempt_id")
+_DATE = re.compile(r"\d{4}-\d\d-\d\d")
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 
@@ -94,15 +96,22 @@ def _parser() -> argparse.ArgumentParser:
 
 def _moment(text: str) -> int:
     """Nanoseconds since the epoch."""
-    # Imported where it is needed: --help and a wrong option need nothing of it.
-    from pydantic import TypeAdapter
-
     try:
-        # Python's own fromisoformat knows neither Z nor 24.5 seconds before 3.11.
-        moment = TypeAdapter(datetime).validate_python(text)
-        return (moment.astimezone() - EPOCH) // timedelta(microseconds=1) * 1_000
+        return (_parsed(text).astimezone() - EPOCH) // timedelta(microseconds=1) * 1_000
     except (ValueError, OverflowError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no moment, such as 2026-11-24T10:30") from error
+
+
+def _parsed(text: str) -> datetime:
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        # Before 3.11 it knows neither Z nor 24.5 seconds. pydantic does, but takes a bare number for seconds.
+        if not _DATE.match(text):
+            raise
+        from pydantic import TypeAdapter
+
+        return TypeAdapter(datetime).validate_python(text)
 
 
 @contextmanager

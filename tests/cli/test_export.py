@@ -500,6 +500,8 @@ def test_a_folder_that_is_not_there_is_named(store: Path) -> None:
         ((), "--store"),
         (("--store", "a.db", "--format", "csv"), "csv"),
         (("--store", "a.db", "--since", "yesterday"), "'yesterday' is no moment, such as 2026-11-24T10:30"),
+        (("--store", "a.db", "--since", "1790000000"), "'1790000000' is no moment, such as 2026-11-24T10:30"),
+        (("--store", "a.db", "--until=-5"), "'-5' is no moment, such as 2026-11-24T10:30"),
         (("--store", "a.db", "--status", "asleep"), "asleep"),
         (("--store", "a.db", "--what", "spans"), "spans"),
         (

@@ -60,6 +60,6 @@ _RANDOM = re.compile(r"[0-9a-fA-F]{12}")
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
     # Each process collects the tests by itself, and they have to have the same names in all; nobody reads a long one.
-    if isinstance(val, str | bytes) and (len(val) > 60 or _RANDOM.search(ascii(val)) or isinstance(val, bytes)):
+    if isinstance(val, bytes) or (isinstance(val, str) and (len(val) > 60 or _RANDOM.search(val))):
         return argname
     return None

@@ -92,7 +92,7 @@ def tier_of(item: pytest.Item) -> Tier:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    # Not even imported, which takes most of that minute: half of the files import vLLM.
+    # Not even imported: half of the files import vLLM, which takes a quarter of a minute.
     if selected(config) == "check" and collection_path.name.startswith("test_") and collection_path.suffix == ".py":
         return 'mark.tier("check")' not in collection_path.read_text() or None
     return None

@@ -102,8 +102,8 @@ class RemoteOpenAIServer:
         self.command += ["--host", "127.0.0.1", *small, *arguments]
         self.env = {**without_agl(os.environ), **QUIET, **(env or {})}
         if forks:
-            paths = {**started_by("fork"), **self.env}
-            self.env |= {**started_by("fork"), "PYTHONPATH": os.pathsep.join([str(START_METHOD), paths["PYTHONPATH"]])}
+            path = filter(None, (str(START_METHOD), self.env.get("PYTHONPATH")))
+            self.env |= {**started_by("fork"), "PYTHONPATH": os.pathsep.join(path)}
         self._is_up = is_up
         self._log_folder = tempfile.mkdtemp(prefix="vllm-")
         self._log = Path(self._log_folder) / "server.log"

@@ -135,8 +135,14 @@ def test_without_text_there_is_none_in_the_file(two_api_servers: RecordingServer
     assert (kept.choices[0].finish_reason, kept.choices[0].stop_reason, kept.choices[0].text) == ("stop", None, None)
 
 
-def test_the_files_are_their_owners_alone(two_api_servers: RecordingServer) -> None:
-    two_api_servers.kept()
+def test_the_files_of_several_are_their_owners_alone(two_api_servers: RecordingServer) -> None:
+    assert modes_of_files(two_api_servers) == {0o600}
 
-    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in two_api_servers.path.parent.iterdir()}
-    assert set(modes.values()) == {0o600}
+
+def test_the_files_of_one_are_its_owners_alone(recording: RecordingServer) -> None:
+    assert modes_of_files(recording) == {0o600}
+
+
+def modes_of_files(server: RecordingServer) -> set[int]:
+    server.kept()
+    return {stat.S_IMODE(path.stat().st_mode) for path in server.path.parent.iterdir()}
