@@ -40,7 +40,7 @@ help:
 
 # Made anew when the lock is not the one that it was made with (its text counts, not its time); the newest, on another
 # day. This checkout is installed again when what that depends on changes.
-$(VENV)/.ready: pyproject.toml tools/make_env.py tools/lock.py agentlightning.pth \
+$(VENV)/.ready: pyproject.toml tools/make_env.py tools/lock.py agentlightning.pth _agentlightning.py \
 		$(if $(NEWEST)$(shell cmp -s $(LOCK) $(VENV)/made-with || echo other),always)
 	$(PYTHON) -m tools.make_env $(if $(NEWEST),--newest) $(VENV)
 	@touch $@

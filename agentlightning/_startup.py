@@ -7,7 +7,8 @@ import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-from agentlightning import importhook, is_on
+from _agentlightning import is_on
+from agentlightning import importhook
 
 
 def start() -> None:

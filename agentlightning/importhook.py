@@ -9,14 +9,15 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections.abc import Callable
-from importlib.machinery import ModuleSpec
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from agentlightning import finder
+from _agentlightning import finder
 
-__all__ = ["ImportHook", "execute", "finders_ahead", "is_executing", "when_imported"]
+__all__ = ["ImportHook", "execute", "finders_ahead", "is_executing", "locate", "when_imported"]
 
 Callback = Callable[[ModuleType], object]
 
@@ -81,6 +82,22 @@ def finders_ahead() -> list[object]:
     """The finders that `sys.meta_path` asks before ours: a module that one of them finds by itself is never seen."""
     finders: list[object] = list(sys.meta_path)
     return finders[: finders.index(finder)] if finder in finders else []
+
+
+def locate(name: str) -> ModuleSpec | None:
+    """The spec of the module called `name`, or None where there is none.
+
+    `importlib.util.find_spec` would import the packages around it, and vLLM's take seconds.
+    """
+    package, *rest = name.split(".")
+    spec = getattr(sys.modules[package], "__spec__", None) if package in sys.modules else find_spec(package)
+    for part in rest:
+        path: Sequence[str] | None = spec.submodule_search_locations if spec is not None else None
+        if path is None:
+            return None
+        package = f"{package}.{part}"
+        spec = PathFinder.find_spec(package, path)
+    return spec
 
 
 def is_executing(module: ModuleType) -> bool:

@@ -18,9 +18,10 @@ from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
 from threading import Event, Lock, Thread, local
 
+from agentlightning.errors import InvalidRecord, StoreRefused, StoreUnavailable
 from agentlightning.generation import Generation, Loss
 from agentlightning.sender import Sender
-from agentlightning.store import InvalidRecord, Store, StoreRefused, StoreUnavailable, open_store
+from agentlightning.store import Store, open_store
 
 __all__ = ["LOST", "NOT_BUILT", "QUEUE_FULL", "REFUSED", "STOPPED", "WRITE_SECONDS", "Counters", "Recorder"]
 

@@ -8,7 +8,7 @@ import os
 import re
 from dataclasses import dataclass
 
-from agentlightning import INSTRUMENT_OFF
+from _agentlightning import INSTRUMENT_OFF
 
 ON = ("1", "true", "on", "yes")
 OFF = tuple(filter(None, INSTRUMENT_OFF))

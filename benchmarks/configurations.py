@@ -37,12 +37,14 @@ def has_finder(package: str) -> str:
 
 
 OURS = "agentlightning"
+OUR_FINDER = "_agentlightning"
+"""The module that the `.pth` file imports, beside the package."""
 CLEAN = Configuration("clean", "clean", check="len(sys.meta_path) == 3")
 CLEAN_AGAIN = Configuration("clean, a second environment", "clean-again", check=CLEAN.check)
-OFF = Configuration("agentlightning, off", OURS, (OURS,), check=f"{OURS!r} not in sys.modules and __import__({OURS!r})")
-ARMED = Configuration(
-    "agentlightning, armed", OURS, (OURS,), env={"AGL_INSTRUMENT": "1"}, check=has_finder("agentlightning")
+OFF = Configuration(
+    "agentlightning, off", OURS, (OURS,), check=f"{OUR_FINDER!r} not in sys.modules and __import__({OURS!r})"
 )
+ARMED = Configuration("agentlightning, armed", OURS, (OURS,), env={"AGL_INSTRUMENT": "1"}, check=has_finder(OUR_FINDER))
 # Most of what ours needs is vLLM's already, and every start reads the names of all that is installed.
 OFF_ALONE = Configuration("agentlightning, off, without what it needs", "alone", (OURS, "--no-deps"), check=OFF.check)
 ARMED_ALONE = Configuration(

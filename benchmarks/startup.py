@@ -14,7 +14,18 @@ import os
 import tempfile
 from pathlib import Path
 
-from benchmarks.configurations import ARMED, CLEAN, DDTRACE, EVERY, NEWRELIC, OFF, OURS, WRAPT, Configuration
+from benchmarks.configurations import (
+    ARMED,
+    CLEAN,
+    DDTRACE,
+    EVERY,
+    NEWRELIC,
+    OFF,
+    OUR_FINDER,
+    OURS,
+    WRAPT,
+    Configuration,
+)
 from benchmarks.environments import CHECKOUT, PASS, Bench
 from benchmarks.machine import BusyMeter
 from benchmarks.report import Part, Row, Section, Target, say
@@ -94,7 +105,7 @@ def lookups(bench: Bench, rounds: int) -> Section:
     no finder finds: ddtrace's asks all others for every name, and so has a search of `sys.path` in its time.
     """
     rows = []
-    for configuration, package in ((ARMED, OURS), (WRAPT, "wrapt"), (NEWRELIC, "newrelic"), (DDTRACE, "ddtrace")):
+    for configuration, package in ((ARMED, OUR_FINDER), (WRAPT, "wrapt"), (NEWRELIC, "newrelic"), (DDTRACE, "ddtrace")):
         say(f"timing find_spec: {configuration.label}")
         if configuration in bench.failures:
             rows.append(Row(bench.label(configuration), note=bench.failures[configuration]))
@@ -184,7 +195,7 @@ def timed_imports(bench: Bench, modules: Path, rounds: int) -> Section:
     say(f"{title}: {passes} passes in each of {processes} processes")
     times: dict[str, list[float]] = {}
     for _ in range(processes):
-        output = bench.output(ARMED, "-c", TIMED_IMPORT_PROGRAM, str(modules), str(MODULES), str(passes), OURS)
+        output = bench.output(ARMED, "-c", TIMED_IMPORT_PROGRAM, str(modules), str(MODULES), str(passes), OUR_FINDER)
         for name, values in json.loads(output).items():
             times.setdefault(name, []).extend(values)
     rows = [

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import agentlightning
-from agentlightning.modules import locate
+from agentlightning.importhook import locate
 from tests.common.made_up_vllm import made_up_vllm
 from tools.lock import tests_constraints
 

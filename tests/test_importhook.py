@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 
-import agentlightning
+import _agentlightning
 from agentlightning import importhook
 from agentlightning.importhook import ImportHook, finders_ahead, when_imported
 
@@ -96,15 +96,16 @@ def load(spec: ModuleSpec) -> ModuleType:
 
 def copy_of_the_hook(folder: Path) -> ModuleType:
     """The one of another copy of the package, under a name of its own."""
-    for module in (agentlightning, importhook):
-        file = Path(module.__file__ or "")
-        write(folder, {f"vendored/{file.name}": file.read_text().replace("agentlightning", "vendored")})
+    write(folder, {"vendored/__init__.py": ""})
+    for place, module in {"_vendored.py": _agentlightning, "vendored/importhook.py": importhook}.items():
+        text = Path(module.__file__ or "").read_text()
+        write(folder, {place: text.replace("agentlightning", "vendored")})
     return importlib.import_module("vendored.importhook")
 
 
 def our_finders() -> list[object]:
     """The finders of ours that are installed: whatever a registration adds is one of them."""
-    return [finder for finder in sys.meta_path if isinstance(finder, agentlightning.Finder)]
+    return [finder for finder in sys.meta_path if isinstance(finder, _agentlightning.Finder)]
 
 
 class Finder:

@@ -286,7 +286,7 @@ import multiprocessing, sys
 
 def finders():
     import vllm
-    return sum(type(f).__module__ == 'agentlightning' for f in sys.meta_path)
+    return sum(type(f).__module__ == '_agentlightning' for f in sys.meta_path)
 
 if __name__ == "__main__":
     with multiprocessing.get_context(sys.argv[1]).Pool(1) as pool:

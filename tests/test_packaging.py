@@ -76,7 +76,11 @@ def test_the_wheel_holds_the_package_the_pth_and_nothing_else(wheel: Path) -> No
     }
     metadata = {f"{DIST_INFO}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "entry_points.txt")}
 
-    assert contents(wheel).keys() == package | metadata | {"agentlightning.pth", f"{DIST_INFO}/licenses/LICENSE"}
+    assert contents(wheel).keys() == package | metadata | {
+        "agentlightning.pth",
+        "_agentlightning.py",
+        f"{DIST_INFO}/licenses/LICENSE",
+    }
     assert "agentlightning/py.typed" in package
 
 

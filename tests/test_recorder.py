@@ -21,10 +21,11 @@ from threading import Event, Thread
 import pytest
 
 from agentlightning import recorder as recording
+from agentlightning.errors import StoreRefused, StoreUnavailable
 from agentlightning.generation import Generation
 from agentlightning.recorder import GATHERING_SECONDS, LOST, Recorder
 from agentlightning.sender import Sender
-from agentlightning.store import Store, StoreRefused, StoreUnavailable, open_database, open_store, senders
+from agentlightning.store import Store, open_database, open_store, senders
 from agentlightning.store.database_store import DatabaseStore
 from tests.common.generations import generation
 

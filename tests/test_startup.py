@@ -33,7 +33,7 @@ ON = ["1", "true", "on", "yes", "strict", "True", "ON", "yEs", "STRICT", " 1 ", 
 NONSENSE = ["maybe", "2", " Enable "]
 
 MODULES = "import sys; print(*sys.modules, sep='\\n')"
-FINDERS = "import sys; print(sum(type(f).__module__ == 'agentlightning' for f in sys.meta_path))"
+FINDERS = "import sys; print(sum(type(f).__module__ == '_agentlightning' for f in sys.meta_path))"
 
 IMPORT_ALL = """\
 import importlib, pkgutil, vllm
@@ -150,7 +150,7 @@ def unpatched(patch_set: str, reason: str) -> str:
 def test_off_imports_nothing_of_the_package(value: str | None) -> None:
     output = python("-c", MODULES, instrument=value)
 
-    assert [module for module in output.stdout if module.startswith("agentlightning")] == []
+    assert [module for module in output.stdout if "agentlightning" in module] == []
     assert output.stderr == []
 
 
@@ -180,18 +180,18 @@ def test_armed_an_interpreter_has_only_our_modules_more() -> None:
     armed = python("-c", MODULES, instrument="1")
 
     more = set(armed.stdout) ^ set(plain.stdout)
-    assert {module.partition(".")[0] for module in more} == {"agentlightning"}
+    assert more == {"_agentlightning"}
     assert armed.stderr == []
 
 
 def test_arming_imports_only_our_modules_where_no_other_startup_file_has_run() -> None:
     package = Path(agentlightning.__file__).parents[1]
-    # `os` is what the .pth file's own line imports, and `agentlightning` all that it imports besides.
-    code = "import os, sys; before = {*sys.modules}; import agentlightning; "
+    # `os` is what the .pth file's own line imports.
+    code = "import os, sys; before = {*sys.modules}; import _agentlightning; "
 
     output = python("-S", "-c", f"{code}print(*{{*sys.modules}} - before)", instrument="1", path=package)
 
-    assert output.stdout == ["agentlightning"]
+    assert output.stdout == ["_agentlightning"]
 
 
 @slow

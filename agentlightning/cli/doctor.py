@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import agentlightning
-from agentlightning.diagnosis import (
+from agentlightning.doctor import (
     Finding,
     Mark,
     Unreachable,

@@ -21,8 +21,9 @@ import agentlightning
 from agentlightning import settings
 from agentlightning.cli import formats
 from agentlightning.cli.formats import Stopped
+from agentlightning.errors import StoreRefused, StoreUnavailable
 from agentlightning.generation import STATUSES
-from agentlightning.store import Filters, Store, StoreRefused, StoreUnavailable, open_store
+from agentlightning.store import Filters, Store, open_store
 
 DESCRIPTION = "Write recorded generations to a file, in the order in which they finished, or the triplets of rollouts."
 EPILOG = """\

@@ -14,7 +14,8 @@ from typing import Any
 
 import agentlightning
 from agentlightning import settings
-from agentlightning.store import StoreRefused, StoreUnavailable, open_database
+from agentlightning.errors import StoreRefused, StoreUnavailable
+from agentlightning.store import open_database
 
 __all__ = ["AGENTOPS_PACKAGES", "PACKAGES", "Serving", "add_options", "key_of", "serve"]
 

@@ -11,7 +11,7 @@ import sysconfig
 from collections.abc import Sequence
 
 from agentlightning import settings
-from agentlightning.diagnosis.presence import CLI_MODULE, what_is_missing
+from agentlightning.doctor.presence import CLI_MODULE, what_is_missing
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
+from agentlightning.errors import StoreRefused, StoreUnavailable
 from agentlightning.server.transactions import Busy
-from agentlightning.store import StoreRefused, StoreUnavailable
 from agentlightning.store.database import Unkeepable
 from agentlightning.store.rollouts import Unknown
 from agentlightning.store.wire import ERROR_HEADER

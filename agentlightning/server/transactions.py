@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Connection
 
-from agentlightning.store import StoreRefused, StoreUnavailable, rollouts
+from agentlightning.errors import StoreRefused, StoreUnavailable
+from agentlightning.store import rollouts
 from agentlightning.store.database import Conflict, Database
 
 __all__ = ["Busy", "Transactions"]

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from itertools import islice
 from types import TracebackType
 from typing import TYPE_CHECKING, TypedDict
 
 from agentlightning import settings
+from agentlightning.errors import StoreRefused
 from agentlightning.generation import Generation, Loss, Status
 from agentlightning.sender import Sender
 from agentlightning.triplet import Triplet
@@ -23,43 +23,9 @@ if TYPE_CHECKING:
 
     from agentlightning.store.database import Database
 
-__all__ = ["Filters", "InvalidRecord", "Store", "StoreRefused", "StoreUnavailable", "open_database", "open_store"]
+__all__ = ["Filters", "Store", "open_database", "open_store"]
 
 SECONDS_FOR_OTHERS = 5.0
-REASONS_SHOWN = 3
-
-
-class StoreUnavailable(Exception):
-    """The store cannot be reached or written now; trying again may help. The message is one sentence that says why.
-
-    Attributes:
-        retry_after: how many seconds the store wants to be left alone before; None where it does not say.
-    """
-
-    def __init__(self, message: str, retry_after: float | None = None) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
-class StoreRefused(Exception):
-    """The store cannot be used as it is, and waiting does not help. The message is one sentence that says why."""
-
-
-class InvalidRecord(ValueError):
-    """Some records cannot be kept by any store; all others of the same call are kept.
-
-    Attributes:
-        reasons: why, in one sentence, by the id of each record that is not kept.
-        new: how many of the others are new.
-    """
-
-    def __init__(self, reasons: Mapping[str, str], new: int) -> None:
-        shown = [f"{record_id[:100]}: {reason}" for record_id, reason in islice(reasons.items(), REASONS_SHOWN)]
-        if len(reasons) > REASONS_SHOWN:
-            shown.append(f"and {len(reasons) - REASONS_SHOWN} more")
-        super().__init__("; ".join(shown))
-        self.reasons = reasons
-        self.new = new
 
 
 class Filters(TypedDict, total=False):

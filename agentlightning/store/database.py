@@ -13,7 +13,7 @@ from sqlalchemy import Column, Connection, CursorResult, Dialect, Insert, Table,
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
-from agentlightning.store import StoreUnavailable
+from agentlightning.errors import StoreUnavailable
 
 __all__ = [
     "Conflict",

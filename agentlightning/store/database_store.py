@@ -5,18 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from agentlightning.errors import InvalidRecord, StoreRefused, StoreUnavailable
 from agentlightning.generation import Generation, Loss, Status
 from agentlightning.sender import Sender
-from agentlightning.store import (
-    Filters,
-    InvalidRecord,
-    Store,
-    StoreRefused,
-    StoreUnavailable,
-    rollouts,
-    senders,
-    triplets,
-)
+from agentlightning.store import Filters, Store, rollouts, senders, triplets
 from agentlightning.store import generations as kept
 from agentlightning.store.database import Database
 from agentlightning.store.rows import storable

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import ColumnElement, Connection, Table, false, func, select, tuple_
 
+from agentlightning.errors import StoreRefused, StoreUnavailable
 from agentlightning.generation import STATUSES, Generation, Loss, Status
-from agentlightning.store import Filters, StoreRefused, StoreUnavailable, rows, senders, tables, texts
+from agentlightning.store import Filters, rows, senders, tables, texts
 from agentlightning.store.database import found, in_parts, insert_rows, next_keys
 
 __all__ = [

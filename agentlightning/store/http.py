@@ -12,9 +12,10 @@ from urllib.parse import unquote, urlencode, urlsplit
 import msgspec
 
 from agentlightning import settings
+from agentlightning.errors import InvalidRecord, StoreRefused, StoreUnavailable
 from agentlightning.generation import Generation, Loss, Status
 from agentlightning.sender import Sender
-from agentlightning.store import Filters, InvalidRecord, Store, StoreRefused, StoreUnavailable, wire
+from agentlightning.store import Filters, Store, wire
 from agentlightning.store.rows import uuid_bytes
 from agentlightning.store.wire import ERROR_HEADER, MEDIA_TYPE, Refusal
 from agentlightning.triplet import Triplet

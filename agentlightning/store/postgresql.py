@@ -12,8 +12,9 @@ from sqlalchemy import Connection, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
+from agentlightning.errors import StoreRefused, StoreUnavailable
 from agentlightning.settings import without_secrets
-from agentlightning.store import StoreRefused, StoreUnavailable, tables
+from agentlightning.store import tables
 from agentlightning.store.database import Conflict, Database, Unkeepable, transaction
 
 __all__ = ["PostgresqlDatabase"]

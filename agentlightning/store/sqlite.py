@@ -12,7 +12,8 @@ from pathlib import Path
 from sqlalchemy import URL, Connection, create_engine, event
 from sqlalchemy.exc import DBAPIError
 
-from agentlightning.store import StoreRefused, StoreUnavailable, tables
+from agentlightning.errors import StoreRefused, StoreUnavailable
+from agentlightning.store import tables
 from agentlightning.store.database import Database, Unkeepable, transaction
 from agentlightning.store.filesystem import network_file_system
 

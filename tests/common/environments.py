@@ -15,7 +15,7 @@ from tools.lock import tests_constraints
 CHECKOUT = Path(__file__).parents[2]
 
 OUR_MODULES = "import sys; print(*sorted(name for name in sys.modules if name.split('.')[0] == 'agentlightning'))"
-OUR_FINDERS = "import sys; print(sum(type(f).__module__ == 'agentlightning' for f in sys.meta_path))"
+OUR_FINDERS = "import sys; print(sum(type(f).__module__ == '_agentlightning' for f in sys.meta_path))"
 
 
 def run(*command: str | Path, **variables: str) -> str:

@@ -15,7 +15,7 @@ SHARED = {
     "two_api_servers": "vLLM",
     "guarded": "guarded vLLM",
     "recording": "recording vLLM",
-    "pristine": "diagnosis",
+    "pristine": "doctor",
     "browser": "page",
 }
 """The group of the tests with a fixture that is dear; all others are grouped by their file and its kind of store."""

@@ -12,8 +12,8 @@ from vllm.entrypoints.openai.api_server import build_app, init_app_state
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from agentlightning.importhook import locate
 from agentlightning.instrumentation.vllm.releases import SERVE_ARGUMENTS
-from agentlightning.modules import locate
 
 
 async def serve(args: Any) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 
 from typing_extensions import Unpack
 
+from agentlightning.errors import StoreUnavailable
 from agentlightning.generation import Generation
-from agentlightning.store import Filters, StoreUnavailable, open_store
+from agentlightning.store import Filters, open_store
 from tests.common.answers import get, post
 from tests.common.environments import CHECKOUT
 from tests.common.vllm import RemoteOpenAIServer

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from agentlightning.errors import StoreUnavailable
 from agentlightning.generation import Generation
 from agentlightning.instrumentation.vllm.server import STATUS_ROUTE
 from agentlightning.server.page.pieces import Pieces
-from agentlightning.store import StoreUnavailable, open_database, open_store, senders
+from agentlightning.store import open_database, open_store, senders
 from tests.common.answers import fetch, post
 from tests.common.vllm import RemoteOpenAIServer
 from tests.recording.server import until

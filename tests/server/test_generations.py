@@ -19,9 +19,10 @@ import psutil
 import pytest
 import uvicorn
 
+from agentlightning.errors import StoreUnavailable
 from agentlightning.generation import Choice, Loss
 from agentlightning.server import app as application
-from agentlightning.store import StoreUnavailable, open_database, open_store, wire
+from agentlightning.store import open_database, open_store, wire
 from tests.common.generations import EMPTY, FULL, SECOND, START, generation
 from tests.server.process import SECONDS, StoreServer
 

@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from agentlightning.store import StoreRefused, open_store
+from agentlightning.errors import StoreRefused
+from agentlightning.store import open_store
 from tests.common.vllm import without_agl
 from tests.server.process import AGL_STORE, SECONDS, StoreServer
 

@@ -14,11 +14,12 @@ import pytest
 from fastapi import Response
 from sqlalchemy import Connection, delete, insert, select, true, update
 
+from agentlightning.errors import StoreUnavailable
 from agentlightning.server import answers, transactions
 from agentlightning.server.answers import ROWS_AT_ONCE
 from agentlightning.server.models.workers import QueryWorkers
 from agentlightning.server.transactions import Busy, Transactions
-from agentlightning.store import StoreUnavailable, open_database, tables, workers
+from agentlightning.store import open_database, tables, workers
 from agentlightning.store.tables import span_sequences as table
 from tests.common.postgresql import PostgresServer
 

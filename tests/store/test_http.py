@@ -19,9 +19,10 @@ from typing import Any
 
 import pytest
 
+from agentlightning.errors import StoreRefused, StoreUnavailable
 from agentlightning.generation import Generation, Loss
 from agentlightning.recorder import Recorder
-from agentlightning.store import Store, StoreRefused, StoreUnavailable, open_database, open_store
+from agentlightning.store import Store, open_database, open_store
 from tests.common.generations import FULL, generation
 from tests.server.process import StoreServer
 from tests.store.conftest import emptied

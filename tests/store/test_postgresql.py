@@ -17,8 +17,9 @@ import pytest
 from psycopg import errors
 from sqlalchemy.exc import DBAPIError
 
+from agentlightning.errors import InvalidRecord, StoreRefused, StoreUnavailable
 from agentlightning.generation import Generation
-from agentlightning.store import InvalidRecord, StoreRefused, StoreUnavailable, open_store, postgresql
+from agentlightning.store import open_store, postgresql
 from tests.common.generations import FULL, generation
 from tests.common.postgresql import PostgresServer
 from tests.common.processes import SECONDS, fork, together

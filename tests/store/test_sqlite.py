@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from agentlightning.store import Store, StoreRefused, StoreUnavailable, filesystem, open_store, sqlite
+from agentlightning.errors import StoreRefused, StoreUnavailable
+from agentlightning.store import Store, filesystem, open_store, sqlite
 from tests.common.generations import FULL, generation
 
 pytestmark = pytest.mark.tier("check")

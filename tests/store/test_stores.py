@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from agentlightning.errors import InvalidRecord
 from agentlightning.generation import Choice, Generation, Loss
-from agentlightning.store import InvalidRecord, Store, open_store
+from agentlightning.store import Store, open_store
 from tests.common.generations import EMPTY, FULL, HOSTILE, SECOND, START, generation
 from tests.common.postgresql import PostgresServer
 from tests.server.process import StoreServer

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from agentlightning import settings
-from agentlightning.importhook import ImportHook, finders_ahead, is_executing, when_imported
+from agentlightning.importhook import ImportHook, finders_ahead, is_executing, locate, when_imported
 from agentlightning.instrumentation.vllm import (
     batch,
     chat,
@@ -34,7 +34,6 @@ from agentlightning.instrumentation.vllm import (
     shutdown,
     strict,
 )
-from agentlightning.modules import locate
 from agentlightning.patching import Patch, PatchSet, State, Status
 
 if TYPE_CHECKING:

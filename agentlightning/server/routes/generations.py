@@ -11,6 +11,7 @@ import msgspec
 from fastapi import Query, Request, Response
 from fastapi.responses import StreamingResponse
 
+from agentlightning.errors import StoreRefused, StoreUnavailable
 from agentlightning.generation import Generation
 from agentlightning.server.answers import Json, encode
 from agentlightning.server.errors import sentence
@@ -20,7 +21,7 @@ from agentlightning.server.models import generations as models
 from agentlightning.server.models.common import Id
 from agentlightning.server.routes.common import Database, errors, router
 from agentlightning.server.transactions import Transactions
-from agentlightning.store import Filters, StoreRefused, StoreUnavailable, senders, wire
+from agentlightning.store import Filters, senders, wire
 from agentlightning.store import generations as kept
 from agentlightning.store.generations import Place
 from agentlightning.store.wire import MEDIA_TYPE, Refusal

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from agentlightning import INSTRUMENT_OFF, settings
-from agentlightning.diagnosis import Finding, Mark
+from _agentlightning import INSTRUMENT_OFF
+from agentlightning import settings
+from agentlightning.doctor import Finding, Mark
 
 __all__ = ["findings"]
 

@@ -11,7 +11,7 @@ from agentlightning.generation import Generation, Loss
 from agentlightning.store import open_database, open_store, rollouts
 from tests.common.environments import Environment
 from tests.common.generations import START, generation
-from tests.diagnosis.command import Said, doctor
+from tests.doctor.command import Said, doctor
 
 NEVER_CALLED = "problem generations none: no server that records here was ever called"
 HOW_TO_NAME_IT = "call http://HOST:PORT/rollout/ROLLOUT/v1, or send the header x-agl-rollout-id"

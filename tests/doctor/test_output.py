@@ -11,7 +11,7 @@ import pytest
 
 from agentlightning import __version__
 from tests.common.environments import Environment
-from tests.diagnosis.command import SECONDS, agl_doctor, doctor, variables
+from tests.doctor.command import SECONDS, agl_doctor, doctor, variables
 
 WAITING = "importing vLLM as a server would"
 

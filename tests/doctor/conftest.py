@@ -16,7 +16,7 @@ import typing_inspection
 
 from tests.common.environments import Environment, build, virtual_environment
 from tests.common.made_up_vllm import VERSION, made_up_vllm
-from tests.diagnosis.command import write_dist_info
+from tests.doctor.command import write_dist_info
 
 # As vLLM does it.
 PLUGINS = """\

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from agentlightning.modules import locate
+from agentlightning.importhook import locate
 
 __all__ = ["CLI_MODULE", "what_is_missing"]
 

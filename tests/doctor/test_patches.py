@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from agentlightning import instrumentation
+from agentlightning.importhook import locate
 from agentlightning.instrumentation import vllm
-from agentlightning.modules import locate
 from tests.common.environments import Environment
 from tests.common.made_up_vllm import VERSION
 from tests.common.vllm import SCRIPTS
-from tests.diagnosis.command import doctor, run, write_dist_info
-from tests.diagnosis.conftest import write_vllm
+from tests.doctor.command import doctor, run, write_dist_info
+from tests.doctor.conftest import write_vllm
 
 PATCH_SETS = tuple(instrumentation.status())
 ADVICE_ON_RELEASES = "-> use a release of vLLM that the README lists"

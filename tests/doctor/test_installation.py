@@ -13,8 +13,8 @@ import pytest
 from agentlightning import __version__
 from tests.common import environments
 from tests.common.environments import Environment
-from tests.diagnosis.command import agl_doctor, doctor, run, write_dist_info
-from tests.diagnosis.conftest import write_vllm
+from tests.doctor.command import agl_doctor, doctor, run, write_dist_info
+from tests.doctor.conftest import write_vllm
 
 PTH = "agentlightning.pth"
 CLOSED: Mapping[str, str] = {"VLLM_PLUGINS": ""}

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
 from typing import Any
 
-from agentlightning.diagnosis import Finding, Mark, Unreachable
+from agentlightning.doctor import Finding, Mark, Unreachable
+from agentlightning.errors import StoreRefused, StoreUnavailable
 from agentlightning.recorder import QUEUE_FULL, STOPPED
-from agentlightning.store import StoreRefused, StoreUnavailable, open_store
+from agentlightning.store import open_store
 from agentlightning.store.absence import IS_IT_CALLED, NAME_IT, why
 
 __all__ = ["findings", "read"]

@@ -14,7 +14,7 @@ import pytest
 
 from agentlightning import __version__, instrumentation
 from tests.common.vllm import SCRIPTS, RemoteOpenAIServer, free_port
-from tests.diagnosis.command import Said, run
+from tests.doctor.command import Said, run
 
 PATCH_SETS = tuple(instrumentation.status())
 KEY = "a-key"

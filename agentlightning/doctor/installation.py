@@ -11,7 +11,7 @@ from importlib.metadata import Distribution, PackagePath, distributions, entry_p
 from pathlib import Path
 
 import agentlightning
-from agentlightning.diagnosis import Finding, Mark
+from agentlightning.doctor import Finding, Mark
 
 __all__ = ["findings", "interpreter"]
 
@@ -27,7 +27,7 @@ REINSTALL = (
 # From here on Python ignores the import lines of .pth files; a .start file says the same (PEP 829).
 NO_IMPORT_LINES_SINCE = (3, 18)
 
-_IS_ARMED = "import sys; print(any(type(f).__module__.startswith('agentlightning') for f in sys.meta_path))"
+_IS_ARMED = "import sys; print(any(type(f).__module__ == '_agentlightning' for f in sys.meta_path))"
 
 
 def findings() -> Iterator[Finding]:

@@ -9,8 +9,8 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard
 
-from agentlightning.diagnosis import Finding, Mark, Unreachable
-from agentlightning.diagnosis.patches import of_an_unknown_release, of_patches
+from agentlightning.doctor import Finding, Mark, Unreachable
+from agentlightning.doctor.patches import of_an_unknown_release, of_patches
 from agentlightning.instrumentation.vllm.server import STATUS_ROUTE
 
 __all__ = ["findings", "read"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.common.environments import Environment
-from tests.diagnosis.command import doctor
+from tests.doctor.command import doctor
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from agentlightning.diagnosis import Finding, Mark
-from agentlightning.diagnosis.installation import PTH, interpreter
-from agentlightning.diagnosis.presence import what_is_missing
+from agentlightning.doctor import Finding, Mark
+from agentlightning.doctor.installation import PTH, interpreter
+from agentlightning.doctor.presence import what_is_missing
+from agentlightning.importhook import locate
 from agentlightning.instrumentation.vllm import releases
-from agentlightning.modules import locate
 
 __all__ = ["findings", "of_an_unknown_release", "of_patches"]
 
@@ -25,7 +25,7 @@ PROBE_SECONDS = 600
 PROBE = """\
 import os, sys
 switch = os.environ.pop("AGL_INSTRUMENT")
-from agentlightning.diagnosis import probe
+from agentlightning.doctor import probe
 os.environ["AGL_INSTRUMENT"] = switch
 probe.main(sys.argv[1])
 """

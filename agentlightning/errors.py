@@ -1,0 +1,67 @@
+"""One tree of errors: every exception that a caller of this package is meant to catch.
+
+```text
+AgentLightningError
+└── StoreError
+    ├── StoreUnavailable    the store cannot be reached or written now; retrying may help
+    ├── StoreRefused        the store cannot be used as configured; waiting does not help
+    ├── InvalidRecord       some of the records cannot be stored; the others are
+    └── NotFound            no rollout, attempt or resources of that id
+```
+
+Each message is one sentence that says what happened and, where there is something to do about it, what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import islice
+
+__all__ = ["AgentLightningError", "InvalidRecord", "NotFound", "StoreError", "StoreRefused", "StoreUnavailable"]
+
+REASONS_SHOWN = 3
+
+
+class AgentLightningError(Exception):
+    """Base of all errors of this package."""
+
+
+class StoreError(AgentLightningError):
+    """Base of all errors of a store."""
+
+
+class StoreUnavailable(StoreError):
+    """The store cannot be reached or written now; retrying may help.
+
+    Attributes:
+        retry_after: seconds to wait before the next attempt, as the store asks for; None where it does not say.
+    """
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class StoreRefused(StoreError):
+    """The store cannot be used as configured, and waiting does not help."""
+
+
+class InvalidRecord(StoreError):
+    """Some of the records cannot be stored; all others of the same call are stored.
+
+    Attributes:
+        reasons: one sentence each, by the id of the record that is not stored.
+        new: how many of the others are new.
+    """
+
+    def __init__(self, reasons: Mapping[str, str], new: int) -> None:
+        shown = [f"{record_id[:100]}: {reason}" for record_id, reason in islice(reasons.items(), REASONS_SHOWN)]
+        if len(reasons) > REASONS_SHOWN:
+            shown.append(f"and {len(reasons) - REASONS_SHOWN} more")
+        super().__init__("; ".join(shown))
+        self.reasons = reasons
+        self.new = new
+
+
+class NotFound(StoreError):
+    """No rollout, attempt or resources of that id."""

@@ -1,0 +1,1 @@
+"""Rollouts, attempts, spans, resources and workers, as plain types."""
