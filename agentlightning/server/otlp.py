@@ -16,9 +16,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from agentlightning.server.answers import encode
-from agentlightning.server.counting import has_more_in_json, has_more_in_protobuf
+from agentlightning.server.decoding import has_more_in_json, has_more_in_protobuf, repair_json, repair_protobuf
 from agentlightning.server.limits import DETAILS_LIMIT, ELEMENTS_LIMIT, ID_LIMIT, MESSAGES_LIMIT, NUMBER_LIMIT
-from agentlightning.server.mending import mended_json, mended_protobuf
 from agentlightning.store.attributes import PROJECT, TAGS, response_id, reward
 from agentlightning.store.spans import NewSpan
 
@@ -81,7 +80,7 @@ def _read_protobuf(message: Message, body: bytes) -> None:
         message.ParseFromString(body)
     except DecodeError:
         message.Clear()
-        message.ParseFromString(mended_protobuf(body, message))
+        message.ParseFromString(repair_protobuf(body, message))
         if not _has_any(message):
             raise
 
@@ -94,7 +93,7 @@ def _read_json(message: Message, body: bytes) -> int:
     try:
         found = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError):
-        found = msgspec.json.decode(mended_json(body))
+        found = msgspec.json.decode(repair_json(body))
     try:
         ParseDict(_fields(found, message.DESCRIPTOR), message, ignore_unknown_fields=True)
         return 0

@@ -81,7 +81,7 @@ def test_a_model_call_has_what_vllm_has_recorded(store: StoreServer, sdk: SdkCli
     prompt, response = 4, 2
     metrics = sdk.http.get(f"/public/v1/traces/{trace_id}/metrics", headers=sdk.headers).json()
 
-    assert f"{prompt} prompt ids, {response} response ids, recorded by vLLM" in page.text
+    assert f"{prompt} prompt tokens, {response} output tokens, recorded by vLLM" in page.text
     assert "what went in" in page.text
     assert "what came out" in page.text
     assert (metrics["prompt_tokens"], metrics["completion_tokens"]) == (prompt, response)
@@ -96,7 +96,7 @@ def test_a_model_call_that_vllm_has_not_recorded_has_what_its_span_says(sdk: Sdk
     page = shown(sdk.http, trace_id)
 
     assert "user: hello" in page.text
-    assert "7 prompt ids, ? response ids, as the span says" in page.text
+    assert "7 prompt tokens, ? output tokens, from the span" in page.text
 
 
 def test_whatever_is_in_a_session_is_shown_as_a_text(sdk: SdkClient) -> None:
@@ -166,4 +166,4 @@ def test_a_client_that_has_sent_one_is_not_named(tmp_path: Path) -> None:
         server.stop()
         said = server.log.read_text()
 
-    assert "no trace" not in page.text + said
+    assert "not sent a trace" not in page.text + said

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from agentlightning.generation import Choice
-from agentlightning.server.page import conversation
+from agentlightning.server.page.conversation import conversation_of
 from agentlightning.store import open_database, open_store
 from tests.common.generations import generation
 
@@ -27,10 +27,10 @@ def said(path: Path, *calls: tuple[str | None, str | None], attempts: str = "aaa
         )
     database = open_database(str(path))
     with database.reading() as connection:
-        found, left_out = conversation.of_rollout(connection, "r")
+        found, left_out = conversation_of(connection, "r")
     database.close()
     assert left_out == 0
-    return [(call.said, call.is_continued) for call in found]
+    return [(call.new_text, call.is_continued) for call in found]
 
 
 def test_a_prompt_has_what_was_said_since(tmp_path: Path) -> None:

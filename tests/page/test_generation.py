@@ -215,6 +215,6 @@ def test_what_nobody_knows_is_not_made_up(visit: Callable[..., Visit], tmp_path:
         page.goto(f"/generation?id={FULL.id}&choice=1")
         expect(page.get_by_text("No logprobs are recorded")).to_be_visible()
         page.goto(f"/generation?id={FULL.id}&choice=2")
-        expect(page.get_by_text("No ids are known of it")).to_be_visible()
+        expect(page.get_by_text("Its token ids are not recorded")).to_be_visible()
         page.goto(f"/generation?id={EMPTY.id}")
-        expect(page.get_by_text("No ids are known of it")).to_have_count(2)
+        expect(page.get_by_text("Its token ids are not recorded")).to_have_count(2)

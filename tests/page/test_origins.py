@@ -55,7 +55,7 @@ def test_neither_a_script_nor_a_form_takes_what_waits(
         page.goto(other.replace("127.0.0.1", host))
         expect(page).to_have_title("asked")
         page.get_by_role("button", name="Win a prize").click()
-        expect(page.get_by_text("may change nothing here")).to_be_visible()
+        expect(page.get_by_text("may not change anything here")).to_be_visible()
         window.close()
 
         assert trainer.get("/v1/agl/rollouts?status_in=queuing").json()["total"] == 3

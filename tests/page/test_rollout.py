@@ -110,7 +110,7 @@ def test_one_that_only_a_server_knows_is_shown_too(look: Open) -> None:
     page = look(f"/rollout?id={LONG}")
 
     expect(page.get_by_role("heading", name=LONG)).to_be_visible()
-    expect(page.get_by_text("the queue of this store does not have it")).to_be_visible()
+    expect(page.get_by_text("never queued here")).to_be_visible()
     expect(calls(page)).to_have_count(1)
 
 

@@ -207,8 +207,8 @@ def test_it_can_be_stopped(visit: Callable[..., Visit], living: StoreServer, tra
     stopped, live = visit(living).page, visit(living).page
     live.goto("/")
     stopped.goto("/")
-    stopped.get_by_role("link", name="Live: on, stop it").click()
-    expect(stopped.get_by_role("link", name="Live: off, start it")).to_be_visible()
+    stopped.get_by_role("link", name="Live updates on: stop").click()
+    expect(stopped.get_by_role("link", name="Live updates off: start")).to_be_visible()
     asked: list[str] = []
     stopped.on("request", lambda request: asked.append(request.url))
     for question in ("Who looks?", "And now?", "And now?"):
@@ -216,7 +216,7 @@ def test_it_can_be_stopped(visit: Callable[..., Visit], living: StoreServer, tra
         expect(row(live, new["rollout_id"])).to_be_visible()
     # That may come after all else.
     assert [url for url in asked if not url.endswith("/icon.svg")] == []
-    stopped.get_by_role("link", name="Live: off, start it").click()
+    stopped.get_by_role("link", name="Live updates off: start").click()
     expect(row(stopped, new["rollout_id"])).to_be_visible()
     end(trainer, new)
     expect(row(stopped, new["rollout_id"])).to_contain_text("succeeded")

@@ -192,14 +192,14 @@ def test_connections_that_ask_for_nothing_leave_room_for_others(tmp_path: Path) 
         for _ in range(20):
             with server.client() as client:
                 assert_works(client)
-        assert "connections are open, which is what the limit of open files (ulimit -n)" in server.log.read_text()
+        assert "connections: closing idle ones; raise the limit of open files (ulimit -n)" in server.log.read_text()
         assert "Traceback" not in server.log.read_text()
 
 
 def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be(tmp_path: Path) -> None:
     with StoreServer(tmp_path / "store.db", files=(256, 900)) as server:
         assert psutil.Process(server.process.pid).rlimit(psutil.RLIMIT_NOFILE) == (900, 900)
-        assert "up to 900 files and connections may be open at once: the limit was 256" in server.log.read_text()
+        assert "raised the limit of open files and connections from 256 to 900" in server.log.read_text()
 
 
 def test_half_a_request_is_not_waited_for_and_the_log_says_so(tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_half_a_request_is_not_waited_for_and_the_log_says_so(tmp_path: Path) ->
         for connection in connections:
             connection.settimeout(SECONDS_TO_ASK + SECONDS_TO_SEND + SECONDS)
             assert connection.recv(1) == b""
-        assert "that sent no whole request in time" in server.log.read_text()
+        assert "that sent no complete request in time" in server.log.read_text()
         client.post(f"/v1/agl/rollouts/{rollout['rollout_id']}", json={"status": "cancelled"})
         waiting.join(SECONDS)
         assert [each["status"] for each in found[0]] == ["cancelled"]

@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Table, func, literal, select
 from agentlightning.errors import StoreRefused, StoreUnavailable
 from agentlightning.server.answers import Json
 from agentlightning.server.errors import sentence
-from agentlightning.server.metrics import CONTENT_TYPE_LATEST
+from agentlightning.server.middleware.metrics import CONTENT_TYPE_LATEST
 from agentlightning.server.models import about as models
 from agentlightning.server.routes.common import Database, errors, router
 from agentlightning.store import rollouts, tables

@@ -14,8 +14,8 @@ from fastapi.responses import StreamingResponse
 from agentlightning.errors import StoreRefused, StoreUnavailable
 from agentlightning.generation import Generation
 from agentlightning.server.answers import Json, encode
+from agentlightning.server.decoding import header
 from agentlightning.server.errors import sentence
-from agentlightning.server.headers import header
 from agentlightning.server.limits import BATCH_LIMIT
 from agentlightning.server.models import generations as models
 from agentlightning.server.models.common import Id

@@ -8,7 +8,7 @@ from fastapi import Query, Response
 from sqlalchemy import Connection, select
 
 from agentlightning.server.answers import Json, encode, page, resources
-from agentlightning.server.mending import without_nan
+from agentlightning.server.decoding import without_nan
 from agentlightning.server.models import resources as models
 from agentlightning.server.models.common import Id, Page
 from agentlightning.server.routes.common import Database, errors, router

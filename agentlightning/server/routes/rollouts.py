@@ -10,9 +10,9 @@ from fastapi import Body, Query, Request, Response
 from sqlalchemy import Connection, select
 
 from agentlightning.server.answers import Json, attempt, encode, page, rollout
+from agentlightning.server.decoding import without_nan
 from agentlightning.server.errors import sentence
 from agentlightning.server.limits import DEQUEUE_LIMIT
-from agentlightning.server.mending import without_nan
 from agentlightning.server.models import rollouts as models
 from agentlightning.server.models.common import Id, Page
 from agentlightning.server.routes.common import Database, errors, router

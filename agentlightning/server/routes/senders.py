@@ -10,8 +10,8 @@ from sqlalchemy import Connection
 
 from agentlightning.sender import PACKED_LIMIT, Sender, Vocabulary
 from agentlightning.server.answers import Json
+from agentlightning.server.decoding import header
 from agentlightning.server.errors import sentence
-from agentlightning.server.headers import header
 from agentlightning.server.models import senders as models
 from agentlightning.server.routes.common import Database, errors, router
 from agentlightning.store import senders

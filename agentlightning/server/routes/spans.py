@@ -10,8 +10,8 @@ from fastapi import Query, Request, Response
 from sqlalchemy import ColumnElement, Connection, false, select
 
 from agentlightning.server.answers import Json, encode, page, span
+from agentlightning.server.decoding import repair_json, without_nan
 from agentlightning.server.errors import sentence
-from agentlightning.server.mending import mended_json, without_nan
 from agentlightning.server.models import spans as models
 from agentlightning.server.models.common import Page
 from agentlightning.server.routes.common import Database, errors, router
@@ -29,7 +29,7 @@ LOGPROBS = "logprobs.content"
 
 parts = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
-routes = router("spans", mend=lambda body: without_nan(mended_json(body)))
+routes = router("spans", mend=lambda body: without_nan(repair_json(body)))
 
 BODY = {
     "requestBody": {

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from agentlightning.sender import Vocabulary
-from agentlightning.server.page.pieces import Pieces
+from agentlightning.server.page.token_text import TokenTexts
 
 pytestmark = pytest.mark.tier("check")
 
@@ -52,7 +52,7 @@ def bytes_of(texts: Sequence[str]) -> bytes:
 @pytest.mark.parametrize("made", [byte_level, sentence_piece])
 def test_the_pieces_of_a_text_are_the_text(made: Callable[[], Tokenizer]) -> None:
     tokenizer = made()
-    pieces = Pieces(vocabulary(tokenizer))
+    pieces = TokenTexts(vocabulary(tokenizer))
     token_ids = tokenizer.encode(TEXT + END).ids
 
     assert bytes_of([pieces.text(each) for each in token_ids]) == (TEXT + END).encode()
@@ -60,7 +60,7 @@ def test_the_pieces_of_a_text_are_the_text(made: Callable[[], Tokenizer]) -> Non
 
 
 def test_a_whole_character_is_shown_and_a_part_of_one_is_its_bytes() -> None:
-    pieces = Pieces(Vocabulary([*pre_tokenizers.ByteLevel.alphabet(), "Ã¶", "Ġthe"]))
+    pieces = TokenTexts(Vocabulary([*pre_tokenizers.ByteLevel.alphabet(), "Ã¶", "Ġthe"]))
     there = [pieces.text(each) for each in range(258)]
 
     assert there[256:] == ["ö", " the"]
@@ -70,6 +70,6 @@ def test_a_whole_character_is_shown_and_a_part_of_one_is_its_bytes() -> None:
 
 
 def test_an_id_that_stands_for_nothing_is_shown_as_itself() -> None:
-    assert [Pieces(Vocabulary(["a", None])).text(each) for each in (0, 1, 2, -1)] == ["a", "[1]", "[2]", "[-1]"]
-    assert Pieces(None).text(7) == "[7]"
-    assert not Pieces(None).are_known
+    assert [TokenTexts(Vocabulary(["a", None])).text(each) for each in (0, 1, 2, -1)] == ["a", "[1]", "[2]", "[-1]"]
+    assert TokenTexts(None).text(7) == "[7]"
+    assert not TokenTexts(None).are_known
