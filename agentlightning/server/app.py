@@ -78,6 +78,7 @@ def create_app(
     app.state.started_at = time.monotonic()
     app.state.metrics = Metrics()
     app.state.is_stopping = is_stopping
+    app.state.asks_for_key = key is not None
     app.state.body_budget = ByteBudget(WAITING_LIMIT)
     routers = list(_ROUTES)
     tokens = clients = None

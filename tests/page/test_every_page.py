@@ -27,6 +27,7 @@ PAGES: dict[str, Callable[[Filled], str]] = {
     "a rollout that is not there": lambda _: "/rollout?id=nothing",
     "a generation": lambda filled: f"/generation?id={filled.rollout('succeeded').generation_id(1, 0)}#t3",
     "senders": lambda _: "/senders",
+    "the HTTP API": lambda _: "/docs",
 }
 
 
@@ -90,4 +91,7 @@ def test_sessions_too(with_sessions: StoreServer, visit: Callable[..., Visit], s
     check(page, scheme)
     page.get_by_role("link", name=TRACE).click()
     expect(page.get_by_role("heading", name="Session")).to_contain_text(TRACE)
+    check(page, scheme)
+    page.get_by_role("link", name="HTTP API").click()
+    expect(page.get_by_role("heading", name="AgentOps")).to_be_visible()
     check(page, scheme)

@@ -34,7 +34,7 @@ class Locked:
         generation_id = self.rollout.generation_id(1, 0)
         of_one = [f"/rollout?id={self.rollout.rollout_id}", f"/generation?id={generation_id}"]
         files = [f"/page/{agentlightning.__version__}/{each.name}" for each in STATIC.iterdir()]
-        return ["/", "/rollout", "/senders", f"/generation/prompt?id={generation_id}", *of_one, *files]
+        return ["/", "/rollout", "/senders", "/docs", f"/generation/prompt?id={generation_id}", *of_one, *files]
 
 
 @pytest.fixture(scope="module")

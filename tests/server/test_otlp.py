@@ -195,7 +195,7 @@ def test_json_of_another_shape_is_refused_in_a_sentence(body: Any, client: httpx
     answer = client.post("/v1/traces", json=body)
     assert answer.status_code == 400
     detail = answer.json()["detail"]
-    assert detail.startswith("the body is no OTLP request in application/json")
+    assert detail.startswith("the body is not an OTLP request in application/json")
     assert "\n" not in detail
     assert len(detail) < 500
 

@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field
 
 from agentlightning.server.models.common import Sent, example
 
-__all__ = ["Bearer", "Key", "Login", "Metrics", "Span", "Trace", "Upload", "Uploaded"]
+__all__ = ["Bearer", "Key", "Login", "Metrics", "SessionSpan", "Trace", "Upload", "Uploaded"]
 
 
 class Key(Sent):
@@ -48,7 +48,7 @@ class Uploaded(BaseModel):
     size: int = Field(description="Bytes.")
 
 
-class Span(BaseModel):
+class SessionSpan(BaseModel):
     """A span. Durations are milliseconds, and moments are in UTC, as ISO 8601 has them."""
 
     span_id: str
@@ -69,7 +69,7 @@ class Trace(BaseModel):
     trace_id: str
     project_id: str
     tags: list[str]
-    spans: list[Span]
+    spans: list[SessionSpan]
 
 
 class Metrics(BaseModel):

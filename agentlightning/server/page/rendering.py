@@ -12,7 +12,8 @@ from urllib.parse import urlencode
 
 from fastapi import Request
 from fastapi.responses import HTMLResponse
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, pass_context
+from jinja2.runtime import Context
 from markupsafe import Markup, escape
 
 import agentlightning
@@ -37,9 +38,14 @@ MINUTE, HOUR = 60, 3600
 
 
 def page(request: Request, template: str, status: int = 200, /, **values: Any) -> HTMLResponse:
-    """Render a template with these values."""
+    """Render a template with these values.
+
+    Addresses on the page are relative, so that it works behind a proxy that serves it below another path.
+    """
+    path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
+    root = "../" * (path.count("/") - 1) or "./"
     has_sessions = hasattr(request.app.state, "clients")
-    text = _environment.get_template(template).render(**values, path=request.url.path, has_sessions=has_sessions)
+    text = _environment.get_template(template).render(**values, path=path, root=root, has_sessions=has_sessions)
     # Unpaired surrogates cannot be encoded.
     return HTMLResponse(text.encode("utf-8", "replace"), status, HEADERS)
 
@@ -80,15 +86,18 @@ def _reward(value: float | None) -> str:
     return "\N{EN DASH}" if value is None else f"{value:g}"
 
 
-def _link(path: str, **query: object) -> str:
-    """Return the address of a page with a query, without parameters that are None."""
+@pass_context
+def _link(context: Context, path: str, **query: object) -> str:
+    """Return the relative address of a path of the server with a query, without parameters that are None."""
+    path = context["root"] + path.removeprefix("/")
     given = {name: value for name, value in query.items() if value is not None}
     return f"{path}?{urlencode(given, errors='replace')}" if given else path
 
 
-def _file(name: str) -> str:
-    """Return the address of a script or stylesheet, different in each release."""
-    return f"/page/{agentlightning.__version__}/{name}"
+@pass_context
+def _file(context: Context, name: str) -> str:
+    """Return the relative address of a script or stylesheet, different in each release."""
+    return f"{context['root']}page/{agentlightning.__version__}/{name}"
 
 
 def _create_environment() -> Environment:

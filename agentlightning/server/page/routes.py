@@ -10,6 +10,7 @@ from fastapi.responses import FileResponse
 from sqlalchemy import Connection
 
 from agentlightning.server.models.common import Id
+from agentlightning.server.page.api_reference import ApiReference, api_reference_of
 from agentlightning.server.page.conversation import conversation_of, unassigned_calls
 from agentlightning.server.page.generation import choice_values, prompt_tokens
 from agentlightning.server.page.rendering import STATIC, page
@@ -94,6 +95,16 @@ async def show_senders(request: Request, database: Database) -> Response:
     now = time.time_ns()
     found = await database.read(lambda connection: senders.recent(connection, now - HOUR * NANOSECONDS))
     return page(request, "senders.html", senders=[sender_row(each, now) for each in found])
+
+
+@routes.get("/docs", include_in_schema=False)
+async def show_api_reference(request: Request) -> Response:
+    """Show the reference of the HTTP API."""
+    state = request.app.state
+    api: ApiReference | None = getattr(state, "api_reference", None)
+    if api is None:
+        api = state.api_reference = api_reference_of(request.app.openapi())
+    return page(request, "docs.html", api=api, asks_for_key=state.asks_for_key)
 
 
 @routes.get("/page/{version}/{name}", include_in_schema=False)
