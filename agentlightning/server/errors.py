@@ -28,8 +28,8 @@ logger = logging.getLogger("agentlightning.store")
 
 def sentence(status: int, detail: str, headers: Mapping[str, str] | None = None) -> Response:
     """Return such an answer, with a header that tells it from a proxy's."""
-    said = msgspec.json.encode({"detail": detail})
-    return Response(said, status, {ERROR_HEADER: "1", **(headers or {})}, "application/json")
+    body = msgspec.json.encode({"detail": detail})
+    return Response(body, status, {ERROR_HEADER: "1", **(headers or {})}, "application/json")
 
 
 def add_handlers(app: FastAPI) -> None:
@@ -48,10 +48,10 @@ def add_handlers(app: FastAPI) -> None:
 def validation_message(error: RequestValidationError | ValidationError) -> str:
     """Return the first few of pydantic's complaints, each with the field that it is about."""
     found = error.errors()
-    told = [_complaint(each) for each in found[:ERRORS_SHOWN]]
+    messages = [_complaint(each) for each in found[:ERRORS_SHOWN]]
     if len(found) > ERRORS_SHOWN:
-        told.append(f"and {len(found) - ERRORS_SHOWN} more")
-    return "; ".join(told)
+        messages.append(f"and {len(found) - ERRORS_SHOWN} more")
+    return "; ".join(messages)
 
 
 def _complaint(error: Any) -> str:

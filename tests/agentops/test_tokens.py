@@ -87,7 +87,7 @@ def tampered(_: StoreServer, sender: SdkClient) -> str:
 REFUSED: dict[str, Make] = {
     "none": lambda *_: "",
     "no token": lambda *_: "abc",
-    "another's": lambda _, sender: jwt.encode(claims_of(sender), "another secret, as long as ours is", "HS256"),
+    "another's": lambda _, sender: jwt.encode(claims_of(sender), "another secret, as long as the real one", "HS256"),
     "unsigned": lambda _, sender: jwt.encode(claims_of(sender), "", "none"),
     "tampered": tampered,
     "expired": lambda server, sender: signed(server, claims_of(sender, exp=int(time.time()) - 1)),

@@ -119,8 +119,8 @@ def test_message_of_too_many_generations_is_refused_before_it_is_decoded(target:
 def test_long_arrays_and_texts_with_brackets_are_accepted(target: StoreServer) -> None:
     rollout_id = "long"
     ids = b"".join(field(1, b"\x18" + varint(number)) for number in (0, 127, 128, 151_643, 2**31, 2**62))
-    said = field(9, field(1, b"agentlightning.rollout_id"), field(2, field(1, rollout_id.encode())))
-    body = a_span(said, an_attribute(an_array(ids * 150_000)))
+    named = field(9, field(1, b"agentlightning.rollout_id"), field(2, field(1, rollout_id.encode())))
+    body = a_span(named, an_attribute(an_array(ids * 150_000)))
     text = "[{}," * 1_000_000
     sent = {
         "traceId": "ab" * 16,
@@ -215,9 +215,9 @@ def test_incomplete_requests_are_closed_and_logged(tmp_path: Path) -> None:
         [rollout] = client.post("/v1/agl/queues/rollouts/enqueue", json={"rollouts": [{"input": 1}]}).json()
         # A client with a complete request may wait long for its answer.
         found: list[Any] = []
-        asked = {"rollout_ids": [rollout["rollout_id"]], "timeout": None}
+        query = {"rollout_ids": [rollout["rollout_id"]], "timeout": None}
         waiting = threading.Thread(
-            target=lambda: found.append(server.client().post("/v1/agl/waits/rollouts", json=asked).json())
+            target=lambda: found.append(server.client().post("/v1/agl/waits/rollouts", json=query).json())
         )
         waiting.start()
         for connection in connections:

@@ -156,13 +156,13 @@ def all_rollouts(client: httpx.Client) -> Iterator[Any]:
 def test_killed_store_keeps_answered_writes_once(
     tmp_path: Path, new_store: Callable[[Path], str], thorough: bool
 ) -> None:
-    moments = random.Random(8)
+    delays = random.Random(8)
     path = tmp_path / "store.db"
     with StoreServer(path, store=new_store(path)) as server:
         with Load(server) as load:
             for _ in range(KILLS if thorough else FEW_KILLS):
                 load.until_finished(10)
-                time.sleep(moments.uniform(0, 0.1))
+                time.sleep(delays.uniform(0, 0.1))
                 server.kill()
                 server.start()
         assert_all_there(server, load)
@@ -171,12 +171,12 @@ def test_killed_store_keeps_answered_writes_once(
 def test_killed_postgresql_keeps_answered_writes_once(
     tmp_path: Path, postgresql: PostgresServer, thorough: bool
 ) -> None:
-    moments = random.Random(9)
+    delays = random.Random(9)
     with StoreServer(tmp_path / "store.db", store=postgresql.new_database()) as server:
         with Load(server) as load:
             for _ in range(KILLS if thorough else FEW_KILLS):
                 load.until_finished(10)
-                time.sleep(moments.uniform(0, 0.1))
+                time.sleep(delays.uniform(0, 0.1))
                 postgresql.kill()
                 postgresql.start()
         assert_all_there(server, load)

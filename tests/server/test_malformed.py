@@ -396,11 +396,11 @@ def test_spans_with_empty_parent_or_negative_number_are_accepted(parent_id: str 
     found = client.get("/v1/agl/spans", params={"rollout_id": made["rollout_id"]}).json()["items"]
     assert found == [answer.json()]
     assert (found[0]["sequence_id"], found[0]["parent_id"]) == (-3, parent_id)
-    asked = {"rollout_id": made["rollout_id"], "parent_id": "0" * 16}
-    assert client.get("/v1/agl/spans", params=asked).json()["items"] == []
+    query = {"rollout_id": made["rollout_id"], "parent_id": "0" * 16}
+    assert client.get("/v1/agl/spans", params=query).json()["items"] == []
     assert found[0]["attributes"] == {"share": None, "half": "?!"}
-    asked = {"rollout_id": made["rollout_id"], "attempt_id": ids["attempt_id"]}
-    assert client.post("/v1/agl/spans/next", json=asked).json() == {"sequence_id": 1}
+    query = {"rollout_id": made["rollout_id"], "attempt_id": ids["attempt_id"]}
+    assert client.post("/v1/agl/spans/next", json=query).json() == {"sequence_id": 1}
 
 
 @pytest.mark.parametrize("wrong", [None, True, "1.5", [], {}, -(10**30)], ids=str)

@@ -42,8 +42,8 @@ def an_attempt(client: httpx.Client) -> tuple[str, str]:
     return made["rollout_id"], made["attempt"]["attempt_id"]
 
 
-def spans_of(client: httpx.Client, **asked: Any) -> list[dict[str, Any]]:
-    found = client.get("/v1/agl/spans", params=asked)
+def spans_of(client: httpx.Client, **query: Any) -> list[dict[str, Any]]:
+    found = client.get("/v1/agl/spans", params=query)
     assert found.status_code == 200, found.text
     return found.json()["items"]
 
@@ -126,8 +126,8 @@ def test_spans_of_the_sdk_are_stored_exactly(
         rollout = client.get(f"/v1/agl/rollouts/{each}").json()
         assert (rollout["status"], rollout["attempt"]["status"]) == ("running", "running")
         assert rollout["attempt"]["last_heartbeat_time"] is not None
-    asked = {"rollout_id": rollout_id, "attempt_id": attempt_id}
-    assert client.post("/v1/agl/spans/next", json=asked).json()["sequence_id"] > 40
+    query = {"rollout_id": rollout_id, "attempt_id": attempt_id}
+    assert client.post("/v1/agl/spans/next", json=query).json()["sequence_id"] > 40
 
 
 def test_logs_and_metrics_of_the_sdk_are_accepted(store: StoreServer) -> None:

@@ -90,7 +90,7 @@ class RequestBodyMiddleware:
             raise self._too_large()
         encoding = headers.get("content-encoding", "identity").lower()
         if encoding not in ("identity", *GZIP):
-            raise BodyRefused(415, f"unsupported Content-Encoding {encoding!r}: send the body as gzip or as it is")
+            raise BodyRefused(415, f"unsupported Content-Encoding {encoding!r}: send the body as gzip or uncompressed")
         with self._arriving.growing("are still arriving") as count:
             parts: list[bytes] = []
             size, more = 0, True

@@ -23,7 +23,7 @@ LARGEST_READ = 64 << 10
 # Percent of the timeline.
 MIN_WIDTH = 0.4
 MAX_DEPTH = 12
-"""Deepest level that the stylesheet indents; deeper ones are shown there, too."""
+"""Deepest level that the stylesheet indents; deeper ones are indented as much."""
 UNFINISHED = ("preparing", "running")
 
 T = TypeVar("T")

@@ -15,10 +15,10 @@ const logprobOf = (token) => {
 function choose(text, token) {
   text.querySelector(".chosen")?.classList.remove("chosen");
   token.classList.add("chosen");
-  const told = document.getElementById(`${text.id}-told`);
+  const description = document.getElementById(`${text.id}-description`);
   const [id, logprob] = token.dataset.t.split(" ");
   const chance = logprob === undefined ? "" : `, logprob ${logprob} (${(100 * Math.exp(logprobOf(token))).toPrecision(3)} %)`;
-  told.textContent = `Token ${place.get(token)}: ${JSON.stringify(token.textContent)}, id ${id}${chance}`;
+  description.textContent = `Token ${place.get(token)}: ${JSON.stringify(token.textContent)}, id ${id}${chance}`;
   show(token);
   if (text.id === "answer") {
     history.replaceState(null, "", `#t${place.get(token)}`);
