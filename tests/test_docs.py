@@ -18,7 +18,7 @@ from agentlightning.settings import VARIABLES
 from tests.common.environments import CHECKOUT, Environment, build, run, virtual_environment
 
 ENGLISH, CHINESE = CHECKOUT / "README.md", CHECKOUT / "README.zh.md"
-PAGES = (ENGLISH, CHINESE, *sorted((CHECKOUT / "docs").glob("*.md")))
+PAGES = (ENGLISH, CHINESE, CHECKOUT / "CONTRIBUTING.md", *sorted((CHECKOUT / "docs").glob("*.md")))
 
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 ANY_FENCED = re.compile(r"^```(.*)\n((?:.*\n)*?)```$", re.MULTILINE)

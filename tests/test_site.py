@@ -1,4 +1,4 @@
-"""The documentation as a site: it needs no other host, leads nowhere that is not there, and names every switch."""
+"""The documentation as a site: it loads nothing from other hosts, has no dead link, and names every switch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ SOURCES = (
     "README.md",
     "README.zh.md",
     "CHANGELOG.md",
+    "CONTRIBUTING.md",
     "LICENSE",
+    "_agentlightning.py",
+    "agentlightning",
     "docs",
     "examples",
     "benchmarks",
@@ -130,7 +133,7 @@ def test_every_link_within_the_site_leads_to_something_on_it(site: Path, pages: 
 
 
 def test_what_the_pages_lead_to_outside_of_docs_is_on_the_site(site: Path, pages: dict[Path, Parsed]) -> None:
-    for name in ("readme.html", "examples/loop.py.html", "benchmarks/results/store.html"):
+    for name in ("CONTRIBUTING.html", "examples/loop.py.html", "benchmarks/results/store.html"):
         assert site / "repository" / name in pages
 
 
@@ -179,13 +182,6 @@ def test_the_page_of_switches_has_every_variable_with_its_default() -> None:
     assert rows.keys() == {f"`{name}`" for name in VARIABLES}
     for name, variable in VARIABLES.items():
         assert variable.default in rows[f"`{name}`"][1]
-
-
-@pytest.mark.parametrize("readme", ["README.md", "README.zh.md"])
-def test_each_readme_has_every_variable(readme: str) -> None:
-    named = re.findall(r"^\| `(AGL_\w+)` \|", (CHECKOUT / readme).read_text(), re.MULTILINE)
-
-    assert sorted(named) == sorted(VARIABLES)
 
 
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name != "vllm"])

@@ -71,7 +71,7 @@ def of_patches(patches: Mapping[str, Mapping[str, str | None]]) -> Iterator[Find
         text = f"{state}: {reason}" if reason else f"{state}"
         if state == "failed":
             advice = (
-                "use a release of vLLM that the README lists, or a newer agentlightning; until then answers lack this"
+                "use a release that docs/releases.md lists, or a newer agentlightning; until then answers lack this"
             )
             yield Finding(name, Mark.PROBLEM, text, advice)
         else:

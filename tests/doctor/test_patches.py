@@ -18,7 +18,7 @@ from tests.doctor.command import doctor, run, write_dist_info
 from tests.doctor.conftest import write_vllm
 
 PATCH_SETS = tuple(instrumentation.status())
-ADVICE_ON_RELEASES = "-> use a release of vLLM that the README lists"
+ADVICE_ON_RELEASES = "-> use a release that docs/releases.md lists"
 
 
 @pytest.mark.skipif(locate("vllm") is None, reason="vLLM is not installed")
