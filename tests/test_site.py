@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+import agentlightning
 from agentlightning.cli import COMMANDS
 from agentlightning.settings import VARIABLES
 from tests.common.environments import CHECKOUT, run
@@ -103,6 +104,12 @@ def test_every_page_of_the_documentation_is_on_the_site(site: Path) -> None:
     written = {page.stem for page in (CHECKOUT / "docs").glob("*.md")}
 
     assert {page.stem for page in site.glob("*.html")} - {"404"} == written
+
+
+def test_the_page_of_the_api_has_every_public_name(pages: dict[Path, Parsed], site: Path) -> None:
+    described = {name for name in pages[site / "api.html"].ids if name.startswith("agentlightning.")}
+
+    assert {f"agentlightning.{name}" for name in agentlightning.__all__} - described == {"agentlightning.__version__"}
 
 
 def test_a_page_loads_nothing_from_another_host(site: Path, pages: dict[Path, Parsed]) -> None:

@@ -104,7 +104,7 @@ REWARD = NewSpan(
 
 
 def row(kept: Generation) -> dict[str, Any]:
-    """What is to be written of it: what it is, and what stopped it as text, and versions by name."""
+    """Build the expected row: the fields, with `stop_reason` as text and versions by name."""
     written = kept.as_dict()
     for choice in written["choices"]:
         if choice["stop_reason"] is not None:
@@ -289,7 +289,7 @@ def rewarded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def triplets(path: Path, *arguments: str) -> list[dict[str, Any]]:
-    """What is to be written of them."""
+    """Build the expected rows."""
     with open_store(str(path)) as opened:
         return [each.as_dict() for each in opened.triplets(*arguments)]
 

@@ -29,7 +29,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def said(pristine: Environment, path: Path) -> Any:
-    """What it says of a store with these in it."""
+    """Run `agl doctor` on a store with these generations."""
 
     def said(generations: list[Generation], losses: list[Loss], *arguments: str) -> Said:
         with open_store(str(path)) as store:

@@ -96,7 +96,7 @@ def answering_status(**changes: Any) -> contextlib.AbstractContextManager[str]:
 
 
 def the_problem(said: Said) -> str:
-    """What it says where it has nothing else to say."""
+    """Return the only problem in the output."""
     assert said.status == 1
     assert said.stderr == ""
     assert said.text.endswith("1 problem.")
