@@ -166,12 +166,13 @@ def test_what_was_installed_as_links_is_as_good(environment: Environment, tmp_pa
 
 def test_a_folder_that_is_only_on_the_path_is_not_installed(environment: Environment, tmp_path: Path) -> None:
     shutil.copytree(environment.site_packages / "agentlightning", tmp_path / "path" / "agentlightning")
+    shutil.copy(environment.site_packages / "_agentlightning.py", tmp_path / "path")
     remove_the_package(environment)
 
     said = run(environment.python, "-m", "agentlightning", "doctor", PYTHONPATH=str(tmp_path / "path"))
 
     assert said.status == 1
-    assert f"problem package {tmp_path / 'path' / 'agentlightning'} is not installed" in said.text
+    assert f"problem package {tmp_path / 'path' / 'agentlightning'} is only on Python's path, not installed" in said.text
     assert f"-> install it: {environment.python} -m pip install" in said.text
     assert f"problem {PTH} there is no {PTH}" in said.text
     assert "ok chat" not in said.text
