@@ -1,6 +1,6 @@
-"""`make demo`: a real vLLM, started as everybody starts it, answers a plain and a streamed chat with token ids.
+"""`make demo`: a real vLLM, started as users start it, answers a plain and a streamed chat with token ids.
 
-The model is tiny and random, so its answers are gibberish; the ids are exact all the same.
+The model is tiny, with random weights: its answers are gibberish, but the ids are exact.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TOKENS = 16
 
 
 def table(title: str, prompt_token_ids: Sequence[int], response_token_ids: Sequence[int]) -> None:
-    """Every token of the prompt and of the answer beside its id, five to a line."""
+    """Print each token of prompt and answer with its id, five to a line."""
     print(f"\n{title}")
     for name, token_ids in (("prompt", prompt_token_ids), ("answer", response_token_ids)):
         cells = [f"{token_id:>4} {shown(token_id):<10}" for token_id in token_ids]
@@ -30,7 +30,7 @@ def table(title: str, prompt_token_ids: Sequence[int], response_token_ids: Seque
 
 
 def shown(token_id: int) -> str:
-    """A token as text on one line, a space as a dot; bytes that are no character by themselves show as U+FFFD."""
+    """Return a token as text on one line, spaces as dots, and bytes that are not a character as U+FFFD."""
     text = tokenizer().decode([token_id])
     text = text.replace("\n", "⏎").replace(" ", "·")
     return text if text.isprintable() else ascii(text)[1:-1]

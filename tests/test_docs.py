@@ -1,4 +1,4 @@
-"""The documentation: what can be pasted from it is well formed, and what it installs is found by the real vLLM."""
+"""The documentation: its examples are well formed, and the real vLLM finds what it installs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from agentlightning.settings import VARIABLES
 from tests.common.environments import CHECKOUT, Environment, build, run, virtual_environment
 
 ENGLISH, CHINESE = CHECKOUT / "README.md", CHECKOUT / "README.zh.md"
-PAGES = (ENGLISH, CHINESE, *sorted((CHECKOUT / "docs").glob("*.md")))
+PAGES = (ENGLISH, CHINESE, CHECKOUT / "CONTRIBUTING.md", *sorted((CHECKOUT / "docs").glob("*.md")))
 
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 ANY_FENCED = re.compile(r"^```(.*)\n((?:.*\n)*?)```$", re.MULTILINE)
@@ -39,7 +39,7 @@ print(vllm.__file__, *(found.state.value for found in status().values()))
 
 @dataclass(frozen=True)
 class Block:
-    """What stands between fences."""
+    """A fenced block of a page."""
 
     page: Path
     line: int
@@ -103,7 +103,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the init container of the page leaves in the volume, by its own command."""
+    """The volume that the command of the init container fills."""
     folder = tmp_path_factory.mktemp("agl")
     (container,) = (container for pod in pods() for container in pod.get("initContainers", ()))
     *shell, script = container["command"]

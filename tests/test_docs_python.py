@@ -28,12 +28,13 @@ pytestmark = pytest.mark.tier("all")
 
 IMPORTED = re.compile(r"^(?:import|from) (\w+)", re.MULTILINE)
 PRINTS = {
-    "client.chat.completions.create": r"^\[\d+(, \d+)+\] \[\[\d+, \d+, \d+, \d+\]\]$",
+    "print(answer.prompt_token_ids": r"^\[\d+(, \d+)+\] \[\[\d+, \d+, \d+, \d+\]\]$",
     "store.generations(": r"^array\('i', \[1, 2, 3\]\) \[array\('i', \[1, 2\]\)\]$",
     "store.tally(": r"^\{'finished': 2, 'aborted': 0, 'error': 0\}$",
     "store.triplets(": r"^array\('i', \[1, 2, 3\]\) array\('i', \[1, 2\]\) ",
     "status().items()": r"^server applied $",
     "/queues/rollouts/dequeue": r"^ro-[\w-]+ succeeded$",
+    "store.wait_for_rollouts(": r"^ro-[\w-]+ succeeded$",
 }
 """A line that a block with this code prints, as a pattern."""
 

@@ -39,7 +39,7 @@ THERE, NOT_FOR_THIS_RELEASE, MISSING = "there", "not for this release", "missing
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one patch set.
+    """Outcome of the check of one patch set.
 
     Attributes:
         name: the set's.
@@ -87,7 +87,7 @@ def _check_patch(patch: Patch, module: ModuleType) -> None:
 
 
 def _elsewhere(patch_set: PatchSet, source: Source, home: str | None) -> Iterator[str]:
-    """Where the classes and functions are defined that the set looks for, and whether the set would fit there."""
+    """Find where the targets of the set are defined instead, and whether the set would fit there."""
     names = dict.fromkeys(map(_name, patch_set.patches))
     found = [set(source.defining(name)) for name in names]
     together = set.intersection(*found) - {home}
@@ -157,7 +157,7 @@ def _method(patch: Patch) -> str:
 
 @contextmanager
 def _as_if_imported(version: str) -> Iterator[None]:
-    """What patches look at beside the module: vLLM's version, and whether generations are recorded."""
+    """Set what patches read besides the module: vLLM's version, and that generations are recorded."""
     vllm: Any = ModuleType("vllm")
     vllm.__version__ = version
     before = sys.modules.get("vllm"), os.environ.get("AGL_STORE")
@@ -174,7 +174,7 @@ def _as_if_imported(version: str) -> Iterator[None]:
 
 
 def entry_points(source: Source) -> dict[str, set[str]]:
-    """What serves in a release: its routes, its serving classes, and what starts a server."""
+    """Collect what serves in a release: routes, serving classes, and launchers of servers."""
     found: dict[str, set[str]] = {"routes": set(), "serving classes": set(), "launchers": set()}
     for module in source.below(ENTRY_POINTS):
         tree = source.tree(module)
@@ -214,14 +214,14 @@ def _ends(expression: ast.expr) -> str:
 
 
 def new_entry_points(source: Source, known: Source) -> dict[str, list[str]]:
-    """What serves in a release and not in a known one, and no set patches."""
+    """Find entry points that a known release does not have and no set patches."""
     patched = {_name(patch) for patch_set in PATCH_SETS for patch in patch_set.patches}
     before = entry_points(known)
     return {kind: sorted(names - before[kind] - patched) for kind, names in entry_points(source).items()}
 
 
 def tested(version: str) -> str:
-    """How the tests know a release."""
+    """Say how the tests run a release."""
     row = next((row for row in RELEASES if row.version == version), None)
     if row is None:
         return "only read"

@@ -75,7 +75,7 @@ class Check:
         return {test: Outcome(**fields) for test, fields in all_of_last.items() if file_of(test) in files}
 
     def compare(self, mode: Mode) -> Comparison:
-        """What differs in this mode from the run without us; runs again what does."""
+        """Compare this mode with the run without this package; run tests that differ again."""
         [without] = [mode for mode in self._modes if mode.name == WITHOUT]
 
         def again(tests: Sequence[str]) -> tuple[Outcomes, Outcomes]:

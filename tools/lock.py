@@ -47,14 +47,14 @@ class Lock:
         return dict(line.split("==") for line in lines)
 
     def installed(self, python: Path) -> dict[str, str]:
-        """The same of what is installed for this interpreter."""
+        """Return the version of each distribution that this interpreter has, by its normalised name."""
         listed = subprocess.run([python, "-I", "-c", _LIST], capture_output=True, text=True, check=True).stdout
         found = dict(line.split("==") for line in listed.splitlines())
         normalised = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in found.items()}
         return {name: normalised[name] for name in sorted(normalised.keys() - self._left_out)}
 
     def differences(self, python: Path) -> list[str]:
-        """What is installed for this interpreter with another version than the lock's, or has no line in it."""
+        """Return the packages of this interpreter whose version differs from the lock, or that the lock lacks."""
         versions = self.versions()
         return [
             f"{name} {version} (locked: {versions.get(name, 'no line')})"
@@ -63,7 +63,7 @@ class Lock:
         ]
 
     def write(self, python: Path) -> bool:
-        """Write what is installed for this interpreter; returns whether that has changed the file."""
+        """Write the versions that this interpreter has; return whether the file changed."""
         installed = self.installed(python)
         if self.path.exists() and installed == self.versions():
             return False
@@ -73,7 +73,7 @@ class Lock:
         return True
 
     def written_at(self) -> str:
-        """When it was written, in ISO 8601: what a package index got later was not tested."""
+        """Return when the file was written, in ISO 8601. Packages uploaded later were not tested."""
         found = re.search(r"^# Written at (\S+)\.$", self.path.read_text(), re.MULTILINE)
         assert found, f"{self.path} does not say when it was written"
         return found[1]
@@ -81,11 +81,11 @@ class Lock:
 
 # The checkout itself, and metadata that names the CPU build `vllm`.
 ENVIRONMENT = Lock("environment", {"agentlightning", "vllm"})
-"""Of the environment that `make` makes."""
+"""The lock of the environment that `make` makes."""
 
 
 def as_lines(versions: Mapping[str, str]) -> str:
-    """As constraints of pip and uv."""
+    """Format versions as constraints for pip and uv."""
     return "".join(f"{name}=={version}\n" for name, version in versions.items())
 
 
@@ -95,12 +95,12 @@ def mark(environment: Path) -> Path:
 
 
 def newest() -> str:
-    """What `mark` says of an environment without a lock: made again on another day, it would hold other versions."""
+    """Return the text of `mark` for an environment without a lock. It has the date, since versions change daily."""
     return f"{_NEWEST} {date.today()}\n"
 
 
 def is_newest() -> bool:
-    """Whether this runs in an environment that was made without a lock, with the newest of everything."""
+    """Tell whether this environment was made without a lock, with the newest of everything."""
     made_with = mark(Path(sys.prefix))
     return made_with.exists() and made_with.read_text().startswith(_NEWEST)
 

@@ -1,7 +1,7 @@
-"""What MkDocs does beside `mkdocs.yml`: files outside `docs/` that pages link to are on the site, too.
+"""A hook of MkDocs that puts linked files from outside `docs/`, and measurements, onto the site.
 
-Whoever reads the pages in the repository follows the same links there. A measurement has one home, the file that its
-benchmark has written: the site has that file, and tables of it where a page has a comment that asks for them:
+The same links work for readers of the pages in the repository. A measurement stands in one file only, which its
+benchmark writes: the site has that file, and shows a table of it where a page has a comment that asks for it:
 
     <!-- measured: store.md: A generation on disk -->
     <!-- measured: every target -->
@@ -29,11 +29,11 @@ MEASURED = re.compile(r"<!-- measured: (?:(?P<file>\S+): (?P<section>.+)|every t
 HEADER, RULE = "|  | measured | 95 % interval | target | reached |", "|---|---:|---:|---:|---:|"
 
 _sources: dict[str, Path] = {}
-"""By the name that a page has on the site: the file that it is."""
+"""The source file of each page, by the page's name on the site."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add what pages lead to outside of `docs/`, and what that leads to."""
+    """Add the files outside `docs/` that pages link to, and the files that those link to."""
     _sources.clear()
     _sources.update({file.src_uri: DOCS / file.src_uri for file in files.documentation_pages()})
     waiting = [*_sources.values()]
@@ -53,7 +53,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Put in what was measured; links into and out of `docs/` lead to where the site has what they lead to."""
+    """Insert measurements, and point links to the files' names on the site."""
     uri = page.file.src_uri
 
     def on_the_site(link: re.Match[str]) -> str:
@@ -64,16 +64,16 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def _target(source: Path, link: str) -> Path | None:
-    """The file of the repository that a link leads to; None where it leads elsewhere."""
+    """Return the file of the repository that a link leads to; None if it leads elsewhere."""
     target = (source.parent / link).resolve()
     return target if target.is_file() and target.is_relative_to(CHECKOUT) else None
 
 
 def _uri(target: Path) -> str:
-    """The name that a file of the repository has on the site."""
+    """Return the name that a file of the repository has on the site."""
     if target.is_relative_to(DOCS):
         return target.relative_to(DOCS).as_posix()
-    # MkDocs takes a README for the first page of its folder.
+    # MkDocs treats a README as the index page of its folder.
     name = f"repository/{target.relative_to(CHECKOUT).as_posix().replace('README', 'readme')}"
     return name if target.suffix == ".md" else f"{name}.md"
 
@@ -87,14 +87,14 @@ def _as_page(target: Path) -> str:
 
 @dataclass(frozen=True)
 class Section:
-    """A table of a benchmark, with what is said about it."""
+    """A table of a benchmark, with its text."""
 
     title: str
     text: str
 
     @property
     def targets(self) -> Iterator[str]:
-        """Those of its rows that have a target."""
+        """Rows of the table that have a target."""
         unit = ""
         for line in self.text.splitlines():
             if line.startswith("| "):

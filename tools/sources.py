@@ -162,7 +162,7 @@ def _definition(body: Sequence[ast.stmt], name: str) -> ast.stmt | None:
 
 
 def _fields(definition: ast.ClassDef) -> Iterator[str]:
-    """What a pydantic model has as fields."""
+    """Yield the fields of a pydantic model."""
     for statement in definition.body:
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
             name = statement.target.id

@@ -1,6 +1,6 @@
-"""The command `agl`: one module a subcommand, imported when it is called.
+"""The command `agl`: one module for each subcommand, imported when the subcommand is called.
 
-Written without `argparse`, which takes longer to import than all else here together.
+Written without `argparse`, which takes longer to import than everything else here together.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import agentlightning
 
 COMMANDS = {
     "vllm": ("agentlightning.cli.vllm", "run vLLM's own command line, with token ids in every answer"),
-    "doctor": ("agentlightning.cli.doctor", "say whether it is on, here or on a server, and if not, why"),
+    "doctor": ("agentlightning.cli.doctor", "check that it is on, here or on a server, and if not, say why"),
     "export": ("agentlightning.cli.export", "write recorded generations or triplets to a JSONL or Parquet file"),
-    "store": ("agentlightning.cli.store", "keep rollouts, spans and generations, over HTTP"),
-    "agentops": ("agentlightning.cli.agentops_server", "keep what the AgentOps SDK sends"),
+    "store": ("agentlightning.cli.store", "serve a store of rollouts, spans and generations over HTTP"),
+    "agentops": ("agentlightning.cli.agentops_server", "serve a store that also takes what the AgentOps SDK sends"),
 }
-"""Each subcommand's module, which has `main(arguments) -> exit status`, and what it does."""
+"""The module of each subcommand, which has `main(arguments) -> exit status`, and a description."""
 
 USAGE = "usage: agl [-h] [--version] COMMAND ...\n"
 HELP = """{usage}
@@ -31,12 +31,12 @@ options:
 commands:
 {commands}
 
-agl COMMAND --help tells about a command.
+agl COMMAND --help describes a command.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `agl`. `arguments` default to the process's own; returns the exit status."""
+    """Run `agl` and return its exit status. `arguments` default to those of the process."""
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in COMMANDS:
         module, _ = COMMANDS[command]
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command == "--version":
         sys.stdout.write(f"agl {agentlightning.__version__}\n")
         return 0
-    sys.stderr.write(f"{USAGE}agl: error: there is no {command!r}; the commands are {', '.join(COMMANDS)}\n")
+    sys.stderr.write(f"{USAGE}agl: error: unknown command {command!r}; the commands are {', '.join(COMMANDS)}\n")
     return 2
 
 

@@ -1,4 +1,4 @@
-"""`agl agentops`: `agl store --agentops` where the AgentOps SDK is what sends."""
+"""`agl agentops`: `agl store --agentops` on a port of its own, in the foreground or as a daemon."""
 
 from __future__ import annotations
 
@@ -12,29 +12,28 @@ from agentlightning.cli.serving import Serving, add_options, key_of, serve
 
 DESCRIPTION = """\
 Keep what the AgentOps SDK sends: sessions, model calls and tool calls, each model call with the token ids that vLLM
-has recorded for it. It is `agl store` with what that SDK calls beside all else: `agl store --agentops` is the same.
-"""
+recorded for it. It is `agl store --agentops` on another port."""
 EPILOG = """\
-It prints what to set where the agent runs. With a key (--api-key, or AGL_STORE_KEY) only that key gets a token;
-without one, any key does. On SIGTERM it finishes open requests, for at most ten seconds, and exits."""
+It prints the variables to set where the agent runs. With a key (--api-key, or AGL_STORE_KEY) it accepts only that key
+from the SDK; without one, any key. On SIGTERM it finishes open requests, for at most ten seconds, and exits."""
 
 PORT = 8002
 PID_FILE = "agl-agentops.pid"
 ANY_KEY = "agl"
-# Where it is not set, a shell says so, and sets nothing.
+# A shell in which the variable is not set prints this message and sets nothing.
 KEY = '"${AGL_STORE_KEY:?is the key of the store}"'
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run `agl agentops`; returns the exit status."""
+    """Run `agl agentops` and return its exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.stop:
         return daemon.stop(parser.prog, options.pid_file)
     key = key_of(parser, options)
 
-    def run(say: Callable[[str], None]) -> int:
-        return serve(parser.prog, options, key, agentops=True, is_up=lambda serving: say(exports(serving)))
+    def run(announce: Callable[[str], None]) -> int:
+        return serve(parser.prog, options, key, agentops=True, is_up=lambda serving: announce(exports(serving)))
 
     if options.daemon:
         return daemon.start(parser.prog, options.pid_file, run)
@@ -42,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def exports(serving: Serving) -> str:
-    """What to paste into a shell. A key is not in it: whoever reads this may be somebody else."""
+    """Return `export` lines to paste into a shell. They never contain the key, since logs and terminals are shared."""
     variables = {
         "AGENTOPS_API_KEY": ANY_KEY if serving.key is None else KEY,
         "AGENTOPS_API_ENDPOINT": serving.url,
@@ -53,21 +52,16 @@ def exports(serving: Serving) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="agl agentops",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(prog="agl agentops", description=DESCRIPTION, epilog=EPILOG)
     add_options(parser, PORT)
-    parser.add_argument("--daemon", action="store_true", help="return when it answers, and leave it running")
-    parser.add_argument("--stop", action="store_true", help="end the one that --daemon has left running")
+    parser.add_argument("--daemon", action="store_true", help="run in the background; return once the server answers")
+    parser.add_argument("--stop", action="store_true", help="stop the server that --daemon started")
     parser.add_argument(
         "--pid-file",
         metavar="FILE",
         type=Path,
         default=Path(PID_FILE),
-        help="where --daemon writes its process id and --stop reads it; the log is beside it (default: %(default)s)",
+        help="the file with the process id of --daemon, beside its log (default: %(default)s)",
     )
     return parser
 

@@ -1,4 +1,4 @@
-"""`agl doctor`: is it on, here or on a running server, and if not, why."""
+"""`agl doctor`: check that it is on, here or on a running server, and if not, say why."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from agentlightning.doctor import (
     Mark,
     Unreachable,
     all_is_well,
-    installation,
+    environment,
     patches,
     recording,
     server,
-    switches,
 )
 from agentlightning.settings import without_secrets
 
@@ -28,21 +27,21 @@ WIDTH = 80
 COLOURS = {Mark.OK: "32", Mark.NOTE: "33", Mark.PROBLEM: "31;1"}
 DESCRIPTION = "Say whether answers will carry token ids and be recorded, and if not, why and what to do."
 EPILOG = """\
-Without --url it looks at the environment that it runs in, and imports vLLM as a server would, in a process of its own.
-With --url it asks a running server, with --store it looks at what was recorded. The exit status is 0 when all is well,
-1 when there is a problem."""
+Without --url it checks the environment that it runs in, and imports vLLM as a server would, in a process of its own.
+With --url it asks a running server, with --store it reads what was recorded. The exit status is 0 when all is well, 1
+when there is a problem."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run `agl doctor`; returns the exit status."""
+    """Run `agl doctor` and return its exit status."""
     options = _options(arguments)
     report: dict[str, Any] = {}
     if options.url is not None:
         title = f"the server at {options.url}"
-        report, findings = _asked("server", lambda: server.read(options.url, options.api_key), server.findings)
+        report, findings = _examine("server", lambda: server.read(options.url, options.api_key), server.findings)
     elif options.store is not None:
         title = f"the store at {without_secrets(options.store)}"
-        report, findings = _asked("store", lambda: recording.read(options.store, options.rollout), recording.findings)
+        report, findings = _examine("store", lambda: recording.read(options.store, options.rollout), recording.findings)
     else:
         title = f"{sys.executable} (Python {sys.version.split()[0]})"
         findings = list(_local())
@@ -55,10 +54,10 @@ def main(arguments: Sequence[str]) -> int:
     return 0 if all_is_well(findings) else 1
 
 
-def _asked(
+def _examine(
     what: str, read: Callable[[], dict[str, Any]], explain: Callable[[dict[str, Any]], Iterable[Finding]]
 ) -> tuple[dict[str, Any], list[Finding]]:
-    """What it says of itself, by its name, and what that means."""
+    """Read the report of a server or a store, and explain it; return both."""
     try:
         report = read()
     except Unreachable as reason:
@@ -78,14 +77,14 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="agl doctor", description=DESCRIPTION, epilog=EPILOG)
     instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--url", metavar="http://HOST:PORT", help="ask the server there instead")
-    instead.add_argument("--store", metavar="URL", help="look into the store there instead")
-    parser.add_argument("--rollout", metavar="ID", help="why the store has nothing of this one")
+    instead.add_argument("--url", metavar="http://HOST:PORT", help="ask this server instead")
+    instead.add_argument("--store", metavar="URL", help="look into this store instead")
+    parser.add_argument("--rollout", metavar="ID", help="say why the store has no data of this rollout")
     parser.add_argument(
         "--api-key",
         metavar="KEY",
         default=os.environ.get("VLLM_API_KEY"),
-        help="of the vLLM server at --url; VLLM_API_KEY if not given. A store has its in AGL_STORE_KEY or in its URL",
+        help="the key of the vLLM server at --url (default: VLLM_API_KEY); for a store, set AGL_STORE_KEY",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     parser.add_argument("--version", action="version", version=f"agl {agentlightning.__version__}")
@@ -93,11 +92,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _local() -> Iterator[Finding]:
-    yield from installation.findings()
-    yield from switches.findings()
+    yield from environment.findings()
     waiting = _is_terminal(sys.stderr)
     if waiting:
-        sys.stderr.write("importing vLLM as a server would, some ten to sixty seconds ...")
+        sys.stderr.write("importing vLLM as a server would (ten to sixty seconds) ...")
         sys.stderr.flush()
     yield from patches.findings()
     if waiting:
@@ -116,7 +114,7 @@ def _lines(title: str, findings: Sequence[Finding], colours: bool) -> Iterator[s
 
 
 def _block(finding: Finding, width: int, colours: bool) -> Iterator[str]:
-    """The finding's text, and its advice below, beside its mark and subject."""
+    """Format a finding: mark and subject, and beside them its text, with the advice below."""
     mark = f"{finding.mark.value:<7}"
     indent = " " * (len(mark) + 2 + width + 2)
     texts = [finding.text, *([f"-> {finding.advice}"] if finding.advice else [])]
@@ -127,7 +125,7 @@ def _block(finding: Finding, width: int, colours: bool) -> Iterator[str]:
 
 
 def _wrapped(text: str, width: int) -> Iterable[str]:
-    # A path or a command is left whole, to be copied.
+    # Paths and commands stay whole, so that they can be copied.
     return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
 
 

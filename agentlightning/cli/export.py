@@ -1,4 +1,4 @@
-"""`agl export`: what is in a store, in a file."""
+"""`agl export`: write generations or triplets of a store to a file."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from tqdm import tqdm
 import agentlightning
 from agentlightning import settings
 from agentlightning.cli import formats
-from agentlightning.cli.formats import Stopped
+from agentlightning.cli.formats import MissingPackage
 from agentlightning.errors import StoreRefused, StoreUnavailable
 from agentlightning.generation import STATUSES
 from agentlightning.store import Filters, Store, open_store
 
 DESCRIPTION = "Write recorded generations to a file, in the order in which they finished, or the triplets of rollouts."
 EPILOG = """\
-Moments are ISO 8601, in local time where they name no other: 2026-11-24, 2026-11-24T10:30, 2026-11-24T10:30:00Z.
-FILE appears when it is complete, and can be read by its owner alone."""
+Times are ISO 8601, local unless they have an offset: 2026-11-24, 2026-11-24T10:30, 2026-11-24T10:30:00Z. FILE appears
+once it is complete, and only its owner can read it."""
 
 INTERRUPTED = 128 + signal.SIGINT
-NOBODY_READS = 128 + signal.SIGPIPE
+OUTPUT_CLOSED = 128 + signal.SIGPIPE
 WRITERS = {"jsonl": formats.write_jsonl, "parquet": formats.write_parquet}
 FILTERS_OF_TRIPLETS = ("rollout_id", "attempt_id")
 _DATE = re.compile(r"\d{4}-\d\d-\d\d")
@@ -39,7 +39,7 @@ EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run `agl export`; returns the exit status."""
+    """Run `agl export` and return its exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
     filters: Any = {
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     }
     others = [f"--{name.removesuffix('_id')}" for name in filters if name not in FILTERS_OF_TRIPLETS]
     if options.what == "triplets" and others:
-        parser.error(f"triplets are chosen by --rollout and --attempt alone, not by {', '.join(others)}")
+        parser.error(f"triplets can be filtered by --rollout and --attempt only, not by {', '.join(others)}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with open_store(options.store, create=False) as store, _output(options.output) as file:
@@ -55,16 +55,16 @@ def main(arguments: Sequence[str]) -> int:
                 kind, found, total = formats.TRIPLETS, store.triplets(**filters), None
             else:
                 kind, found, total = formats.GENERATIONS, store.generations(**filters), _total(store, filters)
-            # None: not where stderr is no terminal.
+            # disable=None: no progress bar unless stderr is a terminal.
             with tqdm(found, total=total, unit=f" {options.what}", disable=None) as records:
                 WRITERS[options.format](file, iter(records), kind)
     except BrokenPipeError:
-        # Python would try again, and complain, when it closes stdout at its end.
+        # Python flushes stdout when it exits, and would report the same error again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return NOBODY_READS
+        return OUTPUT_CLOSED
     except KeyboardInterrupt:
         return INTERRUPTED
-    except (Stopped, StoreRefused, StoreUnavailable, OSError) as reason:
+    except (MissingPackage, StoreRefused, StoreUnavailable, OSError) as reason:
         sys.stderr.write(f"agl export: {reason}\n")
         return 1
     return 0
@@ -75,39 +75,41 @@ def _total(store: Store, filters: Filters) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="agl export", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="agl export", description=DESCRIPTION, epilog=EPILOG)
     store = settings.read("AGL_STORE")
-    parser.add_argument("--store", metavar="URL", default=store, required=not store, help="AGL_STORE if not given")
-    what = "the calls of vLLM, or those of rollouts with their rewards; generations if not given"
+    parser.add_argument(
+        "--store", metavar="URL", default=store, required=not store, help="the store to read (default: AGL_STORE)"
+    )
+    what = "calls of vLLM, or calls of rollouts with their rewards (default: %(default)s)"
     parser.add_argument("--what", choices=("generations", "triplets"), default="generations", help=what)
-    parser.add_argument("--format", choices=("jsonl", "parquet"), default="jsonl", help="jsonl if not given")
-    parser.add_argument("-o", "--output", metavar="FILE", default="-", help="- is stdout, also if not given")
+    parser.add_argument("--format", choices=("jsonl", "parquet"), default="jsonl", help="(default: %(default)s)")
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", default="-", help="the file to write; - is stdout (default: -)"
+    )
     parser.add_argument("--rollout", metavar="ID", dest="rollout_id", help="only this rollout's")
     parser.add_argument("--attempt", metavar="ID", dest="attempt_id", help="only this attempt's")
     parser.add_argument("--session", metavar="ID", dest="session_id", help="only this session's")
     parser.add_argument("--model", metavar="NAME", help="only this model's")
-    parser.add_argument("--status", choices=STATUSES, help="only those that ended like this")
-    parser.add_argument("--since", metavar="MOMENT", type=_moment, help="only those that finished then or later")
-    parser.add_argument("--until", metavar="MOMENT", type=_moment, help="only those that finished before")
+    parser.add_argument("--status", choices=STATUSES, help="only those with this status")
+    parser.add_argument("--since", metavar="TIME", type=_nanoseconds, help="only those that finished then or later")
+    parser.add_argument("--until", metavar="TIME", type=_nanoseconds, help="only those that finished before")
     parser.add_argument("--version", action="version", version=f"agl {agentlightning.__version__}")
     return parser
 
 
-def _moment(text: str) -> int:
-    """Nanoseconds since the epoch."""
+def _nanoseconds(text: str) -> int:
+    """Convert a time to nanoseconds since the epoch."""
     try:
         return (_parsed(text).astimezone() - EPOCH) // timedelta(microseconds=1) * 1_000
     except (ValueError, OverflowError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no moment, such as 2026-11-24T10:30") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time; write it like 2026-11-24T10:30") from error
 
 
 def _parsed(text: str) -> datetime:
     try:
         return datetime.fromisoformat(text)
     except ValueError:
-        # Before 3.11 it knows neither Z nor 24.5 seconds. pydantic does, but takes a bare number for seconds.
+        # Before Python 3.11 it reads neither Z nor 24.5 s. pydantic reads both, but takes a bare number as seconds.
         if not _DATE.match(text):
             raise
         from pydantic import TypeAdapter
@@ -117,14 +119,14 @@ def _parsed(text: str) -> datetime:
 
 @contextmanager
 def _output(name: str) -> Iterator[IO[bytes]]:
-    """Where to write to: a file takes its name, and the place of one that had it before, when the block is through."""
+    """Open the output. A file gets its name, and replaces an older one, when the block ends without an error."""
     if name == "-":
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
         return
     path = Path(name).resolve()
     if path.exists() and not stat.S_ISREG(path.stat().st_mode):
-        # A pipe or a device: nothing that could be replaced.
+        # A pipe or a device cannot be replaced.
         with path.open("wb") as file:
             yield file
         return

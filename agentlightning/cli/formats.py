@@ -1,4 +1,4 @@
-"""Generations and triplets in files that others open: JSONL and Parquet."""
+"""File formats of generations and triplets: JSON Lines and Parquet."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import IO, Any
 from agentlightning.generation import Generation
 from agentlightning.triplet import VERSION, Triplet
 
-__all__ = ["GENERATIONS", "TRIPLETS", "Kind", "Stopped", "write_jsonl", "write_parquet"]
+__all__ = ["GENERATIONS", "TRIPLETS", "Kind", "MissingPackage", "write_jsonl", "write_parquet"]
 
 ROWS_AT_ONCE = 16
 ROW_GROUP_BYTES = 16 << 20
 
 
-class Stopped(Exception):
-    """Nothing more can be done; the message is one sentence that says why."""
+class MissingPackage(Exception):
+    """A format needs a package that is not installed; the message says how to install it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +28,8 @@ class Kind:
     """A kind of record.
 
     Attributes:
-        row: what is written of one: of one shape, whatever is in it, since readers take the first for all.
-        schema: the Parquet file's, of a row's fields in their order; made with the module `pyarrow`.
+        row: converts a record to a row. All rows have one shape, since readers infer it from the first.
+        schema: makes the schema of a Parquet file, with a row's fields in their order, from the module `pyarrow`.
     """
 
     row: Callable[[Any], dict[str, Any]]
@@ -37,28 +37,28 @@ class Kind:
 
 
 def write_jsonl(file: IO[bytes], records: Iterator[Any], kind: Kind) -> None:
-    """Write a line for each record."""
+    """Write one line for each record."""
     for record in records:
         row = kind.row(record)
         try:
             line = json.dumps(row, allow_nan=False)
         except ValueError:
-            # JSON has no infinity.
+            # JSON cannot express infinity.
             line = json.dumps(_finite(row))
         file.write(f"{line}\n".encode())
 
 
 def write_parquet(file: IO[bytes], records: Iterator[Any], kind: Kind) -> None:
-    """Write a row for each record.
+    """Write one row for each record.
 
     Raises:
-        Stopped: pyarrow is missing.
+        MissingPackage: pyarrow is not installed.
     """
     try:
         import pyarrow
         from pyarrow.parquet import ParquetWriter
     except ImportError as error:
-        raise Stopped(f"Parquet needs pyarrow: {sys.executable} -m pip install pyarrow") from error
+        raise MissingPackage(f"Parquet needs pyarrow: {sys.executable} -m pip install pyarrow") from error
     schema = kind.schema(pyarrow)
     with ParquetWriter(file, schema, compression="zstd") as writer:
         group: list[Any] = []
@@ -71,7 +71,7 @@ def write_parquet(file: IO[bytes], records: Iterator[Any], kind: Kind) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """It, with null in the place of infinity."""
+    """Replace infinities in JSON data by null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

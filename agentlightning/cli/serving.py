@@ -1,4 +1,4 @@
-"""What `agl store` and `agl agentops` have in common: one application, which listens, and its options."""
+"""The server behind `agl store` and `agl agentops`, and the options that both have."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ PACKAGES = (
     "uvicorn",
     "uvloop",
 )
-"""What the extra `store` installs. Not by its own name: an index may have another package of ours."""
+"""The packages of the extra `store`. Named one by one, since `agentlightning` on a package index is another project."""
 AGENTOPS_PACKAGES = (*PACKAGES, "pyjwt")
-"""What the extra `agentops` installs."""
+"""The packages of the extra `agentops`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +42,9 @@ class Serving:
     """A server that listens.
 
     Attributes:
-        url: without a slash at its end.
-        place: of the store, as it may be shown.
-        key: what it asks for; None for nothing.
+        url: its address, without a slash at the end.
+        place: the address of its store, without secrets.
+        key: the key that clients must send; None if they need none.
     """
 
     url: str
@@ -58,22 +58,27 @@ class Serving:
 
 
 def add_options(parser: argparse.ArgumentParser, port: int) -> None:
-    """Those of a server.
+    """Add the options of a server.
 
     Args:
-        port: where it listens if nothing is said.
+        port: the default of `--port`.
     """
     store = settings.read("AGL_STORE") or DEFAULT_STORE
     parser.add_argument("--host", default="127.0.0.1", help="where to listen (default: %(default)s)")
-    parser.add_argument("--port", type=_port, default=port, help="0 is any that is free (default: %(default)s)")
-    parser.add_argument("--store", metavar="URL", default=store, help=f"AGL_STORE, or {DEFAULT_STORE}, if not given")
-    parser.add_argument("--api-key", metavar="KEY", help="ask for this key; AGL_STORE_KEY if not given")
+    parser.add_argument("--port", type=_port, default=port, help="0 picks a free one (default: %(default)s)")
+    parser.add_argument(
+        "--store",
+        metavar="URL",
+        default=store,
+        help=f"a file, or a postgresql:// URL (default: AGL_STORE, or {DEFAULT_STORE})",
+    )
+    parser.add_argument("--api-key", metavar="KEY", help="the key that clients must send (default: AGL_STORE_KEY)")
     parser.add_argument(
         "--cors-origin",
         metavar="ORIGIN",
         action="append",
         default=[],
-        help="let pages of this origin ask, * is any; may be repeated",
+        help="let web pages of this origin use the server; * is any origin; may be repeated",
     )
     parser.add_argument(
         "--log-level",
@@ -83,19 +88,23 @@ def add_options(parser: argparse.ArgumentParser, port: int) -> None:
         help="how much is logged; debug has a line for every request (default: %(default)s)",
     )
     parser.add_argument(
-        "--max-body-mb", metavar="N", type=_megabytes, default=64, help="largest body, in MiB (default: %(default)s)"
+        "--max-body-mb",
+        metavar="N",
+        type=_megabytes,
+        default=64,
+        help="the largest body, in MiB (default: %(default)s)",
     )
     parser.add_argument("--insecure", action="store_true", help="listen for other machines without a key")
     parser.add_argument("--version", action="version", version=f"agl {agentlightning.__version__}")
 
 
 def key_of(parser: argparse.ArgumentParser, options: Any) -> str | None:
-    """What to ask for; ends the program where that is nothing, and others could reach it."""
+    """Return the key that clients must send. End the program if there is none and other machines could connect."""
     key = options.api_key or settings.store_key()
     if key is None and not options.insecure and not is_loopback(options.host):
         parser.error(
-            f"{options.host} can be reached from other machines: give --api-key (or AGL_STORE_KEY), or --insecure "
-            "where the network lets nobody else in"
+            f"{options.host} can be reached from other machines: set --api-key (or AGL_STORE_KEY), or use --insecure "
+            "in a network that only trusted machines can reach"
         )
     return key
 
@@ -103,19 +112,19 @@ def key_of(parser: argparse.ArgumentParser, options: Any) -> str | None:
 def serve(
     prog: str, options: Any, key: str | None, *, agentops: bool, is_up: Callable[[Serving], None] = lambda _: None
 ) -> int:
-    """Serve until a signal ends it; returns the exit status, after saying what is in the way if something is.
+    """Serve until a signal ends it, or print why that is impossible; return the exit status.
 
     Args:
-        options: those of `add_options`.
-        agentops: have what the AgentOps SDK calls, too.
-        is_up: called when it answers.
+        options: the values of `add_options`.
+        agentops: also serve the AgentOps SDK's routes.
+        is_up: called once the server answers.
     """
     packages = AGENTOPS_PACKAGES if agentops else PACKAGES
     try:
         return _serve(prog, options, key, agentops, is_up)
     except ImportError as error:
         install = f"{sys.executable} -m pip install {' '.join(packages)}"
-        sys.stderr.write(f"{prog}: needs more than is installed ({error.name}): {install}\n")
+        sys.stderr.write(f"{prog}: a package is missing ({error.name}); install what the server needs: {install}\n")
     except (StoreRefused, StoreUnavailable) as reason:
         sys.stderr.write(f"{prog}: {reason}\n")
     except OSError as error:
@@ -124,7 +133,7 @@ def serve(
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host is this machine to itself, which nobody else reaches by it."""
+    """Tell whether a host name or address is this machine's own, which no other machine can reach."""
     if host == "localhost":
         return True
     try:
@@ -136,13 +145,13 @@ def is_loopback(host: str) -> bool:
 def _port(text: str) -> int:
     if text.isdecimal() and int(text) < 1 << 16:
         return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is no port, from 0 to 65535")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a port; ports go from 0 to 65535")
 
 
 def _megabytes(text: str) -> int:
     if text.isdecimal() and 0 < int(text) <= 4096:
         return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to 4096")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 4096")
 
 
 def _serve(prog: str, options: Any, key: str | None, agentops: bool, is_up: Callable[[Serving], None]) -> int:
@@ -157,7 +166,7 @@ def _serve(prog: str, options: Any, key: str | None, agentops: bool, is_up: Call
             if not self.should_exit:
                 is_up(serving)
 
-    # The thread that writes gives the interpreter up for each statement, and waits so long to have it back.
+    # The writing thread releases the interpreter for each statement, and waits up to this long to get it back.
     sys.setswitchinterval(SECONDS_TO_SWITCH)
     logging.basicConfig(level=options.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     ClientConnection.limit = raise_file_limit()
@@ -168,7 +177,7 @@ def _serve(prog: str, options: Any, key: str | None, agentops: bool, is_up: Call
         database,
         key=key,
         cors_origins=options.cors_origin,
-        # Without a key, what keeps pages out whose host is made to mean this machine is that it is no name of it.
+        # Without a key, only the check of the Host header keeps out web pages whose own name resolves to this machine.
         is_own_name=is_loopback if key is None and is_loopback(options.host) else None,
         body_limit=options.max_body_mb << 20,
         agentops=agentops,
@@ -185,12 +194,12 @@ def _serve(prog: str, options: Any, key: str | None, agentops: bool, is_up: Call
     )
     host, port = listening.getsockname()[:2]
     if ipaddress.ip_address(host).is_unspecified:
-        # That is no address that anybody could ask.
+        # No client can connect to an unspecified address.
         host = socket.gethostname()
     host = f"[{host}]" if ":" in host else host
     serving = Serving(f"http://{host}:{port}", settings.without_secrets(options.store), key)
     sys.stderr.write(f"{prog}: {serving.announcement}\n")
-    # What has been imported stays: to look through it for garbage, again and again, takes a tenth of a second.
+    # Imported modules stay for good: without this, each full collection would scan them, for a tenth of a second.
     gc.collect()
     gc.freeze()
     server.run(sockets=[listening])

@@ -1,7 +1,4 @@
-"""Is it on, and if not, why: what `agl doctor` says.
-
-Every check gives findings; a finding that is a problem comes with what to do about it.
-"""
+"""The checks of `agl doctor`. Each gives findings; a finding that is a problem says what to do about it."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ __all__ = ["Finding", "Mark", "Unreachable", "all_is_well"]
 
 
 class Mark(Enum):
-    """How a finding is to be taken."""
+    """How serious a finding is."""
 
     OK = "ok"
     NOTE = "note"
@@ -22,11 +19,11 @@ class Mark(Enum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        subject: what was looked at, in a word or two.
-        mark: whether it is as it should be.
+        subject: the thing that was checked, in a word or two.
+        mark: how serious it is.
         text: what was found.
         advice: what to do about it; every problem has one.
     """
@@ -37,14 +34,14 @@ class Finding:
     advice: str | None = None
 
     def as_dict(self) -> dict[str, str | None]:
-        """For JSON."""
+        """Convert to JSON data."""
         return {"subject": self.subject, "mark": self.mark.value, "text": self.text, "advice": self.advice}
 
 
 class Unreachable(Exception):
-    """What was to be asked gave no answer. The message says why; the second argument says what to do."""
+    """A server or a store gave no answer. The message says why; the second argument says what to do."""
 
 
 def all_is_well(findings: Iterable[Finding]) -> bool:
-    """Whether there is no problem among them; a note is none."""
+    """Tell whether no finding is a problem. Notes do not count as problems."""
     return all(finding.mark is not Mark.PROBLEM for finding in findings)

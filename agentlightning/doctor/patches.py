@@ -1,4 +1,4 @@
-"""Which vLLM is there, what of it is patched, and what keeps vLLM from asking Python."""
+"""The installed vLLM: its version, its patches, and settings that bypass its Python frontend."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from pathlib import Path
 from typing import Any
 
 from agentlightning.doctor import Finding, Mark
-from agentlightning.doctor.installation import PTH, interpreter
-from agentlightning.doctor.presence import what_is_missing
+from agentlightning.doctor.environment import PTH, interpreter
+from agentlightning.doctor.vllm import missing_vllm
 from agentlightning.importhook import locate
 from agentlightning.instrumentation.vllm import releases
 
-__all__ = ["findings", "of_an_unknown_release", "of_patches"]
+__all__ = ["findings", "patch_findings", "release_findings"]
 
 PROBE_SECONDS = 600
-# Importing us arms a process where the variable is on; that must not hide whether Python arms it by itself.
+# Importing this package with the variable on arms the process. That must not hide whether Python arms it by itself.
 PROBE = """\
 import os, sys
 switch = os.environ.pop("AGL_INSTRUMENT")
-from agentlightning.doctor import probe
+from agentlightning.doctor.vllm import write_outcome
 os.environ["AGL_INSTRUMENT"] = switch
-probe.main(sys.argv[1])
+write_outcome(sys.argv[1])
 """
 
 
 def findings() -> Iterator[Finding]:
-    """What becomes of the vLLM that this interpreter has. Takes as long as importing vLLM does."""
-    missing = what_is_missing()
+    """Check the vLLM of this interpreter. Takes as long as importing vLLM does."""
+    missing = missing_vllm()
     if missing:
         text, _, advice = missing.partition("; ")
         yield Finding("vLLM", Mark.PROBLEM, text, advice)
@@ -41,49 +41,49 @@ def findings() -> Iterator[Finding]:
     outcome = _probed()
     yield _version(outcome)
     patches, not_imported = outcome.get("patches", {}), outcome.get("not_imported", {})
-    yield from of_an_unknown_release(outcome.get("version"), patches)
-    yield from of_patches(patches)
+    yield from release_findings(outcome.get("version"), patches)
+    yield from patch_findings(patches)
     yield from _not_imported(not_imported)
-    # All that there is to patch has been imported: nothing can be pending that we were asked for.
+    # All modules to patch have been imported. A set that is still pending was imported without the import hook.
     pending = [name for name, patch in patches.items() if patch["state"] == "pending"]
     if pending and not not_imported:
         yield Finding(
             "vLLM",
             Mark.PROBLEM,
-            f"it was imported past our import hook, which leaves it unpatched: {', '.join(pending)}",
-            f"see what is said of {PTH} and of finders",
+            f"it was imported without our import hook, so these are not patched: {', '.join(pending)}",
+            f"see the findings on {PTH} and finders",
         )
     if outcome.get("finders_ahead"):
         yield _finders(outcome["finders_ahead"], all(patch["state"] == "applied" for patch in patches.values()))
-    yield from _past_python()
+    yield from _bypasses()
 
 
-def of_patches(patches: Mapping[str, Mapping[str, str | None]]) -> Iterator[Finding]:
-    """What the states of the patch sets mean, here or on a server.
+def patch_findings(patches: Mapping[str, Mapping[str, str | None]]) -> Iterator[Finding]:
+    """Explain the states of the patch sets, here or on a server.
 
     Args:
-        patches: state and reason of each patch set by its name, as `Status.as_dict` gives them.
+        patches: the state and reason of each patch set by its name, as in `Status.as_dict`.
     """
     for name, patch in patches.items():
         state, reason = patch["state"], patch["reason"]
         if state == "pending":
-            reason = reason or "this process has not imported it, others may have"
+            reason = reason or "not imported in this process; others may have imported it"
         text = f"{state}: {reason}" if reason else f"{state}"
         if state == "failed":
             advice = (
-                "use a release of vLLM that the README lists, or a newer agentlightning; until then answers lack this"
+                "use a release that docs/releases.md lists, or a newer agentlightning; until then answers lack this"
             )
             yield Finding(name, Mark.PROBLEM, text, advice)
         else:
             yield Finding(name, Mark.OK if state == "applied" else Mark.NOTE, text)
 
 
-def of_an_unknown_release(version: Any, patches: Mapping[str, Mapping[str, str | None]]) -> Iterator[Finding]:
-    """Say which patch sets have found their targets, in a vLLM that is newer than all known ones; else nothing.
+def release_findings(version: Any, patches: Mapping[str, Mapping[str, str | None]]) -> Iterator[Finding]:
+    """Say which patch sets found their targets, if this vLLM is newer than all known releases.
 
     Args:
-        version: vLLM's; None where it is not known.
-        patches: as for `of_patches`.
+        version: that of vLLM; None if unknown.
+        patches: as for `patch_findings`.
     """
     if not isinstance(version, str) or not releases.is_before(releases.NEWEST_KNOWN, version):
         return
@@ -114,7 +114,9 @@ def _finders(ahead: Sequence[str], all_applied: bool) -> Finding:
     text = f"asked before ours on sys.meta_path: {', '.join(ahead)}"
     if all_applied:
         return Finding("finders", Mark.NOTE, f"{text}; harmless, since all is applied")
-    return Finding("finders", Mark.NOTE, text, "what one of them finds by itself cannot be patched: do without it")
+    return Finding(
+        "finders", Mark.NOTE, text, "modules that one of these finds cannot be patched: remove it if it finds vLLM"
+    )
 
 
 def _probed() -> dict[str, Any]:
@@ -122,7 +124,7 @@ def _probed() -> dict[str, Any]:
         file = Path(folder, "outcome.json")
         probe = [*interpreter(), "-c", PROBE, str(file)]
         try:
-            # Not strict: it would end the probe instead of telling.
+            # Not strict, which would end the process instead of reporting.
             ran = subprocess.run(
                 probe,
                 env={**os.environ, "AGL_INSTRUMENT": "1"},
@@ -136,7 +138,7 @@ def _probed() -> dict[str, Any]:
             return {"error": f"importing it took more than {PROBE_SECONDS} s"}
         if file.is_file():
             return json.loads(file.read_text())
-        last = (ran.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        last = (ran.stderr.strip().splitlines() or ["it printed nothing"])[-1]
         return {"error": f"importing it ended the process with status {ran.returncode}: {last}"}
 
 
@@ -162,7 +164,7 @@ def _version(outcome: Mapping[str, Any]) -> Finding:
 
 
 def _owners(folder: Path) -> list[str]:
-    """The distributions whose files `folder` holds: vLLM is known by several names, and by a name without files."""
+    """Return the distributions that installed `folder`. vLLM has several names, and one of them has no files."""
     init = (folder / "__init__.py").resolve()
     return sorted(
         f"{distribution.metadata['Name']} {distribution.version}"
@@ -174,7 +176,7 @@ def _owners(folder: Path) -> list[str]:
     )
 
 
-def _past_python() -> Iterator[Finding]:
+def _bypasses() -> Iterator[Finding]:
     if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
         yield Finding(
             "Rust frontend",
@@ -186,6 +188,6 @@ def _past_python() -> Iterator[Finding]:
         yield Finding(
             "V0 engine",
             Mark.PROBLEM,
-            "VLLM_USE_V1=0 asks releases to 0.10 for their old engine, whose answers are not complete",
+            "VLLM_USE_V1=0 selects the V0 engine of releases up to 0.10, whose answers are not complete",
             "unset it",
         )

@@ -1,4 +1,4 @@
-"""What a store has, and why it has nothing of what somebody looks for there."""
+"""The generations of a store, and why it has none for a rollout."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ ADVICE = {
     QUEUE_FULL: "give the store a faster disk, or the server a larger AGL_QUEUE_MB",
     STOPPED: "give the store a faster disk: it was behind when the server ended",
 }
-"""For what is not a bug of ours."""
+"""Advice for losses that are not bugs."""
 
 
 def read(url: str, rollout_id: str | None) -> dict[str, Any]:
-    """What the store at `url` has: how many generations by status, in all and for the rollout, what was lost, and
-    what the queue says of the rollout.
+    """Count what the store at `url` has: generations by status, in all and for the rollout, and losses; with the
+    status of the rollout in the queue.
 
     Raises:
-        Unreachable: where there is no store, or none that can be read.
+        Unreachable: there is no store at `url`, or it cannot be read.
     """
     try:
         with open_store(url, create=False) as store:
@@ -48,15 +48,15 @@ def read(url: str, rollout_id: str | None) -> dict[str, Any]:
                 }
             return report
     except StoreRefused as reason:
-        raise Unreachable(str(reason), "give what AGL_STORE has where the server runs") from reason
+        raise Unreachable(str(reason), "use the AGL_STORE of the server") from reason
     except StoreUnavailable as reason:
         is_served = url.startswith(("http://", "https://"))
-        advice = "is `agl store` running there?" if is_served else f"a server makes it when it starts: {IS_IT_CALLED}"
+        advice = "is `agl store` running there?" if is_served else f"a server creates it when it starts: {IS_IT_CALLED}"
         raise Unreachable(str(reason), advice) from reason
 
 
 def findings(report: Mapping[str, Any]) -> Iterator[Finding]:
-    """What the report of a store means."""
+    """Explain the report of a store."""
     total, without_rollout = sum(report["generations"].values()), report["without_rollout"]
     if "rollout_id" in report:
         yield _of_rollout(report, total)
@@ -66,7 +66,7 @@ def findings(report: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding("generations", Mark.PROBLEM, "none: no server that records here was ever called", IS_IT_CALLED)
     if without_rollout:
         every = "all of them" if without_rollout == total else f"{without_rollout} of them"
-        yield Finding("no rollout", Mark.NOTE, f"{every} belong to none, since their calls named none: {NAME_IT}")
+        yield Finding("no rollout", Mark.NOTE, f"{every} belong to no rollout, since their calls named none: {NAME_IT}")
     for reason, loss in report["lost"].items():
         when = datetime.fromtimestamp(loss["last_at"] / 1e9, timezone.utc).isoformat(" ", "seconds")
         text = f"{loss['count']} could not be kept, the last at {when}: {reason}"

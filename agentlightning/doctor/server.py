@@ -1,4 +1,4 @@
-"""What a running server says of itself."""
+"""The status of a running server."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard
 
 from agentlightning.doctor import Finding, Mark, Unreachable
-from agentlightning.doctor.patches import of_an_unknown_release, of_patches
+from agentlightning.doctor.patches import patch_findings, release_findings
 from agentlightning.instrumentation.vllm.server import STATUS_ROUTE
 
 __all__ = ["findings", "read"]
@@ -31,10 +31,10 @@ REPORTED = (
 
 
 def read(url: str, api_key: str | None) -> dict[str, Any]:
-    """The status of the server at `url`: `[http://]host:port`, with or without its `/v1`.
+    """Fetch the status of the server at `url`: `[http://]host:port`, with or without `/v1`.
 
     Raises:
-        Unreachable: where there is no server, or none that gives a status.
+        Unreachable: there is no server at `url`, or it has no status.
     """
     server = url.rstrip("/").removesuffix("/v1")
     address = f"{server if '://' in server else f'http://{server}'}{STATUS_ROUTE}"
@@ -47,7 +47,7 @@ def read(url: str, api_key: str | None) -> dict[str, Any]:
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise Unreachable(
-            f"{address} gives no answer: {reason}", "is the server up, and is this its address?"
+            f"{address} does not answer: {reason}", "is the server up, and is this its address?"
         ) from error
     try:
         status = json.loads(body)
@@ -55,12 +55,12 @@ def read(url: str, api_key: str | None) -> dict[str, Any]:
         status = None
     if not _is_status(status):
         advice = "is this the address of a vLLM server, with the same version of agentlightning as here?"
-        raise Unreachable(f"{address} answers something else than a status", advice)
+        raise Unreachable(f"{address} answers with something other than a status", advice)
     return status
 
 
 def _is_status(answer: Any) -> TypeGuard[dict[str, Any]]:
-    """Whether it is of the shape that is reported on; another version's may not be."""
+    """Tell whether the answer has the expected shape; that of another version may not."""
     if not isinstance(answer, dict) or not all(key in answer for key in REPORTED):
         return False
     mappings = (answer["switches"], answer["patches"], answer["counters"])
@@ -76,10 +76,10 @@ def _is_status(answer: Any) -> TypeGuard[dict[str, Any]]:
 
 def _refused(address: str, code: int) -> tuple[str, str]:
     if code in (401, 403):
-        return f"{address} wants the server's API key", "give it: --api-key KEY, or VLLM_API_KEY in the environment"
+        return f"{address} needs the server's API key", "pass --api-key KEY, or set VLLM_API_KEY"
     if code == 404:
         rust = "vLLM's Rust frontend that answers, with token ids only where a request asks for them"
-        records = "what its engine cores record, `agl doctor --store` shows"
+        records = "`agl doctor --store` shows what its engine cores record"
         return (
             f"{address} does not exist: this server is not instrumented, or it is {rust}: {records}",
             "set AGL_INSTRUMENT=1 in the environment of the server, and run `agl doctor` where it runs",
@@ -88,18 +88,18 @@ def _refused(address: str, code: int) -> tuple[str, str]:
 
 
 def findings(status: Mapping[str, Any]) -> Iterator[Finding]:
-    """What the status of a server means."""
+    """Explain the status of a server."""
     process = f"process {status['pid']}"
     if status["api_servers"] > 1:
         process += f", one of {status['api_servers']} API servers (each answers for itself: ask again for another)"
     versions = f"agentlightning {status['agentlightning']}, Python {status['python']}"
     yield Finding("vLLM", Mark.OK, f"{status['vllm']}, {versions}; {process}")
     switches = ", ".join(f"{name}={value}" for name, value in status["switches"].items())
-    # Not what anybody who asks this expects, and still what was asked for.
+    # A note: it was set on purpose, but explains answers without ids.
     silent = status["switches"].get("AGL_RETURN_TOKEN_IDS") == "none"
     yield Finding("switches", Mark.NOTE if silent else Mark.OK, switches)
-    yield from of_an_unknown_release(status["vllm"], status["patches"])
-    yield from of_patches(status["patches"])
+    yield from release_findings(status["vllm"], status["patches"])
+    yield from patch_findings(status["patches"])
     for limit in status["limits"]:
         yield Finding("engine", Mark.NOTE, limit)
     if status["recording"] is not None:
@@ -108,7 +108,7 @@ def findings(status: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding(
             "failures",
             Mark.PROBLEM,
-            f"{count} times vLLM went on without us: {kind}",
+            f"{count} times an answer went out as vLLM made it, after an error of ours: {kind}",
             "the server's log has the traceback of the first; please report it",
         )
 
@@ -121,10 +121,12 @@ def _recording(recording: Mapping[str, Any]) -> Iterator[Finding]:
     if recording["trouble"] is None:
         yield Finding("store", Mark.OK, kept)
     else:
-        advice = "make the store writable again: what waits is written then, and what finds no room is lost"
+        advice = (
+            "make the store writable again; waiting generations are written then, and those that find no room are lost"
+        )
         yield Finding("store", Mark.PROBLEM, f"{kept}: {recording['trouble']}", advice)
     lost = {reason: count for reason, count in recording["lost"].items() if count}
     if lost:
         reasons = ", ".join(f"{count} ({reason})" for reason, count in lost.items())
-        advice = "the server's log says why; `agl doctor --store` shows what was lost when"
+        advice = "the server's log says why; `agl doctor --store` shows what was lost, and when"
         yield Finding("store", Mark.PROBLEM, f"generations lost: {reasons}", advice)

@@ -112,7 +112,7 @@ def test_stop_without_a_daemon_says_so(agentops: Command) -> None:
     result = agentops("--stop")
 
     assert (result.returncode, len(result.stderr.splitlines())) == (1, 1)
-    assert "none is running" in result.stderr
+    assert "not running" in result.stderr
 
 
 def test_stale_pid_file_is_ignored(agentops: Command) -> None:
@@ -126,7 +126,7 @@ def test_stale_pid_file_is_ignored(agentops: Command) -> None:
     result = agentops("--stop")
 
     assert result.returncode == 1
-    assert "none is running any more" in result.stderr
+    assert "not running any more" in result.stderr
     assert agentops("--daemon", "--port=0").returncode == 0
 
 
@@ -190,7 +190,7 @@ def test_pid_file_option_naming_another_file_leaves_it_unchanged(agentops: Comma
     result = agentops(*arguments, f"--pid-file={thesis}")
 
     assert result.returncode == 1
-    assert f"{thesis} is no pid file" in result.stderr
+    assert f"{thesis} is not a pid file" in result.stderr
     assert thesis.read_text() == "a long text\n"
 
 
@@ -208,4 +208,4 @@ def test_log_as_pid_file_is_refused(agentops: Command) -> None:
     result = agentops("--daemon", "--port=0", "--pid-file=agl.log")
 
     assert result.returncode == 1
-    assert "agl.log is no pid file" in result.stderr
+    assert "agl.log is not a pid file" in result.stderr

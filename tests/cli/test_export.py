@@ -104,7 +104,7 @@ REWARD = NewSpan(
 
 
 def row(kept: Generation) -> dict[str, Any]:
-    """What is to be written of it: what it is, and what stopped it as text, and versions by name."""
+    """Build the expected row: the fields, with `stop_reason` as text and versions by name."""
     written = kept.as_dict()
     for choice in written["choices"]:
         if choice["stop_reason"] is not None:
@@ -289,7 +289,7 @@ def rewarded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def triplets(path: Path, *arguments: str) -> list[dict[str, Any]]:
-    """What is to be written of them."""
+    """Build the expected rows."""
     with open_store(str(path)) as opened:
         return [each.as_dict() for each in opened.triplets(*arguments)]
 
@@ -499,14 +499,14 @@ def test_a_folder_that_is_not_there_is_named(store: Path) -> None:
     [
         ((), "--store"),
         (("--store", "a.db", "--format", "csv"), "csv"),
-        (("--store", "a.db", "--since", "yesterday"), "'yesterday' is no moment, such as 2026-11-24T10:30"),
-        (("--store", "a.db", "--since", "1790000000"), "'1790000000' is no moment, such as 2026-11-24T10:30"),
-        (("--store", "a.db", "--until=-5"), "'-5' is no moment, such as 2026-11-24T10:30"),
+        (("--store", "a.db", "--since", "yesterday"), "'yesterday' is not a time; write it like 2026-11-24T10:30"),
+        (("--store", "a.db", "--since", "1790000000"), "'1790000000' is not a time; write it like 2026-11-24T10:30"),
+        (("--store", "a.db", "--until=-5"), "'-5' is not a time; write it like 2026-11-24T10:30"),
         (("--store", "a.db", "--status", "asleep"), "asleep"),
         (("--store", "a.db", "--what", "spans"), "spans"),
         (
             ("--store", "a.db", "--what", "triplets", "--session", "s", "--since", "2026-11-24"),
-            "triplets are chosen by --rollout and --attempt alone, not by --session, --since",
+            "triplets can be filtered by --rollout and --attempt only, not by --session, --since",
         ),
     ],
 )

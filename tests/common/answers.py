@@ -13,7 +13,7 @@ from typing import Any
 from tests.common.vllm import RemoteOpenAIServer
 
 VARYING = {"id", "item_id", "request_id", "created", "created_at", "system_fingerprint"}
-"""What differs from call to call, and from server to server."""
+"""Fields that differ from call to call, and from server to server."""
 
 
 @dataclass
@@ -84,7 +84,7 @@ def get(server: RemoteOpenAIServer, path: str, **headers: str) -> tuple[int, byt
 
 
 GROWING = {"content", "text", "reasoning", "arguments"}
-"""What a client joins from chunk to chunk."""
+"""Fields that a client joins from chunk to chunk."""
 
 
 DELTAS = {"response.output_text.delta", "content_block_delta"}

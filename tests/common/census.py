@@ -1,4 +1,4 @@
-"""What a server process still holds of its requests: `vllm serve --middleware tests.common.census.Census`."""
+"""Count what a server process still holds of its requests: `vllm serve --middleware tests.common.census.Census`."""
 
 from __future__ import annotations
 

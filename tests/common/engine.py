@@ -34,7 +34,7 @@ OF_REQUESTS = ("resumable", "pooling_params", "mm_features", "prompt_embeds", "p
 
 
 class Engine:
-    """It says what it is told to, to requests that are registered as `AsyncLLM` registers them."""
+    """An engine that gives prepared outputs to requests, which are registered as `AsyncLLM` registers them."""
 
     def __init__(self) -> None:
         self.processor = OutputProcessor(tokenizer=None, log_stats=False)

@@ -19,7 +19,7 @@ OUR_FINDERS = "import sys; print(sum(type(f).__module__ == '_agentlightning' for
 
 
 def run(*command: str | Path, **variables: str) -> str:
-    """What the command prints, on stderr too; fails where it fails.
+    """Run a command and return its output, with stderr; fail if it fails.
 
     pip and uv install the versions of the tests' environment.
     """
@@ -41,7 +41,7 @@ def run(*command: str | Path, **variables: str) -> str:
 
 @dataclass(frozen=True)
 class Environment:
-    """Where packages are installed: by the pip of the tests' environment, so that it needs none itself.
+    """A virtual environment. Packages are installed by the pip of the tests' environment, so that it needs none.
 
     Args:
         folder: holds all that is installed.

@@ -13,7 +13,7 @@ import pytest
 
 _process = os.getpid()
 _inherited: dict[object, int] = {}
-"""How many finalizers each node of the collection had when the test was forked."""
+"""Number of finalizers of each collection node when the test was forked."""
 
 
 @pytest.hookimpl(hookwrapper=True, tryfirst=True)

@@ -265,7 +265,7 @@ Layout = Literal["bare", "to 0.14", "from 0.15", "from 0.29", "from 0.33"]
 
 
 def _server(launcher: str, serve_arguments: str, app: str | None = None) -> dict[str, str]:
-    """What a vLLM is started by.
+    """Return the modules that start a vLLM.
 
     Args:
         launcher: the module that holds `serve_http`.

@@ -106,7 +106,7 @@ class PostgresServer:
         psutil.wait_procs(processes[1:], SECONDS)
 
     def url(self, database: str) -> str:
-        """Of one of its databases."""
+        """Return the URL of one of its databases."""
         return f"postgresql://{USER}@127.0.0.1:{self.port}/{database}"
 
     def new_database(self) -> str:

@@ -1,4 +1,4 @@
-"""What the tiny model says according to transformers, and its tokenizer."""
+"""The tiny model in transformers, as a reference, and its tokenizer."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def _model() -> Any:
 
 
 def shows(token_ids: Sequence[int], text: str) -> bool:
-    """Whether `text` is what these ids say.
+    """Tell whether `text` is the text of these ids.
 
-    vLLM keeps back what ends in half a character. How many replacement characters bytes become that are none depends on
-    where a stream cuts them.
+    vLLM holds back text that ends in half a character. How many replacement characters stand for bytes that are not a
+    character depends on where a stream cuts them.
     """
     ends = range(len(token_ids), max(len(token_ids) - KEPT_BACK, 0) - 1, -1)
     said = (tokenizer().decode(token_ids[:end], skip_special_tokens=True) for end in ends)

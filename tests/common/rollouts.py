@@ -91,7 +91,7 @@ class Rollout:
 
     @property
     def answers(self) -> Sequence[str]:
-        """What the model says in an attempt that comes to its end, call by call."""
+        """Answers of the model in a complete attempt, call by call."""
         one, other = self.factors
         product = one * other if self.status == "succeeded" else one + other
         asks = TOOL_CALL.format(f"{one} * {other}")
@@ -104,7 +104,7 @@ class Rollout:
 
     @property
     def calls(self) -> int:
-        """How many there are, of all attempts."""
+        """Number of calls of all attempts."""
         return sum(len(_answered(self, status)) for status in self.attempt_statuses)
 
     def attempt_id(self, sequence_id: int) -> str:
@@ -203,7 +203,7 @@ def _turn(role: str, text: str) -> str:
 
 
 def _byte_characters() -> list[str]:
-    """How a byte-level tokenizer writes each byte: those that cannot be seen, or are blanks, as others."""
+    """Map each byte to its character in a byte-level tokenizer: invisible bytes and blanks have others."""
     seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
     return [chr(byte) if byte in seen else chr(next(others)) for byte in range(256)]
@@ -230,7 +230,7 @@ _SPECIAL = [START, END]
 _IDS = {piece: 256 + place for place, piece in enumerate([*_WORDS, *_SPECIAL])}
 _AS_KEPT = ["".join(_BYTES[byte] for byte in piece.encode()) for piece in _WORDS]
 VOCABULARY = Vocabulary([*_BYTES, *_AS_KEPT, *_SPECIAL], frozenset(_IDS[each] for each in _SPECIAL))
-"""What the ids stand for."""
+"""Texts of the ids."""
 
 
 def _sender(host: str, at: float) -> Sender:
@@ -307,7 +307,7 @@ def _moments(rollout: Rollout, sequence_id: int, place: int) -> tuple[float, flo
 
 
 def _answered(rollout: Rollout, attempt_status: str) -> Sequence[str]:
-    """What the model has said in an attempt."""
+    """Answers of the model in an attempt."""
     how_many = {"preparing": 0, "running": 1, "unresponsive": 1, "timeout": 1}.get(attempt_status)
     return rollout.answers[:how_many]
 
@@ -369,7 +369,7 @@ def _response_id(generation_id: str) -> str:
 
 
 def _spans(rollout: Rollout) -> Iterator[spans.NewSpan]:
-    """What a tracer tells: the agent, in it the model's calls and the calculator, and at the end the reward."""
+    """Build the spans of a tracer: the agent, in it the model's calls and the calculator, and the reward at the end."""
     ids = iter(range(1, 100))
     for sequence_id, status in enumerate(rollout.attempt_statuses, 1):
         if status == "preparing":

@@ -37,7 +37,7 @@ CORPUS = [
 
 @dataclass(frozen=True)
 class Size:
-    """What a model is made of.
+    """Dimensions of a model.
 
     Attributes:
         tokens: in its vocabulary, at the least: those that are missing are made up, and no text has them.

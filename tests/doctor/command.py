@@ -18,7 +18,7 @@ NOT_INHERITED = ("AGL_", "PYTHON", "VLLM_", "NO_COLOR")
 
 @dataclass(frozen=True)
 class Said:
-    """What the command printed, and its exit status."""
+    """Output and exit status of the command."""
 
     status: int
     stdout: str
@@ -26,7 +26,7 @@ class Said:
 
     @property
     def text(self) -> str:
-        """All of it as one line, as if it had not been wrapped."""
+        """The whole stdout as one line, without its wrapping."""
         return " ".join(self.stdout.split())
 
     @property
@@ -64,7 +64,7 @@ def doctor(environment: Environment, *arguments: str, **changes: str) -> Said:
 
 
 def write_dist_info(folder: Path, name: str, version: str, files: Sequence[str]) -> Path:
-    """What tells that `files`, which are in `folder` already, were installed by a distribution."""
+    """Write metadata of a distribution that installed `files`, which are in `folder` already."""
     dist_info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     dist_info.mkdir(parents=True)
     (dist_info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")

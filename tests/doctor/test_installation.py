@@ -18,7 +18,7 @@ from tests.doctor.conftest import write_vllm
 
 PTH = "agentlightning.pth"
 CLOSED: Mapping[str, str] = {"VLLM_PLUGINS": ""}
-"""vLLM calls no plugin: the second way in is shut."""
+"""Makes vLLM load no plugin."""
 
 
 def pth_of(environment: Environment) -> Path:
@@ -66,7 +66,7 @@ def test_no_pth_and_no_plugin_is_a_problem(environment: Environment, plugins: st
     assert said.status == 1
     assert f"problem {PTH} there is no {PTH} in {environment.site_packages}" in said.text
     assert f"VLLM_PLUGINS={plugins!r} keeps vLLM from loading agentlightning" in said.text
-    assert "-> unset VLLM_PLUGINS, or have agentlightning among them" in said.text
+    assert "-> unset VLLM_PLUGINS, or add agentlightning to it" in said.text
     assert "All is well" not in said.text
 
 
@@ -75,7 +75,10 @@ def test_a_shut_second_way_in_is_a_note(environment: Environment, plugins: str) 
     said = doctor(environment, VLLM_PLUGINS=plugins)
 
     assert said.status == 0, said.stdout
-    assert f"note plugin the second way in is shut, which does no harm: VLLM_PLUGINS={plugins!r}" in said.text
+    assert (
+        f"note plugin vLLM cannot load us as its plugin, which is not needed here: VLLM_PLUGINS={plugins!r}"
+        in said.text
+    )
 
 
 @pytest.mark.parametrize("plugins", ["agentlightning", "other,agentlightning"])
@@ -163,12 +166,13 @@ def test_what_was_installed_as_links_is_as_good(environment: Environment, tmp_pa
 
 def test_a_folder_that_is_only_on_the_path_is_not_installed(environment: Environment, tmp_path: Path) -> None:
     shutil.copytree(environment.site_packages / "agentlightning", tmp_path / "path" / "agentlightning")
+    shutil.copy(environment.site_packages / "_agentlightning.py", tmp_path / "path")
     remove_the_package(environment)
 
     said = run(environment.python, "-m", "agentlightning", "doctor", PYTHONPATH=str(tmp_path / "path"))
 
     assert said.status == 1
-    assert f"problem package {tmp_path / 'path' / 'agentlightning'} is not installed" in said.text
+    assert f"problem package {tmp_path / 'path' / 'agentlightning'} is only on Python's path, not installed" in said.text
     assert f"-> install it: {environment.python} -m pip install" in said.text
     assert f"problem {PTH} there is no {PTH}" in said.text
     assert "ok chat" not in said.text

@@ -17,7 +17,7 @@ WAITING = "importing vLLM as a server would"
 
 
 def on_a_terminal(environment: Environment, *arguments: str, which: str = "stdout", **changes: str) -> str:
-    """What the command shows where its stdout, or its stderr, is a terminal."""
+    """Run the command with a terminal as its stdout or stderr; return what it shows."""
     ours, its = pty.openpty()
     with subprocess.Popen(
         [*agl_doctor(environment), *arguments],

@@ -18,7 +18,7 @@ from tests.doctor.command import doctor, run, write_dist_info
 from tests.doctor.conftest import write_vllm
 
 PATCH_SETS = tuple(instrumentation.status())
-ADVICE_ON_RELEASES = "-> use a release of vLLM that the README lists"
+ADVICE_ON_RELEASES = "-> use a release that docs/releases.md lists"
 
 
 @pytest.mark.skipif(locate("vllm") is None, reason="vLLM is not installed")
@@ -77,7 +77,7 @@ def test_half_a_vllm_is_a_problem(environment: Environment, missing: str) -> Non
     [
         ("raise ImportError('libcudart.so.12: not found')", "ImportError: libcudart.so.12: not found"),
         ("import sys; sys.exit('no licence')", "importing it ended the process with status 1: no licence"),
-        ("import os; os._exit(3)", "importing it ended the process with status 3: it said nothing"),
+        ("import os; os._exit(3)", "importing it ended the process with status 3: it printed nothing"),
         ("import os; os.abort()", "importing it ended the process with status -6: "),
     ],
 )
@@ -241,7 +241,7 @@ def test_a_finder_in_front_that_hides_what_there_is_to_patch_is_named(environmen
     said = doctor(environment)
 
     assert said.status == 1
-    assert "was imported past our import hook" in said.text
+    assert "was imported without our import hook" in said.text
     assert "ok chat applied" not in said.text
     assert "note finders asked before ours on sys.meta_path: sitecustomize.InFront -> what one of them" in said.text
     assert said.text.endswith("1 problem.")

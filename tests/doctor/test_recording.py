@@ -29,7 +29,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def said(pristine: Environment, path: Path) -> Any:
-    """What it says of a store with these in it."""
+    """Run `agl doctor` on a store with these generations."""
 
     def said(generations: list[Generation], losses: list[Loss], *arguments: str) -> Said:
         with open_store(str(path)) as store:
@@ -79,7 +79,7 @@ def test_called_without_naming_the_rollout(said: Any) -> None:
     assert answer.status == 1
     assert "problem rollout 'rollout-0': nothing is recorded for it; was it called without naming it?" in answer.text
     assert HOW_TO_NAME_IT in answer.text
-    assert "note no rollout 3 of them belong to none" in answer.text
+    assert "note no rollout 3 of them belong to no rollout" in answer.text
 
 
 def test_called_for_other_rollouts_only(said: Any) -> None:
@@ -138,7 +138,10 @@ def test_no_rollouts_at_all(said: Any) -> None:
     answer = said([generation(1, rollout_id=None)], [])
 
     assert answer.status == 0
-    assert f"note no rollout all of them belong to none, since their calls named none: {HOW_TO_NAME_IT}" in answer.text
+    assert (
+        f"note no rollout all of them belong to no rollout, since their calls named none: {HOW_TO_NAME_IT}"
+        in answer.text
+    )
 
 
 def test_a_store_that_is_not_there_is_a_problem_and_is_not_made(pristine: Environment, path: Path) -> None:
@@ -156,7 +159,7 @@ def test_a_file_that_is_none_of_ours_is_a_problem(pristine: Environment, path: P
 
     assert answer.status == 1
     assert f"problem store {path} is no SQLite file, or a broken one" in answer.text
-    assert "-> give what AGL_STORE has where the server runs" in answer.text
+    assert "-> use the AGL_STORE of the server" in answer.text
 
 
 def test_no_password_is_shown(pristine: Environment) -> None:

@@ -96,7 +96,7 @@ def answering_status(**changes: Any) -> contextlib.AbstractContextManager[str]:
 
 
 def the_problem(said: Said) -> str:
-    """What it says where it has nothing else to say."""
+    """Return the only problem in the output."""
     assert said.status == 1
     assert said.stderr == ""
     assert said.text.endswith("1 problem.")
@@ -116,7 +116,7 @@ def test_a_server_that_answers_with_ids(armed: RemoteOpenAIServer) -> None:
     assert "ok switches AGL_INSTRUMENT=on, AGL_RETURN_TOKEN_IDS=all" in said.text
     for patch_set in PATCH_SETS:
         # The scheduler is the engine core's.
-        elsewhere = "note scheduler pending: this process has not imported it, others may have"
+        elsewhere = "note scheduler pending: not imported in this process; others may have imported it"
         assert (elsewhere if patch_set == "scheduler" else f"ok {patch_set} applied") in said.text
     assert said.text.endswith("All is well.")
 
@@ -164,7 +164,7 @@ def test_nobody_there(arguments: tuple[str, ...]) -> None:
     if arguments:
         assert (said.status, said.json["ok"], said.json["server"]) == (1, False, {})
     else:
-        assert f"{url}/v1/agl/status gives no answer: " in the_problem(said)
+        assert f"{url}/v1/agl/status does not answer: " in the_problem(said)
         assert "refused" in said.text
 
 
@@ -172,7 +172,7 @@ def test_nobody_there(arguments: tuple[str, ...]) -> None:
     "url", ["", "http://", "localhost:port", "gopher://localhost", "http://[::1", "http://no such/"]
 )
 def test_an_address_that_is_none(url: str) -> None:
-    assert " gives no answer: " in the_problem(ask(url))
+    assert " does not answer: " in the_problem(ask(url))
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_a_server_that_speaks_of_something_else(body: bytes) -> None:
     with answering(body) as url:
         said = the_problem(ask(url))
 
-    assert f"{url}/v1/agl/status answers something else than a status" in said
+    assert f"{url}/v1/agl/status answers with something other than a status" in said
     assert "-> is this the address of a vLLM server" in said
 
 
@@ -207,7 +207,7 @@ def test_a_server_that_speaks_something_else(said: bytes) -> None:
     with saying(said) as url:
         problem = the_problem(ask(url))
 
-    assert f"{url}/v1/agl/status gives no answer: " in problem
+    assert f"{url}/v1/agl/status does not answer: " in problem
 
 
 @pytest.mark.parametrize("status", [500, 503])
@@ -223,7 +223,7 @@ def test_a_server_that_wants_its_key(key: str | None) -> None:
     with answering(json.dumps(STATUS).encode(), key=KEY) as url:
         said = the_problem(ask(url, *([] if key is None else ["--api-key", key])))
 
-    assert "wants the server's API key -> give it: --api-key KEY, or VLLM_API_KEY in the environment" in said
+    assert "needs the server's API key -> pass --api-key KEY, or set VLLM_API_KEY" in said
 
 
 def test_a_server_that_is_given_its_key() -> None:
@@ -238,7 +238,8 @@ def test_failures_while_serving_are_problems() -> None:
         said, as_json = ask(url), ask(url, "--json")
 
     assert said.status == 1
-    assert "problem failures 3 times vLLM went on without us: attaching ids: KeyError -> the server's log" in said.text
+    failures = "3 times an answer went out as vLLM made it, after an error of ours: attaching ids: KeyError"
+    assert f"problem failures {failures} -> the server's log" in said.text
     assert said.text.endswith("2 problems.")
     assert as_json.json["server"]["counters"]["failures"] == FAILURES
 

@@ -177,7 +177,7 @@ def test_doctor_tells_where_to_look(rust: RecordingServer, rollout: str) -> None
     kept_of(rust, rollout_id=rollout)
 
     told = " ".join(run("agl", "doctor", "--url", rust.url).stdout.split())
-    assert "what its engine cores record, `agl doctor --store` shows" in told
+    assert "`agl doctor --store` shows what its engine cores record" in told
     assert run("agl", "doctor", "--store", str(rust.path), "--rollout", rollout).returncode == 0
 
 

@@ -34,7 +34,7 @@ removing the patches. They all go over HTTP to the release's own server. Where i
 machine, the tokens come from a worker of the tests (`tests/releases/worker.py`) that has no model: what stands above a
 worker, from the API server down to the engine's scheduler, is vLLM's. Elsewhere vLLM runs whole; a release that has no
 CPU build yet is a hybrid: all of its own Python, over the compiled part of the newest that has one
-(`tests/releases/hybrid.py`). The README summarises the results: [supported releases](../README.md#supported-releases).
+(`tests/releases/hybrid.py`). [Supported releases](#supported-releases) summarises the results.
 
 """
 COLUMNS = ("vLLM", "engine", "worker", "pydantic", "passed", "failed", "date")

@@ -1,4 +1,4 @@
-"""What vLLM's tests come to without us and with us, beside each other."""
+"""Comparison of the outcomes of vLLM's tests with and without this package."""
 
 from __future__ import annotations
 

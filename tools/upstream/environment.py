@@ -1,7 +1,7 @@
-"""Where vLLM's own tests run: a thin environment over one that has a vLLM, which stays as it is.
+"""An environment for vLLM's own tests: a thin layer over one that has a vLLM, which is not changed.
 
-It holds nothing but what the tests need beside vLLM. Everything else comes from the environment beneath, and this
-package from this checkout, whichever checkout the environment beneath was made for.
+It holds only what the tests need beside vLLM. Everything else comes from the environment beneath, and this package from
+this checkout, whichever checkout the environment beneath was made for.
 """
 
 from __future__ import annotations

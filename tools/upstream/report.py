@@ -35,7 +35,7 @@ COLUMNS = ("compared", "passed in both", "failed in both", "skipped", "cut", "un
 WITH = {"instrumented": "`AGL_INSTRUMENT`", "recording": "`AGL_INSTRUMENT` and `AGL_STORE`"}
 
 Results = Mapping[str, Any]
-"""What came of a release: by the name of the mode, the counts of the columns, and the tests themselves."""
+"""Results of a release: by the name of the mode, the counts of the columns, and the tests."""
 
 
 def write_page(version: str, result: Results) -> None:

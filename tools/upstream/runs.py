@@ -26,7 +26,7 @@ __all__ = ["Mode", "Outcome", "Runner", "file_of"]
 TEST_SECONDS = 400
 """The first test of many files starts a server."""
 SILENT_SECONDS = TEST_SECONDS + 100
-"""What a test has that hangs in a way that pytest cannot end."""
+"""Limit for a test that hangs in a way that pytest cannot end."""
 CUT = "cut"
 LAST = ("collect", "teardown")
 """The phases after which the outcome is known: of a file that cannot be collected, and of a test."""
@@ -43,7 +43,7 @@ class Mode:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a test.
+    """Outcome of a test.
 
     Attributes:
         outcome: passed, failed (in itself, or while it was set up, torn down or collected), skipped, or cut: it hung.
@@ -187,7 +187,7 @@ def _read(written: Path) -> dict[str, Outcome]:
 
 
 def _outcome(phases: Sequence[Mapping[str, Any]]) -> Outcome:
-    """Of one test: failed if a phase failed, else skipped if one was."""
+    """Combine the phases of a test: failed if a phase failed, else skipped if one was."""
     seconds = sum(phase.get("seconds", 0.0) for phase in phases)
     for outcome in ("failed", "skipped"):
         for phase in phases:

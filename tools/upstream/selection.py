@@ -1,4 +1,4 @@
-"""Which of vLLM's tests are run, and which of them may end otherwise with us."""
+"""Selection of vLLM's tests: those to run, and those that may end differently with this package."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ __all__ = ["FOLDER", "tests_of"]
 
 FOLDER = CHECKOUT / ".cache" / "upstream"
 PARTS = ("tests", "examples", "requirements", "pyproject.toml")
-"""What the tests need of it. Its folder `vllm` would be imported in place of the one that is installed."""
+"""Parts of the source that the tests need. Its folder `vllm` would be imported in place of the installed one."""
 
 
 def tests_of(version: str) -> Path:

@@ -1,4 +1,4 @@
-"""Is this package whole, is it ours, and does Python run its `.pth` file?"""
+"""This environment: is the package installed, does Python run its `.pth` file, and what do the variables say?"""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from importlib.metadata import Distribution, PackagePath, distributions, entry_p
 from pathlib import Path
 
 import agentlightning
+from _agentlightning import INSTRUMENT_OFF
+from agentlightning import settings
 from agentlightning.doctor import Finding, Mark
 
 __all__ = ["findings", "interpreter"]
@@ -24,24 +26,25 @@ REINSTALL = (
     f"run `{sys.executable} -m pip uninstall {NAME}` until it finds nothing more, then install this package again, "
     "from a checkout or a wheel"
 )
-# From here on Python ignores the import lines of .pth files; a .start file says the same (PEP 829).
+# From this version on Python ignores import lines in .pth files; a .start file replaces them (PEP 829).
 NO_IMPORT_LINES_SINCE = (3, 18)
 
 _IS_ARMED = "import sys; print(any(type(f).__module__ == '_agentlightning' for f in sys.meta_path))"
 
 
 def findings() -> Iterator[Finding]:
-    """All that can be said without a vLLM."""
+    """Check all that needs no vLLM."""
     installed = _installed()
     yield _package(installed)
     yield from _files_of_others(installed)
     yield from _pth_files(installed)
     yield from _python_too_new(sys.version_info[:2])
     yield from _way_in()
+    yield from _variables()
 
 
 def interpreter() -> list[str]:
-    """The command for a Python like this one: what `-S` and the like switch off is off there too."""
+    """Return the command of a Python like this one, with the same flags, such as `-S`."""
     flags = {
         "-I": sys.flags.isolated,
         "-E": sys.flags.ignore_environment,
@@ -49,13 +52,13 @@ def interpreter() -> list[str]:
         "-S": sys.flags.no_site,
     }
     if sys.version_info >= (3, 11):
-        # A script does not look into the working directory, which -c and -m would: a clone of vLLM's, for one.
+        # Unlike a script, -c and -m search the working directory, which may be a clone of vLLM.
         flags["-P"] = sys.flags.safe_path or sys.modules["__main__"].__spec__ is None
     return [sys.executable, *(flag for flag, is_set in flags.items() if is_set)]
 
 
 def _installed() -> list[Distribution]:
-    """The distributions of our name; an entry of `sys.path` that is there twice counts once."""
+    """Return the distributions with our name. One that `sys.path` leads to twice counts once."""
     found = {(str(installed.locate_file("")), installed.version): installed for installed in distributions(name=NAME)}
     return list(found.values())
 
@@ -66,15 +69,15 @@ def _package(installed: list[Distribution]) -> Finding:
         return Finding(
             "package",
             Mark.PROBLEM,
-            f"{folder} is not installed, it is only on Python's path: there is no {PTH}, and vLLM knows no such plugin",
+            f"{folder} is only on Python's path, not installed: there is no {PTH}, and no plugin for vLLM",
             f"install it: {sys.executable} -m pip install --no-deps {folder.parent}",
         )
-    theirs = [distribution for distribution in installed if not _is_ours(distribution)]
-    if theirs:
+    foreign = [distribution for distribution in installed if not _is_ours(distribution)]
+    if foreign:
         return Finding(
             "package",
             Mark.PROBLEM,
-            f"another project's package of the same name is installed too: {', '.join(map(_where, theirs))}",
+            f"another project's package of the same name is installed too: {', '.join(map(_where, foreign))}",
             REINSTALL,
         )
     if len(installed) > 1:
@@ -92,7 +95,7 @@ def _is_ours(distribution: Distribution) -> bool:
 
 
 def _in_its_folder(distribution: Distribution, file: PackagePath) -> Path:
-    """Where the file is, however its folder is reached. The file itself may be a link: uv can install like that."""
+    """Return the real path of the file's folder, and the file in it. The file may be a link, as uv can install it."""
     path = Path(str(distribution.locate_file(file)))
     return path.parent.resolve() / path.name
 
@@ -102,7 +105,7 @@ def _where(distribution: Distribution) -> str:
 
 
 def _files_of_others(installed: list[Distribution]) -> Iterator[Finding]:
-    """Files in our folder that nobody of ours has put there: the other project's, after a broken uninstall."""
+    """Find files in our folder that we did not install: those of the other project, after a broken uninstall."""
     folder = Path(agentlightning.__file__).parent.resolve()
     recorded = {
         _in_its_folder(distribution, file)
@@ -110,12 +113,12 @@ def _files_of_others(installed: list[Distribution]) -> Iterator[Finding]:
         if _is_ours(distribution)
         for file in distribution.files or ()
     }
-    # An editable install records none of them: the folder is the checkout's.
+    # An editable installation records none of these files, since the folder is that of the checkout.
     if folder / "__init__.py" in recorded:
-        strangers = sorted(file for file in folder.rglob("*.py") if file not in recorded)
-        if strangers:
-            shown = ", ".join(str(file.relative_to(folder)) for file in strangers[:3])
-            more = f" and {len(strangers) - 3} more" if len(strangers) > 3 else ""
+        unknown = sorted(file for file in folder.rglob("*.py") if file not in recorded)
+        if unknown:
+            shown = ", ".join(str(file.relative_to(folder)) for file in unknown[:3])
+            more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
             yield Finding(
                 "files",
                 Mark.PROBLEM,
@@ -153,7 +156,7 @@ def _python_too_new(version: tuple[int, ...]) -> Iterator[Finding]:
 
 
 def _way_in() -> Iterator[Finding]:
-    """Whether a Python like this one is armed by the `.pth`; if not, vLLM may still call us as its plugin."""
+    """Check that the `.pth` file arms a Python like this one. If not, vLLM may still load us as its plugin."""
     tried = subprocess.run(
         [*interpreter(), "-c", _IS_ARMED],
         env={**os.environ, "AGL_INSTRUMENT": "1"},
@@ -162,23 +165,25 @@ def _way_in() -> Iterator[Finding]:
         check=False,
     )
     plugin_problem = _plugin_problem()
-    # The last word: what else runs at the start of Python may have said something before.
+    # The last word: other code that runs at the start of Python may have printed something before.
     if tried.stdout.split()[-1:] == ["True"]:
         yield Finding(PTH, Mark.OK, "it arms every Python of this environment where AGL_INSTRUMENT is on")
         if plugin_problem:
-            yield Finding("plugin", Mark.NOTE, f"the second way in is shut, which does no harm: {plugin_problem}")
+            yield Finding(
+                "plugin", Mark.NOTE, f"vLLM cannot load us as its plugin, which is not needed here: {plugin_problem}"
+            )
         return
     reason, advice = _why_not_armed(tried.stderr)
     if plugin_problem is None:
         yield Finding(PTH, Mark.NOTE, f"{reason}; vLLM itself calls us, as its plugin {NAME}")
     else:
         if plugin_problem.startswith("VLLM_PLUGINS"):
-            advice = f"unset VLLM_PLUGINS, or have {NAME} among them; or {advice}"
+            advice = f"unset VLLM_PLUGINS, or add {NAME} to it; or {advice}"
         yield Finding(PTH, Mark.PROBLEM, f"{reason}, and {plugin_problem}", advice)
 
 
 def _why_not_armed(stderr: str) -> tuple[str, str]:
-    """The reason, and what to do about it."""
+    """Return the reason, and what to do about it."""
     if sys.flags.no_site:
         return f"Python runs no {PTH} under -S", "run Python without -S"
     there = [Path(folder, PTH) for folder in _site_folders() if Path(folder, PTH).is_file()]
@@ -189,7 +194,7 @@ def _why_not_armed(stderr: str) -> tuple[str, str]:
 
 
 def _error_of_ours(stderr: str) -> str | None:
-    """The last line of what `site` says of a line of our file that fails; others may have failed as well."""
+    """Return the error that `site` reports for our file, if any. Files of other packages may have failed as well."""
     for block in stderr.split("Error processing line ")[1:]:
         where, _, traceback = block.partition("Remainder of file ignored")[0].partition("\n")
         if PTH in where and traceback.strip():
@@ -198,11 +203,29 @@ def _error_of_ours(stderr: str) -> str | None:
 
 
 def _plugin_problem() -> str | None:
-    """Why vLLM does not load our entry point; None where it does."""
+    """Return why vLLM does not load our entry point, or None if it does."""
     if not any(entry_point.name == NAME for entry_point in entry_points(group=PLUGIN_GROUP)):
         return f"there is no entry point {NAME} in the group {PLUGIN_GROUP}"
-    # As vLLM reads it: not set loads every plugin, set and empty loads none.
+    # vLLM loads every plugin if the variable is unset, and none if it is set and empty.
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and NAME not in allowed.split(","):
         return f"VLLM_PLUGINS={allowed!r} keeps vLLM from loading {NAME}"
     return None
+
+
+def _variables() -> Iterator[Finding]:
+    """Check each `AGL_*` variable that is set, and `AGL_INSTRUMENT` in any case."""
+    for variable, allowed in settings.VARIABLES.items():
+        value, complaint = settings.read(variable), settings.complaint(variable)
+        if complaint:
+            advice = (
+                f"set {variable} to one of these, or unset it" if allowed.values else f"correct or unset {variable}"
+            )
+            yield Finding(variable, Mark.PROBLEM, complaint, advice)
+        elif variable == "AGL_INSTRUMENT" and value in INSTRUMENT_OFF:
+            there = f"{value} in this shell" if value else "not set in this shell"
+            yield Finding(variable, Mark.NOTE, f"{there}: `vllm serve` needs it, `agl vllm serve` sets it")
+        elif variable == "AGL_RETURN_TOKEN_IDS" and value == "none":
+            yield Finding(variable, Mark.NOTE, "none: answers carry ids only where a request asks for them")
+        elif value:
+            yield Finding(variable, Mark.OK, "set" if allowed.secret else settings.without_secrets(value))
