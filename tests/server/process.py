@@ -17,8 +17,10 @@ import httpx
 
 from tests.common.environments import CHECKOUT
 from tests.common.vllm import without_agl
+from tests.server.forking import ForkedProcess, fork_agl
 
-AGL_STORE = (sys.executable, "-m", "agentlightning", "store")
+AGL = (sys.executable, "-m", "agentlightning")
+AGL_STORE = (*AGL, "store")
 SECONDS = 60
 
 
@@ -51,6 +53,7 @@ class StoreServer:
         self._files = files
         self._port = 0
         self.log = path.with_suffix(".log")
+        self.process: subprocess.Popen[bytes] | ForkedProcess
 
     def __enter__(self) -> StoreServer:
         self.start()
@@ -71,7 +74,11 @@ class StoreServer:
             env["AGL_STORE_KEY"] = self.key
         with self.log.open("ab") as log:
             begins = log.tell()
-            self.process = subprocess.Popen(command, env=env, stdout=log, stderr=log, preexec_fn=self._limit)
+            if self._env or self._files:
+                # Python itself may read its environment when it starts.
+                self.process = subprocess.Popen(command, env=env, stdout=log, stderr=log, preexec_fn=self._limit)
+            else:
+                self.process = fork_agl(command[len(AGL) :], env, log)
         deadline = time.monotonic() + SECONDS
         while True:
             said = self.log.read_bytes()[begins:].decode()

@@ -202,6 +202,7 @@ def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be(tmp_path: Path) -
         assert "up to 900 files and connections may be open at once: the limit was 256" in server.log.read_text()
 
 
+@pytest.mark.tier("all")
 def test_half_a_request_is_not_waited_for_and_the_log_says_so(tmp_path: Path) -> None:
     head = b"POST /v1/agl/rollouts HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     halves = [b"", b"POST /v1/agl", head, head + b'Content-Length: 100\r\n\r\n{"input"']

@@ -18,7 +18,7 @@ from tests.common.postgresql import PostgresServer
 from tests.server.process import StoreServer
 
 KILLS = 20
-FEW_KILLS = 3
+FEW_KILLS = 2
 RUNNERS = 8
 SPANS = 2
 
@@ -182,7 +182,10 @@ def test_postgresql_is_killed_and_what_was_answered_is_there_once(
         assert_all_there(server, load)
 
 
-def test_of_three_servers_one_is_killed_and_started_again(tmp_path: Path, postgresql: PostgresServer) -> None:
+def test_of_three_servers_one_is_killed_and_started_again(
+    tmp_path: Path, postgresql: PostgresServer, thorough: bool
+) -> None:
+    more = 50 if thorough else 20
     url = postgresql.new_database()
     with (
         StoreServer(tmp_path / "one.db", store=url) as one,
@@ -190,12 +193,12 @@ def test_of_three_servers_one_is_killed_and_started_again(tmp_path: Path, postgr
         StoreServer(tmp_path / "three.db", store=url) as three,
     ):
         with Load(one, two, three) as load:
-            load.until_finished(50)
+            load.until_finished(more)
             two.kill()
             # The others go on.
-            load.until_finished(50)
+            load.until_finished(more)
             two.start()
-            load.until_finished(50)
+            load.until_finished(more)
         assert_all_there(three, load)
 
 

@@ -706,6 +706,8 @@ def test_whatever_the_order_of_arrival_each_call_has_the_reward_that_came_after_
     ]
 
 
+# The same statements run on PostgreSQL in the test above.
+@pytest.mark.tier("all", new_store="postgresql")
 @settings(max_examples=40, deadline=None, suppress_health_check=UNHURRIED)
 @given(found=attempts_of_agents(), data=strategies.data())
 def test_a_reward_that_was_shown_stays_where_it_is_whatever_span_arrives_next(
