@@ -8,6 +8,8 @@ With arguments by name, it counts for those of a test's parameters alone:
 
     @pytest.mark.tier("all", new_store="postgresql")
 
+Of several markers on one test, the lowest that counts is the closest.
+
 A test that takes longer than its tier allows fails the run, unless `@pytest.mark.takes_long("why")` says why it may.
 Times are divided by those of some fixed work in the same run, so that neither a slow machine nor a busy one matters.
 """

@@ -680,6 +680,7 @@ def attempts_of_agents(draw: strategies.DrawFn) -> tuple[list[Generation], list[
     return calls, new, expected
 
 
+@pytest.mark.tier("test")
 @settings(max_examples=40, deadline=None, suppress_health_check=UNHURRIED)
 @given(found=attempts_of_agents(), data=strategies.data())
 def test_whatever_the_order_of_arrival_each_call_has_the_reward_that_came_after_it(
@@ -706,6 +707,7 @@ def test_whatever_the_order_of_arrival_each_call_has_the_reward_that_came_after_
     ]
 
 
+@pytest.mark.tier("test")
 # The same statements run on PostgreSQL in the test above.
 @pytest.mark.tier("all", new_store="postgresql")
 @settings(max_examples=40, deadline=None, suppress_health_check=UNHURRIED)
