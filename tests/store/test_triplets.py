@@ -488,6 +488,8 @@ REWARDS: dict[str, tuple[str, dict[str, Any], float | None]] = {
 }
 
 
+# How a reward is read is the same for both databases.
+@pytest.mark.tier("all", new_store="postgresql")
 @pytest.mark.parametrize(("name", "said", "expected"), REWARDS.values(), ids=REWARDS)
 def test_rewards_of_every_version_count(
     store: Store, database: Database, name: str, said: dict[str, Any], expected: float | None
