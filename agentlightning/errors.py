@@ -5,7 +5,7 @@ AgentLightningError
 └── StoreError
     ├── StoreUnavailable    the store cannot be reached or written now; retrying may help
     ├── StoreRefused        the store cannot be used as configured; waiting does not help
-    ├── InvalidRecord       some of the records cannot be stored; the others are
+    ├── InvalidRecord       a record cannot be stored; the others of the same call are
     └── NotFound            no rollout, attempt or resources of that id
 ```
 
@@ -47,18 +47,22 @@ class StoreRefused(StoreError):
 
 
 class InvalidRecord(StoreError):
-    """Some of the records cannot be stored; all others of the same call are stored.
+    """A record cannot be stored; all others of the same call are stored.
 
     Attributes:
-        reasons: one sentence each, by the id of the record that is not stored.
+        reasons: one sentence each, by the id of the record that is not stored; empty where there was just one record.
         new: how many of the others are new.
     """
 
-    def __init__(self, reasons: Mapping[str, str], new: int) -> None:
-        shown = [f"{record_id[:100]}: {reason}" for record_id, reason in islice(reasons.items(), REASONS_SHOWN)]
-        if len(reasons) > REASONS_SHOWN:
-            shown.append(f"and {len(reasons) - REASONS_SHOWN} more")
-        super().__init__("; ".join(shown))
+    def __init__(self, reasons: Mapping[str, str] | str, new: int = 0) -> None:
+        if isinstance(reasons, str):
+            super().__init__(reasons)
+            reasons = {}
+        else:
+            shown = [f"{record_id[:100]}: {reason}" for record_id, reason in islice(reasons.items(), REASONS_SHOWN)]
+            if len(reasons) > REASONS_SHOWN:
+                shown.append(f"and {len(reasons) - REASONS_SHOWN} more")
+            super().__init__("; ".join(shown))
         self.reasons = reasons
         self.new = new
 

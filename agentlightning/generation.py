@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import time
 from array import array
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args, get_type_hints
 
-__all__ = ["STATUSES", "Choice", "Generation", "Loss", "RoutedExperts", "Status", "new_id"]
+__all__ = ["STATUSES", "Choice", "Generation", "Loss", "RoutedExperts", "Status", "field_types", "new_id"]
 
 Status = Literal["finished", "aborted", "error"]
 """How a generation ended: by itself, because nobody waited for it any more, or because the engine failed."""
@@ -151,3 +151,12 @@ def _as_dict(record: Generation | Choice) -> dict[str, Any]:
     return {
         name: value.tolist() if isinstance(value, array | RoutedExperts) else value for name, value in values.items()
     }
+
+
+def field_types(kind: type) -> dict[str, Any]:
+    """Return the types of a record's fields by name and in order, arrays as lists.
+
+    Messages, HTTP schemas and files derive their fields from it. Before Python 3.12 `array[int]` is an annotation only.
+    """
+    types = get_type_hints(kind, localns={"array": list})
+    return {each.name: types[each.name] for each in fields(kind)}

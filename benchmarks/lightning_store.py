@@ -37,9 +37,10 @@ from opentelemetry.proto.common.v1.common_pb2 import KeyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from agentlightning.generation import new_id
+from agentlightning.rollout import RolloutConfig
 from agentlightning.store import open_database, tables
 from agentlightning.store.database import insert_rows
-from agentlightning.store.rollouts import Config
+from agentlightning.store.documents import to_json
 from benchmarks.environments import CHECKOUT, interleaved, without_python
 from benchmarks.load import HOST, Connection, Load, UnexpectedAnswer, ask, at_once, get, post, send
 from benchmarks.machine import BusyMeter
@@ -480,7 +481,7 @@ async def dequeue_turn(server: Server, each: int) -> float:
 def fill(path: Path, count: int) -> None:
     """A store of finished rollouts, each with its attempt."""
     database = open_database(str(path))
-    now, config = time.time(), Config().as_json()
+    now, config = time.time(), to_json(RolloutConfig().as_dict())
     task, metadata = (msgspec.json.encode(ROLLOUT[name]).decode() for name in ("input", "metadata"))
     columns = task, now, now, "train", None, "succeeded", config, metadata, None, 1
     rollouts = ((key, f"ro-{new_id()}", *columns) for key in range(1, count + 1))

@@ -44,7 +44,7 @@ def read(url: str, rollout_id: str | None) -> dict[str, Any]:
                 report |= {
                     "rollout_id": rollout_id,
                     "of_rollout": store.tally(rollout_id=rollout_id),
-                    "status": store.rollout_status(rollout_id),
+                    "status": getattr(store.get_rollout_by_id(rollout_id), "status", None),
                 }
             return report
     except StoreRefused as reason:

@@ -13,11 +13,9 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from agentlightning.errors import StoreRefused, StoreUnavailable
+from agentlightning.errors import InvalidRecord, NotFound, StoreRefused, StoreUnavailable
 from agentlightning.server.transactions import Busy
-from agentlightning.store.database import Unkeepable
-from agentlightning.store.rollouts import Unknown
-from agentlightning.store.wire import ERROR_HEADER
+from agentlightning.store.wire import ERROR_HEADER, NOT_FOUND
 
 __all__ = ["add_handlers", "sentence", "what_is_wrong"]
 
@@ -37,11 +35,11 @@ def add_handlers(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(ValidationError, _invalid)
-    app.add_exception_handler(Unknown, _unknown)
+    app.add_exception_handler(NotFound, _not_found)
     app.add_exception_handler(Busy, _busy)
     app.add_exception_handler(StoreUnavailable, _unavailable)
     app.add_exception_handler(StoreRefused, _unavailable)
-    app.add_exception_handler(Unkeepable, _unkeepable)
+    app.add_exception_handler(InvalidRecord, _invalid_record)
     app.add_exception_handler(Exception, _unexpected)
 
 
@@ -82,8 +80,8 @@ async def _invalid(_: Request, error: Any) -> Response:
     return sentence(422, what_is_wrong(error))
 
 
-async def _unknown(_: Request, error: Any) -> Response:
-    return sentence(404, str(error))
+async def _not_found(_: Request, error: Any) -> Response:
+    return sentence(404, str(error), {ERROR_HEADER: NOT_FOUND})
 
 
 async def _busy(request: Request, error: Exception) -> Response:
@@ -98,9 +96,9 @@ async def _unavailable(_: Request, error: Exception) -> Response:
     return sentence(503, str(error), {"Retry-After": "1"})
 
 
-async def _unkeepable(request: Request, error: Exception) -> Response:
+async def _invalid_record(request: Request, error: Exception) -> Response:
     logger.info("%s %s: %s", request.method, request.url.path, error)
-    return sentence(422, f"something in it cannot be kept: {error}")
+    return sentence(422, f"something in it cannot be stored: {error}")
 
 
 async def _unexpected(_: Request, error: Exception) -> Response:

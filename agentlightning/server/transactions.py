@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection
 
 from agentlightning.errors import StoreRefused, StoreUnavailable
-from agentlightning.store import rollouts
+from agentlightning.store import lifecycle
 from agentlightning.store.database import Conflict, Database
 
 __all__ = ["Busy", "Transactions"]
@@ -31,7 +31,7 @@ logger = logging.getLogger("agentlightning.store")
 
 
 class Busy(StoreUnavailable):
-    """More writes wait than the server holds; the sender tries again later."""
+    """More writes wait than the server holds; the client should retry later."""
 
 
 @dataclass(slots=True)
@@ -43,12 +43,13 @@ class _Write:
 
 
 class Transactions:
-    """Runs what is given to it in transactions on a database, for the event loop that it is made in.
+    """Transactions on a database, for the event loop in which this object is made.
 
-    A write is answered when it is committed. Those that wait while one is committed are committed together, which is
-    what makes a disk keep up with an in-memory store; each is undone alone where it raises.
+    A write is answered when it is committed. Writes that wait during a commit are committed together, so that a disk
+    keeps up with an in-memory store; a write that raises is rolled back alone.
 
-    Attempts that are overdue are ended before anything is read or written: nobody sees one that should have ended.
+    Attempts that have timed out are ended before anything is read or written, so no client sees one that should have
+    ended.
     """
 
     def __init__(self, database: Database) -> None:
@@ -63,11 +64,15 @@ class Transactions:
 
     @property
     def waiting(self) -> int:
-        """How many writes have not been committed."""
+        """Number of writes that have not been committed."""
         return self._waiting
 
+    def explanation(self, error: Exception) -> Exception | None:
+        """Translate an error of the driver; see `Database.explanation`."""
+        return self._database.explanation(error)
+
     async def read(self, work: Work[T]) -> T:
-        """What `work` returns, in a transaction of its own.
+        """Run `work` in a read transaction of its own and return its result.
 
         Raises:
             StoreUnavailable: the store cannot be read now.
@@ -77,15 +82,15 @@ class Transactions:
             is_due, found = await self._loop.run_in_executor(self._readers, self._read, work, looks_for_due)
             if not is_due:
                 return found
-            # Where there is nothing to end after all, somebody else is at it.
-            looks_for_due = bool(await self.write(rollouts.expire))
+            # If there is nothing to end after all, another server is ending it.
+            looks_for_due = bool(await self.write(lifecycle.expire))
 
     async def write(self, work: Work[T]) -> T:
-        """What `work` returns, when it is committed.
+        """Run `work` in a write transaction and return its result once it is committed.
 
         Raises:
-            Busy: too many wait.
-            StoreUnavailable: the store cannot be written now; nothing of it is kept.
+            Busy: too many writes wait.
+            StoreUnavailable: the store cannot be written now; nothing of this write is stored.
         """
         if self._waiting >= WRITES_WAITING:
             raise Busy(f"{self._waiting} writes wait already")
@@ -95,20 +100,20 @@ class Transactions:
         return await write.future
 
     async def run(self, work: Callable[[], T]) -> T:
-        """What `work` returns, which takes too long to keep others waiting, and needs no database."""
+        """Run `work`, which needs no database, in a thread, so that it does not block the event loop."""
         return await self._loop.run_in_executor(self._readers, work)
 
     async def close(self) -> None:
-        """Commit what waits, and end."""
+        """Commit the writes that wait, and stop."""
         self._sweeper.cancel()
         self._writes.put(None)
         await self._loop.run_in_executor(None, self._writer.join)
         self._readers.shutdown()
 
     def _read(self, work: Work[Any], looks_for_due: bool) -> tuple[bool, Any]:
-        """Whether something is overdue, or else what `work` returns."""
+        """Return whether an attempt is overdue, and the result of `work` if none is."""
         with self._database.reading() as connection:
-            if looks_for_due and rollouts.is_anything_due(connection):
+            if looks_for_due and lifecycle.is_anything_due(connection):
                 return True, None
             return False, work(connection)
 
@@ -132,16 +137,16 @@ class Transactions:
     def _commit(self, batch: list[_Write]) -> None:
         try:
             with self._database.writing() as connection:
-                if rollouts.is_anything_due(connection):
-                    rollouts.expire(connection)
+                if lifecycle.is_anything_due(connection):
+                    lifecycle.expire(connection)
                 for write in batch:
                     self._do(connection, write)
         except Conflict:
-            # Other servers write to the same database: what two of them do in another order, each waits for.
+            # Other servers write to the same database, and locked the same rows in another order.
             for write in batch:
                 self._commit_alone(write)
         except Exception as error:
-            # None of them is kept, those that had worked included.
+            # The whole batch is rolled back, including the writes that had worked.
             for write in batch:
                 write.error = error
 
@@ -158,7 +163,7 @@ class Transactions:
             write.outcome = write.work(connection)
         except Exception as error:
             meaning = self._database.explanation(error) or error
-            # What is wrong with the database is so for all of them; what is wrong with a value is for whoever sent it.
+            # An error of the database concerns the whole batch; an error in a value concerns its sender alone.
             if isinstance(meaning, (StoreUnavailable, StoreRefused)):
                 raise
             connection.exec_driver_sql("ROLLBACK TO one")
@@ -176,9 +181,9 @@ class Transactions:
                 write.future.set_exception(write.error)
 
     async def _sweep(self) -> None:
-        """End overdue attempts also where nobody asks: a rollout that is to be tried again shows in the metrics.
+        """End overdue attempts without any request, so that a retried rollout shows in the metrics.
 
-        And give back disk space, if a reader was in the way of that before.
+        Also release disk space that a reader kept from being released before.
         """
         while True:
             await asyncio.sleep(SECONDS_BETWEEN_SWEEPS)
@@ -188,5 +193,5 @@ class Transactions:
             except (StoreUnavailable, StoreRefused) as error:
                 logger.warning("overdue attempts cannot be ended now: %s", error)
             except Exception:
-                # It goes on all the same: the next time may be better.
+                # The loop continues: the next round may succeed.
                 logger.exception("overdue attempts cannot be ended")

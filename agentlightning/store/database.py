@@ -1,4 +1,4 @@
-"""What a store stands on: a database that has our tables, and what differs between the databases that may be it."""
+"""The database under a store: its transactions, and what differs between SQLite and PostgreSQL."""
 
 from __future__ import annotations
 
@@ -13,69 +13,65 @@ from sqlalchemy import Column, Connection, CursorResult, Dialect, Insert, Table,
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
-from agentlightning.errors import StoreUnavailable
+from agentlightning.errors import StoreRefused, StoreUnavailable
 
 __all__ = [
     "Conflict",
     "Database",
-    "Unkeepable",
     "found",
     "in_parts",
     "insert_if_new",
     "insert_rows",
+    "insert_valid",
+    "is_single_writer",
     "next_keys",
     "now",
     "run",
-    "takes_turns",
     "transaction",
 ]
 
 # Builds of SQLite before 3.32 take no more than 999 in a statement.
 VARIABLES_AT_ONCE = 500
-# How often what others are in the way of is tried.
+# How often a transaction is tried that runs into conflicts.
 CONFLICTS = 5
 
 T = TypeVar("T")
 
 
 class Conflict(StoreUnavailable):
-    """Somebody else wrote the same at this moment. Nothing of it is kept; at once again, it should work."""
-
-
-class Unkeepable(ValueError):
-    """A value that the database cannot hold: whoever sent it is told, and nothing of it is kept."""
+    """Write conflict, rolled back; retry immediately."""
 
 
 class Database(ABC):
-    """Has the tables of this version. Safe for several threads, not for a fork.
+    """A database with the tables of this version. Safe for several threads, not across a fork.
 
-    Whatever is done with its connections raises `StoreUnavailable`, `StoreRefused`, or `Unkeepable` where a value is
+    Whatever is done with its connections raises `StoreUnavailable`, `StoreRefused`, or `InvalidRecord` where a value is
     the reason.
     """
 
     @abstractmethod
     def reading(self) -> AbstractContextManager[Connection]:
-        """A transaction that sees the database as it is at its first query."""
+        """Open a read transaction: it sees the database as it is at its first query."""
 
     @abstractmethod
     def writing(self) -> AbstractContextManager[Connection]:
-        """A transaction that is undone where the block raises."""
+        """Open a write transaction: it is rolled back if the block raises."""
 
     @abstractmethod
     def explanation(self, error: Exception) -> Exception | None:
-        """What to raise for an error of the driver; None for one that is none."""
+        """Return the exception to raise for an error of the driver; None for any other error."""
 
     def tidy(self) -> None:
-        """Give back disk space that is not needed any more, unless that would have to wait for others."""
+        """Release unused disk space, unless that would have to wait for other processes."""
         return
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of it. Idempotent."""
+        """Close all connections. Idempotent."""
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """Raises what the driver's errors mean in their place."""
+        """Translate the driver's errors into those of this package."""
         try:
             yield
         except Exception as error:
@@ -85,7 +81,7 @@ class Database(ABC):
             raise meaning from error
 
     def write(self, work: Callable[[Connection], T]) -> T:
-        """What `work` returns, when it is committed; where others were in its way, it is done again."""
+        """Run `work` in a write transaction and return its result; on a conflict, run it again."""
         for _ in range(CONFLICTS - 1):
             with suppress(Conflict), self.writing() as connection:
                 return work(connection)
@@ -95,33 +91,36 @@ class Database(ABC):
 
 @contextmanager
 def transaction(connection: Connection, begin: str) -> Iterator[None]:
-    """The block, between a statement that begins a transaction and one that commits it, or takes it back."""
+    """Run the block in a transaction that `begin` opens; commit it, or roll it back if the block raises."""
     connection.exec_driver_sql(begin)
     try:
         yield
         connection.exec_driver_sql("COMMIT")
     except BaseException:
-        # SQLite has taken it back itself where the disk is full, PostgreSQL where it is gone.
+        # SQLite has rolled it back itself if the disk is full, PostgreSQL if the connection is gone.
         with suppress(SQLAlchemyError):
             connection.exec_driver_sql("ROLLBACK")
         raise
 
 
-def takes_turns(connection: Connection) -> bool:
-    """Whether nobody else writes while this transaction does."""
+def is_single_writer(connection: Connection) -> bool:
+    """Tell whether no other process can write while this transaction does."""
     return connection.dialect.name == "sqlite"
 
 
 def now(connection: Connection) -> float:
-    """Seconds since the epoch, by the one clock that all who write go by: a database of several hosts has its own."""
-    if takes_turns(connection):
+    """Return the time in seconds since the epoch, by the one clock that all writers share.
+
+    A database that several hosts write to has a clock of its own.
+    """
+    if is_single_writer(connection):
         return time.time()
     return connection.exec_driver_sql("SELECT extract(epoch FROM clock_timestamp())::float8").scalar_one()
 
 
 def next_keys(connection: Connection, table: Table, how_many: int) -> Sequence[int]:
-    """Numbers for the column `key` of new rows, each higher than the one before it, that nobody else gets."""
-    if takes_turns(connection):
+    """Reserve unique, ascending numbers for the column `key` of new rows."""
+    if is_single_writer(connection):
         first = (connection.execute(select(func.max(table.c.key))).scalar() or 0) + 1
         return range(first, first + how_many)
     query = "SELECT nextval(%s::regclass) FROM generate_series(1, %s)"
@@ -129,11 +128,11 @@ def next_keys(connection: Connection, table: Table, how_many: int) -> Sequence[i
 
 
 def run(connection: Connection, statement: str, values: Sequence[Any]) -> CursorResult[Any]:
-    """What a statement gives that is text, with a ? for each of the values.
+    """Execute a statement given as text, with a ? for each value.
 
-    SQLAlchemy takes longer to put one together than the database to answer it.
+    SQLAlchemy takes longer to build a statement than the database to answer it.
     """
-    if not takes_turns(connection):
+    if not is_single_writer(connection):
         statement = statement.replace("?", "%s")
     return connection.exec_driver_sql(statement, tuple(values))
 
@@ -141,7 +140,7 @@ def run(connection: Connection, statement: str, values: Sequence[Any]) -> Cursor
 def found(
     connection: Connection, table: Table, columns: Sequence[str], by: str, values: Sequence[Any]
 ) -> Iterable[Sequence[Any]]:
-    """These columns of the rows whose column `by` has one of the values: no more of them than `in_parts` gives."""
+    """Select columns of the rows whose column `by` has one of the values: at most as many as a part of `in_parts`."""
     query = f"SELECT {', '.join(columns)} FROM {table.name} WHERE {by} IN ({', '.join('?' * len(values))})"
     return run(connection, query, values)
 
@@ -154,23 +153,23 @@ def insert_rows(
     without: str | None = None,
     if_new: bool = False,
 ) -> int:
-    """Insert rows, each of which has a value for every column of the table, in their order; returns how many.
+    """Insert rows, each with a value for every column of the table, in that order; returns how many were inserted.
 
     Args:
-        without: the column that the rows have nothing for.
-        if_new: leave out those that a unique index has already.
+        without: a column that the rows have no value for.
+        if_new: skip rows that a unique index has already.
     """
     if not new:
         return 0
-    if not takes_turns(connection) and not if_new:
+    if not is_single_writer(connection) and not if_new:
         return _copy(connection, table, new, without)
-    # As text, so that the rows go to the driver as they are: SQLAlchemy looks through each for as long as SQLite takes
-    # to write it.
+    # As text, so that the rows go to the driver unchanged: SQLAlchemy inspects each row for as long as SQLite takes to
+    # write it.
     return connection.exec_driver_sql(_statement(table, connection.dialect, without, if_new), list(new)).rowcount
 
 
 def _copy(connection: Connection, table: Table, new: Sequence[tuple[Any, ...]], without: str | None) -> int:
-    """What an INSERT does, in half the time."""
+    """Insert by COPY, in half the time of an INSERT."""
     columns = [column for column in table.columns if column.name != without]
     quoted = ", ".join(connection.dialect.identifier_preparer.quote(column.name) for column in columns)
     with (
@@ -185,7 +184,7 @@ def _copy(connection: Connection, table: Table, new: Sequence[tuple[Any, ...]], 
 
 @lru_cache(256)
 def _type_of(column: Column[Any], dialect: Dialect) -> str:
-    """PostgreSQL's name of a column's type."""
+    """Return PostgreSQL's name of a column's type."""
     return column.type.compile(dialect).partition(" COLLATE")[0].lower()
 
 
@@ -197,21 +196,59 @@ def _statement(table: Table, dialect: Dialect, without: str | None, if_new: bool
 
 
 def insert_if_new(connection: Connection, table: Table, **values: Any) -> bool:
-    """Insert a row, unless a unique index has it already; returns whether it was new."""
+    """Insert a row unless a unique index has it already; tells whether it was new."""
     insertion = _insert_if_new(table, connection.dialect)
-    # Else SQLAlchemy tells of an UPDATE alone how many rows there were.
+    # Without the option SQLAlchemy keeps the row count of an UPDATE only.
     return connection.execute(insertion, values, execution_options={"preserve_rowcount": True}).rowcount > 0
 
 
 @lru_cache(64)
 def _insert_if_new(table: Table, dialect: Dialect) -> Insert:
     insertion = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[dialect.name]
-    # Named where it is one column, so that a key that was given out twice is an error. Inline: nobody asks for the key.
+    # The index is named if it is one column, so that a duplicate primary key is an error. Inline: the key is not read.
     unique = [column for column in table.columns if column.unique]
     return insertion(table).on_conflict_do_nothing(index_elements=unique or None).inline()
 
 
+def insert_valid(
+    connection: Connection,
+    records: Sequence[T],
+    insert: Callable[[Sequence[T]], int],
+    explain: Callable[[Exception], Exception | None],
+) -> tuple[int, list[tuple[T, Exception]]]:
+    """Insert the records that can be stored, in the caller's transaction, and isolate those that cannot.
+
+    Args:
+        insert: inserts records; returns how many are new, and raises if one of them cannot be stored.
+        explain: `Database.explanation`.
+
+    Returns:
+        How many are new, and each record that cannot be stored with the reason.
+
+    Raises:
+        StoreUnavailable, StoreRefused: the database is the reason; then none is stored.
+    """
+    connection.exec_driver_sql("SAVEPOINT valid")
+    try:
+        new = insert(records)
+    except Exception as error:
+        reason = explain(error) or error
+        if isinstance(reason, (StoreUnavailable, StoreRefused)):
+            raise
+        connection.exec_driver_sql("ROLLBACK TO valid")
+        connection.exec_driver_sql("RELEASE valid")
+        if len(records) == 1:
+            return 0, [(records[0], reason)]
+    else:
+        connection.exec_driver_sql("RELEASE valid")
+        return new, []
+    middle = len(records) // 2
+    first, refused = insert_valid(connection, records[:middle], insert, explain)
+    second, more = insert_valid(connection, records[middle:], insert, explain)
+    return first + second, [*refused, *more]
+
+
 def in_parts(values: Sequence[T]) -> Iterator[Sequence[T]]:
-    """As many at a time as a statement has room for."""
+    """Split values into parts that fit into one statement."""
     for start in range(0, len(values), VARIABLES_AT_ONCE):
         yield values[start : start + VARIABLES_AT_ONCE]

@@ -1,16 +1,37 @@
-"""What `open_store` gives for a database."""
+"""The store in a database: SQLite or PostgreSQL."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from agentlightning.errors import InvalidRecord, StoreRefused, StoreUnavailable
+from sqlalchemy import Connection
+
+from agentlightning.errors import InvalidRecord, NotFound, StoreRefused, StoreUnavailable
 from agentlightning.generation import Generation, Loss, Status
+from agentlightning.rollout import (
+    Attempt,
+    Mode,
+    NewRollout,
+    Resources,
+    Rollout,
+    RolloutConfig,
+    RolloutStatus,
+    Span,
+    Worker,
+    WorkerStatus,
+    record_from,
+    with_ids,
+)
 from agentlightning.sender import Sender
-from agentlightning.store import Filters, Store, rollouts, senders, triplets
-from agentlightning.store import generations as kept
+from agentlightning.store import generations as generation_rows
+from agentlightning.store import health, ingestion, lifecycle, pages, rollouts, senders, spans, workers
+from agentlightning.store import resources as resource_rows
+from agentlightning.store import triplets as triplet_rows
 from agentlightning.store.database import Database
+from agentlightning.store.interface import AttemptChanges, Filters, Listed, RolloutChanges, SpanFilters, Store
+from agentlightning.store.pages import Listing
 from agentlightning.store.rows import storable
 from agentlightning.triplet import Triplet
 
@@ -19,11 +40,16 @@ if TYPE_CHECKING:
 
 __all__ = ["DatabaseStore"]
 
-ROWS_AT_ONCE = 64
+GENERATIONS_AT_ONCE = 64
+
+T = TypeVar("T")
 
 
 class DatabaseStore(Store):
-    """Generations in a database.
+    """A store in a database.
+
+    Attempts that have timed out are ended before anything is read or written, so no caller sees one that should have
+    ended.
 
     Args:
         database: is closed with the store.
@@ -32,18 +58,160 @@ class DatabaseStore(Store):
     def __init__(self, database: Database) -> None:
         self._database = database
 
+    def enqueue_rollouts(self, new: Sequence[NewRollout]) -> list[Rollout]:
+        def work(connection: Connection) -> list[Rollout]:
+            return [self._rollout(row) for row in rollouts.find_all(connection, lifecycle.enqueue(connection, new))]
+
+        return self._write(work)
+
+    def dequeue_rollouts(self, limit: int, worker_id: str | None = None) -> list[Rollout]:
+        def work(connection: Connection) -> list[Rollout]:
+            taken = lifecycle.dequeue(connection, limit, worker_id)
+            return [self._rollout(row) for row in rollouts.find_all(connection, taken)]
+
+        return self._write(work)
+
+    def start_rollout(
+        self,
+        input: Any,  # noqa: A002
+        *,
+        mode: Mode | None = None,
+        resources_id: str | None = None,
+        config: RolloutConfig | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        worker_id: str | None = None,
+    ) -> Rollout:
+        new = NewRollout(input, mode, resources_id, config or RolloutConfig(), metadata or {})
+
+        def work(connection: Connection) -> Rollout:
+            return self._rollout(rollouts.find(connection, lifecycle.start(connection, new, worker_id)))
+
+        return self._write(work)
+
+    def start_attempt(self, rollout_id: str, worker_id: str | None = None) -> Rollout:
+        def work(connection: Connection) -> Rollout:
+            lifecycle.start_attempt(connection, rollout_id, worker_id)
+            return self._rollout(rollouts.find(connection, rollout_id))
+
+        return self._write(work)
+
+    def query_rollouts(
+        self,
+        *,
+        status_in: Sequence[RolloutStatus] | None = None,
+        rollout_id_in: Sequence[str] | None = None,
+        rollout_id_contains: str | None = None,
+        filter_logic: Literal["and", "or"] = "and",
+        **listed: Unpack[Listed],
+    ) -> list[Rollout]:
+        found = rollouts.listing(status_in, rollout_id_in, rollout_id_contains, filter_logic)
+        return [self._rollout(row) for row in self._listed(found, listed)]
+
+    def get_rollout_by_id(self, rollout_id: str) -> Rollout | None:
+        row = self._read(lambda connection: rollouts.find(connection, storable(rollout_id) or ""))
+        return None if row is None else self._rollout(row)
+
+    def update_rollout(self, rollout_id: str, **changes: Unpack[RolloutChanges]) -> Rollout:
+        def work(connection: Connection) -> Rollout:
+            lifecycle.update_rollout(connection, rollout_id, changes)
+            return self._rollout(rollouts.find(connection, rollout_id))
+
+        return self._write(work)
+
+    def query_attempts(self, rollout_id: str, **listed: Unpack[Listed]) -> list[Attempt]:
+        found = self._listed(rollouts.attempt_listing(rollout_id), {"sort_by": "sequence_id", **listed})
+        return [self._attempt(row, rollout_id) for row in found]
+
+    def update_attempt(self, rollout_id: str, attempt_id: str, **changes: Unpack[AttemptChanges]) -> Attempt:
+        row = self._write(lambda connection: lifecycle.update_attempt(connection, rollout_id, attempt_id, changes))
+        return self._attempt(row, rollout_id)
+
+    def heartbeat(self, rollout_id: str, attempt_id: str) -> Attempt:
+        def work(connection: Connection) -> Any:
+            if not lifecycle.heartbeat(connection, rollout_id, attempt_id):
+                raise NotFound(f"the rollout {rollout_id!r} has no attempt {attempt_id!r}")
+            return rollouts.find_attempt(connection, rollout_id, attempt_id)
+
+        return self._attempt(self._write(work), rollout_id)
+
+    def add_span(self, span: Span) -> Span | None:
+        new = spans.new_span(with_ids(span.as_dict()))
+        stored = self._write(lambda connection: ingestion.add_span(connection, new))
+        return None if stored is None else _span(stored)
+
+    def query_spans(
+        self, rollout_id: str | None = None, attempt_id: str | None = None, **filters: Unpack[SpanFilters]
+    ) -> list[Span]:
+        wanted: dict[str, Any] = dict(filters)
+        listed: Any = {name: wanted.pop(name) for name in Listed.__annotations__ if name in wanted}
+        found = spans.listing(rollout_id, attempt_id, **wanted)
+        return [_span(row) for row in self._listed(found, {"sort_by": "sequence_id", **listed})]
+
+    def get_next_span_sequence_id(self, rollout_id: str, attempt_id: str) -> int:
+        return self._write(lambda connection: spans.next_sequence_ids(connection, rollout_id))[0]
+
+    def add_reward(self, rollout_id: str, attempt_id: str, value: float, generation_id: str | None = None) -> Span:
+        return _span(
+            self._write(
+                lambda connection: ingestion.add_reward(connection, rollout_id, attempt_id, value, generation_id)
+            )
+        )
+
+    def add_resources(self, resources: Mapping[str, Mapping[str, Any]]) -> Resources:
+        return _resources(self._write(lambda connection: resource_rows.add(connection, resources)))
+
+    def update_resources(self, resources_id: str, resources: Mapping[str, Mapping[str, Any]]) -> Resources:
+        return _resources(self._write(lambda connection: resource_rows.put(connection, resources_id, resources)))
+
+    def get_resources_by_id(self, resources_id: str) -> Resources | None:
+        row = self._read(lambda connection: resource_rows.find(connection, resources_id))
+        return None if row is None else _resources(row)
+
+    def get_latest_resources(self) -> Resources | None:
+        row = self._read(lambda connection: resource_rows.find(connection, resource_rows.latest_id(connection)))
+        return None if row is None else _resources(row)
+
+    def query_resources(
+        self, *, resources_id: str | None = None, resources_id_contains: str | None = None, **listed: Unpack[Listed]
+    ) -> list[Resources]:
+        found = resource_rows.listing(resources_id, resources_id_contains)
+        return [_resources(row) for row in self._listed(found, listed)]
+
+    def query_workers(
+        self,
+        *,
+        status_in: Sequence[WorkerStatus] | None = None,
+        worker_id_contains: str | None = None,
+        filter_logic: Literal["and", "or"] = "and",
+        **listed: Unpack[Listed],
+    ) -> list[Worker]:
+        found = workers.listing(status_in, worker_id_contains, filter_logic)
+        return [_worker(row) for row in self._listed(found, listed)]
+
+    def get_worker_by_id(self, worker_id: str) -> Worker | None:
+        row = self._read(lambda connection: workers.find(connection, worker_id))
+        return None if row is None else _worker(row)
+
+    def update_worker(self, worker_id: str, heartbeat_stats: Mapping[str, Any] | None = None) -> Worker:
+        return _worker(self._write(lambda connection: workers.heartbeat(connection, worker_id, heartbeat_stats)))
+
+    def statistics(self) -> dict[str, int]:
+        return self._read(health.count)
+
     def greet(self, sender: Sender) -> None:
         self._database.write(lambda connection: senders.greet(connection, sender))
 
     def add(self, generations: Sequence[Generation], sender_id: str | None = None) -> int:
         try:
-            return self._database.write(lambda connection: kept.add(connection, generations, sender_id))
+            return self._database.write(lambda connection: generation_rows.add(connection, generations, sender_id))
         except (StoreUnavailable, StoreRefused):
             raise
         except Exception:
-            # One of them is at fault: found in a second transaction, so that the usual one stays as quick as it is.
+            # One of them is at fault. It is isolated in a second transaction, which keeps the usual one fast.
             new, reasons = self._database.write(
-                lambda connection: kept.add_valid(connection, generations, sender_id, self._database.explanation)
+                lambda connection: generation_rows.add_valid(
+                    connection, generations, sender_id, self._database.explanation
+                )
             )
         if reasons:
             raise InvalidRecord(reasons, new)
@@ -52,39 +220,75 @@ class DatabaseStore(Store):
     def generations(self, **filters: Unpack[Filters]) -> Iterator[Generation]:
         end = None
         while True:
-            # A transaction a page: one that is open for long keeps SQLite from emptying the WAL file.
+            # A transaction for each page: a long one would keep SQLite from emptying its WAL file.
             with self._database.reading() as connection:
-                found, end = kept.page(connection, filters, end, ROWS_AT_ONCE)
+                found, end = generation_rows.page(connection, filters, end, GENERATIONS_AT_ONCE)
             yield from found
             if end is None:
                 return
 
     def tally(self, **filters: Unpack[Filters]) -> dict[Status, int]:
         with self._database.reading() as connection:
-            return kept.tally(connection, filters)
-
-    def add_losses(self, losses: Sequence[Loss]) -> None:
-        self._database.write(lambda connection: kept.add_losses(connection, losses))
-
-    def losses(self) -> Iterator[Loss]:
-        with self._database.reading() as connection:
-            found = list(kept.losses(connection))
-        yield from found
-
-    def rollout_status(self, rollout_id: str) -> str | None:
-        with self._database.reading() as connection:
-            found = rollouts.find(connection, storable(rollout_id) or "")
-        return None if found is None else found.status
+            return generation_rows.tally(connection, filters)
 
     def triplets(self, rollout_id: str | None = None, attempt_id: str | None = None) -> Iterator[Triplet]:
         rollout_ids = [] if rollout_id is None else [rollout_id]
         if rollout_id is None:
             with self._database.reading() as connection:
-                rollout_ids = triplets.rollouts_of(connection)
+                rollout_ids = triplet_rows.rollouts_of(connection)
         for each in rollout_ids:
             with self._database.reading() as connection:
-                found = triplets.of_rollout(connection, each, attempt_id)
+                found = triplet_rows.of_rollout(connection, each, attempt_id)
             yield from found
+
+    def add_losses(self, losses: Sequence[Loss]) -> None:
+        self._database.write(lambda connection: generation_rows.add_losses(connection, losses))
+
+    def losses(self) -> Iterator[Loss]:
+        with self._database.reading() as connection:
+            found = list(generation_rows.losses(connection))
+        yield from found
 
     def close(self) -> None:
         self._database.close()
+
+    def _read(self, work: Callable[[Connection], T]) -> T:
+        with self._database.reading() as connection:
+            if not lifecycle.is_anything_due(connection):
+                return work(connection)
+        return self._write(work)
+
+    def _write(self, work: Callable[[Connection], T]) -> T:
+        def expire_first(connection: Connection) -> T:
+            if lifecycle.is_anything_due(connection):
+                lifecycle.expire(connection)
+            return work(connection)
+
+        return self._database.write(expire_first)
+
+    def _listed(self, listing: Listing, listed: Listed) -> list[Any]:
+        def work(connection: Connection) -> list[Any]:
+            descending = listed.get("sort_order", "asc") == "desc"
+            limit, offset = listed.get("limit", -1), listed.get("offset", 0)
+            page = listing.page(connection, listed.get("sort_by"), descending, limit, offset)
+            return [row for keys in pages.parts(page.keys) for row in listing.rows(connection, keys)]
+
+        return self._read(work)
+
+    def _rollout(self, row: Any) -> Rollout:
+        return record_from(Rollout, rollouts.rollout_fields(row), self)
+
+    def _attempt(self, row: Any, rollout_id: str) -> Attempt:
+        return record_from(Attempt, rollouts.attempt_fields(row, rollout_id), self)
+
+
+def _resources(row: Any) -> Resources:
+    return record_from(Resources, resource_rows.resources_fields(row))
+
+
+def _worker(row: Any) -> Worker:
+    return record_from(Worker, workers.worker_fields(row))
+
+
+def _span(row: Any) -> Span:
+    return record_from(Span, json.loads(spans.span_json(row)))

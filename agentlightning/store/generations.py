@@ -1,7 +1,8 @@
-"""Generations and losses: put in, and found again. Everything here works inside a transaction of somebody else's."""
+"""Generations and losses: inserted and found. The caller owns the transaction."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -10,10 +11,10 @@ from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import ColumnElement, Connection, Table, false, func, select, tuple_
 
-from agentlightning.errors import StoreRefused, StoreUnavailable
+from agentlightning.errors import InvalidRecord
 from agentlightning.generation import STATUSES, Generation, Loss, Status
 from agentlightning.store import Filters, rows, senders, tables, texts
-from agentlightning.store.database import found, in_parts, insert_rows, next_keys
+from agentlightning.store.database import found, in_parts, insert_rows, insert_valid, next_keys
 
 __all__ = [
     "Place",
@@ -42,22 +43,24 @@ IN_ORDER = (tables.generations.c.finished_at, tables.generations.c.key)
 
 Record = TypeVar("Record", Generation, Loss)
 
+logger = logging.getLogger("agentlightning.store")
+
 
 class Place(NamedTuple):
-    """Where a generation stands in the order in which all are read."""
+    """Position of a generation in the order in which all are read."""
 
     finished_at: int
     key: int
 
 
 def add(connection: Connection, generations: Sequence[Generation], sender_id: str | None = None) -> int:
-    """Keep generations; returns how many are new. One whose id is known is left as it is.
+    """Store generations; returns how many are new. One whose id is known already is left unchanged.
 
     Args:
-        sender_id: whose they are; one that is not known is as none.
+        sender_id: who recorded them; an unknown sender counts as none.
 
     Raises:
-        ValueError: one of them cannot be kept by any store.
+        ValueError, InvalidRecord: one of them cannot be stored by any store.
     """
     new = _unknown(connection, tables.generations, generations)
     counts = [rows.token_counts(generation) for generation in new]
@@ -76,44 +79,32 @@ def add_valid(
     sender_id: str | None,
     explain: Callable[[Exception], Exception | None],
 ) -> tuple[int, dict[str, str]]:
-    """Keep the generations that can be kept, in the transaction that is open.
+    """Store the generations that can be stored.
 
     Args:
-        explain: gives what to raise for an error of the database's driver, as `Database.explanation` does.
+        explain: `Database.explanation`.
 
     Returns:
-        How many are new, and by the id of each that cannot be kept, why.
+        How many are new, and the reason by the id of each that cannot be stored.
 
     Raises:
-        StoreUnavailable, StoreRefused: the database is the reason; then none is kept.
+        StoreUnavailable, StoreRefused: the database is the reason; then none is stored.
     """
-    connection.exec_driver_sql("SAVEPOINT valid")
-    try:
-        new = add(connection, generations, sender_id)
-    except Exception as error:
-        meaning = explain(error) or error
-        if isinstance(meaning, (StoreUnavailable, StoreRefused)):
-            raise
-        connection.exec_driver_sql("ROLLBACK TO valid")
-        connection.exec_driver_sql("RELEASE valid")
-        if len(generations) == 1:
-            return 0, {str(generations[0].id): str(meaning) or type(meaning).__name__}
-    else:
-        connection.exec_driver_sql("RELEASE valid")
-        return new, {}
-    middle = len(generations) // 2
-    first, reasons = add_valid(connection, generations[:middle], sender_id, explain)
-    second, more = add_valid(connection, generations[middle:], sender_id, explain)
-    return first + second, reasons | more
+    new, refused = insert_valid(connection, generations, lambda some: add(connection, some, sender_id), explain)
+    for _, error in refused:
+        if not isinstance(error, (InvalidRecord, ValueError)):
+            logger.error("a generation cannot be stored", exc_info=error)
+    return new, {str(each.id): str(error) or type(error).__name__ for each, error in refused}
 
 
 def page(
     connection: Connection, filters: Filters, after: Place | None, limit: int
 ) -> tuple[list[Generation], Place | None]:
-    """So many of those that the filters let through, in the order in which they finished.
+    """Read a page of the generations that match the filters, in the order in which they finished.
 
     Args:
-        after: where the page before ended; None for the first.
+        after: where the previous page ended; None for the first page.
+        limit: number of generations on a page.
 
     Returns:
         The page, and where it ends; None where nothing comes after it.
@@ -127,7 +118,7 @@ def page(
 
 
 def find(connection: Connection, generation_id: str) -> Generation | None:
-    """The generation of this id."""
+    """Find a generation by its id."""
     with suppress(ValueError):
         wanted = tables.generations.c.id == rows.uuid_bytes(generation_id)
         for each in _generations_of(connection, connection.execute(select(tables.generations).where(wanted)).all()):
@@ -136,7 +127,7 @@ def find(connection: Connection, generation_id: str) -> Generation | None:
 
 
 def latest(connection: Connection, filters: Filters, limit: int) -> Iterator[Generation]:
-    """So many of those that the filters let through, the last to finish first, each read when it is asked for."""
+    """Iterate over the latest generations that match the filters, last finished first; each is read on demand."""
     backwards = [column.desc() for column in IN_ORDER]
     key = tables.generations.c.key
     query = select(key).where(*_conditions(connection, filters)).order_by(*backwards).limit(limit)
@@ -146,7 +137,7 @@ def latest(connection: Connection, filters: Filters, limit: int) -> Iterator[Gen
 
 
 def key_of(connection: Connection, generation_id: str) -> int | None:
-    """The key of the generation of this id; None where there is none."""
+    """Return the key of a generation; None where the id is unknown."""
     with suppress(ValueError):
         wanted = tables.generations.c.id == rows.uuid_bytes(generation_id)
         return connection.execute(select(tables.generations.c.key).where(wanted)).scalar()
@@ -154,7 +145,7 @@ def key_of(connection: Connection, generation_id: str) -> int | None:
 
 
 def tally(connection: Connection, filters: Filters) -> dict[Status, int]:
-    """How many the filters let through, by status; every status is there."""
+    """Count the generations that match the filters, by status; every status is a key."""
     status = tables.generations.c.status
     query = select(status, func.count().label("how_many")).where(*_conditions(connection, filters)).group_by(status)
     found = {row.status: row.how_many for row in connection.execute(query)}
@@ -162,13 +153,13 @@ def tally(connection: Connection, filters: Filters) -> dict[Status, int]:
 
 
 def has_any(connection: Connection, filters: Filters) -> bool:
-    """Whether the filters let one through."""
+    """Tell whether a generation matches the filters."""
     query = select(tables.generations.c.key).where(*_conditions(connection, filters)).limit(1)
     return connection.execute(query).first() is not None
 
 
 def add_losses(connection: Connection, new: Sequence[Loss]) -> int:
-    """Write down what could not be kept; returns how many are new. One whose id is known is left as it is."""
+    """Store reports of losses; returns how many are new. One whose id is known already is left unchanged."""
     unknown = _unknown(connection, tables.losses, new)
     keys = next_keys(connection, tables.losses, len(unknown))
     insert_rows(connection, tables.losses, [rows.loss_row(*each) for each in zip(unknown, keys, strict=True)])
@@ -176,17 +167,17 @@ def add_losses(connection: Connection, new: Sequence[Loss]) -> int:
 
 
 def losses(connection: Connection) -> Iterator[Loss]:
-    """What could not be kept, in the order in which it was written down."""
+    """Iterate over the reports of losses, in the order in which they were stored."""
     return map(rows.loss_of, connection.execute(select(tables.losses).order_by(tables.losses.c.key)))
 
 
 def has_losses(connection: Connection) -> bool:
-    """Whether there is one that could not be kept."""
+    """Tell whether any loss is reported."""
     return connection.execute(select(tables.losses.c.key).limit(1)).first() is not None
 
 
 def _generations_of(connection: Connection, found: Sequence[Any]) -> list[Generation]:
-    """The generations of these rows, with their choices and texts."""
+    """Build the generations of these rows, with their choices and texts."""
     table = tables.choices
     in_order = table.c.generation_key, table.c.index
     query = select(table).where(table.c.generation_key.in_([row.key for row in found])).order_by(*in_order)
@@ -197,7 +188,7 @@ def _generations_of(connection: Connection, found: Sequence[Any]) -> list[Genera
 
 
 def _unknown(connection: Connection, table: Table, records: Iterable[Record]) -> list[Record]:
-    """Those that the table does not have yet, each once."""
+    """Return the records that the table does not have yet, each once."""
     by_id = {rows.uuid_bytes(record.id): record for record in records}
     for some in in_parts(list(by_id)):
         for (known,) in found(connection, table, ("id",), "id", some):
@@ -210,7 +201,7 @@ def _conditions(connection: Connection, filters: Filters) -> list[ColumnElement[
 
 
 def _condition(connection: Connection, name: str, value: Any) -> ColumnElement[bool]:
-    """What a filter asks of a row."""
+    """Translate a filter into a condition on a row."""
     if name == "since":
         return tables.generations.c.finished_at >= value
     if name == "until":

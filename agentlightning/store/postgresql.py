@@ -12,10 +12,10 @@ from sqlalchemy import Connection, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from agentlightning.errors import StoreRefused, StoreUnavailable
+from agentlightning.errors import InvalidRecord, StoreRefused, StoreUnavailable
 from agentlightning.settings import without_secrets
 from agentlightning.store import tables
-from agentlightning.store.database import Conflict, Database, Unkeepable, transaction
+from agentlightning.store.database import Conflict, Database, transaction
 
 __all__ = ["PostgresqlDatabase"]
 
@@ -122,14 +122,14 @@ class PostgresqlDatabase(Database):
                 return StoreRefused(f"{self._name} cannot be used: {told}")
             case errors.ProgramLimitExceeded() | psycopg.DataError() | psycopg.IntegrityError():
                 # The first is of an id of some KiB, for one, that an index has no room for.
-                return Unkeepable(told)
+                return InvalidRecord(told)
             case psycopg.ProgrammingError() if reason.sqlstate is None:
                 # Of the driver itself: a value that is of no type that it knows.
-                return Unkeepable(told)
+                return InvalidRecord(told)
             case OverflowError() | struct.error():
-                return Unkeepable(f"a number that PostgreSQL cannot hold: {told}")
+                return InvalidRecord(f"a number that PostgreSQL cannot hold: {told}")
             case UnicodeEncodeError():
-                return Unkeepable(f"a text that PostgreSQL cannot hold: {reason.reason}")
+                return InvalidRecord(f"a text that PostgreSQL cannot hold: {reason.reason}")
             case psycopg.Error() | PoolTimeout():
                 # A server that only reads, since another has taken its place, is none of a value's doing either.
                 return self._unreachable(told)

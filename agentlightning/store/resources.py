@@ -1,26 +1,59 @@
-"""Resources: what runners work with, by version. Everything here works inside a transaction of somebody else's."""
+"""Resources that runners work with, such as models and prompts, by version. The caller owns the transaction."""
 
 from __future__ import annotations
+
+import json
+from typing import Any
 
 from sqlalchemy import Connection, select, update
 
 from agentlightning.generation import new_id
 from agentlightning.store.database import insert_if_new, now
+from agentlightning.store.documents import to_json
+from agentlightning.store.pages import Listing, contains, matching
+from agentlightning.store.rollouts import Document
 from agentlightning.store.tables import resources
 
-__all__ = ["add", "latest_id", "put"]
+__all__ = ["add", "find", "latest_id", "listing", "put", "resources_fields"]
 
 
-def add(connection: Connection, content: str) -> str:
-    """Keep resources, as JSON; returns the id that they get."""
-    resources_id = f"rs-{new_id()}"
-    put(connection, resources_id, content)
-    return resources_id
+def find(connection: Connection, resources_id: str | None) -> Any | None:
+    """Find a row of resources."""
+    return connection.execute(select(resources).where(resources.c.resources_id == resources_id)).first()
 
 
-def put(connection: Connection, resources_id: str, content: str) -> None:
-    """Keep resources under an id: those that it had are replaced, and the version is one more."""
+def listing(resources_id: str | None = None, resources_id_contains: str | None = None) -> Listing:
+    """List resources; a filter that is None lets everything through."""
+    conditions = []
+    if resources_id is not None:
+        conditions.append(resources.c.resources_id == resources_id)
+    if resources_id_contains is not None:
+        conditions.append(contains(resources.c.resources_id, resources_id_contains))
+    where = matching(conditions, "and")
+    return Listing(select(resources), resources.c.key, lambda _: where)
+
+
+def resources_fields(row: Any, document: Document = json.loads) -> dict[str, Any]:
+    """Return the JSON object of a version of resources."""
+    found = dict(row._mapping)
+    del found["key"]
+    found["resources"] = document(row.resources)
+    return found
+
+
+def add(connection: Connection, content: Any) -> Any:
+    """Store resources, a JSON object, under a new id; returns their row."""
+    return put(connection, f"rs-{new_id()}", content)
+
+
+def put(connection: Connection, resources_id: str, content: Any) -> Any:
+    """Store resources, a JSON object, under an id; those that it had are replaced, with the next version number.
+
+    Returns:
+        Their row.
+    """
     at = now(connection)
+    content = to_json(content)
     new = {
         "resources_id": resources_id,
         "create_time": at,
@@ -31,9 +64,10 @@ def put(connection: Connection, resources_id: str, content: str) -> None:
     if not insert_if_new(connection, resources, **new):
         changes = {"resources": content, "update_time": at, "version": resources.c.version + 1}
         connection.execute(update(resources).where(resources.c.resources_id == resources_id).values(**changes))
+    return find(connection, resources_id)
 
 
 def latest_id(connection: Connection) -> str | None:
-    """The id of those that were added or replaced last."""
+    """Return the id of the resources that were added or replaced last."""
     in_order = resources.c.update_time.desc(), resources.c.key.desc()
     return connection.execute(select(resources.c.resources_id).order_by(*in_order).limit(1)).scalar()

@@ -1,25 +1,33 @@
-"""Spans: kept as they came, found by rollout or by trace.
+"""Spans: stored as they arrived, found by rollout or by trace. The caller owns the transaction.
 
-Everything here works inside a transaction of somebody else's, and nothing looks into the body of a span, which may have
-thousands of token ids.
+A span's body may hold thousands of token ids, so it is not parsed where that can be avoided.
 """
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
-from sqlalchemy import Connection, bindparam, case, select, update
+from sqlalchemy import ColumnElement, Connection, bindparam, case, false, select, update
 
-from agentlightning.store import texts
+from agentlightning.store import attributes, rollouts, tables, texts, triplets
 from agentlightning.store.database import in_parts, insert_if_new, insert_rows
-from agentlightning.store.rows import storable
+from agentlightning.store.documents import to_json
+from agentlightning.store.pages import Listing, Logic, contains, matching
+from agentlightning.store.rows import storable, text_of
 from agentlightning.store.tables import span_sequences, spans
+from agentlightning.triplet import Triplet
 
-__all__ = ["NewSpan", "add", "next_sequence_ids", "place_again"]
+__all__ = ["NewSpan", "add", "listing", "new_span", "next_sequence_ids", "place_again", "span_json"]
 
-# Made once: SQLAlchemy takes longer to put a statement together than SQLite takes to execute it.
+SEARCHED = ("trace_id", "span_id", "parent_id", "name")
+LOGPROBS = "logprobs.content"
+
+# Made once: SQLAlchemy takes longer to build a statement than SQLite takes to execute it.
 _OF_ROLLOUT = span_sequences.c.rollout_id == bindparam("rollout")
 _LAST = select(span_sequences.c.last).where(_OF_ROLLOUT)
 _MORE = update(span_sequences).where(_OF_ROLLOUT).values(last=span_sequences.c.last + bindparam("more"))
@@ -29,15 +37,16 @@ _AT_LEAST = update(span_sequences).where(_OF_ROLLOUT).values(last=_HIGHER)
 
 @dataclass(slots=True)
 class NewSpan:
-    """A span that is to be kept.
+    """A span that is to be stored.
 
     Attributes:
-        rollout_id: None, as `attempt_id`, for one that came without.
-        sequence_id: its place in the rollout, if its sender gave one; None for the next.
+        rollout_id: None, as `attempt_id`, for a span that arrived without a rollout.
+        sequence_id: position in the rollout, if the sender gave one; None for the next.
         start_time: seconds since the epoch, as `end_time`.
-        response_id: the answer of a model that it is about; `attributes.response_id` finds it, and `reward` finds that.
-        body: a JSON object of all but `rollout_id`, `attempt_id`, `sequence_id` and what is in `common`.
-        common: a JSON object of what it has in common with many others, which is kept once: `resource` and `scope`.
+        response_id: id of the model's answer that the span is about; see `attributes.response_id`.
+        reward: see `attributes.reward`.
+        body: JSON object of all fields but `rollout_id`, `attempt_id`, `sequence_id` and those in `common`.
+        common: JSON object of fields that many spans share, which are stored once: `resource` and `scope`.
     """
 
     rollout_id: str | None
@@ -55,13 +64,41 @@ class NewSpan:
     common: bytes | None = None
 
 
-def add(connection: Connection, new: Sequence[NewSpan]) -> int:
-    """Keep spans; returns how many are new. One whose span_id its attempt, or its trace, has is left as it is.
+def new_span(
+    fields: Mapping[str, Any], encode: Callable[[Any], bytes] = lambda value: to_json(value).encode()
+) -> NewSpan:
+    """Prepare a span, given as a JSON object with the fields of `agentlightning.rollout.Span`, for storing.
 
-    Each that has no `sequence_id` gets it: what is done again in another transaction begins with spans that have none.
+    Args:
+        encode: serializes JSON.
+    """
+    parent_id = fields["parent_id"]
+    apart = ("rollout_id", "attempt_id", "sequence_id", "resource")
+    return NewSpan(
+        rollout_id=fields["rollout_id"],
+        attempt_id=fields["attempt_id"],
+        sequence_id=fields["sequence_id"],
+        trace_id=fields["trace_id"],
+        span_id=fields["span_id"],
+        # Some exporters send an empty text, or zeros, for a root.
+        parent_id=parent_id if parent_id and parent_id.strip("0") else None,
+        name=fields["name"],
+        start_time=fields["start_time"],
+        end_time=fields["end_time"],
+        response_id=attributes.response_id(fields["attributes"]),
+        reward=attributes.reward(fields["name"], fields["attributes"]),
+        body=encode({name: value for name, value in fields.items() if name not in apart}),
+        common=encode({"resource": fields["resource"]}),
+    )
+
+
+def add(connection: Connection, new: Sequence[NewSpan]) -> int:
+    """Store spans; returns how many are new. One whose span_id its attempt, or its trace, has is left unchanged.
+
+    Each span without a `sequence_id` gets one, so a transaction that is run again must begin with fresh spans.
     """
     wanted = Counter(each.rollout_id for each in new if each.rollout_id is not None and each.sequence_id is None)
-    # In one order: each locks the row of its rollout, and of two that have the same each would wait for the other.
+    # Sorted: each locks the row of its rollout, and two writers of the same rollouts must lock in the same order.
     given = {
         rollout_id: iter(next_sequence_ids(connection, rollout_id, wanted[rollout_id])) for rollout_id in sorted(wanted)
     }
@@ -100,9 +137,9 @@ def add(connection: Connection, new: Sequence[NewSpan]) -> int:
 
 
 def place_again(connection: Connection, new: Sequence[NewSpan]) -> None:
-    """Give spans that name a rollout and no attempt the one that they have already, if they were kept before.
+    """Give spans that name a rollout and no attempt the attempt under which they are stored already, if they are.
 
-    Else what is sent again, after another attempt has begun, would be a span of that, too.
+    Otherwise a span that is sent again after another attempt has begun would be stored for that one, too.
     """
     unplaced = {(each.trace_id, each.span_id): each for each in new if each.rollout_id and not each.attempt_id}
     for some in in_parts(list(unplaced)):
@@ -117,7 +154,7 @@ def place_again(connection: Connection, new: Sequence[NewSpan]) -> None:
 
 
 def next_sequence_ids(connection: Connection, rollout_id: str, how_many: int = 1) -> range:
-    """Numbers for spans of a rollout that no other gets, and that are higher than those of its spans."""
+    """Reserve unique sequence ids for spans of a rollout, higher than those of its stored spans."""
     more = {"rollout": rollout_id, "more": how_many}
     if not connection.execute(_MORE, more).rowcount:
         insert_if_new(connection, span_sequences, rollout_id=rollout_id, last=0)
@@ -139,5 +176,82 @@ def _text(common: bytes | None) -> str | None:
 
 
 def _column(text: str) -> str:
-    # The body has it as it came; in a column it is for finding, and not every database has a NUL in a text.
+    # The body has the text unchanged; the column is for searching, and not every database can hold a NUL in a text.
     return text.replace("\0", "\N{REPLACEMENT CHARACTER}")
+
+
+def span_json(row: Any) -> bytes:
+    """Return the JSON object of a span: of a `NewSpan`, or of a row of `listing`."""
+    known = {"rollout_id": row.rollout_id, "attempt_id": row.attempt_id, "sequence_id": row.sequence_id}
+    common = row.common
+    if isinstance(common, str):
+        common = text_of(common).encode()
+    body = json.dumps(known).encode()[:-1] + b"," + row.body[1:]
+    return body if common is None else body[:-1] + b"," + common[1:]
+
+
+def listing(
+    rollout_id: str | None = None,
+    attempt_id: str | None = None,
+    filter_logic: Logic = "and",
+    **texts_wanted: str | None,
+) -> Listing:
+    """List the spans of a rollout, or of a trace, with the recorded token ids of the answers that they name.
+
+    Args:
+        rollout_id: None for the spans of the trace `trace_id`, also those without a rollout.
+        attempt_id: `latest` for those of the latest attempt; None for those of all.
+        filter_logic: how the other filters combine.
+        texts_wanted: `trace_id`, `span_id`, `parent_id`, `name`, or one of these with `_contains`.
+    """
+
+    def where(connection: Connection) -> ColumnElement[bool]:
+        must, may = [], []
+        if rollout_id is None:
+            must.append(spans.c.trace_id == texts_wanted.get("trace_id"))
+        else:
+            must.append(spans.c.rollout_id == rollout_id)
+        wanted = attempt_id
+        if wanted == "latest":
+            wanted = rollouts.attempt_id_of(connection, rollout_id or "", wanted)
+            if wanted is None:
+                must.append(false())
+        if wanted is not None:
+            must.append(spans.c.attempt_id == wanted)
+        for name in SEARCHED:
+            if (whole := texts_wanted.get(name)) is not None:
+                may.append(spans.c[name] == whole)
+            if (part := texts_wanted.get(f"{name}_contains")) is not None:
+                may.append(contains(spans.c[name], part))
+        return matching([*must, matching(may, filter_logic)], "and")
+
+    columns = ("key", "rollout_id", "attempt_id", "sequence_id", "response_id", "body")
+    query = select(*(spans.c[name] for name in columns), tables.texts.c.text.label("common")).select_from(
+        spans.outerjoin(tables.texts, tables.texts.c.key == spans.c.common_key)
+    )
+    return Listing(query, spans.c.key, where, _with_recorded_ids)
+
+
+def _with_recorded_ids(connection: Connection, rows: list[Any]) -> list[Any]:
+    """Add the recorded token ids to spans that name an answer and arrived without them."""
+    named = {text_of(row.response_id) for row in rows if row.response_id is not None}
+    recorded = triplets.of_responses(connection, named) if named else {}
+    return [_with_ids(row, recorded.get(text_of(row.response_id))) for row in rows] if recorded else rows
+
+
+def _with_ids(row: Any, recorded: Triplet | None) -> Any:
+    if recorded is None:
+        return row
+    body = json.loads(row.body)
+    known = body["attributes"]
+    # With the names that the tracer of Agent Lightning 0.3 writes and its adapters read.
+    new: dict[str, Any] = {}
+    for name in ("prompt_token_ids", "response_token_ids"):
+        if name not in known and (ids := getattr(recorded, name)) is not None:
+            new[name] = ids.tolist()
+    if LOGPROBS not in known and recorded.logprobs is not None:
+        new[LOGPROBS] = to_json([{"logprob": each} for each in recorded.logprobs.tolist()])
+    if not new:
+        return row
+    body = to_json({**body, "attributes": {**known, **new}}).encode()
+    return SimpleNamespace(**{**row._mapping, "body": body})

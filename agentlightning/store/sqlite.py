@@ -12,9 +12,9 @@ from pathlib import Path
 from sqlalchemy import URL, Connection, create_engine, event
 from sqlalchemy.exc import DBAPIError
 
-from agentlightning.errors import StoreRefused, StoreUnavailable
+from agentlightning.errors import InvalidRecord, StoreRefused, StoreUnavailable
 from agentlightning.store import tables
-from agentlightning.store.database import Database, Unkeepable, transaction
+from agentlightning.store.database import Database, transaction
 from agentlightning.store.filesystem import network_file_system
 
 __all__ = ["SqliteDatabase"]
@@ -86,14 +86,14 @@ class SqliteDatabase(Database):
         if isinstance(reason, OSError):
             return StoreUnavailable(f"{self._path} cannot be opened: {reason.strerror}")
         if isinstance(reason, OverflowError):
-            return Unkeepable(f"a number that SQLite cannot hold: {reason}")
+            return InvalidRecord(f"a number that SQLite cannot hold: {reason}")
         if isinstance(reason, UnicodeEncodeError):
-            return Unkeepable(f"a text that SQLite cannot hold: {reason.reason}")
+            return InvalidRecord(f"a text that SQLite cannot hold: {reason.reason}")
         if isinstance(reason, sqlite3.OperationalError):
             return StoreUnavailable(f"{self._path} cannot be used now: {reason}")
         if type(reason) is sqlite3.DatabaseError:
             return StoreRefused(f"{self._path} is no SQLite file, or a broken one: {reason}")
-        return Unkeepable(f"{reason}") if isinstance(reason, sqlite3.Error) else None
+        return InvalidRecord(f"{reason}") if isinstance(reason, sqlite3.Error) else None
 
     def tidy(self) -> None:
         """Empty the WAL file, if a large transaction has left it large and no reader is in the way."""

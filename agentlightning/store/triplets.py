@@ -18,7 +18,7 @@ from sqlalchemy import Column, Connection, case, func, or_, select
 
 from agentlightning.generation import STATUSES
 from agentlightning.store import generations as kept
-from agentlightning.store import rows, tables, texts
+from agentlightning.store import rollouts, rows, tables, texts
 from agentlightning.store.attributes import GENERATION, OUTCOME, RESPONSE, links
 from agentlightning.store.database import in_parts
 from agentlightning.triplet import Triplet
@@ -98,6 +98,8 @@ def of_rollout(connection: Connection, rollout_id: str, attempt_id: str | None =
     reward that belongs to a call that is missing, or links to none, or to an answer that several calls have, is left
     out.
     """
+    if attempt_id == "latest" and (attempt_id := rollouts.attempt_id_of(connection, rollout_id, attempt_id)) is None:
+        return []
     calls, known, rewards = _all_of(connection, rollout_id, attempt_id, (_GENERATIONS.prompt_token_ids,))
     return _triplets(connection, rollout_id, calls, known, rewards)
 

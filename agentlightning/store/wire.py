@@ -1,13 +1,13 @@
 """Generations on their way to an `agl store` and back: `application/vnd.agl.generations.v1+msgpack`.
 
-A message is MessagePack: a map of `generations`, an array; `losses`, an array; `next`, the cursor of the page after
-this one; and `sender`, the id of who has recorded the generations. What there is nothing of may be left out.
+A message is a MessagePack map: `generations`, an array; `losses`, an array; `next`, the cursor of the next page; and
+`sender`, the id of the process that recorded the generations. Empty entries may be absent.
 
-Generations, choices and losses are arrays of their fields, all of them, in the order that they have here, which is that
-of `agentlightning.generation`; what is unknown is nil. Ids of tokens are bytes, of little-endian int32; logprobs of
-little-endian float32; routed experts of their shape, three little-endian uint32, and then int16. All else is as it is.
+Generations, choices and losses are arrays of all their fields, in the order of `agentlightning.generation`; what is
+unknown is nil. Token ids are bytes of little-endian int32; logprobs of little-endian float32; routed experts of their
+shape, three little-endian uint32, followed by int16. All other fields are plain MessagePack.
 
-Whatever is to be sent otherwise gets another version, so that nobody takes one field for another.
+A change of the format gets another version, so that no field is taken for another.
 """
 
 from __future__ import annotations
@@ -16,26 +16,39 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import msgspec
 from msgspec.structs import asdict
 
-from agentlightning.generation import Choice, Generation, Loss, RoutedExperts, Status
+from agentlightning.generation import Choice, Generation, Loss, RoutedExperts, field_types
 from agentlightning.store.rows import array_of, bytes_of, experts_bytes, experts_of
 
-__all__ = ["ERROR_HEADER", "MEDIA_TYPE", "Envelope", "Refusal", "decode", "decode_each", "encode", "without_surrogates"]
+__all__ = [
+    "ERROR_HEADER",
+    "MEDIA_TYPE",
+    "NOT_FOUND",
+    "Envelope",
+    "Refusal",
+    "decode",
+    "decode_each",
+    "encode",
+    "without_surrogates",
+]
 
 MEDIA_TYPE = "application/vnd.agl.generations.v1+msgpack"
 ERROR_HEADER = "X-AGL-Error"
-"""What every error of `agl store` has: `{"detail": "..."}` alone is what any FastAPI on the way answers, too."""
+"""A header of every error of `agl store`: any FastAPI application on the way answers `{"detail": "..."}`, too."""
+NOT_FOUND = "not-found"
+"""Its value where a rollout or another record is not found, rather than a route."""
 
 T = TypeVar("T")
 
 
 @dataclass(slots=True)
 class Envelope:
-    """What a message has in it; `next` is None where no page comes after it, `sender` where it is not known."""
+    """Content of a message; `next` is None on the last page, `sender` where it is unknown."""
 
     generations: list[Generation] = field(default_factory=list)
     losses: list[Loss] = field(default_factory=list)
@@ -45,54 +58,30 @@ class Envelope:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A generation that cannot be kept, and why, in one sentence."""
+    """A generation that cannot be stored, and the reason in one sentence."""
 
     id: str
     reason: str
 
 
-class _Choice(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
-    index: int
-    token_ids: bytes | None
-    logprobs: bytes | None
-    text: str | None
-    finish_reason: str | None
-    stop_reason: int | str | None
-    weight_versions: list[tuple[str, int, int]] | None
-    routed_experts: bytes | None
+_PACKED: dict[str, Any] = {
+    "prompt_token_ids": bytes | None,
+    "token_ids": bytes | None,
+    "logprobs": bytes | None,
+    "routed_experts": bytes | None,
+}
+"""Fields that a message has as bytes."""
 
 
-class _Generation(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
-    id: str
-    call_id: str | None
-    request_id: str
-    response_id: str | None
-    endpoint: str | None
-    model: str | None
-    rollout_id: str | None
-    attempt_id: str | None
-    session_id: str | None
-    trace_id: str | None
-    started_at: int | None
-    first_token_at: int | None
-    finished_at: int
-    status: Status
-    prompt_token_ids: bytes | None
-    prompt_text: str | None
-    sampling_params: str | None
-    logprobs_mode: str | None
-    cached_tokens: int | None
-    choices: list[_Choice]
+def _message_type(kind: type, **packed: Any) -> Any:
+    """Derive the type of a message's part from a record's dataclass: all of its fields, as an array in their order."""
+    types = [(name, {**_PACKED, **packed}.get(name, known)) for name, known in field_types(kind).items()]
+    return msgspec.defstruct(f"_{kind.__name__}", types, array_like=True, forbid_unknown_fields=True)
 
 
-class _Loss(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
-    id: str
-    count: int
-    reason: str
-    first_at: int
-    last_at: int
-    host: str
-    pid: int
+_Choice = _message_type(Choice)
+_Generation = _message_type(Generation, choices=list[_Choice])
+_Loss = _message_type(Loss)
 
 
 class _Message(msgspec.Struct, forbid_unknown_fields=True):
@@ -103,7 +92,7 @@ class _Message(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _Unread(msgspec.Struct, forbid_unknown_fields=True):
-    """A message, each of whose generations may be anything."""
+    """A message whose generations are not decoded yet."""
 
     generations: list[msgspec.Raw] = []
     losses: list[_Loss] = []
@@ -123,19 +112,19 @@ def encode(
     cursor: str | None = None,
     sender_id: str | None = None,
 ) -> bytes:
-    """The message. Halves of surrogate pairs, which no UTF-8 has, become question marks, as in a database.
+    """Encode a message. Halves of surrogate pairs, which UTF-8 does not have, become question marks, as in a database.
 
     Args:
-        cursor: of the page that comes after this one; None where there is none.
-        sender_id: of who has recorded the generations; None where that is not known.
+        cursor: of the next page; None on the last one.
+        sender_id: the process that recorded the generations; None where it is unknown.
 
     Raises:
-        ValueError: a number, or something else, that no message can hold.
+        ValueError: a number or another value that no message can hold.
     """
     try:
         message = {
             "generations": [_fields_of(generation) for generation in generations],
-            "losses": [tuple(getattr(loss, name) for name in _Loss.__struct_fields__) for loss in losses],
+            "losses": [_loss_fields(loss) for loss in losses],
             "next": cursor,
             "sender": sender_id,
         }
@@ -144,11 +133,11 @@ def encode(
         except UnicodeEncodeError:
             return _encoder.encode(without_surrogates(message))
     except (TypeError, OverflowError, struct.error) as error:
-        raise ValueError(f"something that cannot be sent: {error}") from error
+        raise ValueError(f"a value that cannot be sent: {error}") from error
 
 
 def count(body: bytes) -> int:
-    """How many generations and losses a message has, before anything is made of them; 0 where it cannot be told."""
+    """Count the generations and losses of a message before any is decoded; 0 where that is not possible."""
     try:
         parts = msgspec.msgpack.decode(body, type=dict[str, msgspec.Raw])
     except (msgspec.MsgspecError, UnicodeDecodeError):
@@ -157,7 +146,7 @@ def count(body: bytes) -> int:
 
 
 def _length(array: bytes) -> int:
-    """How many elements an array in MessagePack has, as its head says."""
+    """Return the number of elements that the head of a MessagePack array states."""
     head = array[0]
     if 0x90 <= head <= 0x9F:
         return head & 0x0F
@@ -165,10 +154,10 @@ def _length(array: bytes) -> int:
 
 
 def decode(body: bytes) -> Envelope:
-    """What the message has in it.
+    """Decode a message.
 
     Raises:
-        ValueError: it is none, is cut off, or has something in it that is not as it has to be.
+        ValueError: it is malformed or cut off, or one of its values is invalid.
     """
     message = _read(_messages, body)
     generations = [_generation_of(found) for found in message.generations]
@@ -176,15 +165,15 @@ def decode(body: bytes) -> Envelope:
 
 
 def decode_each(body: bytes) -> tuple[Envelope, list[Refusal]]:
-    """What the message has in it, without the generations that are not as they have to be, and which these are.
+    """Decode a message without its invalid generations, which are returned apart.
 
     Raises:
-        ValueError: it is no message, or is cut off.
+        ValueError: it is malformed or cut off.
     """
     try:
         return decode(body), []
     except ValueError:
-        # Of the message or of one of many: told apart below, where it takes its time.
+        # The error is in the message or in one generation: told apart below, where it costs more time.
         message = _read(_unread, body)
     generations, refused = [], []
     for position, raw in enumerate(message.generations):
@@ -196,7 +185,7 @@ def decode_each(body: bytes) -> tuple[Envelope, list[Refusal]]:
 
 
 def without_surrogates(value: Any) -> Any:
-    """The same, where its texts have question marks in the place of halves of surrogate pairs."""
+    """Replace halves of surrogate pairs in all texts by question marks."""
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
     if isinstance(value, dict):
@@ -214,7 +203,7 @@ def _read(decoder: msgspec.msgpack.Decoder[T], body: bytes | msgspec.Raw) -> T:
 
 
 def _id_of(raw: msgspec.Raw, position: int) -> str:
-    """The id as far as there is one, else which of the message it is."""
+    """Return the id of a generation if it can be read, else its position in the message."""
     try:
         first, *_ = msgspec.msgpack.decode(raw, type=list[msgspec.Raw])
         return msgspec.msgpack.decode(first, type=str)
@@ -222,52 +211,36 @@ def _id_of(raw: msgspec.Raw, position: int) -> str:
         return f"generations[{position}]"
 
 
-def _fields_of(generation: Generation) -> tuple[Any, ...]:
-    return (
-        generation.id,
-        generation.call_id,
-        generation.request_id,
-        generation.response_id,
-        generation.endpoint,
-        generation.model,
-        generation.rollout_id,
-        generation.attempt_id,
-        generation.session_id,
-        generation.trace_id,
-        generation.started_at,
-        generation.first_token_at,
-        generation.finished_at,
-        generation.status,
-        bytes_of(generation.prompt_token_ids),
-        generation.prompt_text,
-        generation.sampling_params,
-        generation.logprobs_mode,
-        generation.cached_tokens,
-        [_fields_of_choice(choice) for choice in generation.choices],
-    )
+_generation_fields = attrgetter(*_Generation.__struct_fields__)
+_choice_fields = attrgetter(*_Choice.__struct_fields__)
+_loss_fields = attrgetter(*_Loss.__struct_fields__)
+_PROMPT, _CHOICES = map(_Generation.__struct_fields__.index, ("prompt_token_ids", "choices"))
+_IDS, _LOGPROBS, _EXPERTS = map(_Choice.__struct_fields__.index, ("token_ids", "logprobs", "routed_experts"))
 
 
-def _fields_of_choice(choice: Choice) -> tuple[Any, ...]:
-    return (
-        choice.index,
-        bytes_of(choice.token_ids),
-        bytes_of(choice.logprobs),
-        choice.text,
-        choice.finish_reason,
-        choice.stop_reason,
-        choice.weight_versions,
-        experts_bytes(choice.routed_experts),
-    )
+def _fields_of(generation: Generation) -> list[Any]:
+    found = [*_generation_fields(generation)]
+    found[_PROMPT] = bytes_of(generation.prompt_token_ids)
+    found[_CHOICES] = [_fields_of_choice(choice) for choice in generation.choices]
+    return found
 
 
-def _generation_of(found: _Generation) -> Generation:
+def _fields_of_choice(choice: Choice) -> list[Any]:
+    found = [*_choice_fields(choice)]
+    found[_IDS] = bytes_of(choice.token_ids)
+    found[_LOGPROBS] = bytes_of(choice.logprobs)
+    found[_EXPERTS] = experts_bytes(choice.routed_experts)
+    return found
+
+
+def _generation_of(found: Any) -> Generation:
     fields = asdict(found)
     fields["prompt_token_ids"] = array_of("i", found.prompt_token_ids)
     fields["choices"] = [_choice_of(choice) for choice in found.choices]
     return Generation(**fields)
 
 
-def _choice_of(found: _Choice) -> Choice:
+def _choice_of(found: Any) -> Choice:
     fields = asdict(found)
     fields["token_ids"] = array_of("i", found.token_ids)
     fields["logprobs"] = array_of("f", found.logprobs)
@@ -285,5 +258,5 @@ def _experts_of(found: bytes | None) -> RoutedExperts | None:
     return experts
 
 
-def _losses_of(found: Sequence[_Loss]) -> list[Loss]:
+def _losses_of(found: Sequence[Any]) -> list[Loss]:
     return [Loss(**asdict(loss)) for loss in found]

@@ -24,10 +24,10 @@ from unittest import mock
 from sqlalchemy import insert
 
 from agentlightning.generation import Choice, Generation, Loss
+from agentlightning.rollout import RolloutConfig, RolloutStatus
 from agentlightning.sender import Sender, Vocabulary
 from agentlightning.store import generations, open_database, senders, spans, tables
 from agentlightning.store.attributes import ANNOTATION, RESPONSE, reward_attributes
-from agentlightning.store.rollouts import Config, RolloutStatus
 
 __all__ = ["LONG", "MODEL", "VOCABULARY", "Rollout", "fill", "long_generation", "tokens"]
 
@@ -266,7 +266,7 @@ def _row(rollout: Rollout) -> dict[str, Any]:
         "end_time": _end_time(rollout) if rollout.status in ENDED else None,
         "mode": "train",
         "status": rollout.status,
-        "config": Config(max_attempts=2, retry_condition=("timeout", "unresponsive")).as_json(),
+        "config": json.dumps(RolloutConfig(max_attempts=2, retry_condition=("timeout", "unresponsive")).as_dict()),
         "metadata": json.dumps({"split": rollout.number % 4}),
         "queued_at": int(rollout.start_time * SECOND) if is_queued else None,
         "attempts": len(rollout.attempt_statuses),

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from agentlightning.generation import Generation, Loss
-from agentlightning.store import open_database, open_store, rollouts
+from agentlightning.rollout import NewRollout
+from agentlightning.store import lifecycle, open_database, open_store
 from tests.common.environments import Environment
 from tests.common.generations import START, generation
 from tests.doctor.command import Said, doctor
@@ -92,7 +93,7 @@ def test_called_for_other_rollouts_only(said: Any) -> None:
 def test_one_that_waits_in_the_queue(said: Any, path: Path) -> None:
     database = open_database(str(path))
     with database.writing() as connection:
-        [waiting] = rollouts.enqueue(connection, [rollouts.NewRollout(input="1")])
+        [waiting] = lifecycle.enqueue(connection, [NewRollout(1)])
     database.close()
 
     answer = said([generation(1, rollout_id=None)], [], "--rollout", waiting)

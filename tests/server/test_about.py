@@ -10,7 +10,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from agentlightning.store.rollouts import ROLLOUT_STATUSES
+from agentlightning.rollout import ROLLOUT_STATUSES
 from tests.server.process import StoreServer
 
 

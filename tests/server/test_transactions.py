@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 from fastapi import Response
-from sqlalchemy import Connection, delete, insert, select, true, update
+from sqlalchemy import Connection, delete, insert, select, update
 
 from agentlightning.errors import StoreUnavailable
 from agentlightning.server import answers, transactions
-from agentlightning.server.answers import ROWS_AT_ONCE
-from agentlightning.server.models.workers import QueryWorkers
+from agentlightning.server.routes.workers import QueryWorkers
 from agentlightning.server.transactions import Busy, Transactions
 from agentlightning.store import open_database, tables, workers
+from agentlightning.store.pages import ROWS_AT_ONCE
 from agentlightning.store.tables import span_sequences as table
 from tests.common.postgresql import PostgresServer
 
@@ -152,7 +152,7 @@ def _rise(connection: Connection, name: str) -> None:
 
 
 @pytest.mark.parametrize("rows", [ROWS_AT_ONCE, ROWS_AT_ONCE + 1, 3 * ROWS_AT_ONCE])
-def test_a_page_whose_rows_go_while_it_is_sent_is_json_all_the_same(url: str, rows: int) -> None:
+def test_a_page_whose_rows_are_deleted_while_it_is_sent_is_valid_json(url: str, rows: int) -> None:
     def fill(connection: Connection) -> None:
         for number in range(rows):
             workers.note(connection, f"w-{number}", last_heartbeat_time=1.0)
@@ -160,9 +160,7 @@ def test_a_page_whose_rows_go_while_it_is_sent_is_json_all_the_same(url: str, ro
     async def script(running: Transactions) -> tuple[bytes, bytes]:
         async def page() -> Response:
             of_all = QueryWorkers.model_validate({"sort_by": None})
-            return await answers.page(
-                running, of_all, lambda _: true(), select(tables.workers), tables.workers.c.key, answers.worker
-            )
+            return await answers.listed(running, workers.listing(), of_all, workers.worker_fields)
 
         async def body(of: Any) -> bytes:
             parts: list[Any] = [part async for part in of.body_iterator] if hasattr(of, "body_iterator") else [of.body]

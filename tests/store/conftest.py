@@ -9,9 +9,28 @@ from pathlib import Path
 
 import pytest
 
-from agentlightning.store import Store, open_database, open_store
+from agentlightning.store import Store, open_database, open_store, tables
 from agentlightning.store.database import Database
+from tests.common.postgresql import PostgresServer
 from tests.server.process import StoreServer
+
+EVERY_KIND = [
+    "sqlite",
+    pytest.param("postgresql", marks=pytest.mark.tier("test")),
+    pytest.param("http", marks=pytest.mark.tier("test")),
+]
+"""The kinds of stores: a file, a database of PostgreSQL, and an `agl store`."""
+
+
+def new_store_of(kind: str, request: pytest.FixtureRequest) -> Callable[[Path], str]:
+    """Return what makes the URL of an empty store of a kind."""
+    if kind == "sqlite":
+        return str
+    if kind == "http":
+        server: StoreServer = request.getfixturevalue("server")
+        return lambda _: emptied(server)
+    postgresql: PostgresServer = request.getfixturevalue("postgresql")
+    return lambda _: postgresql.new_database()
 
 
 @pytest.fixture
@@ -42,8 +61,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreServer]:
 
 
 def emptied(server: StoreServer) -> str:
-    """The URL of this server, from whose store all generations are gone."""
+    """Return the URL of this server after deleting all that its store has."""
     with closing(sqlite3.connect(server.path)) as connection, connection:
-        for table in ("generations", "choices", "texts", "losses"):
-            connection.execute(f"DELETE FROM {table}")
+        for table in tables.metadata.tables:
+            if table not in ("probes", "secrets"):
+                connection.execute(f"DELETE FROM {table}")
     return server.url

@@ -10,7 +10,8 @@ import pytest
 from sqlalchemy import select
 
 from agentlightning.generation import Choice, Generation
-from agentlightning.store import open_database, open_store, overview, rollouts, spans, tables
+from agentlightning.rollout import NewRollout
+from agentlightning.store import lifecycle, open_database, open_store, overview, spans, tables
 from agentlightning.store.database import Database
 from agentlightning.store.overview import COLUMNS, Asked, Overview
 from tests.common.generations import HOSTILE, SECOND, START, generation
@@ -36,8 +37,8 @@ def of_all(database: Database, **asked: Any) -> list[Overview]:
 
 def test_a_rollout_of_the_queue_has_its_status_and_its_calls(url: str, database: Database) -> None:
     with database.writing() as connection:
-        rollout_id = rollouts.start(connection, rollouts.NewRollout(input='"a task"'), None)
-        waiting = rollouts.enqueue(connection, [rollouts.NewRollout(input='"another"')])[0]
+        rollout_id = lifecycle.start(connection, NewRollout("a task"), None)
+        waiting = lifecycle.enqueue(connection, [NewRollout("another")])[0]
         spans.add(connection, [of_reward(1, 0.5, rollout_id=rollout_id), of_reward(2, -1.0, rollout_id=rollout_id)])
     with open_store(url) as store:
         store.add([call(1, rollout_id), call(2, rollout_id, status="aborted"), call(3, None), call(4, "another one")])
@@ -62,7 +63,7 @@ def test_a_rollout_that_only_calls_name_lasts_from_the_first_to_the_last(url: st
 
 def test_a_call_that_names_no_rollout_is_of_the_one_whose_span_names_its_answer(url: str, database: Database) -> None:
     with database.writing() as connection:
-        rollout_id = rollouts.start(connection, rollouts.NewRollout(input="1"), None)
+        rollout_id = lifecycle.start(connection, NewRollout(1), None)
         # Two spans are about one call, as some instrumentations have it.
         spans.add(connection, [of_call(number, 7, rollout_id=rollout_id) for number in (1, 2)])
     with open_store(url) as store:
@@ -74,7 +75,7 @@ def test_a_call_that_names_no_rollout_is_of_the_one_whose_span_names_its_answer(
 
 def test_a_rollout_that_has_not_ended_lasts_until_now(database: Database) -> None:
     with database.writing() as connection:
-        rollouts.enqueue(connection, [rollouts.NewRollout(input="1")])
+        lifecycle.enqueue(connection, [NewRollout(1)])
     found = of_all(database)[0]
     later = NOW * 2
 
@@ -129,7 +130,7 @@ def test_the_most_calls_come_first(database: Database, many: list[str]) -> None:
 
 def test_a_search_is_in_ids_and_inputs_and_tells_no_letters_apart(database: Database, many: list[str]) -> None:
     with database.writing() as connection:
-        rollouts.enqueue(connection, [rollouts.NewRollout(input='{"question": "What is 100 %_ of it?"}')])
+        lifecycle.enqueue(connection, [NewRollout({"question": "What is 100 %_ of it?"})])
 
     assert [each.rollout_id for each in of_all(database, search="ROLLOUT-1", sort_by="rollout", descending=False)] == [
         f"rollout-1{digit}" for digit in range(10)
@@ -142,7 +143,7 @@ def test_a_search_is_in_ids_and_inputs_and_tells_no_letters_apart(database: Data
 
 def test_a_status_is_one_of_the_queue_or_of_those_that_it_has_not(database: Database, many: list[str]) -> None:
     with database.writing() as connection:
-        rollouts.enqueue(connection, [rollouts.NewRollout(input="1")])
+        lifecycle.enqueue(connection, [NewRollout(1)])
 
     assert [each.status for each in of_all(database, status="queuing")] == ["queuing"]
     assert len(of_all(database, status="recorded")) == 50
@@ -176,9 +177,9 @@ def test_whatever_an_id_is_it_is_there(url: str, database: Database) -> None:
 def is_running_since_it_has_failed(url: str) -> str:
     """A rollout that has failed, and whose next attempt runs."""
     with closing(open_database(url)) as database, database.writing() as connection:
-        rollout_id = rollouts.start(connection, rollouts.NewRollout(input="1"), None)
-        rollouts.update_attempt(connection, rollout_id, "latest", status="failed")
-        rollouts.start_attempt(connection, rollout_id, None)
+        rollout_id = lifecycle.start(connection, NewRollout(1), None)
+        lifecycle.update_attempt(connection, rollout_id, "latest", {"status": "failed"})
+        lifecycle.start_attempt(connection, rollout_id, None)
     return rollout_id
 
 
@@ -189,18 +190,18 @@ def test_a_rollout_that_runs_again_has_not_ended(url: str, database: Database) -
     assert (found.rollout_id, found.status, found.ended) == (rollout_id, "preparing", False)
     assert found.duration == pytest.approx(max(NOW - found.started, 0))
     with database.writing() as connection:
-        rollouts.update_attempt(connection, rollout_id, "latest", status="failed")
+        lifecycle.update_attempt(connection, rollout_id, "latest", {"status": "failed"})
     assert [each.ended for each in of_all(database)] == [True]
     with database.writing() as connection:
-        rollouts.update_rollout(connection, rollout_id, status="queuing")
+        lifecycle.update_rollout(connection, rollout_id, {"status": "queuing"})
     assert [each.ended for each in of_all(database)] == [False]
 
 
 def test_an_attempt_that_runs_again_has_not_ended(url: str, database: Database) -> None:
     with database.writing() as connection:
-        rollout_id = rollouts.start(connection, rollouts.NewRollout(input="1"), None)
-        ended = rollouts.update_attempt(connection, rollout_id, "latest", status="failed").end_time
-        again = rollouts.update_attempt(connection, rollout_id, "latest", status="running").end_time
+        rollout_id = lifecycle.start(connection, NewRollout(1), None)
+        ended = lifecycle.update_attempt(connection, rollout_id, "latest", {"status": "failed"}).end_time
+        again = lifecycle.update_attempt(connection, rollout_id, "latest", {"status": "running"}).end_time
 
     assert (ended is None, again) == (False, None)
 
@@ -209,8 +210,8 @@ def test_rollouts_of_an_older_store_that_run_again_have_not_ended(url: str) -> N
     """Version 1 left them the time at which they had ended before, and knew nothing of who numbers spans."""
     running = is_running_since_it_has_failed(url)
     with closing(open_database(url)) as database, database.writing() as connection:
-        ended = rollouts.start(connection, rollouts.NewRollout(input="2"), None)
-        rollouts.update_attempt(connection, ended, "latest", status="succeeded")
+        ended = lifecycle.start(connection, NewRollout(2), None)
+        lifecycle.update_attempt(connection, ended, "latest", {"status": "succeeded"})
         spans.add(connection, [of_reward(1, 0.5, rollout_id=running)])
         for statement in (
             "UPDATE rollouts SET end_time = 7",

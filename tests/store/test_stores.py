@@ -13,29 +13,14 @@ from agentlightning.errors import InvalidRecord
 from agentlightning.generation import Choice, Generation, Loss
 from agentlightning.store import Store, open_store
 from tests.common.generations import EMPTY, FULL, HOSTILE, SECOND, START, generation
-from tests.common.postgresql import PostgresServer
-from tests.server.process import StoreServer
-from tests.store.conftest import emptied
+from tests.store.conftest import EVERY_KIND, new_store_of
 
 pytestmark = pytest.mark.tier("check")
 
 
-SERVED = pytest.mark.tier("test")
-
-
-@pytest.fixture(
-    scope="session",
-    params=["sqlite", pytest.param("postgresql", marks=SERVED), pytest.param("http", marks=SERVED)],
-)
+@pytest.fixture(scope="session", params=EVERY_KIND)
 def new_store(request: pytest.FixtureRequest) -> Callable[[Path], str]:
-    """Gives the URL of a store in which there is nothing: of the two databases, and of an `agl store`."""
-    if request.param == "sqlite":
-        return str
-    if request.param == "http":
-        server: StoreServer = request.getfixturevalue("server")
-        return lambda _: emptied(server)
-    postgresql: PostgresServer = request.getfixturevalue("postgresql")
-    return lambda _: postgresql.new_database()
+    return new_store_of(request.param, request)
 
 
 def ids(store: Store, **filters: Any) -> list[str]:

@@ -10,10 +10,10 @@ from sqlalchemy import Connection
 
 from agentlightning.server.agentops.calls import Seen, seen, total
 from agentlightning.server.agentops.clients import CAUSE
-from agentlightning.server.models.common import Id
 from agentlightning.server.page.rendering import page as rendered
 from agentlightning.server.page.tree import DEEPEST, in_tree
 from agentlightning.server.routes.common import Database, router
+from agentlightning.server.schemas import Id
 from agentlightning.store import rollouts, sessions, uploads
 
 __all__ = ["page"]

@@ -11,6 +11,7 @@ from fastapi import Depends, HTTPException, Request, Response
 from fastapi.responses import PlainTextResponse
 from sqlalchemy import Connection
 
+from agentlightning.errors import NotFound
 from agentlightning.server.agentops.calls import Seen, seen, total
 from agentlightning.server.agentops.tokens import Token
 from agentlightning.server.answers import Json
@@ -18,12 +19,11 @@ from agentlightning.server.errors import sentence
 from agentlightning.server.headers import header
 from agentlightning.server.keys import token_of
 from agentlightning.server.models import agentops as models
-from agentlightning.server.models.common import Id
 from agentlightning.server.routes.common import Database, errors, router
+from agentlightning.server.schemas import Id
 from agentlightning.server.transactions import Transactions
 from agentlightning.store import sessions, uploads
 from agentlightning.store.attributes import TAGS
-from agentlightning.store.rollouts import Unknown
 
 __all__ = ["routes"]
 
@@ -149,7 +149,7 @@ def _trace_id(sent: str | None) -> str | None:
 def _seen(connection: Connection, trace_id: str, sender: Token) -> list[Seen]:
     found = sessions.find(connection, trace_id)
     if found is None or found.project_id != sender.project_id:
-        raise Unknown(f"there is no trace {trace_id!r} in this project")
+        raise NotFound(f"there is no trace {trace_id!r} in this project")
     return seen(connection, trace_id)
 
 

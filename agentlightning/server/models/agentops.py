@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from agentlightning.server.models.common import Sent, example
+from agentlightning.server.schemas import Sent, example
 
 __all__ = ["Bearer", "Key", "Login", "Metrics", "Span", "Trace", "Upload", "Uploaded"]
 

@@ -11,15 +11,16 @@ from fastapi import Query
 from pydantic import BaseModel
 from sqlalchemy import Connection
 
-from agentlightning.server.models.common import Part
-from agentlightning.store import absence, generations, overview, rollouts
+from agentlightning.rollout import ROLLOUT_STATUSES
+from agentlightning.server.schemas import Part
+from agentlightning.store import absence, generations, overview
 from agentlightning.store.absence import Absence
 from agentlightning.store.overview import RECORDED, Asked, Column, Overview
 
 __all__ = ["Listing", "of_page", "why"]
 
 AT_ONCE = 100
-STATUSES = (*rollouts.ROLLOUT_STATUSES, RECORDED)
+STATUSES = (*ROLLOUT_STATUSES, RECORDED)
 COLUMNS: tuple[tuple[Column, str, bool], ...] = (
     ("rollout", "Rollout", False),
     ("status", "Status", False),

@@ -9,12 +9,12 @@ from fastapi import Query, Request, Response
 from fastapi.responses import FileResponse
 from sqlalchemy import Connection
 
-from agentlightning.server.models.common import Id
 from agentlightning.server.page import conversation, listing, timeline, tokens
 from agentlightning.server.page.listing import Listing
 from agentlightning.server.page.rendering import STATIC, page
 from agentlightning.server.page.senders import charted
 from agentlightning.server.routes.common import Database, router
+from agentlightning.server.schemas import Id
 from agentlightning.store import rollouts, senders
 
 __all__ = ["routes"]

@@ -1,4 +1,4 @@
-"""What every route stands on."""
+"""Shared parts of the routes: strict JSON bodies, the database parameter, documented errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from agentlightning.server.headers import header
 from agentlightning.server.limits import DEPTH_LIMIT, VALUES_LIMIT
 from agentlightning.server.transactions import Transactions
 
-__all__ = ["Database", "errors", "router"]
+__all__ = ["Database", "errors", "media_type", "router", "shown"]
 
 Mend = Callable[[bytes], bytes]
 
@@ -22,25 +22,34 @@ ERROR = {
     "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
 }
 TOO_DEEP = f"the body is nested more than {DEPTH_LIMIT} deep"
-# The server under the application says so itself, of a URL of more than 64 KiB too.
+# The HTTP server under the application answers so itself, also to a URL of more than 64 KiB.
 NOT_HTTP = {"text/plain": {"schema": {"type": "string"}}}
 
 
+def media_type(request: Request) -> str:
+    """Return the media type of a request's body, in lower case and without parameters; empty if there is none."""
+    return (header(request.scope, "content-type") or "").partition(";")[0].strip().lower()
+
+
+def shown(content_type: str) -> str:
+    """Name the media type of a body in an error message."""
+    return repr(content_type[:100]) if content_type else "no Content-Type"
+
+
 class _Request(Request):
-    """A request whose JSON is read as RFC 8259 has it.
+    """A request whose JSON body is read strictly, as RFC 8259 defines it.
 
     Attributes:
-        mend: makes JSON of a body that is almost that; None where nothing else is taken.
+        mend: makes JSON of a body that is almost JSON; None where only JSON is accepted.
     """
 
     mend: Mend | None = None
 
     def must_be_json(self) -> None:
-        content_type = header(self.scope, "content-type") or ""
-        kind, _, subtype = content_type.partition(";")[0].strip().lower().partition("/")
+        content_type = media_type(self)
+        kind, _, subtype = content_type.partition("/")
         if kind != "application" or (subtype != "json" and not subtype.endswith("+json")):
-            found = repr(content_type[:100]) if content_type else "without a Content-Type"
-            raise HTTPException(415, f"the body has to be application/json, and is {found}")
+            raise HTTPException(415, f"the body must be application/json; this one has {shown(content_type)}")
 
     async def json(self) -> Any:
         if not hasattr(self, "_json"):
@@ -54,7 +63,7 @@ class _Request(Request):
                 raise HTTPException(400, f"the body is no JSON: {error}") from error
             except RecursionError as error:
                 raise HTTPException(400, TOO_DEEP) from error
-            # Few bodies have so many brackets that it has to be looked at.
+            # Few bodies have enough brackets to be nested that deep.
             if body.count(b"[") + body.count(b"{") > DEPTH_LIMIT and _is_too_deep(self._json):
                 raise HTTPException(400, TOO_DEEP)
         return self._json
@@ -91,7 +100,7 @@ class _Route(APIRoute):
                 return await handle(asked)
             body = await asked.body()
             if self.body_field is not None and body:
-                # FastAPI would say of a body of another kind that it is no object.
+                # Otherwise FastAPI would report that the body is not an object.
                 asked.must_be_json()
             with request.app.state.room.taken(len(body)):
                 return await handle(asked)
@@ -100,17 +109,17 @@ class _Route(APIRoute):
 
 
 def router(tag: str, prefix: str = "/v1/agl", mend: Mend | None = None) -> APIRouter:
-    """The routes about one thing.
+    """Make a router for the routes of one noun.
 
     Args:
-        mend: makes JSON of bodies that are almost that, and that clients send all the same.
+        mend: makes JSON of bodies that are almost JSON, and that existing clients send.
     """
     route = type("_Route", (_Route,), {"mend": None if mend is None else staticmethod(mend)})
     return APIRouter(prefix=prefix, route_class=route, tags=[tag])
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """For the OpenAPI document: what else may be answered, besides what every route may."""
+    """Describe error answers for the OpenAPI document: those of every route, and further ones."""
     meant = {
         400: "The body is no JSON, or cannot be unpacked; as text: it is no HTTP, or the URL is too long.",
         401: "The key is missing or wrong.",

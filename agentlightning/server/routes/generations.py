@@ -1,28 +1,28 @@
-"""Generations: taken from vLLM servers, in messages of `agentlightning.store.wire`, and found again."""
+"""Routes of generations: received from vLLM servers in messages of `agentlightning.store.wire`, and found.
+
+Times are nanoseconds since the epoch, as vLLM servers send them.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import logging
 from collections.abc import AsyncIterator, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from fastapi import Query, Request, Response
 from fastapi.responses import StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
+from agentlightning import generation as records
 from agentlightning.errors import StoreRefused, StoreUnavailable
-from agentlightning.generation import Generation
+from agentlightning.generation import Status, field_types
 from agentlightning.server.answers import Json, encode
 from agentlightning.server.errors import sentence
-from agentlightning.server.headers import header
 from agentlightning.server.limits import BATCH_LIMIT
-from agentlightning.server.models import generations as models
-from agentlightning.server.models.common import Id
-from agentlightning.server.routes.common import Database, errors, router
+from agentlightning.server.routes.common import Database, errors, media_type, router, shown
+from agentlightning.server.schemas import Id
 from agentlightning.server.transactions import Transactions
-from agentlightning.store import Filters, senders, wire
-from agentlightning.store import generations as kept
+from agentlightning.store import Filters, generations, senders, wire
 from agentlightning.store.generations import Place
 from agentlightning.store.wire import MEDIA_TYPE, Refusal
 
@@ -31,10 +31,6 @@ __all__ = ["routes"]
 JSON = "application/json"
 LINES = ("application/jsonl", "application/x-ndjson")
 GENERATIONS_AT_ONCE = 64
-# Fewer than may wait, so that there is room for the writes of others.
-ALONE_AT_ONCE = 100
-
-logger = logging.getLogger("agentlightning.store")
 
 routes = router("generations")
 
@@ -45,20 +41,128 @@ FOUND = {
     "content": {MEDIA_TYPE: BINARY, **{kind: {"schema": {"type": "string"}} for kind in LINES}},
 }
 
+Nanoseconds = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+
+
+class GenerationFilters(BaseModel):
+    """Filters of generations: those that match all of them."""
+
+    # A misspelt filter would match everything.
+    model_config = ConfigDict(extra="forbid")
+
+    rollout_id: str | None = None
+    attempt_id: str | None = None
+    session_id: str | None = None
+    call_id: str | None = None
+    response_id: str | None = None
+    model: str | None = None
+    status: Status | None = None
+    since: Nanoseconds | None = Field(None, description="Only those that finished at this time or later.")
+    until: Nanoseconds | None = Field(None, description="Only those that finished before this time.")
+    without: list[Literal["rollout_id", "attempt_id", "session_id", "call_id", "response_id", "model"]] = Field(
+        [], description="Only those without these ids."
+    )
+
+    @model_validator(mode="after")
+    def _not_with_and_without(self) -> GenerationFilters:
+        if both := [name for name in self.without if getattr(self, name) is not None]:
+            raise ValueError(f"{both[0]} is given, and listed in without")
+        return self
+
+    def filters(self) -> Filters:
+        """Return the filters of the store."""
+        given = {name: value for name in Filters.__annotations__ if (value := getattr(self, name)) is not None}
+        filters: Any = given | dict.fromkeys(self.without)
+        return filters
+
+
+class GenerationQuery(GenerationFilters):
+    """Filters and page of generations."""
+
+    limit: int = Field(100, ge=1, le=1000)
+    # Every such text is a position: none is invalid.
+    cursor: str | None = Field(
+        None, pattern="^[0-9a-f]{16}[0-7][0-9a-f]{15}$", description="`next` of the previous page."
+    )
+
+    def after(self) -> Place | None:
+        """Return where the previous page ended; None for the first page."""
+        if self.cursor is None:
+            return None
+        return Place(int(self.cursor[:16], 16) - 2**63, int(self.cursor[16:], 16))
+
+
+def cursor_of(place: Place | None) -> str | None:
+    """Encode the position where a page ends, for the request of the next one."""
+    return None if place is None else f"{place.finished_at + 2**63:016x}{place.key:016x}"
+
+
+# The fields are listed in `agentlightning.generation` alone. In JSON, an infinite logprob is null.
+_AS_JSON: dict[str, Any] = {"logprobs": list[float | None] | None, "routed_experts": list[list[list[int]]] | None}
+
+
+def _schema_of(kind: type, title: str, **as_json: Any) -> Any:
+    """Derive the schema of a record from its dataclass; unknown fields are null, never absent."""
+    types = {**_AS_JSON, **as_json}
+    found: Any = {name: (types.get(name, known), ...) for name, known in field_types(kind).items()}
+    return create_model(kind.__name__, __doc__=title, **found)
+
+
+Choice = _schema_of(records.Choice, "One of the answers to a prompt. What is unknown is null.")
+Generation = _schema_of(records.Generation, "One request to the engine. What is unknown is null.", choices=list[Choice])
+Loss = _schema_of(records.Loss, "Generations that could not be stored.")
+
+
+class GenerationPage(BaseModel):
+    """A page of generations, in the order in which they finished."""
+
+    items: list[Generation]
+    next: str | None = Field(description="Cursor of the next page; null where there is none.")
+
+
+class Refused(BaseModel):
+    """A generation that no store can hold."""
+
+    id: str
+    reason: str
+
+
+class Added(BaseModel):
+    """Result of storing generations: all that were not refused are stored."""
+
+    new: int = Field(description="Number of generations that were not stored before.")
+    refused: list[Refused]
+    sender: Literal["known", "unknown"] | None = Field(
+        None, description="Absent if the message names no sender. An unknown sender should register."
+    )
+
+
+class Tally(BaseModel):
+    """Number of generations by status."""
+
+    finished: int
+    aborted: int
+    error: int
+
+
+class Losses(BaseModel):
+    """Reports of losses, in the order in which they were stored."""
+
+    items: list[Loss]
+
 
 @routes.post(
     "/generations",
     status_code=201,
-    response_model=models.Added,
-    responses={**errors(429), 200: {"model": models.Added, "description": "None of them was new."}},
+    response_model=Added,
+    responses={**errors(429), 200: {"model": Added, "description": "None of them was new."}},
     openapi_extra=MESSAGE,
 )
 async def add_generations(request: Request, database: Database) -> Response:
-    """Keep generations, each once, and losses. Those that cannot be kept are named, and all others kept."""
-    content_type = (header(request.scope, "content-type") or "").partition(";")[0].strip().lower()
+    """Store generations and reports of losses, each once; those that cannot be stored are named in the answer."""
+    content_type = media_type(request)
     if content_type != MEDIA_TYPE:
-        found = repr(content_type[:100]) if content_type else "without a Content-Type"
-        return sentence(415, f"generations come as {MEDIA_TYPE}, and this is {found}")
+        return sentence(415, f"generations have the content type {MEDIA_TYPE}; this body has {shown(content_type)}")
     body = await request.body()
     if wire.count(body) > BATCH_LIMIT:
         return sentence(413, f"the body has more than {BATCH_LIMIT} generations and losses")
@@ -66,53 +170,46 @@ async def add_generations(request: Request, database: Database) -> Response:
         message, refused = await database.run(lambda: wire.decode_each(body))
     except ValueError as error:
         return sentence(400, f"the body {error}")
-    new, also = await _written(database, message.generations, message.sender)
+    new, invalid = await _store(database, message.generations, message.sender)
     if message.losses:
-        await database.write(lambda connection: kept.add_losses(connection, message.losses))
-    answer: dict[str, Any] = {"new": new, "refused": [*refused, *also]}
+        await database.write(lambda connection: generations.add_losses(connection, message.losses))
+    refused += [Refusal(generation_id, reason) for generation_id, reason in invalid.items()]
+    answer: dict[str, Any] = {"new": new, "refused": refused}
     if message.sender is not None:
         known = await database.read(lambda connection: senders.is_known(connection, message.sender))
         answer["sender"] = "known" if known else "unknown"
     return Json(answer, 201 if new else 200)
 
 
-async def _written(
-    database: Transactions, generations: Sequence[Generation], sender_id: str | None
-) -> tuple[int, list[Refusal]]:
-    """How many were new, and which of them cannot be kept."""
-    if not generations:
-        return 0, []
+async def _store(
+    database: Transactions, new: Sequence[records.Generation], sender_id: str | None
+) -> tuple[int, dict[str, str]]:
+    """Store generations; returns how many are new, and the reason by the id of each that cannot be stored."""
+    if not new:
+        return 0, {}
     try:
-        return await database.write(lambda connection: kept.add(connection, generations, sender_id)), []
+        return await database.write(lambda connection: generations.add(connection, new, sender_id)), {}
     except (StoreUnavailable, StoreRefused):
         raise
-    except Exception as error:
-        # Whatever it is: one that always fails would be sent again for ever, and all that comes after it would wait.
-        if not isinstance(error, ValueError):
-            logger.exception("generations cannot be kept")
-        if len(generations) == 1:
-            return 0, [Refusal(generations[0].id, str(error) or type(error).__name__)]
-    # One of them is at fault, and the others shall not be lost with it.
-    new, refused = 0, []
-    for start in range(0, len(generations), ALONE_AT_ONCE):
-        alone = [_written(database, [each], sender_id) for each in generations[start : start + ALONE_AT_ONCE]]
-        for more, named in await asyncio.gather(*alone):
-            new += more
-            refused += named
-    return new, refused
+    except Exception:
+        # One of them is at fault, whatever the error: a sender would repeat it for ever, and all that follows would
+        # wait. It is isolated in a second transaction, which keeps the usual one fast.
+        return await database.write(
+            lambda connection: generations.add_valid(connection, new, sender_id, database.explanation)
+        )
 
 
-@routes.get("/generations", response_model=models.GenerationPage, responses={**errors(), 200: FOUND})
+@routes.get("/generations", response_model=GenerationPage, responses={**errors(), 200: FOUND})
 async def query_generations(
-    request: Request, asked: Annotated[models.GenerationQuery, Query()], database: Database
+    request: Request, wanted: Annotated[GenerationQuery, Query()], database: Database
 ) -> Response:
     """Find generations, in the order in which they finished."""
-    filters, after, accepted = asked.filters(), asked.after(), _accepted(request)
-    limit = GENERATIONS_AT_ONCE if accepted in LINES else asked.limit
-    found, end = await database.read(lambda connection: kept.page(connection, filters, after, limit))
+    filters, after, accepted = wanted.filters(), wanted.after(), _accepted(request)
+    limit = GENERATIONS_AT_ONCE if accepted in LINES else wanted.limit
+    found, end = await database.read(lambda connection: generations.page(connection, filters, after, limit))
     if accepted in LINES:
         return StreamingResponse(_lines(database, filters, found, end), media_type=accepted)
-    cursor = models.cursor_of(end)
+    cursor = cursor_of(end)
     if accepted == MEDIA_TYPE:
         message = await database.run(lambda: wire.encode(found, cursor=cursor))
         return Response(message, media_type=MEDIA_TYPE)
@@ -120,51 +217,51 @@ async def query_generations(
     return Json({"items": items, "next": cursor})
 
 
-@routes.get("/generations/tally", response_model=models.Tally, responses=errors())
-async def tally_generations(asked: Annotated[models.GenerationFilters, Query()], database: Database) -> Response:
-    """How many generations there are."""
-    filters = asked.filters()
-    return Json(await database.read(lambda connection: kept.tally(connection, filters)))
+@routes.get("/generations/tally", response_model=Tally, responses=errors())
+async def tally_generations(wanted: Annotated[GenerationFilters, Query()], database: Database) -> Response:
+    """Count generations by status."""
+    filters = wanted.filters()
+    return Json(await database.read(lambda connection: generations.tally(connection, filters)))
 
 
-@routes.get("/generations/{generation_id}", response_model=models.Generation, responses=errors(404))
+@routes.get("/generations/{generation_id}", response_model=Generation, responses=errors(404))
 async def get_generation(generation_id: Id, database: Database) -> Response:
-    """A generation."""
-    found = await database.read(lambda connection: kept.find(connection, generation_id))
+    """Find a generation."""
+    found = await database.read(lambda connection: generations.find(connection, generation_id))
     if found is None:
         return sentence(404, f"there is no generation {generation_id[:100]!r}")
     return Json(await database.run(lambda: _json(found)))
 
 
-@routes.get("/losses", response_model=models.Losses, responses=errors())
+@routes.get("/losses", response_model=Losses, responses=errors())
 async def query_losses(database: Database) -> Response:
-    """What vLLM servers could not have kept."""
-    return Json({"items": await database.read(lambda connection: list(kept.losses(connection)))})
+    """List the reports of generations that vLLM servers could not store."""
+    return Json({"items": await database.read(lambda connection: list(generations.losses(connection)))})
 
 
 async def _lines(
-    database: Transactions, filters: Filters, found: list[Generation], end: Place | None
+    database: Transactions, filters: Filters, found: list[records.Generation], end: Place | None
 ) -> AsyncIterator[bytes]:
-    """All of them from the first page on, of which only one is in memory."""
+    """Yield all generations from the first page on; one page at a time is in memory."""
     while True:
         yield await database.run(lambda some=found: b"".join(_json(each) + b"\n" for each in some))
         if end is None:
             return
         found, end = await database.read(
-            lambda connection, after=end: kept.page(connection, filters, after, GENERATIONS_AT_ONCE)
+            lambda connection, after=end: generations.page(connection, filters, after, GENERATIONS_AT_ONCE)
         )
 
 
 def _accepted(request: Request) -> str:
-    """The first of what the client accepts that there is."""
+    """Return the first media type that the client accepts and this route offers."""
     for each in request.headers.get("accept", "").split(","):
-        media_type = each.partition(";")[0].strip().lower()
-        if media_type in (JSON, MEDIA_TYPE, *LINES):
-            return media_type
+        accepted = each.partition(";")[0].strip().lower()
+        if accepted in (JSON, MEDIA_TYPE, *LINES):
+            return accepted
     return JSON
 
 
-def _json(generation: Generation) -> bytes:
+def _json(generation: records.Generation) -> bytes:
     fields: dict[str, Any] = generation.as_dict()
     try:
         return encode(fields)

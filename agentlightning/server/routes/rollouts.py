@@ -1,26 +1,29 @@
-"""Rollouts and their attempts, the queue, and who waits for them."""
+"""Routes of rollouts, their attempts and their queue, as the LightningStore interface of Agent Lightning 0.3 has them.
+
+Times are seconds since the epoch. Clients of 0.3 clear an id by sending an empty one, so ids in bodies may be empty.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import Body, Query, Request, Response
-from sqlalchemy import Connection, select
+from pydantic import BaseModel, Field
+from sqlalchemy import Connection
 
-from agentlightning.server.answers import Json, attempt, encode, page, rollout
+from agentlightning import rollout as records
+from agentlightning.errors import NotFound
+from agentlightning.rollout import FINISHED, AttemptStatus, Mode, RolloutStatus
+from agentlightning.server import schemas
+from agentlightning.server.answers import Json, document, listed, raw
 from agentlightning.server.errors import sentence
-from agentlightning.server.limits import DEQUEUE_LIMIT
+from agentlightning.server.limits import BATCH_LIMIT, DEQUEUE_LIMIT
 from agentlightning.server.mending import without_nan
-from agentlightning.server.models import rollouts as models
-from agentlightning.server.models.common import Id, Page
 from agentlightning.server.routes.common import Database, errors, router
-from agentlightning.store import rollouts
-from agentlightning.store.database import in_parts
-from agentlightning.store.pages import contains, matching
-from agentlightning.store.tables import attempts as attempts_table
-from agentlightning.store.tables import rollouts as rollouts_table
+from agentlightning.server.schemas import LEFT_OUT, Id, Logic, Page, Part, Seconds, Sent, Whole, example
+from agentlightning.store import lifecycle, rollouts
 
 __all__ = ["routes"]
 
@@ -29,153 +32,321 @@ SHORTEST_NAP, LONGEST_NAP = 0.02, 0.5
 routes = router("rollouts", mend=without_nan)
 
 
-def _new(body: models.NewRollout) -> rollouts.NewRollout:
-    config = rollouts.Config() if body.config is None else body.config.as_config()
-    return rollouts.NewRollout(_text(body.input), body.mode, body.resources_id, config, _text(body.metadata or {}))
+class RolloutConfig(Sent):
+    """Timeouts of an attempt, and when another one follows."""
+
+    model_config = example(
+        timeout_seconds=600.0, unresponsive_seconds=60.0, max_attempts=3, retry_condition=["timeout"]
+    )
+
+    timeout_seconds: Seconds | None = Field(None, description="Longest duration of an attempt; null for no limit.")
+    unresponsive_seconds: Seconds | None = Field(
+        None, description="Longest time without a sign of life of an attempt; null for no limit."
+    )
+    max_attempts: Whole = Field(1, ge=1, le=2**31 - 1, description="Number of attempts, the first included.")
+    retry_condition: list[AttemptStatus] = Field(
+        [], max_length=64, description="States of an attempt after which another one is queued."
+    )
+
+    def as_record(self) -> records.RolloutConfig:
+        return records.RolloutConfig(**self.model_dump())
 
 
-def _text(value: Any) -> str:
-    return encode(value).decode()
+class NewRollout(Sent):
+    """A rollout to create."""
+
+    model_config = example(input={"question": "What is 6 x 7?"}, mode="train", metadata={"split": 1})
+
+    input: Any = Field(description="The task: any JSON.")
+    mode: Mode | None = None
+    resources_id: Part | None = Field(None, description="Null for the latest resources.")
+    config: RolloutConfig | None = None
+    metadata: dict[str, Any] | None = None
+
+    def as_record(self) -> records.NewRollout:
+        config = records.RolloutConfig() if self.config is None else self.config.as_record()
+        return records.NewRollout(raw(self.input), self.mode, self.resources_id, config, raw(self.metadata or {}))
 
 
-@routes.post("/queues/rollouts/enqueue", status_code=201, response_model=list[models.Rollout], responses=errors())
-async def enqueue_rollouts(body: models.Enqueue, database: Database) -> Response:
-    """Put rollouts into the queue."""
-    new = [_new(each) for each in body.rollouts]
+class StartRollout(NewRollout):
+    """A rollout that the client runs at once."""
+
+    worker_id: Part | None = None
+
+
+class Enqueue(Sent):
+    """Rollouts for the queue, in this order."""
+
+    model_config = example(rollouts=[{"input": {"question": "What is 6 x 7?"}, "mode": "train"}])
+
+    rollouts: list[NewRollout] = Field(max_length=BATCH_LIMIT)
+
+
+class Dequeue(Sent):
+    """Number of rollouts that a worker takes."""
+
+    model_config = example(limit=1, worker_id="runner-1")
+
+    limit: Whole = Field(1, description=f"At most {DEQUEUE_LIMIT} are taken at once.")
+    worker_id: Part | None = None
+
+
+class ChangeRollout(Sent):
+    """Fields of a rollout to change; an omitted field stays unchanged."""
+
+    model_config = example(status="cancelled")
+
+    input: Any = LEFT_OUT
+    mode: Mode | None = None
+    resources_id: Part | None = None
+    status: RolloutStatus = LEFT_OUT
+    config: RolloutConfig = LEFT_OUT
+    metadata: dict[str, Any] | None = None
+
+    def changes(self) -> dict[str, Any]:
+        """Return the fields that the client sent."""
+        found: dict[str, Any] = {name: getattr(self, name) for name in self.model_fields_set}
+        if self.config is not None:
+            found["config"] = self.config.as_record()
+        if "input" in found:
+            found["input"] = raw(found["input"])
+        return found
+
+
+class StartAttempt(Sent):
+    """The worker that makes the attempt."""
+
+    model_config = example(worker_id="runner-1")
+
+    worker_id: Part | None = None
+
+
+class ChangeAttempt(Sent):
+    """Fields of an attempt to change; an omitted field stays unchanged."""
+
+    model_config = example(status="succeeded")
+
+    status: AttemptStatus = LEFT_OUT
+    worker_id: Part = LEFT_OUT
+    last_heartbeat_time: Seconds = LEFT_OUT
+    metadata: dict[str, Any] = LEFT_OUT
+
+
+class WaitForRollouts(Sent):
+    """Rollouts to wait for."""
+
+    model_config = example(rollout_ids=["ro-1"], timeout=5.0)
+
+    rollout_ids: list[Id] = Field(max_length=BATCH_LIMIT)
+    timeout: float | None = Field(None, description="Seconds; null to wait until all have ended.")
+
+
+class Attempt(BaseModel):
+    """One try at a rollout."""
+
+    rollout_id: str
+    attempt_id: str
+    sequence_id: int = Field(description="1 for the first.")
+    start_time: float
+    end_time: float | None
+    status: AttemptStatus
+    worker_id: str | None
+    last_heartbeat_time: float | None
+    metadata: dict[str, Any] | None
+
+
+class Rollout(BaseModel):
+    """A task, and what has become of it."""
+
+    rollout_id: str
+    input: Any
+    start_time: float
+    end_time: float | None
+    mode: Mode | None
+    resources_id: str | None
+    status: RolloutStatus
+    config: RolloutConfig
+    metadata: dict[str, Any] | None
+
+
+class AttemptedRollout(Rollout):
+    """A rollout with its latest attempt."""
+
+    attempt: Attempt
+
+
+class QueryRollouts(schemas.Query):
+    """Filters, order and page of rollouts."""
+
+    model_config = example(status_in=["queuing", "running"], limit=100)
+
+    status_in: list[RolloutStatus] | None = Field(None, max_length=64)
+    rollout_id_in: list[Part] | None = Field(None, max_length=BATCH_LIMIT)
+    rollout_id_contains: Part | None = None
+    filter_logic: Logic = "and"
+    sort_by: (
+        Literal["rollout_id", "input", "start_time", "end_time", "mode", "resources_id", "status", "config", "metadata"]
+        | None
+    ) = None
+
+
+class QueryAttempts(schemas.Query):
+    """Order and page of a rollout's attempts."""
+
+    model_config = example(sort_by="start_time", sort_order="desc")
+
+    sort_by: (
+        Literal[
+            "attempt_id",
+            "sequence_id",
+            "start_time",
+            "end_time",
+            "status",
+            "worker_id",
+            "last_heartbeat_time",
+            "metadata",
+        ]
+        | None
+    ) = "sequence_id"
+
+
+def _rollout(row: Any, *, with_attempt: bool = True) -> dict[str, Any]:
+    return rollouts.rollout_fields(row, document, with_attempt=with_attempt)
+
+
+@routes.post("/queues/rollouts/enqueue", status_code=201, response_model=list[Rollout], responses=errors())
+async def enqueue_rollouts(body: Enqueue, database: Database) -> Response:
+    """Append rollouts to the queue."""
+    new = [each.as_record() for each in body.rollouts]
 
     def work(connection: Connection) -> list[Any]:
-        return _found(connection, rollouts.enqueue(connection, new))
+        return rollouts.find_all(connection, lifecycle.enqueue(connection, new))
 
-    return Json([rollout(row) for row in await database.write(work)], 201)
+    return Json([_rollout(row) for row in await database.write(work)], 201)
 
 
-@routes.post("/queues/rollouts/dequeue", response_model=list[models.AttemptedRollout], responses=errors())
-async def dequeue_rollouts(database: Database, body: Annotated[models.Dequeue | None, Body()] = None) -> Response:
-    """Take the rollouts that have been queued the longest, each with a new attempt; nobody else gets them."""
-    asked = body or models.Dequeue(limit=1)
-    if asked.limit < 1:
+@routes.post("/queues/rollouts/dequeue", response_model=list[AttemptedRollout], responses=errors())
+async def dequeue_rollouts(database: Database, body: Annotated[Dequeue | None, Body()] = None) -> Response:
+    """Take the rollouts that have been queued longest, each with a new attempt; no other client gets them."""
+    wanted = body or Dequeue(limit=1)
+    if wanted.limit < 1:
         return Json([])
 
     def work(connection: Connection) -> list[Any]:
-        # Fewer than were asked for are a good answer: to a refusal, 0.3's client says that the queue is empty.
-        return _found(connection, rollouts.dequeue(connection, min(asked.limit, DEQUEUE_LIMIT), asked.worker_id))
+        # Fewer than were asked for is a good answer: 0.3's client takes a refusal for an empty queue.
+        taken = lifecycle.dequeue(connection, min(wanted.limit, DEQUEUE_LIMIT), wanted.worker_id)
+        return rollouts.find_all(connection, taken)
 
-    return Json([rollout(row) for row in await database.write(work)])
+    return Json([_rollout(row) for row in await database.write(work)])
 
 
-@routes.post("/rollouts", status_code=201, response_model=models.AttemptedRollout, responses=errors())
-async def start_rollout(body: models.StartRollout, database: Database) -> Response:
-    """Make a rollout that is run at once, with its first attempt."""
-    new = _new(body)
+@routes.post("/rollouts", status_code=201, response_model=AttemptedRollout, responses=errors())
+async def start_rollout(body: StartRollout, database: Database) -> Response:
+    """Create a rollout that the client runs at once, with its first attempt."""
+    new = body.as_record()
 
     def work(connection: Connection) -> Any:
-        return rollouts.find(connection, rollouts.start(connection, new, body.worker_id))
+        return rollouts.find(connection, lifecycle.start(connection, new, body.worker_id))
 
-    return Json(rollout(await database.write(work)), 201)
+    return Json(_rollout(await database.write(work)), 201)
 
 
-@routes.get("/rollouts", response_model=Page[models.AttemptedRollout | models.Rollout], responses=errors())
-async def query_rollouts(asked: Annotated[models.QueryRollouts, Query()], database: Database) -> Response:
+@routes.get("/rollouts", response_model=Page[AttemptedRollout | Rollout], responses=errors())
+async def query_rollouts(wanted: Annotated[QueryRollouts, Query()], database: Database) -> Response:
     """Find rollouts."""
-    return await _page_of_rollouts(asked, database)
+    return await _listed(wanted, database)
 
 
-@routes.post("/rollouts/search", response_model=Page[models.AttemptedRollout | models.Rollout], responses=errors())
-async def search_rollouts(asked: models.QueryRollouts, database: Database) -> Response:
-    """Find rollouts, where what is asked for does not fit into a URL."""
-    return await _page_of_rollouts(asked, database)
+@routes.post("/rollouts/search", response_model=Page[AttemptedRollout | Rollout], responses=errors())
+async def search_rollouts(wanted: QueryRollouts, database: Database) -> Response:
+    """Find rollouts, with filters that are too long for a URL."""
+    return await _listed(wanted, database)
 
 
-@routes.get(
-    "/rollouts/{rollout_id}", response_model=models.AttemptedRollout | models.Rollout | None, responses=errors()
-)
+@routes.get("/rollouts/{rollout_id}", response_model=AttemptedRollout | Rollout | None, responses=errors())
 async def get_rollout(rollout_id: Id, database: Database) -> Response:
-    """A rollout with its latest attempt; null where there is none of this id."""
+    """Find a rollout with its latest attempt; null where the id is unknown."""
     row = await database.read(lambda connection: rollouts.find(connection, rollout_id))
-    return Json(None if row is None else rollout(row))
+    return Json(None if row is None else _rollout(row))
 
 
-@routes.post("/rollouts/{rollout_id}", response_model=models.Rollout, responses=errors(404))
-async def update_rollout(rollout_id: Id, body: models.ChangeRollout, database: Database) -> Response:
+@routes.post("/rollouts/{rollout_id}", response_model=Rollout, responses=errors(404))
+async def update_rollout(rollout_id: Id, body: ChangeRollout, database: Database) -> Response:
     """Change a rollout."""
-    changes: dict[str, Any] = {name: getattr(body, name) for name in body.model_fields_set}
-    if body.config is not None:
-        changes["config"] = body.config.as_config()
-    for name in ("input", "metadata"):
-        if name in changes and (name == "input" or changes[name] is not None):
-            changes[name] = _text(changes[name])
+    changes = body.changes()
 
     def work(connection: Connection) -> Any:
-        rollouts.update_rollout(connection, rollout_id, **changes)
+        lifecycle.update_rollout(connection, rollout_id, changes)
         return rollouts.find(connection, rollout_id)
 
-    return Json(rollout(await database.write(work), with_attempt=False))
+    return Json(_rollout(await database.write(work), with_attempt=False))
 
 
-@routes.post(
-    "/rollouts/{rollout_id}/attempts",
-    status_code=201,
-    response_model=models.AttemptedRollout,
-    responses=errors(404),
-)
+@routes.post("/rollouts/{rollout_id}/attempts", status_code=201, response_model=AttemptedRollout, responses=errors(404))
 async def start_attempt(
-    rollout_id: Id, database: Database, body: Annotated[models.StartAttempt | None, Body()] = None
+    rollout_id: Id, database: Database, body: Annotated[StartAttempt | None, Body()] = None
 ) -> Response:
-    """Make one more attempt, whatever became of those before."""
+    """Create one more attempt, whatever the state of those before."""
 
     def work(connection: Connection) -> Any:
-        rollouts.start_attempt(connection, rollout_id, body.worker_id if body else None)
+        lifecycle.start_attempt(connection, rollout_id, body.worker_id if body else None)
         return rollouts.find(connection, rollout_id)
 
-    return Json(rollout(await database.write(work)), 201)
+    return Json(_rollout(await database.write(work)), 201)
 
 
-@routes.get("/rollouts/{rollout_id}/attempts", response_model=Page[models.Attempt], responses=errors())
-async def query_attempts(
-    rollout_id: Id, asked: Annotated[models.QueryAttempts, Query()], database: Database
-) -> Response:
-    """The attempts of a rollout."""
-    return await _page_of_attempts(rollout_id, asked, database)
+@routes.get("/rollouts/{rollout_id}/attempts", response_model=Page[Attempt], responses=errors())
+async def query_attempts(rollout_id: Id, wanted: Annotated[QueryAttempts, Query()], database: Database) -> Response:
+    """List the attempts of a rollout."""
+    return await _listed_attempts(rollout_id, wanted, database)
 
 
-@routes.post("/rollouts/{rollout_id}/attempts/search", response_model=Page[models.Attempt], responses=errors())
-async def search_attempts(rollout_id: Id, asked: models.QueryAttempts, database: Database) -> Response:
-    """The attempts of a rollout."""
-    return await _page_of_attempts(rollout_id, asked, database)
+@routes.post("/rollouts/{rollout_id}/attempts/search", response_model=Page[Attempt], responses=errors())
+async def search_attempts(rollout_id: Id, wanted: QueryAttempts, database: Database) -> Response:
+    """List the attempts of a rollout."""
+    return await _listed_attempts(rollout_id, wanted, database)
 
 
-@routes.get("/rollouts/{rollout_id}/attempts/latest", response_model=models.Attempt | None, responses=errors())
+@routes.get("/rollouts/{rollout_id}/attempts/latest", response_model=Attempt | None, responses=errors())
 async def get_latest_attempt(rollout_id: Id, database: Database) -> Response:
-    """The latest attempt of a rollout; null where there is none."""
+    """Find the latest attempt of a rollout; null where there is none."""
     row = await database.read(lambda connection: rollouts.find(connection, rollout_id))
-    return Json(attempt(row, rollout_id, "attempt_") if row is not None and row.attempts else None)
+    return Json(None if row is None else _rollout(row).get("attempt"))
 
 
-@routes.post("/rollouts/{rollout_id}/attempts/{attempt_id}", response_model=models.Attempt, responses=errors(404))
-async def update_attempt(rollout_id: Id, attempt_id: Id, body: models.ChangeAttempt, database: Database) -> Response:
-    """Change an attempt, `latest` or of this id; the status of the latest is its rollout's."""
-    changes: dict[str, Any] = {name: getattr(body, name) for name in body.model_fields_set}
-    if "metadata" in changes:
-        changes["metadata"] = _text(changes["metadata"])
-    row = await database.write(
-        lambda connection: rollouts.update_attempt(connection, rollout_id, attempt_id, **changes)
-    )
-    return Json(attempt(row, rollout_id))
+@routes.post("/rollouts/{rollout_id}/attempts/{attempt_id}", response_model=Attempt, responses=errors(404))
+async def update_attempt(rollout_id: Id, attempt_id: Id, body: ChangeAttempt, database: Database) -> Response:
+    """Change an attempt, `latest` or of this id; the state of the latest decides the state of its rollout."""
+    changes = {name: getattr(body, name) for name in body.model_fields_set}
+    row = await database.write(lambda connection: lifecycle.update_attempt(connection, rollout_id, attempt_id, changes))
+    return Json(rollouts.attempt_fields(row, rollout_id, document))
 
 
-@routes.post("/waits/rollouts", response_model=list[models.Rollout], responses=errors())
-async def wait_for_rollouts(request: Request, body: models.WaitForRollouts, database: Database) -> Response:
-    """Wait until rollouts have ended, and answer with those that have."""
+@routes.post("/rollouts/{rollout_id}/attempts/{attempt_id}/heartbeat", response_model=Attempt, responses=errors(404))
+async def heartbeat(rollout_id: Id, attempt_id: Id, database: Database) -> Response:
+    """Record a sign of life of an attempt, by the store's clock."""
+
+    def work(connection: Connection) -> Any:
+        if not lifecycle.heartbeat(connection, rollout_id, attempt_id):
+            raise NotFound(f"the rollout {rollout_id!r} has no attempt {attempt_id!r}")
+        return rollouts.find_attempt(connection, rollout_id, attempt_id)
+
+    return Json(rollouts.attempt_fields(await database.write(work), rollout_id, document))
+
+
+@routes.post("/waits/rollouts", response_model=list[Rollout], responses=errors())
+async def wait_for_rollouts(request: Request, body: WaitForRollouts, database: Database) -> Response:
+    """Wait until rollouts have ended, and return those that have."""
     ends = None if body.timeout is None else time.monotonic() + body.timeout
     wanted = list(dict.fromkeys(body.rollout_ids))
     nap = SHORTEST_NAP
     while True:
-        found = await database.read(lambda connection: _found(connection, wanted))
-        ended = [row for row in found if row.status in rollouts.FINISHED]
+        found = await database.read(lambda connection: rollouts.find_all(connection, wanted))
+        ended = [row for row in found if row.status in FINISHED]
         if len(ended) == len(found) or (ends is not None and time.monotonic() >= ends):
-            return Json([rollout(row, with_attempt=False) for row in ended])
+            return Json([_rollout(row, with_attempt=False) for row in ended])
         if request.app.state.is_stopping():
-            # Not what has ended by now: without a timeout, whoever asked would take it for all.
+            # Not those that have ended so far: a client without a timeout would take them for all.
             return sentence(503, "the store is being stopped", {"Retry-After": "1"})
         if await request.is_disconnected():
             return Response(status_code=499)
@@ -183,33 +354,13 @@ async def wait_for_rollouts(request: Request, body: models.WaitForRollouts, data
         nap = min(2 * nap, LONGEST_NAP)
 
 
-async def _page_of_rollouts(asked: models.QueryRollouts, database: Database) -> Response:
-    table = rollouts_table
-    conditions = []
-    if asked.status_in is not None:
-        conditions.append(table.c.status.in_(asked.status_in))
-    if asked.rollout_id_in is not None:
-        conditions.append(table.c.rollout_id.in_(asked.rollout_id_in))
-    if asked.rollout_id_contains is not None:
-        conditions.append(contains(table.c.rollout_id, asked.rollout_id_contains))
-    where = matching(conditions, asked.filter_logic)
-    return await page(database, asked, lambda _: where, rollouts.with_latest_attempt(), table.c.key, rollout)
+async def _listed(wanted: QueryRollouts, database: Database) -> Response:
+    filters = wanted.status_in, wanted.rollout_id_in, wanted.rollout_id_contains, wanted.filter_logic
+    return await listed(database, rollouts.listing(*filters), wanted, _rollout)
 
 
-async def _page_of_attempts(rollout_id: str, asked: models.QueryAttempts, database: Database) -> Response:
-    table = attempts_table
-    key = select(rollouts_table.c.key).where(rollouts_table.c.rollout_id == rollout_id).scalar_subquery()
-    of_rollout = table.c.rollout_key == key
-    query = select(table).where(of_rollout)
-    return await page(
-        database, asked, lambda _: of_rollout, query, table.c.sequence_id, lambda row: attempt(row, rollout_id)
-    )
+async def _listed_attempts(rollout_id: str, wanted: QueryAttempts, database: Database) -> Response:
+    def item(row: Any) -> dict[str, Any]:
+        return rollouts.attempt_fields(row, rollout_id, document)
 
-
-def _found(connection: Connection, rollout_ids: list[str]) -> list[Any]:
-    """The rollouts of these ids, in this order."""
-    found: dict[str, Any] = {}
-    for some in in_parts(rollout_ids):
-        query = rollouts.with_latest_attempt().where(rollouts_table.c.rollout_id.in_(some))
-        found |= {row.rollout_id: row for row in connection.execute(query)}
-    return [found[each] for each in rollout_ids if each in found]
+    return await listed(database, rollouts.attempt_listing(rollout_id), wanted, item)

@@ -1,33 +1,23 @@
-"""Spans, one at a time, and found again."""
+"""Routes of spans, as the LightningStore of Agent Lightning 0.3 has them. Times are seconds since the epoch."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from fastapi import Query, Request, Response
-from sqlalchemy import ColumnElement, Connection, false, select
+from pydantic import BaseModel, ConfigDict, Field
 
-from agentlightning.server.answers import Json, encode, page, span
+from agentlightning.server import schemas
+from agentlightning.server.answers import Json, encode, listed
 from agentlightning.server.errors import sentence
+from agentlightning.server.limits import NUMBER_LIMIT
 from agentlightning.server.mending import mended_json, without_nan
-from agentlightning.server.models import spans as models
-from agentlightning.server.models.common import Page
 from agentlightning.server.routes.common import Database, errors, router
-from agentlightning.store import attributes, rollouts, spans, triplets
-from agentlightning.store.pages import contains, matching
-from agentlightning.store.rows import text_of
-from agentlightning.store.tables import spans as table
-from agentlightning.store.tables import texts
-from agentlightning.triplet import Triplet
+from agentlightning.server.schemas import Id, Logic, Page, Part, Sent, Whole, example
+from agentlightning.store import ingestion, spans
 
-__all__ = ["routes"]
-
-SEARCHED = ("trace_id", "span_id", "parent_id", "name")
-LOGPROBS = "logprobs.content"
-
-parts = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+__all__ = ["KeptSpan", "routes", "span_item"]
 
 routes = router("spans", mend=lambda body: without_nan(mended_json(body)))
 
@@ -39,108 +29,211 @@ BODY = {
 }
 
 
-@routes.post("/spans", status_code=201, response_model=models.Span | None, responses=errors(404), openapi_extra=BODY)
-async def add_span(request: Request, database: Database) -> Response:
-    """Keep a span of an attempt, which is a sign of life of it; null where it was kept before."""
-    sent = await request.json()
-    # Checked, and kept as it was sent: the ids in it may be thousands.
-    checked = models.Span.model_validate(sent)
-    # Some send no text, or zeros, for none.
-    parent_id = checked.parent_id if checked.parent_id and checked.parent_id.strip("0") else None
-    apart = ("rollout_id", "attempt_id", "sequence_id", "resource")
-    body = {name: value for name, value in sent.items() if name not in apart}
-    new = spans.NewSpan(
-        rollout_id=checked.rollout_id,
-        attempt_id=checked.attempt_id,
-        sequence_id=checked.sequence_id,
-        trace_id=checked.trace_id,
-        span_id=checked.span_id,
-        parent_id=parent_id,
-        name=checked.name,
-        start_time=checked.start_time,
-        end_time=checked.end_time,
-        response_id=attributes.response_id(checked.attributes),
-        reward=attributes.reward(checked.name, checked.attributes),
-        body=encode(body),
-        common=encode({"resource": sent["resource"]}),
+class SpanContext(Sent):
+    """Identity of a span."""
+
+    model_config = ConfigDict(extra="allow")
+
+    trace_id: str
+    span_id: str
+    is_remote: bool
+    trace_state: dict[str, str]
+
+
+class SpanStatus(Sent):
+    """Outcome of a span."""
+
+    model_config = ConfigDict(extra="allow")
+
+    status_code: Literal["UNSET", "OK", "ERROR"]
+    description: str | None = None
+
+
+class Event(Sent):
+    """An event within a span."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str
+    attributes: dict[str, Any]
+    timestamp: float | None = None
+
+
+class Link(Sent):
+    """A link to another span."""
+
+    model_config = ConfigDict(extra="allow")
+
+    context: SpanContext
+    attributes: dict[str, Any] | None = None
+
+
+class SpanResource(Sent):
+    """The process that sent a span."""
+
+    model_config = ConfigDict(extra="allow")
+
+    attributes: dict[str, Any]
+    schema_url: str
+
+
+class _Span(Sent):
+    model_config = ConfigDict(extra="allow")
+
+    trace_id: Id
+    span_id: Id
+    parent_id: Part | None
+    name: str
+    status: SpanStatus
+    attributes: dict[str, Any]
+    events: list[Event]
+    links: list[Link]
+    start_time: float | None
+    end_time: float | None
+    context: SpanContext | None
+    parent: SpanContext | None
+    resource: SpanResource
+
+
+def _example_context(span_id: str) -> dict[str, Any]:
+    return {"trace_id": "0123456789abcdef0123456789abcdef", "span_id": span_id, "is_remote": False, "trace_state": {}}
+
+
+class Span(_Span):
+    """A span of OpenTelemetry, with the rollout that it belongs to. Further fields are stored unchanged."""
+
+    # Without nulls, which FastAPI drops from its document.
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "rollout_id": "ro-1",
+                    "attempt_id": "at-1",
+                    "sequence_id": 1,
+                    "trace_id": "0123456789abcdef0123456789abcdef",
+                    "span_id": "0123456789abcdef",
+                    "parent_id": "fedcba9876543210",
+                    "name": "chat",
+                    "status": {"status_code": "OK"},
+                    "attributes": {"gen_ai.response.id": "chatcmpl-1", "response_token_ids": [9707, 13]},
+                    "events": [],
+                    "links": [],
+                    "start_time": 1796000000.0,
+                    "end_time": 1796000001.5,
+                    "context": _example_context("0123456789abcdef"),
+                    "parent": _example_context("fedcba9876543210"),
+                    "resource": {"attributes": {}, "schema_url": ""},
+                }
+            ]
+        },
     )
 
-    def work(connection: Connection) -> int:
-        if not rollouts.heard_of(connection, checked.rollout_id, checked.attempt_id):
-            raise rollouts.Unknown(f"there is no attempt {checked.attempt_id!r} of a rollout {checked.rollout_id!r}")
-        return spans.add(connection, [new])
-
-    return Json(span(new) if await database.write(work) else None, 201)
-
-
-@routes.get("/spans", response_model=Page[models.KeptSpan], responses=errors())
-async def query_spans(asked: Annotated[models.QuerySpans, Query()], database: Database) -> Response:
-    """Find spans of a rollout, or of a trace: those that came without a rollout too."""
-    return await _page(asked, database)
+    rollout_id: Id
+    attempt_id: Id
+    sequence_id: Whole = Field(
+        ge=-NUMBER_LIMIT, le=NUMBER_LIMIT, description="Position among the spans of the rollout."
+    )
 
 
-@routes.post("/spans/search", response_model=Page[models.KeptSpan], responses=errors())
-async def search_spans(asked: models.QuerySpans, database: Database) -> Response:
-    """Find spans of a rollout, or of a trace: those that came without a rollout too."""
-    return await _page(asked, database)
+class KeptSpan(_Span):
+    """A stored span. One that an exporter of OpenTelemetry sent may have no rollout, or an unknown one."""
+
+    rollout_id: str | None
+    attempt_id: str | None = Field(description="Empty where this store does not know the rollout.")
+    sequence_id: int
 
 
-@routes.post("/spans/next", response_model=models.SequenceId, responses=errors())
-async def get_next_sequence_id(asked: models.NextSequenceId, database: Database) -> Response:
-    """A number for a span of a rollout, higher than those of all its others."""
-    [number] = await database.write(lambda connection: spans.next_sequence_ids(connection, asked.rollout_id))
+class NextSequenceId(Sent):
+    """The attempt that gets a span."""
+
+    model_config = example(rollout_id="ro-1", attempt_id="at-1")
+
+    rollout_id: Id
+    attempt_id: Id
+
+
+class SequenceId(BaseModel):
+    """A sequence id that no other span of the rollout has."""
+
+    sequence_id: int
+
+
+class QuerySpans(schemas.Query):
+    """Filters, order and page of spans: those of a rollout, or of a trace."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"rollout_id": "ro-1", "attempt_id": "latest"}],
+            "anyOf": [
+                {"required": [name], "properties": {name: {"type": "string"}}} for name in ("rollout_id", "trace_id")
+            ],
+        }
+    )
+
+    rollout_id: Part | None = Field(None, description="Required, unless trace_id is given.")
+    attempt_id: Part | None = Field(None, description="`latest` for the latest.")
+    trace_id: Part | None = None
+    trace_id_contains: Part | None = None
+    span_id: Part | None = None
+    span_id_contains: Part | None = None
+    parent_id: Part | None = None
+    parent_id_contains: Part | None = None
+    name: Part | None = None
+    name_contains: Part | None = None
+    filter_logic: Logic = "and"
+    sort_by: (
+        Literal[
+            "rollout_id",
+            "attempt_id",
+            "sequence_id",
+            "trace_id",
+            "span_id",
+            "parent_id",
+            "name",
+            "start_time",
+            "end_time",
+        ]
+        | None
+    ) = "sequence_id"
+
+
+def span_item(row: Any) -> msgspec.Raw:
+    """Return a span as JSON."""
+    return msgspec.Raw(spans.span_json(row))
+
+
+@routes.post("/spans", status_code=201, response_model=Span | None, responses=errors(404), openapi_extra=BODY)
+async def add_span(request: Request, database: Database) -> Response:
+    """Store a span of an attempt, which is a sign of life of the attempt; null where it was stored before."""
+    sent = await request.json()
+    # Validated, but stored as it was sent: it may hold thousands of token ids.
+    checked = Span.model_validate(sent)
+    new = spans.new_span({**sent, "sequence_id": checked.sequence_id}, encode)
+    stored = await database.write(lambda connection: ingestion.add_span(connection, new))
+    return Json(None if stored is None else span_item(stored), 201)
+
+
+@routes.get("/spans", response_model=Page[KeptSpan], responses=errors())
+async def query_spans(wanted: Annotated[QuerySpans, Query()], database: Database) -> Response:
+    """Find the spans of a rollout, or of a trace, including those that arrived without a rollout."""
+    return await _listed(wanted, database)
+
+
+@routes.post("/spans/search", response_model=Page[KeptSpan], responses=errors())
+async def search_spans(wanted: QuerySpans, database: Database) -> Response:
+    """Find the spans of a rollout, or of a trace, including those that arrived without a rollout."""
+    return await _listed(wanted, database)
+
+
+@routes.post("/spans/next", response_model=SequenceId, responses=errors())
+async def get_next_sequence_id(wanted: NextSequenceId, database: Database) -> Response:
+    """Reserve a sequence id for a span, higher than those of all stored spans of the rollout."""
+    [number] = await database.write(lambda connection: spans.next_sequence_ids(connection, wanted.rollout_id))
     return Json({"sequence_id": number})
 
 
-async def _page(asked: models.QuerySpans, database: Database) -> Response:
-    if asked.rollout_id is None and asked.trace_id is None:
-        return sentence(422, "rollout_id: is required, or trace_id in its place")
-
-    def where(connection: Connection) -> ColumnElement[bool]:
-        must, may = [], []
-        if asked.rollout_id is None:
-            must.append(table.c.trace_id == asked.trace_id)
-        else:
-            must.append(table.c.rollout_id == asked.rollout_id)
-        attempt_id = asked.attempt_id
-        if attempt_id == "latest":
-            found = rollouts.find(connection, asked.rollout_id or "")
-            attempt_id = None if found is None else found.attempt_id
-            if attempt_id is None:
-                must.append(false())
-        if attempt_id is not None:
-            must.append(table.c.attempt_id == attempt_id)
-        for name in SEARCHED:
-            if (wanted := getattr(asked, name)) is not None:
-                may.append(table.c[name] == wanted)
-            if (part := getattr(asked, f"{name}_contains")) is not None:
-                may.append(contains(table.c[name], part))
-        return matching([*must, matching(may, asked.filter_logic)], "and")
-
-    columns = ("key", "rollout_id", "attempt_id", "sequence_id", "response_id", "body")
-    query = select(*(table.c[name] for name in columns), texts.c.text.label("common")).select_from(
-        table.outerjoin(texts, texts.c.key == table.c.common_key)
-    )
-    return await page(database, asked, where, query, table.c.key, span, _with_captured_ids)
-
-
-def _with_captured_ids(connection: Connection, rows: list[Any]) -> list[Any]:
-    """Spans that name an answer that is known get its ids, where they have come without."""
-    named = {text_of(row.response_id) for row in rows if row.response_id is not None}
-    captured = triplets.of_responses(connection, named) if named else {}
-    return [_with_ids(row, captured.get(text_of(row.response_id))) for row in rows] if captured else rows
-
-
-def _with_ids(row: Any, captured: Triplet | None) -> Any:
-    if captured is None:
-        return row
-    body = parts(row.body)
-    known = parts(body["attributes"])
-    # As the tracer of 0.3 writes them, and its adapters read them.
-    new: dict[str, Any] = {}
-    for name in ("prompt_token_ids", "response_token_ids"):
-        if name not in known and (ids := getattr(captured, name)) is not None:
-            new[name] = ids.tolist()
-    if LOGPROBS not in known and captured.logprobs is not None:
-        new[LOGPROBS] = encode([{"logprob": each} for each in captured.logprobs.tolist()]).decode()
-    return SimpleNamespace(**{**row._mapping, "body": encode({**body, "attributes": {**known, **new}})})
+async def _listed(wanted: QuerySpans, database: Database) -> Response:
+    if wanted.rollout_id is None and wanted.trace_id is None:
+        return sentence(422, "rollout_id: is required, unless trace_id is given")
+    filters = wanted.model_dump(exclude={"limit", "offset", "sort_by", "sort_order"})
+    return await listed(database, spans.listing(**filters), wanted, span_item)

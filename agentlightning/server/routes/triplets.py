@@ -1,26 +1,24 @@
-"""What the model calls of a rollout were, token by token, and what they were worth."""
+"""Routes of triplets: the model calls of a rollout, token by token, with their rewards."""
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import AsyncIterator, Iterable
 from typing import Annotated, Any
 
 import msgspec
 from fastapi import Query, Request, Response
 from fastapi.responses import StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection
 
-from agentlightning.server.answers import Json, encode, span
-from agentlightning.server.models import triplets as models
-from agentlightning.server.models.common import Id
-from agentlightning.server.models.spans import KeptSpan
+from agentlightning import triplet
+from agentlightning.generation import Status
+from agentlightning.server.answers import Json, encode
 from agentlightning.server.routes.common import Database, errors, router
+from agentlightning.server.routes.spans import KeptSpan, span_item
+from agentlightning.server.schemas import Id, Sent, example
 from agentlightning.server.transactions import Transactions
-from agentlightning.store import attributes, rollouts, spans, triplets
-from agentlightning.store.database import now
-from agentlightning.store.rollouts import Unknown
-from agentlightning.triplet import Triplet
+from agentlightning.store import ingestion, triplets
 
 __all__ = ["items", "routes"]
 
@@ -29,36 +27,90 @@ JSON_LINES = "application/jsonl"
 routes = router("triplets")
 
 
+class Reward(Sent):
+    """The reward of an attempt, or of one of its calls."""
+
+    model_config = example(value=1.0)
+
+    value: float = Field(allow_inf_nan=False)
+    generation_id: Id | None = Field(
+        None,
+        description="The rewarded call; null for the attempt's last call, whichever that is when triplets are read.",
+    )
+
+
+class QueryTriplets(BaseModel):
+    """Filters of triplets; all without filters."""
+
+    # A misspelt filter would match everything.
+    model_config = ConfigDict(extra="forbid")
+
+    rollout_id: Id | None = None
+    attempt_id: Id | None = None
+
+
+class WeightVersion(BaseModel):
+    """The weights with which some ids were sampled."""
+
+    version: str
+    start: int = Field(description="Position of the first of these ids in `response_token_ids`.")
+    end: int = Field(description="Position after the last one.")
+
+
+class Triplet(BaseModel):
+    """A choice of a model call of a rollout: prompt ids, response ids, and the reward."""
+
+    generation_id: str
+    response_id: str | None = Field(description="The `id` of the answer that the client saw.")
+    rollout_id: str
+    attempt_id: str | None
+    index: int = Field(description="Position of the choice in its generation.")
+    status: Status
+    model: str | None
+    prompt_token_ids: list[int] | None
+    response_token_ids: list[int] | None
+    logprobs: list[float | None] | None = Field(description="One for each response id; null stands for minus infinity.")
+    reward: float | None
+    span_id: str | None = Field(description="The first span of the rollout that names the answer.")
+    weight_versions: list[WeightVersion] | None
+
+
+class Triplets(BaseModel):
+    """The triplets of a rollout, in order."""
+
+    items: list[Triplet]
+
+
 def _answers(**content: Any) -> dict[int | str, dict[str, Any]]:
-    """For the OpenAPI document: an answer that is JSON Lines, or may be."""
+    """Describe an answer that is JSON Lines, or may be, for the OpenAPI document."""
     lines = {JSON_LINES: {"schema": {"type": "string", "description": "A Triplet a line."}}}
     return {200: {"description": "Triplets.", "content": {**lines, **content}}, **errors()}
 
 
 @routes.get("/triplets", response_class=Response, responses=_answers())
-async def query_triplets(asked: Annotated[models.QueryTriplets, Query()], database: Database) -> Response:
-    """Those of all rollouts, one after the other, or of the one that is asked for, as JSON Lines."""
-    one = asked.rollout_id
+async def query_triplets(wanted: Annotated[QueryTriplets, Query()], database: Database) -> Response:
+    """Read the triplets of all rollouts, one rollout after the other, or of one, as JSON Lines."""
+    one = wanted.rollout_id
     rollout_ids = await database.read(triplets.rollouts_of) if one is None else [one]
 
     async def parts() -> AsyncIterator[bytes]:
         for each in rollout_ids:
-            yield await database.read(lambda connection, each=each: _lines(_found(connection, each, asked.attempt_id)))
+            yield await database.read(
+                lambda connection, each=each: _lines(triplets.of_rollout(connection, each, wanted.attempt_id))
+            )
 
     return StreamingResponse(parts(), media_type=JSON_LINES)
 
 
-@routes.get("/rollouts/{rollout_id}/triplets", response_model=models.Triplets, responses=_answers())
+@routes.get("/rollouts/{rollout_id}/triplets", response_model=Triplets, responses=_answers())
 async def get_triplets(rollout_id: Id, request: Request, database: Database) -> Response:
-    """Those of a rollout, in order; as JSON Lines where `Accept` has `application/jsonl`."""
+    """Read the triplets of a rollout, in order; as JSON Lines if `Accept` names `application/jsonl`."""
     return await _answer(request, database, rollout_id, None)
 
 
-@routes.get(
-    "/rollouts/{rollout_id}/attempts/{attempt_id}/triplets", response_model=models.Triplets, responses=_answers()
-)
+@routes.get("/rollouts/{rollout_id}/attempts/{attempt_id}/triplets", response_model=Triplets, responses=_answers())
 async def get_triplets_of_attempt(rollout_id: Id, attempt_id: Id, request: Request, database: Database) -> Response:
-    """Those of an attempt, `latest` or of this id, in order."""
+    """Read the triplets of an attempt, `latest` or of this id, in order."""
     return await _answer(request, database, rollout_id, attempt_id)
 
 
@@ -68,84 +120,30 @@ async def get_triplets_of_attempt(rollout_id: Id, attempt_id: Id, request: Reque
     response_model=KeptSpan,
     responses=errors(404),
 )
-async def add_reward(rollout_id: Id, attempt_id: Id, body: models.Reward, database: Database) -> Response:
-    """Reward an attempt, `latest` or of this id, or a call of it. Of several rewards of the same, the last counts."""
+async def add_reward(rollout_id: Id, attempt_id: Id, body: Reward, database: Database) -> Response:
+    """Reward an attempt, `latest` or of this id, or one of its calls. Of several rewards the last counts."""
 
-    def work(connection: Connection) -> spans.NewSpan:
-        found = _attempt_of(connection, rollout_id, attempt_id)
-        if found is None or not rollouts.heard_of(connection, rollout_id, found):
-            raise Unknown(f"there is no attempt {attempt_id!r} of a rollout {rollout_id!r}")
-        if body.generation_id is not None and not triplets.has_call(connection, rollout_id, body.generation_id):
-            raise Unknown(f"there is no generation {body.generation_id!r} of the rollout {rollout_id!r}")
-        new = _reward(body, rollout_id, found, now(connection))
-        spans.add(connection, [new])
-        return new
+    def work(connection: Connection) -> Any:
+        return ingestion.add_reward(connection, rollout_id, attempt_id, body.value, body.generation_id)
 
-    return Json(span(await database.write(work)), 201)
+    return Json(span_item(await database.write(work)), 201)
 
 
 async def _answer(request: Request, database: Transactions, rollout_id: str, attempt_id: str | None) -> Response:
     wants_lines = JSON_LINES in request.headers.get("accept", "")
 
     def work(connection: Connection) -> bytes:
-        found = _found(connection, rollout_id, attempt_id)
+        found = triplets.of_rollout(connection, rollout_id, attempt_id)
         return _lines(found) if wants_lines else items(found)
 
     answer = await database.read(work)
     return Response(answer, media_type=JSON_LINES) if wants_lines else Json(answer)
 
 
-def _found(connection: Connection, rollout_id: str, attempt_id: str | None) -> list[Triplet]:
-    if attempt_id == "latest" and (attempt_id := _attempt_of(connection, rollout_id, attempt_id)) is None:
-        return []
-    return triplets.of_rollout(connection, rollout_id, attempt_id)
-
-
-def _attempt_of(connection: Connection, rollout_id: str, attempt_id: str) -> str | None:
-    if attempt_id != "latest":
-        return attempt_id
-    found = rollouts.find(connection, rollout_id)
-    return None if found is None else found.attempt_id
-
-
-def items(found: Iterable[Triplet]) -> bytes:
-    """As JSON. One by one: the numbers of all of them at once are more than a processor has near, at half the speed."""
+def items(found: Iterable[triplet.Triplet]) -> bytes:
+    """Encode triplets as JSON, one by one: all of their numbers at once do not fit a CPU's cache (half as fast)."""
     return encode({"items": [msgspec.Raw(encode(each.as_dict())) for each in found]})
 
 
-def _lines(found: Iterable[Triplet]) -> bytes:
+def _lines(found: Iterable[triplet.Triplet]) -> bytes:
     return b"".join(encode(each.as_dict()) + b"\n" for each in found)
-
-
-def _reward(given: models.Reward, rollout_id: str, attempt_id: str, moment: float) -> spans.NewSpan:
-    """The span that `emit_reward` of 0.3 would have made."""
-    trace_id, span_id = secrets.token_hex(16), secrets.token_hex(8)
-    body = {
-        "trace_id": trace_id,
-        "span_id": span_id,
-        "parent_id": None,
-        "name": attributes.ANNOTATION,
-        "status": {"status_code": "OK", "description": None},
-        "attributes": attributes.reward_attributes(given.value, given.generation_id),
-        "events": [],
-        "links": [],
-        "start_time": moment,
-        "end_time": moment,
-        "context": {"trace_id": trace_id, "span_id": span_id, "is_remote": False, "trace_state": {}},
-        "parent": None,
-        "resource": {"attributes": {}, "schema_url": ""},
-    }
-    return spans.NewSpan(
-        rollout_id=rollout_id,
-        attempt_id=attempt_id,
-        sequence_id=None,
-        trace_id=trace_id,
-        span_id=span_id,
-        parent_id=None,
-        name=attributes.ANNOTATION,
-        start_time=moment,
-        end_time=moment,
-        response_id=None,
-        reward=given.value,
-        body=encode(body),
-    )

@@ -1,71 +1,103 @@
-"""Workers."""
+"""Routes of workers, as the LightningStore of Agent Lightning 0.3 has them. Times are seconds since the epoch."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import Body, Query, Response
-from sqlalchemy import Connection, select
+from pydantic import BaseModel, Field
 
-from agentlightning.server.answers import Json, encode, page, worker
+from agentlightning.rollout import WorkerStatus
+from agentlightning.server import schemas
+from agentlightning.server.answers import Json, document, listed
 from agentlightning.server.mending import without_nan
-from agentlightning.server.models import workers as models
-from agentlightning.server.models.common import Id, Page
 from agentlightning.server.routes.common import Database, errors, router
+from agentlightning.server.schemas import LEFT_OUT, Id, Logic, Page, Part, Sent, example
 from agentlightning.store import workers
-from agentlightning.store.database import now
-from agentlightning.store.pages import contains, matching
-from agentlightning.store.tables import workers as table
 
 __all__ = ["routes"]
 
 routes = router("workers", mend=without_nan)
 
 
-@routes.get("/workers", response_model=Page[models.Worker], responses=errors())
-async def query_workers(asked: Annotated[models.QueryWorkers, Query()], database: Database) -> Response:
+class ChangeWorker(Sent):
+    """A worker's sign of life."""
+
+    model_config = example(heartbeat_stats={"cpu_percent": 12.5})
+
+    heartbeat_stats: dict[str, Any] = LEFT_OUT
+
+
+class Worker(BaseModel):
+    """A runner, and what was heard of it last."""
+
+    worker_id: str
+    status: WorkerStatus
+    heartbeat_stats: dict[str, Any] | None
+    last_heartbeat_time: float | None
+    last_dequeue_time: float | None
+    last_busy_time: float | None
+    last_idle_time: float | None
+    current_rollout_id: str | None
+    current_attempt_id: str | None
+
+
+class QueryWorkers(schemas.Query):
+    """Which workers."""
+
+    model_config = example(status_in=["busy"])
+
+    status_in: list[WorkerStatus] | None = Field(None, max_length=64)
+    worker_id_contains: Part | None = None
+    filter_logic: Logic = "and"
+    sort_by: (
+        Literal[
+            "worker_id",
+            "status",
+            "heartbeat_stats",
+            "last_heartbeat_time",
+            "last_dequeue_time",
+            "last_busy_time",
+            "last_idle_time",
+            "current_rollout_id",
+            "current_attempt_id",
+        ]
+        | None
+    ) = None
+
+
+@routes.get("/workers", response_model=Page[Worker], responses=errors())
+async def query_workers(wanted: Annotated[QueryWorkers, Query()], database: Database) -> Response:
     """Find workers."""
-    return await _page(asked, database)
+    return await _listed(wanted, database)
 
 
-@routes.post("/workers/search", response_model=Page[models.Worker], responses=errors())
-async def search_workers(asked: models.QueryWorkers, database: Database) -> Response:
+@routes.post("/workers/search", response_model=Page[Worker], responses=errors())
+async def search_workers(wanted: QueryWorkers, database: Database) -> Response:
     """Find workers."""
-    return await _page(asked, database)
+    return await _listed(wanted, database)
 
 
-@routes.get("/workers/{worker_id}", response_model=models.Worker | None, responses=errors())
+@routes.get("/workers/{worker_id}", response_model=Worker | None, responses=errors())
 async def get_worker(worker_id: Id, database: Database) -> Response:
-    """A worker; null where nothing was heard of one of this id."""
-    row = await database.read(lambda connection: _find(connection, worker_id))
-    return Json(None if row is None else worker(row))
+    """Find a worker; null where this store never heard of it."""
+    row = await database.read(lambda connection: workers.find(connection, worker_id))
+    return Json(None if row is None else _fields(row))
 
 
-@routes.post("/workers/{worker_id}", response_model=models.Worker, responses=errors())
+@routes.post("/workers/{worker_id}", response_model=Worker, responses=errors())
 async def update_worker(
-    worker_id: Id, database: Database, body: Annotated[models.ChangeWorker | None, Body()] = None
+    worker_id: Id, database: Database, body: Annotated[ChangeWorker | None, Body()] = None
 ) -> Response:
-    """Note a worker's sign of life, with what it says of itself."""
-    changes: dict[str, Any] = {}
-    if body is not None and body.heartbeat_stats is not None:
-        changes["heartbeat_stats"] = encode(body.heartbeat_stats).decode()
-
-    def work(connection: Connection) -> Any:
-        workers.note(connection, worker_id, last_heartbeat_time=now(connection), **changes)
-        return _find(connection, worker_id)
-
-    return Json(worker(await database.write(work)))
+    """Record a sign of life of a worker, with what it reports."""
+    stats = None if body is None else body.heartbeat_stats
+    return Json(_fields(await database.write(lambda connection: workers.heartbeat(connection, worker_id, stats))))
 
 
-def _find(connection: Connection, worker_id: str) -> Any:
-    return connection.execute(select(table).where(table.c.worker_id == worker_id)).first()
+def _fields(row: Any) -> dict[str, Any]:
+    return workers.worker_fields(row, document)
 
 
-async def _page(asked: models.QueryWorkers, database: Database) -> Response:
-    conditions = []
-    if asked.status_in is not None:
-        conditions.append(table.c.status.in_(asked.status_in))
-    if asked.worker_id_contains is not None:
-        conditions.append(contains(table.c.worker_id, asked.worker_id_contains))
-    where = matching(conditions, asked.filter_logic)
-    return await page(database, asked, lambda _: where, select(table), table.c.key, worker)
+async def _listed(wanted: QueryWorkers, database: Database) -> Response:
+    found = workers.listing(wanted.status_in, wanted.worker_id_contains, wanted.filter_logic)
+    return await listed(database, found, wanted, _fields)

@@ -1,4 +1,4 @@
-"""What every kind stands on: ids, numbers, and pages."""
+"""Schemas that several routes share: ids, numbers, and pages."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from agentlightning.server.limits import ID_LIMIT, NUMBER_LIMIT, PAGE_LIMIT
 
 __all__ = ["LEFT_OUT", "Id", "Logic", "Page", "Part", "Query", "Seconds", "Sent", "Whole", "example"]
 
-# Not every database has a NUL in a text.
+# Not every database can hold a NUL in a text.
 _WITHOUT_NUL = r"^[^\x00]*$"
 Id = Annotated[str, StringConstraints(min_length=1, max_length=ID_LIMIT, pattern=_WITHOUT_NUL)]
 Part = Annotated[str, StringConstraints(max_length=ID_LIMIT, pattern=_WITHOUT_NUL)]
 Seconds = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
-# To JSON 1.0 is the same number as 1.
+# In JSON, 1.0 and 1 are the same number.
 Whole = Annotated[
     int, BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value)
 ]
@@ -24,6 +24,7 @@ Logic = Literal["and", "or"]
 
 
 def example(**fields: Any) -> ConfigDict:
+    """Show an example of a body in the OpenAPI document."""
     return ConfigDict(json_schema_extra={"examples": [fields]})
 
 
@@ -31,12 +32,12 @@ def _without_default(schema: dict[str, JsonValue]) -> None:
     del schema["default"]
 
 
-# Of what stays as it is where it is left out: its default is never looked at, and null is no value of it.
+# An omitted field is unchanged; null is invalid.
 LEFT_OUT: Any = Field(None, json_schema_extra=_without_default)
 
 
 class Sent(BaseModel):
-    """What comes as JSON, where `true` and `"1"` are no numbers."""
+    """A JSON body, in which `true` and `"1"` are not numbers."""
 
     model_config = ConfigDict(strict=True)
 
@@ -45,26 +46,26 @@ Item = TypeVar("Item")
 
 
 class Page(BaseModel, Generic[Item]):
-    """Some of what was found."""
+    """A page of a list."""
 
     items: list[Item]
     limit: int
     offset: int
-    total: int = Field(description="How many there are on all pages.")
+    total: int = Field(description="Number of items on all pages.")
 
 
 def _number(value: Any) -> Any:
     if isinstance(value, bool):
-        raise ValueError("must be a whole number")
+        raise ValueError("must be an integer")
     return value
 
 
 class Query(BaseModel):
-    """Which page, in which order."""
+    """Page and order of a list."""
 
-    # In a URL everything is text, so that these cannot be as strict as what is sent as JSON.
+    # In a URL everything is text, so these cannot be as strict as a JSON body.
     limit: Annotated[int, BeforeValidator(_number)] = Field(
-        -1, ge=-1, le=PAGE_LIMIT, description="-1 is all.", json_schema_extra={"not": {"const": 0}}
+        -1, ge=-1, le=PAGE_LIMIT, description="-1 for all.", json_schema_extra={"not": {"const": 0}}
     )
     offset: Annotated[int, BeforeValidator(_number)] = Field(0, ge=0, le=NUMBER_LIMIT)
     sort_order: Order = "asc"

@@ -1,0 +1,222 @@
+"""The HTTP client of `HttpStore`: connections, keys, and what each error of the server or of a proxy means.
+
+urllib3 is a dependency of every vLLM, through requests.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import unquote, urlencode, urlsplit
+
+import msgspec
+import urllib3
+from urllib3.exceptions import HTTPError, LocationValueError, ProtocolError
+
+from agentlightning import settings
+from agentlightning.errors import InvalidRecord, NotFound, StoreRefused, StoreUnavailable
+from agentlightning.store.wire import ERROR_HEADER, MEDIA_TYPE, NOT_FOUND
+
+__all__ = ["HttpClient", "StrangeAnswer", "TooLarge"]
+
+ROUTES = "/v1/agl"
+LINES = "application/jsonl"
+SECONDS_TO_CONNECT = 3.0
+# A server that holds as many writes as it may can need this long to write them to a slow disk.
+SECONDS_TO_ANSWER = 30.0
+# A proxy may ask for an hour.
+LONGEST_RETRY_AFTER = 60.0
+BYTES_AT_ONCE = 1 << 20
+# Threads that use one store at once; further ones open a connection for each request.
+CONNECTIONS_KEPT = 32
+# Requests that may be sent twice: reading, storing what has an id, and registering.
+REPEATABLE_POSTS = ("/generations", "/search")
+
+
+class TooLarge(InvalidRecord):
+    """More than fits into one message, or a value that no message can hold."""
+
+
+class StrangeAnswer(StoreUnavailable):
+    """A successful answer that no `agl store` gives, such as a proxy's while the store is away."""
+
+
+class HttpClient:
+    """Requests to an `agl store`. Safe for several threads.
+
+    Args:
+        url: see `HttpStore`.
+
+    Raises:
+        StoreRefused: the URL or the key is malformed.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.shown = settings.without_secrets(url)
+        """The URL, without its key."""
+        try:
+            parts = urlsplit(url)
+            host, port = parts.hostname or "", parts.port
+        except ValueError:
+            # Its message would show the key.
+            raise self._malformed() from None
+        if not host or parts.query or parts.fragment or "@" in parts.path:
+            raise self._malformed()
+        self._path = parts.path.rstrip("/") + ROUTES
+        self._authorization = _authorization(unquote(parts.password or parts.username or "") or settings.store_key())
+        kept: Any = {
+            "timeout": urllib3.Timeout(connect=SECONDS_TO_CONNECT, read=SECONDS_TO_ANSWER),
+            "maxsize": CONNECTIONS_KEPT,
+            "retries": False,
+        }
+        try:
+            if parts.scheme == "https":
+                context = ssl.create_default_context()
+                self._pool = urllib3.HTTPSConnectionPool(host, port, ssl_context=context, **kept)
+            else:
+                self._pool = urllib3.HTTPConnectionPool(host, port, **kept)
+        except (UnicodeError, LocationValueError):
+            raise self._malformed() from None
+
+    def ask(
+        self,
+        method: str,
+        route: str,
+        query: Sequence[tuple[str, str]] = (),
+        body: bytes | None = None,
+        kind: str = MEDIA_TYPE,
+    ) -> bytes:
+        """Send a request and return the body of the answer.
+
+        Args:
+            kind: media type of the body.
+
+        Raises:
+            StoreUnavailable, StoreRefused, InvalidRecord, NotFound: the answer is an error, or there is none.
+        """
+        with self._answer(method, route, query, body, f"{MEDIA_TYPE}, application/json", kind) as response:
+            return response.read()
+
+    @contextmanager
+    def lines(self, route: str, query: Sequence[tuple[str, str]]) -> Iterator[Iterator[bytes]]:
+        """Read an answer of JSON Lines while it arrives."""
+        with self._answer("GET", route, query, None, LINES, MEDIA_TYPE) as response:
+            yield _lines_of(response)
+
+    def strange(self) -> StrangeAnswer:
+        """Make the error for an answer that no `agl store` gives."""
+        return StrangeAnswer(f"{self.shown} does not answer as an agl store does")
+
+    def close(self) -> None:
+        """Close all idle connections. Idempotent."""
+        self._pool.close()
+
+    @contextmanager
+    def _answer(
+        self, method: str, route: str, query: Sequence[tuple[str, str]], body: bytes | None, accept: str, kind: str
+    ) -> Iterator[Any]:
+        """Send a request and let the block read a successful answer."""
+        target = self._path + route + ("?" + urlencode(query, errors="replace") if query else "")
+        headers: Any = {"Accept": accept, "Content-Type": kind, **self._authorization}
+        request: Any = {"body": body, "headers": headers, "redirect": False, "preload_content": False}
+        try:
+            try:
+                response: Any = self._pool.urlopen(method, target, enforce_content_length=True, **request)
+            except ProtocolError:
+                # The server has closed an idle connection at this moment. A request that has been processed may be
+                # repeated only if that changes nothing.
+                if method == "POST" and not route.endswith(REPEATABLE_POSTS):
+                    raise
+                response = self._pool.urlopen(method, target, enforce_content_length=True, **request)
+            is_read = False
+            try:
+                if response.status not in (200, 201):
+                    raise self._error(response, response.read())
+                yield response
+                is_read = True
+            finally:
+                if not is_read:
+                    # The rest of this answer would be taken for the beginning of the next one.
+                    response.close()
+                response.release_conn()
+        except (UnicodeError, LocationValueError):
+            raise self._malformed() from None
+        except (OSError, HTTPError) as error:
+            cause = next(
+                (each for each in (error, *error.args) if isinstance(each, ssl.SSLCertVerificationError)), None
+            )
+            if cause is not None:
+                raise StoreRefused(f"{self.shown} has no trusted certificate: {cause.verify_message}") from error
+            raise StoreUnavailable(f"{self.shown} cannot be reached: {_reason(error)}") from error
+
+    def _error(self, response: Any, answer: bytes) -> Exception:
+        """Translate an error answer."""
+        status = response.status
+        said = _detail(answer) or f"{status} {response.reason}"
+        is_ours = ERROR_HEADER in response.headers
+        # A body that is too large stays too large, whoever says so: a proxy with a limit of its own says it every time,
+        # and a sender that repeats it would never send what comes after it.
+        if status == 413:
+            return TooLarge(
+                said if is_ours else f"a proxy before {self.shown} does not accept such a large body: {said}"
+            )
+        # Any other error of a proxy says nothing about the body, and may be gone in a minute.
+        if status in (400, 422) and is_ours:
+            return InvalidRecord(said)
+        if status == 404 and response.headers.get(ERROR_HEADER) == NOT_FOUND:
+            return NotFound(said)
+        if status in (400, 408, 422, 429) or status >= 500:
+            return StoreUnavailable(f"{self.shown} cannot be used now: {said}", _retry_after(response))
+        if status in (401, 403):
+            advice = "set AGL_STORE_KEY to its key, or put that into the URL: http://agl:KEY@HOST:PORT"
+            return StoreRefused(f"{self.shown} does not accept this key: {advice}")
+        if status == 421:
+            return StoreRefused(f"{self.shown} does not answer under this host name: {said}")
+        if 300 <= status < 400:
+            place = settings.without_secrets(response.headers.get("Location", "another URL"))
+            return StoreRefused(f"{self.shown} redirects to {place[:200]}: give the URL of the store itself")
+        advice = "give the URL of an agl store, with the same version of agentlightning on both sides"
+        return StoreRefused(f"{self.shown} does not accept this version's requests ({said}): {advice}")
+
+    def _malformed(self) -> StoreRefused:
+        form = "http(s)://HOST:PORT, or http(s)://agl:KEY@HOST:PORT with %-escapes for / ? # @ in the key"
+        return StoreRefused(f"{self.shown} is not the URL of an agl store: write {form}")
+
+
+def _lines_of(response: Any) -> Iterator[bytes]:
+    rest = b""
+    for part in response.stream(BYTES_AT_ONCE):
+        *lines, rest = (rest + part).split(b"\n")
+        yield from lines
+    if rest:
+        yield rest
+
+
+def _authorization(key: str | None) -> Mapping[str, Any]:
+    if key is None:
+        return {}
+    if any(character < " " or character == "\x7f" for character in key):
+        raise StoreRefused("the store's key contains a line break or another control character: set another key")
+    return {"Authorization": b"Bearer " + key.encode("utf-8", "surrogateescape")}
+
+
+def _reason(error: Exception) -> str:
+    """Name the innermost cause: urllib3 wraps the error of the socket, and names its own objects around it."""
+    while (inner := error.__cause__ or error.__context__) is not None and isinstance(inner, OSError):
+        error = inner
+    return str(error)[:200] or type(error).__name__
+
+
+def _detail(answer: bytes) -> str:
+    """Return the sentence of an error as `agl store` and others write it; empty where there is none."""
+    try:
+        return msgspec.json.decode(answer, type=dict[str, str])["detail"]
+    except (msgspec.MsgspecError, UnicodeDecodeError, KeyError):
+        return ""
+
+
+def _retry_after(response: Any) -> float | None:
+    found = response.headers.get("Retry-After", "")
+    return min(float(found), LONGEST_RETRY_AFTER) if found.isascii() and found.isdigit() else None

@@ -1,0 +1,89 @@
+"""Spans on their way into the store, with what they mean for attempts and sessions. The caller owns the transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from sqlalchemy import Connection
+
+from agentlightning.errors import NotFound
+from agentlightning.rollout import Span, with_ids
+from agentlightning.store import attributes, lifecycle, rollouts, sessions, spans, triplets
+from agentlightning.store.database import now
+from agentlightning.store.spans import NewSpan, new_span
+
+__all__ = ["add_reward", "add_span", "ingest"]
+
+
+def add_span(connection: Connection, new: NewSpan) -> NewSpan | None:
+    """Store a span of an attempt, which is a sign of life of the attempt.
+
+    Returns:
+        The span with its `sequence_id`; None where it was stored before.
+
+    Raises:
+        NotFound: no such attempt.
+    """
+    new = replace(new)
+    rollout_id, attempt_id = new.rollout_id or "", new.attempt_id or ""
+    if not lifecycle.heartbeat(connection, rollout_id, attempt_id):
+        raise NotFound(f"there is no attempt {attempt_id!r} of a rollout {rollout_id!r}")
+    return new if spans.add(connection, [new]) else None
+
+
+def add_reward(
+    connection: Connection, rollout_id: str, attempt_id: str, value: float, generation_id: str | None
+) -> NewSpan:
+    """Reward an attempt or one of its calls, by the span that `emit_reward` of Agent Lightning 0.3 would make.
+
+    Args:
+        attempt_id: `latest` for the latest.
+        generation_id: the call; None for the last call of the attempt, whichever that is when triplets are read.
+
+    Raises:
+        NotFound: no such attempt, or the generation is not one of the rollout's calls.
+    """
+    found = rollouts.attempt_id_of(connection, rollout_id, attempt_id)
+    if found is None or not lifecycle.heartbeat(connection, rollout_id, found):
+        raise NotFound(f"there is no attempt {attempt_id!r} of a rollout {rollout_id!r}")
+    if generation_id is not None and not triplets.has_call(connection, rollout_id, generation_id):
+        raise NotFound(f"there is no generation {generation_id!r} of the rollout {rollout_id!r}")
+    at = now(connection)
+    given = attributes.reward_attributes(value, generation_id)
+    reward = with_ids(
+        Span(attributes.ANNOTATION, rollout_id, found, attributes=given, start_time=at, end_time=at).as_dict()
+    )
+    ids = {"trace_id": reward["trace_id"], "span_id": reward["span_id"]}
+    new = new_span({**reward, "context": {**ids, "is_remote": False, "trace_state": {}}})
+    spans.add(connection, [new])
+    return new
+
+
+def ingest(connection: Connection, received: Sequence[NewSpan], project_id: str | None) -> int:
+    """Store spans from an exporter of OpenTelemetry; returns how many are new.
+
+    Spans of rollouts that this store does not know are stored as well.
+
+    Args:
+        received: spans, which are not changed: a transaction that is run again begins with them as they are.
+        project_id: the AgentOps project that they were sent to; their traces are sessions then.
+    """
+    new = [replace(each) for each in received]
+    spans.place_again(connection, new)
+    attempts: dict[tuple[str, str], str] = {}
+    for each in new:
+        if each.rollout_id is not None:
+            named = (each.rollout_id, each.attempt_id or "")
+            if named not in attempts:
+                attempts[named] = rollouts.attempt_id_of(connection, *named) or ""
+            each.attempt_id = attempts[named]
+    own = {} if project_id is None else sessions.join(connection, new, project_id)
+    alive: set[Any] = {(each.rollout_id, each.attempt_id or "") for each in new if each.rollout_id is not None}
+    # Sorted: each locks its rollout, and two writers of the same rollouts must lock in the same order.
+    for rollout_id, attempt_id in sorted(alive):
+        lifecycle.heartbeat(connection, rollout_id, attempt_id)
+    stored = spans.add(connection, new)
+    sessions.end(connection, new, own)
+    return stored

@@ -1,0 +1,420 @@
+"""The one interface of every store: a SQLite file, PostgreSQL, or an `agl store` over HTTP."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+from agentlightning.generation import Generation, Loss, Status
+from agentlightning.rollout import (
+    FINISHED,
+    Attempt,
+    AttemptStatus,
+    Mode,
+    NewRollout,
+    Resources,
+    Rollout,
+    RolloutConfig,
+    RolloutStatus,
+    Span,
+    Worker,
+    WorkerStatus,
+)
+from agentlightning.sender import Sender
+from agentlightning.triplet import Triplet
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["AttemptChanges", "Filters", "Listed", "RolloutChanges", "SpanFilters", "Store"]
+
+SHORTEST_NAP, LONGEST_NAP = 0.02, 0.5
+
+
+class Filters(TypedDict, total=False):
+    """Generations to select: those that match all filters. None matches generations without such an id.
+
+    `since` and `until` are nanoseconds since the epoch: `since <= finished_at < until`.
+    """
+
+    rollout_id: str | None
+    attempt_id: str | None
+    session_id: str | None
+    call_id: str | None
+    response_id: str | None
+    model: str | None
+    since: int
+    until: int
+    status: Status
+
+
+class Listed(TypedDict, total=False):
+    """Order and page of a list.
+
+    Attributes:
+        sort_by: a field; if absent, records are in the order in which they were created, spans by `sequence_id`.
+        limit: most records to return; -1, the default, for all.
+        offset: records to skip.
+    """
+
+    sort_by: str
+    sort_order: Literal["asc", "desc"]
+    limit: int
+    offset: int
+
+
+class SpanFilters(TypedDict, total=False):
+    """Spans to select, besides those of a rollout and attempt; `filter_logic` says how the others combine."""
+
+    trace_id: str
+    trace_id_contains: str
+    span_id: str
+    span_id_contains: str
+    parent_id: str
+    parent_id_contains: str
+    name: str
+    name_contains: str
+    filter_logic: Literal["and", "or"]
+    sort_by: str
+    sort_order: Literal["asc", "desc"]
+    limit: int
+    offset: int
+
+
+class RolloutChanges(TypedDict, total=False):
+    """Fields of a rollout to change; an absent field stays unchanged."""
+
+    input: Any
+    mode: Mode | None
+    resources_id: str | None
+    status: RolloutStatus
+    config: RolloutConfig
+    metadata: Mapping[str, Any] | None
+
+
+class AttemptChanges(TypedDict, total=False):
+    """Fields of an attempt to change; an absent field stays unchanged."""
+
+    status: AttemptStatus
+    worker_id: str
+    last_heartbeat_time: float
+    metadata: Mapping[str, Any]
+
+
+class Store(AbstractContextManager["Store"], ABC):
+    """Rollouts, attempts, spans, resources, workers and generations, wherever they are stored.
+
+    Methods that Agent Lightning 0.3's LightningStore has, too, have its names, but are synchronous. A store may be used
+    by several threads, but not across a fork: each process opens its own.
+
+    Raises:
+        StoreUnavailable: any method, where the store cannot be reached or written now.
+        StoreRefused: any method, where the store cannot be used as configured.
+        InvalidRecord: any method that writes, where a value cannot be stored.
+    """
+
+    # Rollouts and the queue.
+
+    def enqueue_rollout(
+        self,
+        input: Any,  # noqa: A002 -- the LightningStore's name
+        *,
+        mode: Mode | None = None,
+        resources_id: str | None = None,
+        config: RolloutConfig | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Rollout:
+        """Append a rollout to the queue.
+
+        Args:
+            input: the task: anything that JSON can hold.
+            resources_id: None for the latest resources.
+            config: timeouts and retries; None for one attempt without limits.
+            metadata: a JSON object.
+
+        Example:
+            >>> with open_store("run.db") as store:
+            ...     store.enqueue_rollout({"question": "Paris?"}).status
+            'queuing'
+        """
+        new = NewRollout(input, mode, resources_id, config or RolloutConfig(), metadata or {})
+        return self.enqueue_rollouts([new])[0]
+
+    @abstractmethod
+    def enqueue_rollouts(self, new: Sequence[NewRollout]) -> list[Rollout]:
+        """Append rollouts to the queue, in this order; all or none of them."""
+
+    def dequeue_rollout(self, worker_id: str | None = None) -> Rollout | None:
+        """Take the rollout that has been queued longest, with a new attempt.
+
+        Args:
+            worker_id: the runner that takes it, which `query_workers` then shows as busy.
+
+        Returns:
+            The rollout, which no other caller gets; None where the queue is empty.
+        """
+        found = self.dequeue_rollouts(1, worker_id)
+        return found[0] if found else None
+
+    @abstractmethod
+    def dequeue_rollouts(self, limit: int, worker_id: str | None = None) -> list[Rollout]:
+        """Take up to `limit` rollouts from the queue, those that have been queued longest."""
+
+    @abstractmethod
+    def start_rollout(
+        self,
+        input: Any,  # noqa: A002 -- the LightningStore's name
+        *,
+        mode: Mode | None = None,
+        resources_id: str | None = None,
+        config: RolloutConfig | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        worker_id: str | None = None,
+    ) -> Rollout:
+        """Create a rollout that the caller runs at once, with its first attempt."""
+
+    @abstractmethod
+    def start_attempt(self, rollout_id: str, worker_id: str | None = None) -> Rollout:
+        """Create one more attempt, whatever the state of those before.
+
+        Raises:
+            NotFound: no such rollout.
+        """
+
+    @abstractmethod
+    def query_rollouts(
+        self,
+        *,
+        status_in: Sequence[RolloutStatus] | None = None,
+        rollout_id_in: Sequence[str] | None = None,
+        rollout_id_contains: str | None = None,
+        filter_logic: Literal["and", "or"] = "and",
+        **listed: Unpack[Listed],
+    ) -> list[Rollout]:
+        """Find rollouts, each with its latest attempt; a filter that is None matches every rollout."""
+
+    @abstractmethod
+    def get_rollout_by_id(self, rollout_id: str) -> Rollout | None:
+        """Find a rollout with its latest attempt."""
+
+    @abstractmethod
+    def update_rollout(self, rollout_id: str, **changes: Unpack[RolloutChanges]) -> Rollout:
+        """Change a rollout.
+
+        Raises:
+            NotFound: no such rollout.
+        """
+
+    def wait_for_rollouts(self, rollout_ids: Sequence[str], timeout: float | None = None) -> list[Rollout]:
+        """Wait until rollouts have ended.
+
+        Args:
+            timeout: seconds; None waits until all have ended. Ids that the store does not know are not waited for.
+
+        Returns:
+            The rollouts that have ended.
+        """
+        ends = None if timeout is None else time.monotonic() + timeout
+        nap = SHORTEST_NAP
+        while True:
+            found = self.query_rollouts(rollout_id_in=rollout_ids)
+            ended = [each for each in found if each.status in FINISHED]
+            if len(ended) == len(found) or (ends is not None and time.monotonic() >= ends):
+                return ended
+            time.sleep(nap if ends is None else max(0.0, min(nap, ends - time.monotonic())))
+            nap = min(2 * nap, LONGEST_NAP)
+
+    # Attempts.
+
+    @abstractmethod
+    def query_attempts(self, rollout_id: str, **listed: Unpack[Listed]) -> list[Attempt]:
+        """List the attempts of a rollout."""
+
+    def get_latest_attempt(self, rollout_id: str) -> Attempt | None:
+        """Find the latest attempt of a rollout."""
+        found = self.get_rollout_by_id(rollout_id)
+        return None if found is None else found.attempt
+
+    @abstractmethod
+    def update_attempt(self, rollout_id: str, attempt_id: str, **changes: Unpack[AttemptChanges]) -> Attempt:
+        """Change an attempt; the state of the latest attempt decides the state of its rollout.
+
+        Args:
+            attempt_id: `latest` for the latest.
+
+        Raises:
+            NotFound: no such rollout or attempt.
+        """
+
+    @abstractmethod
+    def heartbeat(self, rollout_id: str, attempt_id: str) -> Attempt:
+        """Record a sign of life of an attempt, by the store's clock.
+
+        Raises:
+            NotFound: no such attempt.
+        """
+
+    # Spans and rewards.
+
+    @abstractmethod
+    def add_span(self, span: Span) -> Span | None:
+        """Store a span of an attempt, which is a sign of life of the attempt.
+
+        Args:
+            span: its `rollout_id` and `attempt_id` are required; an absent `trace_id`, `span_id` or `sequence_id` is
+                made by the store.
+
+        Returns:
+            The span as it is stored; None where it was stored before.
+
+        Raises:
+            NotFound: no such attempt.
+        """
+
+    @abstractmethod
+    def query_spans(
+        self, rollout_id: str | None = None, attempt_id: str | None = None, **filters: Unpack[SpanFilters]
+    ) -> list[Span]:
+        """Find the spans of a rollout, or of the trace `trace_id`.
+
+        A span that names a recorded answer has its token ids, as `prompt_token_ids` and `response_token_ids` among its
+        attributes.
+
+        Args:
+            attempt_id: `latest` for the latest; None for all.
+        """
+
+    @abstractmethod
+    def get_next_span_sequence_id(self, rollout_id: str, attempt_id: str) -> int:
+        """Reserve a sequence id for a span, higher than those of all stored spans of the rollout."""
+
+    @abstractmethod
+    def add_reward(self, rollout_id: str, attempt_id: str, value: float, generation_id: str | None = None) -> Span:
+        """Reward an attempt or one of its calls. Of several rewards for the same, the last counts.
+
+        Args:
+            attempt_id: `latest` for the latest.
+            generation_id: the call; None for the last call of the attempt, whichever that is when triplets are read.
+
+        Returns:
+            The span that holds the reward.
+
+        Raises:
+            NotFound: no such attempt or call.
+        """
+
+    # Resources and workers.
+
+    @abstractmethod
+    def add_resources(self, resources: Mapping[str, Mapping[str, Any]]) -> Resources:
+        """Store resources under a new id; they are the latest from now on.
+
+        Args:
+            resources: by name, each a JSON object with its `resource_type`.
+        """
+
+    @abstractmethod
+    def update_resources(self, resources_id: str, resources: Mapping[str, Mapping[str, Any]]) -> Resources:
+        """Replace resources, or store them under an id of the caller's; they are the latest from now on."""
+
+    @abstractmethod
+    def get_resources_by_id(self, resources_id: str) -> Resources | None:
+        """Find resources."""
+
+    @abstractmethod
+    def get_latest_resources(self) -> Resources | None:
+        """Find the resources that were added or replaced last."""
+
+    @abstractmethod
+    def query_resources(
+        self, *, resources_id: str | None = None, resources_id_contains: str | None = None, **listed: Unpack[Listed]
+    ) -> list[Resources]:
+        """List resources; a filter that is None matches all."""
+
+    @abstractmethod
+    def query_workers(
+        self,
+        *,
+        status_in: Sequence[WorkerStatus] | None = None,
+        worker_id_contains: str | None = None,
+        filter_logic: Literal["and", "or"] = "and",
+        **listed: Unpack[Listed],
+    ) -> list[Worker]:
+        """List workers; a filter that is None matches all."""
+
+    @abstractmethod
+    def get_worker_by_id(self, worker_id: str) -> Worker | None:
+        """Find a worker."""
+
+    @abstractmethod
+    def update_worker(self, worker_id: str, heartbeat_stats: Mapping[str, Any] | None = None) -> Worker:
+        """Record a sign of life of a worker, which may be new, with a JSON object that it reports."""
+
+    @abstractmethod
+    def statistics(self) -> dict[str, int]:
+        """Count the records: `total_rollouts`, `total_attempts`, `total_spans`, `total_generations`, ..."""
+
+    # Generations, and what is learnt from them.
+
+    @abstractmethod
+    def greet(self, sender: Sender) -> None:
+        """Register a process that will write generations. Safe to repeat; the last call wins.
+
+        Raises:
+            InvalidRecord: no store can hold what the sender says of itself.
+        """
+
+    @abstractmethod
+    def add(self, generations: Sequence[Generation], sender_id: str | None = None) -> int:
+        """Store generations; returns how many are new.
+
+        A generation whose id is known is left unchanged, so a caller who cannot tell whether an `add` worked repeats
+        it.
+
+        Args:
+            sender_id: the process that recorded them; an unregistered one counts as none.
+
+        Raises:
+            InvalidRecord: some cannot be stored by any store, such as one whose `id` is not a UUID. The error names
+                them, and all others are stored.
+        """
+
+    @abstractmethod
+    def generations(self, **filters: Unpack[Filters]) -> Iterator[Generation]:
+        """Iterate over the generations that match the filters, in the order in which they finished.
+
+        Reading continues while the caller iterates, so that memory stays small and no writer waits. What is written
+        meanwhile may be included or not.
+        """
+
+    @abstractmethod
+    def tally(self, **filters: Unpack[Filters]) -> dict[Status, int]:
+        """Count the generations that match the filters, by status; every status is a key."""
+
+    @abstractmethod
+    def triplets(self, rollout_id: str | None = None, attempt_id: str | None = None) -> Iterator[Triplet]:
+        """Iterate over the triplets of a rollout, of one of its attempts, or of all rollouts.
+
+        Rollouts follow one another in the order of the first call that finished, each as it is when it is reached.
+        """
+
+    @abstractmethod
+    def add_losses(self, losses: Sequence[Loss]) -> None:
+        """Store reports of generations that could not be stored: all or none, each once, as `add` does."""
+
+    @abstractmethod
+    def losses(self) -> Iterator[Loss]:
+        """Iterate over the reports of losses, in the order in which they were stored."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close the store. Idempotent."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
