@@ -14,12 +14,14 @@ from pathlib import Path
 import httpx
 import pytest
 
-from examples.loop import CALLS, ROLLOUTS, RUNNERS, Outcome, run, show, vllm_for
+from examples.loop import ARGUMENTS, CALLS, ROLLOUTS, RUNNERS, Outcome, run, show, vllm_for
 from tests.common.environments import CHECKOUT
 from tests.common.reference import tokenizer
 from tests.common.vllm import RemoteOpenAIServer
+from tests.recording.nursery import Nursery
 from tests.server.process import StoreServer
 
+FEWER_ROLLOUTS = 6
 AT_A_TERMINAL = """\
 import pathlib, sys
 from examples.loop import show
@@ -37,10 +39,17 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def loop(file: Path) -> tuple[RemoteOpenAIServer, list[Outcome]]:
+def rollouts(thorough: bool) -> int:
+    return ROLLOUTS if thorough else FEWER_ROLLOUTS
+
+
+@pytest.fixture(scope="module")
+def loop(file: Path, nursery: Nursery, rollouts: int, thorough: bool) -> tuple[RemoteOpenAIServer, list[Outcome]]:
     """The vLLM, which has been stopped, and what became of each run."""
-    with StoreServer(file) as store, vllm_for(store) as vllm:
-        return vllm, run(store, vllm, ROLLOUTS, RUNNERS)
+    with StoreServer(file) as store:
+        forked = nursery.server(file, *ARGUMENTS, store=store.url, env={"AGL_LOGPROBS": "on"})
+        with vllm_for(store) if thorough else forked as vllm:
+            return vllm, run(store, vllm, rollouts, RUNNERS)
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +57,8 @@ def outcomes(loop: tuple[RemoteOpenAIServer, list[Outcome]]) -> list[Outcome]:
     return loop[1]
 
 
-def test_every_rollout_is_run_once_and_succeeds(outcomes: list[Outcome]) -> None:
-    assert len(outcomes) == len({each.run.rollout_id for each in outcomes}) == ROLLOUTS
+def test_every_rollout_is_run_once_and_succeeds(outcomes: list[Outcome], rollouts: int) -> None:
+    assert len(outcomes) == len({each.run.rollout_id for each in outcomes}) == rollouts
     for each in outcomes:
         latest = each.rollout["attempt"]
         assert (each.rollout["status"], latest["status"]) == ("succeeded", "succeeded")

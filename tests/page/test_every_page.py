@@ -46,11 +46,17 @@ def check(page: Page, scheme: Scheme) -> None:
     assert dark == (scheme == "dark")
 
 
-on_each_screen = pytest.mark.parametrize("size", get_args(Size))
-in_both_schemes = pytest.mark.parametrize("scheme", get_args(Scheme))
+# A phone by day and a desk by night have each size and each scheme once; the other pairs are in the largest tier.
+on_each_screen = pytest.mark.parametrize(
+    ("size", "scheme"),
+    [
+        pytest.param(size, scheme, marks=() if (size == "phone") == (scheme == "light") else pytest.mark.tier("all"))
+        for size in get_args(Size)
+        for scheme in get_args(Scheme)
+    ],
+)
 
 
-@in_both_schemes
 @on_each_screen
 @pytest.mark.parametrize("address", PAGES.values(), ids=PAGES)
 def test_page_is_accessible_and_fits_the_screen(
@@ -59,7 +65,6 @@ def test_page_is_accessible_and_fits_the_screen(
     check(look(address(filled), size=size, scheme=scheme), scheme)
 
 
-@in_both_schemes
 @on_each_screen
 def test_unfolded_prompt_is_accessible_and_fits_the_screen(
     filled: Filled, look: Open, size: Size, scheme: Scheme
@@ -83,7 +88,6 @@ def with_sessions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreSer
         yield server
 
 
-@in_both_schemes
 @on_each_screen
 def test_pages_of_agentops_are_accessible_and_fit_the_screen(
     with_sessions: StoreServer, visit: Callable[..., Visit], size: Size, scheme: Scheme

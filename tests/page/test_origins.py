@@ -38,10 +38,17 @@ def served(folder: Path) -> Iterator[str]:
             server.shutdown()
 
 
-@pytest.mark.parametrize("key", [None, KEY], ids=["without a key", "with one"])
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"], ids=["of the same host", "of another host"])
+@pytest.mark.parametrize(
+    ("host", "key"),
+    [
+        pytest.param("127.0.0.1", None, id="of the same host, without a key"),
+        pytest.param("localhost", KEY, id="of another host, with a key"),
+        pytest.param("127.0.0.1", KEY, id="of the same host, with a key", marks=pytest.mark.tier("all")),
+        pytest.param("localhost", None, id="of another host, without a key", marks=pytest.mark.tier("all")),
+    ],
+)
 def test_scripts_and_forms_of_other_origins_leave_the_queue_alone(
-    browser: Browser, tmp_path: Path, key: str | None, host: str
+    browser: Browser, tmp_path: Path, host: str, key: str | None
 ) -> None:
     with StoreServer(tmp_path / "store.db", key=key) as store, store.client() as trainer, served(tmp_path) as other:
         rollouts = [{"input": number} for number in range(3)]

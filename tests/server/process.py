@@ -17,9 +17,13 @@ import httpx
 
 from tests.common.environments import CHECKOUT
 from tests.common.vllm import without_agl
+from tests.server.forking import ForkedProcess, fork_agl
 
-AGL_STORE = (sys.executable, "-m", "agentlightning", "store")
+AGL = (sys.executable, "-m", "agentlightning")
+AGL_STORE = (*AGL, "store")
 SECONDS = 60
+PLAIN_HTTP = False
+"""For `verify`: each client reads the certificates of all authorities otherwise, in a twentieth of a second."""
 
 
 class StoreServer:
@@ -51,6 +55,7 @@ class StoreServer:
         self._files = files
         self._port = 0
         self.log = path.with_suffix(".log")
+        self.process: subprocess.Popen[bytes] | ForkedProcess
 
     def __enter__(self) -> StoreServer:
         self.start()
@@ -71,7 +76,11 @@ class StoreServer:
             env["AGL_STORE_KEY"] = self.key
         with self.log.open("ab") as log:
             start = log.tell()
-            self.process = subprocess.Popen(command, env=env, stdout=log, stderr=log, preexec_fn=self._limit)
+            if self._env or self._files:
+                # Python itself may read its environment when it starts.
+                self.process = subprocess.Popen(command, env=env, stdout=log, stderr=log, preexec_fn=self._limit)
+            else:
+                self.process = fork_agl(command[len(AGL) :], env, log)
         deadline = time.monotonic() + SECONDS
         while True:
             output = self.log.read_bytes()[start:].decode()
@@ -80,7 +89,7 @@ class StoreServer:
             if found := re.search(r"is served at http://127\.0\.0\.1:(\d+)", output):
                 self._port = int(found[1])
                 try:
-                    if httpx.get(f"{self.url}/readyz").status_code == 200:
+                    if httpx.get(f"{self.url}/readyz", verify=PLAIN_HTTP).status_code == 200:
                         return
                 except httpx.TransportError:
                     pass
@@ -103,4 +112,4 @@ class StoreServer:
     def client(self, **arguments: Any) -> httpx.Client:
         """Make a client that has the key."""
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        return httpx.Client(base_url=self.url, headers=headers, timeout=SECONDS, **arguments)
+        return httpx.Client(base_url=self.url, headers=headers, timeout=SECONDS, verify=PLAIN_HTTP, **arguments)

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,13 +18,16 @@ from tests.server.process import StoreServer
 HALF_AN_HOUR = 1800
 
 
-@pytest.fixture
-def clients(tmp_path: Path, postgresql: PostgresServer) -> Iterator[tuple[httpx.Client, httpx.Client]]:
+@pytest.fixture(scope="module")
+def clients(
+    tmp_path_factory: pytest.TempPathFactory, postgresql: PostgresServer
+) -> Iterator[tuple[httpx.Client, httpx.Client]]:
     """Clients of two servers, the second with a clock that is an hour ahead."""
     url = postgresql.new_database()
+    folder = tmp_path_factory.mktemp("clocks")
     with (
-        StoreServer(tmp_path / "right.db", store=url) as right,
-        StoreServer(tmp_path / "ahead.db", store=url, env=an_hour_ahead()) as ahead,
+        StoreServer(folder / "right.db", store=url) as right,
+        StoreServer(folder / "ahead.db", store=url, env=an_hour_ahead()) as ahead,
         right.client() as one,
         ahead.client() as other,
     ):

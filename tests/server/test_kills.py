@@ -18,7 +18,7 @@ from tests.common.postgresql import PostgresServer
 from tests.server.process import StoreServer
 
 KILLS = 20
-FEW_KILLS = 3
+FEW_KILLS = 2
 RUNNERS = 8
 SPANS = 2
 
@@ -182,7 +182,10 @@ def test_killed_postgresql_keeps_answered_writes_once(
         assert_all_there(server, load)
 
 
-def test_one_of_three_servers_killed_keeps_answered_writes_once(tmp_path: Path, postgresql: PostgresServer) -> None:
+def test_one_of_three_servers_killed_keeps_answered_writes_once(
+    tmp_path: Path, postgresql: PostgresServer, thorough: bool
+) -> None:
+    more = 50 if thorough else 20
     url = postgresql.new_database()
     with (
         StoreServer(tmp_path / "one.db", store=url) as one,
@@ -190,12 +193,12 @@ def test_one_of_three_servers_killed_keeps_answered_writes_once(tmp_path: Path, 
         StoreServer(tmp_path / "three.db", store=url) as three,
     ):
         with Load(one, two, three) as load:
-            load.until_finished(50)
+            load.until_finished(more)
             two.kill()
             # The other servers keep working.
-            load.until_finished(50)
+            load.until_finished(more)
             two.start()
-            load.until_finished(50)
+            load.until_finished(more)
         assert_all_there(three, load)
 
 

@@ -76,6 +76,7 @@ def of_rollout(rollout_id: str, attempt_id: str | None = None) -> list[dict[str,
 
 @pytest.mark.parametrize("compression", ["gzip", "none"])
 @pytest.mark.parametrize("version", ["newest", "1.38"])
+@pytest.mark.tier("all", new_store="postgresql")
 def test_spans_of_the_sdk_are_stored_exactly(
     version: str, compression: str, store: StoreServer, client: httpx.Client, lightning: Path
 ) -> None:

@@ -29,7 +29,7 @@ from tests.store.conftest import emptied
 from tests.store.test_stores import ids
 
 KILLS = 20
-FEW_KILLS = 3
+FEW_KILLS = 2
 CLIENTS = 4
 BATCH = 5
 
