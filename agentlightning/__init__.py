@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     )
     from agentlightning.generation import Choice, Generation
     from agentlightning.instrumentation import instrument_vllm, status, uninstrument_vllm
-    from agentlightning.rollout import Attempt, Resources, Rollout, Span, Worker
+    from agentlightning.rollout import Attempt, NewRollout, Resources, Rollout, RolloutConfig, Span, Worker
     from agentlightning.store import Store, open_store
     from agentlightning.triplet import Triplet
 
@@ -42,9 +42,11 @@ __all__ = [
     "Choice",
     "Generation",
     "InvalidRecord",
+    "NewRollout",
     "NotFound",
     "Resources",
     "Rollout",
+    "RolloutConfig",
     "Span",
     "Store",
     "StoreError",
@@ -68,7 +70,7 @@ _HOMES = {
     ),
     "agentlightning.generation": ("Choice", "Generation"),
     "agentlightning.instrumentation": ("instrument_vllm", "status", "uninstrument_vllm"),
-    "agentlightning.rollout": ("Attempt", "Resources", "Rollout", "Span", "Worker"),
+    "agentlightning.rollout": ("Attempt", "NewRollout", "Resources", "Rollout", "RolloutConfig", "Span", "Worker"),
     "agentlightning.store": ("Store", "open_store"),
     "agentlightning.triplet": ("Triplet",),
 }

@@ -172,5 +172,5 @@ def test_recording_by_another_host_name_gives_the_reason(keyless: StoreServer, m
     find = socket.getaddrinfo
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, *about: find("127.0.0.1", *about))
 
-    with pytest.raises(StoreRefused, match=r"store\.example:\d+ is not to be asked by this name: .*--api-key"):
+    with pytest.raises(StoreRefused, match=r"store\.example:\d+ does not answer under this host name: .*--api-key"):
         open_store(keyless.url.replace("127.0.0.1", "store.example"))

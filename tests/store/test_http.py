@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from agentlightning.errors import StoreRefused, StoreUnavailable
+from agentlightning.errors import InvalidRecord, StoreRefused, StoreUnavailable
 from agentlightning.generation import Generation, Loss
 from agentlightning.recorder import Recorder
 from agentlightning.store import Store, open_database, open_store
@@ -132,7 +132,9 @@ def test_what_is_too_large_for_one_message_is_sent_in_several(store: Store) -> N
 def test_one_that_is_too_large_for_the_server_is_named_with_the_option_that_helps(store: Store) -> None:
     kept, large = generation(1), generation(2, prompt=5_000_000)
 
-    with pytest.raises(ValueError, match=rf"^{large.id}: the body is larger than 16 MiB \(agl store --max-body-mb\)"):
+    with pytest.raises(
+        InvalidRecord, match=rf"^{large.id}: the body is larger than 16 MiB \(agl store --max-body-mb\)"
+    ):
         store.add([large, kept])
 
     assert [*store.generations()] == [kept]
@@ -151,7 +153,7 @@ def test_a_connection_is_used_again(between: Between) -> None:
         for number in range(50):
             store.add([generation(number)])
         assert len(ids(store)) == 50
-        with pytest.raises(ValueError, match="no UUID"):
+        with pytest.raises(InvalidRecord, match="no UUID"):
             store.add([generation(1, id="1")])
         assert store.tally()["finished"] == 50
 
@@ -252,7 +254,7 @@ def test_an_error_of_a_gateway_is_not_the_store_s_whatever_form_it_has(between: 
 
 
 def test_what_the_store_itself_cannot_keep_is_told_by_way_of_a_proxy_too(between: Between) -> None:
-    with open_store(between.url) as store, pytest.raises(ValueError, match="cannot keep a value"):
+    with open_store(between.url) as store, pytest.raises(InvalidRecord, match="cannot keep a value"):
         store.add_losses([loss(2**63)])
 
 
@@ -302,7 +304,9 @@ def test_what_is_too_large_for_a_proxy_is_sent_in_parts_and_one_that_is_by_itsel
     with open_store(between.url) as store:
         with (
             answers(between, narrow),
-            pytest.raises(ValueError, match=rf"^{large.id}: what is before http://127.* takes no body as large: "),
+            pytest.raises(
+                InvalidRecord, match=rf"^{large.id}: a proxy before http://127.* does not accept such a large body: "
+            ),
         ):
             store.add([*small[:7], large, *small[7:]])
         assert [*store.generations()] == small
@@ -340,23 +344,23 @@ def test_an_answer_of_somebody_else_is_no_receipt(between: Between) -> None:
             lambda: [*store.losses()],
             lambda: [*store.triplets()],
         ):
-            with pytest.raises(StoreUnavailable, match="answers as no agl store does"):
+            with pytest.raises(StoreUnavailable, match="does not answer as an agl store does"):
                 ask()
 
 
 @pytest.mark.parametrize(
     ("status", "body", "reason"),
     [
-        (200, b"<html>Welcome</html>", "is no agl store"),
-        (200, b'{"status": "fine"}', "is no agl store"),
+        (200, b"<html>Welcome</html>", "is not an agl store"),
+        (200, b'{"status": "fine"}', "is not an agl store"),
         (
             404,
             b"<html>Not found</html>",
-            "takes no generations of this version .404 Not Found.: give the URL of an agl",
+            "does not accept this version's requests .404 Not Found.: give the URL of an agl",
         ),
-        (405, b"", "takes no generations of this version"),
-        (403, b"", "without the right key: set AGL_STORE_KEY"),
-        (302, b"", "sends us to another place: give the URL of the store itself"),
+        (405, b"", "does not accept this version's requests"),
+        (403, b"", "does not accept this key: set AGL_STORE_KEY"),
+        (302, b"", "redirects to another URL: give the URL of the store itself"),
     ],
 )
 def test_a_server_that_is_no_agl_store_is_told_at_once(between: Between, status: int, body: bytes, reason: str) -> None:
@@ -396,14 +400,14 @@ def test_a_store_that_does_not_run_is_waited_for() -> None:
     ],
 )
 def test_what_is_no_url_of_a_store_is_refused_and_no_key_is_shown(url: str) -> None:
-    with pytest.raises(StoreRefused, match="is no URL of an agl store: that is") as refused:
+    with pytest.raises(StoreRefused, match="is not the URL of an agl store: write") as refused:
         open_store(url)
 
     assert "s3" not in str(refused.value)
 
 
 def test_a_store_is_served_on_a_database_and_not_on_another_store() -> None:
-    with pytest.raises(StoreRefused, match=r"^http://\*\*\*@host is an agl store, and no database") as refused:
+    with pytest.raises(StoreRefused, match=r"^http://\*\*\*@host is already an agl store") as refused:
         open_database("http://agl:s3cret@host")
 
     assert "s3cret" not in str(refused.value)
@@ -446,7 +450,7 @@ def test_a_key_that_is_missing_or_wrong_is_told_at_once_and_not_shown(
 ) -> None:
     monkeypatch.delenv("AGL_STORE_KEY", raising=False)
 
-    with pytest.raises(StoreRefused, match="lets nobody in without the right key: set AGL_STORE_KEY") as refused:
+    with pytest.raises(StoreRefused, match="does not accept this key: set AGL_STORE_KEY") as refused:
         open_store(locked.url.replace("//", f"//{user}"))
 
     assert "wr0ng" not in str(refused.value)
@@ -457,7 +461,7 @@ def test_a_key_that_no_header_can_have_is_refused_and_not_shown(
 ) -> None:
     monkeypatch.setenv("AGL_STORE_KEY", "wr0ng\nkey")
 
-    with pytest.raises(StoreRefused, match="has a line break or another control character") as refused:
+    with pytest.raises(StoreRefused, match="contains a line break or another control character") as refused:
         open_store(locked.url)
 
     assert "wr0ng" not in str(refused.value)

@@ -100,8 +100,8 @@ def test_a_store_is_named_by_a_path_or_a_url(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("url", "reason"),
     [
-        ("mongodb://host", "there is no mongodb:// store"),
-        ("sqlite://generations.db", "it is sqlite:///PATH"),
+        ("mongodb://host", "mongodb:// is not a store"),
+        ("sqlite://generations.db", "write sqlite:///PATH"),
         ("sqlite:///", "needs the path of a file"),
         ("sqlite:///:memory:", "needs the path of a file"),
         (":memory:", "needs the path of a file"),
