@@ -5,11 +5,14 @@ LOCK := tools/locks/environment.txt
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 SHELL := /bin/bash
 HYBRID := 0.33.0
+# The oldest, one of the middle and the newest.
 THREE_RELEASES := 0.8.5 0.14.1 0.33.0
 # Each has servers of its own; more than two want more than two cores and 24 GB.
 PROCESSES := 2
+# A container's shell often switches bytecode off: each process of the tests would compile all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-rollout check quick-tests test test-all test-pythons test-hybrid test-releases check-release check-upstream lint docs bench format lock clean always
+.PHONY: help demo demo-rollout check quick-tests test test-all test-pythons test-hybrid test-releases test-three-releases check-release check-upstream lint docs bench format lock clean always
 
 help:
 	@echo 'make demo    a real vLLM answers with token ids, shown in a table'
@@ -25,6 +28,8 @@ help:
 	@echo '             the same on a release without a CPU build: its Python, over the compiled part of the one before'
 	@echo 'make test-releases [RELEASES="0.8.5 0.32.0"]'
 	@echo '             the same questions to each vLLM since 0.8.5, each in an environment of its own (30 GB for all)'
+	@echo 'make test-three-releases'
+	@echo '             the same to three of them: $(THREE_RELEASES)'
 	@echo 'make check-release VLLM=0.34.0'
 	@echo '             is all that is patched there, in any release or wheel file, and what serves in it that is new'
 	@echo 'make check-upstream [VLLM=0.32.0] [STORE=1] [ONLY=TEXT]'
@@ -57,11 +62,12 @@ demo: $(VENV)/.ready .cache/tiny-model/config.json
 demo-rollout: $(VENV)/.ready .cache/tiny-model/config.json
 	@$(VENV)/bin/python -m examples.loop
 
+# Pyright has the other core: several processes of tests would each collect them all.
 check: $(VENV)/.ready
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target quick-tests lint
 
 quick-tests: $(VENV)/.ready
-	$(VENV)/bin/python -m pytest --tier=check --numprocesses=$(PROCESSES)
+	$(VENV)/bin/python -m pytest --tier=check
 
 test: $(VENV)/.ready .cache/tiny-model/config.json
 	$(VENV)/bin/python -m pytest --tier=test --numprocesses=$(PROCESSES)
@@ -69,7 +75,7 @@ test: $(VENV)/.ready .cache/tiny-model/config.json
 test-all: $(VENV)/.ready .cache/tiny-model/config.json
 	$(VENV)/bin/python -m pytest --tier=all --numprocesses=$(PROCESSES)
 	$(MAKE) test-pythons
-	$(MAKE) test-releases RELEASES='$(THREE_RELEASES)'
+	$(MAKE) test-three-releases
 
 test-pythons: $(VENV)/.ready
 	$(VENV)/bin/python -m tests.other_pythons
@@ -77,6 +83,9 @@ test-pythons: $(VENV)/.ready
 test-releases: $(VENV)/.ready .cache/tiny-model/config.json
 	$(VENV)/bin/python -m tests.releases.environments $(RELEASES)
 	$(VENV)/bin/python -m pytest tests/releases --releases='$(RELEASES)' --keep-results
+
+test-three-releases:
+	$(MAKE) test-releases RELEASES='$(THREE_RELEASES)'
 
 test-hybrid: $(VENV)/.ready .cache/tiny-model/config.json
 	$(VENV)/bin/python -m tests.releases.environments $(HYBRID)

@@ -17,7 +17,8 @@ vLLM itself needs no program: start it with `AGL_INSTRUMENT=1` and `AGL_STORE`. 
 the modules below; each is imported when one of its names is first used.
 """
 
-import _agentlightning  # noqa: F401 -- arms this interpreter if AGL_INSTRUMENT asks for it and no .pth file has
+# Arms this interpreter if AGL_INSTRUMENT asks for it and no .pth file was run.
+import _agentlightning  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -118,7 +118,7 @@ class Generation:
     sampling_params: str | None = None
     logprobs_mode: str | None = None
     cached_tokens: int | None = None
-    choices: list[Choice] = field(default_factory=list)
+    choices: list[Choice] = field(default_factory=list[Choice])
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: the fields by name, ids and logprobs as lists, choices as dictionaries."""

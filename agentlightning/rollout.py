@@ -86,7 +86,7 @@ class NewRollout:
     mode: Mode | None = None
     resources_id: str | None = None
     config: RolloutConfig = RolloutConfig()
-    metadata: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(slots=True)
@@ -216,9 +216,9 @@ class Span:
     span_id: str = ""
     parent_id: str | None = None
     status: dict[str, Any] = field(default_factory=lambda: {"status_code": "OK", "description": None})
-    attributes: dict[str, Any] = field(default_factory=dict)
-    events: list[dict[str, Any]] = field(default_factory=list)
-    links: list[dict[str, Any]] = field(default_factory=list)
+    attributes: dict[str, Any] = field(default_factory=dict[str, Any])
+    events: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    links: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     start_time: float | None = None
     end_time: float | None = None
     context: dict[str, Any] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,8 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.common.debian import skipped_parts
+from tests.common.environments import CHECKOUT
 from tests.common.postgresql import MISSING, PostgresServer, programs
+from tests.common.tool_loop import with_tool_loop
 from tests.common.vllm import AGL, RemoteOpenAIServer
+from tests.recording.nursery import Nursery
 from tests.recording.server import RecordingServer
 
 pytest_plugins = ("tests.common.tiers", "tests.common.forked", "tests.common.groups")
@@ -52,7 +56,7 @@ def armed() -> Iterator[RemoteOpenAIServer]:
 @pytest.fixture(scope="session")
 def plain() -> Iterator[RemoteOpenAIServer]:
     """`vllm serve`, without us."""
-    with RemoteOpenAIServer(*OPTIONAL, env=OPTIONAL_ENV) as server:
+    with RemoteOpenAIServer(*OPTIONAL, env=OPTIONAL_ENV, forks=True) as server:
         yield server
 
 
@@ -77,6 +81,28 @@ def guarded() -> Iterator[RemoteOpenAIServer]:
 def parsing(guarded: RemoteOpenAIServer) -> RemoteOpenAIServer:
     """The same one, under the name of what its parsers are about."""
     return guarded
+
+
+@pytest.fixture(scope="session")
+def recording(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RecordingServer]:
+    """With a key, answers without ids unless a request asks, and two calls of the model for each response."""
+    env = {
+        "AGL_RETURN_TOKEN_IDS": "none",
+        "PYTHONPATH": os.pathsep.join([str(with_tool_loop(tmp_path_factory.mktemp("loop"))), str(CHECKOUT)]),
+        **OPTIONAL_ENV,
+    }
+    details = "--enable-prompt-tokens-details"
+    arguments = (*OPTIONAL, details, "--api-key=none", "--middleware=tests.recording.under_way.UnderWay")
+    path = tmp_path_factory.mktemp("store") / "generations.db"
+    with RecordingServer(path, *arguments, env=env, forks=True) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    """Servers that start within seconds."""
+    with Nursery() as nursery:
+        yield nursery
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,9 @@ from pathlib import Path
 from benchmarks.machine import describe_machine
 from tests.common.environments import CHECKOUT
 from tests.common.interpreters import THIS_PYTHON, VERSIONS, find_python
-from tools.lock import ENVIRONMENT, is_newest
-from tools.make_env import run, say
+from tools.lock import ENVIRONMENT
+from tools.make_env import say
+from tools.peer import environment
 from tools.sections import replace_section
 
 PAGE = CHECKOUT / "docs" / "releases.md"
@@ -35,28 +36,20 @@ PATHS = (
     "tests/test_startup.py",
 )
 REQUIREMENTS = (
+    "--editable",
     f"{CHECKOUT}[agentops,parquet,postgresql]",
     *("datasets>=3", "httpx>=0.27", "hypothesis>=6.100", "opentelemetry-exporter-otlp-proto-http>=1.38"),
     *("orjson>=3.10", "pandas>=2", "psutil>=5.9", "pytest>=8,<9.2", "pytest-forked>=1.6", "pytest-xdist>=3.8"),
 )
 
 
-def environment(version: str, python: Path) -> Path:
+def python_of(version: str, python: Path) -> Path:
     """The interpreter of an environment that has this package and what its tests need, without vLLM; made once."""
-    folder = CHECKOUT / ".cache" / "pythons" / version
-    note = folder / "is-there"
-    made_of = f"{python}\n{REQUIREMENTS}\n{(CHECKOUT / 'pyproject.toml').read_text()}"
-    if not note.exists() or note.read_text() != made_of:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        log = folder.with_suffix(".log")
-        uv = (sys.executable, "-m", "uv")
-        run(f"Python {version}", [*uv, "venv", "--clear", "--python", python, folder], log)
-        # The lock is of one Python; for others, what was there when it was written.
-        newer = () if is_newest() else ("--exclude-newer", ENVIRONMENT.written_at())
-        install = [*uv, "pip", "install", "--python", folder / "bin" / "python", *newer, "--editable", *REQUIREMENTS]
-        run(f"Python {version}: this checkout and what its tests need", install, log)
-        note.write_text(made_of)
-    return folder / "bin" / "python"
+    project = (CHECKOUT / "pyproject.toml").read_text()
+    # The lock is of one Python; for others, what was there when it was written.
+    date = ENVIRONMENT.written_at()
+    title = f"Python {version} with this checkout"
+    return environment(f"pythons/{version}", title, REQUIREMENTS, python, date, project) / "python"
 
 
 def counts(output: str) -> dict[str, int]:
@@ -90,7 +83,7 @@ def main(versions: Iterable[str]) -> None:
         if python is None:
             say(f"Python {version}: not found, not run")
             continue
-        found, is_well = run_tests(version, environment(version, python))
+        found, is_well = run_tests(version, python_of(version, python))
         all_well &= is_well
         lines.append(f"| {version} | {' | '.join(map(str, found.values()))} | {describe_machine()['date']} |\n")
     if lines:

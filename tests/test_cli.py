@@ -21,10 +21,23 @@ from agentlightning.importhook import locate
 from tests.common.made_up_vllm import made_up_vllm
 from tools.lock import tests_constraints
 
+# Each way with each program in the largest tier; otherwise each way and each program once.
+PAIRS = pytest.mark.parametrize(
+    ("agl_vllm", "program"),
+    [
+        ("agl vllm", "vllm"),
+        ("python -m", "main.py"),
+        pytest.param("agl vllm", "main.py", marks=pytest.mark.tier("all")),
+        pytest.param("python -m", "vllm", marks=pytest.mark.tier("all")),
+    ],
+    indirect=True,
+)
 CHECKOUT = Path(__file__).parents[1]
 SCRIPTS = Path(sysconfig.get_path("scripts"))
 WAYS_TO_CALL = {"agl vllm": ("agl", "vllm"), "python -m": ("python", "-m", "agentlightning.cli.vllm")}
 SECONDS = 120
+SWITCHES_ELSEWHERE = ("", "off", "FALSE", "No", "1", "TRUE")
+"""The other values of `AGL_INSTRUMENT`; how each is read is a test of the settings."""
 
 VLLM_SCRIPT = """\
 #!{python}
@@ -168,6 +181,7 @@ def test_an_unknown_command_is_answered_with_the_known_ones(command: str) -> Non
     assert all(known in last_line for known in ("vllm", "store", "agentops"))
 
 
+@PAIRS
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -192,21 +206,27 @@ def test_vllm_gets_the_arguments_untouched(
     assert (said["program"], said["arguments"]) == (program, list(arguments))
 
 
-@pytest.mark.parametrize("value", [None, "", "0", "off", "FALSE", "No", "1", "yes", "TRUE"])
+@PAIRS
+@pytest.mark.parametrize(
+    "value",
+    [None, "0", "yes", *(pytest.param(value, marks=pytest.mark.tier("all")) for value in SWITCHES_ELSEWHERE)],
+)
 def test_agl_vllm_switches_the_instrumentation_on(agl_vllm: list[str | Path], program: str, value: str | None) -> None:
     said = what_vllm_says(*agl_vllm, **({} if value is None else {"AGL_INSTRUMENT": value}))
 
     assert (said["program"], said["AGL_INSTRUMENT"], said["armed"]) == (program, "1", True)
 
 
-@pytest.mark.parametrize("value", ["strict", "STRICT", "Strict"])
+@PAIRS
+@pytest.mark.parametrize("value", ["strict", "STRICT", pytest.param("Strict", marks=pytest.mark.tier("all"))])
 def test_agl_vllm_keeps_strict(agl_vllm: list[str | Path], program: str, value: str) -> None:
     said = what_vllm_says(*agl_vllm, AGL_INSTRUMENT=value)
 
     assert (said["program"], said["AGL_INSTRUMENT"], said["armed"]) == (program, value, True)
 
 
-@pytest.mark.parametrize("status", [0, 1, 3, 255])
+@PAIRS
+@pytest.mark.parametrize("status", [0, 255, *(pytest.param(each, marks=pytest.mark.tier("all")) for each in (1, 3))])
 def test_the_exit_status_is_the_one_of_vllm(agl_vllm: list[str | Path], program: str, status: int) -> None:
     result = run(*agl_vllm, "exit", str(status))
 
@@ -214,6 +234,7 @@ def test_the_exit_status_is_the_one_of_vllm(agl_vllm: list[str | Path], program:
     assert result.returncode == status
 
 
+@PAIRS
 def test_vllm_is_the_process_that_was_started_and_a_signal_to_it_ends_it(
     agl_vllm: list[str | Path], program: str
 ) -> None:
@@ -235,6 +256,7 @@ def test_vllm_is_the_process_that_was_started_and_a_signal_to_it_ends_it(
     assert status == -signal.SIGTERM
 
 
+@PAIRS
 def test_vllm_reads_the_input_that_agl_was_given(agl_vllm: list[str | Path], program: str) -> None:
     result = subprocess.run(
         [*agl_vllm, "read"],
@@ -250,6 +272,7 @@ def test_vllm_reads_the_input_that_agl_was_given(agl_vllm: list[str | Path], pro
     assert result.stdout.splitlines()[1:] == [f"to {program}"]
 
 
+@PAIRS
 @pytest.mark.usefixtures("program")
 def test_vllm_runs_where_stdout_is_closed(agl_vllm: list[str | Path]) -> None:
     result = run("sh", "-c", 'exec "$@" >&-', "sh", *agl_vllm, "exit", "3")
@@ -287,7 +310,13 @@ def test_half_a_vllm_is_called_incomplete(agl_vllm: list[str | Path], package: s
 
 
 @pytest.mark.skipif(locate("vllm") is None, reason="vLLM is not installed")
-@pytest.mark.parametrize("arguments", [("--version",), ("serve", "--help")], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param(("--version",), id="--version"),
+        pytest.param(("serve", "--help"), id="serve --help", marks=pytest.mark.tier("all")),
+    ],
+)
 def test_the_real_vllm_answers_agl_as_it_answers_without(arguments: tuple[str, ...]) -> None:
     def answer(*command: str | Path) -> subprocess.CompletedProcess[str]:
         # Older releases log to stdout, with times.

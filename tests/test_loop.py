@@ -19,6 +19,7 @@ from examples.loop import CALLS, ROLLOUTS, TOOLS, Run, is_exact, run, show, tabl
 from tests.common.environments import CHECKOUT
 from tests.common.reference import tokenizer
 from tests.common.vllm import RemoteOpenAIServer
+from tests.recording.nursery import Nursery
 from tests.server.process import StoreServer
 
 AT_A_TERMINAL = """\
@@ -44,11 +45,12 @@ def rollouts(thorough: bool) -> int:
 
 
 @pytest.fixture(scope="module")
-def runs(file: Path, rollouts: int, thorough: bool) -> list[tuple[Run, list[agl.Triplet]]]:
+def runs(file: Path, nursery: Nursery, rollouts: int, thorough: bool) -> list[tuple[Run, list[agl.Triplet]]]:
     """Each run with its triplets, read while the store was served."""
     with StoreServer(file) as server, agl.open_store(server.url) as store:
         env = {"AGL_INSTRUMENT": "1", "AGL_STORE": server.url, "AGL_LOGPROBS": "on"}
-        with RemoteOpenAIServer(*TOOLS, env=env, forks=not thorough) as vllm:
+        forked = nursery.server(file, *TOOLS, store=server.url, env={"AGL_LOGPROBS": "on"})
+        with RemoteOpenAIServer(*TOOLS, env=env) if thorough else forked as vllm:
             done = run(store, vllm.url, vllm.model, rollouts)
         found = [(each, triplets(each.rollout)) for each in done]
         assert all(triplet.model == vllm.model for _, kept in found for triplet in kept)

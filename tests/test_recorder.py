@@ -309,6 +309,7 @@ def test_closing_it_twice_is_closing_it_once_and_what_comes_after_is_counted(rec
     assert len(kept(path)) == 1
 
 
+@pytest.mark.tier("test")
 def test_what_cannot_be_written_before_the_end_is_counted(path: Path) -> None:
     recorder = Recorder(str(path), ROOMY)
 
@@ -389,6 +390,7 @@ def test_a_store_that_asked_for_a_long_pause_is_asked_again_before_the_end(
     assert recorder.counters().lost == dict.fromkeys(LOST, 0)
 
 
+@pytest.mark.tier("test")
 def test_what_a_store_that_asks_for_a_long_pause_never_took_is_counted_and_written_down(
     path: Path, busy: list[StoreUnavailable], pausing: Event
 ) -> None:
@@ -512,6 +514,7 @@ def test_a_forked_process_writes_what_it_records_itself_and_its_parent_the_rest(
     assert kept(path) == ids(before + in_child + in_parent)
 
 
+@pytest.mark.tier("test")
 @pytest.mark.forked
 def test_a_fork_does_not_wait_for_a_store_that_does_not_answer(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, goes_on, generations = Event(), Event(), some(10)
@@ -603,6 +606,7 @@ def test_what_becomes_known_later_is_told_later(path: Path) -> None:
     assert sum(minute.generations for minute in found.minutes) == 2
 
 
+@pytest.mark.tier("test")
 @pytest.mark.parametrize("error", [StoreUnavailable, StoreRefused, ValueError])
 def test_a_greeting_that_does_not_get_through_costs_no_generation_and_is_tried_again(
     path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]

@@ -31,29 +31,51 @@ def peer() -> Path:
     return environment("peer", "Agent Lightning 0.3", REQUIREMENTS)
 
 
-def environment(name: str, title: str, requirements: Sequence[str]) -> Path:
-    """The folder of the interpreter and commands of an environment in `.cache` that has these, and nothing else.
+def environment(
+    name: str,
+    title: str,
+    requirements: Sequence[str],
+    python: Path = Path(sys.executable),
+    date: str | None = None,
+    made_with: str = "",
+) -> Path:
+    """Make an environment in `.cache` that has these requirements and nothing else, unless it is there already.
 
-    What they need in turn has the versions of `tools/locks/NAME.txt`, or the newest ones where `is_newest()` says so.
+    What they need in turn has the versions of `tools/locks/NAME.txt`; without that file, those of the date; and the
+    newest ones where `is_newest()` says so.
+
+    Args:
+        title: its name in what is printed.
+        requirements: what `uv pip install` is given, options included.
+        date: in ISO 8601; nothing that a package index got later is installed.
+        made_with: besides all of this, the environment is made again when this text changes.
+
+    Returns:
+        The folder of its interpreter and commands.
     """
     lock = Lock(name)
     # A new environment has no lock before `make lock` has written one.
-    is_locked = lock.path.exists() and not is_newest()
+    if lock.path.exists() and not is_newest():
+        limits, versions = ("--constraints", lock.path), lock.path.read_text()
+    elif date is not None and not is_newest():
+        limits, versions = ("--exclude-newer", date), date
+    else:
+        limits, versions = (), newest()
     folder = CHECKOUT / ".cache" / (f"{name}-newest" if is_newest() else name)
-    wanted = "\n".join((sys.version, *requirements, lock.path.read_text() if is_locked else newest()))
+    wanted = "\n".join((sys.version, f"{python}", *requirements, versions, made_with))
     note = folder / "is-there"
-    folder.parent.mkdir(exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Not `with_suffix`, which would take 3.12 for 3 with the suffix .12.
+    log, making_of = folder.with_name(f"{folder.name}.log"), folder.with_name(f"{folder.name}.making")
     # Tests run in several processes, each of which may be the first to need it.
-    with folder.with_suffix(".making").open("w") as making:
+    with making_of.open("w") as making:
         fcntl.flock(making, fcntl.LOCK_EX)
         if not note.exists() or note.read_text() != wanted:
             shutil.rmtree(folder, ignore_errors=True)
-            log = folder.with_suffix(".log")
             log.unlink(missing_ok=True)
             uv = (sys.executable, "-m", "uv")
-            run(f"{title}: Python", [*uv, "venv", "--python", sys.executable, folder], log)
-            constraints = ("--constraints", lock.path) if is_locked else ()
-            install = [*uv, "pip", "install", "--python", folder / "bin" / "python", *constraints, *requirements]
+            run(f"{title}: Python", [*uv, "venv", "--python", python, folder], log)
+            install = [*uv, "pip", "install", "--python", folder / "bin" / "python", *limits, *requirements]
             run(f"{title}, and what it needs (a minute)", install, log)
             note.write_text(wanted)
     return folder / "bin"

@@ -158,7 +158,7 @@ def _serve(prog: str, options: Any, key: str | None, agentops: bool, is_up: Call
     import uvicorn
 
     from agentlightning.server import create_app
-    from agentlightning.server.connections import Connection, raise_file_limit
+    from agentlightning.server.connections import ClientConnection, raise_file_limit
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -169,7 +169,7 @@ def _serve(prog: str, options: Any, key: str | None, agentops: bool, is_up: Call
     # The writing thread releases the interpreter for each statement, and waits up to this long to get it back.
     sys.setswitchinterval(SECONDS_TO_SWITCH)
     logging.basicConfig(level=options.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
-    Connection.most = raise_file_limit()
+    ClientConnection.limit = raise_file_limit()
     database = open_database(options.store)
     listening = _listen(options.host, options.port)
     server: Server
@@ -186,7 +186,7 @@ def _serve(prog: str, options: Any, key: str | None, agentops: bool, is_up: Call
     server = Server(
         uvicorn.Config(
             app,
-            http=Connection,
+            http=ClientConnection,
             log_config=None,
             access_log=options.log_level == "debug",
             timeout_graceful_shutdown=SECONDS_TO_DRAIN,

@@ -1,4 +1,4 @@
-"""HTTP on a store: the LightningStore interface of Agent Lightning 0.3, and OpenTelemetry's."""
+"""HTTP server on a store: the LightningStore interface of Agent Lightning 0.3, OTLP, AgentOps, and web pages."""
 
 from agentlightning.server.app import create_app
 

@@ -35,7 +35,7 @@ def document(text: str) -> msgspec.Raw:
     return msgspec.Raw(text.encode())
 
 
-def raw(value: Any) -> RawJson:
+def raw(value: Any) -> Any:
     """Serialize a value of a request's body for the store."""
     return RawJson(encode(value).decode())
 

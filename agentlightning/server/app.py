@@ -1,4 +1,4 @@
-"""The application: all routes on one database."""
+"""The application of `agl store`: all routes on one database."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from starlette.middleware.cors import CORSMiddleware
 
 import agentlightning
 from agentlightning.server import errors
-from agentlightning.server.keys import LOGINS, OPEN, Keys
-from agentlightning.server.limits import ARRIVING_LIMIT, STRANGERS_LIMIT, WAITING_LIMIT, Bodies, Room
-from agentlightning.server.metrics import Metrics, Watched
-from agentlightning.server.origins import Origins
+from agentlightning.server.limits import ARRIVING_LIMIT, UNAUTHENTICATED_LIMIT, WAITING_LIMIT
+from agentlightning.server.middleware.api_key import LOGIN_PATHS, PUBLIC_PATHS, ApiKeyMiddleware
+from agentlightning.server.middleware.metrics import Metrics, MetricsMiddleware
+from agentlightning.server.middleware.origins import OriginMiddleware
+from agentlightning.server.middleware.request_body import ByteBudget, RequestBodyMiddleware
 from agentlightning.server.page import routes as page
 from agentlightning.server.routes import (
     about,
@@ -35,8 +36,8 @@ from agentlightning.store.database import Database
 __all__ = ["create_app"]
 
 DESCRIPTION = """\
-A store of rollouts, attempts, spans, resources and workers: the LightningStore interface of Agent Lightning 0.3, on a
-database; and of the generations that vLLM servers record. Errors are `{"detail": "one sentence"}`."""
+A store of rollouts, attempts, spans, resources and workers, with the LightningStore interface of Agent Lightning 0.3,
+and of the generations that vLLM servers record. Errors are `{"detail": "one sentence"}`."""
 
 
 def create_app(
@@ -49,19 +50,19 @@ def create_app(
     agentops: bool = False,
     is_stopping: Callable[[], bool] = lambda: False,
 ) -> FastAPI:
-    """The store's application.
+    """Create the store's application.
 
     Args:
-        database: is closed with it.
-        key: what whoever asks has to have; None where nothing is asked for.
-        cors_origins: the pages that browsers let ask; `*` is any.
-        is_own_name: whether a host is one that the server answers as; None where that may be any.
-        body_limit: how many bytes the body of a request may have.
-        agentops: have what the AgentOps SDK calls, too; needs PyJWT.
-        is_stopping: whether the server is about to end: then nobody is let wait for rollouts.
+        database: the store; closed when the application shuts down.
+        key: the key that requests need; None if they need none.
+        cors_origins: origins whose pages browsers let read and change the store; `*` is any.
+        is_own_name: tells whether the server answers to a host name; None if it answers to any.
+        body_limit: largest body of a request, in bytes.
+        agentops: also serve the AgentOps SDK's routes; needs PyJWT.
+        is_stopping: tells whether the server is shutting down; waits for rollouts then end at once.
 
     Raises:
-        StoreUnavailable: the database cannot be used now, where it has to be at once.
+        StoreUnavailable: `agentops` needs to read the database now, and cannot.
     """
 
     @asynccontextmanager
@@ -72,47 +73,52 @@ def create_app(
         await app.state.transactions.close()
         database.close()
 
-    # Without the pages that FastAPI has for its document: they load what they show from another host.
+    # FastAPI's own pages for the OpenAPI document load their assets from another host.
     app = FastAPI(title="agl store", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
     app.state.started_at = time.monotonic()
     app.state.metrics = Metrics()
     app.state.is_stopping = is_stopping
-    app.state.room = Room(WAITING_LIMIT)
+    app.state.asks_for_key = key is not None
+    app.state.body_budget = ByteBudget(WAITING_LIMIT)
     routers = list(_ROUTES)
     tokens = clients = None
     if agentops:
-        from agentlightning.server import agentops as of_agentops
+        from agentlightning.server import agentops as agentops_server
 
-        routers += of_agentops.ROUTES
-        tokens, clients = of_agentops.add_state(app, database, key)
+        routers += agentops_server.ROUTES
+        tokens, clients = agentops_server.add_state(app, database, key)
     for routes in routers:
         app.include_router(routes)
-    # What FastAPI has itself differs from release to release.
+    # Not `app.routes`: the routes that FastAPI adds differ from release to release.
     app.state.routes = [route for routes in routers for route in routes.routes]
     errors.add_handlers(app)
-    # From the inside out.
-    arriving = Room(ARRIVING_LIMIT)
-    app.add_middleware(Bodies, limit=body_limit, arriving=arriving)
+    # The middleware added last is the outermost.
+    arriving = ByteBudget(ARRIVING_LIMIT)
+    app.add_middleware(RequestBodyMiddleware, limit=body_limit, arriving=arriving)
     if key is not None or tokens is not None:
-        app.add_middleware(Keys, key=key, tokens=tokens)
-        strangers = min(body_limit, STRANGERS_LIMIT)
-        app.add_middleware(Bodies, limit=strangers, arriving=arriving, paths=(*OPEN, *LOGINS))
-    app.add_middleware(Origins, allowed=cors_origins, is_own_name=is_own_name)
+        app.add_middleware(ApiKeyMiddleware, key=key, tokens=tokens)
+        app.add_middleware(
+            RequestBodyMiddleware,
+            limit=min(body_limit, UNAUTHENTICATED_LIMIT),
+            arriving=arriving,
+            paths=(*PUBLIC_PATHS, *LOGIN_PATHS),
+        )
+    app.add_middleware(OriginMiddleware, allowed=cors_origins, is_own_name=is_own_name)
     if cors_origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=cors_origins,
             allow_methods=["*"],
             allow_headers=["*"],
-            # Else a browser that knows the key would use it for whatever page it shows.
+            # With `*`, a browser that knows the key would otherwise use it for any page.
             allow_credentials="*" not in cors_origins,
         )
-    app.add_middleware(Watched, metrics=app.state.metrics)
+    app.add_middleware(MetricsMiddleware, metrics=app.state.metrics)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 
 
-# A request is held against one after the other: those that come most stand first.
+# Matched in this order: the routes with the most requests come first.
 _ROUTES = (
     spans.routes,
     otlp.routes,
@@ -129,7 +135,7 @@ _ROUTES = (
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI document, with what FastAPI does not know of."""
+    """Return the OpenAPI document, with errors and keys, which FastAPI does not know about."""
     if app.openapi_schema is None:
         document = get_openapi(
             title=app.title, version=agentlightning.__version__, description=DESCRIPTION, routes=app.routes
@@ -139,7 +145,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
             "title": "Error",
             "type": "object",
             "required": ["detail"],
-            "properties": {"detail": {"type": "string", "description": "What is wrong, in one sentence."}},
+            "properties": {"detail": {"type": "string", "description": "What went wrong, in one sentence."}},
         }
         document["components"]["securitySchemes"] = {
             "bearer": {"type": "http", "scheme": "bearer"},

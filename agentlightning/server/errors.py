@@ -1,4 +1,4 @@
-"""What is answered where something is wrong: JSON with one sentence, `{"detail": "..."}`."""
+"""Answers to requests that fail: JSON with one sentence, `{"detail": "..."}`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from agentlightning.errors import InvalidRecord, NotFound, StoreRefused, StoreUn
 from agentlightning.server.transactions import Busy
 from agentlightning.store.wire import ERROR_HEADER, NOT_FOUND
 
-__all__ = ["add_handlers", "sentence", "what_is_wrong"]
+__all__ = ["add_handlers", "sentence", "validation_message"]
 
 ERRORS_SHOWN = 3
 
@@ -25,13 +25,13 @@ logger = logging.getLogger("agentlightning.store")
 
 
 def sentence(status: int, detail: str, headers: Mapping[str, str] | None = None) -> Response:
-    """The answer, by which a client knows that no proxy said it."""
-    said = msgspec.json.encode({"detail": detail})
-    return Response(said, status, {ERROR_HEADER: "1", **(headers or {})}, "application/json")
+    """Return such an answer, with a header that tells it from a proxy's."""
+    body = msgspec.json.encode({"detail": detail})
+    return Response(body, status, {ERROR_HEADER: "1", **(headers or {})}, "application/json")
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Make such an answer of every exception that a route may raise."""
+    """Answer every exception that a route may raise with such a sentence."""
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(ValidationError, _invalid)
@@ -43,13 +43,13 @@ def add_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _unexpected)
 
 
-def what_is_wrong(error: RequestValidationError | ValidationError) -> str:
-    """The first few of pydantic's complaints, each with where it is."""
+def validation_message(error: RequestValidationError | ValidationError) -> str:
+    """Return the first few of pydantic's complaints, each with the field that it is about."""
     found = error.errors()
-    told = [_complaint(each) for each in found[:ERRORS_SHOWN]]
+    messages = [_complaint(each) for each in found[:ERRORS_SHOWN]]
     if len(found) > ERRORS_SHOWN:
-        told.append(f"and {len(found) - ERRORS_SHOWN} more")
-    return "; ".join(told)
+        messages.append(f"and {len(found) - ERRORS_SHOWN} more")
+    return "; ".join(messages)
 
 
 def _complaint(error: Any) -> str:
@@ -60,24 +60,22 @@ def _complaint(error: Any) -> str:
 async def _http(request: Request, error: Any) -> Response:
     match error.status_code:
         case 404:
-            return sentence(404, "there is no such route: /openapi.json has all")
+            return sentence(404, "there is no such route: /docs and /openapi.json list all")
         case 405:
-            # Each method has a route of its own, and Starlette knows of the first alone.
+            # Each method has a route of its own, and Starlette reports only the first.
             allowed = ", ".join(sorted(_methods(request))) or error.headers["Allow"]
-            return sentence(
-                405, f"{request.method} is none of the methods of this route: {allowed}", {"Allow": allowed}
-            )
+            return sentence(405, f"this route does not support {request.method}, only {allowed}", {"Allow": allowed})
     return sentence(error.status_code, str(error.detail), error.headers)
 
 
 def _methods(request: Request) -> set[str]:
     matching = [route for route in request.app.state.routes if route.matches(request.scope)[0] is not Match.NONE]
-    # `search` and `latest` are ids, too, to the routes after theirs.
+    # To the routes after theirs, `search` and `latest` are ids.
     return {method for route in matching if route.path == matching[0].path for method in route.methods}
 
 
 async def _invalid(_: Request, error: Any) -> Response:
-    return sentence(422, what_is_wrong(error))
+    return sentence(422, validation_message(error))
 
 
 async def _not_found(_: Request, error: Any) -> Response:
@@ -85,7 +83,7 @@ async def _not_found(_: Request, error: Any) -> Response:
 
 
 async def _busy(request: Request, error: Exception) -> Response:
-    # The client of Agent Lightning 0.3 takes a 429 for good (as read): it is for routes that have it in the document.
+    # The client of Agent Lightning 0.3 never retries a 429 (from its source): only routes that document it send it.
     if 429 in request.scope["route"].responses:
         return sentence(429, str(error), {"Retry-After": "1"})
     return await _unavailable(request, error)
@@ -98,9 +96,9 @@ async def _unavailable(_: Request, error: Exception) -> Response:
 
 async def _invalid_record(request: Request, error: Exception) -> Response:
     logger.info("%s %s: %s", request.method, request.url.path, error)
-    return sentence(422, f"something in it cannot be stored: {error}")
+    return sentence(422, f"the store cannot keep a value in this request: {error}")
 
 
 async def _unexpected(_: Request, error: Exception) -> Response:
-    # What it was is in the log, with its traceback: that is nothing for those who call.
-    return sentence(500, f"the store has a bug, which its log tells about ({type(error).__name__})")
+    # The log has the traceback, which is not for clients.
+    return sentence(500, f"the store has a bug ({type(error).__name__}): its log has the traceback")

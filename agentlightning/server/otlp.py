@@ -1,4 +1,4 @@
-"""Spans of OpenTelemetry's wire format (OTLP 1.x), protobuf and JSON, as the store keeps them."""
+"""Conversion of OTLP 1.x requests, as protobuf and JSON, to the spans that the store keeps."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from agentlightning.server.answers import encode
-from agentlightning.server.counting import has_more_in_json, has_more_in_protobuf
+from agentlightning.server.decoding import has_more_in_json, has_more_in_protobuf, repair_json, repair_protobuf
 from agentlightning.server.limits import DETAILS_LIMIT, ELEMENTS_LIMIT, ID_LIMIT, MESSAGES_LIMIT, NUMBER_LIMIT
-from agentlightning.server.mending import mended_json, mended_protobuf
 from agentlightning.store.attributes import PROJECT, TAGS, response_id, reward
 from agentlightning.store.spans import NewSpan
 
@@ -29,32 +28,34 @@ ROLLOUT, ATTEMPT, SEQUENCE = (f"agentlightning.{name}" for name in ("rollout_id"
 HEADERS = {ROLLOUT: "x-agl-rollout-id", ATTEMPT: "x-agl-attempt-id"}
 STATUS_CODES = ("UNSET", "OK", "ERROR")
 KINDS = ("UNSPECIFIED", "INTERNAL", "SERVER", "CLIENT", "PRODUCER", "CONSUMER")
-# In OTLP's JSON these are hexadecimal, where protobuf's has base64.
+# OTLP's JSON has these in hexadecimal; protobuf's JSON has bytes in base64.
 HEXADECIMAL = ("traceId", "spanId", "parentSpanId", "trace_id", "span_id", "parent_span_id")
 REASON_LIMIT = 300
 
 
 class Unreadable(ValueError):
-    """A body that is not what its Content-Type says, or too much to read; the message is one sentence."""
+    """Raised for a body that does not match its Content-Type, or exceeds a limit; the message is one sentence."""
 
 
-class TooMuch(Unreadable):
-    """A body that would become many times as large as it is."""
+class TooMany(Unreadable):
+    """Raised for a body that would take many times its size in memory."""
 
 
-TOO_MANY = f"the body has more than {MESSAGES_LIMIT} messages or {ELEMENTS_LIMIT} elements of arrays: send it in parts"
-UNREADABLE = "it is none, as OTLP has it"
-ODD_IDS = "a trace_id has 16 bytes and a span_id 8, and neither is all zeros"
+TOO_MANY = (
+    f"the body has more than {MESSAGES_LIMIT} messages or {ELEMENTS_LIMIT} array elements: send it in several requests"
+)
+UNREADABLE = "not a valid OTLP span"
+ODD_IDS = "a trace_id must have 16 bytes, a span_id 8, and neither may be all zeros"
 
 
 def parsed(message: Message, body: bytes, content_type: str) -> Counter[str]:
-    """Read a body into an OTLP request. Text that is no UTF-8 is mended.
+    """Parse a body into an OTLP request, repairing text that is not UTF-8.
 
     Returns:
-        How many spans had to be left out, by the reason.
+        The number of spans left out, by reason.
 
     Raises:
-        Unreadable: it is none, or none of its spans can be read, or it has too many messages or values.
+        Unreadable: the body is not such a request, none of its spans can be read, or it exceeds a limit.
     """
     refused: Counter[str] = Counter()
     try:
@@ -62,39 +63,39 @@ def parsed(message: Message, body: bytes, content_type: str) -> Counter[str]:
             _read_protobuf(message, body)
         elif body:
             refused[UNREADABLE] = _read_json(message, body)
-    except TooMuch:
+    except TooMany:
         raise
     except (DecodeError, ParseError, msgspec.DecodeError, UnicodeDecodeError, ValueError) as error:
-        # Some of these have the value in them, whatever its length.
+        # Some messages contain the value, however long it is.
         reason = " ".join(str(error).split())[:REASON_LIMIT]
-        raise Unreadable(f"the body is no OTLP request in {content_type}: {reason}") from error
+        raise Unreadable(f"the body is not an OTLP request in {content_type}: {reason}") from error
     except (RecursionError, AttributeError, TypeError) as error:
-        # Of JSON that has nothing of the shape of one.
-        raise Unreadable(f"the body is no OTLP request in {content_type}") from error
+        # JSON of another shape.
+        raise Unreadable(f"the body is not an OTLP request in {content_type}") from error
     return +refused
 
 
 def _read_protobuf(message: Message, body: bytes) -> None:
     if has_more_in_protobuf(body, message.DESCRIPTOR, MESSAGES_LIMIT, ELEMENTS_LIMIT):
-        raise TooMuch(TOO_MANY)
+        raise TooMany(TOO_MANY)
     try:
         message.ParseFromString(body)
     except DecodeError:
         message.Clear()
-        message.ParseFromString(mended_protobuf(body, message))
+        message.ParseFromString(repair_protobuf(body, message))
         if not _has_any(message):
             raise
 
 
 def _read_json(message: Message, body: bytes) -> int:
-    """Returns how many spans are left out, since they cannot be read."""
-    # A message in JSON is a field, and has one.
+    """Parse JSON; return the number of spans left out because they cannot be read."""
+    # In JSON, a message is the value of one field and has at least one.
     if has_more_in_json(body, 2 * MESSAGES_LIMIT):
-        raise TooMuch(TOO_MANY)
+        raise TooMany(TOO_MANY)
     try:
         found = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError):
-        found = msgspec.json.decode(mended_json(body))
+        found = msgspec.json.decode(repair_json(body))
     try:
         ParseDict(_fields(found, message.DESCRIPTOR), message, ignore_unknown_fields=True)
         return 0
@@ -108,14 +109,14 @@ def _read_json(message: Message, body: bytes) -> int:
 
 
 def _has_any(request: Any) -> bool:
-    """Whether a request has a span."""
+    """Tell whether a request has a span."""
     return isinstance(request, ExportTraceServiceRequest) and any(
         part.spans for each in request.resource_spans for part in each.scope_spans
     )
 
 
 def _leave_out(found: Any, is_left_out: Callable[[Any], bool]) -> int:
-    """Remove spans from a request in JSON; returns how many."""
+    """Remove spans from a JSON request; return their number."""
     removed = 0
     for of_resource in found.get("resourceSpans") or found.get("resource_spans") or ():
         for part in of_resource.get("scopeSpans") or of_resource.get("scope_spans") or ():
@@ -135,21 +136,21 @@ def _is_unreadable(span: Any) -> bool:
 
 
 def written(message: Message, content_type: str) -> bytes:
-    """An OTLP answer as a body."""
+    """Serialize an OTLP answer."""
     return message.SerializeToString() if content_type == PROTOBUF else MessageToJson(message, indent=None).encode()
 
 
 def spans_of(
     request: ExportTraceServiceRequest, header: Callable[[str], str | None], project_id: str | None = None
 ) -> tuple[list[NewSpan], int]:
-    """The spans of a request, and how many have to be left out, since their ids are not as `ODD_IDS` says.
+    """Return the spans of a request, and the number left out because of invalid ids (`ODD_IDS`).
 
     Args:
-        header: gives those that it came with, which may name a rollout and an attempt for what does not.
-        project_id: of AgentOps, for which it came, whatever it says itself.
+        header: returns a header of the request; headers name the rollout and attempt of spans that do not.
+        project_id: the AgentOps project of the sender, which overrides the project in the spans.
 
     Raises:
-        Unreadable: it has more events and links than `DETAILS_LIMIT`.
+        Unreadable: the request has more events and links than `DETAILS_LIMIT`.
     """
     sent = (span for each in request.resource_spans for part in each.scope_spans for span in part.spans)
     if sum(len(span.events) + len(span.links) for span in sent) > DETAILS_LIMIT:
@@ -178,15 +179,16 @@ def _is_id(sent: bytes, length: int) -> bool:
 
 
 def _span(span: Any, of_resource: Mapping[str, Any], common: bytes, headers: Mapping[str, str | None]) -> NewSpan:
-    """
+    """Convert a span.
+
     Args:
         of_resource: the attributes of its resource.
-        common: what it has in common with others: JSON of its resource and scope.
+        common: JSON of its resource and scope, shared with other spans.
     """
     attributes = _attributes(span.attributes)
-    rollout_id, attempt_id = _place(headers, of_resource, _tags(attributes), attributes)
+    rollout_id, attempt_id = _rollout_and_attempt(headers, of_resource, _tags(attributes), attributes)
     trace_id, span_id = span.trace_id.hex(), span.span_id.hex()
-    # Some send zeros for none.
+    # Some exporters send zeros if there is no parent.
     parent_id = span.parent_span_id.hex() if any(span.parent_span_id) else None
     start_time, end_time = _seconds(span.start_time_unix_nano), _seconds(span.end_time_unix_nano)
     body = {
@@ -237,12 +239,12 @@ def _span(span: Any, of_resource: Mapping[str, Any], common: bytes, headers: Map
     )
 
 
-def _place(*sources: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """The rollout and the attempt that they name: what a later one says counts more."""
+def _rollout_and_attempt(*sources: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """Return the rollout and the attempt that the sources name; later sources override earlier ones."""
     rollout_id = attempt_id = None
     for source in sources:
         if source.get(ROLLOUT) not in (None, rollout_id):
-            # The attempt that was named before is of another.
+            # An attempt named earlier belongs to another rollout.
             rollout_id, attempt_id = source[ROLLOUT], None
         attempt_id = source.get(ATTEMPT, attempt_id)
     rollout_id = _id(rollout_id)
@@ -256,7 +258,7 @@ def _tags(attributes: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _id(value: Any) -> str | None:
-    """An id among the attributes; None where there is none that can be looked up."""
+    """Convert an attribute to an id; None if no such id can be looked up."""
     if value is None or isinstance(value, (list, dict)):
         return None
     text = str(value)
@@ -309,8 +311,8 @@ def _value(value: Any) -> Any:
 
 
 def _array(values: Any) -> list[Any]:
-    # Token ids are long arrays of integers. One that is no integer reads as 0, and so do few ids: to look at those is
-    # quicker than to ask each what it is.
+    # Token ids are long arrays of integers. Anything else reads as 0, and few ids are 0: checking only those is faster
+    # than checking the kind of each.
     found = [value.int_value for value in values]
     if 0 not in found:
         return found
@@ -318,17 +320,17 @@ def _array(values: Any) -> list[Any]:
 
 
 def _double(number: float) -> float | str:
-    # JSON has no other way to tell them; protobuf's JSON has the same names.
+    # JSON has no such numbers; these are the names that protobuf's JSON uses.
     if math.isfinite(number):
         return number
     return "NaN" if math.isnan(number) else "Infinity" if number > 0 else "-Infinity"
 
 
 def _fields(found: Any, kind: Any) -> dict[str, Any]:
-    """The fields of a message in JSON, with the ids as protobuf reads them, and without those that it does not know."""
+    """Return the known fields of a JSON message, with ids in base64, as protobuf reads them."""
     if not isinstance(found, dict):
-        # Protobuf would look for fields in each character of a text.
-        raise Unreadable(f"{kind.name} is an object")
+        # Protobuf would look for fields in each character of a string.
+        raise Unreadable(f"{kind.name} must be an object")
     known = {}
     for name, value in found.items():
         field = kind.fields_by_camelcase_name.get(name) or kind.fields_by_name.get(name)

@@ -6,7 +6,7 @@ Each kind of store is imported when one is opened, so that a program needs only 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -84,7 +84,7 @@ def open_database(url: str, *, create: bool = True, patience: float = SECONDS_FO
 
 
 @contextmanager
-def _needing(sentence: str, packages: str) -> Iterator[None]:
+def _needing(sentence: str, packages: str) -> Generator[None]:
     """Turn a failed import into an error that says what to install."""
     try:
         yield

@@ -143,9 +143,10 @@ class DatabaseStore(Store):
         self, rollout_id: str | None = None, attempt_id: str | None = None, **filters: Unpack[SpanFilters]
     ) -> list[Span]:
         wanted: dict[str, Any] = dict(filters)
-        listed: Any = {name: wanted.pop(name) for name in Listed.__annotations__ if name in wanted}
+        listed: Any = {"sort_by": "sequence_id"}
+        listed |= {name: wanted.pop(name) for name in Listed.__annotations__ if name in wanted}
         found = spans.listing(rollout_id, attempt_id, **wanted)
-        return [_span(row) for row in self._listed(found, {"sort_by": "sequence_id", **listed})]
+        return [_span(row) for row in self._listed(found, listed)]
 
     def get_next_span_sequence_id(self, rollout_id: str, attempt_id: str) -> int:
         return self._write(lambda connection: spans.next_sequence_ids(connection, rollout_id))[0]

@@ -85,8 +85,8 @@ _Loss = _message_type(Loss)
 
 
 class _Message(msgspec.Struct, forbid_unknown_fields=True):
-    generations: list[_Generation] = []
-    losses: list[_Loss] = []
+    generations: list[_Generation] = []  # pyright: ignore[reportInvalidTypeForm]
+    losses: list[_Loss] = []  # pyright: ignore[reportInvalidTypeForm]
     next: str | None = None
     sender: str | None = None
 
@@ -95,7 +95,7 @@ class _Unread(msgspec.Struct, forbid_unknown_fields=True):
     """A message whose generations are not decoded yet."""
 
     generations: list[msgspec.Raw] = []
-    losses: list[_Loss] = []
+    losses: list[_Loss] = []  # pyright: ignore[reportInvalidTypeForm]
     next: str | None = None
     sender: str | None = None
 

@@ -1,4 +1,4 @@
-"""What the AgentOps SDK sends, one request at a time."""
+"""A client that sends what the AgentOps SDK sends, one request at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.server.test_otlp import a_span
 
 
 class SdkClient:
-    """Logs in with a key, and sends with the token that it got."""
+    """Log in with a key, and send with the token."""
 
     def __init__(self, client: httpx.Client, key: str = "any") -> None:
         self.http = client
@@ -21,21 +21,21 @@ class SdkClient:
         self.headers = {"Authorization": f"Bearer {self.token}"}
 
     def send(self, *spans: dict[str, Any], headers: dict[str, str] | None = None) -> None:
-        """In one batch, as the SDK's exporter has it."""
+        """Send spans in one batch, as the SDK's exporter does."""
         resource = {"attributes": [{"key": "agentops.project.id", "value": {"stringValue": "temporary"}}]}
         body = {"resourceSpans": [{"resource": resource, "scopeSpans": [{"spans": spans}]}]}
         answer = self.http.post("/v1/traces", json=body, headers={**self.headers, **(headers or {})})
         assert answer.status_code == 200, answer.text
 
     def session(self, trace_id: str, *attributes: dict[str, Any], **fields: Any) -> dict[str, Any]:
-        """The root of a session."""
+        """Make the root span of a session."""
         return a_span(traceId=trace_id, **{"name": "default.session", "attributes": list(attributes), **fields})
 
     def rollout(self, rollout_id: str) -> dict[str, Any]:
         return self.http.get(f"/v1/agl/rollouts/{rollout_id}").json()
 
     def place(self, trace_id: str) -> tuple[str, str]:
-        """The rollout and the attempt that all spans of a trace are of."""
+        """Return the rollout and the attempt of all spans of a trace."""
         found = self.http.get("/v1/agl/spans", params={"trace_id": trace_id}).json()["items"]
         [place] = {(each["rollout_id"], each["attempt_id"]) for each in found}
         return place

@@ -1,4 +1,4 @@
-"""A store that the AgentOps SDK sends to, and the environment of that SDK."""
+"""A store for the AgentOps SDK, and the SDK's environment."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Run = Callable[..., Any]
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory, new_store: Callable[[Path], str]) -> Iterator[StoreServer]:
-    """`agl store --agentops`, without a key. Tests share it: each has traces of its own."""
+    """`agl store --agentops` without a key, shared by tests with traces of their own."""
     path = tmp_path_factory.mktemp("store") / "shared.db"
     with StoreServer(path, "--agentops", store=new_store(path)) as server:
         yield server
@@ -39,34 +39,34 @@ def client(store: StoreServer) -> Iterator[httpx.Client]:
 
 @pytest.fixture
 def sdk(client: httpx.Client) -> SdkClient:
-    """A client that has logged in."""
+    """A client that is logged in."""
     return SdkClient(client)
 
 
 @pytest.fixture(scope="session")
 def sdk_python() -> Path:
-    """The interpreter that has the AgentOps SDK and OpenTelemetry 1.44."""
+    """The Python with the AgentOps SDK and OpenTelemetry 1.44."""
     return agentops() / "python"
 
 
 @pytest.fixture(scope="session")
 def run_sdk(sdk_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Runs a script of the folder `sdk` that sends to a server; gives what it prints last, which is JSON."""
-    # Where it writes a log of its own.
+    """Run a script of the folder `sdk` against a server; return its last line of output, decoded as JSON."""
+    # The SDK writes a log file into its working directory.
     folder = tmp_path_factory.mktemp("sdk")
 
     def run(server: StoreServer, script: str, *arguments: str, **variables: str) -> Any:
-        ours = {
+        environment = {
             "AGENTOPS_API_KEY": server.key or "any",
             "AGENTOPS_API_ENDPOINT": server.url,
             "AGENTOPS_EXPORTER_ENDPOINT": f"{server.url}/v1/traces",
             "AGENTOPS_APP_URL": server.url,
-            # Its metrics go to AgentOps, whatever it is told: here nowhere.
+            # The SDK always sends its metrics to AgentOps: this proxy does not exist.
             "HTTPS_PROXY": "http://127.0.0.1:9",
         }
         result = subprocess.run(
             [str(sdk_python), str(SCRIPTS / script), *arguments],
-            env={**without_agl(os.environ), **ours, **variables},
+            env={**without_agl(os.environ), **environment, **variables},
             cwd=folder,
             capture_output=True,
             text=True,

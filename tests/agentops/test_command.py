@@ -1,4 +1,4 @@
-"""`agl agentops` says what to set, and can be left running and ended."""
+"""`agl agentops`: the variables that it prints, its daemon, and its errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SECONDS = 60
 
 
 class Command:
-    """Runs it, in a folder of its own."""
+    """Run the command in a folder of its own."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -50,11 +50,11 @@ def agentops(tmp_path: Path) -> Iterator[Command]:
     command("--stop")
 
 
-def exported(said: str) -> dict[str, str]:
-    return dict(re.findall(r"^export (\w+)=(.*)$", said, re.MULTILINE))
+def exported(output: str) -> dict[str, str]:
+    return dict(re.findall(r"^export (\w+)=(.*)$", output, re.MULTILINE))
 
 
-def test_the_daemon_answers_when_the_command_returns(agentops: Command) -> None:
+def test_daemon_answers_when_the_command_returns(agentops: Command) -> None:
     result = agentops("--daemon", "--port=0")
     variables = exported(result.stdout)
     url = variables["AGENTOPS_API_ENDPOINT"]
@@ -70,7 +70,7 @@ def test_the_daemon_answers_when_the_command_returns(agentops: Command) -> None:
     assert httpx.post(f"{url}/v3/auth/token", json={"api_key": "agl"}).status_code == 200
 
 
-def test_in_the_foreground_it_says_the_same_and_ends_by_a_signal(tmp_path: Path) -> None:
+def test_foreground_prints_variables_and_ends_on_sigterm(tmp_path: Path) -> None:
     env = {**without_agl(os.environ), "PYTHONPATH": str(CHECKOUT)}
     with subprocess.Popen([*AGL, "--port=0"], cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -80,7 +80,7 @@ def test_in_the_foreground_it_says_the_same_and_ends_by_a_signal(tmp_path: Path)
         assert process.wait(SECONDS) == -signal.SIGTERM
 
 
-def test_it_listens_where_the_sdk_is_told_to_look(agentops: Command) -> None:
+def test_help_names_default_host_and_port(agentops: Command) -> None:
     shown = agentops("--help").stdout
 
     assert re.search(r"--host HOST.*\(default:\s+127\.0\.0\.1\)", shown, re.DOTALL)
@@ -97,7 +97,7 @@ def test_stop_ends_the_daemon(agentops: Command) -> None:
     assert not agentops.pid_file.exists()
 
 
-def test_there_is_one_daemon_of_a_pid_file(agentops: Command) -> None:
+def test_second_daemon_with_the_same_pid_file_is_refused(agentops: Command) -> None:
     agentops("--daemon", "--port=0")
     pid = agentops.pid()
     again = agentops("--daemon", "--port=0")
@@ -115,13 +115,13 @@ def test_stop_without_a_daemon_says_so(agentops: Command) -> None:
     assert "not running" in result.stderr
 
 
-def test_the_pid_file_of_a_daemon_that_was_killed_is_nobodys(agentops: Command) -> None:
+def test_stale_pid_file_is_ignored(agentops: Command) -> None:
     agentops("--daemon", "--port=0")
     pid = agentops.pid()
     os.kill(pid, signal.SIGKILL)
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
         pass
-    # Its process id is that of somebody else by now.
+    # As if another process had got its process id.
     agentops.pid_file.write_text(f"{os.getpid()}\n")
     result = agentops("--stop")
 
@@ -130,7 +130,7 @@ def test_the_pid_file_of_a_daemon_that_was_killed_is_nobodys(agentops: Command) 
     assert agentops("--daemon", "--port=0").returncode == 0
 
 
-def test_a_daemon_that_cannot_start_says_why(agentops: Command) -> None:
+def test_daemon_that_cannot_start_says_why(agentops: Command) -> None:
     result = agentops("--daemon", "--port=0", "--store=nowhere/store.db")
 
     assert (result.returncode, result.stdout) == (1, "")
@@ -138,7 +138,7 @@ def test_a_daemon_that_cannot_start_says_why(agentops: Command) -> None:
     assert not agentops.pid_file.exists()
 
 
-def test_a_port_that_is_taken_is_said(agentops: Command) -> None:
+def test_port_in_use_is_reported(agentops: Command) -> None:
     url = exported(agentops("--daemon", f"--port={free_port()}").stdout)["AGENTOPS_API_ENDPOINT"]
     port = url.rpartition(":")[2]
     result = agentops("--daemon", f"--port={port}", "--pid-file=other.pid")
@@ -148,21 +148,21 @@ def test_a_port_that_is_taken_is_said(agentops: Command) -> None:
 
 
 @pytest.mark.parametrize("arguments", [(), ("--daemon",)])
-def test_other_machines_are_let_in_with_a_key_alone(agentops: Command, arguments: tuple[str, ...]) -> None:
+def test_public_host_without_a_key_is_refused(agentops: Command, arguments: tuple[str, ...]) -> None:
     result = agentops("--host=0.0.0.0", "--port=0", *arguments)
 
     assert result.returncode == 2
     assert "--api-key" in result.stderr
 
 
-def test_the_key_is_told_to_nobody(agentops: Command) -> None:
+def test_key_is_never_printed(agentops: Command) -> None:
     key = "a-secret-key"
     result = agentops("--daemon", "--port=0", AGL_STORE_KEY=key)
     variables = exported(result.stdout)
 
     assert variables["AGENTOPS_API_KEY"] == '"${AGL_STORE_KEY:?is the key of the store}"'
-    said = result.stdout + result.stderr + agentops.pid_file.with_suffix(".log").read_text()
-    assert key not in said
+    output = result.stdout + result.stderr + agentops.pid_file.with_suffix(".log").read_text()
+    assert key not in output
     answers = [
         httpx.post(f"{variables['AGENTOPS_API_ENDPOINT']}/v3/auth/token", json={"api_key": each})
         for each in (key, "another")
@@ -170,7 +170,7 @@ def test_the_key_is_told_to_nobody(agentops: Command) -> None:
     assert [answer.status_code for answer in answers] == [200, 401]
 
 
-def test_without_its_packages_it_says_what_to_install(agentops: Command) -> None:
+def test_missing_package_says_what_to_install(agentops: Command) -> None:
     missing = agentops.folder / "missing"
     missing.mkdir()
     (missing / "jwt.py").write_text("raise ImportError('no', name='jwt')\n")
@@ -183,7 +183,7 @@ def test_without_its_packages_it_says_what_to_install(agentops: Command) -> None
 
 
 @pytest.mark.parametrize("arguments", [("--stop",), ("--daemon", "--port=0")], ids=" ".join)
-def test_a_file_that_is_no_pid_file_is_left_as_it_is(agentops: Command, arguments: tuple[str, ...]) -> None:
+def test_pid_file_option_naming_another_file_leaves_it_unchanged(agentops: Command, arguments: tuple[str, ...]) -> None:
     thesis = agentops.folder / "thesis.txt"
     thesis.write_text("a long text\n")
 
@@ -194,7 +194,7 @@ def test_a_file_that_is_no_pid_file_is_left_as_it_is(agentops: Command, argument
     assert thesis.read_text() == "a long text\n"
 
 
-def test_a_link_is_no_pid_file(agentops: Command) -> None:
+def test_symbolic_link_as_pid_file_is_refused(agentops: Command) -> None:
     target = agentops.folder / "target"
     target.write_text("")
     agentops.pid_file.symlink_to(target)
@@ -204,7 +204,7 @@ def test_a_link_is_no_pid_file(agentops: Command) -> None:
     assert target.read_text() == ""
 
 
-def test_the_log_is_no_pid_file(agentops: Command) -> None:
+def test_log_as_pid_file_is_refused(agentops: Command) -> None:
     result = agentops("--daemon", "--port=0", "--pid-file=agl.log")
 
     assert result.returncode == 1

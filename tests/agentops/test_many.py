@@ -1,4 +1,4 @@
-"""Many sessions of the AgentOps SDK at once: nothing lost, nothing mixed, and nothing double."""
+"""Many sessions of the AgentOps SDK at once: none lost, mixed up or duplicated."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROCESSES = 4
 SESSIONS = (13, 13, 12, 12)
 
 
-def test_fifty_sessions_at_once_from_four_processes(store: StoreServer, client: httpx.Client, run_sdk: Run) -> None:
+def test_fifty_sessions_from_four_processes_stay_apart(store: StoreServer, client: httpx.Client, run_sdk: Run) -> None:
     with ThreadPoolExecutor(PROCESSES) as processes:
         made = processes.map(
             lambda number: run_sdk(store, "many_sessions.py", f"p{number}", str(SESSIONS[number]), "5"),
@@ -45,7 +45,7 @@ def test_fifty_sessions_at_once_from_four_processes(store: StoreServer, client: 
     assert len(rollouts) == sum(SESSIONS)
 
 
-def test_a_server_that_is_killed_keeps_what_it_has_acknowledged(tmp_path: Path) -> None:
+def test_killed_server_keeps_acknowledged_spans(tmp_path: Path) -> None:
     with StoreServer(tmp_path / "store.db", "--agentops") as server:
         with server.client() as client:
             sdk = SdkClient(client)
@@ -61,7 +61,7 @@ def test_a_server_that_is_killed_keeps_what_it_has_acknowledged(tmp_path: Path) 
         server.start()
         with server.client() as client:
             sdk.http = client
-            # Whoever has had no answer sends it again.
+            # A client without an answer sends again.
             sdk.send(*acknowledged[-3:], sdk.session(trace_id))
             found = client.get("/v1/agl/spans", params={"trace_id": trace_id}).json()["items"]
 
@@ -72,9 +72,7 @@ def test_a_server_that_is_killed_keeps_what_it_has_acknowledged(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("sessions", [12])
-def test_a_server_that_is_started_again_has_what_the_sdk_sends_again_once(
-    tmp_path: Path, run_sdk: Run, sessions: int
-) -> None:
+def test_restarted_server_keeps_resent_spans_once(tmp_path: Path, run_sdk: Run, sessions: int) -> None:
     with (
         StoreServer(tmp_path / "store.db", "--agentops") as server,
         ThreadPoolExecutor(1) as thread,

@@ -1,4 +1,4 @@
-"""The page behind the link that the SDK prints shows what a session did, and runs nothing of what is in it."""
+"""The page of a session, to which the SDK prints a link."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EVIL = "<script>alert(1)</script>\"'&<img src=x onerror=alert(1)>"
 
 
 class Elements(HTMLParser):
-    """The tags of a page, and the text of each."""
+    """The tags, attributes, scripts and text of a page."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Elements(HTMLParser):
         self.tags.append(tag)
         self.attributes |= {name for name, _ in attrs}
         if tag == "script":
-            # What is written into the page has no source.
+            # An inline script has no source.
             self.scripts.append(dict(attrs).get("src") or "")
 
     def handle_data(self, data: str) -> None:
@@ -51,7 +51,7 @@ def shown(client: httpx.Client, trace_id: str | None = None) -> Elements:
     return Elements(answer.text)
 
 
-def test_the_page_has_what_the_spans_say(sdk: SdkClient) -> None:
+def test_session_page_shows_its_spans(sdk: SdkClient) -> None:
     trace_id = uuid.uuid4().hex
     root = sdk.session(trace_id, name="root.session")
     agent = a_span(traceId=trace_id, parentSpanId=root["spanId"], name="agent")
@@ -68,38 +68,38 @@ def test_the_page_has_what_the_spans_say(sdk: SdkClient) -> None:
     assert page.text.index("root.session") < page.text.index("agent") < page.text.index("tool")
 
 
-def test_a_model_call_has_what_vllm_has_recorded(store: StoreServer, sdk: SdkClient) -> None:
+def test_recorded_model_call_shows_the_recording(store: StoreServer, sdk: SdkClient) -> None:
     trace_id, response_id = uuid.uuid4().hex, f"chatcmpl-{uuid.uuid4().hex}"
     recorded = replace(FULL, id=new_id(), call_id=new_id(), response_id=response_id)
     with open_store(store.url) as opened:
         opened.add([recorded])
-    said = attribute("gen_ai.response.id", "stringValue", response_id)
-    call = sdk.session(trace_id, said)
-    # The instrumentation of AgentOps makes two spans of some calls.
-    sdk.send(call, a_span(traceId=trace_id, parentSpanId=call["spanId"], attributes=[said]))
+    named = attribute("gen_ai.response.id", "stringValue", response_id)
+    call = sdk.session(trace_id, named)
+    # AgentOps records two spans for some calls.
+    sdk.send(call, a_span(traceId=trace_id, parentSpanId=call["spanId"], attributes=[named]))
     page = shown(sdk.http, trace_id)
     prompt, response = 4, 2
     metrics = sdk.http.get(f"/public/v1/traces/{trace_id}/metrics", headers=sdk.headers).json()
 
-    assert f"{prompt} prompt ids, {response} response ids, recorded by vLLM" in page.text
+    assert f"{prompt} prompt tokens, {response} output tokens, recorded by vLLM" in page.text
     assert "what went in" in page.text
     assert "what came out" in page.text
     assert (metrics["prompt_tokens"], metrics["completion_tokens"]) == (prompt, response)
     assert metrics["total_tokens"] == prompt + response
 
 
-def test_a_model_call_that_vllm_has_not_recorded_has_what_its_span_says(sdk: SdkClient) -> None:
+def test_unrecorded_model_call_shows_values_of_its_span(sdk: SdkClient) -> None:
     trace_id = uuid.uuid4().hex
-    said = {"gen_ai.prompt.0.role": "user", "gen_ai.prompt.0.content": "hello", "gen_ai.completion.0.content": "you"}
-    attributes = [attribute(name, "stringValue", value) for name, value in said.items()]
+    texts = {"gen_ai.prompt.0.role": "user", "gen_ai.prompt.0.content": "hello", "gen_ai.completion.0.content": "you"}
+    attributes = [attribute(name, "stringValue", value) for name, value in texts.items()]
     sdk.send(sdk.session(trace_id, *attributes, attribute("gen_ai.usage.prompt_tokens", "intValue", "7")))
     page = shown(sdk.http, trace_id)
 
     assert "user: hello" in page.text
-    assert "7 prompt ids, ? response ids, as the span says" in page.text
+    assert "7 prompt tokens, ? output tokens, from the span" in page.text
 
 
-def test_whatever_is_in_a_session_is_shown_as_a_text(sdk: SdkClient) -> None:
+def test_markup_in_a_session_is_shown_as_text(sdk: SdkClient) -> None:
     trace_id = uuid.uuid4().hex
     evil = [attribute(name, "stringValue", EVIL) for name in ("gen_ai.prompt.0.content", "gen_ai.response.id")]
     status = {"code": 2, "message": EVIL}
@@ -108,24 +108,24 @@ def test_whatever_is_in_a_session_is_shown_as_a_text(sdk: SdkClient) -> None:
     for page in (shown(sdk.http, trace_id), shown(sdk.http)):
         assert EVIL in page.text
         assert "img" not in page.tags
-        assert all(source.startswith("/page/") for source in page.scripts)
+        assert all(source.startswith("./page/") for source in page.scripts)
         assert not {name for name in page.attributes if name.startswith("on")}
 
 
 ODD: dict[str, list[dict[str, Any]]] = {
-    "a circle": [
+    "a cycle": [
         {"spanId": "00000000000000aa", "parentSpanId": "00000000000000bb"},
         {"spanId": "00000000000000bb", "parentSpanId": "00000000000000aa"},
     ],
     "its own parent": [{"spanId": "00000000000000aa", "parentSpanId": "00000000000000aa"}],
-    "no parent that is known": [{"parentSpanId": "00000000000000ff"}],
+    "an unknown parent": [{"parentSpanId": "00000000000000ff"}],
     "no times": [{"startTimeUnixNano": "0", "endTimeUnixNano": "0"}],
     "the end of time": [{"endTimeUnixNano": str(2**64 - 1), "startTimeUnixNano": str(2**64 - 1)}],
 }
 
 
 @pytest.mark.parametrize("spans", ODD.values(), ids=ODD)
-def test_spans_that_are_odd_are_shown_too(sdk: SdkClient, spans: list[dict[str, Any]]) -> None:
+def test_odd_spans_are_shown_once(sdk: SdkClient, spans: list[dict[str, Any]]) -> None:
     trace_id = uuid.uuid4().hex
     sdk.send(*(a_span(traceId=trace_id, name=f"odd {number}", **each) for number, each in enumerate(spans)))
     page = shown(sdk.http, trace_id)
@@ -135,14 +135,14 @@ def test_spans_that_are_odd_are_shown_too(sdk: SdkClient, spans: list[dict[str, 
     assert len(read.json()["spans"]) == len(spans)
 
 
-def test_a_session_that_is_not_there_is_told(client: httpx.Client) -> None:
+def test_unknown_session_answers_404(client: httpx.Client) -> None:
     answer = client.get("/sessions", params={"trace_id": "0" * 32})
 
     assert answer.status_code == 404
     assert "There is no session" in answer.text
 
 
-def test_a_client_that_sends_no_trace_is_named_with_the_likely_cause(tmp_path: Path) -> None:
+def test_silent_client_is_named_with_the_likely_cause(tmp_path: Path) -> None:
     with StoreServer(tmp_path / "store.db", "--agentops") as server, server.client() as client:
         client.headers["user-agent"] = "agentops-python/0.4.21"
         silent = SdkClient(client)
@@ -150,20 +150,20 @@ def test_a_client_that_sends_no_trace_is_named_with_the_likely_cause(tmp_path: P
         SdkClient(client).send(a_span())
         page = shown(client)
         server.stop()
-        said = server.log.read_text()
+        log = server.log.read_text()
 
-    for text in (page.text, said):
+    for text in (page.text, log):
         assert "agentops-python/0.4.21" in text
         assert "opentelemetry-sdk<1.45" in text
         assert "0.4.20" not in text
-    assert silent.token not in said
+    assert silent.token not in log
 
 
-def test_a_client_that_has_sent_one_is_not_named(tmp_path: Path) -> None:
+def test_client_that_sent_a_trace_is_not_named(tmp_path: Path) -> None:
     with StoreServer(tmp_path / "store.db", "--agentops") as server, server.client() as client:
         SdkClient(client).send(a_span())
         page = shown(client)
         server.stop()
-        said = server.log.read_text()
+        log = server.log.read_text()
 
-    assert "no trace" not in page.text + said
+    assert "not sent a trace" not in page.text + log

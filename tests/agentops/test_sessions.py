@@ -1,4 +1,4 @@
-"""A session is an attempt: of the rollout that it names, wherever it does so, or else of one of its own."""
+"""Sessions are attempts: of the rollout that they name, or else of a rollout of their own."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def tags(*texts: str) -> dict[str, Any]:
     return attribute(TAGS, "arrayValue", {"values": [{"stringValue": text} for text in texts]})
 
 
-def test_a_session_gets_a_rollout_of_its_own_once(sdk: SdkClient) -> None:
+def test_session_gets_one_rollout_of_its_own(sdk: SdkClient) -> None:
     trace_id = uuid.uuid4().hex
     for _ in range(3):
         sdk.send(child(trace_id), child(trace_id))
-    under_way = sdk.rollout(sdk.place(trace_id)[0])
+    unfinished = sdk.rollout(sdk.place(trace_id)[0])
     sdk.send(sdk.session(trace_id))
     rollout_id, attempt_id = sdk.place(trace_id)
     found = sdk.rollout(rollout_id)
 
-    assert (under_way["status"], under_way["attempt"]["status"]) == ("running", "running")
+    assert (unfinished["status"], unfinished["attempt"]["status"]) == ("running", "running")
     assert found["input"] == {"trace_id": trace_id}
     assert found["metadata"] == {"agentops.project.id": sdk.project_id}
     assert (found["status"], found["attempt"]["status"]) == ("succeeded", "succeeded")
@@ -46,7 +46,7 @@ def test_a_session_gets_a_rollout_of_its_own_once(sdk: SdkClient) -> None:
 FAILED: dict[str, dict[str, Any]] = {
     "Fail": {"attributes": [attribute("agentops.session.end_state", "stringValue", "Fail")]},
     "Error": {"attributes": [attribute("agentops.session.end_state", "stringValue", "Error")]},
-    # What the SDK sends of a function that it decorates: where that raises, and where it is cancelled.
+    # The SDK sends these for a decorated function that raises or is cancelled.
     "Indeterminate": {"attributes": [attribute("agentops.session.end_state", "stringValue", "Indeterminate")]},
     "Unknown": {"attributes": [attribute("agentops.session.end_state", "stringValue", "Unknown")]},
     "the status of its root": {"status": {"code": 2, "message": "ValueError"}},
@@ -54,7 +54,7 @@ FAILED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("fields", FAILED.values(), ids=FAILED)
-def test_a_session_that_says_so_has_failed(sdk: SdkClient, fields: dict[str, Any]) -> None:
+def test_session_with_a_failed_end_state_fails(sdk: SdkClient, fields: dict[str, Any]) -> None:
     trace_id = uuid.uuid4().hex
     sdk.send(a_span(traceId=trace_id, **fields), child(trace_id))
 
@@ -62,7 +62,7 @@ def test_a_session_that_says_so_has_failed(sdk: SdkClient, fields: dict[str, Any
 
 
 @pytest.mark.parametrize("state", ["Success", "Shutdown"])
-def test_a_session_that_does_not_say_so_has_succeeded(sdk: SdkClient, state: str) -> None:
+def test_session_with_another_end_state_succeeds(sdk: SdkClient, state: str) -> None:
     trace_id = uuid.uuid4().hex
     sdk.send(sdk.session(trace_id, attribute("agentops.session.end_state", "stringValue", state)))
 
@@ -71,22 +71,18 @@ def test_a_session_that_does_not_say_so_has_succeeded(sdk: SdkClient, state: str
 
 @pytest.mark.parametrize("state", [None, "Shutdown"])
 @pytest.mark.parametrize("failed", [0, 1])
-def test_a_session_that_does_not_say_has_failed_with_the_last_of_its_spans(
-    sdk: SdkClient, failed: int, state: str | None
-) -> None:
+def test_session_without_end_state_ends_like_its_last_span(sdk: SdkClient, failed: int, state: str | None) -> None:
     trace_id = uuid.uuid4().hex
     below = [child(trace_id, endTimeUnixNano=f"170000000{number}000000000") for number in (1, 2)]
     below[failed]["status"] = {"code": 2}
     sdk.send(*below)
-    said = [] if state is None else [attribute("agentops.session.end_state", "stringValue", state)]
-    sdk.send(sdk.session(trace_id, *said, endTimeUnixNano="1700000009000000000"))
+    attributes = [] if state is None else [attribute("agentops.session.end_state", "stringValue", state)]
+    sdk.send(sdk.session(trace_id, *attributes, endTimeUnixNano="1700000009000000000"))
 
     assert sdk.rollout(sdk.place(trace_id)[0])["status"] == ("succeeded", "failed")[failed]
 
 
-def test_a_session_of_a_function_has_failed_if_that_raises(
-    store: StoreServer, client: httpx.Client, run_sdk: Run
-) -> None:
+def test_session_of_a_raising_function_fails(store: StoreServer, client: httpx.Client, run_sdk: Run) -> None:
     known = {each["rollout_id"] for each in client.get("/v1/agl/rollouts").json()["items"]}
     run_sdk(store, "raising.py")
 
@@ -96,14 +92,14 @@ def test_a_session_of_a_function_has_failed_if_that_raises(
     assert statuses == {"returns": "succeeded", "raises": "failed", "is_interrupted": "failed"}
 
 
-def test_a_session_of_zeros_for_a_parent_ends(sdk: SdkClient) -> None:
+def test_session_with_a_parent_of_zeros_ends(sdk: SdkClient) -> None:
     trace_id = uuid.uuid4().hex
     sdk.send(sdk.session(trace_id, parentSpanId="0" * 16))
 
     assert sdk.rollout(sdk.place(trace_id)[0])["status"] == "succeeded"
 
 
-def test_a_session_that_says_so_has_succeeded_whatever_failed_in_it(sdk: SdkClient) -> None:
+def test_success_end_state_overrides_failed_spans(sdk: SdkClient) -> None:
     trace_id = uuid.uuid4().hex
     success = attribute("agentops.session.end_state", "stringValue", "Success")
     sdk.send(child(trace_id, status={"code": 2}), sdk.session(trace_id, success))
@@ -111,14 +107,14 @@ def test_a_session_that_says_so_has_succeeded_whatever_failed_in_it(sdk: SdkClie
     assert sdk.rollout(sdk.place(trace_id)[0])["status"] == "succeeded"
 
 
-def test_a_call_that_fails_does_not_end_its_session(sdk: SdkClient) -> None:
+def test_failed_call_leaves_its_session_running(sdk: SdkClient) -> None:
     trace_id = uuid.uuid4().hex
     sdk.send(child(trace_id, status={"code": 2}))
 
     assert sdk.rollout(sdk.place(trace_id)[0])["status"] == "running"
 
 
-def test_what_somebody_has_decided_stays(sdk: SdkClient) -> None:
+def test_status_set_by_a_client_is_kept(sdk: SdkClient) -> None:
     trace_id, root = uuid.uuid4().hex, uuid.uuid4().hex[:16]
     sdk.send(sdk.session(trace_id, spanId=root))
     rollout_id, attempt_id = sdk.place(trace_id)
@@ -130,20 +126,20 @@ def test_what_somebody_has_decided_stays(sdk: SdkClient) -> None:
 
 @pytest.mark.parametrize("names_attempt", [True, False])
 @pytest.mark.parametrize("where", ["attributes", "a tag", "a header"])
-def test_a_session_joins_the_rollout_that_it_names(sdk: SdkClient, where: str, names_attempt: bool) -> None:
+def test_session_joins_the_rollout_that_it_names(sdk: SdkClient, where: str, names_attempt: bool) -> None:
     trace_id = uuid.uuid4().hex
     rollout_id, attempt_id = an_attempt(sdk.http)
     ids = of_rollout(rollout_id, attempt_id if names_attempt else None)
-    said = {each["key"]: each["value"]["stringValue"] for each in ids}
+    values = {each["key"]: each["value"]["stringValue"] for each in ids}
     root, headers = sdk.session(trace_id), {}
     if where == "attributes":
         root["attributes"] = ids
     elif where == "a tag":
-        root["attributes"] = [tags("mine", *(f"{name}={value}" for name, value in said.items()))]
+        root["attributes"] = [tags("mine", *(f"{name}={value}" for name, value in values.items()))]
     else:
-        short = {name.removeprefix("agentlightning.").replace("_", "-"): value for name, value in said.items()}
+        short = {name.removeprefix("agentlightning.").replace("_", "-"): value for name, value in values.items()}
         headers = {f"x-agl-{name}": value for name, value in short.items()}
-    # The root ends last: what is below it has been sent by then.
+    # The root ends last, so that the spans below it are sent before.
     sdk.send(child(trace_id), child(trace_id), headers=headers)
     before = sdk.place(trace_id)
     sdk.send(root, child(trace_id), headers=headers)
@@ -159,7 +155,7 @@ def test_a_session_joins_the_rollout_that_it_names(sdk: SdkClient, where: str, n
     assert [each["sequence_id"] for each in found] == [1, 2, 3, 4, 5]
 
 
-def test_what_is_sent_again_after_its_session_has_joined_is_there_once(sdk: SdkClient) -> None:
+def test_span_resent_after_joining_is_kept_once(sdk: SdkClient) -> None:
     trace_id = uuid.uuid4().hex
     rollout_id, _ = an_attempt(sdk.http)
     below = child(trace_id)
@@ -170,14 +166,14 @@ def test_what_is_sent_again_after_its_session_has_joined_is_there_once(sdk: SdkC
     assert sdk.http.get("/v1/agl/spans", params={"trace_id": trace_id}).json()["total"] == 2
 
 
-def test_a_rollout_that_is_not_here_is_named_all_the_same(sdk: SdkClient) -> None:
+def test_session_of_an_unknown_rollout_is_kept_under_its_id(sdk: SdkClient) -> None:
     trace_id = uuid.uuid4().hex
     sdk.send(child(trace_id), sdk.session(trace_id, tags("agentlightning.rollout_id=elsewhere")))
 
     assert sdk.place(trace_id) == ("elsewhere", "")
 
 
-def test_the_project_is_that_of_the_token(sdk: SdkClient) -> None:
+def test_span_has_the_project_of_the_token(sdk: SdkClient) -> None:
     span = a_span()
     sdk.send(span)
     [found] = sdk.http.get("/v1/agl/spans", params={"trace_id": span["traceId"]}).json()["items"]
@@ -185,7 +181,7 @@ def test_the_project_is_that_of_the_token(sdk: SdkClient) -> None:
     assert found["resource"]["attributes"]["agentops.project.id"] == sdk.project_id
 
 
-def test_what_came_before_the_token_belongs_to_its_session(sdk: SdkClient) -> None:
+def test_spans_sent_before_the_login_join_their_session(sdk: SdkClient) -> None:
     trace_id = uuid.uuid4().hex
     early = {"resourceSpans": [{"scopeSpans": [{"spans": [child(trace_id)]}]}]}
     assert sdk.http.post("/v1/traces", json=early).status_code == 200
@@ -195,7 +191,7 @@ def test_what_came_before_the_token_belongs_to_its_session(sdk: SdkClient) -> No
     assert sdk.http.get("/v1/agl/spans", params={"rollout_id": rollout_id}).json()["total"] == 2
 
 
-def test_what_comes_without_a_token_has_no_rollout(client: httpx.Client) -> None:
+def test_spans_sent_without_a_token_have_no_rollout(client: httpx.Client) -> None:
     span = a_span()
     client.post("/v1/traces", json={"resourceSpans": [{"scopeSpans": [{"spans": [span]}]}]})
 
@@ -203,20 +199,20 @@ def test_what_comes_without_a_token_has_no_rollout(client: httpx.Client) -> None
     assert found["rollout_id"] is None
 
 
-def at_once(*works: Callable[[], object]) -> None:
+def run_concurrently(*works: Callable[[], object]) -> None:
     with ThreadPoolExecutor(len(works)) as threads:
         for each in [threads.submit(work) for work in works]:
             each.result()
 
 
-def test_batches_of_a_session_that_come_at_once_are_of_one_attempt(sdk: SdkClient) -> None:
+def test_concurrent_batches_of_a_session_share_one_attempt(sdk: SdkClient) -> None:
     trace_ids = [uuid.uuid4().hex for _ in range(3)]
 
     def send() -> None:
         for _ in range(5):
             sdk.send(*(child(each) for each in trace_ids))
 
-    at_once(*[send] * 8)
+    run_concurrently(*[send] * 8)
 
     places = [sdk.place(each) for each in trace_ids]
     assert len(set(places)) == 3
@@ -226,7 +222,7 @@ def test_batches_of_a_session_that_come_at_once_are_of_one_attempt(sdk: SdkClien
         assert sdk.rollout(rollout_id)["input"] == {"trace_id": trace_id}
 
 
-def test_a_session_joins_while_more_of_it_comes(sdk: SdkClient) -> None:
+def test_session_joins_while_more_spans_arrive(sdk: SdkClient) -> None:
     trace_id = uuid.uuid4().hex
     rollout_id, attempt_id = an_attempt(sdk.http)
 
@@ -234,7 +230,7 @@ def test_a_session_joins_while_more_of_it_comes(sdk: SdkClient) -> None:
         for _ in range(10):
             sdk.send(child(trace_id))
 
-    at_once(send, send, lambda: sdk.send(sdk.session(trace_id, *of_rollout(rollout_id))), send, send)
+    run_concurrently(send, send, lambda: sdk.send(sdk.session(trace_id, *of_rollout(rollout_id))), send, send)
 
     assert sdk.place(trace_id) == (rollout_id, attempt_id)
     found = sdk.http.get("/v1/agl/spans", params={"rollout_id": rollout_id}).json()["items"]
@@ -242,13 +238,13 @@ def test_a_session_joins_while_more_of_it_comes(sdk: SdkClient) -> None:
     assert len(found) == 41
 
 
-def test_otlp_that_is_cut_off_is_told(sdk: SdkClient) -> None:
+def test_truncated_otlp_answers_400(sdk: SdkClient) -> None:
     answer = sdk.http.post("/v1/traces", content=b"\n\x7fabc", headers={**PROTOBUF, **sdk.headers})
 
     assert (answer.status_code, answer.json().keys()) == (400, {"detail"})
 
 
-def test_a_trace_is_only_for_its_own_project(client: httpx.Client, sdk: SdkClient) -> None:
+def test_trace_of_another_project_answers_404(client: httpx.Client, sdk: SdkClient) -> None:
     span = a_span()
     sdk.send(span)
     path = f"/public/v1/traces/{span['traceId']}"

@@ -1,4 +1,4 @@
-"""A token is what its key is traded for, is enough for what the SDK calls, and opens nothing else."""
+"""Access tokens: traded for a key, and accepted only on the AgentOps SDK's routes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreServer]:
 
 @pytest.fixture
 def outside(locked: StoreServer) -> Iterator[httpx.Client]:
-    """A client that has no key."""
+    """A client without the key."""
     with httpx.Client(base_url=locked.url, timeout=SECONDS) as client:
         yield client
 
@@ -43,7 +43,7 @@ def sender(outside: httpx.Client) -> SdkClient:
     return SdkClient(outside, KEY)
 
 
-def test_the_key_is_traded_and_no_other(outside: httpx.Client) -> None:
+def test_login_accepts_only_the_key(outside: httpx.Client) -> None:
     for path, answered in (("/v3/auth/token", "token"), ("/public/v1/auth/access_token", "bearer")):
         right = outside.post(path, json={"api_key": KEY})
         wrong = outside.post(path, json={"api_key": KEY[:-1]})
@@ -53,7 +53,7 @@ def test_the_key_is_traded_and_no_other(outside: httpx.Client) -> None:
         assert wrong.json().keys() == {"detail"}
 
 
-def test_without_a_key_any_is_traded_each_for_its_own_project(client: httpx.Client) -> None:
+def test_login_without_a_store_key_accepts_any(client: httpx.Client) -> None:
     one, again, other = SdkClient(client, "one"), SdkClient(client, "one"), SdkClient(client, "other")
 
     assert one.project_id == again.project_id != other.project_id
@@ -61,7 +61,7 @@ def test_without_a_key_any_is_traded_each_for_its_own_project(client: httpx.Clie
 
 
 @pytest.mark.parametrize("body", [{}, {"api_key": ""}, {"api_key": 1}, {"api_key": None}, []])
-def test_who_sends_no_key_is_told(client: httpx.Client, body: Any) -> None:
+def test_login_without_a_key_answers_422(client: httpx.Client, body: Any) -> None:
     assert client.post("/v3/auth/token", json=body).status_code == 422
 
 
@@ -87,7 +87,7 @@ def tampered(_: StoreServer, sender: SdkClient) -> str:
 REFUSED: dict[str, Make] = {
     "none": lambda *_: "",
     "no token": lambda *_: "abc",
-    "another's": lambda _, sender: jwt.encode(claims_of(sender), "another secret, as long as ours is", "HS256"),
+    "another's": lambda _, sender: jwt.encode(claims_of(sender), "another secret, as long as the real one", "HS256"),
     "unsigned": lambda _, sender: jwt.encode(claims_of(sender), "", "none"),
     "tampered": tampered,
     "expired": lambda server, sender: signed(server, claims_of(sender, exp=int(time.time()) - 1)),
@@ -98,7 +98,7 @@ REFUSED: dict[str, Make] = {
 
 
 @pytest.mark.parametrize("make", REFUSED.values(), ids=REFUSED)
-def test_with_a_wrong_token_nothing_is_kept(locked: StoreServer, sender: SdkClient, make: Make) -> None:
+def test_wrong_token_answers_401_and_keeps_nothing(locked: StoreServer, sender: SdkClient, make: Make) -> None:
     headers = {"Authorization": f"Bearer {make(locked, sender)}".strip()}
     span = a_span()
     spans = {"resourceSpans": [{"scopeSpans": [{"spans": [span]}]}]}
@@ -119,7 +119,7 @@ def test_with_a_wrong_token_nothing_is_kept(locked: StoreServer, sender: SdkClie
         assert client.get("/v1/agl/statistics").json()["total_rollouts"] == 0
 
 
-def test_where_no_key_is_asked_for_a_wrong_token_is_refused_too(client: httpx.Client, sdk: SdkClient) -> None:
+def test_wrong_token_is_refused_even_without_a_store_key(client: httpx.Client, sdk: SdkClient) -> None:
     span = a_span()
     spans = {"resourceSpans": [{"scopeSpans": [{"spans": [span]}]}]}
 
@@ -129,22 +129,22 @@ def test_where_no_key_is_asked_for_a_wrong_token_is_refused_too(client: httpx.Cl
     assert client.get("/v1/agl/spans", params={"trace_id": span["traceId"]}).json()["total"] == 0
 
 
-def test_an_upload_needs_a_token_though_there_is_no_key(client: httpx.Client) -> None:
+def test_upload_without_a_token_answers_401(client: httpx.Client) -> None:
     assert client.post("/v4/objects/upload/", json={"body": "x"}).status_code == 401
 
 
-def test_a_token_does_not_open_what_the_key_does(sender: SdkClient) -> None:
+def test_token_is_refused_on_routes_that_need_the_key(sender: SdkClient) -> None:
     for path in ("/v1/agl/statistics", "/v1/agl/rollouts", "/metrics", "/openapi.json", "/sessions"):
         assert sender.http.get(path, headers=sender.headers).status_code == 401
 
 
-def test_the_key_opens_otlp_and_the_page_as_ever(locked: StoreServer, outside: httpx.Client) -> None:
+def test_key_is_accepted_on_otlp_and_pages(locked: StoreServer, outside: httpx.Client) -> None:
     with locked.client() as client:
         assert client.post("/v1/traces", json={}).status_code == 200
     assert outside.get("/sessions", auth=("agl", KEY)).status_code == 200
 
 
-def test_a_token_holds_after_a_restart(tmp_path: Path) -> None:
+def test_token_is_valid_after_a_restart(tmp_path: Path) -> None:
     with StoreServer(tmp_path / "store.db", "--agentops") as server:
         with server.client() as client:
             token = SdkClient(client)
@@ -155,7 +155,7 @@ def test_a_token_holds_after_a_restart(tmp_path: Path) -> None:
             token.send(a_span())
 
 
-def test_servers_of_the_same_database_take_each_others_tokens(tmp_path: Path) -> None:
+def test_servers_on_one_database_accept_each_others_tokens(tmp_path: Path) -> None:
     path = tmp_path / "store.db"
     with (
         StoreServer(path, "--agentops") as one,
@@ -168,7 +168,7 @@ def test_servers_of_the_same_database_take_each_others_tokens(tmp_path: Path) ->
         sdk.send(a_span())
 
 
-def test_without_agentops_there_is_none_of_it(tmp_path: Path) -> None:
+def test_store_without_agentops_has_none_of_its_routes(tmp_path: Path) -> None:
     with StoreServer(tmp_path / "store.db") as server, server.client() as client:
         paths = client.get("/openapi.json").json()["paths"]
         assert client.post("/v3/auth/token", json={"api_key": "any"}).status_code == 404
@@ -176,7 +176,7 @@ def test_without_agentops_there_is_none_of_it(tmp_path: Path) -> None:
     assert not {path for path in paths if path.startswith(("/v3", "/v4", "/public", "/sessions"))}
 
 
-def test_the_document_has_its_routes(client: httpx.Client) -> None:
+def test_openapi_document_has_the_sdks_routes(client: httpx.Client) -> None:
     paths = client.get("/openapi.json").json()["paths"]
 
     assert paths.keys() >= {

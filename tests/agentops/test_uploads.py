@@ -1,4 +1,4 @@
-"""What an agent has printed, and objects, are given back as they came, to whoever was told where."""
+"""Uploads of output and objects: returned unchanged, at URLs that cannot be guessed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TEXT = "2026-11-24 - INFO - <script>alert(1)</script>\nünïcode 🦙\0\n"
 
 
 @pytest.mark.parametrize("kind", ["logs", "objects"])
-def test_what_is_uploaded_is_given_back_as_a_text(sdk: SdkClient, kind: str) -> None:
+def test_upload_is_returned_as_plain_text(sdk: SdkClient, kind: str) -> None:
     body = f"{TEXT}{uuid.uuid4()}"
     uploaded = sdk.http.post(f"/v4/{kind}/upload/", json={"body": body}, headers=sdk.headers).json()
     found = sdk.http.get(uploaded["url"])
@@ -27,7 +27,7 @@ def test_what_is_uploaded_is_given_back_as_a_text(sdk: SdkClient, kind: str) -> 
     assert found.headers["content-security-policy"] == "sandbox"
 
 
-def test_what_is_uploaded_twice_is_there_once(sdk: SdkClient) -> None:
+def test_upload_sent_twice_is_kept_once(sdk: SdkClient) -> None:
     trace_id = uuid.uuid4().hex
     headers = {**sdk.headers, "Trace-Id": str(int(trace_id, 16))}
     urls = {sdk.http.post("/v4/logs/upload/", json={"body": "x"}, headers=headers).json()["url"] for _ in range(3)}
@@ -38,7 +38,7 @@ def test_what_is_uploaded_twice_is_there_once(sdk: SdkClient) -> None:
     assert page.count(url.removeprefix(str(sdk.http.base_url).rstrip("/"))) == 1
 
 
-def test_the_place_of_an_upload_is_not_to_be_guessed(client: httpx.Client) -> None:
+def test_upload_urls_cannot_be_guessed(client: httpx.Client) -> None:
     one, other = SdkClient(client, "one"), SdkClient(client, "other")
     urls = [
         client.post("/v4/objects/upload/", json={"body": "same"}, headers=sender.headers).json()["url"]
@@ -52,7 +52,7 @@ def test_the_place_of_an_upload_is_not_to_be_guessed(client: httpx.Client) -> No
 
 
 @pytest.mark.parametrize("trace_id", ["", "abc", "-1", str(1 << 128), "9" * 5000, "٣"])
-def test_a_trace_id_that_is_none_is_told(sdk: SdkClient, trace_id: str) -> None:
+def test_invalid_trace_id_answers_422(sdk: SdkClient, trace_id: str) -> None:
     headers = {**sdk.headers, "Trace-Id": trace_id}
     sent = {name.encode(): value.encode() for name, value in headers.items()}
     answer = sdk.http.post("/v4/logs/upload/", json={"body": "x"}, headers=sent)
@@ -61,11 +61,11 @@ def test_a_trace_id_that_is_none_is_told(sdk: SdkClient, trace_id: str) -> None:
 
 
 @pytest.mark.parametrize("body", [{}, {"body": None}, {"body": 1}, [], "x"])
-def test_an_upload_without_a_text_is_told(sdk: SdkClient, body: object) -> None:
+def test_upload_without_text_answers_422(sdk: SdkClient, body: object) -> None:
     assert sdk.http.post("/v4/objects/upload/", json=body, headers=sdk.headers).status_code == 422
 
 
-def test_what_is_too_large_is_refused(tmp_path: Path) -> None:
+def test_too_large_upload_answers_413(tmp_path: Path) -> None:
     with StoreServer(tmp_path / "store.db", "--agentops", "--max-body-mb=1") as server, server.client() as client:
         sdk = SdkClient(client)
         for kind in ("logs", "objects"):
@@ -73,7 +73,7 @@ def test_what_is_too_large_is_refused(tmp_path: Path) -> None:
             assert (answer.status_code, answer.json().keys()) == (413, {"detail"})
 
 
-def test_what_is_uploaded_is_there_after_a_kill(tmp_path: Path) -> None:
+def test_upload_survives_a_kill(tmp_path: Path) -> None:
     with StoreServer(tmp_path / "store.db", "--agentops") as server:
         with server.client() as client:
             sdk = SdkClient(client)

@@ -15,6 +15,7 @@ SHARED = {
     "two_api_servers": "vLLM",
     "guarded": "guarded vLLM",
     "recording": "recording vLLM",
+    "nursery": "recording vLLM",
     "pristine": "doctor",
     "browser": "page",
 }

@@ -4,6 +4,12 @@ A test is in the tier that its closest `tier` marker names, and in all larger on
 
     pytestmark = pytest.mark.tier("check")
 
+With arguments by name, it counts for those of a test's parameters alone:
+
+    @pytest.mark.tier("all", new_store="postgresql")
+
+Of several markers on one test, the lowest that counts is the closest.
+
 A test that takes longer than its tier allows fails the run, unless `@pytest.mark.takes_long("why")` says why it may.
 Times are divided by those of some fixed work in the same run, so that neither a slow machine nor a busy one matters.
 """
@@ -55,7 +61,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "tier(name): the smallest of check, test and all that the test is in")
+    config.addinivalue_line(
+        "markers",
+        "tier(name, **params): the smallest of the tiers that the test, or one with these parameters, is in",
+    )
     config.addinivalue_line("markers", "takes_long(why): the test may take longer than its tier allows")
     # Of several processes, only the one that reports judges.
     if not hasattr(config, "workerinput"):
@@ -84,8 +93,9 @@ def tier_of(item: pytest.Item) -> Tier:
     Raises:
         pytest.UsageError: if its marker names none.
     """
-    marker = item.get_closest_marker("tier")
-    name = marker.args[0] if marker else "test"
+    params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    markers = (each for each in item.iter_markers("tier") if each.kwargs.items() <= params.items())
+    name = next((each.args[0] for each in markers), "test")
     if name not in _NAMES:
         raise pytest.UsageError(f"{item.nodeid} is in no tier: {name!r}")
     return TIERS[_NAMES.index(name)]

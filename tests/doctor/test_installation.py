@@ -172,7 +172,9 @@ def test_a_folder_that_is_only_on_the_path_is_not_installed(environment: Environ
     said = run(environment.python, "-m", "agentlightning", "doctor", PYTHONPATH=str(tmp_path / "path"))
 
     assert said.status == 1
-    assert f"problem package {tmp_path / 'path' / 'agentlightning'} is only on Python's path, not installed" in said.text
+    assert (
+        f"problem package {tmp_path / 'path' / 'agentlightning'} is only on Python's path, not installed" in said.text
+    )
     assert f"-> install it: {environment.python} -m pip install" in said.text
     assert f"problem {PTH} there is no {PTH}" in said.text
     assert "ok chat" not in said.text

@@ -1,4 +1,4 @@
-"""A browser, and stores to look at with it."""
+"""A browser, and stores to open with it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Open = Callable[..., Page]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--pictures", action="store_true", help="make the pictures of docs/images, which the README shows")
+    parser.addoption("--pictures", action="store_true", help="make the pictures in docs/images, which the README shows")
 
 
 @pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
-    # For these tests alone: while it is there, the thread that pytest runs in can have no event loop of its own.
+    # For this package alone: while the browser is open, pytest's thread can run no event loop of its own.
     found = program()
     if found is None:
         pytest.skip(MISSING)
@@ -38,10 +38,10 @@ def browser() -> Iterator[Browser]:
 
 @dataclass(frozen=True)
 class Filled:
-    """A store that is served, and what is in it.
+    """A served store and its contents.
 
     Attributes:
-        rollouts: in the order of their start.
+        rollouts: by start.
         long: a generation of 32,768 ids.
     """
 
@@ -50,13 +50,13 @@ class Filled:
     long: Generation
 
     def rollout(self, status: str) -> Rollout:
-        """The latest of those that have this status."""
+        """Return the latest rollout with this status."""
         return next(each for each in reversed(self.rollouts) if each.status == status)
 
 
 @pytest.fixture(scope="package")
 def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Filled]:
-    """Tests share it, and change nothing in it."""
+    """A store that tests share and never change."""
     path = tmp_path_factory.mktemp("page") / "store.db"
     rollouts = fill(str(path), COUNT)
     long = long_generation(str(path), LONG_IDS)
@@ -66,7 +66,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Filled]:
 
 @pytest.fixture
 def visit(browser: Browser) -> Iterator[Callable[..., Visit]]:
-    """Opens a window on a store; what no page may do in it fails the test at its end."""
+    """Open a window on a store; at its end, the test fails if a page did something forbidden."""
     visits: list[Visit] = []
 
     def visit(server: StoreServer, **options: Any) -> Visit:
@@ -82,7 +82,7 @@ def visit(browser: Browser) -> Iterator[Callable[..., Visit]]:
 
 @pytest.fixture
 def look(visit: Callable[..., Visit], filled: Filled) -> Open:
-    """Opens an address of the filled store, and gives the page."""
+    """Open an address of the filled store; return the page."""
 
     def look(address: str, **options: Any) -> Page:
         page = visit(filled.server, **options).page
@@ -94,7 +94,7 @@ def look(visit: Callable[..., Visit], filled: Filled) -> Open:
 
 @pytest.fixture(scope="package")
 def living(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreServer]:
-    """A store in which something happens."""
+    """A store that tests change."""
     with StoreServer(tmp_path_factory.mktemp("living") / "store.db") as server:
         yield server
 
@@ -106,11 +106,11 @@ def trainer(living: StoreServer) -> Iterator[httpx.Client]:
 
 
 def started(trainer: httpx.Client, question: str) -> dict[str, Any]:
-    """A rollout that has begun."""
+    """Start a rollout."""
     return trainer.post("/v1/agl/rollouts", json={"input": {"question": question}}).raise_for_status().json()
 
 
 def end(trainer: httpx.Client, rollout: dict[str, Any]) -> None:
-    """Let its attempt succeed."""
+    """End a rollout's attempt as succeeded."""
     path = f"/v1/agl/rollouts/{rollout['rollout_id']}/attempts/{rollout['attempt']['attempt_id']}"
     trainer.post(path, json={"status": "succeeded"}).raise_for_status()

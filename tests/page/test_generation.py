@@ -1,4 +1,4 @@
-"""One generation: each token as its text, its id and logprob told, and a link that leads to it."""
+"""The page of one generation: its tokens as text, with ids, logprobs and links."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ from tests.common.rollouts import END, Rollout, tokens
 from tests.page.conftest import LONG_IDS, Filled, Open
 from tests.server.process import StoreServer
 
-TOLD = re.compile(r"Token (\d+): (\".*\"), id (-?\d+)(?:, logprob (\S+) \((\S+) %\))?")
+DESCRIPTION = re.compile(r"Token (\d+): (\".*\"), id (-?\d+)(?:, logprob (\S+) \((\S+) %\))?")
 
 
 def answer(page: Page) -> Locator:
-    """The tokens of the answer, which is where the keys are for."""
+    """Locate the tokens of the answer, which handle the keys."""
     return page.get_by_role("group", name="Answer")
 
 
-def told(page: Page) -> tuple[int, str, int, float | None]:
-    """What is said of the chosen token: its place, text, id and logprob."""
-    found = TOLD.fullmatch(page.get_by_text(TOLD).inner_text())
+def selected_token(page: Page) -> tuple[int, str, int, float | None]:
+    """Return position, text, id and logprob of the selected token, as described below the text."""
+    found = DESCRIPTION.fullmatch(page.get_by_text(DESCRIPTION).inner_text())
     assert found is not None
     place, text, token_id, logprob, _ = found.groups()
     return int(place), json.loads(text), int(token_id), None if logprob is None else float(logprob)
 
 
-def chosen(page: Page) -> Locator:
+def highlighted(page: Page) -> Locator:
     return page.locator(".chosen")
 
 
 @pytest.fixture
 def rollout(filled: Filled) -> Rollout:
-    """One whose first call had one answer."""
+    """A rollout whose first call has one answer."""
     return next(each for each in filled.rollouts if each.number % 5 and each.status == "succeeded")
 
 
 @pytest.fixture
 def recorded(filled: Filled, rollout: Rollout) -> Generation:
-    """Its first call, as vLLM has recorded it."""
+    """The first call of that rollout, as vLLM recorded it."""
     with open_store(filled.server.url) as store:
         return next(each for each in store.generations(rollout_id=rollout.rollout_id))
 
@@ -59,70 +59,70 @@ def choice_of(generation: Generation) -> tuple[list[int], list[float]]:
     return choice.token_ids.tolist(), choice.logprobs.tolist()
 
 
-def test_the_tokens_are_the_text(look: Open, recorded: Generation) -> None:
+def test_tokens_joined_are_the_text(look: Open, recorded: Generation) -> None:
     page = look(f"/generation?id={recorded.id}")
 
     assert answer(page).text_content() == f"{recorded.choices[0].text}{END}"
 
 
-def test_by_keys_each_token_is_told_with_its_id_and_logprob(look: Open, recorded: Generation) -> None:
+def test_arrow_keys_select_tokens_and_show_id_and_logprob(look: Open, recorded: Generation) -> None:
     page = look(f"/generation?id={recorded.id}")
     token_ids, logprobs = choice_of(recorded)
     answer(page).focus()
     for place, (token_id, logprob) in enumerate(zip(token_ids, logprobs, strict=True)):
         page.keyboard.press("ArrowRight")
         expect(page.get_by_text(f"Token {place}:")).to_be_visible()
-        found = told(page)
+        found = selected_token(page)
         assert (found[0], found[2]) == (place, token_id)
         assert found[3] == pytest.approx(logprob, rel=1e-4)
         assert tokens(found[1]) == [token_id]
     last = len(token_ids) - 1
     for key, place in (("ArrowRight", last), ("ArrowLeft", last - 1), ("Home", 0), ("ArrowLeft", 0), ("End", last)):
         page.keyboard.press(key)
-        assert told(page)[0] == place
+        assert selected_token(page)[0] == place
 
 
-def test_by_a_click_too(look: Open, recorded: Generation) -> None:
+def test_click_selects_a_token(look: Open, recorded: Generation) -> None:
     page = look(f"/generation?id={recorded.id}")
     answer(page).get_by_text("calculator", exact=True).click()
 
-    place, text, token_id, logprob = told(page)
+    place, text, token_id, logprob = selected_token(page)
     assert text == "calculator"
     assert (token_id, pytest.approx(logprob, rel=1e-4)) == tuple(each[place] for each in choice_of(recorded))
-    expect(chosen(page)).to_have_text("calculator")
+    expect(highlighted(page)).to_have_text("calculator")
     answer(page).get_by_text("name", exact=True).click()
-    expect(chosen(page)).to_have_text("name")
+    expect(highlighted(page)).to_have_text("name")
 
 
-def test_a_link_to_a_token_leads_to_it(look: Open, recorded: Generation) -> None:
+def test_link_to_a_token_selects_it(look: Open, recorded: Generation) -> None:
     page = look(f"/generation?id={recorded.id}")
     answer(page).get_by_text("calculator", exact=True).click()
-    link = page.get_by_role("link", name="Link to this").get_attribute("href")
+    link = page.get_by_role("link", name="Link to this page").get_attribute("href")
 
     for address in (page.url, link):
         assert address
         other = look(address)
-        expect(chosen(other)).to_have_text("calculator")
-        assert told(other) == told(page)
+        expect(highlighted(other)).to_have_text("calculator")
+        assert selected_token(other) == selected_token(page)
 
 
-def test_a_token_far_down_is_in_sight_when_it_is_linked_to(look: Open, filled: Filled) -> None:
+def test_link_to_a_distant_token_scrolls_to_it(look: Open, filled: Filled) -> None:
     page = look(f"/generation?id={filled.long.id}#t20000")
     token_ids, _ = choice_of(filled.long)
 
-    expect(chosen(page)).to_be_in_viewport()
-    assert told(page)[2] == token_ids[20_000]
+    expect(highlighted(page)).to_be_in_viewport()
+    assert selected_token(page)[2] == token_ids[20_000]
     answer(page).focus()
     page.keyboard.press("End")
-    expect(chosen(page)).to_be_in_viewport()
-    expect(chosen(page)).to_have_text(END)
-    assert told(page)[0] == LONG_IDS - 1
+    expect(highlighted(page)).to_be_in_viewport()
+    expect(highlighted(page)).to_have_text(END)
+    assert selected_token(page)[0] == LONG_IDS - 1
     page.keyboard.press("Home")
-    expect(chosen(page)).to_be_in_viewport()
-    assert told(page)[0] == 0
+    expect(highlighted(page)).to_be_in_viewport()
+    assert selected_token(page)[0] == 0
 
 
-def test_the_prompt_is_folded_and_has_its_tokens_when_it_is_not(look: Open, recorded: Generation) -> None:
+def test_unfolded_prompt_shows_its_tokens(look: Open, recorded: Generation) -> None:
     page = look(f"/generation?id={recorded.id}")
     prompt = page.get_by_role("group", name="Prompt: ")
     expect(prompt).to_have_count(0)
@@ -132,19 +132,19 @@ def test_the_prompt_is_folded_and_has_its_tokens_when_it_is_not(look: Open, reco
     expect(prompt).to_be_visible()
     assert prompt.text_content() == recorded.prompt_text
     prompt.get_by_text("calculator").click()
-    assert told(page)[1:] == (" calculator", tokens(" calculator")[0], None)
+    assert selected_token(page)[1:] == (" calculator", tokens(" calculator")[0], None)
     page.keyboard.press("ArrowRight")
-    # The address is that of a token of the answer.
+    # The address names only tokens of the answer.
     assert "#" not in page.url
 
 
-def test_half_a_character_is_shown_as_its_bytes(look: Open, rollout: Rollout) -> None:
+def test_part_of_a_character_is_shown_as_bytes(look: Open, rollout: Rollout) -> None:
     page = look(f"/generation?id={rollout.generation_id(1, len(rollout.answers) - 1)}")
 
     expect(answer(page)).to_contain_text("\\xf0\\x9f\\x98\\x80")
 
 
-def test_its_logprobs_are_plotted_and_told_in_words(look: Open, recorded: Generation) -> None:
+def test_plot_of_logprobs_has_a_description_and_selects_tokens(look: Open, recorded: Generation) -> None:
     page = look(f"/generation?id={recorded.id}")
     _, logprobs = choice_of(recorded)
     lowest = logprobs.index(min(logprobs))
@@ -155,20 +155,20 @@ def test_its_logprobs_are_plotted_and_told_in_words(look: Open, recorded: Genera
     assert box is not None
     assert min(box["width"], box["height"]) > 100
     page.get_by_role("link", name=str(lowest), exact=True).click()
-    assert told(page)[0] == lowest
-    # Where somebody points to in it is a token, too.
+    assert selected_token(page)[0] == lowest
+    # A click in the plot selects a token.
     plot.click()
-    assert told(page)[0] == pytest.approx(len(logprobs) / 2, abs=len(logprobs) / 4)
+    assert selected_token(page)[0] == pytest.approx(len(logprobs) / 2, abs=len(logprobs) / 4)
 
 
-def test_the_plot_fits_a_window_that_becomes_narrower(look: Open, recorded: Generation) -> None:
+def test_plot_fits_a_narrower_window(look: Open, recorded: Generation) -> None:
     page = look(f"/generation?id={recorded.id}")
     page.set_viewport_size({"width": 500, "height": 800})
 
     expect(page.get_by_role("img", name="Plot of logprobs").locator("canvas")).to_be_in_viewport(ratio=1)
 
 
-def test_each_choice_has_an_address(look: Open, filled: Filled) -> None:
+def test_choice_link_shows_that_choice(look: Open, filled: Filled) -> None:
     rollout = next(each for each in filled.rollouts if not each.number % 5 and each.status == "succeeded")
     page = look(f"/generation?id={rollout.generation_id(1, 0)}")
     expect(answer(page)).to_contain_text("calculator")
@@ -179,7 +179,7 @@ def test_each_choice_has_an_address(look: Open, filled: Filled) -> None:
     expect(answer(look(page.url))).to_contain_text("times")
 
 
-def test_the_raw_json_has_exactly_what_was_recorded(look: Open, recorded: Generation) -> None:
+def test_raw_json_is_exactly_what_was_recorded(look: Open, recorded: Generation) -> None:
     page = look(f"/generation?id={recorded.id}")
     page.get_by_role("link", name="Raw JSON").click()
 
@@ -188,33 +188,33 @@ def test_the_raw_json_has_exactly_what_was_recorded(look: Open, recorded: Genera
     assert found["prompt_text"] == recorded.prompt_text
 
 
-def test_one_that_is_not_there_is_said_not_to_be(look: Open) -> None:
+def test_unknown_id_says_so(look: Open) -> None:
     expect(look("/generation?id=nothing").get_by_role("heading")).to_have_text("There is no generation 'nothing'")
 
 
-def test_without_scripts_it_can_be_read(look: Open, recorded: Generation) -> None:
+def test_page_without_scripts_shows_the_answer(look: Open, recorded: Generation) -> None:
     page = look(f"/generation?id={recorded.id}", javascript=False)
 
     assert answer(page).text_content() == f"{recorded.choices[0].text}{END}"
     expect(page.get_by_text("Logprobs: mean")).to_be_visible()
 
 
-def test_what_nobody_knows_is_not_made_up(visit: Callable[..., Visit], tmp_path: Path) -> None:
+def test_unknown_values_are_said_to_be_unknown(visit: Callable[..., Visit], tmp_path: Path) -> None:
     with StoreServer(tmp_path / "store.db") as server:
         with open_store(server.url) as store:
             store.add([FULL, EMPTY])
         page = visit(server).page
         page.goto(f"/generation?id={FULL.id}")
-        # No vocabulary, and a logprob of minus infinity.
+        # Without a vocabulary, and with a logprob of minus infinity.
         expect(page.get_by_text("has not sent its vocabulary")).to_be_visible()
         assert answer(page).text_content() == "[7][8]"
         expect(page.get_by_text("what came out")).to_be_visible()
         answer(page).focus()
         page.keyboard.press("End")
-        assert told(page) == (1, "[8]", 8, -math.inf)
+        assert selected_token(page) == (1, "[8]", 8, -math.inf)
         page.goto(f"/generation?id={FULL.id}&choice=1")
         expect(page.get_by_text("No logprobs are recorded")).to_be_visible()
         page.goto(f"/generation?id={FULL.id}&choice=2")
-        expect(page.get_by_text("No ids are known of it")).to_be_visible()
+        expect(page.get_by_text("Its token ids are not recorded")).to_be_visible()
         page.goto(f"/generation?id={EMPTY.id}")
-        expect(page.get_by_text("No ids are known of it")).to_have_count(2)
+        expect(page.get_by_text("Its token ids are not recorded")).to_have_count(2)

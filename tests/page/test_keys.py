@@ -1,4 +1,4 @@
-"""Without the key there is no page, and nothing that a page is made of."""
+"""Pages of a store with a key, and their scripts and stylesheets."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ STATIC = Path(pages.__file__).parent / "static"
 
 @dataclass(frozen=True)
 class Locked:
-    """A store that asks for a key, and one of its rollouts."""
+    """A store with a key, and one of its rollouts."""
 
     server: StoreServer
     rollout: Rollout
 
     @property
     def addresses(self) -> list[str]:
-        """Of every page, and of all that pages are made of."""
+        """Addresses of every page, script and stylesheet."""
         generation_id = self.rollout.generation_id(1, 0)
         of_one = [f"/rollout?id={self.rollout.rollout_id}", f"/generation?id={generation_id}"]
         files = [f"/page/{agentlightning.__version__}/{each.name}" for each in STATIC.iterdir()]
-        return ["/", "/rollout", "/senders", f"/generation/prompt?id={generation_id}", *of_one, *files]
+        return ["/", "/rollout", "/senders", "/docs", f"/generation/prompt?id={generation_id}", *of_one, *files]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Locked]:
 
 
 @pytest.mark.parametrize("key", [None, "", "wrong", KEY[:-1]])
-def test_without_the_key_there_is_nothing(locked: Locked, key: str | None) -> None:
+def test_pages_without_the_key_answer_401(locked: Locked, key: str | None) -> None:
     with httpx.Client(base_url=locked.server.url, auth=None if key is None else ("agl", key)) as client:
         for address in locked.addresses:
             answer = client.get(address)
@@ -56,12 +56,12 @@ def test_without_the_key_there_is_nothing(locked: Locked, key: str | None) -> No
             assert "html" not in answer.text
 
 
-def test_with_it_everything_is_there(locked: Locked) -> None:
+def test_pages_with_the_key_answer_200(locked: Locked) -> None:
     with locked.server.client() as client:
         assert {client.get(address).status_code for address in locked.addresses} == {200}
 
 
-def test_a_browser_asks_for_it_and_then_every_page_works(locked: Locked, visit: Callable[..., Visit]) -> None:
+def test_browser_with_the_key_shows_every_page(locked: Locked, visit: Callable[..., Visit]) -> None:
     page = visit(locked.server, key=KEY).page
     page.goto("/")
     page.get_by_role("link", name=locked.rollout.rollout_id).click()
@@ -75,7 +75,7 @@ def test_a_browser_asks_for_it_and_then_every_page_works(locked: Locked, visit: 
     expect(page.get_by_role("link", name=new["rollout_id"])).to_be_visible()
 
 
-def test_a_browser_with_another_key_is_told_so(locked: Locked, visit: Callable[..., Visit]) -> None:
+def test_browser_with_a_wrong_key_shows_the_reason(locked: Locked, visit: Callable[..., Visit]) -> None:
     page = visit(locked.server, key="wrong").page
     page.goto("/")
     expect(page.get_by_text("the key of this store is missing or wrong")).to_be_visible()

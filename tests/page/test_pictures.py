@@ -1,7 +1,7 @@
-"""The pictures of the page in the README: `pytest tests/page/test_pictures.py --pictures` makes them anew.
+"""The pictures in the README: `pytest tests/page/test_pictures.py --pictures` makes them again.
 
-The data and the clock are always the same, so that they differ only where the page does, or the browser's fonts do. So
-what is written on them is compared exactly, with the folder `pictures`, and how they look by its likeness.
+The data and the clock never change, so the pictures differ only if the page or the browser's fonts do. Their texts are
+compared exactly, with the folder `pictures`, and their looks approximately.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.server.process import StoreServer
 IMAGES = CHECKOUT / "docs" / "images"
 TEXTS = Path(__file__).parent / "pictures"
 ADDRESS = "127.0.0.1:4747"
-"""Address in the texts, in place of the free port of the run."""
+"""Address in the texts, in place of the port of the run."""
 NOW = datetime(2026, 11, 25, 10, 0, 0, tzinfo=timezone.utc)
 COUNT = 250
 
@@ -35,15 +35,15 @@ PICTURES: dict[str, tuple[Scheme, Callable[[Rollout], str], str]] = {
     "generation": ("light", lambda shown: f"/generation?id={shown.generation_id(1, 1)}#t8", "Generation "),
     "senders": ("dark", lambda _: "/senders", "Senders"),
 }
-"""Each with what there is to see, and its heading."""
+"""Each picture's colour scheme, address and heading."""
 OTHER: dict[Scheme, Scheme] = {"light": "dark", "dark": "light"}
 
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[StoreServer, Rollout]]:
-    """A store whose clock stands still, and a rollout of it that is worth looking at."""
+    """A store whose clock stands still, and the rollout to show."""
     path = tmp_path_factory.mktemp("pictures") / "agl-store.db"
-    # A few seconds ago: what has begun then has answers by now.
+    # Two seconds ago, so that rollouts that began then have answers.
     rollouts = fill(str(path), COUNT, NOW.timestamp() - 2)
     rollout = next(each for each in reversed(rollouts) if each.status == "succeeded" and each.number % 3 == 0)
     with StoreServer(path, env=standing_still(f"{NOW:%Y-%m-%d %H:%M:%S}")) as server:
@@ -51,7 +51,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[StoreServe
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_the_picture_is_of_the_page(
+def test_picture_matches_the_page(
     shown: tuple[StoreServer, Rollout],
     visit: Callable[..., Visit],
     name: str,
@@ -78,7 +78,7 @@ def test_the_picture_is_of_the_page(
 
     assert text == (TEXTS / f"{name}.txt").read_text().removesuffix("\n")
     assert picture.size == shown_in_readme.size
-    # The fonts of another machine differ less than anything that a reader would notice.
+    # The fonts of another machine make less of a difference than anything that a reader would notice.
     _, in_other_colours = taken(tmp_path / "other.png", scheme=OTHER[scheme])
     _, narrow = taken(tmp_path / "narrow.png", scheme=scheme, size="phone")
     away = difference(picture, shown_in_readme)
@@ -87,7 +87,7 @@ def test_the_picture_is_of_the_page(
 
 
 @pytest.mark.parametrize("readme", ["README.md", "README.zh.md"])
-def test_the_readme_shows_pictures_that_are_made_here(readme: str) -> None:
+def test_readme_shows_pictures_made_here(readme: str) -> None:
     found = re.findall(r"!\[[^\]]+\]\(docs/images/([^)]+)\.png\)", (CHECKOUT / readme).read_text())
 
     assert found
@@ -95,7 +95,7 @@ def test_the_readme_shows_pictures_that_are_made_here(readme: str) -> None:
 
 
 def difference(one: Image.Image, other: Image.Image) -> float:
-    """The mean difference of their colours, 0 to 255, seen from so far that no letter can be read."""
+    """Return the mean difference of colours, 0 to 255, at a resolution at which no letter can be read."""
     width, height = one.size
     seen = [each.resize((width // 12, height // 12), Image.Resampling.BOX) for each in (one, other)]
     return sum(ImageStat.Stat(ImageChops.difference(*seen)).mean) / 3

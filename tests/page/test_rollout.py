@@ -1,4 +1,4 @@
-"""One rollout: what happened in it and when, what was said, and why there is nothing where there is nothing."""
+"""The page of one rollout: timeline, conversation, and the reason why there is no data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.server.process import StoreServer
 
 
 def rows(page: Page) -> list[str]:
-    """The timeline, from top to bottom."""
+    """Return the texts of the timeline, from top to bottom."""
     return page.get_by_role("region", name="Timeline").get_by_role("listitem").all_inner_texts()
 
 
@@ -27,7 +27,7 @@ def calls(page: Page) -> Locator:
     return page.get_by_role("region", name="Conversation").get_by_role("listitem")
 
 
-def test_its_timeline_has_the_attempt_its_spans_and_the_calls_below_them(look: Open, filled: Filled) -> None:
+def test_timeline_nests_spans_and_calls_below_the_attempt(look: Open, filled: Filled) -> None:
     rollout = filled.rollout("succeeded")
     found = rows(look(f"/rollout?id={rollout.rollout_id}"))
 
@@ -39,7 +39,7 @@ def test_its_timeline_has_the_attempt_its_spans_and_the_calls_below_them(look: O
     assert sum("/v1/chat/completions" in each for each in found) == len(rollout.answers)
 
 
-def test_one_that_was_tried_again_has_both_attempts_and_how_they_ended(look: Open, filled: Filled) -> None:
+def test_retried_rollout_shows_both_attempts_and_their_status(look: Open, filled: Filled) -> None:
     rollout = filled.rollout("failed")
     found = rows(look(f"/rollout?id={rollout.rollout_id}"))
 
@@ -51,7 +51,7 @@ def test_one_that_was_tried_again_has_both_attempts_and_how_they_ended(look: Ope
     assert any("aborted" in each for each in found[1 : found.index(second)])
 
 
-def test_what_was_said_is_read_in_order_and_once(look: Open, filled: Filled) -> None:
+def test_conversation_shows_each_text_once_in_order(look: Open, filled: Filled) -> None:
     rollout = next(each for each in filled.rollouts if each.number % 5 and each.status == "succeeded")
     page = look(f"/rollout?id={rollout.rollout_id}")
 
@@ -63,7 +63,7 @@ def test_what_was_said_is_read_in_order_and_once(look: Open, filled: Filled) -> 
     expect(calls(page).last).to_contain_text("reward 1")
 
 
-def test_from_the_list_to_a_call_and_back(look: Open, filled: Filled) -> None:
+def test_links_lead_from_the_table_to_a_call_and_back(look: Open, filled: Filled) -> None:
     rollout = filled.rollout("succeeded")
     page = look("/")
     page.get_by_role("link", name=rollout.rollout_id).click()
@@ -76,7 +76,7 @@ def test_from_the_list_to_a_call_and_back(look: Open, filled: Filled) -> None:
     expect(page.get_by_role("heading", name="Rollouts")).to_be_visible()
 
 
-def test_its_input_is_there(look: Open, filled: Filled) -> None:
+def test_input_unfolds(look: Open, filled: Filled) -> None:
     rollout = filled.rollout("queuing")
     page = look(f"/rollout?id={rollout.rollout_id}")
     page.get_by_text("Input", exact=True).click()
@@ -84,37 +84,37 @@ def test_its_input_is_there(look: Open, filled: Filled) -> None:
     expect(page.get_by_text(rollout.question)).to_be_visible()
 
 
-def test_one_that_waits_says_so(look: Open, filled: Filled) -> None:
+def test_queued_rollout_says_that_it_waits(look: Open, filled: Filled) -> None:
     page = look(f"/rollout?id={filled.rollout('queuing').rollout_id}")
 
-    expect(page.get_by_role("heading", name="Why there is nothing")).to_be_visible()
+    expect(page.get_by_role("heading", name="Why there is no training data")).to_be_visible()
     expect(page.get_by_text("it waits in the queue")).to_be_visible()
     expect(page.get_by_text("What to do")).to_contain_text("runner")
-    expect(page.get_by_text("No model call is recorded")).to_be_visible()
+    expect(page.get_by_text("No model calls are recorded")).to_be_visible()
 
 
-def test_one_of_which_nothing_was_recorded_says_why_that_may_be(look: Open, filled: Filled) -> None:
+def test_rollout_without_calls_names_possible_reasons(look: Open, filled: Filled) -> None:
     page = look(f"/rollout?id={filled.rollout('preparing').rollout_id}")
 
     expect(page.get_by_text("What to do")).to_be_visible()
     expect(page.get_by_text("nothing is recorded for")).to_contain_text("what was lost may be its")
 
 
-def test_one_that_has_answers_needs_no_reason(look: Open, filled: Filled) -> None:
+def test_rollout_with_answers_gives_no_reason(look: Open, filled: Filled) -> None:
     page = look(f"/rollout?id={filled.rollout('succeeded').rollout_id}")
 
-    expect(page.get_by_role("heading", name="Why there is nothing")).to_have_count(0)
+    expect(page.get_by_role("heading", name="Why there is no training data")).to_have_count(0)
 
 
-def test_one_that_only_a_server_knows_is_shown_too(look: Open) -> None:
+def test_rollout_known_only_from_a_call_is_shown(look: Open) -> None:
     page = look(f"/rollout?id={LONG}")
 
     expect(page.get_by_role("heading", name=LONG)).to_be_visible()
-    expect(page.get_by_text("the queue of this store does not have it")).to_be_visible()
+    expect(page.get_by_text("never queued here")).to_be_visible()
     expect(calls(page)).to_have_count(1)
 
 
-def test_one_that_is_not_there_is_said_not_to_be(look: Open) -> None:
+def test_unknown_id_says_so_and_links_to_the_table(look: Open) -> None:
     page = look("/rollout?id=nothing")
 
     expect(page.get_by_role("heading", name="There is no rollout 'nothing'")).to_be_visible()
@@ -122,7 +122,7 @@ def test_one_that_is_not_there_is_said_not_to_be(look: Open) -> None:
     expect(page.get_by_role("heading", name="Rollouts")).to_be_visible()
 
 
-def test_its_triplets_are_a_click_away(look: Open, filled: Filled) -> None:
+def test_triplets_link_downloads_them(look: Open, filled: Filled) -> None:
     rollout = filled.rollout("succeeded")
     page = look(f"/rollout?id={rollout.rollout_id}")
     with page.expect_download() as download:
@@ -130,11 +130,11 @@ def test_its_triplets_are_a_click_away(look: Open, filled: Filled) -> None:
 
     found = [json.loads(line) for line in download.value.path().read_text().splitlines()]
     expected = [rollout.generation_id(1, place) for place in range(len(rollout.answers))]
-    # A call may have been asked for several answers.
+    # One call may have several answers.
     assert list(dict.fromkeys(each["generation_id"] for each in found)) == expected
 
 
-def test_one_that_goes_on_is_shown_as_it_is(
+def test_running_rollout_updates_and_keeps_unfolded_parts(
     visit: Callable[..., Visit], living: StoreServer, trainer: httpx.Client
 ) -> None:
     rollout = started(trainer, "Does it go on?")
@@ -142,34 +142,34 @@ def test_one_that_goes_on_is_shown_as_it_is(
     page = visit(living).page
     page.goto(f"/rollout?id={ids['rollout_id']}")
     page.get_by_text("Input", exact=True).click()
-    expect(page.get_by_text("No model call is recorded")).to_be_visible()
+    expect(page.get_by_text("No model calls are recorded")).to_be_visible()
     with open_store(living.url) as store:
         store.add([generation(number, **ids, finished_at=time.time_ns()) for number in (1, 2)])
 
     expect(calls(page)).to_have_count(2)
-    # What somebody has opened stays so.
+    # Unfolded parts stay unfolded.
     expect(page.get_by_text("Does it go on?")).to_be_visible()
     end(trainer, rollout)
     expect(page.get_by_text("succeeded").first).to_be_visible()
 
 
-def test_calls_that_named_no_rollout_are_found(
+def test_calls_without_a_rollout_are_listed(
     visit: Callable[..., Visit], living: StoreServer, trainer: httpx.Client
 ) -> None:
-    nobodys = generation(7, rollout_id=None, attempt_id=None, prompt_token_ids=array("i", range(77)))
+    unassigned = generation(7, rollout_id=None, attempt_id=None, prompt_token_ids=array("i", range(77)))
     with open_store(living.url) as store:
-        store.add([nobodys])
+        store.add([unassigned])
     page = visit(living).page
     page.goto("/")
     page.get_by_role("link", name="1 call without a rollout").click()
     expect(page.get_by_role("listitem")).to_contain_text("77 tokens")
     page.get_by_role("link", name="Call 1").click()
-    expect(page.get_by_role("heading", name="Generation")).to_contain_text(nobodys.id)
+    expect(page.get_by_role("heading", name="Generation")).to_contain_text(unassigned.id)
     page.get_by_role("link", name="Calls without a rollout").click()
     expect(page.get_by_role("heading", name="Calls without a rollout")).to_be_visible()
 
 
-def test_how_a_span_ended_is_not_looked_for_in_a_body_of_mebibytes(
+def test_outcome_of_a_very_large_span_is_not_read(
     visit: Callable[..., Visit], living: StoreServer, trainer: httpx.Client
 ) -> None:
     rollout_id = started(trainer, "Is it long?")["rollout_id"]

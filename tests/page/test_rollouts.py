@@ -1,4 +1,4 @@
-"""The list of rollouts: found, put in order, paged through, and up to date while somebody looks at it."""
+"""The table of rollouts: search, order, pages, and live updates."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def row(page: Page, text: str) -> Locator:
 
 
 def cells(page: Page) -> list[list[str]]:
-    """The table as it is read, row by row."""
+    """Return the texts of the table, row by row."""
     return [text.split("\t") for text in page.get_by_role("row").all_inner_texts()[1:]]
 
 
@@ -30,15 +30,15 @@ def number(text: str) -> int:
 
 
 def tab_to(page: Page, target: Locator) -> None:
-    """As somebody does who has no mouse."""
+    """Press Tab until the target has the focus."""
     for _ in range(100):
         page.keyboard.press("Tab")
         if target.evaluate("element => element === document.activeElement"):
             return
-    raise AssertionError(f"no Tab leads to {target}")
+    raise AssertionError(f"Tab never reaches {target}")
 
 
-def test_all_are_there_the_latest_first(look: Open, filled: Filled) -> None:
+def test_table_lists_all_rollouts_latest_first(look: Open, filled: Filled) -> None:
     page = look("/")
 
     expect(page.get_by_text(f"{COUNT + 1} rollouts")).to_be_visible()
@@ -48,7 +48,7 @@ def test_all_are_there_the_latest_first(look: Open, filled: Filled) -> None:
         assert each.rollout_id in name
 
 
-def test_a_row_has_what_became_of_the_rollout(look: Open, filled: Filled) -> None:
+def test_row_shows_status_calls_reward_and_attempt(look: Open, filled: Filled) -> None:
     page = look("/")
     ended, again = filled.rollout("succeeded"), filled.rollout("failed")
 
@@ -60,7 +60,7 @@ def test_a_row_has_what_became_of_the_rollout(look: Open, filled: Filled) -> Non
     expect(row(page, filled.rollout("running").rollout_id)).to_contain_text("so far")
 
 
-def test_what_has_no_answers_says_why(look: Open, filled: Filled) -> None:
+def test_rollout_without_answers_gives_its_reason(look: Open, filled: Filled) -> None:
     page = look("/")
 
     expect(row(page, filled.rollout("queuing").rollout_id)).to_contain_text("it waits in the queue")
@@ -68,7 +68,7 @@ def test_what_has_no_answers_says_why(look: Open, filled: Filled) -> None:
 
 
 @pytest.mark.parametrize("javascript", [True, False])
-def test_they_are_found_by_what_they_were_asked(look: Open, filled: Filled, javascript: bool) -> None:
+def test_search_matches_the_input(look: Open, filled: Filled, javascript: bool) -> None:
     wanted = filled.rollouts[7]
     page = look("/", javascript=javascript)
     page.get_by_label("Search rollouts").fill(wanted.question.upper())
@@ -78,7 +78,7 @@ def test_they_are_found_by_what_they_were_asked(look: Open, filled: Filled, java
     expect(row(page, wanted.rollout_id)).to_be_visible()
 
 
-def test_they_are_found_while_somebody_types_and_the_address_can_be_shared(look: Open, filled: Filled) -> None:
+def test_typing_searches_and_updates_the_address(look: Open, filled: Filled) -> None:
     wanted = filled.rollouts[7].rollout_id
     page = look("/?sort=calls&order=asc")
     page.get_by_label("Search rollouts").press_sequentially(wanted)
@@ -93,7 +93,7 @@ def test_they_are_found_while_somebody_types_and_the_address_can_be_shared(look:
     expect(page.get_by_text(f"{COUNT + 1} rollouts")).to_be_visible()
 
 
-def test_those_of_a_status_are_found(look: Open, filled: Filled) -> None:
+def test_status_filter_lists_only_that_status(look: Open, filled: Filled) -> None:
     page = look("/")
     page.get_by_label("Status").select_option("failed")
 
@@ -103,7 +103,7 @@ def test_those_of_a_status_are_found(look: Open, filled: Filled) -> None:
 
 
 @pytest.mark.parametrize("name", ["Calls", "Prompt tokens", "Output tokens"])
-def test_a_heading_puts_them_in_order(look: Open, name: str) -> None:
+def test_click_on_a_heading_sorts_by_it(look: Open, name: str) -> None:
     page = look("/")
     heading = page.get_by_role("columnheader", name=name)
     place = page.get_by_role("columnheader").all_inner_texts().index(name)
@@ -116,14 +116,14 @@ def test_a_heading_puts_them_in_order(look: Open, name: str) -> None:
     assert number(cells(page)[0][4]) == LONG_IDS
 
 
-def test_those_without_a_reward_come_last_whatever_the_order(look: Open) -> None:
+def test_sort_by_reward_puts_rollouts_without_one_last(look: Open) -> None:
     for order, best in (("desc", "1"), ("asc", "0")):
         found = [each[5] for each in cells(look(f"/?sort=reward&order={order}"))]
         assert found[0] == best
         assert cells(look(f"/?sort=reward&order={order}&page=3"))[-1][5] == "\N{EN DASH}"
 
 
-def test_page_by_page_each_of_them_is_there_once(look: Open, filled: Filled) -> None:
+def test_paging_shows_each_rollout_once(look: Open, filled: Filled) -> None:
     page = look("/?sort=status")
     found: list[str] = []
     for number in (1, 2, 3):
@@ -137,7 +137,7 @@ def test_page_by_page_each_of_them_is_there_once(look: Open, filled: Filled) -> 
     expect(page.get_by_text("Page 2 of 3")).to_be_visible()
 
 
-def test_all_can_be_done_without_a_mouse(look: Open, filled: Filled) -> None:
+def test_keyboard_alone_searches_sorts_and_opens_a_rollout(look: Open, filled: Filled) -> None:
     wanted = filled.rollouts[11]
     page = look("/")
     page.keyboard.press("Tab")
@@ -157,7 +157,7 @@ def test_all_can_be_done_without_a_mouse(look: Open, filled: Filled) -> None:
     expect(page.get_by_role("heading", name=wanted.rollout_id)).to_be_visible()
 
 
-def test_a_page_that_is_not_there_leads_to_the_first(look: Open) -> None:
+def test_page_beyond_the_last_links_to_the_first(look: Open) -> None:
     page = look("/?page=99&sort=calls")
     page.get_by_role("link", name="Show the first").click()
 
@@ -165,7 +165,7 @@ def test_a_page_that_is_not_there_leads_to_the_first(look: Open) -> None:
     expect(page.get_by_role("columnheader", name="Calls")).to_have_attribute("aria-sort", "descending")
 
 
-def test_a_rollout_that_ends_meanwhile_is_shown_so(
+def test_ended_rollout_updates_its_row_and_keeps_the_focus(
     visit: Callable[..., Visit], living: StoreServer, trainer: httpx.Client
 ) -> None:
     ends = started(trainer, "Does it end?")
@@ -180,14 +180,12 @@ def test_a_rollout_that_ends_meanwhile_is_shown_so(
     expect(row(page, ends["rollout_id"])).to_contain_text("succeeded")
     new = started(trainer, "Is there one more?")
     expect(row(page, new["rollout_id"])).to_be_visible()
-    # In the page that was there, and where somebody is in it.
+    # The page was neither reloaded nor lost its focus.
     assert page.evaluate("window.isTheSame")
     expect(link).to_be_focused()
 
 
-def test_what_is_looked_for_stays_so_while_it_changes(
-    visit: Callable[..., Visit], living: StoreServer, trainer: httpx.Client
-) -> None:
+def test_live_updates_keep_the_search(visit: Callable[..., Visit], living: StoreServer, trainer: httpx.Client) -> None:
     apples, pears = started(trainer, "How many apples?"), started(trainer, "How many pears?")
     page = visit(living).page
     page.goto("/")
@@ -203,40 +201,42 @@ def test_what_is_looked_for_stays_so_while_it_changes(
     expect(page.get_by_label("Search rollouts")).to_be_focused()
 
 
-def test_it_can_be_stopped(visit: Callable[..., Visit], living: StoreServer, trainer: httpx.Client) -> None:
+def test_stopped_live_updates_send_no_requests_until_started(
+    visit: Callable[..., Visit], living: StoreServer, trainer: httpx.Client
+) -> None:
     stopped, live = visit(living).page, visit(living).page
     live.goto("/")
     stopped.goto("/")
-    stopped.get_by_role("link", name="Live: on, stop it").click()
-    expect(stopped.get_by_role("link", name="Live: off, start it")).to_be_visible()
-    asked: list[str] = []
-    stopped.on("request", lambda request: asked.append(request.url))
+    stopped.get_by_role("link", name="Live updates on: stop").click()
+    expect(stopped.get_by_role("link", name="Live updates off: start")).to_be_visible()
+    requests: list[str] = []
+    stopped.on("request", lambda request: requests.append(request.url))
     for question in ("Who looks?", "And now?", "And now?"):
         new = started(trainer, question)
         expect(row(live, new["rollout_id"])).to_be_visible()
-    # That may come after all else.
-    assert [url for url in asked if not url.endswith("/icon.svg")] == []
-    stopped.get_by_role("link", name="Live: off, start it").click()
+    # The browser may request the icon last.
+    assert [url for url in requests if not url.endswith("/icon.svg")] == []
+    stopped.get_by_role("link", name="Live updates off: start").click()
     expect(row(stopped, new["rollout_id"])).to_be_visible()
     end(trainer, new)
     expect(row(stopped, new["rollout_id"])).to_contain_text("succeeded")
 
 
-def test_a_store_that_is_away_is_said_to_be_and_comes_back(visit: Callable[..., Visit], tmp_path: Path) -> None:
+def test_unreachable_store_is_reported_until_it_answers(visit: Callable[..., Visit], tmp_path: Path) -> None:
     with StoreServer(tmp_path / "store.db") as server:
-        somebody = visit(server)
-        somebody.page.goto("/")
-        trouble = somebody.page.get_by_text("The store does not answer")
+        visitor = visit(server)
+        visitor.page.goto("/")
+        trouble = visitor.page.get_by_text("The store does not answer")
         server.kill()
         expect(trouble).to_be_visible()
         server.start()
         expect(trouble).to_be_hidden()
-        # The browser and htmx have said in the console that nobody answers, as they should.
-        assert somebody.complaints
-        somebody.complaints.clear()
+        # The browser and htmx report the failed requests in the console.
+        assert visitor.complaints
+        visitor.complaints.clear()
 
 
-def test_an_empty_store_says_how_to_fill_it(visit: Callable[..., Visit], tmp_path: Path) -> None:
+def test_empty_store_shows_how_to_record_to_it(visit: Callable[..., Visit], tmp_path: Path) -> None:
     with StoreServer(tmp_path / "store.db") as server:
         page = visit(server).page
         page.goto("/")

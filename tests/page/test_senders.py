@@ -1,4 +1,4 @@
-"""Who writes to the store, how much and how late, and what was lost."""
+"""The table of senders: calls, lag and losses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.page.conftest import LONG_IDS, Filled, Open
 from tests.server.process import StoreServer
 
 
-def test_each_has_its_model_and_what_it_has_written(look: Open, filled: Filled) -> None:
+def test_row_shows_model_counts_losses_and_lag(look: Open, filled: Filled) -> None:
     page = look("/senders")
     headings = page.get_by_role("columnheader").all_inner_texts()
     found = {text.split()[0]: text.split("\t") for text in page.get_by_role("row").all_inner_texts()[1:]}
@@ -29,7 +29,7 @@ def test_each_has_its_model_and_what_it_has_written(look: Open, filled: Filled) 
     assert one["Lag"].endswith("s")
 
 
-def test_calls_a_minute_are_drawn_and_told_in_words(look: Open) -> None:
+def test_chart_of_calls_has_a_description(look: Open) -> None:
     page = look("/senders")
 
     drawn = page.get_by_role("img", name="Calls in each of the last 60 minutes")
@@ -37,11 +37,11 @@ def test_calls_a_minute_are_drawn_and_told_in_words(look: Open) -> None:
     expect(drawn.first).to_be_visible()
 
 
-def test_one_that_begins_to_write_is_shown(visit: Callable[..., Visit], tmp_path: Path) -> None:
+def test_new_sender_appears(visit: Callable[..., Visit], tmp_path: Path) -> None:
     with StoreServer(tmp_path / "store.db") as server:
         page = visit(server).page
         page.goto("/")
         page.get_by_role("link", name="Senders").click()
-        expect(page.get_by_text("Nobody has")).to_be_visible()
+        expect(page.get_by_text("No server wrote here")).to_be_visible()
         fill(str(server.path), 1)
         expect(page.get_by_role("rowheader")).to_contain_text("gpu-7")

@@ -10,7 +10,7 @@ from tests.recording.server import RecordingServer, until
 from tests.recording.under_way import ROUTE
 
 CALLS = 1000
-FEWER_CALLS = 100
+FEWER_CALLS = 50
 AT_ONCE = 64
 # More than the engine can usually come to before it is told that nobody waits any more.
 NEVER_ENDING = 900

@@ -14,10 +14,15 @@ from tests.recording.nursery import Nursery
 from tests.recording.server import RecordingServer, until
 from tests.server.process import StoreServer
 
-ANSWERS = 60
+ANSWERS = 30
 
 
-@pytest.fixture(params=["over HTTP", "in PostgreSQL", "over HTTP in PostgreSQL"])
+@pytest.fixture(
+    params=[
+        *("over HTTP", "in PostgreSQL"),
+        pytest.param("over HTTP in PostgreSQL", marks=pytest.mark.tier("all")),
+    ]
+)
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """Where both servers record."""
     kept = None

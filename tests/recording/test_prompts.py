@@ -11,6 +11,7 @@ from agentlightning.generation import Generation
 from tests.common.answers import tokenize
 from tests.common.reference import tokenizer
 from tests.conftest import PARSERS
+from tests.recording.nursery import Nursery
 from tests.recording.server import RecordingServer
 from tests.recording.test_endpoints import BATCH, CHAT, COMPLETIONS, MESSAGES, RESPONSES, answer_to, ids_of
 
@@ -26,11 +27,11 @@ def short(value: Any) -> str | None:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RecordingServer]:
+def server(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RecordingServer]:
     """Without embeddings: where it takes those, vLLM itself has no text of a chat's prompt."""
     path = tmp_path_factory.mktemp("store") / "generations.db"
     env = {"VLLM_ENABLE_RESPONSES_API_STORE": "1"}
-    with RecordingServer(path, "--enable-prompt-tokens-details", *PARSERS, env=env, forks=True) as server:
+    with nursery.server(path, "--enable-prompt-tokens-details", *PARSERS, env=env) as server:
         yield server
 
 

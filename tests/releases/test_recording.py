@@ -10,7 +10,7 @@ import pytest
 from agentlightning.errors import StoreUnavailable
 from agentlightning.generation import Generation
 from agentlightning.instrumentation.vllm.server import STATUS_ROUTE
-from agentlightning.server.page.pieces import Pieces
+from agentlightning.server.page.token_text import TokenTexts
 from agentlightning.store import open_database, open_store, senders
 from tests.common.answers import fetch, post
 from tests.common.vllm import RemoteOpenAIServer
@@ -98,6 +98,6 @@ def test_the_store_knows_who_has_written_and_what_the_ids_stand_for(armed: Remot
     assert vocabulary is not None
     said = {"tokens": [*ids(generation.prompt_token_ids), *ids(generation.choices[0].token_ids)]}
     # Each is known, and put together they are the text, as the model's own tokenizer has it.
-    pieces = Pieces(vocabulary)
+    pieces = TokenTexts(vocabulary)
     text = "".join(map(pieces.text, said["tokens"])).encode().decode("unicode_escape").encode("latin-1")
     assert text.decode("utf-8", "replace") == post(armed, "/detokenize", {"model": armed.model, **said})["prompt"]

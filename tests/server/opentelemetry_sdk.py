@@ -1,6 +1,6 @@
-"""What an agent sends with OpenTelemetry's SDK, of whichever version runs this; it prints what it has sent, as JSON.
+"""Send spans with OpenTelemetry's SDK, of the version that runs this, and print what was sent, as JSON.
 
-Arguments: the store's URL, how to compress, the rollout and the attempt of the agent, and the rollout of one span.
+Arguments: the store's URL, the compression, the agent's rollout and attempt, and the rollout of one span.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from opentelemetry.trace import (
 )
 
 TOKEN_IDS = [number % 5 * 30_000 for number in range(1024)]
-"""Zeros among them, which protobuf does not tell from what is no number."""
+"""Token ids with zeros among them, which protobuf does not distinguish from values that are not numbers."""
 ATTRIBUTES = {
     "text": "ünïcode 🦙",
     "yes": True,
@@ -65,7 +65,7 @@ def main(url: str, compression: str, rollout_id: str, attempt_id: str, other_rol
     with tracer.start_as_current_span("of another", attributes={"agentlightning.rollout_id": other_rollout_id}):
         pass
     assert provider.force_flush()
-    # The same once more, as after an answer that was lost.
+    # Once more, as after a lost answer.
     again = SimpleSpanProcessor(exporter)
     if isinstance(chat, ReadableSpan):
         again.on_end(chat)

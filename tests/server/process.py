@@ -1,4 +1,4 @@
-"""`agl store` as a process, as a user starts it."""
+"""`agl store` as a process, started as users start it."""
 
 from __future__ import annotations
 
@@ -17,21 +17,25 @@ import httpx
 
 from tests.common.environments import CHECKOUT
 from tests.common.vllm import without_agl
+from tests.server.forking import ForkedProcess, fork_agl
 
-AGL_STORE = (sys.executable, "-m", "agentlightning", "store")
+AGL = (sys.executable, "-m", "agentlightning")
+AGL_STORE = (*AGL, "store")
 SECONDS = 60
+PLAIN_HTTP = False
+"""For `verify`: each client reads the certificates of all authorities otherwise, in a twentieth of a second."""
 
 
 class StoreServer:
-    """Started on entering the context, stopped on leaving it; may be killed and started again in between.
+    """`agl store` from entering the context to leaving it; may be killed and restarted in between.
 
     Args:
-        path: the file that it serves; beside it is its log.
-        store: what it serves in the place of that file.
-        env: environment variables of its own.
-        arguments: of `agl store`, besides.
-        files: how many files it may have open, soft and hard; as many as these tests if not given.
-        key: what it is told to ask for, by the environment.
+        path: the file to serve; its log is next to it.
+        arguments: more arguments of `agl store`.
+        key: the key to ask for, set in the environment.
+        store: the database to serve instead of the file.
+        env: additional environment variables.
+        files: soft and hard limit of open files; those of the tests if not given.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class StoreServer:
         self._files = files
         self._port = 0
         self.log = path.with_suffix(".log")
+        self.process: subprocess.Popen[bytes] | ForkedProcess
 
     def __enter__(self) -> StoreServer:
         self.start()
@@ -64,23 +69,27 @@ class StoreServer:
         return f"http://127.0.0.1:{self._port}"
 
     def start(self) -> None:
-        """Start it, on the port that it had, and wait until it answers."""
+        """Start the server, after a kill on the same port, and wait until it answers."""
         command = [*AGL_STORE, f"--port={self._port}", f"--store={self.store}", *self._arguments]
         env = {**without_agl(os.environ), "PYTHONPATH": str(CHECKOUT), **self._env}
         if self.key is not None:
             env["AGL_STORE_KEY"] = self.key
         with self.log.open("ab") as log:
-            begins = log.tell()
-            self.process = subprocess.Popen(command, env=env, stdout=log, stderr=log, preexec_fn=self._limit)
+            start = log.tell()
+            if self._env or self._files:
+                # Python itself may read its environment when it starts.
+                self.process = subprocess.Popen(command, env=env, stdout=log, stderr=log, preexec_fn=self._limit)
+            else:
+                self.process = fork_agl(command[len(AGL) :], env, log)
         deadline = time.monotonic() + SECONDS
         while True:
-            said = self.log.read_bytes()[begins:].decode()
-            assert self.process.poll() is None, said
-            assert time.monotonic() < deadline, said
-            if found := re.search(r"is served at http://127\.0\.0\.1:(\d+)", said):
+            output = self.log.read_bytes()[start:].decode()
+            assert self.process.poll() is None, output
+            assert time.monotonic() < deadline, output
+            if found := re.search(r"is served at http://127\.0\.0\.1:(\d+)", output):
                 self._port = int(found[1])
                 try:
-                    if httpx.get(f"{self.url}/readyz").status_code == 200:
+                    if httpx.get(f"{self.url}/readyz", verify=PLAIN_HTTP).status_code == 200:
                         return
                 except httpx.TransportError:
                     pass
@@ -91,16 +100,16 @@ class StoreServer:
             resource.setrlimit(resource.RLIMIT_NOFILE, self._files)
 
     def stop(self) -> int:
-        """SIGTERM; returns the exit status."""
+        """Send SIGTERM; return the exit status."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(SECONDS)
 
     def kill(self) -> None:
-        """SIGKILL, unless it has ended."""
+        """Send SIGKILL, unless the server has ended."""
         self.process.kill()
         self.process.wait()
 
     def client(self, **arguments: Any) -> httpx.Client:
-        """One that has the key."""
+        """Make a client that has the key."""
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        return httpx.Client(base_url=self.url, headers=headers, timeout=SECONDS, **arguments)
+        return httpx.Client(base_url=self.url, headers=headers, timeout=SECONDS, verify=PLAIN_HTTP, **arguments)

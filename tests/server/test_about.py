@@ -1,4 +1,4 @@
-"""What the store tells of itself: its metrics, whether it is ready, how much it has, and the document of its routes."""
+"""The store's metrics, readiness, statistics, and OpenAPI document."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_metrics_count_rollouts_by_status(tmp_path: Path) -> None:
         assert found[key("agl_store_writes_waiting")] == 0
 
 
-def test_metrics_count_requests_by_route_and_never_by_id(client: httpx.Client) -> None:
+def test_metrics_count_requests_by_route_not_by_id(client: httpx.Client) -> None:
     route = "/v1/agl/rollouts/{rollout_id}"
     counted = key("agl_store_requests_total", method="GET", route=route, status="200")
     refused = key("agl_store_requests_total", method="GET", route=route, status="422")
@@ -64,7 +64,7 @@ def test_metrics_count_requests_by_route_and_never_by_id(client: httpx.Client) -
     assert not [name for name in found if any(each in str(name) for each in ids)]
 
 
-def test_health_is_told(client: httpx.Client) -> None:
+def test_health_routes_answer_ok(client: httpx.Client) -> None:
     for path in ("/healthz", "/readyz", "/v1/agl/health"):
         answer = client.get(path)
         assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
@@ -76,11 +76,11 @@ def assert_not_ready(server: StoreServer, client: httpx.Client, *, because: str)
     assert because in server.log.read_text()
     assert "Traceback" not in answer.text
     assert int(answer.headers["retry-after"]) > 0
-    # The process itself works, and need not be started again.
+    # The process itself works, and needs no restart.
     assert client.get("/healthz").status_code == 200
 
 
-def test_a_store_whose_file_is_gone_is_not_ready_until_it_is_back(tmp_path: Path) -> None:
+def test_missing_file_is_not_ready_until_it_is_back(tmp_path: Path) -> None:
     with StoreServer(tmp_path / "store.db") as server, server.client() as client:
         made = client.post("/v1/agl/rollouts", json={"input": 1}).json()
         away = server.path.with_name("away.db")
@@ -94,7 +94,7 @@ def test_a_store_whose_file_is_gone_is_not_ready_until_it_is_back(tmp_path: Path
         assert client.get("/v1/agl/statistics").json()["total_rollouts"] == 2
 
 
-def test_a_store_whose_file_is_another_is_not_ready(tmp_path: Path) -> None:
+def test_replaced_file_is_not_ready(tmp_path: Path) -> None:
     with StoreServer(tmp_path / "store.db") as server, server.client() as client:
         server.path.rename(tmp_path / "away.db")
         server.path.write_bytes(b"")
@@ -102,11 +102,11 @@ def test_a_store_whose_file_is_another_is_not_ready(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1 << 20], ids=["empty", "overwritten"])
-def test_a_store_whose_file_is_broken_is_not_ready(size: int, tmp_path: Path) -> None:
+def test_damaged_file_is_not_ready(size: int, tmp_path: Path) -> None:
     with StoreServer(tmp_path / "store.db") as server:
         with server.client() as client:
             client.post("/v1/agl/rollouts", json={"input": "x" * (1 << 20)})
-        # So that nothing of it is in memory, or in the file beside it.
+        # So that none of it is in memory or in the WAL.
         server.stop()
         server.start()
         with server.path.open("r+b") as file:
@@ -119,7 +119,7 @@ def test_a_store_whose_file_is_broken_is_not_ready(size: int, tmp_path: Path) ->
         assert "Traceback" not in server.log.read_text()
 
 
-def test_statistics_tell_how_much_there_is(tmp_path: Path) -> None:
+def test_statistics_count_everything(tmp_path: Path) -> None:
     with StoreServer(tmp_path / "store.db") as server, server.client() as client:
         first = client.get("/v1/agl/statistics").json()
         kinds = ("rollouts", "attempts", "spans", "resources", "workers")
@@ -145,7 +145,7 @@ def document(client: httpx.Client) -> dict[str, Any]:
     return client.get("/openapi.json").json()
 
 
-def test_the_document_has_a_model_of_every_answer(document: dict[str, Any]) -> None:
+def test_document_has_a_schema_for_every_answer(document: dict[str, Any]) -> None:
     assert document["info"]["title"] == "agl store"
     for path, methods in document["paths"].items():
         for method, about in methods.items():
@@ -159,30 +159,28 @@ def test_the_document_has_a_model_of_every_answer(document: dict[str, Any]) -> N
                 assert {"401", "503"} <= about["responses"].keys()
 
 
-def test_the_document_has_an_example_of_every_body_and_each_works(
-    document: dict[str, Any], client: httpx.Client
-) -> None:
+def test_document_has_a_working_example_of_every_body(document: dict[str, Any], client: httpx.Client) -> None:
     bodies = 0
     for path, methods in document["paths"].items():
         for method, about in methods.items():
             content = about.get("requestBody", {"content": {}})["content"].get("application/json")
             if content is None:
-                # None, or binary.
+                # No body, or a binary one.
                 continue
             bodies += 1
             examples = [content["example"]] if "example" in content else examples_of(content["schema"], document)
             assert examples, f"{method} {path}"
             for example in examples:
-                # One that is well formed, where ids are.
+                # With a well-formed id in the path.
                 address = path.replace("{sender_id}", str(uuid.uuid4())).replace("{", "").replace("}", "")
                 answer = client.request(method, address, json=example)
-                # 404: of ids that are nobody's.
+                # 404 for unknown ids.
                 assert answer.status_code in (200, 201, 404), f"{method} {path}: {answer.text}"
     assert bodies > 15
 
 
 def examples_of(schema: dict[str, Any], document: dict[str, Any]) -> list[Any]:
-    """Those of a schema, or of the one that it stands for."""
+    """Return the examples of a schema, or of the schema that it refers to."""
     for each in (schema, *schema.get("anyOf", ())):
         if "$ref" in each:
             each = document["components"]["schemas"][each["$ref"].rpartition("/")[2]]

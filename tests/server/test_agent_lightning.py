@@ -222,13 +222,13 @@ def test_a_trainer_with_its_runner_and_tracer_needs_nothing_but_the_url_with_the
     assert stats
 
 
-def test_runners_go_on_while_the_server_is_started_again(lightning: Path, tmp_path: Path) -> None:
-    rollouts = 60
+def test_runners_go_on_while_the_server_is_started_again(lightning: Path, tmp_path: Path, thorough: bool) -> None:
+    rollouts = 60 if thorough else 20
     with (
         StoreServer(tmp_path / "store.db") as server,
         Script(lightning, tmp_path / "script.log", "runners.py", server.url, str(rollouts)) as script,
     ):
-        for finished in (10, 35):
+        for finished in (10, 35) if thorough else (3, 9):
             script.wait_for(finished)
             server.stop()
             server.start()

@@ -1,4 +1,4 @@
-"""Hosts whose clocks differ, and one PostgreSQL: the one clock that counts is its own."""
+"""Servers with different clocks on one PostgreSQL, whose clock alone counts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,13 +18,16 @@ from tests.server.process import StoreServer
 HALF_AN_HOUR = 1800
 
 
-@pytest.fixture
-def clients(tmp_path: Path, postgresql: PostgresServer) -> Iterator[tuple[httpx.Client, httpx.Client]]:
-    """Of a server, and of one on a host whose clock is an hour ahead."""
+@pytest.fixture(scope="module")
+def clients(
+    tmp_path_factory: pytest.TempPathFactory, postgresql: PostgresServer
+) -> Iterator[tuple[httpx.Client, httpx.Client]]:
+    """Clients of two servers, the second with a clock that is an hour ahead."""
     url = postgresql.new_database()
+    folder = tmp_path_factory.mktemp("clocks")
     with (
-        StoreServer(tmp_path / "right.db", store=url) as right,
-        StoreServer(tmp_path / "ahead.db", store=url, env=an_hour_ahead()) as ahead,
+        StoreServer(folder / "right.db", store=url) as right,
+        StoreServer(folder / "ahead.db", store=url, env=an_hour_ahead()) as ahead,
         right.client() as one,
         ahead.client() as other,
     ):
@@ -38,14 +40,14 @@ def posted(client: httpx.Client, path: str, **body: Any) -> Any:
     return answer.json()
 
 
-def test_the_clock_of_the_second_one_is_wrong() -> None:
-    """Else the tests here would show nothing."""
+def test_second_server_has_a_wrong_clock() -> None:
+    """Without a wrong clock, these tests would prove nothing."""
     command = [sys.executable, "-c", "import time; print(time.time())"]
-    said = subprocess.run(command, env=dict(an_hour_ahead()), capture_output=True, text=True, check=True).stdout
-    assert float(said) - time.time() > HALF_AN_HOUR
+    output = subprocess.run(command, env=dict(an_hour_ahead()), capture_output=True, text=True, check=True).stdout
+    assert float(output) - time.time() > HALF_AN_HOUR
 
 
-def test_no_attempt_times_out_because_another_servers_clock_is_ahead(
+def test_clock_of_another_server_times_out_no_attempt(
     clients: tuple[httpx.Client, httpx.Client],
 ) -> None:
     right, ahead = clients
@@ -58,7 +60,7 @@ def test_no_attempt_times_out_because_another_servers_clock_is_ahead(
             assert found["status"] == found["attempt"]["status"] == "preparing"
 
 
-def test_an_attempt_that_is_overdue_is_so_for_both(clients: tuple[httpx.Client, httpx.Client]) -> None:
+def test_overdue_attempt_times_out_on_both_servers(clients: tuple[httpx.Client, httpx.Client]) -> None:
     right, ahead = clients
     for first, second in ((right, ahead), (ahead, right)):
         begun = posted(first, "/rollouts", input=1, config={"timeout_seconds": 0.01})
@@ -66,7 +68,7 @@ def test_an_attempt_that_is_overdue_is_so_for_both(clients: tuple[httpx.Client, 
             time.sleep(0.01)
 
 
-def test_rollouts_are_dequeued_in_the_order_in_which_they_came(clients: tuple[httpx.Client, httpx.Client]) -> None:
+def test_rollouts_are_dequeued_in_order_of_arrival(clients: tuple[httpx.Client, httpx.Client]) -> None:
     right, ahead = clients
     for number, client in enumerate((ahead, right, ahead, right)):
         posted(client, "/queues/rollouts/enqueue", rollouts=[{"input": number}])
@@ -75,7 +77,7 @@ def test_rollouts_are_dequeued_in_the_order_in_which_they_came(clients: tuple[ht
     assert taken == [0, 1, 2, 3]
 
 
-def test_the_latest_resources_are_those_that_came_last(clients: tuple[httpx.Client, httpx.Client]) -> None:
+def test_latest_resources_are_the_last_to_arrive(clients: tuple[httpx.Client, httpx.Client]) -> None:
     right, ahead = clients
     for name, client in (("a", ahead), ("b", right), ("c", ahead), ("d", right)):
         template = {"resource_type": "prompt_template", "template": name, "engine": "f-string"}

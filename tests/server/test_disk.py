@@ -1,4 +1,4 @@
-"""A database that cannot be written, and the room that it takes on the disk."""
+"""Databases that cannot be written, and their size on disk."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def is_ready(client: httpx.Client) -> bool:
     return answer.status_code == 200
 
 
-def test_a_store_on_a_full_disk_is_not_ready_until_there_is_room(tmp_path: Path) -> None:
+def test_full_disk_is_not_ready_until_space_is_free(tmp_path: Path) -> None:
     with StoreServer(tmp_path / "store.db") as server, server.client() as client:
         process = psutil.Process(server.process.pid)
         assert is_ready(client)
-        # No file of its gets larger than this, as on a disk without room.
+        # The server can write no file beyond this size, as on a full disk.
         process.rlimit(psutil.RLIMIT_FSIZE, (4096, psutil.RLIM_INFINITY))
         assert client.post("/v1/agl/rollouts", json={"input": 1}).status_code == 503
         assert [is_ready(client) for _ in range(3)] == [False] * 3
-        # It can be read.
+        # The store can still be read.
         assert client.get("/v1/agl/rollouts").json()["total"] == 0
         assert client.get("/healthz").status_code == 200
         process.rlimit(psutil.RLIMIT_FSIZE, (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY))
@@ -56,38 +56,36 @@ def test_a_store_on_a_full_disk_is_not_ready_until_there_is_room(tmp_path: Path)
         assert client.post("/v1/agl/rollouts", json={"input": 1}).status_code == 201
 
 
-def test_a_store_on_a_postgresql_that_only_reads_is_not_ready_until_it_writes(
-    tmp_path: Path, postgresql: PostgresServer
-) -> None:
+def test_read_only_postgresql_is_not_ready_until_it_writes(tmp_path: Path, postgresql: PostgresServer) -> None:
     url = postgresql.new_database()
     name = url.rpartition("/")[2]
 
-    def only_reads(on: str) -> None:
+    def set_read_only(value: str) -> None:
         with psycopg.connect(postgresql.url("postgres"), autocommit=True) as connection:
-            connection.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = {on}".encode())
-            # As a failover ends them.
+            connection.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = {value}".encode())
+            # A failover ends connections as well.
             connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", (name,))
 
     with StoreServer(tmp_path / "store.db", store=url) as server, server.client() as client:
         assert is_ready(client)
-        only_reads("on")
+        set_read_only("on")
         until(lambda: not is_ready(client))
         assert client.get("/v1/agl/rollouts").json()["total"] == 0
         assert client.post("/v1/agl/rollouts", json={"input": 1}).status_code == 503
         assert [is_ready(client) for _ in range(3)] == [False] * 3
         assert "read-only transaction" in server.log.read_text()
-        only_reads("off")
+        set_read_only("off")
         until(lambda: is_ready(client))
         assert client.post("/v1/agl/rollouts", json={"input": 1}).status_code == 201
 
 
-def test_the_wal_of_a_large_transaction_is_given_back(tmp_path: Path) -> None:
+def test_wal_shrinks_after_a_large_transaction(tmp_path: Path) -> None:
     path = tmp_path / "store.db"
     wal = Path(f"{path}-wal")
     large = [generation(number, choices=[Choice(token_ids=array("i", range(1_000_000)))]) for number in range(10)]
     with open_store(str(path)) as store:
         store.add([generation(11)])
-        # Somebody else reads meanwhile, so that the file stays.
+        # Another reader keeps the WAL from being reset.
         with open_store(str(path)) as other:
             reading = other.generations()
             next(reading)
@@ -97,7 +95,7 @@ def test_the_wal_of_a_large_transaction_is_given_back(tmp_path: Path) -> None:
         assert wal.stat().st_size < sqlite.WAL_BYTES
 
 
-def test_the_wal_shrinks_when_a_reader_that_was_in_the_way_is_gone(tmp_path: Path) -> None:
+def test_wal_shrinks_once_a_long_reader_ends(tmp_path: Path) -> None:
     path = tmp_path / "store.db"
     wal = Path(f"{path}-wal")
     with StoreServer(path) as server, server.client() as client:
@@ -111,8 +109,8 @@ def test_the_wal_shrinks_when_a_reader_that_was_in_the_way_is_gone(tmp_path: Pat
         assert client.get("/v1/agl/statistics").json()["total_rollouts"] == 3
 
 
-def test_an_error_of_the_store_is_not_the_clients(tmp_path: Path, new_store: Callable[[Path], str]) -> None:
-    """As where a vocabulary in the database is damaged."""
+def test_damaged_data_answers_500_and_is_logged(tmp_path: Path, new_store: Callable[[Path], str]) -> None:
+    """A damaged vocabulary in the database stands for any error in the store."""
     path = tmp_path / "store.db"
     url = new_store(path)
     kept = long_generation(url, 100)
@@ -129,7 +127,7 @@ def test_an_error_of_the_store_is_not_the_clients(tmp_path: Path, new_store: Cal
                 connection.execute(damaged.format("agentlightning.", "'x'").encode())
         answer = client.get("/generation", params={"id": kept.id})
         assert answer.status_code == 500
-        assert "cannot be kept" not in answer.text
-        told = re.compile(r"Traceback.*ValueError: a vocabulary", re.DOTALL)
-        until(lambda: told.search(server.log.read_text()) is not None)
+        assert "cannot keep a value" not in answer.text
+        pattern = re.compile(r"Traceback.*ValueError: a vocabulary", re.DOTALL)
+        until(lambda: pattern.search(server.log.read_text()) is not None)
         assert client.get("/readyz").status_code == 200

@@ -1,4 +1,4 @@
-"""`agl store` starts, says where it is, and ends; and what it refuses to start with."""
+"""`agl store`: its start, its end, and the arguments that it refuses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.common.vllm import without_agl
 from tests.server.process import AGL_STORE, StoreServer
 
 
-def test_it_says_where_it_is_and_answers(store: StoreServer) -> None:
+def test_start_prints_the_address_and_answers(store: StoreServer) -> None:
     assert f"{without_secrets(store.store)} is served at {store.url} and asks for no key" in store.log.read_text()
     with store.client() as client:
         assert client.get("/healthz").json() == {"status": "ok"}
@@ -36,10 +36,10 @@ def refused(*arguments: str) -> str:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
-def test_other_machines_are_not_let_in_without_a_key(host: str) -> None:
-    said = refused("--host", host)
-    assert f"{host} can be reached from other machines" in said
-    assert "--api-key" in said
+def test_public_host_without_a_key_is_refused(host: str) -> None:
+    output = refused("--host", host)
+    assert f"{host} can be reached from other machines" in output
+    assert "--api-key" in output
 
 
 @pytest.mark.parametrize(
@@ -52,29 +52,29 @@ def test_other_machines_are_not_let_in_without_a_key(host: str) -> None:
         (["--n-workers", "4"], "--port of its own"),
     ],
 )
-def test_options_of_agent_lightning_are_answered_with_what_to_use_instead(arguments: list[str], instead: str) -> None:
-    said = refused(*arguments)
-    assert instead in said
-    assert "Agent Lightning 0.3" in said
+def test_options_of_agent_lightning_0_3_name_their_replacement(arguments: list[str], instead: str) -> None:
+    output = refused(*arguments)
+    assert instead in output
+    assert "Agent Lightning 0.3" in output
 
 
 @pytest.mark.parametrize("arguments", [["--port=65536"], ["--port=x"], ["--max-body-mb=0"], ["--log-level=loud"]])
-def test_values_that_make_no_sense_are_refused(arguments: list[str]) -> None:
+def test_invalid_option_values_are_refused(arguments: list[str]) -> None:
     assert arguments[0].partition("=")[0] in refused(*arguments)
 
 
-def test_a_port_that_is_taken_is_told(store: StoreServer, tmp_path: Path) -> None:
+def test_port_in_use_is_reported(store: StoreServer, tmp_path: Path) -> None:
     port = store.url.rpartition(":")[2]
     assert f"cannot listen on 127.0.0.1:{port}" in refused("--port", port, "--store", str(tmp_path / "other.db"))
 
 
-def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
+def test_file_that_is_no_store_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("not a database, but long enough to be looked at as one" * 100)
     assert f"agl store: {path} is no SQLite file" in refused("--store", str(path))
 
 
-def test_sigterm_answers_what_was_asked_and_ends(tmp_path: Path) -> None:
+def test_sigterm_finishes_requests_and_exits(tmp_path: Path) -> None:
     with StoreServer(tmp_path / "store.db") as server, server.client() as client:
         [rollout] = client.post("/v1/agl/queues/rollouts/enqueue", json={"rollouts": [{"input": 1}]}).json()
         server.stop()
@@ -82,12 +82,12 @@ def test_sigterm_answers_what_was_asked_and_ends(tmp_path: Path) -> None:
         assert client.get(f"/v1/agl/rollouts/{rollout['rollout_id']}").json() == rollout
 
 
-def test_whoever_waits_for_rollouts_is_told_to_ask_again_when_it_ends(tmp_path: Path) -> None:
+def test_sigterm_tells_waiting_clients_to_retry(tmp_path: Path) -> None:
     with StoreServer(tmp_path / "store.db") as server, ThreadPoolExecutor(1) as pool, server.client() as client:
         [rollout] = client.post("/v1/agl/queues/rollouts/enqueue", json={"rollouts": [{"input": 1}]}).json()
         body = {"rollout_ids": [rollout["rollout_id"]], "timeout": None}
         waiting = pool.submit(client.post, "/v1/agl/waits/rollouts", json=body)
-        # It, and this one that asks.
+        # The waiting request, and this one.
         until(lambda: "agl_store_requests_in_progress 2.0" in client.get("/metrics").text)
         server.stop()
         answer = waiting.result()
@@ -95,13 +95,13 @@ def test_whoever_waits_for_rollouts_is_told_to_ask_again_when_it_ends(tmp_path: 
         assert answer.json() == {"detail": "the store is being stopped"}
 
 
-def test_what_was_answered_while_it_ended_is_there(tmp_path: Path) -> None:
+def test_writes_answered_during_shutdown_are_kept(tmp_path: Path) -> None:
     with StoreServer(tmp_path / "store.db") as server:
         answered: list[str] = []
 
         def start_rollouts() -> None:
             with server.client() as client:
-                # Until the server is gone.
+                # Ends with an error when the server is gone.
                 while True:
                     answered.append(client.post("/v1/agl/rollouts", json={"input": 1}).json()["rollout_id"])
 
@@ -124,15 +124,15 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_what_is_missing_is_what_the_extra_installs() -> None:
+def test_listed_packages_are_those_of_the_extra() -> None:
     extra = [requirement for requirement in requires("agentlightning") or () if "extra == 'store'" in requirement]
     assert tuple(re.split(r"[<>=!;]", requirement)[0] for requirement in extra) == PACKAGES
 
 
-def test_what_is_missing_is_told_with_how_to_install_it(tmp_path: Path) -> None:
-    # Without site-packages there is nothing but this package and the standard library.
-    said = refused_by(sys.executable, "-S", "-m", "agentlightning", "store", "--store", str(tmp_path / "store.db"))
-    assert f"{sys.executable} -m pip install fastapi" in said
+def test_missing_package_says_how_to_install_it(tmp_path: Path) -> None:
+    # -S leaves only this package and the standard library.
+    output = refused_by(sys.executable, "-S", "-m", "agentlightning", "store", "--store", str(tmp_path / "store.db"))
+    assert f"{sys.executable} -m pip install fastapi" in output
 
 
 def refused_by(*command: str) -> str:

@@ -1,4 +1,4 @@
-"""What a browser is made to send by a page of somebody else changes nothing, and shows nothing."""
+"""Requests that pages of other origins make a browser send: they change and reveal nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KEYS = {"without a key": None, "with one": KEY}
 
 
 def waiting(client: httpx.Client) -> int:
-    """How many rollouts are in the queue."""
+    """Return the number of queued rollouts."""
     return client.get("/v1/agl/rollouts?status_in=queuing").json()["total"]
 
 
@@ -57,50 +57,50 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("headers", FOREIGN.values(), ids=FOREIGN)
-def test_a_page_of_another_origin_changes_nothing(client: httpx.Client, headers: dict[str, str]) -> None:
+def test_change_from_another_origin_answers_403(client: httpx.Client, headers: dict[str, str]) -> None:
     before = waiting(client)
 
     for path in (DEQUEUE, "/v1/agl/rollouts/ro-1/attempts", "/v3/auth/token", "/v1/traces", "/nothing"):
         answer = client.post(path, headers=headers)
         assert answer.status_code == 403, path
-        assert answer.json()["detail"].startswith("a page of "), path
+        assert answer.json()["detail"].startswith("pages of "), path
         assert "--cors-origin" in answer.json()["detail"]
     for method in ("PUT", "PATCH", "DELETE"):
         assert client.request(method, "/v1/agl/rollouts", headers=headers).status_code == 403
     assert waiting(client) == before
 
 
-def test_a_page_of_an_origin_that_is_allowed_may(client: httpx.Client) -> None:
+def test_change_from_an_allowed_origin_is_made(client: httpx.Client) -> None:
     for headers in ({"Origin": PAGE}, {"Origin": PAGE, "Sec-Fetch-Site": "cross-site"}):
         answer = client.post(DEQUEUE, headers=headers)
         assert answer.status_code == 200
         assert answer.headers["access-control-allow-origin"] == PAGE
 
 
-def test_a_page_of_an_origin_that_is_allowed_asks_before(client: httpx.Client) -> None:
+def test_preflight_of_an_allowed_origin_is_answered(client: httpx.Client) -> None:
     asks = {"Origin": PAGE, "Sec-Fetch-Site": "cross-site", "Access-Control-Request-Method": "POST"}
     assert client.options(DEQUEUE, headers=asks).status_code == 200
 
 
-def test_pages_of_the_server_itself_may(server: StoreServer, client: httpx.Client) -> None:
+def test_change_from_its_own_pages_is_made(server: StoreServer, client: httpx.Client) -> None:
     for headers in (
         {"Origin": server.url},
         {"Origin": server.url, "Sec-Fetch-Site": "same-origin"},
-        # As behind a proxy, which takes TLS off.
+        # Behind a proxy that terminates TLS.
         {"Origin": "https://store.example", "Sec-Fetch-Site": "same-origin"},
     ):
         assert client.post(DEQUEUE, headers=headers).status_code == 200
 
 
-def test_who_is_no_browser_may(client: httpx.Client) -> None:
+def test_change_without_browser_headers_is_made(client: httpx.Client) -> None:
     assert client.post(DEQUEUE).status_code == 200
 
 
-def test_a_link_on_another_page_leads_to_ours(client: httpx.Client) -> None:
+def test_link_from_another_site_opens_the_page(client: httpx.Client) -> None:
     assert client.get("/", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 200
 
 
-def test_where_any_origin_is_allowed_the_page_has_to_have_the_key_itself(tmp_path: Path) -> None:
+def test_any_origin_still_needs_the_key_from_the_page(tmp_path: Path) -> None:
     headers = {"Origin": OTHER, "Sec-Fetch-Site": "cross-site"}
     with StoreServer(tmp_path / "store.db", "--cors-origin=*", key=KEY) as server:
         by_the_browser = httpx.post(server.url + DEQUEUE, headers=headers, auth=("agl", KEY))
@@ -109,7 +109,7 @@ def test_where_any_origin_is_allowed_the_page_has_to_have_the_key_itself(tmp_pat
     assert (by_the_browser.status_code, by_the_page.status_code) == (403, 200)
 
 
-def test_where_any_origin_is_allowed_and_there_is_no_key_any_page_may(tmp_path: Path) -> None:
+def test_any_origin_without_a_key_may_make_changes(tmp_path: Path) -> None:
     with StoreServer(tmp_path / "store.db", "--cors-origin=*") as server:
         headers = {"Origin": OTHER, "Sec-Fetch-Site": "cross-site"}
         assert httpx.post(server.url + DEQUEUE, headers=headers).status_code == 200
@@ -126,13 +126,13 @@ OWN = ("localhost", "LOCALHOST:{port}", "127.0.0.1", "127.0.0.1:{port}", "127.1.
 
 
 def called(host: str, server: StoreServer) -> dict[str, str]:
-    """The headers of a browser that shows a page of this host."""
+    """Make the headers of a browser that shows a page of this host."""
     host = host.format(port=urlsplit(server.url).port)
     return {"Host": host, "Origin": f"http://{host}", "Sec-Fetch-Site": "same-origin"}
 
 
 @pytest.mark.parametrize("host", REBOUND)
-def test_a_name_that_is_made_to_mean_this_machine_opens_nothing(keyless: StoreServer, host: str) -> None:
+def test_rebound_host_name_answers_421(keyless: StoreServer, host: str) -> None:
     headers = called(host, keyless)
     with keyless.client() as client:
         for method, path in (("GET", "/"), ("GET", "/v1/agl/rollouts"), ("GET", "/sessions"), ("POST", DEQUEUE)):
@@ -143,34 +143,32 @@ def test_a_name_that_is_made_to_mean_this_machine_opens_nothing(keyless: StoreSe
 
 
 @pytest.mark.parametrize("host", OWN)
-def test_the_names_of_the_machine_itself_are_its_own(keyless: StoreServer, host: str) -> None:
+def test_loopback_host_names_are_accepted(keyless: StoreServer, host: str) -> None:
     with keyless.client() as client:
         for method, path in (("GET", "/"), ("GET", "/sessions"), ("POST", DEQUEUE)):
             assert client.request(method, path, headers=called(host, keyless)).status_code == 200, path
 
 
-def test_with_a_key_any_name_is_its_own(tmp_path: Path) -> None:
+def test_any_host_name_is_accepted_with_a_key(tmp_path: Path) -> None:
     with StoreServer(tmp_path / "store.db", key=KEY) as server, server.client() as client:
         headers = called("store.example", server)
         assert client.get("/v1/agl/rollouts", headers=headers).status_code == 200
         assert httpx.get(f"{server.url}/v1/agl/rollouts", headers=headers).status_code == 401
 
 
-def test_where_others_are_let_in_without_a_key_any_name_is_its_own(tmp_path: Path) -> None:
+def test_any_host_name_is_accepted_with_insecure(tmp_path: Path) -> None:
     command = [*AGL_STORE, "--host=0.0.0.0", "--insecure", "--port=0", f"--store={tmp_path / 'store.db'}"]
     with subprocess.Popen(command, env=without_agl(os.environ), stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        said = next(line for line in process.stderr if "is served at" in line)
-        url = f"http://127.0.0.1:{re.findall(r':([0-9]+) ', said)[-1]}"
-        # It says so when it listens, and answers a moment later.
+        started = next(line for line in process.stderr if "is served at" in line)
+        url = f"http://127.0.0.1:{re.findall(r':([0-9]+) ', started)[-1]}"
+        # The line is printed when it listens; it answers a moment later.
         with httpx.Client(transport=httpx.HTTPTransport(retries=5), timeout=SECONDS) as client:
             assert client.get(url, headers={"Host": "store.example"}).status_code == 200
         process.kill()
 
 
-def test_who_records_to_it_by_another_name_is_told_why_not(
-    keyless: StoreServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_recording_by_another_host_name_gives_the_reason(keyless: StoreServer, monkeypatch: pytest.MonkeyPatch) -> None:
     find = socket.getaddrinfo
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, *about: find("127.0.0.1", *about))
 

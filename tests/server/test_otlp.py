@@ -1,4 +1,4 @@
-"""What OpenTelemetry's exporters send is found again as spans: of the newest SDK, and of the oldest that is used."""
+"""OTLP: spans of OpenTelemetry's newest SDK and of the oldest in use are stored exactly; malformed ones are refused."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ def new_id(prefix: str) -> str:
 
 
 def an_attempt(client: httpx.Client) -> tuple[str, str]:
-    """The ids of a rollout that nothing was heard of, and of its attempt."""
+    """Start a rollout; return its id and its attempt's."""
     made = client.post("/v1/agl/rollouts", json={"input": 1}).json()
     return made["rollout_id"], made["attempt"]["attempt_id"]
 
 
-def spans_of(client: httpx.Client, **asked: Any) -> list[dict[str, Any]]:
-    found = client.get("/v1/agl/spans", params=asked)
+def spans_of(client: httpx.Client, **query: Any) -> list[dict[str, Any]]:
+    found = client.get("/v1/agl/spans", params=query)
     assert found.status_code == 200, found.text
     return found.json()["items"]
 
 
 def post_json(client: httpx.Client, *spans: dict[str, Any], resource: Any = None) -> dict[str, Any]:
-    """Send spans as OTLP JSON; returns the answer."""
+    """Send spans as OTLP JSON; return the answer."""
     body = {"resourceSpans": [{"resource": resource or {}, "scopeSpans": [{"spans": spans}]}]}
     answer = client.post("/v1/traces", json=body)
     assert answer.status_code == 200, answer.text
@@ -58,7 +58,7 @@ def post_json(client: httpx.Client, *spans: dict[str, Any], resource: Any = None
 
 
 def a_span(**fields: Any) -> dict[str, Any]:
-    """In OTLP JSON, with ids of its own."""
+    """Make a span in OTLP JSON, with random ids."""
     ids = {"traceId": uuid.uuid4().hex, "spanId": uuid.uuid4().hex[:16]}
     times = {"startTimeUnixNano": "1700000000000000000", "endTimeUnixNano": "1700000001500000000"}
     return {**ids, "name": "chat", **times, **fields}
@@ -69,14 +69,15 @@ def attribute(key: str, kind: str, value: Any) -> dict[str, Any]:
 
 
 def of_rollout(rollout_id: str, attempt_id: str | None = None) -> list[dict[str, Any]]:
-    """The attributes that say so."""
+    """Make the attributes that name a rollout and an attempt."""
     ids = {"rollout_id": rollout_id, "attempt_id": attempt_id}
     return [attribute(f"agentlightning.{name}", "stringValue", each) for name, each in ids.items() if each is not None]
 
 
 @pytest.mark.parametrize("compression", ["gzip", "none"])
 @pytest.mark.parametrize("version", ["newest", "1.38"])
-def test_what_the_sdk_exports_is_found_again(
+@pytest.mark.tier("all", new_store="postgresql")
+def test_spans_of_the_sdk_are_stored_exactly(
     version: str, compression: str, store: StoreServer, client: httpx.Client, lightning: Path
 ) -> None:
     python = str(lightning / "python") if version == "1.38" else sys.executable
@@ -94,7 +95,7 @@ def test_what_the_sdk_exports_is_found_again(
     assert version == "newest" or sent["version"].startswith("1.38.")
 
     found = spans_of(client, rollout_id=rollout_id, attempt_id=attempt_id)
-    # As they ended, but for the one that says which it is; the one that was sent twice is there once.
+    # By end, except for the span with a number of its own; the span sent twice is there once.
     assert [(each["name"], each["sequence_id"]) for each in found] == [("chat", 1), ("agent", 2), ("numbered", 40)]
     chat = found[0]
     assert chat["rollout_id"] == rollout_id
@@ -119,15 +120,15 @@ def test_what_the_sdk_exports_is_found_again(
     assert found[1]["parent_id"] is None
     assert found[1]["status"]["status_code"] == "UNSET"
 
-    # What a span says of itself is nearer than what its resource says, whose attempt is not of that rollout.
+    # Attributes of a span override those of its resource, whose attempt belongs to another rollout.
     [other] = spans_of(client, rollout_id=other_id)
     assert (other["name"], other["attempt_id"]) == ("of another", other_attempt_id)
     for each in (rollout_id, other_id):
         rollout = client.get(f"/v1/agl/rollouts/{each}").json()
         assert (rollout["status"], rollout["attempt"]["status"]) == ("running", "running")
         assert rollout["attempt"]["last_heartbeat_time"] is not None
-    asked = {"rollout_id": rollout_id, "attempt_id": attempt_id}
-    assert client.post("/v1/agl/spans/next", json=asked).json()["sequence_id"] > 40
+    query = {"rollout_id": rollout_id, "attempt_id": attempt_id}
+    assert client.post("/v1/agl/spans/next", json=query).json()["sequence_id"] > 40
 
 
 def test_logs_and_metrics_of_the_sdk_are_accepted(store: StoreServer) -> None:
@@ -138,32 +139,32 @@ def test_logs_and_metrics_of_the_sdk_are_accepted(store: StoreServer) -> None:
     from opentelemetry.sdk.metrics import MeterProvider
     from opentelemetry.sdk.metrics.export import MetricExportResult, PeriodicExportingMetricReader
 
-    said: list[Any] = []
+    results: list[Any] = []
 
     class Logs(OTLPLogExporter):
         def export(self, batch: Any) -> LogRecordExportResult:
-            said.append(super().export(batch))
-            return said[-1]
+            results.append(super().export(batch))
+            return results[-1]
 
     class Metrics(OTLPMetricExporter):
         def export(self, *arguments: Any, **named: Any) -> MetricExportResult:
-            said.append(super().export(*arguments, **named))
-            return said[-1]
+            results.append(super().export(*arguments, **named))
+            return results[-1]
 
     logs = LoggerProvider(shutdown_on_exit=False)
     logs.add_log_record_processor(SimpleLogRecordProcessor(Logs(f"{store.url}/v1/logs")))
     logs.get_logger("tests").emit(body="hello", severity_text="INFO")
     logs.shutdown()
-    assert said == [LogRecordExportResult.SUCCESS]
+    assert results == [LogRecordExportResult.SUCCESS]
     reader = PeriodicExportingMetricReader(Metrics(f"{store.url}/v1/metrics"), export_interval_millis=3_600_000)
     metrics = MeterProvider([reader], shutdown_on_exit=False)
     metrics.get_meter("tests").create_counter("calls").add(1)
     metrics.shutdown()
-    assert said[1:] == [MetricExportResult.SUCCESS]
+    assert results[1:] == [MetricExportResult.SUCCESS]
 
 
 @pytest.mark.parametrize("path", ["/v1/traces", "/v1/logs", "/v1/metrics"])
-def test_what_is_no_otlp_is_refused(path: str, client: httpx.Client) -> None:
+def test_malformed_otlp_is_refused(path: str, client: httpx.Client) -> None:
     for body, content_type, status in (
         (b"\xff garbage", "application/x-protobuf", 400),
         (b"garbage", "application/json", 400),
@@ -188,20 +189,20 @@ def test_what_is_no_otlp_is_refused(path: str, client: httpx.Client) -> None:
         {"resourceSpans": [{"scopeSpans": [{"spans": [a_span(startTimeUnixNano="9" * 100_000)]}]}]},
         {"resourceSpans": [{"scopeSpans": [{"spans": [a_span(attributes=[attribute("n", "intValue", "1e99")])]}]}]},
     ],
-    # Without the ids of spans, which are others each time.
+    # Without the ids of spans, which are random.
     ids=lambda body: re.sub(r"[0-9a-f]{16,}", "…", str(body))[:80],
 )
-def test_json_of_another_shape_is_refused_in_a_sentence(body: Any, client: httpx.Client) -> None:
+def test_json_of_another_shape_is_refused_with_a_sentence(body: Any, client: httpx.Client) -> None:
     answer = client.post("/v1/traces", json=body)
     assert answer.status_code == 400
     detail = answer.json()["detail"]
-    assert detail.startswith("the body is no OTLP request in application/json")
+    assert detail.startswith("the body is not an OTLP request in application/json")
     assert "\n" not in detail
     assert len(detail) < 500
 
 
 @pytest.mark.parametrize("detail", ["links", "events"])
-def test_what_becomes_much_more_than_it_was_is_refused(detail: str, client: httpx.Client) -> None:
+def test_too_many_events_and_links_are_refused(detail: str, client: httpx.Client) -> None:
     request = ExportTraceServiceRequest()
     span = request.resource_spans.add().scope_spans.add().spans.add(trace_id=bytes(16), span_id=bytes(8))
     for _ in range(100_001):
@@ -213,7 +214,7 @@ def test_what_becomes_much_more_than_it_was_is_refused(detail: str, client: http
     assert (answer.status_code, "100000 events and links" in answer.json()["detail"]) == (400, True)
 
 
-def test_json_has_ids_in_hexadecimal_and_long_numbers_as_text(client: httpx.Client) -> None:
+def test_otlp_json_reads_hexadecimal_ids_and_numbers_as_text(client: httpx.Client) -> None:
     rollout_id, attempt_id = an_attempt(client)
     values = [{"intValue": "0"}, {"intValue": 9707}, {"intValue": "0"}]
     span = a_span(
@@ -256,7 +257,7 @@ def test_json_has_ids_in_hexadecimal_and_long_numbers_as_text(client: httpx.Clie
     assert (linked["span_id"], linked["trace_state"]) == ("fedcba9876543210", {"k": "v"})
 
 
-def test_json_may_be_packed(client: httpx.Client) -> None:
+def test_otlp_json_may_be_gzipped(client: httpx.Client) -> None:
     rollout_id = new_id("packed")
     text = json.dumps({"resourceSpans": [{"scopeSpans": [{"spans": [a_span(attributes=of_rollout(rollout_id))]}]}]})
     body = gzip.compress(text.encode())
@@ -265,7 +266,7 @@ def test_json_may_be_packed(client: httpx.Client) -> None:
     assert len(spans_of(client, rollout_id=rollout_id)) == 1
 
 
-def test_a_batch_that_is_sent_twice_is_kept_once(client: httpx.Client) -> None:
+def test_batch_sent_twice_is_kept_once(client: httpx.Client) -> None:
     rollout_id, _ = an_attempt(client)
     spans = [a_span() for _ in range(20)]
     for _ in range(2):
@@ -275,7 +276,7 @@ def test_a_batch_that_is_sent_twice_is_kept_once(client: httpx.Client) -> None:
     assert [each["sequence_id"] for each in found] == list(range(1, 21))
 
 
-def test_numbers_are_issued_in_the_order_of_arrival(client: httpx.Client) -> None:
+def test_sequence_numbers_follow_the_order_of_arrival(client: httpx.Client) -> None:
     rollout_id, _ = an_attempt(client)
     for size in (1, 3, 2):
         post_json(client, *(a_span() for _ in range(size)), resource={"attributes": of_rollout(rollout_id)})
@@ -293,7 +294,7 @@ def test_spans_without_a_rollout_are_kept_under_their_trace(client: httpx.Client
     assert {(each["rollout_id"], each["attempt_id"], each["sequence_id"]) for each in found} == {(None, None, 0)}
 
 
-def test_spans_of_a_rollout_that_nobody_made_are_kept_under_its_id(client: httpx.Client) -> None:
+def test_spans_of_an_unknown_rollout_are_kept_under_its_id(client: httpx.Client) -> None:
     rollout_id = new_id("unknown")
     post_json(client, a_span(), a_span(attributes=of_rollout(rollout_id, "mine")), resource={"attributes": []})
     post_json(client, a_span(), resource={"attributes": of_rollout(rollout_id)})
@@ -302,7 +303,7 @@ def test_spans_of_a_rollout_that_nobody_made_are_kept_under_its_id(client: httpx
     assert client.get(f"/v1/agl/rollouts/{rollout_id}").json() is None
 
 
-def test_spans_whose_ids_have_another_length_are_counted_and_the_others_kept(client: httpx.Client) -> None:
+def test_spans_with_ids_of_wrong_length_are_counted_and_others_kept(client: httpx.Client) -> None:
     rollout_id = new_id("partly")
     good, bad = a_span(), [a_span(traceId="00ff"), a_span(spanId=""), a_span(spanId="00" * 9)]
     answer = post_json(client, *bad, good, resource={"attributes": of_rollout(rollout_id)})
@@ -312,20 +313,18 @@ def test_spans_whose_ids_have_another_length_are_counted_and_the_others_kept(cli
 
 
 UNREADABLE_SPANS: dict[str, tuple[dict[str, Any], str]] = {
-    "an id that is not hexadecimal": ({"spanId": "no hexadecimal"}, "none, as OTLP has it"),
-    "a name that is a number": ({"name": 7}, "none, as OTLP has it"),
-    "a number that is too long": ({"startTimeUnixNano": "9" * 30}, "none, as OTLP has it"),
-    "an attribute of another shape": ({"attributes": [{"key": {}}]}, "none, as OTLP has it"),
+    "an id that is not hexadecimal": ({"spanId": "no hexadecimal"}, "not a valid OTLP span"),
+    "a name that is a number": ({"name": 7}, "not a valid OTLP span"),
+    "a number that is too long": ({"startTimeUnixNano": "9" * 30}, "not a valid OTLP span"),
+    "an attribute of another shape": ({"attributes": [{"key": {}}]}, "not a valid OTLP span"),
     "a trace id of zeros": ({"traceId": "0" * 32}, "all zeros"),
     "a span id of zeros": ({"spanId": "0" * 16}, "all zeros"),
-    "a span id that is too short": ({"spanId": "00ff"}, "16 bytes and a span_id 8"),
+    "a span id that is too short": ({"spanId": "00ff"}, "must have 16 bytes, a span_id 8"),
 }
 
 
 @pytest.mark.parametrize(("fields", "reason"), UNREADABLE_SPANS.values(), ids=UNREADABLE_SPANS)
-def test_a_span_that_cannot_be_kept_is_counted_and_the_others_kept(
-    fields: dict[str, Any], reason: str, client: httpx.Client
-) -> None:
+def test_unstorable_span_is_counted_and_others_kept(fields: dict[str, Any], reason: str, client: httpx.Client) -> None:
     rollout_id = new_id("partly")
     good = [a_span() for _ in range(5)]
     sent = [*good[:2], a_span(**fields), *good[2:], a_span(**fields)]
@@ -336,11 +335,9 @@ def test_a_span_that_cannot_be_kept_is_counted_and_the_others_kept(
     assert [each["span_id"] for each in spans_of(client, rollout_id=rollout_id)] == [each["spanId"] for each in good]
 
 
-def test_spans_whose_ids_no_index_has_room_for_are_counted_and_the_others_kept(
-    store: StoreServer, client: httpx.Client
-) -> None:
+def test_spans_with_too_long_ids_are_counted_and_others_kept(store: StoreServer, client: httpx.Client) -> None:
     rollout_id = new_id("partly")
-    # What PostgreSQL cannot make short: an entry of an index has room for 2,700 bytes.
+    # PostgreSQL cannot compress these; an index entry has room for 2,700 bytes.
     long = "".join(chr(0x10000 + each) for each in random.Random(1).sample(range(0x10000), 512))
     good = [a_span() for _ in range(20)]
     bad = [a_span(attributes=of_rollout(long, long[::-1])) for _ in range(2)]
@@ -358,12 +355,10 @@ def test_spans_whose_ids_no_index_has_room_for_are_counted_and_the_others_kept(
     ("text", "expected"),
     [("a \ud83d b", "a ? b"), ("\udc00\ud83d", "??"), ("\ud83d\ude00", "\U0001f600"), ("\\ud83d", "\\ud83d")],
 )
-def test_halves_of_surrogate_pairs_in_json_become_question_marks(
-    text: str, expected: str, client: httpx.Client
-) -> None:
+def test_unpaired_surrogates_in_json_become_question_marks(text: str, expected: str, client: httpx.Client) -> None:
     rollout_id = new_id("surrogates")
-    said = [*of_rollout(rollout_id), attribute("text", "stringValue", text)]
-    sent = [a_span(), a_span(name=text, attributes=said), a_span(attributes=of_rollout(rollout_id))]
+    attributes = [*of_rollout(rollout_id), attribute("text", "stringValue", text)]
+    sent = [a_span(), a_span(name=text, attributes=attributes), a_span(attributes=of_rollout(rollout_id))]
     body = json.dumps({"resourceSpans": [{"scopeSpans": [{"spans": sent}]}]})
     answer = client.post("/v1/traces", content=body, headers={"Content-Type": "application/json"})
     assert (answer.status_code, answer.json()) == (200, {})
@@ -377,7 +372,7 @@ def test_halves_of_surrogate_pairs_in_json_become_question_marks(
     [(b"a \xff b", "a ? b"), (b"\xed\xa0\xbd", "?"), (b"\xc3", "?"), ("größe".encode("latin-1"), "gr??e")],
 )
 @pytest.mark.parametrize("kind", ["protobuf", "json"])
-def test_text_that_is_no_utf_8_is_mended(kind: str, text: bytes, expected: str, client: httpx.Client) -> None:
+def test_text_that_is_not_utf_8_is_repaired(kind: str, text: bytes, expected: str, client: httpx.Client) -> None:
     rollout_id = new_id("latin")
     mark = "MARK" + "x" * (len(text) - 4) if len(text) > 4 else "MARK"[: len(text)]
     if kind == "json":
@@ -403,8 +398,8 @@ def test_text_that_is_no_utf_8_is_mended(kind: str, text: bytes, expected: str, 
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
-def test_headers_name_a_rollout_in_utf_8_or_else_in_latin_1(encoding: str, client: httpx.Client) -> None:
-    """As vLLM servers read them: a call and its span find each other."""
+def test_headers_name_a_rollout_in_utf_8_or_latin_1(encoding: str, client: httpx.Client) -> None:
+    """vLLM servers read headers the same way, so that a call and its span match."""
     rollout_id, attempt_id = new_id("größe"), "versuch-ü"
     headers = {b"x-agl-rollout-id": rollout_id.encode(encoding), b"x-agl-attempt-id": attempt_id.encode(encoding)}
     body = {"resourceSpans": [{"scopeSpans": [{"spans": [a_span()]}]}]}
@@ -414,14 +409,14 @@ def test_headers_name_a_rollout_in_utf_8_or_else_in_latin_1(encoding: str, clien
 
 
 @pytest.mark.parametrize("parent", ["", "0" * 16, None])
-def test_a_parent_of_zeros_is_none(parent: str | None, client: httpx.Client) -> None:
+def test_parent_of_zeros_is_no_parent(parent: str | None, client: httpx.Client) -> None:
     rollout_id = new_id("root")
     post_json(client, a_span(parentSpanId=parent, attributes=of_rollout(rollout_id)))
     [found] = spans_of(client, rollout_id=rollout_id)
     assert found["parent_id"] is None
 
 
-def test_what_many_spans_have_in_common_is_kept_once(tmp_path: Path) -> None:
+def test_shared_resource_and_scope_are_stored_once(tmp_path: Path) -> None:
     path = tmp_path / "store.db"
     rollout_id = new_id("common")
     long = attribute("long", "stringValue", "x" * 100_000)
@@ -439,7 +434,7 @@ def test_what_many_spans_have_in_common_is_kept_once(tmp_path: Path) -> None:
     assert path.stat().st_size < 8 << 20
 
 
-def test_protobuf_is_answered_in_protobuf(client: httpx.Client) -> None:
+def test_protobuf_request_gets_a_protobuf_answer(client: httpx.Client) -> None:
     request = ExportTraceServiceRequest()
     request.resource_spans.add().scope_spans.add().spans.add(trace_id=b"short", span_id=b"12345678")
     answer = client.post("/v1/traces", content=request.SerializeToString(), headers=PROTOBUF)
@@ -447,7 +442,7 @@ def test_protobuf_is_answered_in_protobuf(client: httpx.Client) -> None:
     assert ExportTraceServiceResponse.FromString(answer.content).partial_success.rejected_spans == 1
 
 
-def test_doubles_that_json_has_no_number_for_are_told_by_name(client: httpx.Client) -> None:
+def test_non_finite_doubles_become_their_names(client: httpx.Client) -> None:
     rollout_id = new_id("doubles")
     values = {"a": float("nan"), "b": float("inf"), "c": float("-inf"), "d": 5e-324, "e": -0.0}
     request = ExportTraceServiceRequest()
@@ -469,18 +464,18 @@ def test_doubles_that_json_has_no_number_for_are_told_by_name(client: httpx.Clie
     assert (second["attributes"]["f"], second["attributes"]["g"]) == ("NaN", "-Infinity")
 
 
-def test_no_two_attempts_share_a_span(client: httpx.Client) -> None:
+def test_span_belongs_to_one_attempt_only(client: httpx.Client) -> None:
     rollout_id, first = an_attempt(client)
     second = client.post(f"/v1/agl/rollouts/{rollout_id}/attempts").json()["attempt"]["attempt_id"]
     span = a_span()
     for attempt_id in (first, second, None):
         post_json(client, span, resource={"attributes": of_rollout(rollout_id, attempt_id)})
-    # Without an attempt it is of the latest, which has it.
+    # Without an attempt, the span belongs to the latest, which already has it.
     assert [each["attempt_id"] for each in spans_of(client, rollout_id=rollout_id)] == [first, second]
 
 
-def test_what_is_sent_again_stays_with_its_attempt(client: httpx.Client) -> None:
-    """A span that names no attempt is of the latest: of that when it came first."""
+def test_span_sent_again_stays_with_its_attempt(client: httpx.Client) -> None:
+    """A span without an attempt belongs to the attempt that was the latest when it first arrived."""
     rollout_id, attempt_id = an_attempt(client)
     sent = a_span(attributes=of_rollout(rollout_id))
     post_json(client, sent)
@@ -493,8 +488,8 @@ def test_what_is_sent_again_stays_with_its_attempt(client: httpx.Client) -> None
     assert second["attempt_id"] != attempt_id
 
 
-def test_rollouts_are_locked_in_one_order_whatever_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two servers that get spans of the same rollouts, each would wait for what the other has locked."""
+def test_batch_locks_rollouts_in_one_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In different orders, two servers with spans of the same rollouts would deadlock."""
     ids = [new_id("ro") for _ in range(20)]
     heard_of, numbered = [], []
     number = spans.next_sequence_ids

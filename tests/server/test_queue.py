@@ -17,7 +17,7 @@ from tests.common.generations import HOSTILE
 from tests.server.process import StoreServer
 
 RUNNERS = 8
-ROLLOUTS = 400
+ROLLOUTS, FEWER_ROLLOUTS = 400, 100
 SECONDS = 60
 
 Clients = tuple[httpx.Client, httpx.Client]
@@ -76,10 +76,14 @@ def until(client: httpx.Client, rollout_id: str, status: str) -> dict[str, Any]:
     return found
 
 
-def test_runners_of_two_servers_never_get_the_same_rollout(servers: tuple[StoreServer, StoreServer]) -> None:
+def test_runners_of_two_servers_never_get_the_same_rollout(
+    servers: tuple[StoreServer, StoreServer], thorough: bool
+) -> None:
+    rollouts = ROLLOUTS if thorough else FEWER_ROLLOUTS
+
     def enqueued(server: StoreServer, name: str) -> list[str]:
         with server.client() as client:
-            return [rollout_id for n in range(ROLLOUTS // 20) for rollout_id in enqueue(client, *[(name, n)] * 10)]
+            return [rollout_id for n in range(rollouts // 20) for rollout_id in enqueue(client, *[(name, n)] * 10)]
 
     def taken(number: int) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []

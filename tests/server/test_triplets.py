@@ -315,6 +315,7 @@ def test_many_spans_come_back_with_the_ids_of_each(client: httpx.Client, recorde
     assert [each["attributes"]["prompt_token_ids"][0] for each in found] == [*range(150)]
 
 
+@pytest.mark.tier("all", new_store="postgresql")
 def test_agent_lightnings_own_adapter_finds_the_same_triplets(
     store: StoreServer, client: httpx.Client, recorded: Store, lightning: Path
 ) -> None:

@@ -98,6 +98,7 @@ def many(url: str, database: Database) -> list[str]:
     return names
 
 
+@pytest.mark.tier("test")
 def test_pages_have_each_rollout_once_in_every_order(database: Database, many: list[str]) -> None:
     for column in COLUMNS:
         for descending in (True, False):

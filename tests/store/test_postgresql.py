@@ -28,7 +28,7 @@ WRITERS = 4
 BATCHES = 25
 BATCH = 20
 KILLS = 20
-FEW_KILLS = 3
+FEW_KILLS = 2
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ WRITERS = 4
 BATCHES = 25
 BATCH = 20
 KILLS = 20
-FEW_KILLS = 5
+FEW_KILLS = 3
 # A generation longer than a page of the file, so that a torn one could be told.
 LONG = 5_000
 

@@ -488,6 +488,8 @@ REWARDS: dict[str, tuple[str, dict[str, Any], float | None]] = {
 }
 
 
+# How a reward is read is the same for both databases.
+@pytest.mark.tier("all", new_store="postgresql")
 @pytest.mark.parametrize(("name", "said", "expected"), REWARDS.values(), ids=REWARDS)
 def test_rewards_of_every_version_count(
     store: Store, database: Database, name: str, said: dict[str, Any], expected: float | None
@@ -680,6 +682,7 @@ def attempts_of_agents(draw: strategies.DrawFn) -> tuple[list[Generation], list[
     return calls, new, expected
 
 
+@pytest.mark.tier("test")
 @settings(max_examples=40, deadline=None, suppress_health_check=UNHURRIED)
 @given(found=attempts_of_agents(), data=strategies.data())
 def test_whatever_the_order_of_arrival_each_call_has_the_reward_that_came_after_it(
@@ -706,6 +709,9 @@ def test_whatever_the_order_of_arrival_each_call_has_the_reward_that_came_after_
     ]
 
 
+@pytest.mark.tier("test")
+# The same statements run on PostgreSQL in the test above.
+@pytest.mark.tier("all", new_store="postgresql")
 @settings(max_examples=40, deadline=None, suppress_health_check=UNHURRIED)
 @given(found=attempts_of_agents(), data=strategies.data())
 def test_a_reward_that_was_shown_stays_where_it_is_whatever_span_arrives_next(

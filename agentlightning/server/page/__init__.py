@@ -1,7 +1,7 @@
-"""The page at `/`: what is in the store, for people who would rather look than read. It changes nothing.
+"""Web pages at `/` that show what is in the store, and change nothing.
 
-Each page is a template, whole in itself, and works without a script but for the plot and the keys. htmx asks for the
-same page again and puts in what has changed; nothing has a second form as JSON.
+Each page is a complete template, and works without scripts except for the plot and the keys. htmx requests the same
+page again and swaps in what has changed; nothing has a second form as JSON.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What was said in a rollout: its calls in order, each with what its prompt has that the call before it had not."""
+"""The conversation of a rollout: its calls in order, each with the part of its prompt that is new."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from sqlalchemy import Connection
 from agentlightning.generation import Generation
 from agentlightning.store import generations, triplets
 
-__all__ = ["Answer", "Call", "of_rollout", "without_rollout"]
+__all__ = ["Answer", "Call", "conversation_of", "unassigned_calls"]
 
 CALLS_SHOWN = 200
-# A first prompt, with instructions and tools, is looked at less often than what is said after it.
+# A long first prompt, with instructions and tools, is read less often than the messages after it.
 FOLDED_CHARACTERS = 1500
 NANOSECONDS = 1e9
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One of the answers to a prompt; `text` is None where none is kept."""
+    """One of the answers to a prompt; `text` is None if no text is kept."""
 
     index: int
     text: str | None
@@ -31,14 +31,14 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A generation, as the conversation has it.
+    """A generation, as the conversation shows it.
 
     Attributes:
-        span_id: of the span that names it.
+        span_id: the span that names it.
         started, finished: seconds since the epoch.
-        is_continued: whether the prompt begins with what was said before, and `said` is the rest of it.
-        said: None where no text is kept.
-        reward: of the generation, whichever of its answers it is for.
+        is_continued: whether the prompt repeats earlier text, which `new_text` leaves out.
+        new_text: the new part of the prompt; None if no text is kept.
+        reward: the reward of the generation, whichever of its answers it is for.
     """
 
     id: str
@@ -51,33 +51,33 @@ class Call:
     finished: float
     prompt_ids: int
     is_continued: bool
-    said: str | None
+    new_text: str | None
     reward: float | None
     answers: Sequence[Answer]
 
     @property
     def is_folded(self) -> bool:
-        return len(self.said or "") > FOLDED_CHARACTERS
+        return len(self.new_text or "") > FOLDED_CHARACTERS
 
 
-def of_rollout(connection: Connection, rollout_id: str) -> tuple[list[Call], int]:
-    """The calls of a rollout, in the order of its triplets; and how many more there are than are shown."""
+def conversation_of(connection: Connection, rollout_id: str) -> tuple[list[Call], int]:
+    """Return the calls of a rollout in the order of its triplets, and the number of calls left out."""
     places = triplets.places_of(connection, rollout_id)
     found: list[Call] = []
-    # What was said so far in each attempt: one agent's calls may come between those of another.
-    said: defaultdict[str | None, list[str]] = defaultdict(list)
+    # Texts of each attempt so far: the calls of two agents may alternate.
+    texts: defaultdict[str | None, list[str]] = defaultdict(list)
     for place in places[:CALLS_SHOWN]:
         generation = generations.find(connection, place.generation_id)
         if generation is not None:
-            so_far = said[place.attempt_id]
-            before = _beginning(generation.prompt_text, so_far)
+            so_far = texts[place.attempt_id]
+            before = _repeated_part(generation.prompt_text, so_far)
             found.append(_call(generation, place.attempt_id, place.span_id, before, place.reward))
             so_far += _texts_of(generation)
     return found, max(len(places) - CALLS_SHOWN, 0)
 
 
-def without_rollout(connection: Connection) -> list[Call]:
-    """The last calls that belong to no rollout, the last one first."""
+def unassigned_calls(connection: Connection) -> list[Call]:
+    """Return the last calls without a rollout, the latest first."""
     found = generations.latest(connection, {"rollout_id": None}, CALLS_SHOWN)
     return [_call(each, each.attempt_id, None, "", None) for each in found]
 
@@ -97,7 +97,7 @@ def _call(
         finished=generation.finished_at / NANOSECONDS,
         prompt_ids=len(generation.prompt_token_ids or ()),
         is_continued=bool(before),
-        said=None if prompt is None else prompt[len(before) :],
+        new_text=None if prompt is None else prompt[len(before) :],
         reward=reward,
         answers=[
             Answer(each.index, each.text, len(each.token_ids or ()), each.finish_reason) for each in generation.choices
@@ -106,9 +106,9 @@ def _call(
 
 
 def _texts_of(generation: Generation) -> Iterator[str]:
-    """What a later prompt may begin with: this one, and, last, this one with its answer.
+    """Yield the texts that a later prompt may begin with: this prompt, then this prompt with each answer.
 
-    A chat template may leave out of an answer, once it is said, what was thought before it.
+    A chat template may leave the reasoning out of an earlier answer.
     """
     if generation.prompt_text:
         yield generation.prompt_text
@@ -116,6 +116,6 @@ def _texts_of(generation: Generation) -> Iterator[str]:
             yield generation.prompt_text + (each.text or "")
 
 
-def _beginning(prompt: str | None, so_far: Sequence[str]) -> str:
-    """The last of what was said so far that the prompt begins with; empty where it begins with none of it."""
+def _repeated_part(prompt: str | None, so_far: Sequence[str]) -> str:
+    """Return the latest text that the prompt begins with; empty if there is none."""
     return "" if prompt is None else next((text for text in reversed(so_far) if prompt.startswith(text)), "")

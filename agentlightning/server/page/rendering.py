@@ -1,4 +1,4 @@
-"""Templates, and how numbers and moments are written in them."""
+"""Templates, and the format of numbers and times in them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from urllib.parse import urlencode
 
 from fastapi import Request
 from fastapi.responses import HTMLResponse
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, pass_context
+from jinja2.runtime import Context
 from markupsafe import Markup, escape
 
 import agentlightning
@@ -23,7 +24,7 @@ _HERE = Path(__file__).parent
 STATIC = _HERE / "static"
 
 HEADERS = {
-    # Only what the store itself serves, and nothing that is written into a page.
+    # Only scripts and styles that the store itself serves, and none inline.
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
         "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
@@ -37,20 +38,25 @@ MINUTE, HOUR = 60, 3600
 
 
 def page(request: Request, template: str, status: int = 200, /, **values: Any) -> HTMLResponse:
-    """The page that a template makes of these values."""
+    """Render a template with these values.
+
+    Addresses on the page are relative, so that it works behind a proxy that serves it below another path.
+    """
+    path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
+    root = "../" * (path.count("/") - 1) or "./"
     has_sessions = hasattr(request.app.state, "clients")
-    text = _environment.get_template(template).render(**values, path=request.url.path, has_sessions=has_sessions)
-    # Halves of surrogate pairs are no characters that could be sent.
+    text = _environment.get_template(template).render(**values, path=path, root=root, has_sessions=has_sessions)
+    # Unpaired surrogates cannot be encoded.
     return HTMLResponse(text.encode("utf-8", "replace"), status, HEADERS)
 
 
 def _number(value: int) -> str:
-    """With a thin space between thousands, which is right in every language."""
+    """Separate thousands with a thin space, which is right in every language."""
     return f"{value:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
 
 
-def _moment(seconds: float | None) -> Markup:
-    """Seconds since the epoch, as UTC."""
+def _timestamp(seconds: float | None) -> Markup:
+    """Format seconds since the epoch as UTC."""
     if seconds is None:
         return Markup('<span class="none">\N{EN DASH}</span>')
     with suppress(ValueError, OverflowError, OSError):
@@ -58,12 +64,12 @@ def _moment(seconds: float | None) -> Markup:
         return Markup('<time datetime="{}">{}</time>').format(
             at.isoformat(timespec="milliseconds"), at.strftime("%Y-%m-%d\N{NO-BREAK SPACE}%H:%M:%S")
         )
-    # Of a year that no calendar has.
+    # Beyond the years that a calendar has.
     return escape(f"{seconds} s")
 
 
 def _seconds(value: float | None) -> str:
-    """How long something took, as exactly as it matters."""
+    """Format a duration, as precisely as matters."""
     if value is None or not math.isfinite(value):
         return "\N{EN DASH}"
     space = "\N{NO-BREAK SPACE}"
@@ -80,18 +86,21 @@ def _reward(value: float | None) -> str:
     return "\N{EN DASH}" if value is None else f"{value:g}"
 
 
-def _link(path: str, **query: object) -> str:
-    """The address of a page; what is None is left out of it."""
-    said = {name: value for name, value in query.items() if value is not None}
-    return f"{path}?{urlencode(said, errors='replace')}" if said else path
+@pass_context
+def _link(context: Context, path: str, **query: object) -> str:
+    """Return the relative address of a path of the server with a query, without parameters that are None."""
+    path = context["root"] + path.removeprefix("/")
+    given = {name: value for name, value in query.items() if value is not None}
+    return f"{path}?{urlencode(given, errors='replace')}" if given else path
 
 
-def _file(name: str) -> str:
-    """The address of a script or a style, another one in each release."""
-    return f"/page/{agentlightning.__version__}/{name}"
+@pass_context
+def _file(context: Context, name: str) -> str:
+    """Return the relative address of a script or stylesheet, different in each release."""
+    return f"{context['root']}page/{agentlightning.__version__}/{name}"
 
 
-def _made() -> Environment:
+def _create_environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(_HERE / "templates"),
         autoescape=True,
@@ -101,7 +110,7 @@ def _made() -> Environment:
     )
     filters: dict[str, Callable[..., Any]] = {
         "number": _number,
-        "moment": _moment,
+        "timestamp": _timestamp,
         "seconds": _seconds,
         "reward": _reward,
     }
@@ -110,4 +119,4 @@ def _made() -> Environment:
     return environment
 
 
-_environment = _made()
+_environment = _create_environment()

@@ -1,4 +1,4 @@
-"""The addresses of the page, and what is read for each."""
+"""Routes of the web pages."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from fastapi import Query, Request, Response
 from fastapi.responses import FileResponse
 from sqlalchemy import Connection
 
-from agentlightning.server.page import conversation, listing, timeline, tokens
-from agentlightning.server.page.listing import Listing
+from agentlightning.server.page.api_reference import ApiReference, api_reference_of
+from agentlightning.server.page.conversation import conversation_of, unassigned_calls
+from agentlightning.server.page.generation import choice_values, prompt_tokens
 from agentlightning.server.page.rendering import STATIC, page
-from agentlightning.server.page.senders import charted
+from agentlightning.server.page.rollout_table import TableQuery, absence_of, table_of
+from agentlightning.server.page.sender_table import sender_row
+from agentlightning.server.page.timeline import timeline_of
 from agentlightning.server.routes.common import Database, router
 from agentlightning.server.schemas import Id
 from agentlightning.store import rollouts, senders
@@ -20,7 +23,7 @@ from agentlightning.store import rollouts, senders
 __all__ = ["routes"]
 
 FILES = {path.name: path for path in STATIC.iterdir()}
-# A day: which release of ours it is of is in its address.
+# A day: each release has addresses of its own.
 CACHED = {"Cache-Control": "private, max-age=86400"}
 NANOSECONDS = 1_000_000_000
 HOUR = 3600
@@ -29,9 +32,9 @@ routes = router("page", prefix="")
 
 
 @routes.get("/", include_in_schema=False)
-async def show_rollouts(request: Request, asked: Annotated[Listing, Query()], database: Database) -> Response:
-    """All rollouts."""
-    found = await database.read(lambda connection: listing.of_page(connection, asked))
+async def show_rollouts(request: Request, query: Annotated[TableQuery, Query()], database: Database) -> Response:
+    """Show the table of rollouts."""
+    found = await database.read(lambda connection: table_of(connection, query))
     return page(request, "rollouts.html", **found, address=str(request.base_url).rstrip("/"))
 
 
@@ -39,23 +42,23 @@ async def show_rollouts(request: Request, asked: Annotated[Listing, Query()], da
 async def show_rollout(
     request: Request, database: Database, rollout_id: Annotated[Id | None, Query(alias="id")] = None
 ) -> Response:
-    """One rollout; without an id, the calls that belong to none."""
+    """Show one rollout; without an id, the calls without a rollout."""
 
     def read(connection: Connection) -> dict[str, Any] | None:
         if rollout_id is None:
-            return {"calls": conversation.without_rollout(connection)}
+            return {"calls": unassigned_calls(connection)}
         found = rollouts.find(connection, rollout_id)
-        calls, more_calls = conversation.of_rollout(connection, rollout_id)
-        shown = timeline.of_rollout(connection, rollout_id, found, calls)
+        calls, more_calls = conversation_of(connection, rollout_id)
+        shown = timeline_of(connection, rollout_id, found, calls)
         if found is None and not shown.rows:
             return None
         has_answers = any(call.status == "finished" for call in calls)
-        why = None if has_answers else listing.why(connection, rollout_id, None if found is None else found.status)
-        return {"calls": calls, "more_calls": more_calls, "timeline": shown, "rollout": found, "absence": why}
+        absence = None if has_answers else absence_of(connection, rollout_id, None if found is None else found.status)
+        return {"calls": calls, "more_calls": more_calls, "timeline": shown, "rollout": found, "absence": absence}
 
     found = await database.read(read)
     if found is None:
-        return _nothing(request, f"There is no rollout {rollout_id!r}", "Nothing in this store names it.")
+        return _not_found(request, f"There is no rollout {rollout_id!r}", "Nothing in this store has this id.")
     if rollout_id is None:
         return page(request, "calls.html", **found)
     return page(request, "rollout.html", rollout_id=rollout_id, **found)
@@ -68,10 +71,10 @@ async def show_generation(
     generation_id: Annotated[Id, Query(alias="id")],
     choice: Annotated[int, Query(ge=0, le=(1 << 63) - 1)] = 0,
 ) -> Response:
-    """One generation, and one of its choices."""
-    found = await database.read(lambda connection: tokens.of_choice(connection, generation_id, choice))
+    """Show one generation, and one of its choices."""
+    found = await database.read(lambda connection: choice_values(connection, generation_id, choice))
     if found is None:
-        return _nothing(request, f"There is no generation {generation_id!r}", "Was it of another store?")
+        return _not_found(request, f"There is no generation {generation_id!r}", "It may be in another store.")
     return page(request, "generation.html", **found)
 
 
@@ -79,28 +82,38 @@ async def show_generation(
 async def show_prompt(
     request: Request, database: Database, generation_id: Annotated[Id, Query(alias="id")]
 ) -> Response:
-    """The ids of a generation's prompt: a part of its page, which most do not look at, and may be long."""
-    found = await database.read(lambda connection: tokens.of_prompt(connection, generation_id))
+    """Show the tokens of a generation's prompt: a long part of its page, loaded on demand."""
+    found = await database.read(lambda connection: prompt_tokens(connection, generation_id))
     if found is None:
-        return _nothing(request, f"There is no generation {generation_id!r}", "Was it of another store?")
-    return page(request, "prompt.html", text=found)
+        return _not_found(request, f"There is no generation {generation_id!r}", "It may be in another store.")
+    return page(request, "prompt.html", tokens=found)
 
 
 @routes.get("/senders", include_in_schema=False)
 async def show_senders(request: Request, database: Database) -> Response:
-    """Who writes here."""
+    """Show the senders of the last hour."""
     now = time.time_ns()
     found = await database.read(lambda connection: senders.recent(connection, now - HOUR * NANOSECONDS))
-    return page(request, "senders.html", senders=[charted(each, now) for each in found])
+    return page(request, "senders.html", senders=[sender_row(each, now) for each in found])
+
+
+@routes.get("/docs", include_in_schema=False)
+async def show_api_reference(request: Request) -> Response:
+    """Show the reference of the HTTP API."""
+    state = request.app.state
+    api: ApiReference | None = getattr(state, "api_reference", None)
+    if api is None:
+        api = state.api_reference = api_reference_of(request.app.openapi())
+    return page(request, "docs.html", api=api, asks_for_key=state.asks_for_key)
 
 
 @routes.get("/page/{version}/{name}", include_in_schema=False)
 async def show_file(version: str, name: str) -> Response:
-    """A script, or a style; whichever version a page asks for, there is the one of this release."""
+    """Serve a script or stylesheet: always this release's, whichever version is in the address."""
     if name not in FILES:
         return Response(status_code=404)
     return FileResponse(FILES[name], headers={**CACHED, "X-Content-Type-Options": "nosniff"})
 
 
-def _nothing(request: Request, title: str, text: str) -> Response:
-    return page(request, "nothing.html", 404, title=title, text=text)
+def _not_found(request: Request, title: str, text: str) -> Response:
+    return page(request, "not_found.html", 404, title=title, text=text)

@@ -1,41 +1,45 @@
-"""One rollout over time: its attempts, in each the spans as a tree, and the generations where they belong."""
+"""The timeline of a rollout: its attempts, the spans of each as a tree, and generations below the spans naming them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 from sqlalchemy import Connection, case, func, select
 
 from agentlightning.server.page.conversation import Call
-from agentlightning.server.page.tree import DEEPEST, in_tree
 from agentlightning.store import attributes, tables
 
-__all__ = ["Bar", "Row", "Timeline", "of_rollout"]
+__all__ = ["MAX_DEPTH", "Bar", "Row", "Timeline", "in_tree", "timeline_of"]
 
 SPANS_SHOWN = 1000
-# Bytes: whoever looks on asks every few seconds, and a prompt with its ids may be MiBs. How long one is, a database
-# knows without reading it.
+# Bytes of a span: the page reloads every few seconds, and a prompt with its ids may take MiBs. A database knows the
+# length of a value without reading it.
 LARGEST_READ = 64 << 10
-# Of the whole, in percent.
-NARROWEST = 0.4
-UNDER_WAY = ("preparing", "running")
+# Percent of the timeline.
+MIN_WIDTH = 0.4
+MAX_DEPTH = 12
+"""Deepest level that the stylesheet indents; deeper ones are indented as much."""
+UNFINISHED = ("preparing", "running")
+
+T = TypeVar("T")
 
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
 
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """What began, and ended.
+    """An attempt, a span or a generation: something with a start and an end.
 
     Attributes:
         kind: `attempt`, `span` or `generation`.
-        state: how it ended, in the store's words; empty where nobody said, or where it is in a body that is too large.
-        start, end: seconds since the epoch; None where unknown, or not yet.
-        generation_id: of a generation, whose page it leads to.
+        state: its status in the store; empty if none is recorded, or if the span is larger than `LARGEST_READ`.
+        start, end: seconds since the epoch; None if unknown, or if it has not happened yet.
+        generation_id: the generation that the bar links to.
     """
 
     kind: str
@@ -53,7 +57,7 @@ class Bar:
 
 
 class Row(NamedTuple):
-    """A bar, and how far from the left it begins and how wide it is: from 0 to 100 of the whole."""
+    """A bar, its left edge and its width, in percent of the timeline."""
 
     bar: Bar
     left: float
@@ -62,31 +66,31 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """Rows from top to bottom, the moments that they lie between, and how many spans were left out of them."""
+    """Rows from top to bottom, the times they lie between, and the number of spans left out."""
 
     rows: Sequence[Row]
     start: float
     end: float
-    left_out: int
+    spans_left_out: int
 
     @property
     def seconds(self) -> float:
         return self.end - self.start
 
 
-def of_rollout(connection: Connection, rollout_id: str, rollout: Any | None, calls: Sequence[Call]) -> Timeline:
-    """The timeline of a rollout.
+def timeline_of(connection: Connection, rollout_id: str, rollout: Any | None, calls: Sequence[Call]) -> Timeline:
+    """Return the timeline of a rollout.
 
     Args:
-        rollout: its row in the queue; None where it has none.
+        rollout: its row; None if it is known only from its calls and spans.
         calls: its generations.
     """
     attempts = [] if rollout is None else _attempts(connection, rollout.key)
     spans = _spans(connection, rollout_id)
     bars = list(_bars(attempts, spans[:SPANS_SHOWN], calls))
-    moments = [each for bar in bars for each in (bar.start, bar.end) if each is not None]
-    start, end = (min(moments), max(moments)) if moments else (0.0, 0.0)
-    if any(bar.state in UNDER_WAY for bar in bars):
+    times = [each for bar in bars for each in (bar.start, bar.end) if each is not None]
+    start, end = (min(times), max(times)) if times else (0.0, 0.0)
+    if any(bar.state in UNFINISHED for bar in bars):
         end = max(end, time.time())
     return Timeline([_row(bar, start, end) for bar in bars], start, end, max(len(spans) - SPANS_SHOWN, 0))
 
@@ -107,39 +111,39 @@ def _spans(connection: Connection, rollout_id: str) -> Sequence[Any]:
 
 def _bars(attempts: Sequence[Any], spans: Sequence[Any], calls: Sequence[Call]) -> Iterator[Bar]:
     known = {each.attempt_id: each for each in attempts}
-    # Of those that name one that the queue does not have, each has a place of its own, after the others.
+    # Attempts that only spans and calls name come after the known ones.
     ids = [*known, *(each.attempt_id for each in (*spans, *calls))]
     for attempt_id in dict.fromkeys(ids):
-        theirs = [each for each in spans if each.attempt_id == attempt_id]
-        calls_of_it = [each for each in calls if each.attempt_id == attempt_id]
-        bars = list(_below(theirs, calls_of_it))
+        attempt_spans = [each for each in spans if each.attempt_id == attempt_id]
+        attempt_calls = [each for each in calls if each.attempt_id == attempt_id]
+        bars = list(_below(attempt_spans, attempt_calls))
         yield _attempt(attempt_id, known.get(attempt_id), bars)
         yield from bars
 
 
 def _attempt(attempt_id: str | None, found: Any | None, bars: Sequence[Bar]) -> Bar:
-    moments = [each for bar in bars for each in (bar.start, bar.end) if each is not None]
+    times = [each for bar in bars for each in (bar.start, bar.end) if each is not None]
     if found is None:
         label = f"Attempt {attempt_id}" if attempt_id else "Calls that name no attempt"
-        return Bar("attempt", 0, label, "", min(moments, default=None), max(moments, default=None))
+        return Bar("attempt", 0, label, "", min(times, default=None), max(times, default=None))
     end = found.end_time
-    if end is None and found.status not in UNDER_WAY:
-        # Of one that was given up, only when it was heard of last is known.
-        end = max(found.last_heartbeat_time or found.start_time, *moments, found.start_time)
+    if end is None and found.status not in UNFINISHED:
+        # An abandoned attempt has no end: the last sign of life is the closest known time.
+        end = max(found.last_heartbeat_time or found.start_time, *times, found.start_time)
     return Bar("attempt", 0, f"Attempt {found.sequence_id}: {attempt_id}", found.status, found.start_time, end)
 
 
 def _below(spans: Sequence[Any], calls: Sequence[Call]) -> Iterator[Bar]:
-    """The spans as a tree, each generation below the span that names it, the others where they began."""
+    """Yield spans as a tree, each generation below the span that names it, the others by their start."""
     found = sorted([*spans, *calls], key=_began)
     for depth, each in in_tree(found, _name, _parent):
-        below = min(depth + 1, DEEPEST)
+        below = min(depth + 1, MAX_DEPTH)
         yield _generation(below, each) if isinstance(each, Call) else _span(below, each)
 
 
 def _began(each: Any) -> float:
-    moment = each.started if isinstance(each, Call) else each.start_time
-    return float("-inf") if moment is None else moment
+    start = each.started if isinstance(each, Call) else each.start_time
+    return float("-inf") if start is None else start
 
 
 def _name(each: Any) -> str:
@@ -163,8 +167,8 @@ def _state(read: bytes | None) -> str:
 
 
 def _generation(depth: int, call: Call) -> Bar:
-    counted = f"{call.prompt_ids} + {sum(each.token_ids for each in call.answers)} tokens"
-    label = f"{call.endpoint or 'generation'}: {counted}"
+    tokens = f"{call.prompt_ids} + {sum(each.token_ids for each in call.answers)} tokens"
+    label = f"{call.endpoint or 'generation'}: {tokens}"
     return Bar("generation", depth, label, call.status, call.started, call.finished, call.id, call.reward)
 
 
@@ -173,8 +177,29 @@ def _row(bar: Bar, start: float, end: float) -> Row:
     begins = start if bar.start is None else bar.start
     ends = bar.end
     if ends is None:
-        ends = end if bar.state in UNDER_WAY else begins
-    # One that took no time, or is at the very end, can be seen all the same.
-    left = min(100 * (begins - start) / whole, 100 - NARROWEST)
-    width = min(max(100 * (ends - begins) / whole, NARROWEST), 100 - left)
+        ends = end if bar.state in UNFINISHED else begins
+    # A bar without a duration, or at the very end, stays visible.
+    left = min(100 * (begins - start) / whole, 100 - MIN_WIDTH)
+    width = min(max(100 * (ends - begins) / whole, MIN_WIDTH), 100 - left)
     return Row(bar, round(left, 3), round(width, 3))
+
+
+def in_tree(found: Sequence[T], name: Callable[[T], str], parent: Callable[[T], str | None]) -> Iterator[tuple[int, T]]:
+    """Yield each item once with its depth: parents before their children, siblings in the given order.
+
+    An item whose parent is not among them is at the top, and so is the first item of a cycle.
+    """
+    known = {name(each) for each in found}
+    children: defaultdict[str | None, list[T]] = defaultdict(list)
+    for each in found:
+        above = parent(each)
+        children[above if above in known else None].append(each)
+    shown: set[int] = set()
+    for root in [*children[None], *found]:
+        waiting = [(0, root)]
+        while waiting:
+            depth, each = waiting.pop()
+            if id(each) not in shown:
+                shown.add(id(each))
+                yield depth, each
+                waiting += ((depth + 1, child) for child in reversed(children[name(each)]))

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 from agentlightning.errors import StoreRefused, StoreUnavailable
 from agentlightning.server.answers import Json
 from agentlightning.server.errors import sentence
-from agentlightning.server.metrics import CONTENT_TYPE_LATEST
+from agentlightning.server.middleware.metrics import CONTENT_TYPE_LATEST
 from agentlightning.server.routes.common import Database, errors, router
 from agentlightning.store import health as store_health
 from agentlightning.store import rollouts

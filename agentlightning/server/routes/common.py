@@ -9,8 +9,7 @@ import msgspec
 from fastapi import APIRouter, Depends, HTTPException, Request, Response
 from fastapi.routing import APIRoute
 
-from agentlightning.server.counting import has_more_in_json
-from agentlightning.server.headers import header
+from agentlightning.server.decoding import has_more_in_json, header
 from agentlightning.server.limits import DEPTH_LIMIT, VALUES_LIMIT
 from agentlightning.server.transactions import Transactions
 
@@ -102,7 +101,7 @@ class _Route(APIRoute):
             if self.body_field is not None and body:
                 # Otherwise FastAPI would report that the body is not an object.
                 asked.must_be_json()
-            with request.app.state.room.taken(len(body)):
+            with request.app.state.body_budget.taken(len(body)):
                 return await handle(asked)
 
         return handle_strictly

@@ -116,7 +116,7 @@ Loss = _schema_of(records.Loss, "Generations that could not be stored.")
 class GenerationPage(BaseModel):
     """A page of generations, in the order in which they finished."""
 
-    items: list[Generation]
+    items: list[Generation]  # pyright: ignore[reportInvalidTypeForm]
     next: str | None = Field(description="Cursor of the next page; null where there is none.")
 
 
@@ -148,7 +148,7 @@ class Tally(BaseModel):
 class Losses(BaseModel):
     """Reports of losses, in the order in which they were stored."""
 
-    items: list[Loss]
+    items: list[Loss]  # pyright: ignore[reportInvalidTypeForm]
 
 
 @routes.post(

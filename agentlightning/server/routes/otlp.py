@@ -18,9 +18,9 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 )
 
 from agentlightning.errors import InvalidRecord
+from agentlightning.server.decoding import header
 from agentlightning.server.errors import sentence
-from agentlightning.server.headers import header
-from agentlightning.server.keys import token_of
+from agentlightning.server.middleware.api_key import token_of
 from agentlightning.server.otlp import JSON, ODD_IDS, PROTOBUF, Unreadable, parsed, spans_of, written
 from agentlightning.server.routes.common import Database, errors, media_type, router, shown
 from agentlightning.server.transactions import Transactions

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from agentlightning.server import schemas
 from agentlightning.server.answers import Json, document, listed
-from agentlightning.server.mending import without_nan
+from agentlightning.server.decoding import without_nan
 from agentlightning.server.routes.common import Database, errors, router
 from agentlightning.server.schemas import Id, Page, Part, Sent
 from agentlightning.store import resources

@@ -18,9 +18,9 @@ from agentlightning.errors import NotFound
 from agentlightning.rollout import FINISHED, AttemptStatus, Mode, RolloutStatus
 from agentlightning.server import schemas
 from agentlightning.server.answers import Json, document, listed, raw
+from agentlightning.server.decoding import without_nan
 from agentlightning.server.errors import sentence
 from agentlightning.server.limits import BATCH_LIMIT, DEQUEUE_LIMIT
-from agentlightning.server.mending import without_nan
 from agentlightning.server.routes.common import Database, errors, router
 from agentlightning.server.schemas import LEFT_OUT, Id, Logic, Page, Part, Seconds, Sent, Whole, example
 from agentlightning.store import lifecycle, rollouts

@@ -10,16 +10,16 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from agentlightning.server import schemas
 from agentlightning.server.answers import Json, encode, listed
+from agentlightning.server.decoding import repair_json, without_nan
 from agentlightning.server.errors import sentence
 from agentlightning.server.limits import NUMBER_LIMIT
-from agentlightning.server.mending import mended_json, without_nan
 from agentlightning.server.routes.common import Database, errors, router
 from agentlightning.server.schemas import Id, Logic, Page, Part, Sent, Whole, example
 from agentlightning.store import ingestion, spans
 
 __all__ = ["KeptSpan", "routes", "span_item"]
 
-routes = router("spans", mend=lambda body: without_nan(mended_json(body)))
+routes = router("spans", mend=lambda body: without_nan(repair_json(body)))
 
 BODY = {
     "requestBody": {

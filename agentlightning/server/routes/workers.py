@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 from agentlightning.rollout import WorkerStatus
 from agentlightning.server import schemas
 from agentlightning.server.answers import Json, document, listed
-from agentlightning.server.mending import without_nan
+from agentlightning.server.decoding import without_nan
 from agentlightning.server.routes.common import Database, errors, router
 from agentlightning.server.schemas import LEFT_OUT, Id, Logic, Page, Part, Sent, example
 from agentlightning.store import workers

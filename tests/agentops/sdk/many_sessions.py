@@ -1,6 +1,6 @@
-"""Sessions, one after the other, that say who they are; prints them as JSON, each with the names of its spans.
+"""Run sessions, and print the names of the spans of each, as JSON.
 
-Arguments: the name of this process, how many sessions, and how many of them may be at once.
+Arguments: the name of this process, the number of sessions, and the number of concurrent ones.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-# In the environment of the SDK, which type checkers do not see.
+# Installed in the SDK's environment, which type checkers do not see.
 agentops: Any = importlib.import_module("agentops")
 decorators: Any = importlib.import_module("agentops.sdk.decorators")
 

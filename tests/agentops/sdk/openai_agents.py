@@ -1,4 +1,4 @@
-"""An agent of the OpenAI Agents SDK with a tool, followed by the AgentOps SDK; prints its session, as JSON.
+"""Run an agent of the OpenAI Agents SDK, traced by the AgentOps SDK, and print its session as JSON.
 
 Arguments: vLLM's URL, and its model.
 """
@@ -10,7 +10,7 @@ import json
 import sys
 from typing import Any
 
-# In the environment of the SDK, which type checkers do not see.
+# Installed in the SDK's environment, which type checkers do not see.
 agentops: Any = importlib.import_module("agentops")
 agents: Any = importlib.import_module("agents")
 openai: Any = importlib.import_module("openai")

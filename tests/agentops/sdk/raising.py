@@ -1,4 +1,4 @@
-"""Sessions that the AgentOps SDK makes of functions: one that returns, one that raises, and one that is interrupted."""
+"""Run functions as sessions of the AgentOps SDK: one returns, one raises, and one is interrupted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
-# In the environment of the SDK, which type checkers do not see.
+# Installed in the SDK's environment, which type checkers do not see.
 agentops: Any = importlib.import_module("agentops")
 decorators: Any = importlib.import_module("agentops.sdk.decorators")
 
@@ -31,7 +31,7 @@ def is_interrupted() -> None:
 
 def main() -> None:
     agentops.init(auto_start_session=False)
-    # What is sent before that is no session.
+    # The SDK records no session before it is logged in.
     while agentops.get_client().get_current_jwt() is None:
         time.sleep(0.05)
     for each in (returns, raises, is_interrupted):

@@ -1,4 +1,4 @@
-"""Two agents, a tool, a streamed call and one that fails, followed by the AgentOps SDK; prints what they got, as JSON.
+"""Run two agents with a tool, a streamed call and a failing call, traced by AgentOps; print their results as JSON.
 
 Arguments: vLLM's URL, and its model.
 """
@@ -10,13 +10,13 @@ import json
 import sys
 from typing import Any
 
-# In the environment of the SDK, which type checkers do not see.
+# Installed in the SDK's environment, which type checkers do not see.
 agentops: Any = importlib.import_module("agentops")
 decorators: Any = importlib.import_module("agentops.sdk.decorators")
 openai: Any = importlib.import_module("openai")
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
-# Random weights call no tool by themselves.
+# A model with random weights would call no tool.
 CALL = r'<tool_call>\n\{"name": "weather", "arguments": \{"city": "Paris"\}\}\n</tool_call>'
 
 
@@ -59,9 +59,9 @@ def main(url: str, model: str) -> None:
 
         def fail(self) -> None:
             try:
-                client.chat.completions.create(model="nobody's", messages=[{"role": "user", "content": "?"}])
+                client.chat.completions.create(model="unknown", messages=[{"role": "user", "content": "?"}])
             except openai.NotFoundError as error:
-                # What is printed is uploaded.
+                # The SDK uploads printed text.
                 print(f"<i>{type(error).__name__}</i>")  # noqa: T201
 
     writer = Writer()
@@ -73,16 +73,16 @@ def main(url: str, model: str) -> None:
 
 
 def validated(trace_id: str) -> dict[str, Any]:
-    """What the SDK's own validation says, which knows one host alone, and is led to this one."""
+    """Run the SDK's own validation, redirected from its built-in host to this server."""
     import inspect
     import os
     import types
 
     validation: Any = importlib.import_module("agentops.validation")
     source = inspect.getsource(validation).replace("https://api.agentops.ai", os.environ["AGENTOPS_API_ENDPOINT"])
-    led = types.ModuleType("validation")
-    exec(compile(source, validation.__file__, "exec"), led.__dict__)
-    found = led.validate_trace_spans(trace_id=trace_id, min_spans=7, max_retries=3)
+    redirected = types.ModuleType("validation")
+    exec(compile(source, validation.__file__, "exec"), redirected.__dict__)
+    found = redirected.validate_trace_spans(trace_id=trace_id, min_spans=7, max_retries=3)
     names = sorted(each["span_name"] for each in found["spans"])
     return {"names": names, "has_llm_spans": found["has_llm_spans"], "metrics": found["metrics"]}
 

@@ -13,7 +13,7 @@ from agentlightning.store import open_store
 from tests.common.answers import post, steady, tokenize
 from tests.common.reference import greedy
 from tests.common.tiny_model import tiny_model
-from tests.common.vllm import LITTLE_CACHE, SMALL, RemoteOpenAIServer, run
+from tests.common.vllm import LITTLE_CACHE, NO_WORKER, SMALL, RemoteOpenAIServer, run, started_by
 
 BATCH = "/v1/chat/completions/batch"
 CONVERSATIONS = [[{"role": "user", "content": " ".join(["word"] * (30 - length))}] for length in range(30)]
@@ -69,8 +69,9 @@ def test_result_lines_of_run_batch_carry_their_ids_and_are_kept(tmp_path: Path, 
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     files = ("-i", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl"))
     store = tmp_path / "generations.db"
-    env = {"AGL_INSTRUMENT": "1", "AGL_STORE": str(store)}
-    ran = run(*command, *files, "--model", model, *SMALL, *LITTLE_CACHE, env=env)
+    # Forked, the engine core need not import vLLM once more.
+    env = {"AGL_INSTRUMENT": "1", "AGL_STORE": str(store), **started_by("fork")}
+    ran = run(*command, *files, "--model", model, *SMALL, *LITTLE_CACHE, *NO_WORKER, env=env)
 
     assert ran.returncode == 0, ran.stderr
     with (tmp_path / "out.jsonl").open() as written:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import time
 import urllib.request
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.common.answers import fetch, joined_events, post, steady, tokenize
 from tests.common.reference import greedy, shows
-from tests.common.tool_loop import with_tool_loop
 from tests.common.vllm import RemoteOpenAIServer
+from tests.recording.server import RecordingServer
 
 RESPONSES = "/v1/responses"
 INPUT = "What is the capital of France? 😀"
@@ -151,12 +150,11 @@ def test_a_refused_request_is_refused_as_before(armed: RemoteOpenAIServer, plain
     assert refused[0] == refused[1]
 
 
-def test_where_a_tool_was_called_every_call_of_the_model_is_listed(tmp_path: Path) -> None:
-    env = {"AGL_INSTRUMENT": "1", "PYTHONPATH": str(with_tool_loop(tmp_path))}
-    with RemoteOpenAIServer(env=env, forks=True) as server:
-        answer = post(server, RESPONSES, body(server))
-        streamed = post(server, RESPONSES, body(server, stream=True))[-1]["response"]
-        response_only = post(server, RESPONSES, body(server, return_token_ids=False))
+def test_where_a_tool_was_called_every_call_of_the_model_is_listed(recording: RecordingServer) -> None:
+    # AGL_RETURN_TOKEN_IDS=none, and each response takes two calls of the model.
+    answer = post(recording, RESPONSES, body(recording, return_token_ids=True))
+    streamed = post(recording, RESPONSES, body(recording, stream=True, return_token_ids=True))[-1]["response"]
+    response_only = post(recording, RESPONSES, body(recording, return_token_ids=False))
 
     # The made-up tool says nothing, so the model is asked the same thing twice.
     generation = {"prompt_token_ids": answer["prompt_token_ids"], "token_ids": greedy(answer["prompt_token_ids"], 24)}

@@ -1,11 +1,11 @@
-// Says so where the store does not answer: what is shown then is what it was.
+// Report that the store does not answer: the page then shows what it last knew.
 const trouble = document.getElementById("trouble");
 for (const name of ["htmx:error", "htmx:response:error"]) {
   document.addEventListener(name, () => {
-    trouble.textContent ||= `The store does not answer: this is how it was at ${new Date().toLocaleTimeString()}`;
+    trouble.textContent ||= `The store does not answer. This page shows its state at ${new Date().toLocaleTimeString()}`;
   });
 }
 document.addEventListener("htmx:after:swap", (event) => {
-  // Also where nothing was put in, since the store has answered that it cannot.
+  // Errors end here as well, with nothing swapped in.
   if (event.detail.ctx.response?.status < 400) trouble.textContent = "";
 });

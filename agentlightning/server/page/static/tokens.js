@@ -1,5 +1,5 @@
-// Tokens are chosen by click or by keys, and told below; the address names the chosen one of the answer.
-const place = new Map(); // of each token among those of its text
+// Select tokens by click or keys, and describe the selected one below; the address names the selection in the answer.
+const place = new Map(); // Each token's position in its text.
 
 function tokensOf(text) {
   const found = [...text.getElementsByClassName("t")];
@@ -8,17 +8,17 @@ function tokensOf(text) {
 }
 
 const logprobOf = (token) => {
-  const said = token.dataset.t.split(" ")[1];
-  return said === undefined ? null : said === "-inf" ? -Infinity : Number(said);
+  const text = token.dataset.t.split(" ")[1];
+  return text === undefined ? null : text === "-inf" ? -Infinity : Number(text);
 };
 
 function choose(text, token) {
   text.querySelector(".chosen")?.classList.remove("chosen");
   token.classList.add("chosen");
-  const told = document.getElementById(`${text.id}-told`);
+  const description = document.getElementById(`${text.id}-description`);
   const [id, logprob] = token.dataset.t.split(" ");
   const chance = logprob === undefined ? "" : `, logprob ${logprob} (${(100 * Math.exp(logprobOf(token))).toPrecision(3)} %)`;
-  told.textContent = `Token ${place.get(token)}: ${JSON.stringify(token.textContent)}, id ${id}${chance}`;
+  description.textContent = `Token ${place.get(token)}: ${JSON.stringify(token.textContent)}, id ${id}${chance}`;
   show(token);
   if (text.id === "answer") {
     history.replaceState(null, "", `#t${place.get(token)}`);
@@ -34,7 +34,7 @@ document.addEventListener("click", (event) => {
   choose(text, token);
 });
 
-// A block that comes into sight may turn out larger than it was taken for, and move the token out of it again.
+// A block that comes into view may turn out larger than estimated, and push the token out of view again.
 function show(token, frames = 10) {
   token.scrollIntoView({ block: "nearest" });
   if (frames) requestAnimationFrame(() => show(token, frames - 1));
@@ -64,7 +64,7 @@ function plot() {
   if (!box) return;
   const text = document.getElementById("answer");
   const tokens = tokensOf(text);
-  // What cannot have come has no place on an axis.
+  // A logprob of minus infinity cannot be plotted.
   const logprobs = tokens.map(logprobOf).map((each) => (Number.isFinite(each) ? each : null));
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name);
   const probe = document.createElement("span");

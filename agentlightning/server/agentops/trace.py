@@ -1,4 +1,4 @@
-"""The model calls of a trace: what vLLM has recorded of them, and what their spans say."""
+"""The spans of a trace, with model calls as vLLM recorded them, or else as their spans describe them."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from sqlalchemy import Connection
 from agentlightning.generation import Generation
 from agentlightning.store import generations, sessions
 
-__all__ = ["Call", "Seen", "seen", "total"]
+__all__ = ["ModelCall", "TraceSpan", "spans_of_trace", "token_totals"]
 
 PROMPT, COMPLETION = "gen_ai.prompt", "gen_ai.completion"
-# Of several generations of one answer (tool loops), the last has all of the prompt.
-GENERATIONS_OF_ANSWER = 100
+# If one answer took several generations (a tool loop), the last has the whole prompt.
+GENERATIONS_PER_ANSWER = 100
 
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class ModelCall:
     """A model call.
 
     Attributes:
-        prompt_ids: how many, as `response_ids`; None where nobody knows.
-        is_recorded: whether vLLM has recorded it: else these are what the span says.
+        prompt_ids, response_ids: number of tokens; None if unknown.
+        is_recorded: whether vLLM recorded the call; otherwise its values come from the span.
     """
 
     response_id: str | None
@@ -40,12 +40,12 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """A span, and the model call that it is, if any. `row` has its columns, `body` all else."""
+class TraceSpan:
+    """A span, and the model call that it describes, if any; `row` has its columns, `body` everything else."""
 
     row: Any
     body: Mapping[str, Any]
-    call: Call | None
+    call: ModelCall | None
 
     @property
     def attributes(self) -> Mapping[str, Any]:
@@ -53,30 +53,30 @@ class Seen:
 
     @property
     def seconds(self) -> float | None:
-        """How long it took; None where it does not say."""
+        """The duration; None if unknown."""
         if self.row.start_time is None or self.row.end_time is None:
             return None
         return self.row.end_time - self.row.start_time
 
 
-def seen(connection: Connection, trace_id: str) -> list[Seen]:
-    """The spans of a trace, as they began."""
+def spans_of_trace(connection: Connection, trace_id: str) -> list[TraceSpan]:
+    """Return the spans of a trace, by start."""
     found = []
     for row in sessions.spans_of(connection, trace_id):
         body = _decode(row.body)
-        found.append(Seen(row, body, _call(connection, row, body["attributes"])))
+        found.append(TraceSpan(row, body, _call(connection, row, body["attributes"])))
     return found
 
 
-def _call(connection: Connection, row: Any, attributes: Mapping[str, Any]) -> Call | None:
+def _call(connection: Connection, row: Any, attributes: Mapping[str, Any]) -> ModelCall | None:
     if row.response_id is not None:
-        recorded, _ = generations.page(connection, {"response_id": row.response_id}, None, GENERATIONS_OF_ANSWER)
-        # Of an id that several calls have had, nobody knows whose it is here.
+        recorded, _ = generations.page(connection, {"response_id": row.response_id}, None, GENERATIONS_PER_ANSWER)
+        # If several calls have had this id, there is no telling which one the span means.
         if recorded and len({each.call_id or each.id for each in recorded}) == 1:
             return _recorded(row.response_id, recorded[-1], attributes)
     elif not any(name.startswith(PROMPT) for name in attributes):
         return None
-    return Call(
+    return ModelCall(
         row.response_id,
         False,
         _number(attributes, "gen_ai.usage.prompt_tokens", "gen_ai.usage.input_tokens"),
@@ -86,10 +86,10 @@ def _call(connection: Connection, row: Any, attributes: Mapping[str, Any]) -> Ca
     )
 
 
-def _recorded(response_id: str, generation: Generation, attributes: Mapping[str, Any]) -> Call:
+def _recorded(response_id: str, generation: Generation, attributes: Mapping[str, Any]) -> ModelCall:
     prompt = generation.prompt_token_ids
     texts = [choice.text for choice in generation.choices if choice.text is not None]
-    return Call(
+    return ModelCall(
         response_id,
         True,
         None if prompt is None else len(prompt),
@@ -100,12 +100,12 @@ def _recorded(response_id: str, generation: Generation, attributes: Mapping[str,
 
 
 def _number(attributes: Mapping[str, Any], *names: str) -> int | None:
-    # A bool is an int to Python, and no number of ids.
+    # In Python a bool is an int, but not a number of tokens.
     return next((value for name in names if type(value := attributes.get(name)) is int and value >= 0), None)
 
 
 def _text(attributes: Mapping[str, Any], prefix: str) -> str | None:
-    """The messages under `prefix.0.content` and so on."""
+    """Join the messages under `PREFIX.0.content` and so on."""
     pattern = re.compile(rf"{re.escape(prefix)}\.(\d{{1,9}})\.(role|content)")
     messages: dict[int, dict[str, Any]] = {}
     for name, value in attributes.items():
@@ -120,7 +120,7 @@ def _line(message: Mapping[str, Any]) -> str:
     return f"{content}" if role is None else f"{role}: {content}"
 
 
-def total(found: Sequence[Seen]) -> tuple[int, int]:
-    """How many ids all prompts and all responses have. A call that several spans are about counts once."""
+def token_totals(found: Sequence[TraceSpan]) -> tuple[int, int]:
+    """Return the number of prompt and response tokens, counting a call that several spans describe once."""
     calls = {each.call.response_id or each.row.key: each.call for each in found if each.call is not None}
     return sum(call.prompt_ids or 0 for call in calls.values()), sum(call.response_ids or 0 for call in calls.values())

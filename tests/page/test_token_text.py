@@ -1,4 +1,4 @@
-"""Which text a token id stands for, in the writing of each kind of tokenizer."""
+"""Texts of token ids, for each notation of vocabularies."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from agentlightning.sender import Vocabulary
-from agentlightning.server.page.pieces import Pieces
+from agentlightning.server.page.token_text import TokenTexts
 
 pytestmark = pytest.mark.tier("check")
 
@@ -17,7 +17,7 @@ END = "<|im_end|>"
 
 
 def byte_level() -> Tokenizer:
-    """As GPT-2, Llama 3 and Qwen have it."""
+    """Train a tokenizer like those of GPT-2, Llama 3 and Qwen."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -28,7 +28,7 @@ def byte_level() -> Tokenizer:
 
 
 def sentence_piece() -> Tokenizer:
-    """As Llama 2 and Mistral have it."""
+    """Make a tokenizer like those of Llama 2 and Mistral."""
     known = ["<unk>", END, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"Wherislagt?In.12=+,"]
     vocabulary = {token: token_id for token_id, token in enumerate(dict.fromkeys(known))}
     tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True, fuse_unk=False))
@@ -45,31 +45,31 @@ def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
 
 
 def bytes_of(texts: Sequence[str]) -> bytes:
-    """What was one character over several ids is one again: only there is `\\x..` written."""
+    """Join texts, and turn `\\x..`, the parts of characters, back into bytes."""
     return "".join(texts).encode().decode("unicode_escape").encode("latin-1")
 
 
 @pytest.mark.parametrize("made", [byte_level, sentence_piece])
-def test_the_pieces_of_a_text_are_the_text(made: Callable[[], Tokenizer]) -> None:
+def test_texts_of_tokens_joined_are_the_text(made: Callable[[], Tokenizer]) -> None:
     tokenizer = made()
-    pieces = Pieces(vocabulary(tokenizer))
+    texts = TokenTexts(vocabulary(tokenizer))
     token_ids = tokenizer.encode(TEXT + END).ids
 
-    assert bytes_of([pieces.text(each) for each in token_ids]) == (TEXT + END).encode()
-    assert [each for each in token_ids if pieces.is_special(each)] == [tokenizer.token_to_id(END)]
+    assert bytes_of([texts.text(each) for each in token_ids]) == (TEXT + END).encode()
+    assert [each for each in token_ids if texts.is_special(each)] == [tokenizer.token_to_id(END)]
 
 
-def test_a_whole_character_is_shown_and_a_part_of_one_is_its_bytes() -> None:
-    pieces = Pieces(Vocabulary([*pre_tokenizers.ByteLevel.alphabet(), "Ã¶", "Ġthe"]))
-    there = [pieces.text(each) for each in range(258)]
+def test_part_of_a_character_becomes_its_bytes() -> None:
+    texts = TokenTexts(Vocabulary([*pre_tokenizers.ByteLevel.alphabet(), "Ã¶", "Ġthe"]))
+    found = [texts.text(each) for each in range(258)]
 
-    assert there[256:] == ["ö", " the"]
-    assert "\\xc3" in there
-    assert " " in there
-    assert "\n" in there
+    assert found[256:] == ["ö", " the"]
+    assert "\\xc3" in found
+    assert " " in found
+    assert "\n" in found
 
 
-def test_an_id_that_stands_for_nothing_is_shown_as_itself() -> None:
-    assert [Pieces(Vocabulary(["a", None])).text(each) for each in (0, 1, 2, -1)] == ["a", "[1]", "[2]", "[-1]"]
-    assert Pieces(None).text(7) == "[7]"
-    assert not Pieces(None).are_known
+def test_id_without_a_text_becomes_its_number() -> None:
+    assert [TokenTexts(Vocabulary(["a", None])).text(each) for each in (0, 1, 2, -1)] == ["a", "[1]", "[2]", "[-1]"]
+    assert TokenTexts(None).text(7) == "[7]"
+    assert not TokenTexts(None).are_known

@@ -1,4 +1,4 @@
-"""Who writes here: what they have written in each minute of the last hour, as bars."""
+"""The table of senders, with the calls of each minute of the last hour as bars."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from dataclasses import dataclass
 from agentlightning.sender import Sender
 from agentlightning.store.senders import MINUTE, Seen
 
-__all__ = ["Charted", "charted"]
+__all__ = ["SenderRow", "sender_row"]
 
 MINUTES = 60
 NANOSECONDS = 1e9
 
 
 @dataclass(frozen=True, slots=True)
-class Charted:
-    """A sender in the last hour.
+class SenderRow:
+    """A sender's last hour.
 
     Attributes:
         seen, started: seconds since the epoch.
-        silent: how long nothing was heard of it, in seconds.
-        generations, prompt_tokens, output_tokens, lost: how many in that hour.
-        lag, longest_lag: seconds, from when one had finished until it was here; None where there was none.
-        bars: of each minute up to this one how many generations, from 0 to 100 of the most in one.
-        busiest: how many there were in that.
+        silent: seconds since the sender was last heard from.
+        generations, prompt_tokens, output_tokens, lost: counts of the last hour.
+        lag, longest_lag: seconds from the end of a generation to its arrival; None without generations.
+        bars: generations in each minute, the current one last, as percentages of the busiest.
+        busiest: generations in the busiest minute.
     """
 
     sender: Sender
@@ -42,18 +42,18 @@ class Charted:
 
     @property
     def per_minute(self) -> float:
-        """Generations, on average over the hour."""
+        """Generations per minute, averaged over the hour."""
         return self.generations / MINUTES
 
 
-def charted(seen: Seen, now: int) -> Charted:
-    """What a sender has done in the hour until `now`, in nanoseconds since the epoch."""
+def sender_row(seen: Seen, now: int) -> SenderRow:
+    """Summarise a sender's hour up to `now`, in nanoseconds since the epoch."""
     last = now // MINUTE
     by_minute = {each.minute: each for each in seen.minutes if last - MINUTES < each.minute <= last}
     counts = [by_minute[each].generations if each in by_minute else 0 for each in range(last - MINUTES + 1, last + 1)]
     total, busiest = sum(counts), max(counts)
     minutes = by_minute.values()
-    return Charted(
+    return SenderRow(
         sender=seen.sender,
         seen=seen.seen_at / NANOSECONDS,
         started=seen.sender.started_at / NANOSECONDS,

@@ -1,4 +1,4 @@
-"""The table of rollouts, a page of it at a time, and why a rollout has nothing."""
+"""The table of rollouts, one page at a time, and the reason why a rollout has no data."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from agentlightning.store import absence, generations, overview
 from agentlightning.store.absence import Absence
 from agentlightning.store.overview import RECORDED, Asked, Column, Overview
 
-__all__ = ["Listing", "of_page", "why"]
+__all__ = ["TableQuery", "absence_of", "table_of"]
 
-AT_ONCE = 100
+ROWS_PER_PAGE = 100
 STATUSES = (*ROLLOUT_STATUSES, RECORDED)
 COLUMNS: tuple[tuple[Column, str, bool], ...] = (
     ("rollout", "Rollout", False),
@@ -31,11 +31,11 @@ COLUMNS: tuple[tuple[Column, str, bool], ...] = (
     ("started", "Started (UTC)", False),
     ("duration", "Duration", True),
 )
-"""Each with its heading, and whether it has numbers."""
+"""Each column's name, its heading, and whether it holds numbers."""
 
 
-class Listing(BaseModel):
-    """What the table is asked for, as its address has it."""
+class TableQuery(BaseModel):
+    """The query parameters of the table."""
 
     q: Part = ""
     status: str = ""
@@ -44,43 +44,43 @@ class Listing(BaseModel):
     page: Annotated[int, Query(ge=1, le=1_000_000)] = 1
     live: Literal["on", "off"] = "on"
 
-    def asked(self) -> Asked:
+    def to_asked(self) -> Asked:
         return Asked(
             search=self.q.strip(),
             status=self.status if self.status in STATUSES else None,
             sort_by=self.sort,
             descending=self.order == "desc",
-            limit=AT_ONCE,
-            offset=(self.page - 1) * AT_ONCE,
+            limit=ROWS_PER_PAGE,
+            offset=(self.page - 1) * ROWS_PER_PAGE,
             now=time.time(),
         )
 
 
 @dataclass(frozen=True, slots=True)
-class Listed:
-    """A rollout, and why it has nothing, where it has nothing."""
+class TableRow:
+    """A rollout; if it has no data, with the reason."""
 
     rollout: Overview
     absence: Absence | None
 
 
-def of_page(connection: Connection, listing: Listing) -> dict[str, Any]:
-    """What the table shows."""
-    found, total, nobodys = overview.of_all(connection, listing.asked())
-    known = _in_store(connection, has_nobodys=nobodys > 0)
+def table_of(connection: Connection, query: TableQuery) -> dict[str, Any]:
+    """Return the values for the template of the table."""
+    found, total, unassigned_calls = overview.of_all(connection, query.to_asked())
+    known = _in_store(connection, has_nobodys=unassigned_calls > 0)
     return {
-        "asked": listing,
-        "rollouts": [Listed(each, _absence(each, known)) for each in found],
+        "query": query,
+        "rollouts": [TableRow(each, _absence(each, known)) for each in found],
         "total": total,
-        "pages": max(-(-total // AT_ONCE), 1),
+        "pages": max(-(-total // ROWS_PER_PAGE), 1),
         "columns": COLUMNS,
         "statuses": STATUSES,
-        "without_rollout": nobodys,
+        "unassigned_calls": unassigned_calls,
     }
 
 
-def why(connection: Connection, rollout_id: str, status: str | None) -> Absence | None:
-    """Why no generation of a rollout has finished; None where one has."""
+def absence_of(connection: Connection, rollout_id: str, status: str | None) -> Absence | None:
+    """Explain why a rollout has no finished generation; None if it has one."""
     counts = generations.tally(connection, {"rollout_id": rollout_id})
     has_nobodys = generations.has_any(connection, {"rollout_id": None})
     return absence.why(counts, **_in_store(connection, has_nobodys), status=status)
@@ -93,7 +93,7 @@ def _absence(found: Overview, known: Mapping[str, bool]) -> Absence | None:
 
 
 def _in_store(connection: Connection, has_nobodys: bool) -> dict[str, bool]:
-    # A page asks every few seconds: of each there is no more than has to be found, and nothing is counted.
+    # The page reloads every few seconds: these stop at the first match, and count nothing.
     return {
         "has_any": generations.has_any(connection, {}),
         "has_nobodys": has_nobodys,

@@ -1,4 +1,4 @@
-"""One generation: each of its token ids laid out as the text that it stands for."""
+"""The page of one generation: its token ids, each shown as its text."""
 
 from __future__ import annotations
 
@@ -13,98 +13,98 @@ from markupsafe import Markup, escape
 from sqlalchemy import Connection
 
 from agentlightning.generation import Choice, Generation
-from agentlightning.server.page.pieces import Pieces
+from agentlightning.server.page.token_text import TokenTexts
 from agentlightning.store import generations, senders
 
-__all__ = ["Text", "of_choice", "of_prompt"]
+__all__ = ["TokenHtml", "choice_values", "prompt_tokens"]
 
-# A browser lays out and paints only the blocks that are in sight. They end where a line does, if one does in time.
-FEWEST_IN_BLOCK, MOST_IN_BLOCK = 256, 768
+# A browser lays out and paints only the blocks in view. A block ends at the end of a line, if there is one in time.
+MIN_BLOCK, MAX_BLOCK = 256, 768
 NANOSECONDS = 1e9
 
-LIKELY = (0.9, 0.5, 0.2, 0.05, 0.01)
-"""From which probability on a token has the first, second, ... of the six colours."""
-_BOUNDS = [math.log(each) for each in LIKELY]
+PROBABILITIES = (0.9, 0.5, 0.2, 0.05, 0.01)
+"""Lower bounds of the first five of the six colours, by a token's probability."""
+_BOUNDS = [math.log(each) for each in PROBABILITIES]
 
 _LINE_BREAK = Markup("<i></i>\n")
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
-    """Token ids, as HTML.
+class TokenHtml:
+    """Token ids as HTML.
 
     Attributes:
-        blocks: each some hundred ids, every one an element: `data-t` has the id, and after it the logprob.
-        length: how many ids.
-        are_known: whether it is known what they stand for.
+        blocks: blocks of some hundred ids, each id an element with `data-t="ID LOGPROB"`.
+        length: the number of ids.
+        has_texts: whether their texts are known.
     """
 
     blocks: Sequence[Markup]
     length: int
-    are_known: bool
+    has_texts: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
-    """What logprobs are like, all in all: the plot in words."""
+class LogprobSummary:
+    """The plot of logprobs, in words."""
 
     mean: float
     lowest: float
     lowest_at: int
 
 
-def of_choice(connection: Connection, generation_id: str, index: int) -> dict[str, Any] | None:
-    """What the page of a generation shows of this choice of it; None where there is no such generation."""
+def choice_values(connection: Connection, generation_id: str, index: int) -> dict[str, Any] | None:
+    """Return the values for the template of a generation and one of its choices; None if it does not exist."""
     generation = generations.find(connection, generation_id)
     if generation is None:
         return None
     choices = generation.choices
-    # A link to a choice that is none leads to the first.
+    # A link to a choice that does not exist shows the first.
     choice = next((each for each in choices if each.index == index), choices[0] if choices else None)
-    pieces = Pieces(senders.vocabulary_of(connection, generation_id))
-    logprobs = None if choice is None else choice.logprobs
+    texts = TokenTexts(senders.vocabulary_of(connection, generation_id))
+    token_ids, logprobs = (None, None) if choice is None else (choice.token_ids, choice.logprobs)
     return {
         "generation": generation,
         "choice": choice,
-        "text": None if choice is None or choice.token_ids is None else _laid_out(choice.token_ids, logprobs, pieces),
+        "tokens": None if token_ids is None else _token_html(token_ids, logprobs, texts),
         "summary": None if not logprobs else _summary(logprobs),
         "fields": list(_fields(generation, choice)),
         "parameters": _indented(generation.sampling_params),
         "prompt_length": None if generation.prompt_token_ids is None else len(generation.prompt_token_ids),
-        "likely": LIKELY,
+        "probabilities": PROBABILITIES,
     }
 
 
-def of_prompt(connection: Connection, generation_id: str) -> Text | None:
-    """The prompt of a generation; None where there is no such generation."""
+def prompt_tokens(connection: Connection, generation_id: str) -> TokenHtml | None:
+    """Return the tokens of a generation's prompt; None if the generation does not exist."""
     generation = generations.find(connection, generation_id)
     if generation is None:
         return None
-    pieces = Pieces(senders.vocabulary_of(connection, generation_id))
-    return _laid_out(generation.prompt_token_ids or array("i"), None, pieces)
+    texts = TokenTexts(senders.vocabulary_of(connection, generation_id))
+    return _token_html(generation.prompt_token_ids or array("i"), None, texts)
 
 
-def _laid_out(token_ids: array[int], logprobs: array[float] | None, pieces: Pieces) -> Text:
-    return Text(list(_blocks(token_ids, logprobs, pieces)), len(token_ids), pieces.are_known)
+def _token_html(token_ids: array[int], logprobs: array[float] | None, texts: TokenTexts) -> TokenHtml:
+    return TokenHtml(list(_blocks(token_ids, logprobs, texts)), len(token_ids), texts.are_known)
 
 
-def _blocks(token_ids: array[int], logprobs: array[float] | None, pieces: Pieces) -> Iterator[Markup]:
+def _blocks(token_ids: array[int], logprobs: array[float] | None, texts: TokenTexts) -> Iterator[Markup]:
     block: list[str] = []
-    # A long answer has the same ids again and again.
+    # A long answer repeats the same ids.
     written: dict[int, tuple[Markup, bool]] = {}
     for place, token_id in enumerate(token_ids):
         if token_id not in written:
-            text = pieces.text(token_id)
+            text = texts.text(token_id)
             written[token_id] = _with_breaks(text), text.endswith("\n")
         text, ends_line = written[token_id]
-        # By hand: of a long answer a template would take as long as all the rest.
-        special = " s" if pieces.is_special(token_id) else ""
+        # By hand: for a long answer a template would take as long as everything else.
+        special = " s" if texts.is_special(token_id) else ""
         if logprobs is None or place >= len(logprobs):
             block.append(f'<b class="t{special}" data-t="{token_id}">{text}</b>')
         else:
             logprob = logprobs[place]
             block.append(f'<b class="t l{_colour(logprob)}{special}" data-t="{token_id} {logprob:.5g}">{text}</b>')
-        if len(block) >= MOST_IN_BLOCK or (ends_line and len(block) >= FEWEST_IN_BLOCK):
+        if len(block) >= MAX_BLOCK or (ends_line and len(block) >= MIN_BLOCK):
             yield Markup("".join(block))
             block = []
     if block:
@@ -112,7 +112,7 @@ def _blocks(token_ids: array[int], logprobs: array[float] | None, pieces: Pieces
 
 
 def _with_breaks(text: str) -> Markup:
-    """The text, with a mark that can be seen at each end of a line, and that nobody copies."""
+    """Escape a text, and mark each line break visibly, in a way that is not copied."""
     return escape(text).replace("\n", _LINE_BREAK)
 
 
@@ -120,17 +120,17 @@ def _colour(logprob: float) -> int:
     return next((place for place, bound in enumerate(_BOUNDS) if logprob >= bound), len(_BOUNDS))
 
 
-def _summary(logprobs: array[float]) -> Summary | None:
-    # An engine that has gone wrong has some that are no numbers.
+def _summary(logprobs: array[float]) -> LogprobSummary | None:
+    # A faulty engine may return NaN.
     known = [place for place, each in enumerate(logprobs) if not math.isnan(each)]
     if not known:
         return None
     lowest = min(known, key=logprobs.__getitem__)
-    return Summary(sum(logprobs[place] for place in known) / len(known), logprobs[lowest], lowest)
+    return LogprobSummary(sum(logprobs[place] for place in known) / len(known), logprobs[lowest], lowest)
 
 
 def _fields(generation: Generation, choice: Choice | None) -> Iterator[tuple[str, object]]:
-    """What else is known of it; what is not is left out."""
+    """Yield the names and values of all other known facts."""
     started, first, finished = generation.started_at, generation.first_token_at, generation.finished_at
     found: dict[str, object] = {
         "Status": generation.status,
@@ -139,16 +139,16 @@ def _fields(generation: Generation, choice: Choice | None) -> Iterator[tuple[str
         "Finish reason": choice and choice.finish_reason,
         "Stop reason": choice and choice.stop_reason,
         "Prompt tokens": None if generation.prompt_token_ids is None else len(generation.prompt_token_ids),
-        "Of these from the cache": generation.cached_tokens,
+        "Cached prompt tokens": generation.cached_tokens,
         "Output tokens": None if choice is None or choice.token_ids is None else len(choice.token_ids),
-        "Until the first token": first and started and f"{(first - started) / NANOSECONDS:.3f} s",
-        "Until the last": started and f"{(finished - started) / NANOSECONDS:.3f} s",
+        "Time to first token": first and started and f"{(first - started) / NANOSECONDS:.3f} s",
+        "Time to last token": started and f"{(finished - started) / NANOSECONDS:.3f} s",
         "Logprobs": generation.logprobs_mode,
         "Weights": choice and ", ".join(map(_version, choice.weight_versions or ())),
         "Attempt": generation.attempt_id,
         "Session": generation.session_id,
         "Trace": generation.trace_id,
-        "Answer's id": generation.response_id,
+        "Response id": generation.response_id,
         "Call": generation.call_id,
         "Generation": generation.id,
     }
@@ -166,5 +166,5 @@ def _indented(sampling_params: str | None) -> str | None:
     try:
         return json.dumps(json.loads(sampling_params), indent=2, ensure_ascii=False)
     except (ValueError, RecursionError):
-        # Whoever writes generations by a way of their own may have others.
+        # A program that writes generations itself may use another format.
         return sampling_params

@@ -1,4 +1,4 @@
-"""What Prometheus reads at `/metrics`."""
+"""Metrics for Prometheus, at `/metrics`."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["CONTENT_TYPE_LATEST", "Metrics", "Watched"]
+__all__ = ["CONTENT_TYPE_LATEST", "Metrics", "MetricsMiddleware"]
 
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
 class Metrics:
-    """The metrics of one server process."""
+    """Metrics of one server process."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         by_route = ("method", "route")
         self.requests = Counter(
-            "agl_store_requests", "Requests that were answered.", (*by_route, "status"), registry=self.registry
+            "agl_store_requests", "Requests answered.", (*by_route, "status"), registry=self.registry
         )
         self.seconds = Histogram(
             "agl_store_request_seconds",
@@ -30,22 +30,20 @@ class Metrics:
             buckets=BUCKETS,
             registry=self.registry,
         )
-        self.in_progress = Gauge(
-            "agl_store_requests_in_progress", "Requests that are not answered yet.", registry=self.registry
-        )
-        self.waiting = Gauge("agl_store_writes_waiting", "Writes that are not committed yet.", registry=self.registry)
+        self.in_progress = Gauge("agl_store_requests_in_progress", "Requests not answered yet.", registry=self.registry)
+        self.waiting = Gauge("agl_store_writes_waiting", "Writes not committed yet.", registry=self.registry)
         self.rollouts = Gauge("agl_store_rollouts", "Rollouts by status.", ("status",), registry=self.registry)
 
     def text(self, rollouts: Mapping[str, int], waiting: int) -> bytes:
-        """All of them, in Prometheus's text format."""
+        """Return all metrics in Prometheus's text format."""
         for status, number in rollouts.items():
             self.rollouts.labels(status).set(number)
         self.waiting.set(waiting)
         return generate_latest(self.registry)
 
 
-class Watched:
-    """ASGI middleware that counts what is answered inside of it, and how long it takes."""
+class MetricsMiddleware:
+    """Count requests, and measure how long their answers take."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
@@ -58,7 +56,7 @@ class Watched:
         start = time.perf_counter()
         status = 500
 
-        async def note(message: Message) -> None:
+        async def watch(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -66,10 +64,10 @@ class Watched:
 
         self._metrics.in_progress.inc()
         try:
-            await self._app(scope, receive, note)
+            await self._app(scope, receive, watch)
         finally:
             self._metrics.in_progress.dec()
-            # The pattern, not the path: ids would make a series of every rollout.
+            # The pattern, not the path: with ids, each rollout would be a time series of its own.
             route = getattr(scope.get("route"), "path", "none")
             method = scope["method"] if route != "none" else "any"
             self._metrics.requests.labels(method, route, status).inc()

@@ -1,4 +1,4 @@
-"""Tokens: what the AgentOps SDK gets for its key, and sends with all else."""
+"""Access tokens (JWT): the AgentOps SDK trades its key for one, and sends it with every other request."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from dataclasses import dataclass
 
 import jwt
 
-__all__ = ["Token", "Tokens"]
+__all__ = ["AccessToken", "AccessTokens"]
 
 ALGORITHM = "HS256"
 AUDIENCE = "agentops"
-# The SDK asks for one at its start, and never again: what is sent with an expired one is lost to it.
+# The SDK requests a token once, at its start: everything that it sends with an expired one is lost.
 SECONDS_TO_LIVE = 30 * 24 * 3600
 
 
 @dataclass(frozen=True, slots=True)
-class Token:
-    """One that holds.
+class AccessToken:
+    """A valid token.
 
     Attributes:
-        id: of its own.
-        project_id: of whoever has its key.
+        id: unique to the token.
+        project_id: the same for all tokens of one key.
     """
 
     id: str
     project_id: str
 
 
-class Tokens:
-    """Trades keys for tokens, and knows its own: those of all servers that have its secret.
+class AccessTokens:
+    """Issue and verify tokens; all servers with the same secret accept each other's.
 
     Args:
-        secret: what they are signed with.
-        key: the only one that is traded; None where any is.
+        secret: signs the tokens.
+        key: the only key to trade for tokens; None to accept any.
     """
 
     def __init__(self, secret: bytes, key: str | None) -> None:
@@ -43,14 +43,14 @@ class Tokens:
         self._project_id = None if key is None else self.project_id(key)
 
     def project_id(self, key: str) -> str:
-        """The project of a key, which does not tell the key."""
+        """Return the project id of a key, which does not reveal the key."""
         digest = hmac.digest(self._secret, key.encode("utf-8", "surrogateescape"), "sha256")
         return str(uuid.UUID(bytes=digest[:16], version=4))
 
-    def trade(self, key: str) -> tuple[str, Token] | None:
-        """A new token for a key, as it is sent, and what is in it; None where the key is wrong."""
-        token = Token(uuid.uuid4().hex, self.project_id(key))
-        if not self._is_ours(token.project_id):
+    def trade(self, key: str) -> tuple[str, AccessToken] | None:
+        """Return a new token for a key, encoded and decoded; None if the key is wrong."""
+        token = AccessToken(uuid.uuid4().hex, self.project_id(key))
+        if not self._is_accepted(token.project_id):
             return None
         claims = {
             "aud": AUDIENCE,
@@ -60,8 +60,8 @@ class Tokens:
         }
         return jwt.encode(claims, self._secret, ALGORITHM), token
 
-    def read(self, sent: str) -> Token | None:
-        """What is in a token; None where it is none, has expired, or is of another store or key."""
+    def read(self, sent: str) -> AccessToken | None:
+        """Decode a token; None if it is malformed, expired, or from another store or key."""
         required = ["aud", "exp", "jti", "project_id"]
         try:
             claims = jwt.decode(
@@ -69,8 +69,8 @@ class Tokens:
             )
         except jwt.InvalidTokenError:
             return None
-        token = Token(str(claims["jti"]), str(claims["project_id"]))
-        return token if self._is_ours(token.project_id) else None
+        token = AccessToken(str(claims["jti"]), str(claims["project_id"]))
+        return token if self._is_accepted(token.project_id) else None
 
-    def _is_ours(self, project_id: str) -> bool:
+    def _is_accepted(self, project_id: str) -> bool:
         return self._project_id is None or hmac.compare_digest(project_id, self._project_id)

@@ -1,0 +1,1 @@
+"""ASGI middleware: metrics, permitted origins, API keys, and request bodies."""
