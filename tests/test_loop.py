@@ -1,9 +1,8 @@
-"""The whole loop, as `make demo-rollout` runs it: a queue, two runners, an agent with a tool, what is learnt from, and
-the page.
-"""
+"""The whole loop of `make demo-rollout`: a queue, two runners, an agent with a tool, triplets, and the page."""
 
 from __future__ import annotations
 
+import ast
 import os
 import pty
 import re
@@ -14,27 +13,29 @@ from pathlib import Path
 import httpx
 import pytest
 
-from examples.loop import ARGUMENTS, CALLS, ROLLOUTS, RUNNERS, Outcome, run, show, vllm_for
+import agentlightning as agl
+from examples import loop
+from examples.loop import CALLS, ROLLOUTS, TOOLS, Run, is_exact, run, show, table, triplets
 from tests.common.environments import CHECKOUT
 from tests.common.reference import tokenizer
 from tests.common.vllm import RemoteOpenAIServer
 from tests.recording.nursery import Nursery
 from tests.server.process import StoreServer
 
-FEWER_ROLLOUTS = 6
 AT_A_TERMINAL = """\
 import pathlib, sys
 from examples.loop import show
 from tests.server.process import StoreServer
 with StoreServer(pathlib.Path(sys.argv[1])) as store:
-    show(store)
+    show(store.process, store.url, store.path)
 """
+FEWER_ROLLOUTS = 6
 CTRL_C = b"\x03"
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the store of the loop is."""
+    """The file of the loop's store."""
     return tmp_path_factory.mktemp("loop") / "store.db"
 
 
@@ -44,82 +45,105 @@ def rollouts(thorough: bool) -> int:
 
 
 @pytest.fixture(scope="module")
-def loop(file: Path, nursery: Nursery, rollouts: int, thorough: bool) -> tuple[RemoteOpenAIServer, list[Outcome]]:
-    """The vLLM, which has been stopped, and what became of each run."""
-    with StoreServer(file) as store:
-        forked = nursery.server(file, *ARGUMENTS, store=store.url, env={"AGL_LOGPROBS": "on"})
-        with vllm_for(store) if thorough else forked as vllm:
-            return vllm, run(store, vllm, rollouts, RUNNERS)
+def runs(file: Path, nursery: Nursery, rollouts: int, thorough: bool) -> list[tuple[Run, list[agl.Triplet]]]:
+    """Each run with its triplets, read while the store was served."""
+    with StoreServer(file) as server, agl.open_store(server.url) as store:
+        env = {"AGL_INSTRUMENT": "1", "AGL_STORE": server.url, "AGL_LOGPROBS": "on"}
+        forked = nursery.server(file, *TOOLS, store=server.url, env={"AGL_LOGPROBS": "on"})
+        with RemoteOpenAIServer(*TOOLS, env=env) if thorough else forked as vllm:
+            done = run(store, vllm.url, vllm.model, rollouts)
+        found = [(each, triplets(each.rollout)) for each in done]
+        assert all(triplet.model == vllm.model for _, kept in found for triplet in kept)
+        return found
 
 
-@pytest.fixture(scope="module")
-def outcomes(loop: tuple[RemoteOpenAIServer, list[Outcome]]) -> list[Outcome]:
-    return loop[1]
+def test_the_example_imports_nothing_of_the_tests() -> None:
+    tree = ast.parse(Path(loop.__file__).read_text())
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+    imported |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+
+    assert not [name for name in imported if name.split(".")[0] == "tests"]
 
 
-def test_every_rollout_is_run_once_and_succeeds(outcomes: list[Outcome], rollouts: int) -> None:
-    assert len(outcomes) == len({each.run.rollout_id for each in outcomes}) == rollouts
-    for each in outcomes:
-        latest = each.rollout["attempt"]
-        assert (each.rollout["status"], latest["status"]) == ("succeeded", "succeeded")
-        assert (latest["attempt_id"], latest["worker_id"]) == (each.run.attempt_id, each.run.worker_id)
-        assert latest["sequence_id"] == 1
+def test_every_rollout_is_run_once_and_succeeds(runs: list[tuple[Run, list[agl.Triplet]]], rollouts: int) -> None:
+    assert len(runs) == len({each.rollout.rollout_id for each, _ in runs}) == rollouts
+    for each, _ in runs:
+        attempt = each.rollout.attempt
+        assert attempt is not None
+        assert (each.rollout.status, attempt.status) == ("succeeded", "succeeded")
+        assert (attempt.sequence_id, attempt.worker_id) == (1, each.worker_id)
 
 
-def test_every_id_is_the_one_that_vllm_itself_returned_in_the_order_of_the_calls(outcomes: list[Outcome]) -> None:
-    for each in outcomes:
-        kept = [
-            (triplet["response_id"], triplet["prompt_token_ids"], triplet["response_token_ids"])
-            for triplet in each.triplets
-        ]
-        assert len(kept) == CALLS
-        assert all(prompt and response for _, prompt, response in kept)
-        assert kept == [(call.response_id, call.prompt_token_ids, call.response_token_ids) for call in each.run.calls]
-        assert each.is_exact
+def test_every_id_is_the_one_that_vllm_returned_in_the_order_of_the_calls(
+    runs: list[tuple[Run, list[agl.Triplet]]],
+) -> None:
+    for each, found in runs:
+        assert len(found) == CALLS
+        assert all(triplet.prompt_token_ids and triplet.response_token_ids for triplet in found)
+        assert [triplet.response_id for triplet in found] == [answer.id for answer in each.answers]
+        assert is_exact(each, found)
 
 
-def test_a_triplet_says_whose_it_is(loop: tuple[RemoteOpenAIServer, list[Outcome]]) -> None:
-    vllm, outcomes = loop
-    for each in outcomes:
-        for triplet in each.triplets:
-            assert (triplet["rollout_id"], triplet["attempt_id"]) == (each.run.rollout_id, each.run.attempt_id)
-            assert (triplet["model"], triplet["status"]) == (vllm.model, "finished")
+def test_a_triplet_names_its_rollout_and_attempt(runs: list[tuple[Run, list[agl.Triplet]]]) -> None:
+    for each, found in runs:
+        assert each.rollout.attempt is not None
+        for triplet in found:
+            assert triplet.status == "finished"
+            assert (triplet.rollout_id, triplet.attempt_id) == (
+                each.rollout.rollout_id,
+                each.rollout.attempt.attempt_id,
+            )
 
 
-def test_the_last_call_has_the_reward(outcomes: list[Outcome]) -> None:
-    for each in outcomes:
-        assert [triplet["reward"] for triplet in each.triplets] == [None, each.run.reward]
+def test_the_last_call_has_the_reward(runs: list[tuple[Run, list[agl.Triplet]]]) -> None:
+    for each, found in runs:
+        assert [triplet.reward for triplet in found] == [None, each.reward]
 
 
-def test_both_prompts_have_the_question_and_the_second_what_the_tool_said(outcomes: list[Outcome]) -> None:
-    for each in outcomes:
-        first, second = (tokenizer().decode(triplet["prompt_token_ids"]) for triplet in each.triplets)
-        question, said = f"user\n{each.run.task['question']}", f"tool\n{each.run.result}"
+def test_both_prompts_have_the_question_and_the_second_has_the_result_of_the_tool(
+    runs: list[tuple[Run, list[agl.Triplet]]],
+) -> None:
+    for each, found in runs:
+        first, second = (tokenizer().decode(list(triplet.prompt_token_ids or ())) for triplet in found)
+        question, result = f"user\n{each.rollout.input['question']}", f"tool\n{each.result}"
         assert question in first
         assert question in second
-        assert said not in first
-        assert said in second
+        assert result not in first
+        assert result in second
 
 
-def test_one_other_id_is_noticed(outcomes: list[Outcome]) -> None:
-    other = deepcopy(outcomes[0])
-    other.triplets[1]["response_token_ids"][-1] += 1
+def test_one_other_id_is_noticed(runs: list[tuple[Run, list[agl.Triplet]]]) -> None:
+    each, found = runs[0]
+    other = deepcopy(found)
+    ids = other[1].response_token_ids
+    assert ids is not None
+    ids[-1] += 1
 
-    assert not other.is_exact
+    assert not is_exact(each, other)
 
 
-def test_where_nobody_is_at_a_terminal_it_says_how_to_serve_the_file_again(
-    outcomes: list[Outcome], file: Path, capsys: pytest.CaptureFixture[str]
+def test_the_table_fits_into_80_columns(
+    runs: list[tuple[Run, list[agl.Triplet]]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = {each.rollout.rollout_id: found for each, found in runs}
+    monkeypatch.setattr(loop, "triplets", lambda rollout: kept[rollout.rollout_id])
+
+    assert table([each for each, _ in runs])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > len(runs)
+    assert max(map(len, lines)) <= 80
+
+
+def test_without_a_terminal_it_says_how_to_serve_the_file_again(
+    runs: list[tuple[Run, list[agl.Triplet]]], file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with StoreServer(file) as store:
-        show(store)
-        assert store.process.poll() is not None
+        show(store.process, store.url, file)
 
-    said = capsys.readouterr().out
-    [path] = re.findall(r"agl store --store (\S+)", said)
+    [path] = re.findall(r"agl store --store (\S+)", capsys.readouterr().out)
     with StoreServer(Path(path).absolute()) as again:
         page = httpx.get(f"{again.url}/").text
-    assert all(each.run.rollout_id in page for each in outcomes)
+    assert all(each.rollout.rollout_id in page for each, _ in runs)
 
 
 def test_at_a_terminal_the_page_is_served_until_ctrl_c(tmp_path: Path) -> None:
