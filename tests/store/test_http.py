@@ -483,7 +483,7 @@ def test_it_is_looked_into_and_exported_by_its_url(locked: StoreServer) -> None:
     assert "s3cret" not in said.stdout + said.stderr + exported.stderr
 
 
-def test_without_msgspec_the_install_command_is_named(tmp_path: Path) -> None:
+def test_opening_a_store_over_http_without_msgspec_names_the_install_command(tmp_path: Path) -> None:
     (tmp_path / "msgspec.py").write_text("raise ImportError\n")
     program = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import agentlightning.store as s; s.open_store('http://a')"
@@ -491,8 +491,8 @@ def test_without_msgspec_the_install_command_is_named(tmp_path: Path) -> None:
 
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
 
-    install = f"{sys.executable} -m pip install 'msgspec>=0.18'"
-    assert result.stderr.splitlines()[-1].endswith(f"StoreRefused: a store over HTTP needs msgspec: {install}")
+    install = f"{sys.executable} -m pip install 'msgspec>=0.18' 'urllib3>=1.26'"
+    assert result.stderr.splitlines()[-1].endswith(f"StoreRefused: a store over HTTP needs msgspec and urllib3: {install}")
 
 
 def test_threads_share_a_store(store: Store) -> None:
