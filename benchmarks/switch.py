@@ -11,8 +11,9 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from importlib import import_module
 from typing import Any
 
-from agentlightning.instrumentation.vllm import instrument_vllm, marks, releases, uninstrument_vllm
-from agentlightning.instrumentation.vllm.middleware import App, RequestContexts
+from agentlightning.instrumentation.vllm import _releases, instrument_vllm, uninstrument_vllm
+from agentlightning.instrumentation.vllm._context import App, RequestContexts
+from agentlightning.instrumentation.vllm.capture import marks
 from agentlightning.patching import PatchSet, Wrap
 
 __all__ = ["ROUTE", "Switch"]
@@ -35,8 +36,10 @@ def marking(add_request: Callable[..., Any]) -> Callable[..., Any]:
 
 
 MARKING = (
-    PatchSet("marks", releases.OUTPUT_PROCESSOR.modules, (Wrap("OutputProcessor.add_request", ("request",), marking),)),
-    PatchSet("messages", releases.ENGINE_MESSAGES.modules, marks.MESSAGE_PATCHES),
+    PatchSet(
+        "marks", _releases.OUTPUT_PROCESSOR.modules, (Wrap("OutputProcessor.add_request", ("request",), marking),)
+    ),
+    PatchSet("messages", _releases.ENGINE_MESSAGES.modules, marks.MESSAGE_PATCHES),
 )
 
 

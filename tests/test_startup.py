@@ -19,7 +19,7 @@ import agentlightning
 from agentlightning import importhook, instrumentation
 from agentlightning._startup import start
 from agentlightning.instrumentation import vllm
-from agentlightning.instrumentation.vllm import releases
+from agentlightning.instrumentation.vllm import _releases
 from tests.common.made_up_vllm import PROMPT, RESPONSE, VERSION, Layout, made_up_vllm
 
 pytestmark = pytest.mark.tier("check")
@@ -521,7 +521,7 @@ def test_a_release_that_nobody_has_seen_is_patched_and_named_once(tmp_path: Path
     ],
 )
 def test_what_is_no_release_is_older_than_none(version: str, older: bool) -> None:
-    assert releases.is_before(version, "0.13.0") is older
+    assert _releases.is_before(version, "0.13.0") is older
 
 
 @slow

@@ -16,7 +16,7 @@ from agentlightning.doctor import Finding, Mark
 from agentlightning.doctor.installation import PTH, interpreter
 from agentlightning.doctor.presence import what_is_missing
 from agentlightning.importhook import locate
-from agentlightning.instrumentation.vllm import releases
+from agentlightning.instrumentation.vllm import _releases
 
 __all__ = ["findings", "of_an_unknown_release", "of_patches"]
 
@@ -85,7 +85,7 @@ def of_an_unknown_release(version: Any, patches: Mapping[str, Mapping[str, str |
         version: vLLM's; None where it is not known.
         patches: as for `of_patches`.
     """
-    if not isinstance(version, str) or not releases.is_before(releases.NEWEST_KNOWN, version):
+    if not isinstance(version, str) or not _releases.is_before(_releases.NEWEST_KNOWN, version):
         return
     applied = [name for name, patch in patches.items() if patch["state"] == "applied"]
     left_off = [f"{name} ({patch['state']})" for name, patch in patches.items() if patch["state"] != "applied"]
@@ -94,7 +94,7 @@ def of_an_unknown_release(version: Any, patches: Mapping[str, Mapping[str, str |
     )
     others = f"; not {', '.join(left_off)}" if left_off else ""
     text = (
-        f"{version} is newer than any release that this agentlightning was tested with ({releases.NEWEST_KNOWN}): "
+        f"{version} is newer than any release that this agentlightning was tested with ({_releases.NEWEST_KNOWN}): "
         f"{found} found what they patch in it{others}"
     )
     yield Finding("release", Mark.NOTE, text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from agentlightning.instrumentation.vllm import running
+from agentlightning.instrumentation.vllm.capture import frontend
 
 ROUTE = "/under_way"
 
@@ -19,7 +19,7 @@ class UnderWay:
         if scope["type"] != "http" or scope["path"] != ROUTE:
             await self._app(scope, receive, send)
             return
-        under_way = [*running._running.values()]
+        under_way = [*frontend._running.values()]
         held = sum(len(each._requests) + len(each._parents) for each in under_way)
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": str(held).encode()})

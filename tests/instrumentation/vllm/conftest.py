@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from agentlightning.instrumentation.vllm import containment, request_context
+from agentlightning.instrumentation.vllm import _context, _isolation
 
 
 @pytest.fixture(autouse=True)
 def leaves_nothing() -> Iterator[None]:
     """Forget the failures and the request of a test when it is over: forked tests inherit what this process has."""
     yield
-    containment.failures.clear()
-    request_context.enter(None)
+    _isolation.failures.clear()
+    _context.enter(None)

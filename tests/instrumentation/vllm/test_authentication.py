@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from agentlightning.instrumentation.vllm.server import STATUS_ROUTE
+from agentlightning.instrumentation.vllm._status import STATUS_ROUTE
 from tests.common.vllm import RemoteOpenAIServer
 from tests.conftest import PARSERS
 

@@ -22,7 +22,7 @@ from vllm.plugins import load_general_plugins
 
 from agentlightning import instrumentation
 from agentlightning._startup import start
-from agentlightning.instrumentation.vllm import containment, import_targets
+from agentlightning.instrumentation.vllm import _isolation, import_targets
 
 # As a vLLM that serves everything has them.
 import_targets()
@@ -220,7 +220,7 @@ def test_an_attachment_that_raises_gives_vllms_answer_and_is_told_once(caplog: p
     [record] = caplog.records
     assert record.levelno == logging.ERROR
     assert "/v1/chat/completions: attaching ids" in record.message
-    assert containment.failures == {"/v1/chat/completions: attaching ids: AttributeError": 3}
+    assert _isolation.failures == {"/v1/chat/completions: attaching ids: AttributeError": 3}
 
 
 def test_a_request_that_cannot_be_read_is_answered_by_vllm_alone(caplog: pytest.LogCaptureFixture) -> None:

@@ -16,7 +16,7 @@ import aiohttp
 import psutil
 import pytest
 
-from agentlightning.instrumentation.vllm.server import STATUS_ROUTE
+from agentlightning.instrumentation.vllm._status import STATUS_ROUTE
 from tests.common.answers import fetch, post
 from tests.common.census import PATH
 from tests.common.vllm import RemoteOpenAIServer

@@ -13,8 +13,8 @@ import anthropic
 import openai
 import pytest
 
-from agentlightning.instrumentation.vllm import long_events
-from agentlightning.instrumentation.vllm.long_events import LIMIT, parts, split
+from agentlightning.instrumentation.vllm.endpoints import sse
+from agentlightning.instrumentation.vllm.endpoints.sse import LIMIT, parts, split
 from tests.common.answers import post, tokenize
 from tests.common.vllm import LITTLE_CACHE, NO_WORKER, RemoteOpenAIServer
 
@@ -130,7 +130,7 @@ def test_closing_the_stream_closes_vllms() -> None:
 
 
 def test_parts_joined_by_position_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(long_events, "IDS_PER_EVENT", 3)
+    monkeypatch.setattr(sse, "IDS_PER_EVENT", 3)
     generations = [{"prompt_token_ids": [1, 2], "token_ids": [3, 4]}, {"prompt_token_ids": [], "token_ids": [5]}]
 
     assert [*parts({"generations": generations, "response_token_ids": [[6], [7, 8]]})] == [

@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 
-from agentlightning.instrumentation.vllm.middleware import RequestContexts
+from agentlightning.instrumentation.vllm._context import RequestContexts
 from tests.common.answers import gather, get
 from tests.common.vllm import RemoteOpenAIServer
 

@@ -24,8 +24,8 @@ from vllm.entrypoints.speech_to_text.translation.protocol import TranslationRequ
 from vllm.entrypoints.speech_to_text.translation.serving import OpenAIServingTranslation
 
 from agentlightning import instrumentation
-from agentlightning.instrumentation.vllm import containment, request_context
-from agentlightning.instrumentation.vllm.request_context import RequestContext
+from agentlightning.instrumentation.vllm import _context, _isolation
+from agentlightning.instrumentation.vllm._context import RequestContext
 
 pytestmark = pytest.mark.forked
 
@@ -49,11 +49,11 @@ def checked(serving_class: type[Any], request: Any, headers: dict[bytes, bytes] 
     context = RequestContext(scope={"headers": [*(headers or {}).items()]})
 
     async def check() -> None:
-        request_context.enter(context)
+        _context.enter(context)
         assert await serving._check_model(request) is None
 
     asyncio.run(check())
-    assert not containment.failures
+    assert not _isolation.failures
     return context
 
 

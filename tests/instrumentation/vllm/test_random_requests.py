@@ -14,7 +14,7 @@ import hypothesis
 import psutil
 from hypothesis import strategies as st
 
-from agentlightning.instrumentation.vllm.server import STATUS_ROUTE
+from agentlightning.instrumentation.vllm._status import STATUS_ROUTE
 from tests.common.answers import fetch
 from tests.common.vllm import RemoteOpenAIServer
 

@@ -22,18 +22,13 @@ from vllm.v1.request import Request
 
 from agentlightning import instrumentation
 from agentlightning.generation import Generation
-from agentlightning.instrumentation.vllm import (
-    containment,
-    engine_core,
-    output_processor,
-    recording,
-    request_context,
-    responses,
-)
-from agentlightning.instrumentation.vllm.generations import _said_before, as_json
-from agentlightning.instrumentation.vllm.metrics import Observer
-from agentlightning.instrumentation.vllm.request_context import RequestContext
-from agentlightning.instrumentation.vllm.running import under_way
+from agentlightning.instrumentation.vllm import _context, _isolation
+from agentlightning.instrumentation.vllm._context import RequestContext
+from agentlightning.instrumentation.vllm.capture import engine_core, frontend, session
+from agentlightning.instrumentation.vllm.capture.conversion import _said_before, as_json
+from agentlightning.instrumentation.vllm.capture.frontend import find_running
+from agentlightning.instrumentation.vllm.capture.metrics import Observer
+from agentlightning.instrumentation.vllm.endpoints import responses
 from agentlightning.patching import PatchSet
 from agentlightning.recorder import Counters
 from tests.common.engine import Engine, kept
@@ -53,7 +48,7 @@ def engine(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     engine = Engine()
     yield engine
     # Whatever the end was, nothing is held on to.
-    running = under_way(engine.processor)
+    running = find_running(engine.processor)
     assert running is None or (running._requests, running._parents) == ({}, {})
 
 
@@ -167,7 +162,7 @@ def test_what_is_generated_without_a_server_leaves_nothing(engine: Engine, path:
 
 def test_what_waits_to_be_written_holds_on_to_no_image(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     waiting: list[Callable[[], Generation]] = []
-    monkeypatch.setattr(recording, "keep", lambda build, *sizes: waiting.append(build))
+    monkeypatch.setattr(session, "keep", lambda build, *sizes: waiting.append(build))
     image = Image()
     seen = weakref.ref(image)
     engine.add("seeing", [1, 2, 3], mm_features=[image])
@@ -187,7 +182,7 @@ class Image:
 
 def test_what_else_waits_counts_for_the_queue(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    monkeypatch.setattr(recording, "keep", lambda build, ids, more: sizes.append(more))
+    monkeypatch.setattr(session, "keep", lambda build, ids, more: sizes.append(more))
     # Few: threads of torch's own do not outlive a fork, and who works on many waits for them.
     embeds = torch.zeros(10, 64)
     engine.add("embedded", None, prompt_embeds=embeds)
@@ -209,19 +204,19 @@ def test_a_prompt_that_is_embeddings_in_part_has_no_ids(engine: Engine, path: Pa
 
 def test_a_vllm_that_has_not_what_is_looked_for_answers_as_ever(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AGL_STORE", str(path))
-    add = output_processor.tied(lambda processor, request, *others: "added")
-    process = output_processor.finishing(lambda processor, outputs: outputs)
+    add = frontend.tied(lambda processor, request, *others: "added")
+    process = frontend.finishing(lambda processor, outputs: outputs)
 
     assert add(object(), object(), None) == "added"
     assert process(object(), [1]) == [1]
-    assert containment.failures == {"looking for a request: AttributeError": 1}
+    assert _isolation.failures == {"looking for a request: AttributeError": 1}
 
 
 class Serving:
     """In the place of vLLM's, which needs a model."""
 
     async def create_responses(self, request: Any) -> RequestContext | None:
-        return request_context.current()
+        return _context.current()
 
     async def responses_full_generator(self, request: Any) -> None: ...
 
@@ -265,7 +260,7 @@ def test_a_program_that_is_instrumented_again_records_to_the_store_that_is_named
 
     [second] = kept(another)
     assert second.request_id == "second"
-    report = recording.report()
+    report = session.report()
     assert report is not None
     assert (report["store"], report["generations"]) == (str(another), 1)
     monkeypatch.setenv("AGL_STORE", str(path))
@@ -282,7 +277,7 @@ def test_what_is_under_way_when_the_patches_are_taken_off_is_not_recorded_and_th
     instrumentation.instrument_vllm()
 
     assert "1 requests under way are not recorded" in caplog.text
-    assert under_way(engine.processor) is None
+    assert find_running(engine.processor) is None
 
 
 def test_long_parameters_are_not_remembered() -> None:

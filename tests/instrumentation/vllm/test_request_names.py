@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from agentlightning.instrumentation.vllm.request_names import RequestName, read
+from agentlightning.instrumentation.vllm.capture.request_names import RequestName, read
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 

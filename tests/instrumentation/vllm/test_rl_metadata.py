@@ -21,7 +21,8 @@ from vllm.v1.request import Request
 
 from agentlightning import instrumentation
 from agentlightning.generation import RoutedExperts
-from agentlightning.instrumentation.vllm import containment, engine_core, logprobs
+from agentlightning.instrumentation.vllm import _isolation
+from agentlightning.instrumentation.vllm.capture import engine_core, logprobs
 from tests.common.engine import Engine, kept
 
 pytestmark = pytest.mark.forked
@@ -95,7 +96,7 @@ def test_logprobs_of_another_shape_end_no_engine(engine: Engine, path: Path) -> 
 
     [generation] = kept(path)
     assert generation.choices[0].logprobs is None
-    assert containment.failures == {"taking logprobs: IndexError": 1}
+    assert _isolation.failures == {"taking logprobs: IndexError": 1}
 
 
 def test_nothing_of_vllms_is_held_on_to_for_logprobs(engine: Engine, path: Path) -> None:
@@ -216,7 +217,7 @@ def test_an_output_that_cannot_be_read_costs_the_others_of_its_step_nothing(path
     assert by_name["cmpl-odd"].token_ids == array("i", [5])
     assert by_name["cmpl-odd"].logprobs is None
     assert by_name["cmpl-good"].logprobs == array("f", [-1])
-    assert containment.failures.total() == 1
+    assert _isolation.failures.total() == 1
 
 
 def test_logprobs_are_sent_as_they_are_where_requests_are_traced() -> None:

@@ -13,7 +13,7 @@ from copy import copy
 from typing import Any
 from weakref import WeakMethod
 
-from agentlightning.instrumentation.vllm.containment import contained
+from agentlightning.instrumentation.vllm._isolation import contained
 
 __all__ = [
     "BYTES_PER_PART",

@@ -9,9 +9,10 @@ from typing import Any
 
 import agentlightning
 from agentlightning import settings
-from agentlightning.instrumentation.vllm import recording, running, strict
-from agentlightning.instrumentation.vllm.containment import contained, failures
-from agentlightning.instrumentation.vllm.middleware import RequestContexts, ignored
+from agentlightning.instrumentation.vllm import _strict
+from agentlightning.instrumentation.vllm._context import RequestContexts, ignored
+from agentlightning.instrumentation.vllm._isolation import contained, failures
+from agentlightning.instrumentation.vllm.capture import frontend, session
 from agentlightning.patching import Patch, Status, Wrap
 
 __all__ = ["STATUS_ROUTE", "app_patches", "server_patches"]
@@ -54,7 +55,7 @@ def server_patches(statuses: Statuses) -> tuple[Patch, ...]:
             finally:
                 # The engine is stopped, or will be in a moment. Who still waits for it is told by nobody: vLLM itself
                 # waits then until they leave, or until it is killed.
-                contained("recording what is under way", running.give_up_all)
+                contained("recording what is under way", frontend.give_up_all)
 
         return set_up_and_serve_http
 
@@ -66,8 +67,8 @@ def _set_up(app: Any, statuses: Statuses) -> None:
         return
     _add_route(app, statuses)
     _open_contexts(app)
-    if recording.is_on():
-        contained("opening the store", running.start)
+    if session.is_on():
+        contained("opening the store", frontend.start)
 
 
 def _add_route(app: Any, statuses: Statuses) -> None:
@@ -105,6 +106,6 @@ def _report(app: Any, statuses: Mapping[str, Status]) -> dict[str, Any]:
         },
         "patches": {name: status.as_dict() for name, status in statuses.items()},
         "counters": {"failures": dict(failures), "ignored_ids": dict(ignored)},
-        "limits": strict.limits(app),
-        "recording": recording.report(),
+        "limits": _strict.limits(app),
+        "recording": session.report(),
     }

@@ -6,10 +6,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from agentlightning.instrumentation.vllm import recording, request_context
-from agentlightning.instrumentation.vllm.answer import NOTHING, Carried, add_response_token_ids, hides_reasoning, wanted
-from agentlightning.instrumentation.vllm.containment import contained
-from agentlightning.instrumentation.vllm.request_context import RequestContext
+from agentlightning.instrumentation.vllm import _context
+from agentlightning.instrumentation.vllm._context import RequestContext
+from agentlightning.instrumentation.vllm._isolation import contained
+from agentlightning.instrumentation.vllm.capture import calls
+from agentlightning.instrumentation.vllm.endpoints.answer import (
+    NOTHING,
+    Carried,
+    add_response_token_ids,
+    hides_reasoning,
+    wanted,
+)
 from agentlightning.patching import Patch, Wrap
 
 __all__ = ["SERVING_PATCHES"]
@@ -24,7 +31,7 @@ def with_token_ids(create: Callable[..., Any]) -> Callable[..., Any]:
         carried = contained(f"{ROUTE}: asking for ids", _ask, request) or NOTHING
         # vLLM's chat hides ids and logprobs together with the reasoning; its batch hides the text alone.
         hidden = carried.response and contained(f"{ROUTE}: hiding reasoning", _hide, serving, request)
-        answer, context = await request_context.collecting(lambda: create(serving, request, *args, **kwargs))
+        answer, context = await _context.collecting(lambda: create(serving, request, *args, **kwargs))
         if carried.response and hasattr(answer, "choices"):
             if hidden:
                 carried = replace(carried, response=False)
@@ -69,6 +76,6 @@ def _attach(answer: Any, context: RequestContext, carried: Carried) -> None:
 
 
 SERVING_PATCHES: tuple[Patch, ...] = (
-    recording.calls("OpenAIServingChatBatch.create_batch_chat_completion", ROUTE),
+    calls.in_one_call("OpenAIServingChatBatch.create_batch_chat_completion", ROUTE),
     Wrap("OpenAIServingChatBatch.create_batch_chat_completion", ("request",), with_token_ids),
 )

@@ -10,19 +10,41 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from agentlightning.instrumentation.vllm import recording, request_context
-from agentlightning.instrumentation.vllm.containment import contained
-from agentlightning.instrumentation.vllm.request_context import RequestContext
+from agentlightning.instrumentation.vllm import _context
+from agentlightning.instrumentation.vllm._context import RequestContext
+from agentlightning.instrumentation.vllm._isolation import contained
+from agentlightning.instrumentation.vllm.capture import session
 from agentlightning.patching import Patch, Where, Wrap
 
-__all__ = ["PATCHES"]
+__all__ = ["PATCHES", "in_one_call"]
+
+
+def in_one_call(target: str, endpoint: str) -> Patch:
+    """The patch of an endpoint's `create_*` method that makes all requests to the engine those of one call.
+
+    Args:
+        target: the method, as `Wrap` takes it.
+        endpoint: the path of its route, for calls that come on none, as in run-batch.
+    """
+
+    def with_a_call(create: Callable[..., Any]) -> Callable[..., Any]:
+        async def create_in_a_call(serving: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+            context = _context.current() or RequestContext()
+            context.endpoint = context.endpoint or endpoint
+            # The endpoint that is built upon another has said it already.
+            context.model = context.model or getattr(request, "model", None)
+            return await _context.opened(lambda: create(serving, request, *args, **kwargs), context)
+
+        return create_in_a_call
+
+    return Where(lambda module: session.is_on(), Wrap(target, ("request",), with_a_call))
 
 
 def noted(check: Callable[..., Any]) -> Callable[..., Any]:
     """The wrapper around `_check_model`."""
 
     async def check_model(serving: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        context = request_context.current()
+        context = _context.current()
         if context is not None:
             contained("reading a request", _note, context, serving, request)
         return await check(serving, request, *args, **kwargs)
@@ -67,12 +89,12 @@ def _has_base(module: ModuleType) -> bool:
 
 PATCHES: tuple[Patch, ...] = (
     Where(
-        lambda module: recording.is_on() and _has_base(module),
+        lambda module: session.is_on() and _has_base(module),
         Wrap("BaseServing._check_model", ("request",), noted),
     ),
     # To 0.23.
     Where(
-        lambda module: recording.is_on() and not _has_base(module),
+        lambda module: session.is_on() and not _has_base(module),
         Wrap("OpenAIServing._check_model", ("request",), noted),
     ),
 )

@@ -1,20 +1,61 @@
-"""Streams whose ids would make an event longer than clients read as one line: the ids go into events of their own.
-
-A client that reads a stream line by line has a limit for a line, 64 KiB in Python's own `asyncio`. The ids of a long
-prompt pass it, in a stream whose client has never asked for ids. Such an event goes out without them; further events of
-the same shape carry them, and are no longer than any client reads.
-"""
+"""Streams of server-sent events, in which some chunks are changed and the others pass unread."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator, Mapping
+import json
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import aclosing
 from typing import Any
 
-from agentlightning.instrumentation.vllm.containment import contained
-from agentlightning.instrumentation.vllm.sse import as_json, has_list, read
+from agentlightning.instrumentation.vllm._isolation import contained
 
-__all__ = ["IDS_PER_EVENT", "LIMIT", "is_long", "parts", "split"]
+__all__ = ["IDS_PER_EVENT", "LIMIT", "as_json", "edit", "edited", "has_list", "is_long", "parts", "read", "split"]
+
+
+async def edited(
+    stream: AsyncGenerator[str, None], key: str, change: Callable[[dict[str, Any]], None]
+) -> AsyncGenerator[str, None]:
+    """An SSE stream of vLLM's in which `change` has changed each chunk that holds a list under `key`.
+
+    The others pass untouched and unread, and so does a chunk that cannot be edited. The chunks of one event stay one
+    event, and closing this generator closes vLLM's.
+    """
+    async with aclosing(stream):
+        async for event in stream:
+            yield (contained("editing a stream", edit, event, change) or event) if has_list(event, key) else event
+
+
+def has_list(event: str, key: str) -> bool:
+    """Whether a chunk holds a list under `key`.
+
+    Not null, as in every chunk of a completions stream: most chunks are never read. What a model says cannot look like
+    it, since JSON escapes its quotes.
+    """
+    return f'"{key}":[' in event
+
+
+def edit(event: str, change: Callable[[dict[str, Any]], None]) -> str:
+    """The event with its chunk changed."""
+    chunk = read(event)
+    change(chunk)
+    return f"data: {as_json(chunk)}\n\n"
+
+
+def read(event: str) -> dict[str, Any]:
+    """The chunk that an event of chat or completions carries."""
+    return json.loads(event.removeprefix("data: "))
+
+
+def as_json(event: dict[str, Any]) -> str:
+    """As pydantic writes it, not escaped and without spaces: an event that was edited differs only where it was."""
+    return json.dumps(event, ensure_ascii=False, separators=(",", ":"))
+
+
+# Streams whose ids would make an event longer than clients read as one line: the ids go into events of their own.
+#
+# A client that reads a stream line by line has a limit for a line, 64 KiB in Python's own `asyncio`. The ids of a long
+# prompt pass it, in a stream whose client has never asked for ids. Such an event goes out without them; further events
+# of the same shape carry them, and are no longer than any client reads.
 
 LIMIT = 1 << 16
 """The most bytes of an event that carries ids which nobody has asked for."""

@@ -11,8 +11,9 @@ from types import ModuleType
 from typing import Any
 from weakref import WeakSet
 
-from agentlightning.instrumentation.vllm import recording, releases
-from agentlightning.instrumentation.vllm.containment import contained
+from agentlightning.instrumentation.vllm import _releases
+from agentlightning.instrumentation.vllm._isolation import contained
+from agentlightning.instrumentation.vllm.capture import session
 from agentlightning.patching import Patch, Where, Wrap
 
 __all__ = ["API_SERVER_PATCHES", "ENGINE_CORE_PATCHES"]
@@ -54,7 +55,7 @@ def patient_with_engine_cores(shutdown: Callable[..., Any]) -> Callable[..., Any
 
     def shutdown_patiently(manager: Any, timeout: float | None = None, *args: Any, **kwargs: Any) -> Any:
         # Other engine cores have nothing to write down, and take their time to clean up.
-        if timeout is not None and (manager in _headless or releases.uses_rust_frontend()):
+        if timeout is not None and (manager in _headless or _releases.uses_rust_frontend()):
             timeout = max(timeout, SECONDS)
         return shutdown(manager, timeout, *args, **kwargs)
 
@@ -62,7 +63,7 @@ def patient_with_engine_cores(shutdown: Callable[..., Any]) -> Callable[..., Any
 
 
 def _manages(name: str) -> Callable[[ModuleType], bool]:
-    return lambda module: recording.is_on() and hasattr(getattr(module, name, None), "shutdown")
+    return lambda module: session.is_on() and hasattr(getattr(module, name, None), "shutdown")
 
 
 API_SERVER_PATCHES: tuple[Patch, ...] = (

@@ -1,19 +1,75 @@
-"""For whom this process records: what its store is told of it, and of the model that it serves."""
+"""From the capture to the recorder: this process's recorder, and the calls that what it is given belongs to.
+
+On the event loop a generation costs the same however long it is: vLLM's lists are taken as they are, and the thread
+that writes makes of them what is kept.
+"""
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import time
-from collections.abc import Collection, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import agentlightning
-from agentlightning.instrumentation.vllm.containment import contained
+from agentlightning import settings
+from agentlightning.generation import Generation
+from agentlightning.instrumentation.vllm._isolation import contained
+from agentlightning.instrumentation.vllm.capture.metrics import Observer
+from agentlightning.recorder import Recorder
 from agentlightning.sender import ID_LIMIT, Sender, Vocabulary
 
-__all__ = ["note_engine", "note_model", "sender", "served_name"]
+__all__ = ["is_on", "keep", "note_engine", "note_model", "recorder", "report", "sender", "served_name"]
+
+# An integer of Python's, and its place in a list.
+BYTES_PER_ID = 36
+# What else a generation holds on to.
+BYTES_PER_GENERATION = 2000
+
+
+def is_on() -> bool:
+    """Whether generations are kept: `AGL_STORE` is set."""
+    return settings.store() is not None
+
+
+def recorder() -> Recorder:
+    """The recorder of this process for the store that `AGL_STORE` names now.
+
+    A program may be instrumented again with another store. What was recorded before goes to the store of that time,
+    whose recorder stays until the process ends.
+    """
+    url = settings.store()
+    assert url is not None, "asked for where nothing is kept"
+    return _recorder(url, settings.queue_bytes())
+
+
+@functools.cache
+def _recorder(url: str, queue_bytes: int) -> Recorder:
+    return Recorder(url, queue_bytes, sender, Observer())
+
+
+def keep(build: Callable[[], Generation], token_ids: int, more_bytes: int = 0) -> None:
+    """Have a generation kept.
+
+    Args:
+        build: makes it, in the thread that writes.
+        token_ids: how many ids it holds on to until then, as Python's integers.
+        more_bytes: what else it holds on to, if that is much.
+    """
+    recorder().record(build, BYTES_PER_GENERATION + BYTES_PER_ID * token_ids + more_bytes)
+
+
+def report() -> dict[str, Any] | None:
+    """For the status: where generations are kept, and what has become of them; None where they are not kept."""
+    if not is_on():
+        return None
+    return {"store": settings.without_secrets(settings.store() or ""), **asdict(recorder().counters())}
+
+
+# For whom this process records: what its store is told of it, and of the model that it serves.
 
 
 class _Served(NamedTuple):

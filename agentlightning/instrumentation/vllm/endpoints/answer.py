@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from agentlightning import settings
-from agentlightning.instrumentation.vllm.request_context import EngineRequest, RequestContext
+from agentlightning.instrumentation.vllm._context import EngineRequest, RequestContext
 
 __all__ = ["NOTHING", "Carried", "add_response_token_ids", "captured_fields", "hides_reasoning", "said", "wanted"]
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
-from agentlightning.instrumentation.vllm import long_events, recording, releases
-from agentlightning.instrumentation.vllm.answer import wanted
-from agentlightning.instrumentation.vllm.containment import contained
-from agentlightning.instrumentation.vllm.fields import RequestField
+from agentlightning.instrumentation.vllm import _releases
+from agentlightning.instrumentation.vllm._isolation import contained
+from agentlightning.instrumentation.vllm.capture import calls
+from agentlightning.instrumentation.vllm.endpoints import sse
+from agentlightning.instrumentation.vllm.endpoints.answer import wanted
+from agentlightning.instrumentation.vllm.endpoints.fields import RequestField
 from agentlightning.patching import Patch, Wrap
 
 __all__ = ["SERVING_PATCHES"]
@@ -22,7 +24,7 @@ def with_prompt_ids(serve: Callable[..., Any]) -> Callable[..., Any]:
     async def serve_tokens(serving: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         asked = contained(f"{ROUTE}: asking for ids", _ask, request)
         answer = await serve(serving, request, *args, **kwargs)
-        return long_events.split(answer, ROUTE) if asked and isinstance(answer, AsyncGenerator) else answer
+        return sse.split(answer, ROUTE) if asked and isinstance(answer, AsyncGenerator) else answer
 
     return serve_tokens
 
@@ -37,7 +39,7 @@ def _ask(request: Any) -> bool:
 
 SERVING_PATCHES: tuple[Patch, ...] = (
     # Before, its prompt ids are only what the client has sent itself.
-    RequestField("GenerateRequest", "return_token_ids", releases.GENERATE_RETURN_TOKEN_IDS_SINCE),
-    recording.calls("ServingTokens.serve_tokens", ROUTE),
+    RequestField("GenerateRequest", "return_token_ids", _releases.GENERATE_RETURN_TOKEN_IDS_SINCE),
+    calls.in_one_call("ServingTokens.serve_tokens", ROUTE),
     Wrap("ServingTokens.serve_tokens", ("request",), with_prompt_ids),
 )

@@ -16,8 +16,8 @@ from enum import Enum
 from types import ModuleType
 from typing import Any
 
-from agentlightning.instrumentation.vllm import recording
-from agentlightning.instrumentation.vllm.containment import contained
+from agentlightning.instrumentation.vllm._isolation import contained
+from agentlightning.instrumentation.vllm.capture import session
 from agentlightning.patching import Patch, Where, Wrap
 
 __all__ = ["MESSAGE_PATCHES", "Mark", "add", "take"]
@@ -89,7 +89,7 @@ def _read(frame: Any, request_id: str) -> None:
 
 
 def _records(module: ModuleType) -> bool:
-    return recording.is_on()
+    return session.is_on()
 
 
 MESSAGE_PATCHES: tuple[Patch, ...] = (

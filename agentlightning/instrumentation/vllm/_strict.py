@@ -12,7 +12,8 @@ from types import ModuleType
 from typing import Any
 
 from agentlightning import settings
-from agentlightning.instrumentation.vllm import recording, releases
+from agentlightning.instrumentation.vllm import _releases
+from agentlightning.instrumentation.vllm.capture import session
 from agentlightning.patching import Patch, Wrap
 
 __all__ = ["app_patches", "argument_patches", "judge_grpc", "limits", "refuse", "server_patches"]
@@ -105,10 +106,10 @@ def _past_us(args: Any) -> list[str]:
     # As ServeSubcommand.cmd decides; where no subcommand was read (python -m ...api_server), Python answers.
     if getattr(args, "subparser", None) != "serve" or getattr(args, "grpc", False):
         return []
-    if not releases.uses_rust_frontend():
+    if not _releases.uses_rust_frontend():
         return []
     answers = 'with token ids only where a request says "return_token_ids": true'
-    records = f"; {RECORDED_BY_ENGINE}" if recording.is_on() else ""
+    records = f"; {RECORDED_BY_ENGINE}" if session.is_on() else ""
     return [f"vLLM's Rust frontend (VLLM_USE_RUST_FRONTEND) answers without Python, {answers}{records}"]
 
 

@@ -19,10 +19,16 @@ from weakref import WeakKeyDictionary
 
 from agentlightning import settings
 from agentlightning.generation import Choice, Generation
-from agentlightning.instrumentation.vllm import logprobs, marks, recording, releases, request_names, senders
-from agentlightning.instrumentation.vllm.containment import contained
-from agentlightning.instrumentation.vllm.generations import as_json, routed_experts, status_of, weight_versions
-from agentlightning.instrumentation.vllm.records import prompt_ids_of
+from agentlightning.instrumentation.vllm import _releases
+from agentlightning.instrumentation.vllm._isolation import contained
+from agentlightning.instrumentation.vllm.capture import logprobs, marks, request_names, session
+from agentlightning.instrumentation.vllm.capture.conversion import (
+    as_json,
+    prompt_ids_of,
+    routed_experts,
+    status_of,
+    weight_versions,
+)
 from agentlightning.patching import Patch, Where, Wrap
 
 __all__ = ["CORE_PATCHES", "MESSAGE_PATCHES", "SCHEDULER_PATCHES"]
@@ -158,18 +164,18 @@ class Unmarked:
         ids = len(whole.prompt_token_ids or ()) + len(whole.token_ids)
         more = logprobs.BYTES_PER_PART * len(followed.logprobs)
         more += sum(chunk.nbytes for chunk in followed.routed_experts)
-        recording.keep(functools.partial(_generation_of, followed, whole, self.config, time.time_ns()), ids, more)
+        session.keep(functools.partial(_generation_of, followed, whole, self.config, time.time_ns()), ids, more)
 
 
 def _generation_of(followed: Followed, whole: Whole, config: Any, finished_at: int) -> Generation:
-    name = request_names.read(whole.request_id, from_rust=releases.uses_rust_frontend())
+    name = request_names.read(whole.request_id, from_rust=_releases.uses_rust_frontend())
     token_ids = array("i", whole.token_ids)
     found = logprobs.of_sampled_ids(followed.logprobs, len(token_ids)) if followed.logprobs else None
     return Generation(
         request_id=name.request_id,
         response_id=name.response_id,
         endpoint=name.endpoint,
-        model=senders.served_name(config) if whole.lora_request is None else whole.lora_request.lora_name,
+        model=session.served_name(config) if whole.lora_request is None else whole.lora_request.lora_name,
         rollout_id=name.rollout_id,
         attempt_id=name.attempt_id,
         started_at=int(whole.arrived_at * 1e9),
@@ -225,7 +231,7 @@ def _follow(scheduler: Any, request: Any) -> None:
             "agentlightning: requests come from a frontend that is not instrumented: the engine core records them"
         )
         found = _unmarked[scheduler] = Unmarked(scheduler)
-        senders.note_model(found.config)
+        session.note_model(found.config)
     found.follow(request)
 
 
@@ -305,7 +311,7 @@ def _give_up_all(finish_reason: str) -> None:
         for unmarked in list(_unmarked.values()):
             unmarked.give_up_all(finish_reason)
         # Here and not at the interpreter's exit: who started this process waits for it only so long.
-        recording.recorder().close()
+        session.recorder().close()
 
 
 def beginning(init: Callable[..., Any]) -> Callable[..., Any]:
@@ -337,11 +343,11 @@ def _note_weights(version: str) -> None:
 
 
 def _records(module: ModuleType) -> bool:
-    return recording.is_on()
+    return session.is_on()
 
 
 def _has_weight_versions(module: ModuleType) -> bool:
-    return recording.is_on() and hasattr(module.EngineCore, "set_weight_version")
+    return session.is_on() and hasattr(module.EngineCore, "set_weight_version")
 
 
 CORE_PATCHES: tuple[Patch, ...] = (

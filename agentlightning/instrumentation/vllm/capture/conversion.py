@@ -6,15 +6,25 @@ import functools
 import json
 from array import array
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from agentlightning import settings
 from agentlightning.generation import Choice, Generation, RoutedExperts, Status
-from agentlightning.instrumentation.vllm import logprobs, releases, request_names
-from agentlightning.instrumentation.vllm.records import Ended, Record
-from agentlightning.instrumentation.vllm.request_context import RequestContext
+from agentlightning.instrumentation.vllm import _releases
+from agentlightning.instrumentation.vllm._context import RequestContext
+from agentlightning.instrumentation.vllm.capture import logprobs, request_names
 
-__all__ = ["as_json", "generation_of", "routed_experts", "status_of", "weight_versions"]
+__all__ = [
+    "Ended",
+    "Record",
+    "as_json",
+    "generation_of",
+    "prompt_ids_of",
+    "routed_experts",
+    "status_of",
+    "weight_versions",
+]
 
 # Of a client's parameters: with a grammar, or the ids that are allowed, they may have megabytes.
 _REMEMBERED_BYTES = 4_000
@@ -60,7 +70,7 @@ def _prompt_text(record: Record, context: RequestContext) -> str | None:
 def _named(record: Record) -> RequestContext:
     """What is known of a request that is behind no HTTP request: over gRPC its id names the rollout."""
     context = RequestContext()
-    if releases.serves_grpc():
+    if _releases.serves_grpc():
         context.rollout_id, context.attempt_id = request_names.whose(record.name)
     return context
 
@@ -168,3 +178,48 @@ def _has_text(value: Any) -> bool:
         # The bias of each id, whose keys are ids: JSON has no others than texts.
         return not all(key.isdecimal() for key in value) or any(map(_has_text, value.values()))
     return any(map(_has_text, value)) if isinstance(value, list) else isinstance(value, str)
+
+
+# What becomes one generation: a request to the engine, or those that vLLM makes of one, and how they ended.
+
+
+@dataclass(slots=True)
+class Ended:
+    """How one request to the engine ended.
+
+    Attributes:
+        state: vLLM's `RequestState`, whose lists it does not touch any more.
+        finish_reason, stop_reason: as vLLM's last `CompletionOutput` for it has them.
+        routed_experts: arrays of the experts that its ids went through, in order.
+    """
+
+    state: Any
+    finish_reason: str | None
+    stop_reason: int | str | None = None
+    routed_experts: list[Any] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Record:
+    """What becomes one generation: a request to the engine, or the `n` that vLLM makes of one.
+
+    Not vLLM's request itself, which would keep its images and embeddings in memory for as long as this waits.
+    """
+
+    name: str
+    arrived_at: float
+    prompt_token_ids: list[int] | None
+    sampling_params: Any
+    context: RequestContext | None
+    logprobs_mode: str | None = None
+    n: int = 1
+    open: int = 0
+    ended: list[Ended] = field(default_factory=list)
+
+
+def prompt_ids_of(request: Any) -> list[int] | None:
+    """The ids that went in, of one of vLLM's requests; None where embeddings did.
+
+    Where some of a prompt is embeddings (parts of a chat message), vLLM has placeholders for them among its ids.
+    """
+    return request.prompt_token_ids if getattr(request, "prompt_is_token_ids", None) is None else None

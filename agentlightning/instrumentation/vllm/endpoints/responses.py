@@ -7,9 +7,11 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
-from agentlightning.instrumentation.vllm import long_events, recording, request_context
-from agentlightning.instrumentation.vllm.answer import captured_fields, hides_reasoning, said, wanted
-from agentlightning.instrumentation.vllm.containment import contained
+from agentlightning.instrumentation.vllm import _context
+from agentlightning.instrumentation.vllm._isolation import contained
+from agentlightning.instrumentation.vllm.capture import calls
+from agentlightning.instrumentation.vllm.endpoints import sse
+from agentlightning.instrumentation.vllm.endpoints.answer import captured_fields, hides_reasoning, said, wanted
 from agentlightning.patching import Patch, Where, Wrap
 
 __all__ = ["SERVING_PATCHES"]
@@ -21,7 +23,7 @@ def collected(create: Callable[..., Any]) -> Callable[..., Any]:
     """The wrapper around `create_responses`."""
 
     async def create_responses(serving: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        answer, _ = await request_context.collecting(lambda: create(serving, request, *args, **kwargs))
+        answer, _ = await _context.collecting(lambda: create(serving, request, *args, **kwargs))
         return answer
 
     return create_responses
@@ -47,7 +49,7 @@ def _attach(response: Any, serving: Any, request: Any) -> None:
     carried = wanted(said(request))
     if hides_reasoning(serving, request):
         carried = replace(carried, response=False)
-    for name, value in captured_fields(request_context.current(), carried).items():
+    for name, value in captured_fields(_context.current(), carried).items():
         setattr(response, name, value)
 
 
@@ -80,7 +82,7 @@ def _split(event: Any, in_progress: Any) -> list[Any]:
     response, fields = event.response, dict(event.response.model_extra or {})
     moved: dict[str, Any] = {}
     for name in IDS:
-        if name in fields and long_events.is_long(event.model_dump_json(by_alias=True)):
+        if name in fields and sse.is_long(event.model_dump_json(by_alias=True)):
             moved[name] = fields[name]
             # A copy: vLLM keeps the response, to be fetched whole.
             response = response.model_copy()
@@ -88,7 +90,7 @@ def _split(event: Any, in_progress: Any) -> list[Any]:
             event = event.model_copy(update={"response": response})
     before = [
         in_progress.model_copy(update={"response": in_progress.response.model_copy(update=part)})
-        for part in long_events.parts(moved)
+        for part in sse.parts(moved)
     ]
     # vLLM numbers its events.
     for number, each in enumerate([*before, event], event.sequence_number):
@@ -100,7 +102,7 @@ IDS = ("generations", "prompt_token_ids", "response_token_ids")
 """Fields that leave a closing event that is too long, in this order, until it is short enough."""
 
 SERVING_PATCHES: tuple[Patch, ...] = (
-    recording.calls("OpenAIServingResponses.create_responses", ROUTE),
+    calls.in_one_call("OpenAIServingResponses.create_responses", ROUTE),
     Wrap("OpenAIServingResponses.create_responses", ("request",), collected),
     Wrap("OpenAIServingResponses.responses_full_generator", ("request",), with_token_ids),
     # From 0.10.1.

@@ -7,12 +7,14 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
-from agentlightning.instrumentation.vllm import long_events, recording, request_context
-from agentlightning.instrumentation.vllm.answer import Carried, captured_fields, wanted
-from agentlightning.instrumentation.vllm.containment import contained, contained_async
-from agentlightning.instrumentation.vllm.fields import ExtraField
-from agentlightning.instrumentation.vllm.request_context import RequestContext
-from agentlightning.instrumentation.vllm.sse import as_json
+from agentlightning.instrumentation.vllm import _context
+from agentlightning.instrumentation.vllm._context import RequestContext
+from agentlightning.instrumentation.vllm._isolation import contained, contained_async
+from agentlightning.instrumentation.vllm.capture import calls
+from agentlightning.instrumentation.vllm.endpoints import sse
+from agentlightning.instrumentation.vllm.endpoints.answer import Carried, captured_fields, wanted
+from agentlightning.instrumentation.vllm.endpoints.fields import ExtraField
+from agentlightning.instrumentation.vllm.endpoints.sse import as_json
 from agentlightning.patching import Patch, Wrap
 
 __all__ = ["RESPONSE_PATCHES", "SERVING_PATCHES"]
@@ -27,9 +29,7 @@ def with_token_ids(create: Callable[..., Any]) -> Callable[..., Any]:
         carried = await contained_async(f"{ROUTE}: asking for ids", _wanted, raw_request)
         if carried is None or not carried.response:
             return await create(serving, request, raw_request, *args, **kwargs)
-        answer, context = await request_context.collecting(
-            lambda: create(serving, request, raw_request, *args, **kwargs)
-        )
+        answer, context = await _context.collecting(lambda: create(serving, request, raw_request, *args, **kwargs))
         if isinstance(answer, AsyncGenerator):
             return _streamed(answer, context, carried)
         if hasattr(answer, "content"):
@@ -71,11 +71,11 @@ def _edited(event: str, context: RequestContext, carried: Carried) -> list[str]:
     before: list[str] = []
     while True:
         event = f"{head}data: {as_json({**delta, **fields})}\n\n"
-        if carried.whole or not fields or not long_events.is_long(event):
+        if carried.whole or not fields or not sse.is_long(event):
             return [*before, event]
         # The prompt's ids first: they are in front of the others.
         moved = {name: fields.pop(name) for name in tuple(fields)[:1]}
-        before += (f"{head}data: {as_json({**like, **part})}\n\n" for part in long_events.parts(moved))
+        before += (f"{head}data: {as_json({**like, **part})}\n\n" for part in sse.parts(moved))
 
 
 RESPONSE_PATCHES: tuple[Patch, ...] = (
@@ -84,6 +84,6 @@ RESPONSE_PATCHES: tuple[Patch, ...] = (
     ExtraField("AnthropicMessagesResponse", "response_token_ids", list[list[int]] | None, written_without_null=True),
 )
 SERVING_PATCHES: tuple[Patch, ...] = (
-    recording.calls("AnthropicServingMessages.create_messages", ROUTE),
+    calls.in_one_call("AnthropicServingMessages.create_messages", ROUTE),
     Wrap("AnthropicServingMessages.create_messages", ("request", "raw_request"), with_token_ids),
 )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from agentlightning.instrumentation.vllm.middleware import is_id
+from agentlightning.instrumentation.vllm._context import is_id
 
 __all__ = ["RequestName", "read", "whose"]
 

@@ -6,12 +6,12 @@ import math
 from collections.abc import AsyncGenerator, Callable, Iterable
 from typing import Any
 
-from agentlightning.instrumentation.vllm import recording, releases
-from agentlightning.instrumentation.vllm.answer import Carried, add_response_token_ids, said
-from agentlightning.instrumentation.vllm.containment import contained
-from agentlightning.instrumentation.vllm.endpoint import Endpoint
-from agentlightning.instrumentation.vllm.results import Output, StreamedIds, with_results
-from agentlightning.instrumentation.vllm.sse import edited
+from agentlightning.instrumentation.vllm import _releases
+from agentlightning.instrumentation.vllm._isolation import contained
+from agentlightning.instrumentation.vllm.capture import calls
+from agentlightning.instrumentation.vllm.endpoints.answer import Carried, add_response_token_ids, said
+from agentlightning.instrumentation.vllm.endpoints.endpoint import Endpoint, Output, StreamedIds, with_results
+from agentlightning.instrumentation.vllm.endpoints.sse import edited
 from agentlightning.patching import Patch, Wrap
 
 __all__ = ["SERVING_PATCHES"]
@@ -69,7 +69,7 @@ def _choices_without_prompt_ids(request: Any, carried: Carried) -> float:
 
 
 def _asks_vllm(request: Any) -> bool:
-    return releases.gives_token_ids(type(request)) and (not request.echo or said(request) is True)
+    return _releases.gives_token_ids(type(request)) and (not request.echo or said(request) is True)
 
 
 ENDPOINT = Endpoint("/v1/completions", attach, trim, asks_vllm=_asks_vllm)
@@ -132,7 +132,7 @@ class _StreamedIds(StreamedIds):
 
 
 SERVING_PATCHES: tuple[Patch, ...] = (
-    recording.calls("OpenAIServingCompletion.create_completion", ENDPOINT.name),
+    calls.in_one_call("OpenAIServingCompletion.create_completion", ENDPOINT.name),
     Wrap("OpenAIServingCompletion.create_completion", ("request",), ENDPOINT.wrap),
     Wrap(
         "OpenAIServingCompletion.request_output_to_completion_response",

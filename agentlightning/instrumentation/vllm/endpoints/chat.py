@@ -6,13 +6,13 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from types import ModuleType
 from typing import Any
 
-from agentlightning.instrumentation.vllm import recording, releases
-from agentlightning.instrumentation.vllm.answer import Carried, add_response_token_ids
-from agentlightning.instrumentation.vllm.containment import contained
-from agentlightning.instrumentation.vllm.endpoint import Endpoint
-from agentlightning.instrumentation.vllm.fields import ExtraField, model_of
-from agentlightning.instrumentation.vllm.results import Output, StreamedIds, with_results
-from agentlightning.instrumentation.vllm.sse import edited
+from agentlightning.instrumentation.vllm import _releases
+from agentlightning.instrumentation.vllm._isolation import contained
+from agentlightning.instrumentation.vllm.capture import calls
+from agentlightning.instrumentation.vllm.endpoints.answer import Carried, add_response_token_ids
+from agentlightning.instrumentation.vllm.endpoints.endpoint import Endpoint, Output, StreamedIds, with_results
+from agentlightning.instrumentation.vllm.endpoints.fields import ExtraField, model_of
+from agentlightning.instrumentation.vllm.endpoints.sse import edited
 from agentlightning.patching import Patch, Where, Wrap
 
 __all__ = ["RESPONSE_PATCHES", "SERVING_PATCHES"]
@@ -56,7 +56,7 @@ def _answers_chat(serving: Any) -> bool:
 
 
 def _asks_vllm(request: Any) -> bool:
-    return releases.gives_token_ids(type(request))
+    return _releases.gives_token_ids(type(request))
 
 
 ENDPOINT = Endpoint(
@@ -123,14 +123,14 @@ class _StreamedIds(StreamedIds):
 
 
 def _loses_ids(module: ModuleType) -> bool:
-    return not releases.gives_token_ids(model_of(module, "ChatCompletionRequest"))
+    return not _releases.gives_token_ids(model_of(module, "ChatCompletionRequest"))
 
 
 RESPONSE_PATCHES: tuple[Patch, ...] = (
     ExtraField("ChatCompletionResponse", "response_token_ids", list[list[int]] | None),
 )
 SERVING_PATCHES: tuple[Patch, ...] = (
-    recording.calls("OpenAIServingChat.create_chat_completion", ENDPOINT.name),
+    calls.in_one_call("OpenAIServingChat.create_chat_completion", ENDPOINT.name),
     Wrap("OpenAIServingChat.create_chat_completion", ("request",), ENDPOINT.wrap),
     Where(
         _loses_ids,
