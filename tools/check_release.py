@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from agentlightning.instrumentation.vllm import PATCH_SETS, _releases
+from agentlightning.instrumentation.vllm.capture.session import session
 from agentlightning.instrumentation.vllm.endpoints.fields import ExtraField, RequestField
 from agentlightning.patching import Mismatch, NotForThisRelease, Patch, PatchSet, Where, Wrap
 from tests.releases.table import COMPILED, RELEASES
@@ -162,6 +163,7 @@ def _as_if_imported(version: str) -> Iterator[None]:
     vllm.__version__ = version
     before = sys.modules.get("vllm"), os.environ.get("AGL_STORE")
     sys.modules["vllm"], os.environ["AGL_STORE"] = vllm, "checked.db"
+    session.begin()
     try:
         yield
     finally:
@@ -171,6 +173,7 @@ def _as_if_imported(version: str) -> Iterator[None]:
             sys.modules["vllm"] = before[0]
         if before[1] is not None:
             os.environ["AGL_STORE"] = before[1]
+        session.begin()
 
 
 def entry_points(source: Source) -> dict[str, set[str]]:

@@ -1,4 +1,4 @@
-"""A program that serves vLLM's app itself, as trainers do: by a uvicorn of its own, past vLLM's `serve_http`."""
+"""A program that serves vLLM's app itself, as trainers do: by its own uvicorn instead of vLLM's `serve_http`."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ OPTIONAL = ("--enable-prompt-embeds", "--enable-scale-out", "--enable-prompt-tok
 
 @pytest.fixture(scope="session")
 def recording(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RecordingServer]:
-    """With a key, answers without ids unless a request asks, and two calls of the model for each response."""
+    """A server with a key, whose answers have ids only on request, and two model calls for each response."""
     env = {
         "AGL_RETURN_TOKEN_IDS": "none",
         "VLLM_ENABLE_RESPONSES_API_STORE": "1",

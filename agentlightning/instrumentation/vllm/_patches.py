@@ -15,6 +15,7 @@ from agentlightning import settings
 from agentlightning.importhook import ImportHook, finders_ahead, is_executing, locate, when_imported
 from agentlightning.instrumentation.vllm import _releases, _shutdown, _status, _strict
 from agentlightning.instrumentation.vllm.capture import calls, engine_core, frontend, marks
+from agentlightning.instrumentation.vllm.capture.session import session
 from agentlightning.instrumentation.vllm.endpoints import batch, chat, completions, generate, messages, responses
 from agentlightning.patching import Patch, PatchSet, State, Status
 
@@ -75,6 +76,7 @@ def apply_all() -> bool:
         if _armed:
             return False
         _armed = True
+        session.begin()
     # A library that vLLM brings along (model_hosting_container_standards) lets nothing below an error through the root.
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.WARNING)
@@ -83,7 +85,7 @@ def apply_all() -> bool:
         for module in patch_set.modules:
             _hooks.append(when_imported(module, functools.partial(_apply, patch_set)))
     for module in _releases.GRPC:
-        _hooks.append(when_imported(module, _strict.judge_grpc))
+        _hooks.append(when_imported(module, _strict.check_grpc))
     # Last: modules that are imported already have been patched by now, and are not reported as missing.
     _hooks.append(when_imported("vllm", _report_missing_modules))
     if not _armed:
@@ -138,7 +140,7 @@ def _report_missing_modules(vllm: ModuleType) -> None:
     # Logged once, by the process that starts the others.
     if _releases.is_before(_releases.NEWEST_KNOWN, version) and multiprocessing.parent_process() is None:
         logger.warning(
-            "agentlightning: vLLM %s is newer than any that is known here (%s); it is patched by what is found in it",
+            "agentlightning: vLLM %s is newer than any release known here (%s); what can be found in it is patched",
             *(version, _releases.NEWEST_KNOWN),
         )
     for patch_set in PATCH_SETS:

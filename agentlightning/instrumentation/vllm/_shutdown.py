@@ -1,6 +1,7 @@
-"""The time that processes get to write down what they hold, where vLLM's main process stops them.
+"""Give processes time to write what they have recorded when vLLM's main process stops them.
 
-From 0.18 (as read; not yet in 0.15.1) it kills them right after their SIGTERM, unless it is given a --shutdown-timeout.
+From 0.18 on (as read; not yet in 0.15.1) vLLM kills them right after their SIGTERM, unless it is given a
+--shutdown-timeout.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from weakref import WeakSet
 
 from agentlightning.instrumentation.vllm import _releases
 from agentlightning.instrumentation.vllm._isolation import contained
-from agentlightning.instrumentation.vllm.capture import session
+from agentlightning.instrumentation.vllm.capture.session import session
 from agentlightning.patching import Patch, Where, Wrap
 
 __all__ = ["API_SERVER_PATCHES", "ENGINE_CORE_PATCHES"]
@@ -21,20 +22,20 @@ __all__ = ["API_SERVER_PATCHES", "ENGINE_CORE_PATCHES"]
 _headless: WeakSet[Any] = WeakSet()
 """The managers of engine cores whose frontend is on another machine."""
 
-# What a recorder takes at most, and what vLLM does before it comes to it. Nobody waits longer than they take.
+# The longest that a recorder takes, after what vLLM does first. vLLM waits no longer than the processes take.
 SECONDS = 7.0
 
 
-def patient_with_api_servers(shutdown: Callable[..., Any]) -> Callable[..., Any]:
-    """The wrapper around `APIServerProcessManager.shutdown`."""
+def wrap_api_server_shutdown(shutdown: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `APIServerProcessManager.shutdown`."""
 
-    def shutdown_patiently(manager: Any, timeout: float | None = None, *args: Any, **kwargs: Any) -> Any:
+    def shutdown_with_time(manager: Any, timeout: float | None = None, *args: Any, **kwargs: Any) -> Any:
         return shutdown(manager, max(timeout or 0.0, SECONDS), *args, **kwargs)
 
-    return shutdown_patiently
+    return shutdown_with_time
 
 
-def noting_where_clients_are(init: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_engine_core_init(init: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `CoreEngineProcManager.__init__`, which is told whether its frontend is elsewhere (`--headless`)."""
     signature = inspect.signature(init)
 
@@ -50,35 +51,35 @@ def _note(signature: inspect.Signature, manager: Any, *args: Any, **kwargs: Any)
         _headless.add(manager)
 
 
-def patient_with_engine_cores(shutdown: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_engine_core_shutdown(shutdown: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `CoreEngineProcManager.shutdown`."""
 
-    def shutdown_patiently(manager: Any, timeout: float | None = None, *args: Any, **kwargs: Any) -> Any:
-        # Other engine cores have nothing to write down, and take their time to clean up.
+    def shutdown_with_time(manager: Any, timeout: float | None = None, *args: Any, **kwargs: Any) -> Any:
+        # Other engine cores have nothing to write, and are slow to clean up.
         if timeout is not None and (manager in _headless or _releases.uses_rust_frontend()):
             timeout = max(timeout, SECONDS)
         return shutdown(manager, timeout, *args, **kwargs)
 
-    return shutdown_patiently
+    return shutdown_with_time
 
 
-def _manages(name: str) -> Callable[[ModuleType], bool]:
-    return lambda module: session.is_on() and hasattr(getattr(module, name, None), "shutdown")
+def _has_shutdown(manager: str) -> Callable[[ModuleType], bool]:
+    return lambda module: session.is_recording and hasattr(getattr(module, manager, None), "shutdown")
 
 
 API_SERVER_PATCHES: tuple[Patch, ...] = (
     Where(
-        _manages("APIServerProcessManager"),
-        Wrap("APIServerProcessManager.shutdown", ("timeout",), patient_with_api_servers),
+        _has_shutdown("APIServerProcessManager"),
+        Wrap("APIServerProcessManager.shutdown", ("timeout",), wrap_api_server_shutdown),
     ),
 )
 ENGINE_CORE_PATCHES: tuple[Patch, ...] = (
     Where(
-        _manages("CoreEngineProcManager"),
-        Wrap("CoreEngineProcManager.shutdown", ("timeout",), patient_with_engine_cores),
+        _has_shutdown("CoreEngineProcManager"),
+        Wrap("CoreEngineProcManager.shutdown", ("timeout",), wrap_engine_core_shutdown),
     ),
     Where(
-        _manages("CoreEngineProcManager"),
-        Wrap("CoreEngineProcManager.__init__", ("local_client",), noting_where_clients_are),
+        _has_shutdown("CoreEngineProcManager"),
+        Wrap("CoreEngineProcManager.__init__", ("local_client",), wrap_engine_core_init),
     ),
 )

@@ -1,7 +1,7 @@
-"""`AGL_INSTRUMENT=strict`: a server that cannot be patched whole does not start; and what no patch can reach.
+"""`AGL_INSTRUMENT=strict`: refuse a server that cannot be patched completely. Also: report what no patch can change.
 
-Judged when the arguments of a server have been read, before a model is loaded, and once more before it serves: the
-one says what `vllm serve` would do, the other also sees servers that are started in other ways.
+A server is checked when its arguments have been read, before a model is loaded, and again before it serves: the first
+check knows what `vllm serve` would start, the second also covers servers that are started in other ways.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 
 from agentlightning import settings
 from agentlightning.instrumentation.vllm import _releases
-from agentlightning.instrumentation.vllm.capture import session
+from agentlightning.instrumentation.vllm.capture.session import session
 from agentlightning.patching import Patch, Wrap
 
-__all__ = ["app_patches", "argument_patches", "judge_grpc", "limits", "refuse", "server_patches"]
+__all__ = ["app_patches", "argument_patches", "check_grpc", "limits", "refuse", "server_patches"]
 
 logger = logging.getLogger("agentlightning")
 
@@ -26,43 +26,43 @@ Failures = Callable[[], Sequence[str]]
 
 
 def argument_patches(failures: Failures) -> tuple[Patch, ...]:
-    """The patch of vLLM's `validate_parsed_serve_args`, which every way to start a server from a command line calls.
+    """Return the patch of `validate_parsed_serve_args`, which every way to start a server from a command line calls.
 
     Args:
-        failures: imports what there is to patch, and says of each patch set that failed which and why.
+        failures: imports everything that has patches, and returns a sentence for each patch set that failed.
     """
 
-    def judged(validate: Callable[..., Any]) -> Callable[..., Any]:
-        def validate_and_judge(args: Any, *others: Any, **options: Any) -> Any:
+    def wrap(validate: Callable[..., Any]) -> Callable[..., Any]:
+        def validate_and_check(args: Any, *others: Any, **options: Any) -> Any:
             answer = validate(args, *others, **options)
-            if not getattr(args, "headless", False):  # Nothing is answered there.
-                _judge_arguments(args, failures)
+            if not getattr(args, "headless", False):  # A headless engine answers no client.
+                _check_arguments(args, failures)
             return answer
 
-        return validate_and_judge
+        return validate_and_check
 
-    return (Wrap("validate_parsed_serve_args", ("args",), judged),)
+    return (Wrap("validate_parsed_serve_args", ("args",), wrap),)
 
 
 def app_patches(failures: Failures) -> tuple[Patch, ...]:
-    """The patch of vLLM's `build_app`, for programs that neither read arguments as vLLM does nor serve as it does."""
+    """Return the patch of `build_app`, for programs that neither read arguments nor serve by vLLM's own functions."""
 
-    def judged(build_app: Callable[..., Any]) -> Callable[..., Any]:
-        def judge_and_build_app(args: Any, *others: Any, **options: Any) -> Any:
+    def wrap(build_app: Callable[..., Any]) -> Callable[..., Any]:
+        def check_and_build_app(args: Any, *others: Any, **options: Any) -> Any:
             if settings.instrument() == "strict":
                 refuse(failures())
             return build_app(args, *others, **options)
 
-        return judge_and_build_app
+        return check_and_build_app
 
-    return (Wrap("build_app", ("args",), judged),)
+    return (Wrap("build_app", ("args",), wrap),)
 
 
 def server_patches(failures: Failures) -> tuple[Patch, ...]:
-    """The patch of vLLM's `serve_http`, the last thing before a server serves."""
+    """Return the patch of `serve_http`, the last function that runs before a server serves."""
 
-    def judged(serve_http: Callable[..., Any]) -> Callable[..., Any]:
-        async def judge_and_serve_http(app: Any, *args: Any, **kwargs: Any) -> Any:
+    def wrap(serve_http: Callable[..., Any]) -> Callable[..., Any]:
+        async def check_and_serve_http(app: Any, *args: Any, **kwargs: Any) -> Any:
             limited = limits(app)
             if settings.instrument() == "strict":
                 refuse([*limited, *failures()])
@@ -70,54 +70,53 @@ def server_patches(failures: Failures) -> tuple[Patch, ...]:
                 logger.warning("agentlightning: %s", limit)
             return await serve_http(app, *args, **kwargs)
 
-        return judge_and_serve_http
+        return check_and_serve_http
 
-    return (Wrap("serve_http", ("app",), judged),)
+    return (Wrap("serve_http", ("app",), wrap),)
 
 
-def judge_grpc(servicer: ModuleType) -> None:
-    """Called when what serves gRPC has been imported: not all that starts it reads arguments as `vllm serve` does."""
-    reason = "vLLM's gRPC server (--grpc) speaks a protocol of its own, its answers are left as they are"
+def check_grpc(servicer: ModuleType) -> None:
+    """Refuse or report vLLM's gRPC server, when its module is imported: it may read its arguments in its own way."""
+    reason = "vLLM's gRPC server (--grpc) has its own protocol, so its answers stay unchanged"
     if settings.instrument() == "strict":
         refuse([reason])
     logger.warning("agentlightning: %s", reason)
 
 
 def refuse(reasons: Sequence[str]) -> None:
-    """End the process with one sentence and exit status 1, if there is a reason to.
+    """End the process with one sentence and exit status 1, if there are reasons to.
 
     Raises:
-        SystemExit: no traceback then, and what vLLM has started by now is shut down on the way out.
+        SystemExit: so that there is no traceback, and what vLLM has started is shut down on the way out.
     """
     if reasons:
         raise SystemExit(f"agentlightning: AGL_INSTRUMENT=strict refuses this server: {'; '.join(reasons)}")
 
 
-def _judge_arguments(args: Any, failures: Failures) -> None:
-    past_us = _past_us(args)
+def _check_arguments(args: Any, failures: Failures) -> None:
+    unpatchable = _unpatchable(args)
     if settings.instrument() == "strict":
-        refuse([*past_us, *failures()])
-    for reason in past_us:
+        refuse([*unpatchable, *failures()])
+    for reason in unpatchable:
         logger.warning("agentlightning: %s", reason)
 
 
-def _past_us(args: Any) -> list[str]:
-    """The ways to answer that no patch of ours can reach, where `args` ask for one."""
-    # As ServeSubcommand.cmd decides; where no subcommand was read (python -m ...api_server), Python answers.
+def _unpatchable(args: Any) -> list[str]:
+    """Return a sentence if `args` ask for a frontend that no patch can reach."""
+    # As ServeSubcommand.cmd decides; if no subcommand was read (python -m ...api_server), Python answers.
     if getattr(args, "subparser", None) != "serve" or getattr(args, "grpc", False):
         return []
     if not _releases.uses_rust_frontend():
         return []
     answers = 'with token ids only where a request says "return_token_ids": true'
-    records = f"; {RECORDED_BY_ENGINE}" if session.is_on() else ""
+    records = f"; {RECORDED_BY_ENGINE}" if session.is_recording else ""
     return [f"vLLM's Rust frontend (VLLM_USE_RUST_FRONTEND) answers without Python, {answers}{records}"]
 
 
 def limits(app: Any) -> list[str]:
-    """What the engine behind an app keeps from its answers, whatever is patched: a sentence each."""
-    # From 0.11 vllm.engine.async_llm_engine is another name for V1's AsyncLLM, which says where it is from.
+    """Return a sentence for each thing that the engine behind an app keeps out of its answers, patched or not."""
     engine = getattr(app.state, "engine_client", None)
-    if type(engine).__module__.startswith("vllm.engine."):
+    if _releases.is_v0_engine(engine):
         why = "VLLM_USE_V1=0, or what V1 of this release cannot do"
         return [f"vLLM's V0 engine answers ({why}): only chat and completions carry ids, and nothing is recorded"]
     return []

@@ -1,8 +1,8 @@
 """`AGL_LOGPROBS=on`: the logprobs of the sampled ids, for the recording alone.
 
-The engine computes them in any case when it is asked to; what makes them dear is what vLLM then makes of its arrays for
-whoever asked, a dictionary with an object and a text for every id. Here the engine is asked after vLLM has noted that
-nobody wants any, and its arrays are taken before vLLM looks for them: answers stay as they are.
+If asked, the engine computes them cheaply; the expensive part is what vLLM then makes of its arrays for the client, a
+dictionary with an object and a text for every id. So the engine is asked after vLLM has noted that the client wants
+none, and its arrays are taken before vLLM looks for them: answers stay unchanged.
 """
 
 from __future__ import annotations
@@ -16,83 +16,82 @@ from weakref import WeakMethod
 from agentlightning.instrumentation.vllm._isolation import contained
 
 __all__ = [
-    "BYTES_PER_PART",
-    "Taking",
-    "are_wanted",
-    "ask_for_them",
-    "first_of_each",
+    "BYTES_PER_STEP",
+    "LogprobsTap",
+    "are_requested",
+    "join",
     "mode_of",
     "of_sampled_ids",
-    "packed",
+    "pack",
+    "request_from_engine",
     "take",
 ]
 
 _PACKED = "agentlightning"
-BYTES_PER_PART = 120
-"""What the array of one step holds on to."""
+BYTES_PER_STEP = 120
+"""Bytes that the array of one step keeps alive."""
 
 
-def are_wanted(sampling_params: Any) -> bool:
-    """Whether a client has asked for some, with these parameters: then vLLM has them, and they are recorded too."""
+def are_requested(sampling_params: Any) -> bool:
+    """Tell whether a client has asked for logprobs with these parameters: then vLLM's are recorded."""
     # From 0.22 a client may name the ids whose logprobs it wants.
     return sampling_params.logprobs is not None or getattr(sampling_params, "logprob_token_ids", None) is not None
 
 
-def ask_for_them(request: Any) -> None:
+def request_from_engine(request: Any) -> None:
     """Have the engine compute the logprobs of the ids that it samples for a request.
 
     Args:
-        request: vLLM's `EngineCoreRequest` or `Request`. It gets parameters of its own, since those that it has may be
-            shared: by the requests that vLLM makes of one with n > 1, and by the recording, which keeps them as the
-            client sent them.
+        request: vLLM's `EngineCoreRequest` or `Request`. It gets its own copy of its parameters, which may be shared:
+            by the requests that vLLM makes of one with n > 1, and by the recording, which keeps what the client sent.
     """
     params = copy(request.sampling_params)
-    # Of the sampled id alone: vLLM's number counts the ids besides.
+    # Only the sampled id's: vLLM's number counts further ids.
     params.logprobs = 0
     request.sampling_params = params
 
 
 def mode_of(model_config: Any) -> str:
-    """What an engine's logprobs are of, in vLLM's words."""
-    # To 0.9 there is one way alone, which later has this name; in 0.10 and 0.11.0 (as read) it is an Enum.
+    """Return the kind of an engine's logprobs, in vLLM's words."""
+    # Up to 0.9 there is only the kind that later got this name; in 0.10 and 0.11.0 (as read) it is an Enum.
     mode = getattr(model_config, "logprobs_mode", "raw_logprobs")
     return str(getattr(mode, "value", mode))
 
 
-class Taking:
-    """Stands before `LogprobsProcessor.update_from_output` of one request, which vLLM calls with what it gets for it.
+class LogprobsTap:
+    """Replace `LogprobsProcessor.update_from_output` for one request, and keep the logprobs from vLLM.
 
     Args:
-        processor: vLLM's `LogprobsProcessor`, which is to see none of them.
+        processor: the request's `LogprobsProcessor`.
 
     Attributes:
-        parts: those of each step.
+        steps: the logprobs of each step.
     """
 
     def __init__(self, processor: Any) -> None:
-        # The processor holds this: held in turn, both would wait for the garbage collector.
+        # The processor holds this object: a strong reference back would leave both to the garbage collector.
         self._update = WeakMethod(processor.update_from_output)
-        self.parts: list[array[float]] = []
+        self.steps: list[array[float]] = []
 
     def __call__(self, output: Any) -> None:
-        """Take them off an `EngineCoreOutput`."""
+        """Take the logprobs from an `EngineCoreOutput`, then let vLLM see it."""
         # An error here would end vLLM's loop, and with it the engine.
-        contained("taking logprobs", take, output, self.parts)
+        contained("taking logprobs", take, output, self.steps)
         update = self._update()
-        # vLLM calls this by way of the processor, which is there.
+        # vLLM calls this through the processor, so it still exists.
         assert update is not None
         update(output)
 
 
-def packed(output: Any) -> Any:
-    """Return a copy of an `EngineCoreOutput` in which one text stands for three arrays, for a frontend that takes them.
+def pack(output: Any) -> Any:
+    """Return a copy of an `EngineCoreOutput` in which one string replaces three arrays, for an instrumented frontend.
 
-    To unpack arrays costs that frontend more, for each id, than all else that recording does. A copy, since a user's
+    For each id, unpacking arrays would cost that frontend more than all other recording. A copy, since a user's
     scheduler may keep the outputs that it has returned.
     """
     found = output.new_logprobs
-    # In vLLM's trace headers, which are nobody's where nothing is traced (to 0.10.1, as read, there are none). Up to
-    # 0.11.0 there are lists, which cost little.
+    # The string goes into vLLM's trace headers, which are unused if requests are not traced (up to 0.10.1, as read,
+    # there are none). Up to 0.11.0 logprobs are lists, which cost little.
     if found is None or getattr(output, "trace_headers", output) is not None or isinstance(found.logprobs, list):
         return output
     output = copy(output)
@@ -101,37 +100,35 @@ def packed(output: Any) -> Any:
     return output
 
 
-def take(output: Any, parts: list[array[float]]) -> None:
-    """Take them off an `EngineCoreOutput`, and put them where the others are."""
-    packed = getattr(output, "trace_headers", None)
-    if packed and _PACKED in packed:
+def take(output: Any, steps: list[array[float]]) -> None:
+    """Move the logprobs of an `EngineCoreOutput` to the end of `steps`."""
+    headers = getattr(output, "trace_headers", None)
+    if headers and _PACKED in headers:
         output.trace_headers = None
-        parts.append(array("f", bytes.fromhex(packed[_PACKED])))
+        steps.append(array("f", bytes.fromhex(headers[_PACKED])))
         return
     found = output.new_logprobs
     if found is not None:
         output.new_logprobs = None
-        parts.append(first_of_each(found.logprobs))
+        steps.append(of_sampled_ids(found.logprobs))
 
 
-def first_of_each(rows: Any) -> array[float]:
-    """Of the engine's rows, one an id, the logprob of the sampled id: a copy.
+def of_sampled_ids(rows: Any) -> array[float]:
+    """Return the first column of the engine's rows, the logprobs of the sampled ids: a copy.
 
     Args:
-        rows: an array of float32, [ids, logprobs an id], a part of the message that all requests of a step came in, and
-            keeps all of it in memory; lists of numbers up to 0.11.0.
+        rows: float32 of shape [ids, logprobs per id]: a view of the message that all requests of a step came in, which
+            would keep all of it in memory. Up to 0.11.0, lists of numbers.
     """
     return array("f", (row[0] for row in rows)) if isinstance(rows, list) else array("f", rows[:, 0].tobytes())
 
 
-def of_sampled_ids(parts: Iterable[array[float]], count: int) -> array[float] | None:
-    """The logprobs of the sampled ids, one an id; None where the engine has not given as many.
+def join(steps: Iterable[array[float]], count: int) -> array[float] | None:
+    """Return one logprob for each of `count` ids; None if the engine gave fewer.
 
-    Args:
-        parts: those of each step.
-        count: how many ids are kept: of those past a stop string there may be more logprobs.
+    There may be more: those of ids after a stop string.
     """
     found = array("f")
-    for part in parts:
-        found.extend(part)
+    for step in steps:
+        found.extend(step)
     return found[:count] if len(found) >= count else None

@@ -1,1 +1,5 @@
-"""The answers of each endpoint get their token ids here: a module for each, and what several share."""
+"""Token ids in the answers: a module for each endpoint, and what several endpoints share.
+
+`answer` decides which ids an answer carries, `endpoint` is common to chat and completions, `sse` edits streams, and
+`fields` extends response models.
+"""

@@ -1,95 +1,100 @@
-"""What an answer carries: vLLM's own names for ids, and `response_token_ids` beside them."""
+"""Decide which ids an answer carries: vLLM's own fields, and `response_token_ids` beside them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import Any
 
-from agentlightning import settings
+from agentlightning.instrumentation.vllm import _releases
 from agentlightning.instrumentation.vllm._context import EngineRequest, RequestContext
+from agentlightning.instrumentation.vllm.capture.session import session
 
-__all__ = ["NOTHING", "Carried", "add_response_token_ids", "captured_fields", "hides_reasoning", "said", "wanted"]
+__all__ = [
+    "NO_IDS",
+    "IdFields",
+    "add_response_token_ids",
+    "captured_fields",
+    "hides_reasoning",
+    "id_fields",
+    "return_token_ids_of",
+]
 
 
 @dataclass(frozen=True)
-class Carried:
-    """The ids that one answer carries: those of the response, and of the prompt beside them.
+class IdFields:
+    """The ids that one answer carries.
 
     Attributes:
-        response, prompt: whether it carries these.
-        whole: whether a stream carries them as vLLM sends them, however many they are: the request itself has asked.
+        response, prompt: whether it carries the ids of the response, and of the prompt.
+        unsplit: whether a stream carries them in events as long as vLLM's, since the request itself has asked for ids.
     """
 
     response: bool
     prompt: bool
-    whole: bool = False
+    unsplit: bool = False
 
 
-ALL = Carried(response=True, prompt=True)
-NOTHING = Carried(response=False, prompt=False)
-_BY_SETTING = {"all": ALL, "response": Carried(response=True, prompt=False), "none": NOTHING}
+ALL_IDS = IdFields(response=True, prompt=True)
+NO_IDS = IdFields(response=False, prompt=False)
+_BY_SETTING = {"all": ALL_IDS, "response": IdFields(response=True, prompt=False), "none": NO_IDS}
 
 
-def said(request: Any) -> object:
-    """A request's own `return_token_ids`; vLLM's models keep it where they know no such field, as to 0.10.1."""
+def return_token_ids_of(request: Any) -> object:
+    """Return a request's own `return_token_ids`; vLLM's models keep it as an extra where it is no field (to 0.10.1)."""
     return getattr(request, "return_token_ids", None)
 
 
-def wanted(said: object) -> Carried:
-    """What an answer is to carry: the request's own `return_token_ids` wins over `AGL_RETURN_TOKEN_IDS`.
+def id_fields(return_token_ids: object) -> IdFields:
+    """Return what an answer carries: the request's own `return_token_ids` overrides `AGL_RETURN_TOKEN_IDS`.
 
-    What is neither true nor false counts as not said: null, and what an endpoint that knows no such field lets pass.
+    Anything but true and false counts as omitted: null, and values that an endpoint without such a field lets through.
     """
-    if not isinstance(said, bool):
-        return _BY_SETTING[settings.return_token_ids()]
-    return replace(ALL, whole=True) if said else NOTHING
+    if not isinstance(return_token_ids, bool):
+        return _BY_SETTING[session.settings.return_token_ids]
+    return replace(ALL_IDS, unsplit=True) if return_token_ids else NO_IDS
 
 
 def hides_reasoning(serving: Any, request: Any) -> bool:
-    """Whether a request keeps its reasoning out of the answer (`include_reasoning: false`).
+    """Tell whether a request keeps its reasoning out of the answer (`include_reasoning: false`).
 
-    Response ids, decoded, are that reasoning. Without a parser vLLM cannot tell reasoning from text and shows both, and
-    a release that does not know the field shows both too.
+    Response ids, decoded, are that reasoning. Without a parser vLLM cannot tell reasoning from text and shows both, as
+    does a release that does not know the field.
     """
     if "include_reasoning" not in type(request).model_fields or request.include_reasoning:
         return False
-    return any(getattr(serving, name, None) for name in _PARSERS)
-
-
-# What a serving object has if a parser was configured, by release. gpt-oss is parsed without one being configured.
-_PARSERS = ("parser_cls", "parser", "reasoning_parser_cls", "reasoning_parser", "use_harmony")
+    return any(getattr(serving, name, None) for name in _releases.REASONING_PARSERS)
 
 
 def add_response_token_ids(answer: Any) -> None:
-    """Put `response_token_ids` on an answer whose choices have their ids: one list a choice, in index order.
+    """Set `response_token_ids` on an answer whose choices have their ids: one list per choice, in index order.
 
-    Where vLLM leaves ids out, since it must hide what was generated (include_reasoning=false), so do we.
+    If vLLM leaves out ids because it hides the text (include_reasoning=false), so does this.
     """
     token_ids = [choice.token_ids for choice in sorted(answer.choices, key=lambda choice: choice.index)]
     if all(ids is not None for ids in token_ids):
         answer.response_token_ids = token_ids
 
 
-def captured_fields(context: RequestContext | None, carried: Carried) -> dict[str, Any]:
-    """The fields of an answer whose endpoint knows nothing of ids, from what the engine was asked for it.
+def captured_fields(context: RequestContext | None, fields: IdFields) -> dict[str, Any]:
+    """Return the fields of an answer whose endpoint knows no ids, from the engine requests made for it.
 
-    The ids are those of the last engine request; where there were several, as in a loop of tool calls, `generations`
-    has those of all, in order. Empty where nothing is wanted, or the engine was not asked.
+    The ids are those of the last engine request. If there were several, as in a loop of tool calls, `generations` has
+    the ids of all, in order. Empty if no ids are wanted, or the engine was not asked.
     """
     if context is None or not context.engine_requests:
         return {}
-    if not carried.response:
-        # In a loop of tool calls, what was generated is in the prompts that follow.
-        return _prompt_of(context.engine_requests[0], carried) if len(context.engine_requests) == 1 else {}
+    if not fields.response:
+        # In a loop of tool calls, later prompts contain what was generated.
+        return _prompt_field(context.engine_requests[0], fields) if len(context.engine_requests) == 1 else {}
     generations = [
-        {**_prompt_of(request, carried), "token_ids": request.token_ids} for request in context.engine_requests
+        {**_prompt_field(request, fields), "token_ids": request.token_ids} for request in context.engine_requests
     ]
     last = dict(generations[-1])
     ids = last.pop("token_ids")
-    fields: dict[str, Any] = {**last, "response_token_ids": [ids]}
-    return {**fields, "generations": generations} if len(generations) > 1 else fields
+    found: dict[str, Any] = {**last, "response_token_ids": [ids]}
+    return {**found, "generations": generations} if len(generations) > 1 else found
 
 
-def _prompt_of(request: EngineRequest, carried: Carried) -> dict[str, Any]:
+def _prompt_field(request: EngineRequest, fields: IdFields) -> dict[str, Any]:
     # A prompt of embeddings has no ids.
-    return {"prompt_token_ids": request.prompt_token_ids} if carried.prompt and request.prompt_token_ids else {}
+    return {"prompt_token_ids": request.prompt_token_ids} if fields.prompt and request.prompt_token_ids else {}

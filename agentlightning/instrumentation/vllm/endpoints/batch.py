@@ -11,11 +11,11 @@ from agentlightning.instrumentation.vllm._context import RequestContext
 from agentlightning.instrumentation.vllm._isolation import contained
 from agentlightning.instrumentation.vllm.capture import calls
 from agentlightning.instrumentation.vllm.endpoints.answer import (
-    NOTHING,
-    Carried,
+    NO_IDS,
+    IdFields,
     add_response_token_ids,
     hides_reasoning,
-    wanted,
+    id_fields,
 )
 from agentlightning.patching import Patch, Wrap
 
@@ -24,31 +24,31 @@ __all__ = ["SERVING_PATCHES"]
 ROUTE = "/v1/chat/completions/batch"
 
 
-def with_token_ids(create: Callable[..., Any]) -> Callable[..., Any]:
-    """The wrapper around `create_batch_chat_completion`."""
+def wrap_create(create: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `create_batch_chat_completion`."""
 
     async def create_batch_chat_completion(serving: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        carried = contained(f"{ROUTE}: asking for ids", _ask, request) or NOTHING
-        # vLLM's chat hides ids and logprobs together with the reasoning; its batch hides the text alone.
-        hidden = carried.response and contained(f"{ROUTE}: hiding reasoning", _hide, serving, request)
-        answer, context = await _context.collecting(lambda: create(serving, request, *args, **kwargs))
-        if carried.response and hasattr(answer, "choices"):
+        fields = contained(f"{ROUTE}: asking for ids", _ask, request) or NO_IDS
+        # vLLM's chat hides ids and logprobs together with the reasoning; its batch endpoint hides only the text.
+        hidden = fields.response and contained(f"{ROUTE}: hiding reasoning", _hide, serving, request)
+        answer, context = await _context.collect_engine_requests(lambda: create(serving, request, *args, **kwargs))
+        if fields.response and hasattr(answer, "choices"):
             if hidden:
-                carried = replace(carried, response=False)
+                fields = replace(fields, response=False)
                 contained(f"{ROUTE}: hiding reasoning", _drop_logprobs, answer)
-            contained(f"{ROUTE}: attaching ids", _attach, answer, context, carried)
+            contained(f"{ROUTE}: attaching ids", _attach, answer, context, fields)
         return answer
 
     return create_batch_chat_completion
 
 
-def _ask(request: Any) -> Carried:
-    # Its default is False, unlike that of a chat request: whether it was said tells the set of fields.
-    said = "return_token_ids" in request.model_fields_set
-    carried = wanted(request.return_token_ids if said else None)
-    if carried.response:
+def _ask(request: Any) -> IdFields:
+    # Unlike a chat request's, its default is False: the set of fields tells whether the client has set it.
+    is_set = "return_token_ids" in request.model_fields_set
+    fields = id_fields(request.return_token_ids if is_set else None)
+    if fields.response:
         request.return_token_ids = True
-    return carried
+    return fields
 
 
 def _hide(serving: Any, request: Any) -> bool:
@@ -63,19 +63,19 @@ def _drop_logprobs(answer: Any) -> None:
         choice.logprobs = None
 
 
-def _attach(answer: Any, context: RequestContext, carried: Carried) -> None:
-    if carried.prompt:
-        # The conversations are worked on side by side, so they are told apart by the number in their request's id.
+def _attach(answer: Any, context: RequestContext, fields: IdFields) -> None:
+    if fields.prompt:
+        # The conversations run concurrently, so the number in each engine request's id tells them apart.
         prompts = {
             int(request.request_id.rpartition("_")[2]): request.prompt_token_ids for request in context.engine_requests
         }
         for choice in answer.choices:
             choice.prompt_token_ids = prompts[choice.index]
-    if carried.response:
+    if fields.response:
         add_response_token_ids(answer)
 
 
 SERVING_PATCHES: tuple[Patch, ...] = (
     calls.in_one_call("OpenAIServingChatBatch.create_batch_chat_completion", ROUTE),
-    Wrap("OpenAIServingChatBatch.create_batch_chat_completion", ("request",), with_token_ids),
+    Wrap("OpenAIServingChatBatch.create_batch_chat_completion", ("request",), wrap_create),
 )

@@ -9,30 +9,35 @@ from typing import Any
 from agentlightning.instrumentation.vllm import _releases
 from agentlightning.instrumentation.vllm._isolation import contained
 from agentlightning.instrumentation.vllm.capture import calls
-from agentlightning.instrumentation.vllm.endpoints.answer import Carried, add_response_token_ids
-from agentlightning.instrumentation.vllm.endpoints.endpoint import Endpoint, Output, StreamedIds, with_results
+from agentlightning.instrumentation.vllm.endpoints.answer import IdFields, add_response_token_ids
+from agentlightning.instrumentation.vllm.endpoints.endpoint import (
+    ChoiceIds,
+    Endpoint,
+    StreamedIds,
+    with_result_filter,
+)
 from agentlightning.instrumentation.vllm.endpoints.fields import ExtraField, model_of
-from agentlightning.instrumentation.vllm.endpoints.sse import edited
+from agentlightning.instrumentation.vllm.endpoints.sse import edit_stream
 from agentlightning.patching import Patch, Where, Wrap
 
 __all__ = ["RESPONSE_PATCHES", "SERVING_PATCHES"]
 
 
-def attach(response: Any, request: Any, carried: Carried) -> None:
-    """The answer has `prompt_token_ids` and each choice's `token_ids`: add `response_token_ids`."""
-    if not carried.prompt:
+def attach(response: Any, request: Any, fields: IdFields) -> None:
+    """Add `response_token_ids` to an answer that has `prompt_token_ids` and each choice's `token_ids`."""
+    if not fields.prompt:
         response.prompt_token_ids = None
     add_response_token_ids(response)
 
 
-def trim(stream: AsyncGenerator[str, None], request: Any, carried: Carried) -> AsyncGenerator[str, None]:
-    """The stream has all that it should; its prompt ids may be one thing too many."""
-    return stream if carried.prompt else edited(stream, "prompt_token_ids", _drop_prompt_ids)
+def trim(stream: AsyncGenerator[str, None], request: Any, fields: IdFields) -> AsyncGenerator[str, None]:
+    """Remove the prompt ids from a stream that must not carry them."""
+    return stream if fields.prompt else edit_stream(stream, "prompt_token_ids", _drop_prompt_ids)
 
 
 def _is_embedded(serving: Any, request: Any) -> bool:
-    """Whether some of the prompt is embeddings: vLLM has placeholders for them among its ids."""
-    # Off in most servers, which need not look through every message of every request.
+    """Tell whether any of the prompt is embeddings: vLLM has placeholders for them among its ids."""
+    # Off in most servers, which then need not search every message of every request.
     if not getattr(getattr(serving, "model_config", None), "enable_prompt_embeds", False):
         return False
     contents = (message.get("content") for message in getattr(request, "messages", ()) if isinstance(message, dict))
@@ -49,8 +54,8 @@ def _drop_prompt_ids(chunk: dict[str, Any]) -> None:
 
 
 def _answers_chat(serving: Any) -> bool:
-    # vLLM's Anthropic and Cohere endpoints are subclasses that turn a chat answer into one of theirs: chunks that
-    # they do not expect would change it. A subclass from outside vLLM still answers chat requests.
+    # vLLM's Anthropic and Cohere endpoints are subclasses that convert a chat answer: unexpected chunks would change
+    # theirs. A subclass from outside vLLM still answers chat requests.
     vllms_own = next((cls for cls in type(serving).__mro__ if cls.__module__.startswith("vllm.")), None)
     return vllms_own is None or vllms_own.__name__ == "OpenAIServingChat"
 
@@ -64,21 +69,21 @@ ENDPOINT = Endpoint(
 )
 
 
-def with_ids_taken(build: Callable[..., Any]) -> Callable[..., Any]:
-    """The wrapper around `chat_completion_full_generator`: one choice for each output of the last result."""
-    build_from = with_results(build)
+def wrap_full_generator(build: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `chat_completion_full_generator`, which makes a choice of each output of the last result."""
+    build_from = with_result_filter(build)
 
     async def chat_completion_full_generator(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        if not ENDPOINT.takes(self, request).response:
+        if not ENDPOINT.fields_to_take(self, request).response:
             return await build(self, request, *args, **kwargs)
         last = None
 
-        async def noted(results: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
+        async def note_last(results: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
             nonlocal last
             async for last in results:
                 yield last
 
-        response = await build_from(noted, self, request, *args, **kwargs)
+        response = await build_from(note_last, self, request, *args, **kwargs)
         if hasattr(response, "choices"):
             contained(f"{ENDPOINT.name}: taking ids", _take, response, last)
         return response
@@ -93,32 +98,32 @@ def _take(response: Any, result: Any) -> None:
     response.prompt_token_ids = result.prompt_token_ids
 
 
-def with_streamed_ids_taken(generate: Callable[..., Any]) -> Callable[..., Any]:
-    """The wrapper around `chat_completion_stream_generator`: one chunk for each delta, or none where a parser waits."""
-    generate_from = with_results(generate)
+def wrap_stream_generator(generate: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `chat_completion_stream_generator`: one chunk per delta, or none while a parser waits for more."""
+    generate_from = with_result_filter(generate)
 
     def chat_completion_stream_generator(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        carried = ENDPOINT.takes(self, request)
-        if not carried.response:
+        fields = ENDPOINT.fields_to_take(self, request)
+        if not fields.response:
             return generate(self, request, *args, **kwargs)
-        ids = _StreamedIds(carried)
-        return ids.put_on(generate_from(ids.noted, self, request, *args, **kwargs))
+        ids = _StreamedIds(fields)
+        return ids.attach_to(generate_from(ids.note, self, request, *args, **kwargs))
 
     return chat_completion_stream_generator
 
 
 class _StreamedIds(StreamedIds):
-    def outputs(self, result: Any) -> Iterable[Output]:
-        return (Output(output.index, result.prompt_token_ids, output.token_ids) for output in result.outputs)
+    def ids_of(self, result: Any) -> Iterable[ChoiceIds]:
+        return (ChoiceIds(output.index, result.prompt_token_ids, output.token_ids) for output in result.outputs)
 
-    def holder(self, chunk: dict[str, Any], choice: dict[str, Any]) -> dict[str, Any]:
+    def prompt_holder(self, chunk: dict[str, Any], choice: dict[str, Any]) -> dict[str, Any]:
         return chunk
 
-    def says_something(self, choice: dict[str, Any]) -> bool:
-        # A choice's first chunk says whose turn it is.
+    def is_from_engine(self, choice: dict[str, Any]) -> bool:
+        # A choice's first chunk only has the role.
         return "role" not in choice["delta"]
 
-    def silent(self, index: int) -> dict[str, Any]:
+    def empty_choice(self, index: int) -> dict[str, Any]:
         return {"index": index, "delta": {}, "logprobs": None, "finish_reason": None}
 
 
@@ -134,14 +139,14 @@ SERVING_PATCHES: tuple[Patch, ...] = (
     Wrap("OpenAIServingChat.create_chat_completion", ("request",), ENDPOINT.wrap),
     Where(
         _loses_ids,
-        Wrap("OpenAIServingChat.chat_completion_full_generator", ("request", "result_generator"), with_ids_taken),
+        Wrap("OpenAIServingChat.chat_completion_full_generator", ("request", "result_generator"), wrap_full_generator),
     ),
     Where(
         _loses_ids,
         Wrap(
             "OpenAIServingChat.chat_completion_stream_generator",
             ("request", "result_generator"),
-            with_streamed_ids_taken,
+            wrap_stream_generator,
         ),
     ),
 )

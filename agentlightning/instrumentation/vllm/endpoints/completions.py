@@ -9,17 +9,22 @@ from typing import Any
 from agentlightning.instrumentation.vllm import _releases
 from agentlightning.instrumentation.vllm._isolation import contained
 from agentlightning.instrumentation.vllm.capture import calls
-from agentlightning.instrumentation.vllm.endpoints.answer import Carried, add_response_token_ids, said
-from agentlightning.instrumentation.vllm.endpoints.endpoint import Endpoint, Output, StreamedIds, with_results
-from agentlightning.instrumentation.vllm.endpoints.sse import edited
+from agentlightning.instrumentation.vllm.endpoints.answer import IdFields, add_response_token_ids, return_token_ids_of
+from agentlightning.instrumentation.vllm.endpoints.endpoint import (
+    ChoiceIds,
+    Endpoint,
+    StreamedIds,
+    with_result_filter,
+)
+from agentlightning.instrumentation.vllm.endpoints.sse import edit_stream
 from agentlightning.patching import Patch, Wrap
 
 __all__ = ["SERVING_PATCHES"]
 
 
-def attach(response: Any, request: Any, carried: Carried) -> None:
-    """Each of vLLM's choices has its `prompt_token_ids` and `token_ids`: add `response_token_ids` for all."""
-    hidden = _choices_without_prompt_ids(request, carried)
+def attach(response: Any, request: Any, fields: IdFields) -> None:
+    """Add `response_token_ids` to an answer whose choices have their `prompt_token_ids` and `token_ids`."""
+    hidden = _choices_without_prompt_ids(request, fields)
     for choice in response.choices:
         if choice.index < hidden:
             choice.prompt_token_ids = None
@@ -28,9 +33,9 @@ def attach(response: Any, request: Any, carried: Carried) -> None:
     add_response_token_ids(response)
 
 
-def trim(stream: AsyncGenerator[str, None], request: Any, carried: Carried) -> AsyncGenerator[str, None]:
-    """vLLM's stream has all that it should; some of its prompt ids may be too many."""
-    hidden = _choices_without_prompt_ids(request, carried)
+def trim(stream: AsyncGenerator[str, None], request: Any, fields: IdFields) -> AsyncGenerator[str, None]:
+    """Remove prompt ids that a stream must not carry, and the id that is generated only for an echo."""
+    hidden = _choices_without_prompt_ids(request, fields)
 
     def drop_prompt_ids(chunk: dict[str, Any]) -> None:
         for choice in chunk["choices"]:
@@ -38,8 +43,8 @@ def trim(stream: AsyncGenerator[str, None], request: Any, carried: Carried) -> A
                 choice["prompt_token_ids"] = None
 
     if _generates_nothing(request):
-        stream = edited(stream, "token_ids", _drop_token_ids)
-    return edited(stream, "prompt_token_ids", drop_prompt_ids) if hidden else stream
+        stream = edit_stream(stream, "token_ids", _drop_token_ids)
+    return edit_stream(stream, "prompt_token_ids", drop_prompt_ids) if hidden else stream
 
 
 def _drop_token_ids(chunk: dict[str, Any]) -> None:
@@ -49,13 +54,13 @@ def _drop_token_ids(chunk: dict[str, Any]) -> None:
 
 
 def _generates_nothing(request: Any) -> bool:
-    # Asked for an echo alone, vLLM has the engine generate one token all the same, and leaves it out of the text.
+    # For an echo alone vLLM still has the engine generate one token, and leaves it out of the text.
     return request.echo and request.max_tokens == 0
 
 
-def _choices_without_prompt_ids(request: Any, carried: Carried) -> float:
-    """How many choices, counted from the first, are to show no prompt ids."""
-    if not carried.prompt:
+def _choices_without_prompt_ids(request: Any, fields: IdFields) -> float:
+    """Return how many choices, counted from the first, must show no prompt ids."""
+    if not fields.prompt:
         return math.inf
     # Embedded prompts have no ids, vLLM gives zeros; it answers them before the others, n choices each.
     embeds = getattr(request, "prompt_embeds", None)  # from 0.10
@@ -64,25 +69,23 @@ def _choices_without_prompt_ids(request: Any, carried: Carried) -> float:
     return (len(embeds) if isinstance(embeds, list) else 1) * (request.n or 1)
 
 
-# echo: asked for ids, vLLM leaves the prompt's text out of an answer whose client wants it there. So it is not asked,
-# and the ids are taken, as in the releases that have none or lose some.
-
-
 def _asks_vllm(request: Any) -> bool:
-    return _releases.gives_token_ids(type(request)) and (not request.echo or said(request) is True)
+    # With echo, vLLM leaves out the prompt's text if it is asked for ids, and the client wants that text. So vLLM is
+    # not asked, and the ids are taken, as in releases that have none or lose some.
+    return _releases.gives_token_ids(type(request)) and (not request.echo or return_token_ids_of(request) is True)
 
 
 ENDPOINT = Endpoint("/v1/completions", attach, trim, asks_vllm=_asks_vllm)
 
 
-def with_ids_taken(build: Callable[..., Any]) -> Callable[..., Any]:
-    """The wrapper around `request_output_to_completion_response`: one choice for each output of each prompt."""
+def wrap_build_response(build: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `request_output_to_completion_response`, which makes a choice of each output of each prompt."""
 
     def request_output_to_completion_response(
         self: Any, final_res_batch: Any, request: Any, *args: Any, **kwargs: Any
     ) -> Any:
         response = build(self, final_res_batch, request, *args, **kwargs)
-        if ENDPOINT.takes(self, request).response:
+        if ENDPOINT.fields_to_take(self, request).response:
             contained(f"{ENDPOINT.name}: taking ids", _take, response, final_res_batch)
         return response
 
@@ -91,43 +94,43 @@ def with_ids_taken(build: Callable[..., Any]) -> Callable[..., Any]:
 
 def _take(response: Any, final_res_batch: Any) -> None:
     outputs = [(result.prompt_token_ids, output) for result in final_res_batch for output in result.outputs]
-    # All of them are paired before the first is changed.
+    # All are paired before the first is changed.
     for choice, (prompt_token_ids, output) in list(zip(response.choices, outputs, strict=True)):
         choice.prompt_token_ids = prompt_token_ids
         choice.token_ids = list(output.token_ids)
 
 
-def with_streamed_ids_taken(generate: Callable[..., Any]) -> Callable[..., Any]:
-    """The wrapper around `completion_stream_generator`: one chunk for each delta of each choice."""
-    generate_from = with_results(generate)
+def wrap_stream_generator(generate: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `completion_stream_generator`: one chunk per delta of each choice."""
+    generate_from = with_result_filter(generate)
 
     def completion_stream_generator(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        carried = ENDPOINT.takes(self, request)
-        if not carried.response:
+        fields = ENDPOINT.fields_to_take(self, request)
+        if not fields.response:
             return generate(self, request, *args, **kwargs)
-        ids = _StreamedIds(carried, request.n or 1)
-        return ids.put_on(generate_from(ids.noted, self, request, *args, **kwargs))
+        ids = _StreamedIds(fields, request.n or 1)
+        return ids.attach_to(generate_from(ids.note, self, request, *args, **kwargs))
 
     return completion_stream_generator
 
 
 class _StreamedIds(StreamedIds):
-    def __init__(self, carried: Carried, n: int) -> None:
-        super().__init__(carried)
+    def __init__(self, fields: IdFields, n: int) -> None:
+        super().__init__(fields)
         self._n = n
 
-    def outputs(self, result: Any) -> Iterable[Output]:
+    def ids_of(self, result: Any) -> Iterable[ChoiceIds]:
         prompt_index, result = result
         for output in result.outputs:
-            yield Output(output.index + prompt_index * self._n, result.prompt_token_ids, output.token_ids)
+            yield ChoiceIds(output.index + prompt_index * self._n, result.prompt_token_ids, output.token_ids)
 
-    def holder(self, chunk: dict[str, Any], choice: dict[str, Any]) -> dict[str, Any]:
+    def prompt_holder(self, chunk: dict[str, Any], choice: dict[str, Any]) -> dict[str, Any]:
         return choice
 
-    def says_something(self, choice: dict[str, Any]) -> bool:
+    def is_from_engine(self, choice: dict[str, Any]) -> bool:
         return True
 
-    def silent(self, index: int) -> dict[str, Any]:
+    def empty_choice(self, index: int) -> dict[str, Any]:
         return {"index": index, "text": "", "logprobs": None, "finish_reason": None}
 
 
@@ -137,11 +140,11 @@ SERVING_PATCHES: tuple[Patch, ...] = (
     Wrap(
         "OpenAIServingCompletion.request_output_to_completion_response",
         ("final_res_batch", "request"),
-        with_ids_taken,
+        wrap_build_response,
     ),
     Wrap(
         "OpenAIServingCompletion.completion_stream_generator",
         ("request", "result_generator"),
-        with_streamed_ids_taken,
+        wrap_stream_generator,
     ),
 )

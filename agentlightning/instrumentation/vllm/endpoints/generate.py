@@ -1,4 +1,4 @@
-"""Token ids in the answers of `/inference/v1/generate`: the response ids are there, the prompt ids where asked for."""
+"""Token ids in the answers of `/inference/v1/generate`: it always has the response ids, and prompt ids on request."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from agentlightning.instrumentation.vllm import _releases
 from agentlightning.instrumentation.vllm._isolation import contained
 from agentlightning.instrumentation.vllm.capture import calls
 from agentlightning.instrumentation.vllm.endpoints import sse
-from agentlightning.instrumentation.vllm.endpoints.answer import wanted
+from agentlightning.instrumentation.vllm.endpoints.answer import id_fields
 from agentlightning.instrumentation.vllm.endpoints.fields import RequestField
 from agentlightning.patching import Patch, Wrap
 
@@ -18,28 +18,30 @@ __all__ = ["SERVING_PATCHES"]
 ROUTE = "/inference/v1/generate"
 
 
-def with_prompt_ids(serve: Callable[..., Any]) -> Callable[..., Any]:
-    """The wrapper around `serve_tokens`."""
+def wrap_serve_tokens(serve: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `serve_tokens`."""
 
     async def serve_tokens(serving: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        asked = contained(f"{ROUTE}: asking for ids", _ask, request)
+        has_asked = contained(f"{ROUTE}: asking for ids", _ask, request)
         answer = await serve(serving, request, *args, **kwargs)
-        return sse.split(answer, ROUTE) if asked and isinstance(answer, AsyncGenerator) else answer
+        if has_asked and isinstance(answer, AsyncGenerator):
+            return sse.split_long_events(answer, ROUTE)
+        return answer
 
     return serve_tokens
 
 
 def _ask(request: Any) -> bool:
-    """Ask for prompt ids where the request does not say, and whether that was done."""
-    if request.return_token_ids is not None or not wanted(None).prompt:
+    """Ask for prompt ids if the request does not say, and the server's default is to return them."""
+    if request.return_token_ids is not None or not id_fields(None).prompt:
         return False
     request.return_token_ids = True
     return True
 
 
 SERVING_PATCHES: tuple[Patch, ...] = (
-    # Before, its prompt ids are only what the client has sent itself.
+    # Without this field, the only prompt ids are those that the client has sent itself.
     RequestField("GenerateRequest", "return_token_ids", _releases.GENERATE_RETURN_TOKEN_IDS_SINCE),
     calls.in_one_call("ServingTokens.serve_tokens", ROUTE),
-    Wrap("ServingTokens.serve_tokens", ("request",), with_prompt_ids),
+    Wrap("ServingTokens.serve_tokens", ("request",), wrap_serve_tokens),
 )

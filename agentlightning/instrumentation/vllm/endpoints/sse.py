@@ -1,4 +1,9 @@
-"""Streams of server-sent events, in which some chunks are changed and the others pass unread."""
+"""Streams of server-sent events: edit some chunks, and split events that ids make too long; all others pass unread.
+
+A client that reads a stream line by line limits the length of a line, Python's own `asyncio` to 64 KiB. The ids of a
+long prompt exceed that, in a stream whose client has never asked for ids. Such an event is sent without them; further
+events of the same shape carry them, none of them longer than any client reads.
+"""
 
 from __future__ import annotations
 
@@ -9,81 +14,91 @@ from typing import Any
 
 from agentlightning.instrumentation.vllm._isolation import contained
 
-__all__ = ["IDS_PER_EVENT", "LIMIT", "as_json", "edit", "edited", "has_list", "is_long", "parts", "read", "split"]
+__all__ = [
+    "IDS_PER_EVENT",
+    "LIMIT",
+    "as_json",
+    "edit_event",
+    "edit_stream",
+    "event_of",
+    "has_list",
+    "is_long",
+    "parse",
+    "split_ids",
+    "split_long_events",
+]
+
+LIMIT = 1 << 16
+"""The most bytes of an event that carries ids for which the client has not asked."""
+
+IDS_PER_EVENT = 4096
+"""At most 32 KiB of JSON: the rest is room for the other fields of an event."""
+
+ID_LISTS = ("prompt_token_ids", "token_ids")
+"""The lists that are moved out of an event, in this order, until it is short enough."""
+
+# The empty values of a choice's fields.
+_EMPTY: dict[str, Any] = {"delta": {}, "text": "", "token_ids": []}
 
 
-async def edited(
+async def edit_stream(
     stream: AsyncGenerator[str, None], key: str, change: Callable[[dict[str, Any]], None]
 ) -> AsyncGenerator[str, None]:
-    """An SSE stream of vLLM's in which `change` has changed each chunk that holds a list under `key`.
+    """Yield the events of vLLM's stream, with `change` applied to each chunk that holds a list under `key`.
 
-    The others pass untouched and unread, and so does a chunk that cannot be edited. The chunks of one event stay one
-    event, and closing this generator closes vLLM's.
+    All others pass unread, and so does a chunk that cannot be edited. One event stays one event, and closing this
+    generator closes vLLM's.
     """
     async with aclosing(stream):
         async for event in stream:
-            yield (contained("editing a stream", edit, event, change) or event) if has_list(event, key) else event
+            yield (contained("editing a stream", edit_event, event, change) or event) if has_list(event, key) else event
 
 
 def has_list(event: str, key: str) -> bool:
-    """Whether a chunk holds a list under `key`.
+    """Tell whether a chunk holds a list under `key`.
 
-    Not null, as in every chunk of a completions stream: most chunks are never read. What a model says cannot look like
-    it, since JSON escapes its quotes.
+    A list and not null, which every chunk of a completions stream has: so most chunks are never parsed. A model's text
+    cannot look like this, since JSON escapes its quotes.
     """
     return f'"{key}":[' in event
 
 
-def edit(event: str, change: Callable[[dict[str, Any]], None]) -> str:
-    """The event with its chunk changed."""
-    chunk = read(event)
+def edit_event(event: str, change: Callable[[dict[str, Any]], None]) -> str:
+    """Return the event with its chunk changed."""
+    chunk = parse(event)
     change(chunk)
-    return f"data: {as_json(chunk)}\n\n"
+    return event_of(chunk)
 
 
-def read(event: str) -> dict[str, Any]:
-    """The chunk that an event of chat or completions carries."""
+def parse(event: str) -> dict[str, Any]:
+    """Return the chunk in an event of chat or completions."""
     return json.loads(event.removeprefix("data: "))
 
 
-def as_json(event: dict[str, Any]) -> str:
-    """As pydantic writes it, not escaped and without spaces: an event that was edited differs only where it was."""
-    return json.dumps(event, ensure_ascii=False, separators=(",", ":"))
+def event_of(chunk: dict[str, Any]) -> str:
+    """Return the event of a chunk."""
+    return f"data: {as_json(chunk)}\n\n"
 
 
-# Streams whose ids would make an event longer than clients read as one line: the ids go into events of their own.
-#
-# A client that reads a stream line by line has a limit for a line, 64 KiB in Python's own `asyncio`. The ids of a long
-# prompt pass it, in a stream whose client has never asked for ids. Such an event goes out without them; further events
-# of the same shape carry them, and are no longer than any client reads.
-
-LIMIT = 1 << 16
-"""The most bytes of an event that carries ids which nobody has asked for."""
-
-IDS_PER_EVENT = 4096
-"""At most 32 KiB of JSON: the rest is room for what else an event says."""
-
-IDS = ("prompt_token_ids", "token_ids")
-"""The lists that leave an event that is too long, in this order, for as long as it is."""
-
-# What a choice says that says nothing.
-_SILENT: dict[str, Any] = {"delta": {}, "text": "", "token_ids": []}
+def as_json(value: dict[str, Any]) -> str:
+    """Encode as pydantic does, unescaped and without spaces: an edited event differs only where it was edited."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def is_long(event: str) -> bool:
-    """Whether an event has more bytes than `LIMIT`."""
-    # A character has four bytes at most, and most events are short.
+    """Tell whether an event has more than `LIMIT` bytes."""
+    # A character has at most four bytes, and most events are short.
     return len(event) * 4 > LIMIT and (len(event) > LIMIT or len(event.encode()) > LIMIT)
 
 
-def parts(fields: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Lists of ids in parts of at most `IDS_PER_EVENT` ids each: joined, position by position, they are whole again.
+def split_ids(fields: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Split lists of ids into parts of at most `IDS_PER_EVENT` ids; concatenated by position, they are whole again.
 
     Args:
         fields: lists of ids, or lists of such lists, or lists of mappings like this one.
     """
     for start in range(0, _count(fields), IDS_PER_EVENT):
-        part, _ = _part(fields, start, start + IDS_PER_EVENT)
+        part, _ = _slice(fields, start, start + IDS_PER_EVENT)
         yield part
 
 
@@ -95,13 +110,13 @@ def _count(value: Any) -> int:
     return sum(map(_count, value))
 
 
-def _part(value: Any, start: int, stop: int) -> tuple[Any, int]:
-    """The ids from `start` to `stop` of those in a value, in its shape, and how many ids the value has."""
+def _slice(value: Any, start: int, stop: int) -> tuple[Any, int]:
+    """Return the ids from `start` to `stop` in a value, in its shape, and how many ids the value has."""
     if isinstance(value, Mapping):
         named: dict[str, Any] = {}
         passed = 0
         for name, each in value.items():
-            part, count = _part(each, start - passed, stop - passed)
+            part, count = _slice(each, start - passed, stop - passed)
             passed += count
             if _count(part):
                 named[name] = part
@@ -111,24 +126,24 @@ def _part(value: Any, start: int, stop: int) -> tuple[Any, int]:
     listed: list[Any] = []
     passed = 0
     for each in value:
-        part, count = _part(each, start - passed, stop - passed)
+        part, count = _slice(each, start - passed, stop - passed)
         passed += count
         listed.append(part)
     return listed, passed
 
 
-async def split(stream: AsyncGenerator[str, None], name: str) -> AsyncGenerator[str, None]:
-    """An SSE stream of chunks with choices, each of which is as short as it would be without ids.
+async def split_long_events(stream: AsyncGenerator[str, None], name: str) -> AsyncGenerator[str, None]:
+    """Yield the events of vLLM's stream, with ids moved to further events where they make one too long.
 
-    Chunks that are short enough pass unread. Closing this generator closes vLLM's.
+    Short events pass unread. Closing this generator closes vLLM's.
 
     Args:
-        stream: vLLM's, with ids.
+        stream: events with chunks that have choices.
         name: the route, for the log.
     """
     async with aclosing(stream):
         async for event in stream:
-            if is_long(event) and any(has_list(event, key) for key in IDS):
+            if is_long(event) and any(has_list(event, key) for key in ID_LISTS):
                 for each in contained(f"{name}: splitting a long event", _split, event) or (event,):
                     yield each
             else:
@@ -136,32 +151,28 @@ async def split(stream: AsyncGenerator[str, None], name: str) -> AsyncGenerator[
 
 
 def _split(event: str) -> list[str]:
-    chunk = read(event)
+    chunk = parse(event)
     choices: list[dict[str, Any]] = chunk["choices"]
-    # Without what is said once, such as usage.
+    # Without fields that are sent once, such as usage.
     like = {key: value for key, value in chunk.items() if isinstance(value, (str, int))}
     more: list[str] = []
-    for key in IDS:
+    for key in ID_LISTS:
         for holder in (chunk, *choices):
             ids = holder.get(key)
             if not ids or not is_long(event):
                 continue
             holder[key] = None if key == "prompt_token_ids" else []
-            for part in parts({key: ids}):
+            for part in split_ids({key: ids}):
                 if holder is chunk:
-                    more.append(_event({**like, "choices": [*map(_silent, choices)], **part}))
+                    more.append(event_of({**like, "choices": [*map(_emptied, choices)], **part}))
                 else:
-                    more.append(_event({**like, "choices": [{**_silent(holder), **part}]}))
-            event = _event(chunk)
-    # Nothing of a choice comes after what ends it.
+                    more.append(event_of({**like, "choices": [{**_emptied(holder), **part}]}))
+            event = event_of(chunk)
+    # Nothing of a choice may follow the chunk that ends it.
     ends = any(choice.get("finish_reason") for choice in choices)
     return [*more, event] if ends else [event, *more]
 
 
-def _silent(choice: dict[str, Any]) -> dict[str, Any]:
-    """A choice like this one that says nothing."""
-    return {key: value if key == "index" else _SILENT.get(key) for key, value in choice.items()}
-
-
-def _event(chunk: dict[str, Any]) -> str:
-    return f"data: {as_json(chunk)}\n\n"
+def _emptied(choice: dict[str, Any]) -> dict[str, Any]:
+    """Return a choice of the same shape that adds nothing."""
+    return {key: value if key == "index" else _EMPTY.get(key) for key, value in choice.items()}
