@@ -81,7 +81,7 @@ CHAT_PROTOCOL = "vllm.entrypoints.openai.chat_completion.protocol"
 API_SERVER = "vllm.entrypoints.openai.api_server"
 LAUNCHER = "vllm.entrypoints.launcher"
 SERVE_ARGUMENTS = "vllm.entrypoints.openai.cli_args"
-JUDGE = "start-up check"
+START_UP_CHECK = "start-up check"
 PATCH_SETS = tuple(instrumentation.status())
 
 PLAIN_ANSWERS = [{"choices": [{"index": 0}]}] * 2
@@ -585,7 +585,7 @@ def test_a_version_that_is_not_a_release_is_never_older(version: str, older: boo
         (
             "def validate_parsed_serve_args(",
             "@staticmethod\ndef validate_parsed_serve_args(",
-            JUDGE,
+            START_UP_CHECK,
             f"{SERVE_ARGUMENTS}.validate_parsed_serve_args is not a function but staticmethod",
         ),
     ],

@@ -82,7 +82,7 @@ class _Process(psutil.Process):
 
     def wait(self, timeout: float | None = None) -> int:
         try:
-            # No child of ours has no status for us.
+            # It is not our child, so its exit status is unknown.
             return super().wait(timeout) or 0
         except psutil.TimeoutExpired:
             raise subprocess.TimeoutExpired(str(self), timeout or 0) from None

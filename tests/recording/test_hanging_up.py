@@ -12,7 +12,7 @@ from tests.recording.under_way import ROUTE
 CALLS = 1000
 FEWER_CALLS = 100
 AT_ONCE = 64
-# More than the engine can usually come to before it is told that nobody waits any more.
+# More than the engine usually samples before it is told that the client has gone.
 NEVER_ENDING = 900
 
 

@@ -171,7 +171,7 @@ def test_a_queued_generation_keeps_no_image_alive(engine: Engine, monkeypatch: p
     del image
     gc.collect()
 
-    # vLLM has sent it to its engine by now.
+    # vLLM has already sent it to its engine.
     assert seen() is None
     engine.says("seeing-0", [5], FinishReason.STOP)
     [build] = waiting
