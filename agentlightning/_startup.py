@@ -1,4 +1,4 @@
-"""From waiting for vLLM to patching it."""
+"""Patch vLLM when this interpreter imports it, or at once if it has; also the entry point of vLLM's plugin."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from agentlightning import importhook
 
 
 def start() -> None:
-    """Arm this interpreter if `AGL_INSTRUMENT` asks for it: a vLLM that is imported, or has been, is patched.
+    """Arm this interpreter if `AGL_INSTRUMENT` asks for it: patch vLLM when it is imported, or now if it has been.
 
-    Idempotent: vLLM calls it as a plugin, armed or not. What goes wrong is one line on stderr.
+    Idempotent: vLLM also calls it as a plugin. An error is one line on stderr.
 
     Raises:
-        SystemExit: `AGL_INSTRUMENT=strict`, and this vLLM cannot be patched completely, or not at all.
+        SystemExit: `AGL_INSTRUMENT=strict`, and this vLLM cannot be patched completely.
     """
     try:
         if is_on():
-            # Once: what follows vLLM from then on is the instrumentation's own, and goes when that is taken back.
+            # Once: the instrumentation then registers hooks of its own, and removes them when it is undone.
             importhook.when_imported("vllm", instrument, once=True)
     except Exception as error:
         _refuse_if_strict(error)
@@ -29,12 +29,12 @@ def start() -> None:
 
 
 def execute_vllm(spec: ModuleSpec, module: ModuleType) -> None:
-    """Execute the vLLM that the finder has waited for, and follow it with the import hook from now on."""
+    """Execute the vLLM module that the finder has waited for, and hand its imports to the import hook from now on."""
     importhook.execute(spec, module, start)
 
 
 def instrument(vllm: ModuleType) -> None:
-    """Patch the vLLM that has just been imported; the import hook that calls this contains and logs what fails."""
+    """Patch the vLLM that has just been imported; the import hook that calls this logs its exceptions."""
     try:
         from agentlightning import settings
 
@@ -48,8 +48,8 @@ def instrument(vllm: ModuleType) -> None:
 
 
 def _refuse_if_strict(error: Exception) -> None:
-    """End the process if strict was asked for: a server that could not be patched must not serve."""
-    # Read here, since the module that reads the variables may be what failed.
+    """End the process under strict: a server that could not be patched must not serve."""
+    # Read here, since importing the settings module may have failed.
     if os.environ.get("AGL_INSTRUMENT", "").strip().lower() == "strict":
         raise SystemExit(f"agentlightning: AGL_INSTRUMENT=strict refuses this vLLM: {error!r}") from error
 
@@ -58,4 +58,4 @@ def _say(message: str) -> None:
     try:
         sys.stderr.write(f"agentlightning: {' '.join(message.split())}\n")
     except Exception:
-        return  # No stderr, or none that can be written to: there is nobody to tell.
+        return  # stderr is missing or closed: the message has no reader.

@@ -1,7 +1,7 @@
-"""When module M has been executed, call f(M).
+"""Call f(M) when module M has been executed.
 
-`when_imported(name, callback)` works for modules that are imported later, again or already, whichever finder
-finds them (files, zips, editable installs), in every thread. It never fails, slows or changes the import itself.
+`when_imported(name, callback)` works for modules that are imported later, again or already, in every thread, and with
+every finder (files, zips, editable installs). It never fails, slows or changes the import itself.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ logger = logging.getLogger("agentlightning")
 
 
 class ImportHook:
-    """One registration, as `when_imported` returns it; as a context manager, it ends with the block."""
+    """A registration that `when_imported` returns; as a context manager, it is removed when the block ends."""
 
     __slots__ = ("callback", "name", "once")
 
@@ -35,7 +35,7 @@ class ImportHook:
         self.once = once
 
     def remove(self) -> None:
-        """Call no more; what the callback has done stays. Idempotent."""
+        """Stop calling the callback; its past effects stay. Idempotent."""
         with _lock:
             hooks = [hook for hook in _hooks.get(self.name, ()) if hook is not self]
             if hooks:
@@ -53,11 +53,11 @@ class ImportHook:
 def when_imported(name: str, callback: Callback, once: bool = False) -> ImportHook:
     """Call `callback(module)` each time the module called `name` has been executed, until the hook is removed.
 
-    A module that is imported already is handed over at once; one that another thread is importing, when that is
-    done. Reloading it, or dropping it from `sys.modules` and importing it again, calls again. The module handed
-    over is the one in `sys.modules`, which a module may have replaced itself in. What the callback raises is logged
-    and goes no further, but for what ends a process (`SystemExit`). The same callback for the same name is registered
-    once; with `once`, the hook is removed when it has been called.
+    For a module that is imported already the callback is called at once; for one that another thread is importing, when
+    that import is done. It is called again if the module is reloaded, or removed from `sys.modules` and imported again.
+    It gets the module in `sys.modules`, where a module may have replaced itself. Its exceptions are logged and go no
+    further, except those that end a process (`SystemExit`). The same callback is registered once per name; with `once`,
+    the hook is removed after its first call.
     """
     with _lock:
         hooks = _hooks.get(name, [])
@@ -65,13 +65,13 @@ def when_imported(name: str, callback: Callback, once: bool = False) -> ImportHo
         if hook is not None:
             return hook
         hook = ImportHook(name, callback, once)
-        # A new list each time: a thread that is calling the old one's hooks is not disturbed.
+        # A new list each time: another thread may be iterating over the old one.
         _hooks[name] = [*hooks, hook]
-        # Registered first: what the finder has waited for so far is not missed in between.
+        # After the registration: no module that the finder waits for is missed in between.
         finder.followed, finder.execute = _hooks, execute
         if finder not in sys.meta_path:
             sys.meta_path.insert(0, finder)
-        # Its loader calls this hook too, when the module has been executed.
+        # Then its loader calls this hook too, after executing the module.
         executing = name in _executing
     if name in sys.modules and not executing:
         _call_when_ready(hook)
@@ -79,15 +79,15 @@ def when_imported(name: str, callback: Callback, once: bool = False) -> ImportHo
 
 
 def finders_ahead() -> list[object]:
-    """The finders that `sys.meta_path` asks before ours: a module that one of them finds by itself is never seen."""
+    """Return the finders before ours on `sys.meta_path`: if one of them finds a module, our hook never sees it."""
     finders: list[object] = list(sys.meta_path)
     return finders[: finders.index(finder)] if finder in finders else []
 
 
 def locate(name: str) -> ModuleSpec | None:
-    """The spec of the module called `name`, or None where there is none.
+    """Return the spec of the module called `name`, or None if there is no such module.
 
-    `importlib.util.find_spec` would import the packages around it, and vLLM's take seconds.
+    `importlib.util.find_spec` would import its parent packages, and vLLM's take seconds.
     """
     package, *rest = name.split(".")
     spec = getattr(sys.modules[package], "__spec__", None) if package in sys.modules else find_spec(package)
@@ -101,14 +101,15 @@ def locate(name: str) -> ModuleSpec | None:
 
 
 def is_executing(module: ModuleType) -> bool:
-    """Whether the import of `module` has not ended yet."""
+    """Tell whether the import of `module` has not ended yet."""
     return getattr(getattr(module, "__spec__", None), "_initializing", False)
 
 
 def execute(spec: ModuleSpec, module: ModuleType, first: Callable[[], object] = lambda: None) -> None:
-    """What a `Finder` that follows a module has it executed by: the hooks are called when that is done.
+    """Execute a module that the `Finder` follows, then call its hooks.
 
-    `first` may register hooks: they are called with the others.
+    Args:
+        first: called before the module is executed; hooks that it registers are called with the others.
     """
     loader: Any = spec.loader
     _executing.add(spec.name)
@@ -125,7 +126,10 @@ def execute(spec: ModuleSpec, module: ModuleType, first: Callable[[], object] = 
 
 
 def _still_to_call(name: str, called: list[ImportHook]) -> list[ImportHook]:
-    """The hooks of a module that has been executed, but for those called; none left, and the next is called at once."""
+    """Return the hooks of an executed module that were not called yet.
+
+    Once there are none, a new hook is called at its registration.
+    """
     with _lock:
         hooks = [hook for hook in _hooks.get(name, ()) if hook not in called]
         if not hooks:
@@ -134,12 +138,11 @@ def _still_to_call(name: str, called: list[ImportHook]) -> list[ImportHook]:
 
 
 def _call_when_ready(hook: ImportHook) -> None:
-    """Hand over a module that is in `sys.modules`, after waiting for the thread that is still executing it, if any."""
-    # What the import statement waits with; import_module() would import the module once more where the other thread's
-    # import fails.
+    """Call a hook for a module in `sys.modules`, after waiting for a thread that may still be executing the module."""
+    # The import statement waits like this; import_module() would import again if the other thread's import fails.
     sys.modules["_frozen_importlib"]._lock_unlock_module(hook.name)
     module = sys.modules.get(hook.name)
-    # Executing all the same: it is halfway through in this very thread, by a loader that we have not seen.
+    # If it is still executing, this very thread is halfway through it, by a loader that is not ours.
     if module is not None and not is_executing(module):
         _call(hook, module)
 

@@ -1,7 +1,7 @@
-"""Patches in sets: each set is checked against the code that is there, applied whole or not at all, and undoable.
+"""Patches in sets: each set is checked against the code it patches, applied completely or not at all, and undoable.
 
-A `PatchSet` holds the patches of one module. A `Patch` is anything that can check, apply and undo itself;
-`Wrap`, which lays a wrapper around a method or a function, is the one that needs no other package.
+A `PatchSet` holds the patches of one module. A `Patch` is anything that can check, apply and undo itself, such as
+`Wrap`, which puts a wrapper around a method or a function.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ logger = logging.getLogger("agentlightning")
 
 
 class State(Enum):
-    """Where a patch set stands."""
+    """The state of a patch set."""
 
     PENDING = "pending"
     APPLIED = "applied"
@@ -33,7 +33,7 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Status:
-    """A patch set's state, and the reason for it where it is neither pending nor applied."""
+    """A patch set's state, and the reason for it unless it is pending or applied."""
 
     state: State
     reason: str | None = None
@@ -42,30 +42,30 @@ class Status:
         return f"{self.state.value}: {self.reason}" if self.reason else self.state.value
 
     def as_dict(self) -> dict[str, str | None]:
-        """For JSON: `{"state": ..., "reason": ...}`."""
+        """Return `{"state": ..., "reason": ...}`, for JSON."""
         return {"state": self.state.value, "reason": self.reason}
 
 
 class Mismatch(Exception):
-    """A target is not there, or not as the patch relies on it; the message says which and how."""
+    """A target is missing, or not as the patch needs it; the message says which and how."""
 
 
 class NotForThisRelease(Exception):
-    """The code that is there is older than what the patch is for, or does it itself: nothing is wrong."""
+    """This release is older than the patched feature, or does itself what the patch is for: nothing is wrong."""
 
 
 class Patch(Protocol):
     """One change to one module."""
 
     def check(self, module: ModuleType) -> None:
-        """Change nothing. Raises `Mismatch` or `NotForThisRelease` where the patch cannot be applied."""
+        """Raise `Mismatch` or `NotForThisRelease` if the patch cannot be applied; change nothing."""
 
     def is_applied(self, module: ModuleType) -> bool:
-        """Whether this very patch is in place on what `module` holds now."""
+        """Tell whether this very patch is in place on the present objects of `module`."""
         ...
 
     def apply(self, module: ModuleType) -> Callable[[], None]:
-        """Apply, after a `check`; returns the function that undoes it, at any later time and in any order."""
+        """Apply, after a `check`; return the function that undoes it, at any later time and in any order."""
         ...
 
 
@@ -73,10 +73,10 @@ class PatchSet:
     """Patches that only make sense together, all for one module; thread-safe.
 
     Args:
-        name: what users see in the status and in warnings.
-        modules: the names that the module has had over the releases; whichever is imported is patched.
+        name: shown in the status and in warnings.
+        modules: the names that the module has had in different releases; the imported one is patched.
         patches: checked in this order, then applied in this order.
-        since: the release that the module came with, if not every release has it.
+        since: the release that introduced the module, if not every release has it.
     """
 
     def __init__(self, name: str, modules: Sequence[str], patches: Sequence[Patch], since: str | None = None) -> None:
@@ -90,14 +90,14 @@ class PatchSet:
 
     @property
     def status(self) -> Status:
-        """Where the set stands now."""
+        """The present state."""
         return self._status
 
     def apply(self, module: ModuleType) -> None:
         """Check every patch against `module`, then apply all of them, or none.
 
-        Raises nothing: the outcome is the `status`, and a set that fails is one warning. Applying twice is a
-        no-op with a warning; a module that was reloaded or imported again holds other classes, and is patched again.
+        Raises nothing: the outcome is the `status`, and a set that fails logs one warning. Applying twice is a no-op
+        with a warning; a module that was reloaded or imported again has other classes, and is patched again.
         """
         with self._lock:
             undo: list[Callable[[], None]] = []
@@ -122,18 +122,18 @@ class PatchSet:
     def skip(self, reason: str) -> None:
         """Mark the set as not for this release.
 
-        Silently, as nothing is wrong: the release is older than what would be patched, or does it itself. The status
-        says so, wherever the module is imported; the log would only where and when a server imports it.
+        Nothing is logged, since nothing is wrong: the release is older than the patched feature, or does itself what
+        the patches are for. The status says so.
         """
         self._status = Status(State.NOT_FOR_THIS_RELEASE, reason)
 
     def fail(self, reason: str) -> None:
-        """Mark the set as failed, with one warning: what it patches cannot be found, or not be patched."""
+        """Mark the set as failed, and log one warning: its targets cannot be found, or cannot be patched."""
         self._status = Status(State.FAILED, reason)
-        logger.warning("agentlightning: %s is left as it is, unpatched: %s", self.name, reason)
+        logger.warning("agentlightning: %s is not patched: %s", self.name, reason)
 
     def undo(self) -> None:
-        """Put back everything that `apply` changed; the set is pending again. Idempotent."""
+        """Undo everything that `apply` changed; the set is pending again. Idempotent."""
         with self._lock:
             _run_backwards(self._undo)
             self._undo = []
@@ -147,7 +147,7 @@ def _run_backwards(undo: Sequence[Callable[[], None]]) -> None:
 
 @dataclass(frozen=True)
 class Where:
-    """A patch for some releases only: where `applies(module)` is false, there is nothing to check or to apply."""
+    """A patch for some releases only: if `applies(module)` is false, there is nothing to check or to apply."""
 
     applies: Callable[[ModuleType], bool]
     patch: Patch
@@ -165,15 +165,15 @@ class Where:
 
 @dataclass(frozen=True)
 class Wrap:
-    """Lay `wrapper(original)` around a method, or around a function of the module.
+    """Put `wrapper(original)` around a method, or around a function of the module.
 
-    A method is replaced on its class, so that every name that the class goes by sees it. A function is replaced
-    wherever a module of its package, or the main program, holds it by now: who imports it later gets ours.
+    A method is replaced on its class, so that it applies under every name of the class. A function is replaced in its
+    module, and wherever a module of its package, or the main program, has imported it.
 
     Args:
         target: `"Class.method"` or `"function"`, looked up in the patched module.
-        parameters: the names that it must take, since the wrapper relies on them.
-        wrapper: a decorator; what it returns takes and returns what the original does.
+        parameters: names of parameters that it must have, since the wrapper relies on them.
+        wrapper: a decorator; its result takes and returns what the original does.
     """
 
     target: str
@@ -195,13 +195,13 @@ class Wrap:
 
     def is_applied(self, module: ModuleType) -> bool:
         owner, name = self._owner(module)
-        seam = _Seam.at(owner, name)
-        return seam is not None and self.wrapper in seam.wrappers
+        patched = _PatchedFunction.at(owner, name)
+        return patched is not None and self.wrapper in patched.wrappers
 
     def apply(self, module: ModuleType) -> Callable[[], None]:
         owner, name = self._owner(module)
-        seam = _Seam.at(owner, name) or _Seam(owner, name)
-        return seam.add(self.wrapper)
+        patched = _PatchedFunction.at(owner, name) or _PatchedFunction(owner, name)
+        return patched.add(self.wrapper)
 
     def _owner(self, module: ModuleType) -> tuple[type | ModuleType, str]:
         class_name, _, name = self.target.rpartition(".")
@@ -213,11 +213,11 @@ class Wrap:
         return owner, name
 
 
-class _Seam:
-    """A patched function: what was there, the wrappers around it, and the entry that stands in its place.
+class _PatchedFunction:
+    """A patched function: the original, the wrappers around it, and the entry that replaces it.
 
-    The entry looks the outermost wrapper up at each call. So wrappers leave in any order, also from under a wrapper
-    that somebody else has laid over ours and that still calls the entry.
+    The entry looks up the outermost wrapper at each call. So wrappers can be removed in any order, even if another
+    package has wrapped the entry, and still calls it.
     """
 
     def __init__(self, owner: type | ModuleType, name: str) -> None:
@@ -230,20 +230,20 @@ class _Seam:
         self._entry = self._make_entry()
 
     @staticmethod
-    def at(owner: type | ModuleType, name: str) -> _Seam | None:
-        seam = getattr(vars(owner).get(name), "__agl_seam__", None)
-        return seam if isinstance(seam, _Seam) else None
+    def at(owner: type | ModuleType, name: str) -> _PatchedFunction | None:
+        patched = getattr(vars(owner).get(name), "__agl_patched__", None)
+        return patched if isinstance(patched, _PatchedFunction) else None
 
     def add(self, wrapper: Callable[..., Any]) -> Callable[[], None]:
-        # Under somebody else's wrapper made with functools.wraps the entry is in place, and must not oust it.
-        if _Seam.at(self._owner, self._name) is not self:
+        # Another package's wrapper, made by functools.wraps, has the entry's attributes and calls it: leave it there.
+        if _PatchedFunction.at(self._owner, self._name) is not self:
             self._replace(self._original, self._entry)
         self._compose([*self.wrappers, wrapper])
         return functools.partial(self._remove, wrapper)
 
     def _remove(self, wrapper: Callable[..., Any]) -> None:
         self._compose([other for other in self.wrappers if other is not wrapper])
-        # Somebody else's wrapper may lie over ours by now: then the entry stays, and calls the original.
+        # If another package has wrapped the entry meanwhile, the entry stays, and calls the original.
         if not self.wrappers and vars(self._owner).get(self._name) is self._entry:
             if self._inherited:
                 delattr(self._owner, self._name)
@@ -277,12 +277,12 @@ class _Seam:
 
             entry = call_outermost
         functools.update_wrapper(entry, self._original)
-        entry.__agl_seam__ = self
+        entry.__agl_patched__ = self
         return entry
 
 
 def _holders(function: Callable[..., Any], package: str) -> Iterator[tuple[ModuleType, str]]:
-    """The modules of `package`, and the main program, that have imported `function`, each with its name for it."""
+    """Yield the modules of `package`, and the main program, that have imported `function`, and their name for it."""
     for module_name, module in list(sys.modules.items()):
         if module_name == "__main__" or module_name.partition(".")[0] == package:
             for name, value in list(getattr(module, "__dict__", {}).items()):

@@ -1,7 +1,7 @@
-"""From an event loop to a store: a queue that is bounded in bytes, and one thread that writes. Knows no vLLM.
+"""From an event loop to a store: a queue bounded in bytes, and one thread that writes. Knows no vLLM.
 
-`Recorder.record` takes microseconds, however long the generation. All else is the thread's: putting the generation
-together, packing, writing, waiting for a store that is slow or away, and writing down what had to be left out.
+`Recorder.record` takes microseconds, however long the generation. The thread does everything else: building the
+generation, packing, writing, waiting for a slow or unreachable store, and recording how many generations were lost.
 """
 
 from __future__ import annotations
@@ -28,42 +28,41 @@ __all__ = ["LOST", "NOT_BUILT", "QUEUE_FULL", "REFUSED", "STOPPED", "WRITE_SECON
 logger = logging.getLogger("agentlightning")
 
 QUEUE_FULL, NOT_BUILT, REFUSED, STOPPED = LOST = ("queue full", "not built", "refused", "stopped")
-"""Why generations are lost: no room in the queue; an error of ours before or in the store; the process ended."""
+"""Why generations are lost: the queue is full, our code failed before or in the store, or the process ended."""
 ENDED = "the process ended before they were written"
 WRITE_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
-"""The upper bounds of the buckets that writes are counted in, by how long they took."""
+"""The upper bounds of the buckets that count writes by their duration."""
 
-# How long the thread waits for more after the first: a transaction costs as much as writing many generations, and
-# each time the thread wakes it takes the interpreter from the event loop.
+# How long the thread waits for more after the first generation: a transaction costs as much as writing many of them,
+# and each time the thread wakes it takes the interpreter from the event loop.
 GATHERING_SECONDS = 0.25
 BATCH_GENERATIONS = 500
 BATCH_BYTES = 8 << 20
 FIRST_PAUSE_SECONDS = 0.05
 LONGEST_PAUSE_SECONDS = 2.0
-# Short, so that the thread hears in time that the process is to end.
+# Short, so that the thread learns in time that the process is ending.
 PATIENCE_SECONDS = 0.5
 SECONDS_BETWEEN_LOGS = 10.0
-# Where one did not get through, and the store is not opened anew.
-SECONDS_BETWEEN_GREETINGS = 10.0
-# As long as a store of one host needs for a batch.
+# Delay before a failed registration is retried, unless the store is opened again before that.
+SECONDS_BETWEEN_REGISTRATIONS = 10.0
+# As long as a store on this host needs for a batch.
 SECONDS_TO_FORK = 1.0
-LEFT_ALONE: list[Store | None] = []
-"""Stores of parents, which must not be closed here either."""
+INHERITED: list[Store | None] = []
+"""Connections inherited across fork: never use or close them."""
 
 
 @dataclass(slots=True)
 class Counters:
-    """What has become of what was recorded, since the process started.
+    """The fate of everything that was recorded since the process started.
 
     Attributes:
         generations, prompt_tokens, output_tokens: what the store has.
         queue_bytes: what waits now.
         lost: generations that the store does not have, by one of `LOST`.
-        writes: transactions, in a list as long as `WRITE_SECONDS` and one more: those that took no longer than each
-            bound and longer than the one before it, and the rest.
-        write_seconds: what all of them took together.
-        failed_writes: how often the store could not be written; each is tried again.
-        trouble: why it cannot be written now; None where it can.
+        writes: number of transactions in each bucket: one bucket for each of `WRITE_SECONDS`, and one for the rest.
+        write_seconds: how long all of them took together.
+        failed_writes: how often writing to the store failed; each write is retried.
+        trouble: why writing fails now; None while it works.
     """
 
     generations: int = 0
@@ -80,14 +79,14 @@ class Counters:
 class Recorder:
     """Writes generations to the store at `url`, as `open_store` takes it.
 
-    A process that is forked starts with an empty queue and counters at zero: what waits is written by its parent.
+    A forked process starts with an empty queue and counters at zero: its parent writes what waits.
 
     Args:
-        url: where the store is. It is opened by the thread, and again after every failure.
-        queue_bytes: how much may wait, as `record` is told it.
-        sender: says for whom this process records, as far as is known by then. It is asked by the thread before each
-            write; what it says greets each store that is opened, and the same store again where it says something else.
-        observe: is given the counters by the thread, after each write and each failure, and when the queue is shorter.
+        url: where the store is. The thread opens it, and opens it again after every failure.
+        queue_bytes: how many bytes may wait, as counted by the callers of `record`.
+        sender: returns what is known so far of this process. The thread calls it before each write, and registers the
+            result with each store that it opens, and again when the result changes.
+        observe: called by the thread with the counters, after each write and each failure, and when the queue shrinks.
     """
 
     def __init__(
@@ -102,7 +101,7 @@ class Recorder:
         self._sender = sender
         self._observe = observe
         self._store: Store | None = None
-        self._storing = Lock()
+        self._store_lock = Lock()
         self._begin()
         self._forking = local()
         os.register_at_fork(
@@ -110,46 +109,46 @@ class Recorder:
         )
 
     def _before_fork(self) -> None:
-        # SQLite in the child would take locks that the parent holds for its own, and overwrite what the parent writes.
-        self._forking.has_lock = self._storing.acquire(timeout=SECONDS_TO_FORK)
+        # SQLite in the child would take the parent's locks for its own, and overwrite what the parent writes.
+        self._forking.has_lock = self._store_lock.acquire(timeout=SECONDS_TO_FORK)
         if self._forking.has_lock:
-            self._let_go()
+            self._close_store()
 
     def _after_fork(self) -> None:
         if self._forking.has_lock:
-            self._storing.release()
+            self._store_lock.release()
 
     def _after_fork_in_child(self) -> None:
         if not self._forking.has_lock:
-            # It does not answer, and vLLM does not wait for it: what the child has of it is neither used nor closed.
-            LEFT_ALONE.append(self._store)
-            self._store, self._storing = None, Lock()
+            # The store did not answer in time, and vLLM must not wait for it.
+            INHERITED.append(self._store)
+            self._store, self._store_lock = None, Lock()
         else:
-            self._storing.release()
+            self._store_lock.release()
         self._begin()
 
     def _begin(self) -> None:
         self._thread: Thread | None = None
         self._writer: Sender | None = None
-        self._greeted: Sender | None = None
-        self._silent_to_store_until = 0.0
+        self._registered: Sender | None = None
+        self._no_registration_until = 0.0
         self._queue: SimpleQueue[tuple[Callable[[], Generation], int] | None] = SimpleQueue()
         self._closing = Event()
         self._deadline = float("inf")
         self._counters = Counters()
-        self._recording = Lock()
-        # Bytes that came in and bytes that went out: the one is written under the lock of those who record, the other
-        # by our thread alone, so that they never wait for it.
-        self._came = self._went = 0
-        self._turned_away = self._noted = self._late = 0
-        self._turned_away_at = (0, 0)
-        self._losing: dict[str, Loss] = {}
+        self._record_lock = Lock()
+        # Bytes that came in and bytes that went out: the first is written under the lock of the callers of `record`,
+        # the second only by our thread, so that the callers never wait for it.
+        self._bytes_in = self._bytes_out = 0
+        self._rejected = self._rejected_in_losses = self._late = 0
+        self._rejected_at = (0, 0)
+        self._new_losses: dict[str, Loss] = {}
         self._losses: list[Loss] = []
         self._silent_until: dict[str, float] = {}
 
     def start(self) -> None:
-        """Start the thread, which opens the store. Idempotent; the first `record` does it too, but then has to wait."""
-        with self._recording:
+        """Start the thread, which opens the store. Idempotent; else the first `record` does it, and takes longer."""
+        with self._record_lock:
             self._start_thread()
 
     def _start_thread(self) -> None:
@@ -160,100 +159,104 @@ class Recorder:
             atexit.register(self.close)
 
     def record(self, build: Callable[[], Generation], nbytes: int) -> None:
-        """Have a generation written; never waits for the store, never raises. Safe for several threads.
+        """Queue a generation for the store; never wait for the store, never raise. Thread-safe.
 
         Args:
-            build: makes the generation, in the thread that writes.
-            nbytes: what it holds on to until then.
+            build: makes the generation, in the writing thread.
+            nbytes: how many bytes it keeps alive until then.
         """
-        # Held for an addition, and for the start of the thread.
-        with self._recording:
+        # Held only for an addition, and to start the thread.
+        with self._record_lock:
             try:
                 if self._closing.is_set():
-                    self._come_too_late("it is closed")
+                    self._count_late("it is closed")
                     return
-                waiting = self._came - self._went
-                # One that is larger than the queue has it for itself.
+                waiting = self._bytes_in - self._bytes_out
+                # A generation larger than the queue is admitted when the queue is empty.
                 if waiting and waiting + nbytes > self._queue_bytes:
-                    self._turn_away()
+                    self._reject()
                     return
                 self._start_thread()
-                self._came += nbytes
+                self._bytes_in += nbytes
                 self._queue.put((build, nbytes))
             except Exception as error:
-                # No thread can be started where the interpreter is about to end.
-                self._come_too_late(repr(error))
+                # No thread can be started while the interpreter is ending.
+                self._count_late(repr(error))
 
     def counters(self) -> Counters:
-        """What has become of what was recorded, by now."""
+        """Return a snapshot of the counters."""
         mine = self._counters
-        lost = {**mine.lost, QUEUE_FULL: self._turned_away, STOPPED: mine.lost[STOPPED] + self._late}
-        return replace(mine, queue_bytes=self._came - self._went, lost=lost, writes=list(mine.writes))
+        lost = {**mine.lost, QUEUE_FULL: self._rejected, STOPPED: mine.lost[STOPPED] + self._late}
+        return replace(mine, queue_bytes=self._bytes_in - self._bytes_out, lost=lost, writes=list(mine.writes))
 
     def close(self, timeout: float = 5.0) -> None:
-        """Write what waits, for at most `timeout` seconds; what is left is counted and, if that works, written down.
+        """Write what waits, for at most `timeout` seconds; count the rest as lost, and record the loss if possible.
 
-        Idempotent. What is recorded afterwards is lost, and counted.
+        Idempotent. Generations that are recorded afterwards are lost, and counted.
         """
-        # Time enough for a last attempt, and for writing down what it left.
+        # Leave time for a last attempt, and for recording the loss of the rest.
         self._deadline = min(self._deadline, time.monotonic() + max(timeout - 2 * PATIENCE_SECONDS, 0))
         self._closing.set()
         if self._thread is not None:
             self._queue.put(None)
             self._thread.join(timeout)
             if self._thread.is_alive():
-                logger.error("agentlightning: the store does not answer: %d bytes are left", self._came - self._went)
+                logger.error(
+                    "agentlightning: the store does not answer, so about %d bytes of generations are lost: the process "
+                    "ends without writing them",
+                    self._bytes_in - self._bytes_out,
+                )
 
-    def _turn_away(self) -> None:
+    def _reject(self) -> None:
         now = time.time_ns()
-        self._turned_away_at = (self._turned_away_at[0] if self._turned_away > self._noted else now, now)
-        self._turned_away += 1
-        full = f"the queue of {self._queue_bytes >> 20} MiB is full"
-        self._say(QUEUE_FULL, f"{full}; generations lost so far: {self._turned_away}")
+        self._rejected_at = (self._rejected_at[0] if self._rejected > self._rejected_in_losses else now, now)
+        self._rejected += 1
+        full = f"the queue of {self._queue_bytes >> 20} MiB (AGL_QUEUE_MB) is full, since the store is too slow or away"
+        self._log(QUEUE_FULL, f"{full}; generations lost so far: {self._rejected}")
 
-    def _come_too_late(self, why: str) -> None:
-        # Nobody is there to write this down.
+    def _count_late(self, why: str) -> None:
+        # Only counted: no thread is left to write a loss.
         self._late += 1
-        self._say("late", f"the recorder takes no more generations: {why}; lost so far: {self._late}")
+        self._log("late", f"the recorder accepts no more generations: {why}; lost so far: {self._late}")
 
     def _run(self) -> None:
         self._try_to_open()
         while not (self._closing.is_set() and self._queue.empty()):
             try:
-                self._round()
+                self._write_batch()
             except Exception as error:
-                self._say("round", f"writing generations failed: {error!r}")
+                self._log("batch", f"writing generations failed: {error!r}")
         self._write_losses()
-        with self._storing:
-            self._let_go()
+        with self._store_lock:
+            self._close_store()
 
     def _try_to_open(self) -> None:
-        """Open the store before there is anything to write, so that what is in the way of it is told at the start."""
+        """Open the store before there is anything to write, so that an unusable store is reported at the start."""
         try:
             with self._opened():
                 pass
         except StoreUnavailable as error:
-            self._failed(error)
+            self._note_failed_write(error)
 
-    def _round(self) -> None:
-        """Write what has come, wait for more if nothing has."""
-        items = self._gathered()
+    def _write_batch(self) -> None:
+        """Wait for generations, and write those that have arrived."""
+        items = self._gather()
         try:
             if items and time.monotonic() > self._deadline:
                 self._lose(STOPPED, len(items), ENDED)
                 return
-            if generations := self._built(items):
+            if generations := self._build(items):
                 self._write(generations)
         finally:
-            self._went += sum(nbytes for _, nbytes in items)
-            self._tell()
+            self._bytes_out += sum(nbytes for _, nbytes in items)
+            self._notify()
         self._write_losses()
 
-    def _gathered(self) -> list[tuple[Callable[[], Generation], int]]:
+    def _gather(self) -> list[tuple[Callable[[], Generation], int]]:
         items, nbytes = [], 0
         try:
             item = self._queue.get(timeout=LONGEST_PAUSE_SECONDS if self._losses else None)
-            if self._queue.qsize() < BATCH_GENERATIONS and self._came - self._went < BATCH_BYTES:
+            if self._queue.qsize() < BATCH_GENERATIONS and self._bytes_in - self._bytes_out < BATCH_BYTES:
                 self._closing.wait(GATHERING_SECONDS)
             while True:
                 # None only wakes this thread.
@@ -267,7 +270,7 @@ class Recorder:
             pass
         return items
 
-    def _built(self, items: Iterable[tuple[Callable[[], Generation], int]]) -> list[Generation]:
+    def _build(self, items: Iterable[tuple[Callable[[], Generation], int]]) -> list[Generation]:
         generations = []
         for build, _ in items:
             try:
@@ -277,7 +280,7 @@ class Recorder:
         return generations
 
     def _write(self, generations: list[Generation]) -> None:
-        """Write them all, as soon as the store lets it, or count them as lost."""
+        """Write all generations, retrying until the store accepts them, or count them as lost."""
         pause = FIRST_PAUSE_SECONDS
         while True:
             started = time.perf_counter()
@@ -286,15 +289,15 @@ class Recorder:
                     started = time.perf_counter()
                     store.add(generations, None if self._writer is None else self._writer.id)
             except (StoreUnavailable, StoreRefused) as error:
-                self._failed(error)
-                asked = error.retry_after if isinstance(error, StoreUnavailable) else None
+                self._note_failed_write(error)
+                retry_after = error.retry_after if isinstance(error, StoreUnavailable) else None
             except InvalidRecord as error:
                 kept = [generation for generation in generations if generation.id not in error.reasons]
                 self._lose(REFUSED, len(generations) - len(kept), str(error))
                 self._count(kept, time.perf_counter() - started)
                 return
             except Exception as error:
-                # An error of ours before the store is asked, so that none of them is there yet.
+                # Our own error before the store was asked, so that it has none of them.
                 if len(generations) == 1:
                     self._lose(REFUSED, 1, repr(error))
                 else:
@@ -308,41 +311,41 @@ class Recorder:
             if left <= 0:
                 self._lose(STOPPED, len(generations), ENDED)
                 return
-            # Many servers that found the store away at once shall not come back at once. What is random in this process
-            # may be somebody else's to repeat.
+            # Random, so that servers that lost the store together do not return together. SystemRandom, since a program
+            # may have seeded the process's generator, and would draw other numbers after ours.
             wait = pause * random.SystemRandom().uniform(0.5, 1)
             if self._closing.is_set():
-                # What the store asks for counts no more: it may be longer than there is, and all would be lost untried.
+                # The store's own delay no longer counts: it may exceed the time left, and all would be lost untried.
                 time.sleep(min(wait, left))
-            elif self._closing.wait(max(wait, asked or 0)):
-                # There is a deadline now: short pauses again, for as many attempts as there is time for.
+            elif self._closing.wait(max(wait, retry_after or 0)):
+                # There is a deadline now: short pauses again, for as many attempts as fit.
                 pause = FIRST_PAUSE_SECONDS
                 continue
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
     def _write_losses(self) -> None:
-        turned_away, at = self._turned_away, self._turned_away_at
-        if turned_away > self._noted:
-            self._losses.append(_loss(turned_away - self._noted, QUEUE_FULL, *at))
-            self._noted = turned_away
-        # From here on these stay as they are: whether an attempt that failed has written them is not known.
-        self._losses += self._losing.values()
-        self._losing = {}
+        rejected, at = self._rejected, self._rejected_at
+        if rejected > self._rejected_in_losses:
+            self._losses.append(_loss(rejected - self._rejected_in_losses, QUEUE_FULL, *at))
+            self._rejected_in_losses = rejected
+        # Unchanged from here on: it is unknown whether a failed attempt has written them.
+        self._losses += self._new_losses.values()
+        self._new_losses = {}
         if self._losses:
             try:
                 with self._opened() as store:
                     store.add_losses(self._losses)
                 self._losses = []
-            except ValueError as error:
-                # Tried again, they would be refused again.
-                self._say("losses", f"losses cannot be written down: {error}: {self._losses}")
+            except (InvalidRecord, ValueError) as error:
+                # A retry would be refused again.
+                self._log("losses", f"the store refuses the numbers of lost generations: {error}: {self._losses}")
                 self._losses = []
             except Exception as error:
-                self._failed(error)
+                self._note_failed_write(error)
 
     @contextmanager
     def _opened(self) -> Iterator[Store]:
-        with self._storing:
+        with self._store_lock:
             if self._store is None:
                 try:
                     self._store = open_store(self._url, patience=PATIENCE_SECONDS)
@@ -350,35 +353,36 @@ class Recorder:
                     raise
                 except Exception as error:
                     raise StoreUnavailable(str(error)) from error
-            self._greet(self._store)
+            self._register_sender(self._store)
             yield self._store
 
-    def _greet(self, store: Store) -> None:
-        # Whatever is in the way of a greeting (a proxy that lets no large body through, for one) costs no generation.
+    def _register_sender(self, store: Store) -> None:
+        # If registration fails (for one, a proxy may refuse large bodies), generations are still written.
         try:
             self._writer = self._sender()
-            if self._writer in (None, self._greeted) or time.monotonic() < self._silent_to_store_until:
+            if self._writer in (None, self._registered) or time.monotonic() < self._no_registration_until:
                 return
             store.greet(self._writer)
-            self._greeted = self._writer
+            self._registered = self._writer
         except Exception as error:
-            self._silent_to_store_until = time.monotonic() + SECONDS_BETWEEN_GREETINGS
-            self._say("greeting", f"the store is not told who writes: {error}")
+            self._no_registration_until = time.monotonic() + SECONDS_BETWEEN_REGISTRATIONS
+            failed = "this server could not be registered with its store, and will retry; generations are written"
+            self._log("registration", f"{failed}: {error}")
 
-    def _failed(self, error: Exception) -> None:
-        """The store could not be written: it is opened again the next time."""
+    def _note_failed_write(self, error: Exception) -> None:
+        """Note that the store could not be written; it is opened again for the next attempt."""
         self._counters.failed_writes += 1
         self._counters.trouble = str(error)
-        self._tell()
-        self._say("store", f"generations wait for the store: {error}")
-        with self._storing:
-            self._let_go()
+        self._notify()
+        self._log("store", f"the store cannot be written, so generations wait in memory and are retried: {error}")
+        with self._store_lock:
+            self._close_store()
 
-    def _let_go(self) -> None:
-        store, self._store, self._greeted = self._store, None, None
+    def _close_store(self) -> None:
+        store, self._store, self._registered = self._store, None, None
         if not self._closing.is_set():
-            # There is time to greet the next one, which may be another.
-            self._silent_to_store_until = 0.0
+            # There is time to register with the next one, which may be another store.
+            self._no_registration_until = 0.0
         if store is not None:
             with suppress(Exception):
                 store.close()
@@ -394,26 +398,26 @@ class Recorder:
         if counters.trouble is not None:
             counters.trouble = None
             logger.info("agentlightning: generations are written to the store again")
-        self._tell()
+        self._notify()
 
     def _lose(self, kind: str, count: int, detail: str) -> None:
         self._counters.lost[kind] += count
-        self._say(kind, f"generations lost so far, {kind}: {self._counters.lost[kind]}, the last by {detail}")
+        self._log(kind, f"generations lost so far ({kind}): {self._counters.lost[kind]}; the last because {detail}")
         now = time.time_ns()
-        loss = self._losing.setdefault(kind, _loss(0, f"{kind}: {detail}", now, now))
+        loss = self._new_losses.setdefault(kind, _loss(0, f"{kind}: {detail}", now, now))
         loss.count += count
         loss.last_at = now
-        self._tell()
+        self._notify()
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         try:
             self._observe(self.counters())
         except Exception as error:
-            # It may be told between two attempts to write, which have to go on.
-            self._say("observe", f"what becomes of generations is not counted outside: {error!r}")
+            # This may run between two attempts to write, which must go on.
+            self._log("observe", f"the metrics of recorded generations could not be updated: {error!r}")
 
-    def _say(self, kind: str, message: str) -> None:
-        """Log it, but not this kind more than once in a while."""
+    def _log(self, kind: str, message: str) -> None:
+        """Log a message, but each kind at most once every `SECONDS_BETWEEN_LOGS`."""
         now = time.monotonic()
         if now >= self._silent_until.get(kind, 0):
             self._silent_until[kind] = now + SECONDS_BETWEEN_LOGS

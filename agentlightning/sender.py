@@ -1,4 +1,4 @@
-"""Who records: a process of a vLLM server, and the vocabulary of its model. Knows no vLLM."""
+"""A process that records, and the vocabulary of the model that it serves. Knows no vLLM."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from agentlightning.generation import new_id
 __all__ = ["ID_LIMIT", "PACKED_LIMIT", "Sender", "Vocabulary"]
 
 PACKED_LIMIT = 16 << 20
-"""Bytes of a vocabulary as it is sent and kept. The largest that there are have 2 MiB."""
+"""The most bytes of a compressed vocabulary. The largest known ones have 2 MiB."""
 
 ID_LIMIT = 1 << 22
-"""A tokenizer that gives out higher ids than this is broken, or something else than a tokenizer."""
+"""The highest plausible id: a tokenizer with higher ones is broken, or not a tokenizer."""
 
-# As JSON: no vocabulary has a tenth of it.
+# The most bytes of a vocabulary as JSON: no known one has a tenth of it.
 _UNPACKED_LIMIT = 64 << 20
-# So many at a time that another thread never waits for long until it may run.
+# Encoded at once: few enough that another thread never waits long for the interpreter.
 _TOKENS_AT_ONCE = 2000
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What the token ids of a model stand for.
+    """The tokens of a model, by id.
 
     Attributes:
-        tokens: each id's token, as the tokenizer has it (`Ġthe`, `▁the`, `<0x0A>`); None where an id stands for none.
+        tokens: each id's token, as the tokenizer has it (`Ġthe`, `▁the`, `<0x0A>`); None for an unused id.
         special: the ids of special tokens.
     """
 
@@ -47,50 +47,50 @@ class Vocabulary:
         return found.digest()
 
     def to_bytes(self) -> bytes:
-        """Its JSON, packed with zlib."""
+        """Return its JSON, compressed by zlib."""
         packer = zlib.compressobj(1)
         return b"".join([*(packer.compress(part) for part in self._json()), packer.flush()])
 
     @classmethod
     def from_bytes(cls, packed: bytes) -> Vocabulary:
-        """What `to_bytes` made this of.
+        """Return the vocabulary that `to_bytes` has encoded.
 
         Raises:
-            ValueError: it is no vocabulary, is cut off, or becomes too large.
+            ValueError: this is not a vocabulary, is truncated, or decompresses to too much.
         """
         unpacker = zlib.decompressobj()
         try:
             body = unpacker.decompress(packed, _UNPACKED_LIMIT)
         except zlib.error as error:
-            raise ValueError(f"a vocabulary that cannot be unpacked: {error}") from error
+            raise ValueError(f"the vocabulary cannot be decompressed: {error}") from error
         if unpacker.unconsumed_tail:
-            raise ValueError(f"a vocabulary that becomes larger than {_UNPACKED_LIMIT >> 20} MiB")
+            raise ValueError(f"the vocabulary decompresses to more than {_UNPACKED_LIMIT >> 20} MiB")
         if not unpacker.eof or unpacker.unused_data:
-            raise ValueError("a vocabulary that is cut off, or has something behind its end")
-        # An empty object is two bytes, and becomes a hundred.
+            raise ValueError("the vocabulary is truncated, or followed by other data")
+        # An empty object is two bytes of JSON, and a hundred in memory.
         if body.count(b",") > 2 * ID_LIMIT or body.count(b"{") + body.count(b"[") > ID_LIMIT // 4:
-            raise ValueError("a vocabulary that has more in it than tokens")
+            raise ValueError("the vocabulary contains more than a list of tokens")
         try:
             found = json.loads(body)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"a vocabulary that is no JSON: {error}") from error
+            raise ValueError(f"the vocabulary is not JSON: {error}") from error
         if (
             not isinstance(found, dict)
             or found.keys() != {"special", "tokens"}
             or not all(map(_is_list, found.values()))
         ):
-            raise ValueError("a vocabulary that has something else than special ids and tokens")
+            raise ValueError("the vocabulary is not an object with the lists special and tokens")
         special, tokens = found["special"], found["tokens"]
         if len(tokens) > ID_LIMIT:
-            raise ValueError(f"a vocabulary of more than {ID_LIMIT} tokens")
+            raise ValueError(f"the vocabulary has more than {ID_LIMIT} tokens")
         if not all(token is None or isinstance(token, str) for token in tokens):
-            raise ValueError("a vocabulary with a token that is no text")
+            raise ValueError("the vocabulary has a token that is not a string")
         if not all(type(each) is int and 0 <= each < len(tokens) for each in special):
-            raise ValueError("a vocabulary with a special id that is none of its ids")
+            raise ValueError("the vocabulary has a special id that is not one of its ids")
         return cls(tokens, frozenset(special))
 
     def _json(self) -> Iterator[bytes]:
-        """Written in one way only, so that equal vocabularies have one digest."""
+        """Yield its JSON in parts, in one canonical form, so that equal vocabularies have equal digests."""
         yield b'{"special":' + _compact(sorted(self.special)) + b',"tokens":['
         for start in range(0, len(self.tokens), _TOKENS_AT_ONCE):
             some = list(self.tokens[start : start + _TOKENS_AT_ONCE])
@@ -103,13 +103,13 @@ class Sender:
     """A process that records. What is unknown is None.
 
     Attributes:
-        id: UUIDv7, its own: the process number, and even the host's name, may be somebody else's next.
+        id: a UUIDv7. Host and process number do not identify a process: both may be used again by another.
         host, pid: where it runs.
         started_at: nanoseconds since the epoch.
-        version: of agentlightning.
+        version: the version of agentlightning.
         vllm: the version of vLLM.
         model: the name that its model is served under.
-        vocabulary: what the ids of that model stand for.
+        vocabulary: the vocabulary of that model.
     """
 
     id: str = field(default_factory=new_id)
@@ -123,7 +123,7 @@ class Sender:
 
 
 def _compact(value: Any) -> bytes:
-    # ASCII, since a token may have half of a surrogate pair.
+    # ASCII, since a token may contain half of a surrogate pair.
     return json.dumps(value, separators=(",", ":")).encode()
 
 

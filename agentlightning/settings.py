@@ -16,14 +16,14 @@ OFF = tuple(filter(None, INSTRUMENT_OFF))
 
 @dataclass(frozen=True, slots=True)
 class Variable:
-    """What a variable may be.
+    """The values that one variable may have.
 
     Attributes:
-        default: what counts where it is not set, is empty or has a value that it may not have.
-        values: what it may be, in lower case; empty where `pattern` says it.
-        pattern: what it may look like.
-        otherwise: what a value that it may not have is.
-        secret: its value is shown nowhere.
+        default: used if the variable is not set, is empty or has an invalid value.
+        values: the valid values, in lower case; empty where `pattern` says them.
+        pattern: a regular expression that a valid value matches.
+        otherwise: how to describe an invalid value, where there is a `pattern`.
+        secret: never show the value.
     """
 
     default: str
@@ -37,7 +37,8 @@ class Variable:
 
     @property
     def objection(self) -> str:
-        return f"none of {', '.join(self.values)}" if self.values else self.otherwise
+        """A description of an invalid value."""
+        return f"not one of {', '.join(self.values)}" if self.values else self.otherwise
 
 
 VARIABLES = {
@@ -51,81 +52,98 @@ VARIABLES = {
     "AGL_STORE_KEY": Variable("", pattern=r"(?s).+", secret=True),
     "AGL_LOGPROBS": Variable("off", (*ON, *OFF)),
     "AGL_RECORD_TEXT": Variable("on", (*ON, *OFF)),
-    "AGL_QUEUE_MB": Variable("256", pattern=r"0*[1-9][0-9]{0,6}", otherwise="no whole number from 1 to 9999999"),
+    "AGL_QUEUE_MB": Variable("256", pattern=r"0*[1-9][0-9]{0,6}", otherwise="not a whole number from 1 to 9999999"),
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The variables that a server asks for while it serves, read at one moment; attributes as the functions below."""
+
+    instrument: str
+    return_token_ids: str
+    store: str | None
+    queue_bytes: int
+    logprobs: bool
+    record_text: bool
+
+
+def read_all() -> Settings:
+    """Read them now: who serves requests keeps the result, and does not read the environment for each."""
+    return Settings(instrument(), return_token_ids(), store(), queue_bytes(), logprobs(), record_text())
+
+
 def instrument() -> str:
-    """What `AGL_INSTRUMENT` asks for: `"off"`, `"on"` or `"strict"`."""
-    value = _checked("AGL_INSTRUMENT")
+    """Return what `AGL_INSTRUMENT` asks for: `"off"`, `"on"` or `"strict"`."""
+    value = _valid("AGL_INSTRUMENT")
     return "on" if value in ON else "off" if value in OFF else value
 
 
 def return_token_ids() -> str:
-    """What answers carry when a request does not say (`AGL_RETURN_TOKEN_IDS`).
+    """Return what answers carry when a request does not say (`AGL_RETURN_TOKEN_IDS`).
 
     `"all"` (the default): prompt and response ids; `"response"`: no prompt ids; `"none"`: vLLM's own answer.
     """
-    return _checked("AGL_RETURN_TOKEN_IDS")
+    return _valid("AGL_RETURN_TOKEN_IDS")
 
 
 def store() -> str | None:
-    """Where generations are recorded (`AGL_STORE`), for `agentlightning.store.open_store`; None for nowhere.
+    """Return where generations are recorded (`AGL_STORE`), for `agentlightning.store.open_store`; None for nowhere.
 
-    It is shown by way of `without_secrets` alone.
+    Show it only through `without_secrets`.
     """
-    return _checked("AGL_STORE") or None
+    return _valid("AGL_STORE") or None
 
 
 def store_key() -> str | None:
-    """What a store that is served over HTTP asks for (`AGL_STORE_KEY`); None for nothing."""
-    return _checked("AGL_STORE_KEY") or None
+    """Return the key of a store that is served over HTTP (`AGL_STORE_KEY`); None if it has none."""
+    return _valid("AGL_STORE_KEY") or None
 
 
 def logprobs() -> bool:
-    """Whether the sampled ids' logprobs are recorded though nobody asked for them (`AGL_LOGPROBS`)."""
-    return _checked("AGL_LOGPROBS") in ON
+    """Tell whether to record the sampled ids' logprobs even if nobody asked for them (`AGL_LOGPROBS`)."""
+    return _valid("AGL_LOGPROBS") in ON
 
 
 def record_text() -> bool:
-    """Whether the text of prompts and answers is recorded beside their ids (`AGL_RECORD_TEXT`)."""
-    return _checked("AGL_RECORD_TEXT") in ON
+    """Tell whether to record the text of prompts and answers beside their ids (`AGL_RECORD_TEXT`)."""
+    return _valid("AGL_RECORD_TEXT") in ON
 
 
 def queue_bytes() -> int:
-    """How much may wait in memory for the store (`AGL_QUEUE_MB`, in MiB)."""
-    return int(_checked("AGL_QUEUE_MB")) << 20
+    """Return how many bytes may wait in memory for the store (`AGL_QUEUE_MB`, in MiB)."""
+    return int(_valid("AGL_QUEUE_MB")) << 20
 
 
 def read(variable: str) -> str:
-    """The variable's value without outer white space, and in lower case unless it is a place; empty where not set."""
+    """Return a variable's value, stripped, and in lower case unless case matters in it; empty if it is not set."""
     value = os.environ.get(variable, "").strip()
     return value.lower() if VARIABLES[variable].values else value
 
 
 def complaint(variable: str) -> str | None:
-    """What is wrong with the variable's value, in one sentence; None where it is allowed or not set."""
+    """Say in one sentence what is wrong with a variable's value; None if it is valid or not set."""
     value, allowed = read(variable), VARIABLES[variable]
     if not value or allowed.allows(value):
         return None
     shown = repr(without_secrets(os.environ[variable]))
-    counts = f"it counts as {allowed.default!r}" if allowed.default else "it counts as not set"
-    return f"{variable}={shown} is {allowed.objection}; {counts}"
+    instead = f"the default {allowed.default!r} is used" if allowed.default else "it is ignored"
+    return f"{variable}={shown} is {allowed.objection}; {instead}"
 
 
 def without_secrets(url: str) -> str:
-    """A path or URL as it may be shown: without the user, password and options of a URL."""
+    """Return a path or URL as it may be shown: without the user, password and options of a URL."""
     return re.sub(r"(?s)\?.*", "", re.sub(r"(?s)(://).*@", r"\1***@", url)) if "://" in url else url
 
 
-def _checked(variable: str) -> str:
-    """The value where it is allowed, else the default, with one warning; quick, since every request asks."""
-    return _judged(variable, os.environ.get(variable))
+def _valid(variable: str) -> str:
+    """Return the value, or the default with one warning if the value is invalid."""
+    return _validated(variable, os.environ.get(variable))
 
 
 @functools.cache
-def _judged(variable: str, value: str | None) -> str:
-    """The same; `value` is what it is set to, so that another is judged anew."""
+def _validated(variable: str, value: str | None) -> str:
+    """Do the same, once for each `value` that the variable has."""
     wrong = complaint(variable)
     if wrong is None:
         return read(variable) or VARIABLES[variable].default

@@ -22,8 +22,9 @@ from typing import Any
 import psutil
 from vllm.v1.engine import EngineCoreOutput, FinishReason
 
-from agentlightning.instrumentation.vllm import instrument_vllm, recording, request_context, uninstrument_vllm
-from agentlightning.instrumentation.vllm.middleware import RequestContexts
+from agentlightning.instrumentation.vllm import _context, instrument_vllm, uninstrument_vllm
+from agentlightning.instrumentation.vllm._context import RequestContextMiddleware
+from agentlightning.instrumentation.vllm.capture.session import session as recording_session
 from benchmarks.gateway import gateway, is_up
 from benchmarks.machine import BusyMeter
 from benchmarks.report import Part, Row, Section, Target, say
@@ -150,7 +151,7 @@ def on_the_event_loop(folder: Path, turns: int) -> Section:
             for length in PROMPTS:
                 more[length].append((took[length, True] - took[length, False]) / 1e3)
     uninstrument_vllm()
-    recording.recorder().close()
+    recording_session.recorder.close()
     rows = [
         Row.of(f"a prompt of {length:,} ids", more[length], [MICROSECONDS] * turns, Target(1)) for length in PROMPTS
     ]
@@ -169,7 +170,7 @@ def generate(prompt: list[int], records: bool) -> float:
     if records:
         instrument_vllm()
         # Else the thread that writes would take the interpreter from this one, and what waits fill the queue.
-        while recording.recorder().counters().queue_bytes:
+        while recording_session.recorder.counters().queue_bytes:
             time.sleep(0.01)
     engine, names = Engine(), [f"generation {number}" for number in range(GENERATIONS)]
     scope = {"type": "http", "path": "/rollout/r/v1/completions", "raw_path": b"/rollout/r/v1/completions"}
@@ -185,7 +186,7 @@ def generate(prompt: list[int], records: bool) -> float:
         ]
         for step in range(STEPS)
     ]
-    door = RequestContexts(add) if records else add
+    door = RequestContextMiddleware(add) if records else add
     nothing: Any = None
     gc.collect()
     gc.disable()
@@ -197,7 +198,7 @@ def generate(prompt: list[int], records: bool) -> float:
         engine.steps(outputs)
     elapsed = time.thread_time_ns() - started
     gc.enable()
-    request_context.enter(None)
+    _context.set_current(None)
     return elapsed / GENERATIONS
 
 

@@ -20,8 +20,8 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 from vllm.v1.metrics.stats import IterationStats
 
-from agentlightning.instrumentation.vllm import instrument_vllm, request_context, uninstrument_vllm
-from agentlightning.instrumentation.vllm.request_context import RequestContext
+from agentlightning.instrumentation.vllm import _context, instrument_vllm, uninstrument_vllm
+from agentlightning.instrumentation.vllm._context import RequestContext
 from benchmarks.machine import BusyMeter
 from benchmarks.report import Part, Row, Section, Target, say
 from tests.common.tiny_model import tiny_model
@@ -86,7 +86,7 @@ class Processor:
             copy_context().run(self._begin, str(number))
 
     def _begin(self, name: str) -> None:
-        request_context.enter(RequestContext(collects=True))
+        _context.set_current(RequestContext(collects=True))
         queue = self._queues[name] = RequestOutputCollector(RequestOutputKind.DELTA, name)
         request = EngineCoreRequest(
             request_id=name,

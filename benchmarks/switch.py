@@ -11,8 +11,9 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from importlib import import_module
 from typing import Any
 
-from agentlightning.instrumentation.vllm import instrument_vllm, marks, releases, uninstrument_vllm
-from agentlightning.instrumentation.vllm.middleware import App, RequestContexts
+from agentlightning.instrumentation.vllm import _releases, instrument_vllm, uninstrument_vllm
+from agentlightning.instrumentation.vllm._context import App, RequestContextMiddleware
+from agentlightning.instrumentation.vllm.capture import marks
 from agentlightning.patching import PatchSet, Wrap
 
 __all__ = ["ROUTE", "Switch"]
@@ -35,8 +36,10 @@ def marking(add_request: Callable[..., Any]) -> Callable[..., Any]:
 
 
 MARKING = (
-    PatchSet("marks", releases.OUTPUT_PROCESSOR.modules, (Wrap("OutputProcessor.add_request", ("request",), marking),)),
-    PatchSet("messages", releases.ENGINE_MESSAGES.modules, marks.MESSAGE_PATCHES),
+    PatchSet(
+        "marks", _releases.OUTPUT_PROCESSOR.modules, (Wrap("OutputProcessor.add_request", ("request",), marking),)
+    ),
+    PatchSet("messages", _releases.ENGINE_MESSAGES.modules, marks.MESSAGE_PATCHES),
 )
 
 
@@ -56,7 +59,7 @@ class Switch:
         on = position in ("on", "logprobs")
         stack = self._vllms_stack or app.middleware_stack
         # As it is without us, who may have been there from the start.
-        stack = self._vllms_stack = stack.app if isinstance(stack, RequestContexts) else stack
+        stack = self._vllms_stack = stack.app if isinstance(stack, RequestContextMiddleware) else stack
         # On or off, what was on is taken off: one turn is as much work as another.
         for patch_set in MARKING:
             patch_set.undo()
@@ -69,6 +72,6 @@ class Switch:
             for patch_set in MARKING:
                 patch_set.apply(import_module(patch_set.modules[0]))
         # What is put on when a server starts.
-        app.middleware_stack = RequestContexts(stack) if on else stack
+        app.middleware_stack = RequestContextMiddleware(stack) if on else stack
         await send({"type": "http.response.start", "status": 204, "headers": []})
         await send({"type": "http.response.body", "body": b""})

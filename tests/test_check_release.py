@@ -206,7 +206,7 @@ def test_a_release_before_what_is_patched_is_not_to_have_it(known: Path, tmp_pat
 
     assert checked.left_off == {
         "chat batch": ["came with 0.19.0"],
-        "generate": ["GenerateRequest knows no return_token_ids, which vLLM has had since 0.30.0"],
+        "generate": ["GenerateRequest has no field return_token_ids, which came with vLLM 0.30.0"],
     }
     assert checked.status == 0
 

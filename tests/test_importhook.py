@@ -1,4 +1,4 @@
-"""The import hook, as the modules that it follows and the programs around them see it."""
+"""The import hook, as seen by the modules that it follows and by other programs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def write(folder: Path, files: Mapping[str, str]) -> None:
 
 
 def in_threads(*work: Callable[[], object]) -> None:
-    """Do it all at once; a deadlock fails the test rather than stops it."""
+    """Run all functions concurrently; a deadlock fails the test instead of blocking it."""
     threads = [threading.Thread(target=piece, daemon=True) for piece in work]
     for thread in threads:
         thread.start()
@@ -59,7 +59,7 @@ def in_threads(*work: Callable[[], object]) -> None:
 
 
 def run_with_hooks(*names: str, command: Sequence[str], folder: Path) -> list[str]:
-    """What a Python program prints, in which each of `names` is hooked from the start and reported on stdout."""
+    """Run a Python program that reports the import of each of `names`, and return what it prints."""
     hooks = "".join(f"when_imported({name!r}, lambda module: print('saw', module.__name__))\n" for name in names)
     write(folder, {"sitecustomize.py": f"from agentlightning.importhook import when_imported\n{hooks}"})
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("AGL_", "PYTHON"))}
@@ -95,7 +95,7 @@ def load(spec: ModuleSpec) -> ModuleType:
 
 
 def copy_of_the_hook(folder: Path) -> ModuleType:
-    """The one of another copy of the package, under a name of its own."""
+    """Import another copy of the package, under its own name."""
     write(folder, {"vendored/__init__.py": ""})
     for place, module in {"_vendored.py": _agentlightning, "vendored/importhook.py": importhook}.items():
         text = Path(module.__file__ or "").read_text()
@@ -104,12 +104,12 @@ def copy_of_the_hook(folder: Path) -> ModuleType:
 
 
 def our_finders() -> list[object]:
-    """The finders of ours that are installed: whatever a registration adds is one of them."""
+    """Return our installed finders; every registration adds to these only."""
     return [finder for finder in sys.meta_path if isinstance(finder, _agentlightning.Finder)]
 
 
 class Finder:
-    """A finder of somebody else's, for the modules in `where` alone."""
+    """Another package's finder, only for the modules in `where`."""
 
     def __init__(self, where: Mapping[str, Path]) -> None:
         self.where = where
@@ -123,7 +123,7 @@ class Finder:
 
 
 class AsksEverybody(Finder):
-    """A finder that gets its answers from all the others, each asked directly."""
+    """A finder that asks all other finders directly."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -161,7 +161,7 @@ class OldLoader:
 
 
 class OldLoaderFinder(Finder):
-    """Finds its modules for an `OldLoader`."""
+    """A finder that gives its modules an `OldLoader`."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -240,7 +240,7 @@ def test_a_module_that_was_dropped_and_is_imported_again_is_handed_over_again(fo
 
 
 @pytest.mark.parametrize("already_imported", [False, True])
-def test_of_a_module_that_replaces_itself_the_replacement_is_handed_over(folder: Path, already_imported: bool) -> None:
+def test_a_module_that_replaces_itself_hands_over_the_replacement(folder: Path, already_imported: bool) -> None:
     write(folder, {"hooked.py": "import sys\nclass Lazy:\n    pass\nsys.modules[__name__] = Lazy()\n"})
     seen: list[ModuleType] = []
     if already_imported:
@@ -391,7 +391,7 @@ def test_an_error_that_shows_itself_in_several_lines_is_logged_in_one(
     assert len(record.message.splitlines()) == 1
 
 
-def test_a_callback_that_ends_the_program_does_not_stand_in_the_way_of_others(folder: Path) -> None:
+def test_a_callback_that_ends_the_program_does_not_block_other_imports(folder: Path) -> None:
     write(folder, {"hooked.py": ""})
     module = importlib.import_module("hooked")
     seen: list[ModuleType] = []
@@ -435,7 +435,7 @@ def test_a_module_that_a_program_forbids_stays_forbidden() -> None:
 
 
 @pytest.mark.parametrize("name", ["nowhere", "package.nowhere"])
-def test_a_hooked_module_that_does_not_exist_is_missed_as_any_other(folder: Path, name: str) -> None:
+def test_a_hooked_module_that_does_not_exist_raises_the_usual_error(folder: Path, name: str) -> None:
     write(folder, {"package/__init__.py": ""})
     when_imported(name, lambda module: None)
 
@@ -468,7 +468,7 @@ READERS: dict[str, Callable[[], str]] = {
 
 @pytest.mark.parametrize("already_imported", [False, True])
 @pytest.mark.parametrize("reader", READERS)
-def test_what_reads_a_package_through_its_loader_can_read_a_hooked_one(
+def test_tools_that_read_packages_through_loaders_can_read_a_hooked_one(
     folder: Path, reader: str, already_imported: bool
 ) -> None:
     write(
@@ -522,7 +522,7 @@ def test_a_module_in_a_zip_is_handed_over(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("name", ["xxsubtype", "__phello__", "_decimal", "colorsys"])
-def test_a_module_of_any_kind_is_handed_over_with_the_loader_that_it_has_anyway(name: str) -> None:
+def test_a_module_of_any_kind_is_handed_over_with_its_usual_loader(name: str) -> None:
     plain = importlib.import_module(name)
     loader = plain.__loader__ if isinstance(plain.__loader__, type) else type(plain.__loader__)
     del sys.modules[name]
@@ -550,7 +550,7 @@ def test_a_module_of_an_editable_install_is_handed_over(tmp_path: Path) -> None:
     assert isinstance(module.LOADER, SourceFileLoader)
 
 
-def test_a_namespace_package_is_left_alone_and_its_modules_are_handed_over(folder: Path) -> None:
+def test_a_namespace_package_is_not_hooked_but_its_modules_are(folder: Path) -> None:
     write(folder, {"one/spread/first.py": "", "two/spread/hooked.py": ""})
     sys.path[:0] = [str(folder / "one"), str(folder / "two")]
     seen: list[ModuleType] = []
@@ -567,7 +567,7 @@ def test_a_namespace_package_is_left_alone_and_its_modules_are_handed_over(folde
 
 
 @pytest.mark.filterwarnings("ignore::ImportWarning")
-def test_a_module_with_a_loader_of_the_old_kind_is_left_alone(tmp_path: Path) -> None:
+def test_a_module_with_a_loader_without_exec_module_is_not_hooked(tmp_path: Path) -> None:
     sys.meta_path.append(OldLoaderFinder({"old": tmp_path}))
     when_imported("old", lambda module: None)
 
@@ -578,7 +578,7 @@ def test_a_module_with_a_loader_of_the_old_kind_is_left_alone(tmp_path: Path) ->
     assert isinstance(module.__spec__.loader, OldLoader)
 
 
-def test_modules_that_are_not_hooked_are_left_alone(folder: Path) -> None:
+def test_modules_without_a_hook_stay_unchanged(folder: Path) -> None:
     write(folder, {"hooked.py": "", "other.py": "LOADER = __loader__\n"})
     seen: list[ModuleType] = []
     when_imported("hooked", seen.append)
@@ -592,7 +592,7 @@ def test_modules_that_are_not_hooked_are_left_alone(folder: Path) -> None:
 
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("kind", [AsksEverybody, AsksImportlib])
-def test_a_finder_that_asks_the_others_and_ours_get_along(folder: Path, kind: type[Finder], ahead: bool) -> None:
+def test_a_finder_that_asks_all_others_works_with_ours(folder: Path, kind: type[Finder], ahead: bool) -> None:
     write(folder, {"hooked.py": ""})
     seen: list[ModuleType] = []
     when_imported("hooked", seen.append)
@@ -622,7 +622,7 @@ def test_two_copies_of_the_hook_both_see_the_module(folder: Path, kind: type[Fin
     assert seen == ["ours", "the copy's"] * 2
 
 
-def test_a_finder_that_swaps_the_method_of_the_loader_it_finds_and_ours_get_along(folder: Path) -> None:
+def test_a_finder_that_replaces_loader_methods_works_with_ours(folder: Path) -> None:
     """vLLM's own finder (`vllm.env_override`) does this."""
 
     class Swaps(AsksImportlib):
@@ -661,7 +661,7 @@ def test_a_finder_put_ahead_of_ours_that_finds_the_module_itself_is_named(folder
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-def test_every_finder_is_asked_once_what_the_import_asks(folder: Path, ahead: bool) -> None:
+def test_every_finder_is_asked_once_with_the_imports_arguments(folder: Path, ahead: bool) -> None:
     write(folder, {"package/__init__.py": "", "package/hooked.py": ""})
     asked: list[tuple[str, list[str] | None, ModuleType | None]] = []
 
@@ -682,7 +682,7 @@ def test_every_finder_is_asked_once_what_the_import_asks(folder: Path, ahead: bo
     assert asked == [("package", None, None), ("package.hooked", path, None), ("package.hooked", path, module)]
 
 
-def test_a_removed_hook_is_called_no_more_and_leaves_the_others(folder: Path) -> None:
+def test_a_removed_hook_is_not_called_but_the_others_are(folder: Path) -> None:
     write(folder, {"hooked.py": ""})
     removed: list[ModuleType] = []
     kept: list[ModuleType] = []
@@ -710,7 +710,7 @@ def test_a_hook_removed_while_the_module_is_executed_is_not_called(folder: Path)
     assert isinstance(module.__loader__, SourceFileLoader)
 
 
-def test_a_hook_for_once_is_called_once(folder: Path) -> None:
+def test_a_once_hook_is_called_once(folder: Path) -> None:
     write(folder, {"hooked.py": ""})
     seen: list[str] = []
     when_imported("hooked", lambda module: seen.append(module.__name__), once=True)
@@ -752,7 +752,7 @@ def test_a_removed_callback_can_be_registered_again(folder: Path) -> None:
     assert seen == [module]
 
 
-def test_the_finder_is_there_once_and_stays_with_nothing_to_follow() -> None:
+def test_the_finder_is_installed_once_and_stays() -> None:
     before = [finder for finder in sys.meta_path if finder not in our_finders()]
     hooks = [when_imported(name, lambda module: None) for name in ("one", "one", "two")]
     assert len(our_finders()) == 1
@@ -768,7 +768,7 @@ def test_the_finder_is_there_once_and_stays_with_nothing_to_follow() -> None:
     assert all(importhook.finder.find_spec(name) is None for name in ("one", "two", "vllm"))
 
 
-def test_what_another_thread_inserts_while_hooks_come_and_go_stays_on_the_path() -> None:
+def test_finders_inserted_by_another_thread_meanwhile_stay() -> None:
     inserted = [Finder({}) for _ in range(500)]
 
     def insert() -> None:
@@ -785,7 +785,7 @@ def test_what_another_thread_inserts_while_hooks_come_and_go_stays_on_the_path()
 
 
 @pytest.mark.parametrize("change", ["added", "removed"])
-def test_a_hook_that_comes_or_goes_while_a_thread_asks_the_finders_hides_no_module(folder: Path, change: str) -> None:
+def test_hooks_added_or_removed_during_an_import_hide_no_module(folder: Path, change: str) -> None:
     write(folder, {"other.py": ""})
     hooks = [] if change == "added" else [when_imported("hooked", lambda module: None)]
 

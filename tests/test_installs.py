@@ -94,7 +94,7 @@ def user_site(folder: Path) -> Environment:
 
 def looked_at(output: str) -> tuple[str, ...]:
     """The patch sets that `output`, in which nothing else may be, says to be left off."""
-    lines = (line.partition(" is left as it is, unpatched: vLLM ")[0] for line in output.splitlines())
+    lines = (line.partition(" is not patched: vLLM ")[0] for line in output.splitlines())
     return tuple(line.removeprefix("agentlightning: ") for line in lines)
 
 

@@ -1,4 +1,4 @@
-"""Patch sets: checked first, applied whole or not at all, undone in any order."""
+"""Patch sets: checked first, applied completely or not at all, undone in any order."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ class Serving(Base):
 
 @pytest.fixture
 def serving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A module of its own, as a release of some package has it."""
+    """A fresh module, as a release of a package has it."""
     (tmp_path / "some_serving.py").write_text(SOURCE)
     monkeypatch.syspath_prepend(tmp_path)
     return importlib.import_module("some_serving")
 
 
 def laid_on(mark: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A wrapper that shows in the answer that it was there."""
+    """Return a wrapper that adds its name to the answer."""
     return lambda original: lambda *args, **kwargs: f"{mark}({original(*args, **kwargs)})"
 
 
@@ -62,7 +62,7 @@ def greeting(mark: str = "patched") -> Wrap:
 
 
 class Refuses:
-    """A patch that passes its check, and then cannot be applied."""
+    """A patch that passes its check, and then fails to apply."""
 
     def check(self, module: ModuleType) -> None:
         pass
@@ -79,7 +79,7 @@ class TooNew(Refuses):
         raise NotForThisRelease("came with 2.0")
 
 
-def test_a_set_is_pending_until_its_module_is_there(serving: ModuleType) -> None:
+def test_a_set_is_pending_until_its_module_is_imported(serving: ModuleType) -> None:
     greetings = patch_set(greeting())
     assert str(greetings.status) == "pending"
 
@@ -89,7 +89,7 @@ def test_a_set_is_pending_until_its_module_is_there(serving: ModuleType) -> None
     assert serving.Serving().greet("you") == "patched(hello you)"
 
 
-def test_names_taken_earlier_see_the_patch(serving: ModuleType) -> None:
+def test_names_imported_before_see_the_patch(serving: ModuleType) -> None:
     taken_earlier, instance = serving.Serving, serving.Serving()
 
     patch_set(greeting()).apply(serving)
@@ -117,7 +117,7 @@ def test_a_patched_method_looks_like_the_original(serving: ModuleType) -> None:
         ("Serving.constant", (), "is not a method but int"),
     ],
 )
-def test_one_target_that_is_not_as_expected_leaves_the_whole_set_off(
+def test_one_unexpected_target_leaves_the_whole_set_unapplied(
     serving: ModuleType, caplog: pytest.LogCaptureFixture, target: str, parameters: tuple[str, ...], reason: str
 ) -> None:
     original = serving.Serving.greet
@@ -134,7 +134,7 @@ def test_one_target_that_is_not_as_expected_leaves_the_whole_set_off(
     assert reason in line
 
 
-def test_what_was_applied_is_put_back_when_a_later_patch_fails(serving: ModuleType) -> None:
+def test_applied_patches_are_undone_when_a_later_one_fails(serving: ModuleType) -> None:
     original = serving.Serving.greet
     greetings = patch_set(greeting(), Refuses())
 
@@ -144,7 +144,7 @@ def test_what_was_applied_is_put_back_when_a_later_patch_fails(serving: ModuleTy
     assert str(greetings.status) == "failed: RuntimeError('no')"
 
 
-def test_a_set_that_came_with_a_later_release_is_left_off_and_said_in_the_status_alone(
+def test_a_set_for_a_later_release_is_skipped_and_only_the_status_says_so(
     serving: ModuleType, caplog: pytest.LogCaptureFixture
 ) -> None:
     greetings = patch_set(greeting(), TooNew())
@@ -194,7 +194,7 @@ def test_sets_on_one_method_are_undone_in_any_order(serving: ModuleType, order: 
 
 
 @pytest.mark.parametrize("keeps_attributes", [True, False], ids=["with functools.wraps", "without"])
-def test_undo_under_somebody_elses_wrapper_leaves_theirs_in_place(serving: ModuleType, keeps_attributes: bool) -> None:
+def test_undo_below_another_packages_wrapper_leaves_that_in_place(serving: ModuleType, keeps_attributes: bool) -> None:
     greetings = patch_set(greeting())
     greetings.apply(serving)
     ours = serving.Serving.greet
@@ -212,7 +212,7 @@ def test_undo_under_somebody_elses_wrapper_leaves_theirs_in_place(serving: Modul
     assert serving.Serving().greet("you").count("theirs(") == 1
 
 
-def test_an_inherited_method_is_patched_on_the_class_alone_and_inherited_again(serving: ModuleType) -> None:
+def test_an_inherited_method_is_patched_on_its_subclass_and_inherited_again(serving: ModuleType) -> None:
     inherited = patch_set(Wrap("Serving.inherited", ("x",), laid_on("patched")))
     inherited.apply(serving)
     assert serving.Serving().inherited(1) == "patched(inherited(1))"
@@ -234,7 +234,7 @@ def test_undo_is_idempotent_and_leaves_the_set_usable(serving: ModuleType) -> No
     assert serving.Serving().greet("you") == "patched(hello you)"
 
 
-def test_a_check_says_which_target_and_how(serving: ModuleType) -> None:
+def test_a_failed_check_names_the_target_and_the_mismatch(serving: ModuleType) -> None:
     with pytest.raises(Mismatch, match=r"some_serving\.Serving\.greet\(self, name, greeting='hello'\) does not take x"):
         Wrap("Serving.greet", ("x",), laid_on("never")).check(serving)
 
@@ -270,7 +270,7 @@ def validation(mark: str = "patched") -> PatchSet:
 
 
 def served(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A wrapper for an asynchronous function."""
+    """Return a wrapper for an asynchronous function."""
 
     async def patched(app: Any, *args: Any) -> Any:
         return f"patched({await original(app, *args)})"
@@ -282,7 +282,7 @@ def serving_http() -> PatchSet:
     return PatchSet("serving", ["some_package.launcher"], [Wrap("serve_http", ("app",), served)])
 
 
-def test_whoever_in_its_package_imported_a_function_earlier_sees_the_patch(launcher: ModuleType) -> None:
+def test_modules_of_the_package_that_imported_a_function_before_see_the_patch(launcher: ModuleType) -> None:
     server = importlib.import_module("some_package.server")
     original = launcher.serve_http
     serving = serving_http()
@@ -295,7 +295,7 @@ def test_whoever_in_its_package_imported_a_function_earlier_sees_the_patch(launc
     assert launcher.serve_http is server.s is original
 
 
-def test_the_main_program_that_imported_a_function_earlier_sees_the_patch(
+def test_a_main_program_that_imported_a_function_before_sees_the_patch(
     launcher: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     main = ModuleType("__main__")
@@ -321,7 +321,7 @@ def test_modules_of_other_packages_keep_the_function_that_they_imported(launcher
     assert launcher.validate is not original
 
 
-def test_a_module_that_imports_a_function_while_it_is_patched_is_put_back_as_well(launcher: ModuleType) -> None:
+def test_a_module_that_imports_a_patched_function_gets_the_original_at_undo(launcher: ModuleType) -> None:
     original = launcher.validate
     validations = validation()
     validations.apply(launcher)
@@ -333,7 +333,7 @@ def test_a_module_that_imports_a_function_while_it_is_patched_is_put_back_as_wel
     assert late.validate is launcher.validate is original
 
 
-def test_who_keeps_a_patched_function_after_the_undo_has_the_original_behaviour(launcher: ModuleType) -> None:
+def test_a_patched_function_kept_after_undo_behaves_as_the_original(launcher: ModuleType) -> None:
     validations = validation()
     validations.apply(launcher)
     kept = launcher.validate
@@ -377,7 +377,7 @@ def test_sets_on_one_function_are_undone_in_any_order(launcher: ModuleType, orde
         ("__name__", (), r"some_package\.launcher\.__name__ is not a function but str"),
     ],
 )
-def test_a_function_that_is_not_as_expected_is_named(
+def test_an_unexpected_function_is_named(
     launcher: ModuleType, target: str, parameters: tuple[str, ...], reason: str
 ) -> None:
     with pytest.raises(Mismatch, match=reason):

@@ -1,4 +1,4 @@
-"""From the event loop to the store: nothing waits for the store, and what is lost is counted and written down."""
+"""The recorder: no caller waits for the store, and lost generations are counted and recorded."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def some(count: int, first: int = 0, prompt: int = 12) -> list[Generation]:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Another one writes the file, until the end of the block."""
+    """Lock the file by another writer, until the end of the block."""
     open_store(str(path)).close()
     with closing(sqlite3.connect(path, isolation_level=None)) as another:
         another.execute("BEGIN IMMEDIATE")
@@ -107,7 +107,7 @@ def recorder(path: Path) -> Iterator[Recorder]:
     recorder.close()
 
 
-def test_what_is_recorded_is_in_the_store_and_counted(recorder: Recorder, path: Path) -> None:
+def test_recorded_generations_are_stored_and_counted(recorder: Recorder, path: Path) -> None:
     generations = some(2_000)
 
     record(recorder, generations)
@@ -122,7 +122,7 @@ def test_what_is_recorded_is_in_the_store_and_counted(recorder: Recorder, path: 
     assert counters.write_seconds > 0
 
 
-def test_it_is_in_the_store_soon_without_anything_coming_after_it(recorder: Recorder, path: Path) -> None:
+def test_a_single_generation_is_stored_soon(recorder: Recorder, path: Path) -> None:
     (only,) = some(1)
 
     record(recorder, [only])
@@ -131,19 +131,19 @@ def test_it_is_in_the_store_soon_without_anything_coming_after_it(recorder: Reco
     assert kept(path) == [only.id]
 
 
-def test_nothing_is_opened_before_there_is_something_to_record(path: Path) -> None:
+def test_the_store_is_not_opened_before_the_first_generation(path: Path) -> None:
     Recorder(str(path), ROOMY).close()
 
     assert not path.exists()
 
 
-def test_a_recorder_that_is_started_opens_its_store_at_once(recorder: Recorder, path: Path) -> None:
+def test_a_started_recorder_opens_its_store_at_once(recorder: Recorder, path: Path) -> None:
     recorder.start()
 
     until(path.exists)
 
 
-def test_what_waits_is_counted_in_the_bytes_that_it_was_told(recorder: Recorder, path: Path) -> None:
+def test_queued_generations_count_by_their_given_bytes(recorder: Recorder, path: Path) -> None:
     with locked(path):
         record(recorder, some(10))
         assert recorder.counters().queue_bytes == 10 * NBYTES
@@ -151,9 +151,7 @@ def test_what_waits_is_counted_in_the_bytes_that_it_was_told(recorder: Recorder,
     until(lambda: recorder.counters().queue_bytes == 0)
 
 
-def test_while_another_one_writes_the_queue_fills_and_then_generations_are_lost_counted_and_written_down(
-    path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_full_queue_loses_generations_and_records_the_loss(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     recorder, generations = Recorder(str(path), 50 * NBYTES), some(80)
 
     caplog.set_level(logging.INFO)
@@ -170,7 +168,8 @@ def test_while_another_one_writes_the_queue_fills_and_then_generations_are_lost_
     assert kept(path) == ids(generations[:50])
     assert recorder.counters().trouble is None
     (full,) = (message for message in caplog.messages if "is full" in message)
-    assert full == "agentlightning: the queue of 0 MiB is full; generations lost so far: 1"
+    why = "the queue of 0 MiB (AGL_QUEUE_MB) is full, since the store is too slow or away"
+    assert full == f"agentlightning: {why}; generations lost so far: 1"
     assert "agentlightning: generations are written to the store again" in caplog.messages
     with open_store(str(path)) as store:
         (loss,) = store.losses()
@@ -178,7 +177,7 @@ def test_while_another_one_writes_the_queue_fills_and_then_generations_are_lost_
     assert loss.first_at <= loss.last_at <= time.time_ns()
 
 
-def test_one_that_is_larger_than_the_queue_has_it_for_itself(path: Path) -> None:
+def test_a_generation_larger_than_the_queue_is_accepted_when_it_is_empty(path: Path) -> None:
     recorder, (large, after) = Recorder(str(path), NBYTES), some(2)
 
     with locked(path):
@@ -190,7 +189,7 @@ def test_one_that_is_larger_than_the_queue_has_it_for_itself(path: Path) -> None
     assert recorder.counters().lost["queue full"] == 1
 
 
-def test_one_that_cannot_be_put_together_is_lost_alone(recorder: Recorder, path: Path) -> None:
+def test_a_generation_that_cannot_be_built_is_lost_alone(recorder: Recorder, path: Path) -> None:
     before, after = some(1), some(1, first=1)
 
     def fail() -> Generation:
@@ -208,7 +207,7 @@ def test_one_that_cannot_be_put_together_is_lost_alone(recorder: Recorder, path:
     assert (loss.count, loss.reason) == (1, "not built: LookupError('no such thing')")
 
 
-def test_one_that_the_store_cannot_keep_is_lost_alone(recorder: Recorder, path: Path) -> None:
+def test_a_generation_that_the_store_refuses_is_lost_alone(recorder: Recorder, path: Path) -> None:
     generations = some(20)
     generations[7].id = "no UUID"
 
@@ -223,7 +222,7 @@ def test_one_that_the_store_cannot_keep_is_lost_alone(recorder: Recorder, path: 
 
 
 class Counting(DatabaseStore):
-    """A store that counts how often it is asked to keep something."""
+    """A store that counts calls of `add`."""
 
     adds = 0
 
@@ -232,7 +231,7 @@ class Counting(DatabaseStore):
         return super().add(generations, sender_id)
 
 
-def test_one_of_five_hundred_that_no_store_can_keep_costs_no_second_request_for_the_others(
+def test_one_invalid_generation_of_five_hundred_costs_no_second_request(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Counting(open_database(str(path)))
@@ -257,7 +256,7 @@ def test_one_of_five_hundred_that_no_store_can_keep_costs_no_second_request_for_
     assert store.adds <= 2
 
 
-def test_several_threads_may_record_at_once(recorder: Recorder, path: Path) -> None:
+def test_several_threads_can_record_at_once(recorder: Recorder, path: Path) -> None:
     batches = [some(500, first=500 * number) for number in range(4)]
     threads = [Thread(target=record, args=(recorder, batch)) for batch in batches]
     for thread in threads:
@@ -270,7 +269,7 @@ def test_several_threads_may_record_at_once(recorder: Recorder, path: Path) -> N
     assert (recorder.counters().generations, recorder.counters().queue_bytes) == (2_000, 0)
 
 
-def test_a_store_that_is_not_there_yet_is_waited_for(tmp_path: Path) -> None:
+def test_a_store_that_does_not_exist_yet_is_waited_for(tmp_path: Path) -> None:
     path = tmp_path / "to come" / "generations.db"
     recorder, generations = Recorder(str(path), ROOMY), some(5)
 
@@ -284,7 +283,7 @@ def test_a_store_that_is_not_there_yet_is_waited_for(tmp_path: Path) -> None:
     assert kept(path) == ids(generations)
 
 
-def test_a_file_that_is_moved_away_is_made_anew(recorder: Recorder, path: Path) -> None:
+def test_a_file_that_is_moved_away_is_created_again(recorder: Recorder, path: Path) -> None:
     first, second = some(3), some(3, first=3)
     record(recorder, first)
     until(lambda: recorder.counters().generations == 3)
@@ -298,7 +297,7 @@ def test_a_file_that_is_moved_away_is_made_anew(recorder: Recorder, path: Path) 
     assert kept(path.parent / "old.db") == ids(first)
 
 
-def test_closing_it_twice_is_closing_it_once_and_what_comes_after_is_counted(recorder: Recorder, path: Path) -> None:
+def test_closing_twice_is_a_no_op_and_later_generations_are_counted_as_lost(recorder: Recorder, path: Path) -> None:
     record(recorder, some(1))
     recorder.close()
     recorder.close()
@@ -310,7 +309,7 @@ def test_closing_it_twice_is_closing_it_once_and_what_comes_after_is_counted(rec
 
 
 @pytest.mark.tier("test")
-def test_what_cannot_be_written_before_the_end_is_counted(path: Path) -> None:
+def test_generations_unwritten_at_the_end_are_counted(path: Path) -> None:
     recorder = Recorder(str(path), ROOMY)
 
     with locked(path):
@@ -321,7 +320,7 @@ def test_what_cannot_be_written_before_the_end_is_counted(path: Path) -> None:
     assert kept(path) == []
 
 
-def test_what_is_left_at_the_end_is_written_down_if_that_works(path: Path) -> None:
+def test_the_loss_at_the_end_is_recorded_if_possible(path: Path) -> None:
     recorder, (first, *others) = Recorder(str(path), ROOMY), some(700)
     building, go_on = Event(), Event()
 
@@ -348,7 +347,7 @@ def test_what_is_left_at_the_end_is_written_down_if_that_works(path: Path) -> No
 
 @pytest.fixture
 def busy(monkeypatch: pytest.MonkeyPatch) -> list[StoreUnavailable]:
-    """What a store answers to those who write generations, before it takes any."""
+    """Return a store's `add` that refuses the first generations."""
     answers: list[StoreUnavailable] = []
     add = DatabaseStore.add
 
@@ -363,7 +362,7 @@ def busy(monkeypatch: pytest.MonkeyPatch) -> list[StoreUnavailable]:
 
 @pytest.fixture
 def pausing(monkeypatch: pytest.MonkeyPatch) -> Event:
-    """Set when a recorder has begun with a pause that is longer than any test."""
+    """Return an event that is set when a recorder has begun a pause longer than any test."""
     begun = Event()
 
     class Noted(Event):
@@ -391,7 +390,7 @@ def test_a_store_that_asked_for_a_long_pause_is_asked_again_before_the_end(
 
 
 @pytest.mark.tier("test")
-def test_what_a_store_that_asks_for_a_long_pause_never_took_is_counted_and_written_down(
+def test_generations_unwritten_during_a_long_pause_are_recorded_as_lost(
     path: Path, busy: list[StoreUnavailable], pausing: Event
 ) -> None:
     busy += [StoreUnavailable("busy", 3_600.0)] * 10_000
@@ -410,14 +409,14 @@ def test_what_a_store_that_asks_for_a_long_pause_never_took_is_counted_and_writt
         ]
 
 
-def test_a_program_that_ends_without_closing_it_loses_nothing(path: Path) -> None:
+def test_a_program_that_ends_without_closing_the_recorder_loses_nothing(path: Path) -> None:
     subprocess.run([sys.executable, "-c", PROGRAM, path], check=True, timeout=SECONDS)
 
     assert len(kept(path)) == 300
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a small disk")
-def test_what_waits_for_a_full_disk_is_written_once_when_there_is_room(tmp_path: Path) -> None:
+def test_generations_waiting_for_a_full_disk_are_written_once(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=True)
@@ -441,7 +440,7 @@ def test_what_waits_for_a_full_disk_is_written_once_when_there_is_room(tmp_path:
 
 
 @pytest.mark.forked
-def test_what_waits_for_a_file_that_may_not_grow_is_written_once_when_it_may(path: Path) -> None:
+def test_generations_waiting_for_a_file_size_limit_are_written_once(path: Path) -> None:
     open_store(str(path)).close()
     generations, recorder = some(100, prompt=5_000), Recorder(str(path), ROOMY)
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -458,7 +457,7 @@ def test_what_waits_for_a_file_that_may_not_grow_is_written_once_when_it_may(pat
 
 
 @pytest.mark.forked
-def test_what_waits_for_a_read_only_file_is_written_once_when_it_may_be() -> None:
+def test_generations_waiting_for_a_read_only_file_are_written_once() -> None:
     with tempfile.TemporaryDirectory(dir="/tmp") as folder, not_as_root(folder):
         path, generations = Path(folder, "generations.db"), some(10)
         open_store(str(path)).close()
@@ -477,7 +476,7 @@ def test_what_waits_for_a_read_only_file_is_written_once_when_it_may_be() -> Non
         assert kept(path) == ids(generations)
 
 
-def test_an_observer_that_fails_costs_no_generation(tmp_path: Path) -> None:
+def test_a_failing_observer_loses_no_generation(tmp_path: Path) -> None:
     def observe(counters: object) -> None:
         raise ZeroDivisionError
 
@@ -494,7 +493,7 @@ def test_an_observer_that_fails_costs_no_generation(tmp_path: Path) -> None:
 
 
 @pytest.mark.forked
-def test_a_forked_process_writes_what_it_records_itself_and_its_parent_the_rest(path: Path) -> None:
+def test_a_forked_process_and_its_parent_each_write_their_own_generations(path: Path) -> None:
     recorder, before, in_child, in_parent = Recorder(str(path), ROOMY), some(50), some(50, 50), some(50, 100)
     # So that it is open when the process is forked.
     record(recorder, before[:1])
@@ -547,7 +546,7 @@ def test_a_fork_does_not_wait_for_a_store_that_does_not_answer(path: Path, monke
 
 
 class Greeter:
-    """What a recorder is told of its process; a `sender` of its own is said in the place of that."""
+    """The `sender` callable of a recorder; its attribute `sender` replaces the default."""
 
     def __init__(self) -> None:
         self.sender: Sender | None = None
@@ -560,13 +559,13 @@ class Greeter:
 
 
 def counted(path: Path) -> dict[int, int]:
-    """How many generations each process has written, as the store has it."""
+    """Return the number of generations that each process has written, as the store counts them."""
     with closing(open_database(str(path))) as database, database.reading() as connection:
         found = senders.recent(connection, 0)
     return {each.sender.pid: sum(minute.generations for minute in each.minutes) for each in found}
 
 
-def test_the_store_knows_who_writes_before_there_is_something_to_write(path: Path) -> None:
+def test_the_sender_is_registered_before_the_first_generation(path: Path) -> None:
     recorder = Recorder(str(path), ROOMY, Greeter())
 
     recorder.start()
@@ -575,7 +574,7 @@ def test_the_store_knows_who_writes_before_there_is_something_to_write(path: Pat
     recorder.close()
 
 
-def test_what_is_written_is_the_senders_and_a_store_in_the_place_of_another_is_greeted_too(path: Path) -> None:
+def test_generations_are_stored_under_their_sender_also_in_a_replaced_store(path: Path) -> None:
     recorder, generations = Recorder(str(path), ROOMY, Greeter()), some(5)
     record(recorder, generations[:3])
     until(lambda: recorder.counters().generations == 3)
@@ -590,7 +589,7 @@ def test_what_is_written_is_the_senders_and_a_store_in_the_place_of_another_is_g
     assert counted(path) == {os.getpid(): 2}
 
 
-def test_what_becomes_known_later_is_told_later(path: Path) -> None:
+def test_a_changed_sender_is_registered_again(path: Path) -> None:
     greeter = Greeter()
     recorder, generations = Recorder(str(path), ROOMY, greeter), some(2)
     record(recorder, generations[:1])
@@ -608,7 +607,7 @@ def test_what_becomes_known_later_is_told_later(path: Path) -> None:
 
 @pytest.mark.tier("test")
 @pytest.mark.parametrize("error", [StoreUnavailable, StoreRefused, ValueError])
-def test_a_greeting_that_does_not_get_through_costs_no_generation_and_is_tried_again(
+def test_a_failed_registration_loses_no_generation_and_is_retried(
     path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
     attempts: list[str] = []
@@ -621,7 +620,7 @@ def test_a_greeting_that_does_not_get_through_costs_no_generation_and_is_tried_a
 
     greet = DatabaseStore.greet
     monkeypatch.setattr(DatabaseStore, "greet", away)
-    monkeypatch.setattr("agentlightning.recorder.SECONDS_BETWEEN_GREETINGS", 0)
+    monkeypatch.setattr("agentlightning.recorder.SECONDS_BETWEEN_REGISTRATIONS", 0)
     recorder, generations = Recorder(str(path), ROOMY, Greeter()), some(5)
     record_one_by_one(recorder, generations)
     recorder.close()
@@ -634,7 +633,7 @@ def test_a_greeting_that_does_not_get_through_costs_no_generation_and_is_tried_a
 
 
 def record_one_by_one(recorder: Recorder, generations: Sequence[Generation]) -> None:
-    """Each when the one before it is written."""
+    """Record each generation when the previous one is written."""
     for number, each in enumerate(generations, 1):
         record(recorder, [each])
         until(lambda number=number: recorder.counters().generations == number)
@@ -649,7 +648,7 @@ def not_known() -> Sender:
 
 
 @pytest.mark.parametrize("sender", [refused, not_known])
-def test_what_no_store_takes_for_a_sender_costs_no_generation_and_is_told_once(
+def test_a_refused_sender_loses_no_generation_and_is_logged_once(
     path: Path, caplog: pytest.LogCaptureFixture, sender: Callable[[], Sender]
 ) -> None:
     recorder, generations = Recorder(str(path), ROOMY, sender), some(2)
@@ -658,7 +657,7 @@ def test_what_no_store_takes_for_a_sender_costs_no_generation_and_is_told_once(
 
     assert kept(path) == ids(generations)
     assert recorder.counters().failed_writes == 0
-    assert [record.message for record in caplog.records if "not told who writes" in record.message] == caplog.messages
+    assert [message for message in caplog.messages if "could not be registered" in message] == caplog.messages
     assert len(caplog.messages) == 1
 
 
@@ -680,10 +679,8 @@ def test_a_forked_process_is_another_sender(path: Path) -> None:
     assert counted(path) == {os.getpid(): 4, child: 2}
 
 
-def test_a_store_that_asks_for_time_is_given_it_and_not_all_come_back_at_once(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nobody waits here: what would have been waited is noted."""
+def test_retries_respect_the_stores_delay_and_are_spread_out(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test does not wait: the pauses are noted instead."""
     reasons = [StoreUnavailable("busy"), StoreUnavailable("busy", 7.0), *(StoreUnavailable("away") for _ in range(9))]
     waits: list[float] = []
 

@@ -1,4 +1,4 @@
-"""The switches of recording, as a server reads them."""
+"""The settings of recording, as a server reads them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.tier("check")
 
 @pytest.fixture(autouse=True)
 def _not_warned_yet() -> None:
-    settings._judged.cache_clear()
+    settings._validated.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_a_store_is_a_path_or_a_url_and_keeps_its_case(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("value", [None, "", "  "])
-def test_nothing_is_recorded_where_no_store_is_named(monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
+def test_nothing_is_recorded_without_a_store(monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
     if value is None:
         monkeypatch.delenv("AGL_STORE", raising=False)
     else:
@@ -58,7 +58,7 @@ def test_nothing_is_recorded_where_no_store_is_named(monkeypatch: pytest.MonkeyP
         "https:///path",
     ],
 )
-def test_a_store_that_there_is_not_is_warned_of_once_without_its_password(
+def test_an_invalid_store_is_one_warning_without_its_password(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, value: str
 ) -> None:
     monkeypatch.setenv("AGL_STORE", value)
@@ -66,7 +66,7 @@ def test_a_store_that_there_is_not_is_warned_of_once_without_its_password(
     assert [settings.store(), settings.store()] == [None, None]
     (message,) = caplog.messages
     assert "neither the path of a file nor sqlite:///PATH, postgresql://HOST/NAME or http(s)://HOST:PORT; " in message
-    assert message.endswith("it counts as not set")
+    assert message.endswith("it is ignored")
     assert "secret" not in message
     assert "cr@et" not in message
 
@@ -74,16 +74,14 @@ def test_a_store_that_there_is_not_is_warned_of_once_without_its_password(
 @pytest.mark.parametrize(
     ("value", "recorded"), [("", True), ("on", True), ("TRUE", True), ("off", False), ("No", False), ("0", False)]
 )
-def test_text_is_recorded_unless_it_is_switched_off(
-    monkeypatch: pytest.MonkeyPatch, value: str, recorded: bool
-) -> None:
+def test_text_is_recorded_unless_switched_off(monkeypatch: pytest.MonkeyPatch, value: str, recorded: bool) -> None:
     monkeypatch.setenv("AGL_RECORD_TEXT", value)
 
     assert settings.record_text() is recorded
 
 
 @pytest.mark.parametrize(("value", "recorded"), [("", False), ("On", True), ("1", True), ("off", False)])
-def test_logprobs_are_recorded_where_they_are_switched_on(
+def test_logprobs_are_recorded_only_when_switched_on(
     monkeypatch: pytest.MonkeyPatch, value: str, recorded: bool
 ) -> None:
     monkeypatch.setenv("AGL_LOGPROBS", value)
@@ -99,7 +97,7 @@ def test_the_queue_is_bounded_in_mebibytes(monkeypatch: pytest.MonkeyPatch, valu
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "1.5", "lots", "1e3", "٣", "99999999"])
-def test_a_queue_of_nonsense_is_the_usual_one_with_one_warning(
+def test_an_invalid_queue_size_counts_as_the_default_with_one_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, value: str
 ) -> None:
     monkeypatch.setenv("AGL_QUEUE_MB", value)
@@ -108,7 +106,7 @@ def test_a_queue_of_nonsense_is_the_usual_one_with_one_warning(
         assert [settings.queue_bytes(), settings.queue_bytes()] == [256 << 20, 256 << 20]
 
     (message,) = caplog.messages
-    assert f"AGL_QUEUE_MB={value!r} is no whole number from 1 to 9999999; it counts as '256'" in message
+    assert f"AGL_QUEUE_MB={value!r} is not a whole number from 1 to 9999999; the default '256' is used" in message
 
 
 @pytest.mark.parametrize(
@@ -120,5 +118,5 @@ def test_a_queue_of_nonsense_is_the_usual_one_with_one_warning(
         ("https://key@host/v1", "https://***@host/v1"),
     ],
 )
-def test_what_is_shown_of_a_store_has_no_secrets(url: str, shown: str) -> None:
+def test_a_store_is_shown_without_secrets(url: str, shown: str) -> None:
     assert settings.without_secrets(url) == shown

@@ -1,4 +1,4 @@
-"""What `AGL_INSTRUMENT` does to Python programs, with the package's `.pth` file where it is installed."""
+"""The effect of `AGL_INSTRUMENT` on Python programs, with the package's `.pth` file installed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import agentlightning
 from agentlightning import importhook, instrumentation
 from agentlightning._startup import start
 from agentlightning.instrumentation import vllm
-from agentlightning.instrumentation.vllm import releases
+from agentlightning.instrumentation.vllm import _releases
 from tests.common.made_up_vllm import PROMPT, RESPONSE, VERSION, Layout, made_up_vllm
 
 pytestmark = pytest.mark.tier("check")
@@ -81,7 +81,7 @@ CHAT_PROTOCOL = "vllm.entrypoints.openai.chat_completion.protocol"
 API_SERVER = "vllm.entrypoints.openai.api_server"
 LAUNCHER = "vllm.entrypoints.launcher"
 SERVE_ARGUMENTS = "vllm.entrypoints.openai.cli_args"
-JUDGE = "start-up check"
+START_UP_CHECK = "start-up check"
 PATCH_SETS = tuple(instrumentation.status())
 
 PLAIN_ANSWERS = [{"choices": [{"index": 0}]}] * 2
@@ -104,7 +104,7 @@ all_can_be_patched = pytest.mark.skipif(
 
 @dataclass(frozen=True)
 class Output:
-    """What a program that ended well has printed."""
+    """The output of a program that ended well."""
 
     stdout: list[str]
     stderr: list[str]
@@ -142,8 +142,8 @@ def answers(layout: Layout = "from 0.15") -> str:
 
 
 def unpatched(patch_set: str, reason: str) -> str:
-    """The warning that a patch set is left off."""
-    return f"agentlightning: {patch_set} is left as it is, unpatched: {reason}"
+    """Return the warning that a patch set is not applied."""
+    return f"agentlightning: {patch_set} is not patched: {reason}"
 
 
 @pytest.mark.parametrize("value", [None, *OFF])
@@ -156,7 +156,7 @@ def test_off_imports_nothing_of_the_package(value: str | None) -> None:
 
 @slow
 @pytest.mark.parametrize("value", [None, "0", " OFF "])
-def test_off_leaves_vllm_alone(value: str | None, tmp_path: Path) -> None:
+def test_off_leaves_vllm_unpatched(value: str | None, tmp_path: Path) -> None:
     made_up_vllm(tmp_path)
 
     output = python("-c", answers(), instrument=value, path=tmp_path)
@@ -166,7 +166,7 @@ def test_off_leaves_vllm_alone(value: str | None, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ON)
-def test_on_arms_the_interpreter_once_and_says_nothing(value: str) -> None:
+def test_on_arms_the_interpreter_once_and_prints_nothing(value: str) -> None:
     assert python("-c", FINDERS, instrument=value) == Output(["1"], [])
 
 
@@ -175,7 +175,7 @@ def test_an_interpreter_that_is_cut_off_from_its_surroundings_is_armed(option: s
     assert python(option, "-c", FINDERS, instrument="1") == Output(["1"], [])
 
 
-def test_armed_an_interpreter_has_only_our_modules_more() -> None:
+def test_an_armed_interpreter_has_only_our_modules_in_addition() -> None:
     plain = python("-c", MODULES)
     armed = python("-c", MODULES, instrument="1")
 
@@ -228,7 +228,7 @@ def test_an_error_while_arming_is_one_line_on_stderr(
 
 @pytest.mark.forked
 @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()])
-def test_what_ends_a_process_while_arming_ends_it(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exit_while_arming_ends_the_process(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     let_arming_fail(error, monkeypatch)
 
     with pytest.raises(type(error)):
@@ -278,9 +278,7 @@ class Unwritable:
 
 @pytest.mark.forked
 @pytest.mark.parametrize("stderr", [None, Unwritable()], ids=["none", "unwritable"])
-def test_an_error_while_arming_goes_no_further_where_it_cannot_be_said(
-    stderr: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_while_arming_without_stderr_is_swallowed(stderr: object, monkeypatch: pytest.MonkeyPatch) -> None:
     let_arming_fail(ImportError(), monkeypatch)
     monkeypatch.setattr(sys, "stderr", stderr)
 
@@ -288,13 +286,13 @@ def test_an_error_while_arming_goes_no_further_where_it_cannot_be_said(
 
 
 @pytest.mark.parametrize("value", NONSENSE)
-def test_nonsense_says_nothing_where_vllm_is_not_imported(value: str) -> None:
+def test_an_invalid_value_without_vllm_prints_nothing(value: str) -> None:
     assert python("-c", "print('done')", instrument=value) == Output(["done"], [])
 
 
 @slow
 @pytest.mark.parametrize("value", NONSENSE)
-def test_nonsense_is_warned_of_once_where_vllm_is_imported_and_counts_as_off(value: str, tmp_path: Path) -> None:
+def test_an_invalid_value_with_vllm_is_one_warning_and_counts_as_off(value: str, tmp_path: Path) -> None:
     made_up_vllm(tmp_path)
     reload = "import importlib, vllm; importlib.reload(vllm)\n"
 
@@ -302,7 +300,8 @@ def test_nonsense_is_warned_of_once_where_vllm_is_imported_and_counts_as_off(val
 
     assert list(map(json.loads, output.stdout)) == PLAIN_ANSWERS
     allowed = "1, true, on, yes, strict, 0, false, off, no"
-    assert output.stderr == [f"agentlightning: AGL_INSTRUMENT={value!r} is none of {allowed}; it counts as 'off'"]
+    wrong = f"AGL_INSTRUMENT={value!r} is not one of {allowed}"
+    assert output.stderr == [f"agentlightning: {wrong}; the default 'off' is used"]
 
 
 @slow
@@ -342,7 +341,7 @@ def test_a_pth_file_whose_package_is_gone_is_silent_while_off(value: str | None,
     assert python_with_a_leftover_pth(tmp_path, value) == Output(["done"], [])
 
 
-def test_a_pth_file_whose_package_is_gone_stops_nothing_and_says_so_while_on(tmp_path: Path) -> None:
+def test_a_pth_file_whose_package_is_gone_prints_one_error_while_on(tmp_path: Path) -> None:
     output = python_with_a_leftover_pth(tmp_path, "1")
 
     assert output.stdout == ["done"]
@@ -353,7 +352,7 @@ def test_a_pth_file_whose_package_is_gone_stops_nothing_and_says_so_while_on(tmp
 @all_can_be_patched
 @pytest.mark.parametrize("layout", SERVING)
 @pytest.mark.parametrize("value", ["1", " Yes "])
-def test_a_vllm_that_is_as_it_should_be_answers_with_ids(value: str, layout: Layout, tmp_path: Path) -> None:
+def test_an_intact_vllm_answers_with_ids(value: str, layout: Layout, tmp_path: Path) -> None:
     made_up_vllm(tmp_path, layout)
 
     output = python("-c", answers(layout) + IMPORT_ALL + STATUS, instrument=value, path=tmp_path)
@@ -364,7 +363,7 @@ def test_a_vllm_that_is_as_it_should_be_answers_with_ids(value: str, layout: Lay
     assert output.stderr == []
 
 
-def test_what_vllm_has_not_imported_is_pending(tmp_path: Path) -> None:
+def test_patch_sets_of_modules_not_imported_are_pending(tmp_path: Path) -> None:
     made_up_vllm(tmp_path)
 
     output = python("-c", f"import {COMPLETIONS}\n{STATUS}", instrument="1", path=tmp_path)
@@ -373,7 +372,7 @@ def test_what_vllm_has_not_imported_is_pending(tmp_path: Path) -> None:
     assert output.stderr == []
 
 
-def test_names_taken_before_patching_see_the_patches(tmp_path: Path) -> None:
+def test_names_imported_before_patching_see_the_patches(tmp_path: Path) -> None:
     code = f"""\
 import asyncio
 from {CHAT} import ChatCompletionRequest, OpenAIServingChat
@@ -491,7 +490,7 @@ def test_a_vllm_without_the_modules_works_and_each_patch_set_says_what_it_misses
 
 @slow
 @all_can_be_patched
-def test_a_release_that_nobody_has_seen_is_patched_and_named_once(tmp_path: Path) -> None:
+def test_an_unknown_release_is_patched_and_named_once(tmp_path: Path) -> None:
     made_up_vllm(tmp_path, edits={VERSION: "1.2.3.post4+cpu"})
     # A process that vLLM starts imports it too.
     code = "import multiprocessing\nif __name__ == '__main__':\n    import vllm\n"
@@ -501,8 +500,8 @@ def test_a_release_that_nobody_has_seen_is_patched_and_named_once(tmp_path: Path
     started = python(str(tmp_path / "program.py"), instrument="1", path=tmp_path)
     answered = python("-c", answers(), instrument="1", path=tmp_path)
 
-    newer = f"vLLM 1.2.3.post4+cpu is newer than any that is known here ({VERSION}); it is patched by what is found"
-    assert started.stderr == [f"agentlightning: {newer} in it"]
+    newer = f"vLLM 1.2.3.post4+cpu is newer than any release known here ({VERSION}); what can be found in it is patched"
+    assert started.stderr == [f"agentlightning: {newer}"]
     assert list(map(json.loads, answered.stdout)) == ANSWERS_WITH_IDS
 
 
@@ -520,8 +519,8 @@ def test_a_release_that_nobody_has_seen_is_patched_and_named_once(tmp_path: Path
         ("0.0.0", False),
     ],
 )
-def test_what_is_no_release_is_older_than_none(version: str, older: bool) -> None:
-    assert releases.is_before(version, "0.13.0") is older
+def test_a_version_that_is_not_a_release_is_never_older(version: str, older: bool) -> None:
+    assert _releases.is_before(version, "0.13.0") is older
 
 
 @slow
@@ -586,12 +585,12 @@ def test_what_is_no_release_is_older_than_none(version: str, older: bool) -> Non
         (
             "def validate_parsed_serve_args(",
             "@staticmethod\ndef validate_parsed_serve_args(",
-            JUDGE,
+            START_UP_CHECK,
             f"{SERVE_ARGUMENTS}.validate_parsed_serve_args is not a function but staticmethod",
         ),
     ],
 )
-def test_what_has_changed_in_vllm_is_named_and_its_patch_set_left_off(
+def test_a_changed_target_is_named_and_its_patch_set_unapplied(
     old: str, new: str, patch_set: str, reason: str, tmp_path: Path
 ) -> None:
     made_up_vllm(tmp_path, edits={old: new})
@@ -604,9 +603,9 @@ def test_what_has_changed_in_vllm_is_named_and_its_patch_set_left_off(
 
 
 @all_can_be_patched
-def test_what_is_not_for_a_release_is_left_off_and_said_in_the_status_alone(tmp_path: Path) -> None:
+def test_a_patch_set_not_for_a_release_is_skipped_and_only_the_status_says_so(tmp_path: Path) -> None:
     edits = {"choices: list[Chat": "response_token_ids: list[list[int]] | None = None\n    choices: list[Chat"}
-    reason = "ChatCompletionResponse has a response_token_ids of its own"
+    reason = "ChatCompletionResponse already has a field response_token_ids"
     made_up_vllm(tmp_path, edits=edits)
 
     output = python("-c", IMPORT_ALL + STATUS, instrument="1", path=tmp_path)
@@ -636,7 +635,7 @@ def test_uninstrumenting_before_vllm_is_imported_leaves_it_alone(tmp_path: Path)
 
 
 @pytest.mark.parametrize("module", ["agentlightning._startup", "agentlightning.importhook"])
-def test_a_package_that_is_gone_since_the_start_leaves_vllm_alone_and_says_so(module: str, tmp_path: Path) -> None:
+def test_a_package_removed_since_the_start_leaves_vllm_unpatched_with_one_error(module: str, tmp_path: Path) -> None:
     made_up_vllm(tmp_path)
     gone = f"import sys\nsys.modules[{module!r}] = None\n"
 
@@ -690,7 +689,7 @@ class OpenAIServingCompletion(metaclass=Sealed):
     ],
     ids=["the last is missing", "one between is missing", "the last cannot be patched"],
 )
-def test_nothing_is_patched_half_way(old: str, new: str, tmp_path: Path) -> None:
+def test_no_patch_set_is_applied_partly(old: str, new: str, tmp_path: Path) -> None:
     made_up_vllm(tmp_path, edits={old: new})
 
     output = python("-c", answers() + STATUS, instrument="1", path=tmp_path)

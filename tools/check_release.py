@@ -19,8 +19,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from agentlightning.instrumentation.vllm import PATCH_SETS, releases
-from agentlightning.instrumentation.vllm.fields import ExtraField, RequestField
+from agentlightning.instrumentation.vllm import PATCH_SETS, _releases
+from agentlightning.instrumentation.vllm.capture.session import session
+from agentlightning.instrumentation.vllm.endpoints.fields import ExtraField, RequestField
 from agentlightning.patching import Mismatch, NotForThisRelease, Patch, PatchSet, Where, Wrap
 from tests.releases.table import COMPILED, RELEASES
 from tools import wheels
@@ -63,7 +64,7 @@ def check(source: Source, version: str) -> list[Outcome]:
 def _check(patch_set: PatchSet, source: Source, version: str) -> Outcome:
     home = next((module for module in patch_set.modules if module in source), None)
     if home is None:
-        if patch_set.since and releases.is_before(version, patch_set.since):
+        if patch_set.since and _releases.is_before(version, patch_set.since):
             return Outcome(patch_set.name, NOT_FOR_THIS_RELEASE, None, (f"came with {patch_set.since}",))
         details = [f"no module {' or '.join(patch_set.modules)}"]
     else:
@@ -162,6 +163,7 @@ def _as_if_imported(version: str) -> Iterator[None]:
     vllm.__version__ = version
     before = sys.modules.get("vllm"), os.environ.get("AGL_STORE")
     sys.modules["vllm"], os.environ["AGL_STORE"] = vllm, "checked.db"
+    session.begin()
     try:
         yield
     finally:
@@ -171,6 +173,7 @@ def _as_if_imported(version: str) -> Iterator[None]:
             sys.modules["vllm"] = before[0]
         if before[1] is not None:
             os.environ["AGL_STORE"] = before[1]
+        session.begin()
 
 
 def entry_points(source: Source) -> dict[str, set[str]]:
@@ -309,7 +312,7 @@ The last column says how far a release was tested:
 
 
 def _write_page() -> bool:
-    versions = [version for version in wheels.releases() if not releases.is_before(version, OLDEST)]
+    versions = [version for version in wheels.releases() if not _releases.is_before(version, OLDEST)]
     versions = versions[: versions.index(OLDEST) + 1]
     results = []
     for version in versions:
@@ -344,7 +347,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="check_release", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("release", nargs="?", help="a version of vLLM on the package index, or the file of a wheel")
     parser.add_argument("--all", action="store_true", help=f"each from {OLDEST} on, for docs/releases.md")
-    parser.add_argument("--known", default=releases.NEWEST_KNOWN, help="what serves is compared with this one's")
+    parser.add_argument("--known", default=_releases.NEWEST_KNOWN, help="what serves is compared with this one's")
     parser.add_argument("--run", action="store_true", help="then run the tests on it, where they have a row for it")
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     options = parser.parse_args()

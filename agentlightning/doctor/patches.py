@@ -16,7 +16,7 @@ from agentlightning.doctor import Finding, Mark
 from agentlightning.doctor.environment import PTH, interpreter
 from agentlightning.doctor.vllm import missing_vllm
 from agentlightning.importhook import locate
-from agentlightning.instrumentation.vllm import releases
+from agentlightning.instrumentation.vllm import _releases
 
 __all__ = ["findings", "patch_findings", "release_findings"]
 
@@ -85,7 +85,7 @@ def release_findings(version: Any, patches: Mapping[str, Mapping[str, str | None
         version: that of vLLM; None if unknown.
         patches: as for `patch_findings`.
     """
-    if not isinstance(version, str) or not releases.is_before(releases.NEWEST_KNOWN, version):
+    if not isinstance(version, str) or not _releases.is_before(_releases.NEWEST_KNOWN, version):
         return
     applied = [name for name, patch in patches.items() if patch["state"] == "applied"]
     left_off = [f"{name} ({patch['state']})" for name, patch in patches.items() if patch["state"] != "applied"]
@@ -94,7 +94,7 @@ def release_findings(version: Any, patches: Mapping[str, Mapping[str, str | None
     )
     others = f"; not {', '.join(left_off)}" if left_off else ""
     text = (
-        f"{version} is newer than any release that this agentlightning was tested with ({releases.NEWEST_KNOWN}): "
+        f"{version} is newer than any release that this agentlightning was tested with ({_releases.NEWEST_KNOWN}): "
         f"{found} found what they patch in it{others}"
     )
     yield Finding("release", Mark.NOTE, text)

@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 
 from agentlightning.doctor import Finding, Mark, Unreachable
 from agentlightning.doctor.patches import patch_findings, release_findings
-from agentlightning.instrumentation.vllm.server import STATUS_ROUTE
+from agentlightning.instrumentation.vllm._status import STATUS_ROUTE
 
 __all__ = ["findings", "read"]
 

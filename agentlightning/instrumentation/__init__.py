@@ -1,4 +1,4 @@
-"""What is patched, as one: every instrumentation that there is. vLLM's is the only one today."""
+"""All instrumentations behind one set of verbs; vLLM's is the only one today."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ __all__ = ["arm_all", "instrument_all", "instrument_vllm", "status", "uninstrume
 
 
 def instrument_all() -> None:
-    """Instrument everything, now or when it is imported. A second call is a no-op with a warning."""
+    """Instrument everything, now or when it is imported. A second call only logs a warning."""
     instrument_vllm()
 
 
 def arm_all() -> None:
-    """What the `.pth` file leads to: as `instrument_all`, silent where a program has done it already."""
+    """Do the same for the `.pth` file: unless a program has called `uninstrument_all`, and without a warning."""
     arm_vllm()
 
 
 def uninstrument_all() -> None:
-    """Put everything back as it was. Idempotent."""
+    """Undo all patches. Idempotent."""
     uninstrument_vllm()
 
 
 def status() -> dict[str, Status]:
-    """Each patch set's state by name, with the reason where one is not applied."""
+    """Return each patch set's state by name, with the reason if it is not applied."""
     return vllm.status()

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from agentlightning.instrumentation.vllm.request_context import EngineRequest, RequestContext
+from agentlightning.instrumentation.vllm._context import EngineRequest, RequestContext
 
 PATH = "/census"
 COUNTED = (RequestContext, EngineRequest)

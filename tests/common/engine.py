@@ -14,13 +14,18 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollec
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
 from agentlightning.generation import Generation
-from agentlightning.instrumentation.vllm import recording
+from agentlightning.instrumentation.vllm.capture.session import session
+from agentlightning.recorder import Recorder
 from agentlightning.store import open_store
 
 
-def kept(path: Path) -> list[Generation]:
-    """Return what this process has recorded into the file, once all of it is there."""
-    recorder = recording.recorder()
+def kept(path: Path, recorder: Recorder | None = None) -> list[Generation]:
+    """Return what this process has recorded into the file, once all of it is there.
+
+    Args:
+        recorder: the one that writes the file; by default the session's.
+    """
+    recorder = recorder or session.recorder
     # Not by `close`, which waits for some seconds only.
     while recorder.counters().queue_bytes:
         time.sleep(0.01)

@@ -49,7 +49,7 @@ def test_nonsense_is_a_problem(environment: Environment, variable: str) -> None:
     said = doctor(environment, **{variable: "maybe"})
 
     assert said.status == 1
-    assert f"problem {variable} {variable}='maybe' is none of " in said.text
+    assert f"problem {variable} {variable}='maybe' is not one of " in said.text
     assert f"-> set {variable} to one of these, or unset it" in said.text
 
 
@@ -82,7 +82,11 @@ def test_what_is_recorded(environment: Environment, variable: str, value: str, s
             "mysql://me:secret@host/runs",
             "AGL_STORE='mysql://***@host/runs' is neither the path of a file nor sqlite:///PATH, postgresql://HOST/NAME",
         ),
-        ("AGL_QUEUE_MB", "lots", "AGL_QUEUE_MB='lots' is no whole number from 1 to 9999999; it counts as '256'"),
+        (
+            "AGL_QUEUE_MB",
+            "lots",
+            "AGL_QUEUE_MB='lots' is not a whole number from 1 to 9999999; the default '256' is used",
+        ),
     ],
 )
 def test_nonsense_about_recording_is_a_problem_and_no_password_is_shown(

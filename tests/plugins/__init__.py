@@ -1,4 +1,4 @@
-"""Plugins that a user may have in vLLM, which write down all that vLLM shows them.
+"""Plugins as users have them in vLLM; these write down everything that vLLM shows them.
 
 `arguments()` and `environment()` put them into a server, and `shown()` reads what they have written: one description
 for each call, without what differs from run to run (ids, hashes, times, memory addresses).
@@ -16,7 +16,7 @@ from tests.common.environments import CHECKOUT
 __all__ = ["CONNECTOR", "LOGITS_PROCESSORS", "OF_LOGPROBS", "arguments", "environment", "is_settled", "shown"]
 
 OF_LOGPROBS = {"logprobs", "new_logprobs"}
-"""The attributes in which it shows that logprobs are recorded (`AGL_LOGPROBS=on`)."""
+"""The attributes that differ while logprobs are recorded (`AGL_LOGPROBS=on`)."""
 
 PACKAGE = __name__
 CONNECTOR = {
@@ -28,7 +28,7 @@ LOGITS_PROCESSORS = (f"{PACKAGE}.logits_processors:Adapter", f"{PACKAGE}.logits_
 
 
 def arguments(release: tuple[int, ...], model_runs: bool = True) -> list[str]:
-    """The arguments of `vllm serve` that put the plugins in, as far as the release has such plugins.
+    """Return the arguments of `vllm serve` that install the plugins which the release supports.
 
     Args:
         release: such as `(0, 32, 0)`.
@@ -43,12 +43,12 @@ def arguments(release: tuple[int, ...], model_runs: bool = True) -> list[str]:
 
 
 def environment(file: Path) -> dict[str, str]:
-    """The variables of a server with the plugins, which write to `file`; vLLM finds the stat logger by metadata."""
+    """Return a server's variables: the plugins write to `file`; vLLM finds the stat logger by metadata."""
     return {"PLUGINS_WRITE_TO": str(file), "PYTHONPATH": f"{CHECKOUT}:{Path(__file__).parent / 'installed'}"}
 
 
 def is_settled(file: Path) -> bool:
-    """Whether every request that a scheduler has added was freed, and told to the stat logger where there is one."""
+    """Tell whether every added request was freed, and reported to the stat logger if there is one."""
     text = file.read_text() if file.exists() else ""
     added, freed, logged = (
         text.count(f'["{who}"')
@@ -58,7 +58,7 @@ def is_settled(file: Path) -> bool:
 
 
 def shown(file: Path, leave_out: Iterable[str] = (), after: int = 0) -> Counter[str]:
-    """How often each plugin was shown what.
+    """Count what each plugin was shown.
 
     Args:
         leave_out: names of attributes whose values do not count.

@@ -1,4 +1,4 @@
-"""A KV connector of the user's: `--kv-transfer-config`."""
+"""A user's KV connector: `--kv-transfer-config`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from tests.plugins.describe import write
 
 
 class Metadata(KVConnectorMetadata):
-    """Nothing for the worker."""
+    """Empty metadata: the worker needs none."""
 
 
 class Connector(KVConnectorBase_V1):
-    """Transfers nothing, and shows each request that a scheduler tells a connector of."""
+    """Transfer nothing, and write down each request that the scheduler shows."""
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         pass

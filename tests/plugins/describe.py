@@ -1,4 +1,4 @@
-"""Descriptions of vLLM's objects: everything that can be read of one, as JSON."""
+"""Descriptions of vLLM's objects: all their readable attributes, as JSON."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _described(value: Any, name: str, depth: int) -> Any:
 
 
 def _attributes(value: Any) -> dict[str, Any]:
-    """All attributes of an object, and of a `msgspec.Struct`, which has no dictionary."""
+    """Return all attributes of an object, or of a `msgspec.Struct`, which has no dictionary."""
     names = [
         *getattr(value, "__struct_fields__", ()),
         *(name for cls in type(value).__mro__ for name in _slots(cls)),

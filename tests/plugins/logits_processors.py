@@ -1,4 +1,4 @@
-"""Logits processors of the user's: `--logits-processors`."""
+"""A user's logits processors: `--logits-processors`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FORCED_TOKEN = 300
 
 
 class Adapter(AdapterLogitsProcessor):
-    """Forces a token where a request has extra arguments, a common way to turn a processor on."""
+    """Force a token if a request has extra arguments, a common way to turn a processor on."""
 
     def is_argmax_invariant(self) -> bool:
         return False
@@ -34,7 +34,7 @@ class Adapter(AdapterLogitsProcessor):
 
 
 class Batch(LogitsProcessor):
-    """Changes nothing, and shows what each batch brings."""
+    """Change nothing, and write down each batch."""
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:

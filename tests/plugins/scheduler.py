@@ -1,4 +1,4 @@
-"""A scheduler of the user's: `--scheduler-cls`."""
+"""A user's scheduler: `--scheduler-cls`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A stat logger of the user's: the entry point group `vllm.stat_logger_plugins`."""
+"""A user's stat logger: the entry point group `vllm.stat_logger_plugins`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.plugins.describe import write
 
 
 class StatLogger(StatLoggerBase):
-    """Shows each request that has ended, and which statistics there are: their numbers are those of a moment."""
+    """Write down each finished request, and the names of the statistics, whose numbers vary."""
 
     def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
         pass

@@ -1,4 +1,4 @@
-"""A program that serves vLLM's app itself, as trainers do: by a uvicorn of its own, past vLLM's `serve_http`."""
+"""A program that serves vLLM's app itself, as trainers do: by its own uvicorn instead of vLLM's `serve_http`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from agentlightning.importhook import locate
-from agentlightning.instrumentation.vllm.releases import SERVE_ARGUMENTS
+from agentlightning.instrumentation.vllm._releases import SERVE_ARGUMENTS
 
 
 async def serve(args: Any) -> None:

@@ -8,7 +8,7 @@ from tests.common.vllm import RemoteOpenAIServer
 
 
 def engine_core(server: RemoteOpenAIServer) -> psutil.Process:
-    """The process of the engine core."""
+    """Return the engine core's process."""
     [core] = [
         process
         for process in psutil.Process(server.process.pid).children(recursive=True)

@@ -1,4 +1,4 @@
-"""The same question to every endpoint, plain and streamed, and the ids that the answers carry."""
+"""One question to every endpoint, plain and streamed, and the ids in the answers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Ids = tuple[list[int], list[int]]
 
 
 class Endpoint(NamedTuple):
-    """How one is asked, and where its answers carry their ids."""
+    """An endpoint: how to ask it, and where its answers carry their ids."""
 
     route: str
     question: Callable[[], dict[str, Any]]
@@ -25,19 +25,19 @@ class Endpoint(NamedTuple):
 
 
 def prompt_token_ids() -> list[int]:
-    """What the question is to the model."""
+    """Return the ids of the question."""
     return tokenizer().apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False)
 
 
 def expected() -> dict[str, Ids]:
-    """What each answer is to carry: the prompt is the same everywhere, and so is what the model says."""
+    """Return the expected ids of each answer: prompt and response are the same at every endpoint."""
     prompt = prompt_token_ids()
     ways = [f"{name}{how}" for name in ENDPOINTS for how in ("", ", streamed")]
     return dict.fromkeys(ways, (prompt, greedy(prompt, TOKENS)))
 
 
 def carried(server: RemoteOpenAIServer, below: str = "") -> dict[str, Ids]:
-    """What each answer carries: the ids of the prompt, and those of the response.
+    """Return the ids in each answer: those of the prompt, and those of the response.
 
     Args:
         server: the one that is asked.

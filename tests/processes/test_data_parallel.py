@@ -1,4 +1,4 @@
-"""Several engines behind one address, or an address for each."""
+"""Several engines behind one address, or with an address each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.tier("all")
 ARMED = {"AGL_INSTRUMENT": "1"}
 
 
-def test_every_answer_carries_ids_where_an_engine_is_elsewhere() -> None:
+def test_every_answer_carries_ids_with_an_engine_elsewhere() -> None:
     meeting_point = ("--data-parallel-address=127.0.0.1", f"--data-parallel-rpc-port={free_port()}")
     two_engines = ("--data-parallel-size=2", "--data-parallel-size-local=1", *meeting_point)
     # Both of its API servers have both engines.
@@ -58,7 +58,7 @@ def test_every_server_of_a_supervisor_answers_with_ids() -> None:
 
 
 def at(server: RemoteOpenAIServer, port: int) -> RemoteOpenAIServer:
-    """What the same processes serve at another port."""
+    """Return the server of the same processes at another port."""
     other = copy.copy(server)
     other.url = f"http://127.0.0.1:{port}"
     return other

@@ -27,7 +27,7 @@ def test_every_answer_carries_ids(embedded: RemoteOpenAIServer, below: str) -> N
     assert carried(embedded, below) == expected()
 
 
-def test_it_tells_what_it_has_of_ours(embedded: RemoteOpenAIServer) -> None:
+def test_the_status_of_an_embedded_server_describes_it(embedded: RemoteOpenAIServer) -> None:
     patches = fetch(embedded, "/v1/agl/status")["patches"]
 
     assert {patch["state"] for patch in patches.values()} == {"applied"}

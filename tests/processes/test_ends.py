@@ -1,4 +1,4 @@
-"""How a server ends, by a signal or since its engine is gone: with us as without.
+"""The end of a server, by a signal or with its engine: the same instrumented or not.
 
 Each end is tried with another command and another way to start the engine core, so that these are tried as well.
 """
@@ -67,7 +67,7 @@ def test_a_server_ends_as_without_us(
 
 
 def ended(server: RemoteOpenAIServer, end: End, is_told: bool) -> tuple[int, list[str], list[str]]:
-    """The exit status of a server that ends during a stream, what its client got of that, and how it says that it ends.
+    """Return the exit status of a server that ends during a stream, what its client got, and its last log lines.
 
     Args:
         server: the one that ends.

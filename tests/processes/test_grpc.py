@@ -28,7 +28,7 @@ PACKAGES = (
     "smg-grpc-servicer==0.14.1",
 )
 PYTHON_M = ("python", "-m", "vllm.entrypoints.grpc_server", "--model")
-WHY = "vLLM's gRPC server (--grpc) speaks a protocol of its own, its answers are left as they are"
+WHY = "vLLM's gRPC server (--grpc) has its own protocol, so its answers stay unchanged"
 TOKENS = 8
 # As a frontend ends the ids that it gives, and begins those of choices: here they are the client's own.
 ROLLOUT, ATTEMPT = "7_rollout-20251124", "at-1a2b3c4d"
@@ -51,7 +51,7 @@ print([list(answer.complete.output_ids) for answer in engine.Generate(request)])
 
 @pytest.fixture(scope="module")
 def grpc_packages(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with what vLLM's gRPC server needs besides.
+    """A folder with the other packages that vLLM's gRPC server needs.
 
     Not in the tests' environment, since it brings a plugin that vLLM loads in every process.
     """
@@ -61,7 +61,7 @@ def grpc_packages(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def test_it_answers_as_ever_and_is_recorded_for_the_rollout_that_a_requests_id_names(
+def test_grpc_answers_are_unchanged_and_recorded_for_the_rollout_in_the_request_id(
     grpc_packages: str, tmp_path: Path
 ) -> None:
     environment = {"PYTHONPATH": grpc_packages}
@@ -91,7 +91,7 @@ def test_it_answers_as_ever_and_is_recorded_for_the_rollout_that_a_requests_id_n
 
 
 @pytest.mark.parametrize("command", [(*PLAIN, "--grpc"), PYTHON_M], ids=["vllm serve --grpc", "python -m"])
-def test_strict_refuses_it_however_it_is_started(grpc_packages: str, command: Sequence[str]) -> None:
+def test_strict_refuses_every_way_to_start_grpc(grpc_packages: str, command: Sequence[str]) -> None:
     refused = run(*command, str(tiny_model()), env={"PYTHONPATH": grpc_packages, "AGL_INSTRUMENT": "strict"})
 
     assert refused.returncode == 1

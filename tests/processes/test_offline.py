@@ -28,7 +28,7 @@ if __name__ == "__main__":
 """
 
 
-def test_it_answers_as_ever(tmp_path: Path) -> None:
+def test_an_offline_model_answers_unchanged(tmp_path: Path) -> None:
     program, told = tmp_path / "program.py", tmp_path / "told.json"
     program.write_text(PROGRAM)
     prompt = prompt_token_ids()

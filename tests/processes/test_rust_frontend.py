@@ -36,7 +36,7 @@ def chat(server: RemoteOpenAIServer, **options: Any) -> Any:
     return ask(server, "/v1/chat/completions", messages=MESSAGES, **options)
 
 
-def test_an_answer_carries_ids_where_the_request_asks(rust: RemoteOpenAIServer) -> None:
+def test_a_request_for_ids_gets_them(rust: RemoteOpenAIServer) -> None:
     prompt = prompt_token_ids()
     answer = chat(rust, return_token_ids=True)
     chunks = chat(rust, return_token_ids=True, stream=True)
@@ -49,15 +49,15 @@ def test_an_answer_carries_ids_where_the_request_asks(rust: RemoteOpenAIServer) 
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
-def test_it_carries_none_where_the_request_does_not(rust: RemoteOpenAIServer, stream: bool) -> None:
+def test_a_request_without_return_token_ids_gets_no_ids(rust: RemoteOpenAIServer, stream: bool) -> None:
     assert "_ids': [" not in str(chat(rust, stream=stream))
 
 
-def test_the_log_says_so_once(rust: RemoteOpenAIServer) -> None:
+def test_the_log_warns_once(rust: RemoteOpenAIServer) -> None:
     assert rust.log.count(WHY) == rust.log.count("agentlightning: ") == 1
 
 
-def test_doctor_tells_that_nothing_of_ours_answers(rust: RemoteOpenAIServer) -> None:
+def test_doctor_says_that_the_instrumentation_does_not_answer(rust: RemoteOpenAIServer) -> None:
     said = run("agl", "doctor", "--url", rust.url)
 
     assert said.returncode != 0

@@ -1,4 +1,4 @@
-"""Clients that stream answers, in a thread of their own, and what they got to compare with what was kept."""
+"""Clients that stream answers, in a thread of their own, to compare with the recorded generations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOKENS = 32
 
 @dataclass
 class Stream:
-    """One request, whose attempt in the rollout is its number, and what has come of its answer.
+    """A streamed request, whose attempt in the rollout is its number, and the answer received so far.
 
     Attributes:
         leaves_after: the number of chunks after which its client hangs up; to the end if not given.
@@ -39,12 +39,12 @@ class Stream:
 
 
 def endless(tokens: int = TOKENS) -> Iterator[Stream]:
-    """As many as there are clients for, which wait for so many tokens."""
+    """Yield streams without end, each for so many tokens."""
     return (Stream(number, prompt, tokens) for number, prompt in enumerate(itertools.cycle(PROMPTS)))
 
 
 class Load:
-    """Some clients at once, each of which takes the next stream when it is done with one.
+    """Concurrent clients, each of which takes the next stream when it is done with one.
 
     They begin on entering the context. On leaving it those that are still there hang up.
 
@@ -85,17 +85,17 @@ class Load:
         self._pool.shutdown()
 
     def wait(self) -> None:
-        """Until no client is left."""
+        """Wait until all clients are done."""
         self._ended.result()
 
     @property
     def answered(self) -> list[Stream]:
-        """Those whose answers have come to their end."""
+        """The streams whose answers have ended."""
         return [stream for stream in self.streams if stream.answered]
 
     @property
     def begun(self) -> list[Stream]:
-        """Those whose answers have begun."""
+        """The streams whose answers have begun."""
         return [stream for stream in self.streams if stream.token_ids]
 
     async def _all(self) -> None:
@@ -153,7 +153,7 @@ def _said(prompt_token_ids: tuple[int, ...]) -> list[int]:
 
 
 def checked(kept: Iterable[Generation], streams: Iterable[Stream]) -> dict[int, Generation]:
-    """What is kept by the number of its stream: each at most once and as the engine has sampled it."""
+    """Return generations by the number of their stream, having checked that each is recorded once and exactly."""
     found = [*kept]
     by_number = {int(str(each.attempt_id)): each for each in found}
     asked = {stream.number: stream for stream in streams}
@@ -180,4 +180,4 @@ def checked(kept: Iterable[Generation], streams: Iterable[Stream]) -> dict[int, 
 
 
 ENDS = {True: [("finished", "length")], False: [("aborted", "abort"), ("error", "error")]}
-"""How a generation that has all its tokens has ended, and how one that has not."""
+"""The ends of a generation with all its tokens, and of one without."""

@@ -45,7 +45,7 @@ class Nursery:
         self._process.wait()
 
     def fork(self, command: list[str], env: Mapping[str, str], log: Path) -> int:
-        """Start a server, and give its process id."""
+        """Start a server, and return its process id."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps([command, dict(env), str(log)]) + "\n")
@@ -55,7 +55,7 @@ class Nursery:
     def server(
         self, path: Path, *arguments: str, env: Mapping[str, str] | None = None, store: str | None = None
     ) -> NurserysServer:
-        """One that keeps what it generates at `path`, or in the store of this URL."""
+        """Return a server that records at `path`, or in the store of this URL."""
         return NurserysServer(self, path, *arguments, env=env, store=store)
 
 
@@ -71,7 +71,7 @@ class NurserysServer(RecordingServer):
 
 
 class _Process(psutil.Process):
-    """What `subprocess.Popen` would be for it; whoever has forked it sees to its exit status."""
+    """A substitute for `subprocess.Popen`; the nursery reaps the process."""
 
     def poll(self) -> int | None:
         return None if self.is_running() else 0
@@ -82,7 +82,7 @@ class _Process(psutil.Process):
 
     def wait(self, timeout: float | None = None) -> int:
         try:
-            # No child of ours has no status for us.
+            # It is not our child, so its exit status is unknown.
             return super().wait(timeout) or 0
         except psutil.TimeoutExpired:
             raise subprocess.TimeoutExpired(str(self), timeout or 0) from None

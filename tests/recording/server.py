@@ -1,4 +1,4 @@
-"""A real server that keeps what it generates, and what it has kept."""
+"""A real server that records, and its recorded generations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.common.environments import CHECKOUT
 from tests.common.vllm import RemoteOpenAIServer
 
 SECONDS = 300
-"""A safety net: what is waited for comes within a second or two, unless a disk has others' gigabytes to write first."""
+"""A safety net: usually a second or two is enough, unless the disk is busy with gigabytes of other writes."""
 
 
 class RecordingServer(RemoteOpenAIServer):
@@ -43,7 +43,7 @@ class RecordingServer(RemoteOpenAIServer):
         super().__init__(*arguments, env={**ours, **(env or {})}, **options)
 
     def kept(self, **filters: Unpack[Filters]) -> list[Generation]:
-        """What is in its store now."""
+        """Return the generations in its store now."""
         try:
             with open_store(self.store, create=False) as store:
                 return [*store.generations(**filters)]
@@ -51,7 +51,7 @@ class RecordingServer(RemoteOpenAIServer):
             return []
 
     def recorded(self, **filters: Unpack[Filters]) -> list[Generation]:
-        """What comes to be in its store of all that has ended: one server process writes it in that order."""
+        """Return the generations in its store once all finished ones are there: one process writes them in order."""
         last = post(self, "/v1/completions", {"model": self.model, "prompt": "last", "max_tokens": 1})
         until(lambda: self.kept(response_id=last["id"]), "the last one")
         return self.kept(**filters)
@@ -63,12 +63,12 @@ class RecordingServer(RemoteOpenAIServer):
         return {name: float(value) for name, _, value in lines}
 
     def body(self, **options: Any) -> dict[str, Any]:
-        """A greedy request: what it generates can be known."""
+        """Return a greedy request, whose answer is known."""
         return {"model": self.model, "max_tokens": 24, "temperature": 0, **options}
 
 
 def until(condition: Callable[[], Any], what: str) -> Any:
-    """What `condition` gives, as soon as that is something."""
+    """Return the first true result of `condition`."""
     deadline = time.monotonic() + SECONDS
     while not (found := condition()):
         if time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""Two API servers and one file: nothing mixed, nothing twice, all there; and no text, where none is wanted."""
+"""Two API servers and one file: every generation once, none mixed up; and no text if text is off."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FEW = 30
 AT_ONCE = 32
 ROLLOUTS = 7
 SECRETS = ("Xanthippe", "Zwiebelkuchen", "Quetzalcoatl", "Brummkreisel")
-"""In the prompt, in the answer, as a stop string, and in what the answer may be."""
+"""A secret in the prompt, in the answer, as a stop string, and in a grammar."""
 
 
 def talk(number: int) -> Any:
@@ -51,7 +51,7 @@ async def ask_all(server: RecordingServer, rollout: str, calls: int) -> list[Any
 
 
 def until_kept(server: RecordingServer, rollout: str, calls: int) -> list[Generation]:
-    """What is kept of all that was asked: an answer is there a moment before what is kept of it."""
+    """Return the generations of all requests; each is recorded a moment after its answer."""
 
     def kept() -> list[Generation]:
         return [each for number in range(ROLLOUTS) for each in server.kept(rollout_id=f"{rollout} {number}")]
@@ -60,7 +60,7 @@ def until_kept(server: RecordingServer, rollout: str, calls: int) -> list[Genera
     return kept()
 
 
-def test_each_generation_of_both_is_there_once_and_is_nobody_elses(
+def test_each_generation_of_both_servers_is_recorded_once_and_unmixed(
     two_api_servers: RecordingServer, rollout: str
 ) -> None:
     answers = asyncio.run(ask_all(two_api_servers, rollout, CALLS))
@@ -79,7 +79,7 @@ def test_each_generation_of_both_is_there_once_and_is_nobody_elses(
         assert tokenizer().decode(sampled, skip_special_tokens=True) == answer.choices[0].message.content
 
 
-def test_metrics_show_the_sums_of_both(two_api_servers: RecordingServer, rollout: str) -> None:
+def test_metrics_show_the_sums_of_both_servers(two_api_servers: RecordingServer, rollout: str) -> None:
     asyncio.run(ask_all(two_api_servers, rollout, FEW))
     until_kept(two_api_servers, rollout, FEW)
     until(lambda: len(two_api_servers.kept()) == counters(two_api_servers)["generations"], "the counters")
@@ -114,14 +114,14 @@ def counters(server: RecordingServer) -> dict[str, float]:
     }
 
 
-def test_one_server_shows_its_own(recording: RecordingServer) -> None:
+def test_metrics_of_one_server_show_its_own_numbers(recording: RecordingServer) -> None:
     kept = recording.recorded()
     until(lambda: counters(recording)["generations"] == len(kept), "the counters")
 
     assert counters(recording)["output tokens"] == sum(len(ids) for each in kept for ids in ids_of(each)[1])
 
 
-def test_without_text_there_is_none_in_the_file(two_api_servers: RecordingServer, rollout: str) -> None:
+def test_a_file_recorded_without_text_has_no_text(two_api_servers: RecordingServer, rollout: str) -> None:
     asyncio.run(ask_all(two_api_servers, rollout, FEW))
     body = two_api_servers.body(prompt=SECRETS[0], stop=[SECRETS[2]], bad_words=[SECRETS[3]])
     stopped = post(two_api_servers, "/v1/completions", {**body, "structured_outputs": {"choice": [SECRETS[2]]}})
@@ -135,11 +135,11 @@ def test_without_text_there_is_none_in_the_file(two_api_servers: RecordingServer
     assert (kept.choices[0].finish_reason, kept.choices[0].stop_reason, kept.choices[0].text) == ("stop", None, None)
 
 
-def test_the_files_of_several_are_their_owners_alone(two_api_servers: RecordingServer) -> None:
+def test_files_of_several_servers_are_readable_only_by_their_owner(two_api_servers: RecordingServer) -> None:
     assert modes_of_files(two_api_servers) == {0o600}
 
 
-def test_the_files_of_one_are_its_owners_alone(recording: RecordingServer) -> None:
+def test_files_of_one_server_are_readable_only_by_its_owner(recording: RecordingServer) -> None:
     assert modes_of_files(recording) == {0o600}
 
 

@@ -1,4 +1,4 @@
-"""What is kept of a generation, whatever the endpoint: exact ids, text, parameters, times, and whose call it was."""
+"""The record of a generation from every endpoint: exact ids, text, parameters, times, and its call."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MODES = pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed
 
 
 def ids_of(generation: Generation) -> tuple[list[int], list[list[int]]]:
-    """Its prompt's ids, and those of its choices."""
+    """Return the ids of a generation's prompt and of its choices."""
     assert generation.prompt_token_ids is not None
     return generation.prompt_token_ids.tolist(), [choice_ids(choice) for choice in generation.choices]
 
@@ -40,7 +40,7 @@ def answer_to(server: RecordingServer, rollout: str, path: str, body: dict[str, 
 class TestChat:
     @MODES
     @pytest.mark.parametrize("said", [{}, {"return_token_ids": False}, IDS], ids=["unsaid", "declined", "asked"])
-    def test_it_is_kept_whole_whatever_the_answer_carries(
+    def test_a_chat_is_recorded_completely_with_and_without_ids_in_the_answer(
         self, recording: RecordingServer, rollout: str, said: dict[str, bool], stream: bool
     ) -> None:
         body = recording.body(messages=TALK, seed=7, **said, stream=stream, ignore_eos=True)
@@ -83,7 +83,7 @@ class TestChat:
         assert json.loads(str(kept.sampling_params))["n"] == 4
 
     @MODES
-    def test_logprobs_that_a_client_asks_for_are_kept_one_an_id(
+    def test_logprobs_that_a_client_asks_for_are_recorded_one_per_id(
         self, recording: RecordingServer, rollout: str, stream: bool
     ) -> None:
         body = recording.body(messages=TALK, logprobs=True, top_logprobs=3, stream=stream)
@@ -97,9 +97,7 @@ class TestChat:
         assert choice.logprobs.tolist() == said
         assert len(said) == len(choice_ids(choice))
 
-    def test_ids_of_the_prompt_that_came_from_the_cache_are_counted(
-        self, recording: RecordingServer, rollout: str
-    ) -> None:
+    def test_prompt_ids_from_the_cache_are_counted(self, recording: RecordingServer, rollout: str) -> None:
         long = [{"role": "user", "content": f"{rollout} " + "word " * 100}]
         answers = [answer_to(recording, rollout, CHAT, recording.body(messages=long, max_tokens=1)) for _ in range(2)]
         kept = recording.recorded(rollout_id=rollout)
@@ -108,7 +106,7 @@ class TestChat:
         assert [each.cached_tokens for each in kept] == details
         assert details[1] > details[0]
 
-    def test_a_request_that_is_refused_leaves_nothing(self, recording: RecordingServer, rollout: str) -> None:
+    def test_a_refused_request_leaves_nothing(self, recording: RecordingServer, rollout: str) -> None:
         for options in ({"max_tokens": 100_000}, {"temperature": -1}, {"model": "another"}):
             with pytest.raises(OSError, match="40"):
                 answer_to(recording, rollout, CHAT, recording.body(messages=TALK, **options))
@@ -141,7 +139,7 @@ class TestCompletions:
 
     @MODES
     @pytest.mark.parametrize("whole", [False, True], ids=["cut", "included"])
-    def test_a_stop_string_is_the_reason_and_its_ids_are_kept(
+    def test_a_stop_string_is_recorded_as_the_reason_with_its_ids(
         self, recording: RecordingServer, rollout: str, stream: bool, whole: bool
     ) -> None:
         options = {"structured_outputs": {"choice": ["one two three four"]}, "stop": "thr"}
@@ -156,7 +154,7 @@ class TestCompletions:
         assert choice_ids(choice) == [token_id for each in choices for token_id in each["token_ids"]]
         assert shows(choice_ids(choice)[:-1], "one two thr"[: len(choice.text or "")]) or "thr" in decoded(choice)
 
-    def test_a_stop_token_is_the_reason_and_is_kept(self, recording: RecordingServer, rollout: str) -> None:
+    def test_a_stop_token_is_recorded_as_the_reason_with_its_id(self, recording: RecordingServer, rollout: str) -> None:
         prompt = tokenize(recording, prompt=PROMPTS[0])
         expected = greedy(prompt, 8)
         stop = expected[-1]
@@ -167,14 +165,14 @@ class TestCompletions:
         assert ids_of(kept) == (prompt, [until_stop])
         assert (kept.choices[0].finish_reason, kept.choices[0].stop_reason) == ("stop", stop)
 
-    def test_logprobs_that_a_client_asks_for_are_kept(self, recording: RecordingServer, rollout: str) -> None:
+    def test_logprobs_that_a_client_asks_for_are_recorded(self, recording: RecordingServer, rollout: str) -> None:
         answer = answer_to(recording, rollout, COMPLETIONS, recording.body(prompt=PROMPTS, logprobs=2))
         kept = recording.recorded(rollout_id=rollout)
 
         said = [choice["logprobs"]["token_logprobs"] for choice in answer["choices"]]
         assert sorted(each.choices[0].logprobs.tolist() for each in kept if each.choices[0].logprobs) == sorted(said)
 
-    def test_an_echo_is_no_part_of_what_was_generated(self, recording: RecordingServer, rollout: str) -> None:
+    def test_an_echo_is_not_recorded_as_generated(self, recording: RecordingServer, rollout: str) -> None:
         answer = answer_to(recording, rollout, COMPLETIONS, recording.body(prompt=PROMPTS[0], echo=True, logprobs=1))
         [kept] = recording.recorded(rollout_id=rollout)
 
@@ -184,9 +182,7 @@ class TestCompletions:
         assert kept.choices[0].logprobs is not None
         assert kept.choices[0].logprobs.tolist() == answer["choices"][0]["logprobs"]["token_logprobs"][len(prompt) :]
 
-    def test_of_an_echo_alone_it_is_kept_what_the_engine_was_made_to_sample(
-        self, recording: RecordingServer, rollout: str
-    ) -> None:
+    def test_an_echo_alone_is_recorded_with_the_one_sampled_id(self, recording: RecordingServer, rollout: str) -> None:
         body = recording.body(prompt=PROMPTS[0], echo=True, max_tokens=0)
         answer = answer_to(recording, rollout, COMPLETIONS, body)
         [kept] = recording.recorded(rollout_id=rollout)
@@ -203,7 +199,7 @@ class TestCompletions:
         assert kept.prompt_token_ids is None
         assert [choice_ids(choice) for choice in kept.choices] == [answer["choices"][0]["token_ids"]]
 
-    def test_nor_has_one_that_is_embeddings_in_part(self, recording: RecordingServer, rollout: str) -> None:
+    def test_a_prompt_with_embeddings_in_it_has_no_ids(self, recording: RecordingServer, rollout: str) -> None:
         parts = [{"type": "text", "text": "Say: "}, {"type": "prompt_embeds", "data": embedded(3)}]
         body = {**recording.body(messages=[{"role": "user", "content": parts}]), **IDS}
         answer = answer_to(recording, rollout, CHAT, body)
@@ -212,7 +208,7 @@ class TestCompletions:
         assert kept.prompt_token_ids is None
         assert [choice_ids(choice) for choice in kept.choices] == [answer["choices"][0]["token_ids"]]
 
-    def test_a_beam_search_is_kept_with_every_request_to_the_engine(
+    def test_a_beam_search_is_recorded_with_every_engine_request(
         self, recording: RecordingServer, rollout: str
     ) -> None:
         def requests_of_the_engine() -> float:
@@ -264,7 +260,7 @@ class TestResponses:
         assert {each.response_id for each in kept} == {response["id"]}
         assert {each.endpoint for each in kept} == {RESPONSES}
 
-    def test_a_response_of_the_background_is_kept(self, recording: RecordingServer, rollout: str) -> None:
+    def test_a_background_response_is_recorded(self, recording: RecordingServer, rollout: str) -> None:
         options = {"input": "one", "max_output_tokens": 4, "background": True, "store": True}
         queued = answer_to(recording, rollout, RESPONSES, {"model": recording.model, **options})
         until(lambda: fetch(recording, f"{RESPONSES}/{queued['id']}")["status"] == "incomplete", "the response")
@@ -275,7 +271,7 @@ class TestResponses:
 
 class TestOthers:
     @MODES
-    def test_messages(self, recording: RecordingServer, rollout: str, stream: bool) -> None:
+    def test_messages_are_recorded(self, recording: RecordingServer, rollout: str, stream: bool) -> None:
         answer = answer_to(recording, rollout, MESSAGES, recording.body(messages=TALK, stream=stream))
         [kept] = recording.recorded(rollout_id=rollout)
 
@@ -284,7 +280,7 @@ class TestOthers:
         assert kept.response_id == (answer[0]["message"] if stream else answer)["id"]
         assert (kept.endpoint, kept.model) == (MESSAGES, recording.model)
 
-    def test_each_conversation_of_a_batch(self, recording: RecordingServer, rollout: str) -> None:
+    def test_each_conversation_of_a_batch_is_recorded(self, recording: RecordingServer, rollout: str) -> None:
         conversations = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
         answer = answer_to(recording, rollout, BATCH, recording.body(messages=conversations))
         kept = recording.recorded(rollout_id=rollout)
@@ -296,7 +292,7 @@ class TestOthers:
         assert len({each.call_id for each in kept}) == 1
 
     @MODES
-    def test_generate(self, recording: RecordingServer, rollout: str, stream: bool) -> None:
+    def test_generate_is_recorded(self, recording: RecordingServer, rollout: str, stream: bool) -> None:
         prompt = [1, 87, 85, 275, 201]
         body = {"token_ids": prompt, "sampling_params": {"max_tokens": 6, "temperature": 0}, "stream": stream}
         answer = answer_to(recording, rollout, GENERATE, body)
@@ -308,7 +304,7 @@ class TestOthers:
 
     @pytest.mark.parametrize("named", [True, False], ids=["with a model", "without one"])
     @pytest.mark.parametrize("headers", [{}, {"X-Request-Id": "0"}], ids=["an id of vLLM", "an id of the client"])
-    def test_generative_scoring(
+    def test_generative_scoring_is_recorded(
         self, recording: RecordingServer, rollout: str, named: bool, headers: dict[str, str]
     ) -> None:
         items = [[201, 85], [309, 33, 2]]
@@ -323,13 +319,13 @@ class TestOthers:
         }
         assert len({each.call_id for each in kept}) == 1
 
-    def test_a_chat_that_names_no_model_has_that_of_the_server(self, recording: RecordingServer, rollout: str) -> None:
+    def test_a_chat_that_names_no_model_has_the_servers(self, recording: RecordingServer, rollout: str) -> None:
         answer = answer_to(recording, rollout, CHAT, {"messages": TALK, "max_tokens": 1})
         [kept] = recording.recorded(rollout_id=rollout)
 
         assert kept.model == answer["model"] == recording.model
 
-    def test_what_generates_nothing_leaves_nothing(self, recording: RecordingServer) -> None:
+    def test_requests_that_generate_nothing_leave_nothing(self, recording: RecordingServer) -> None:
         before = {each.id for each in recording.recorded()}
         tokens = tokenize(recording, messages=TALK)
         post(recording, "/detokenize", {"model": recording.model, "tokens": tokens})

@@ -1,4 +1,4 @@
-"""Where no API server of ours sees a request, the engine core records it; never both."""
+"""The engine core records a request that no instrumented API server sees; never both."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.recording.test_endpoints import CHAT, COMPLETIONS, TALK, choice_ids, 
 pytestmark = pytest.mark.tier("all")
 
 TWO_ENGINES = ("--data-parallel-size=2",)
-RECORDS = "agentlightning: requests come from a frontend that is not instrumented: the engine core records them"
+RECORDS = "agentlightning: requests come from a frontend that is not instrumented; the engine core records them"
 MODES = pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
 
 
@@ -45,7 +45,7 @@ def rust(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RecordingServer]:
 
 @pytest.fixture
 def rollout() -> str:
-    """An id that no other test uses, and that a header may have."""
+    """An id that no other test uses, and that is valid in a header."""
     return f"rollout-{uuid.uuid4()}"
 
 
@@ -55,14 +55,14 @@ def ask(server: RecordingServer, path: str, request_id: str | None, **body: Any)
 
 
 def kept_of(server: RecordingServer, **filters: Any) -> Generation:
-    """The one generation that these filters let through, as soon as it is there."""
+    """Wait for the one generation that matches these filters, and return it."""
     [kept] = until(lambda: server.kept(**filters), "the generation")
     return kept
 
 
 @MODES
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
-def test_what_the_rust_frontend_answers_is_kept_whole(
+def test_answers_of_the_rust_frontend_are_recorded_completely(
     rust: RecordingServer, rollout: str, path: str, stream: bool
 ) -> None:
     asks: dict[str, Any] = {"messages": TALK} if path == CHAT else {"prompt": "The quick brown"}
@@ -88,7 +88,7 @@ def test_what_the_rust_frontend_answers_is_kept_whole(
 
 
 @pytest.mark.parametrize("asked", [False, True], ids=["unasked", "asked"])
-def test_its_logprobs_are_what_the_frontend_answers_when_it_is_asked(
+def test_recorded_logprobs_are_those_that_the_frontend_answers(
     rust: RecordingServer, rollout: str, asked: bool
 ) -> None:
     reference = ask(rust, COMPLETIONS, None, prompt="one two", logprobs=1)
@@ -105,20 +105,20 @@ def test_its_logprobs_are_what_the_frontend_answers_when_it_is_asked(
     assert (answer["choices"][0]["logprobs"] is not None) == asked
 
 
-def test_no_client_can_say_that_its_request_is_recorded_already(rust: RecordingServer, rollout: str) -> None:
+def test_a_client_cannot_mark_its_request_as_recorded(rust: RecordingServer, rollout: str) -> None:
     answer = ask(rust, CHAT, rollout, messages=TALK, vllm_xargs={"agentlightning": ["logprobs"]})
 
     assert kept_of(rust, rollout_id=rollout).response_id == answer["id"]
 
 
-def test_without_a_header_it_belongs_to_no_rollout(rust: RecordingServer) -> None:
+def test_a_request_without_a_header_belongs_to_no_rollout(rust: RecordingServer) -> None:
     answer = ask(rust, CHAT, None, messages=TALK)
     kept = kept_of(rust, response_id=answer["id"])
 
     assert (kept.rollout_id, kept.attempt_id) == (None, None)
 
 
-def test_of_an_answer_that_a_stop_string_ends_the_ids_before_it_are_there(rust: RecordingServer, rollout: str) -> None:
+def test_an_answer_ended_by_a_stop_string_has_the_ids_before_it(rust: RecordingServer, rollout: str) -> None:
     options = {"prompt": "hi", "ignore_eos": True}
     text = ask(rust, COMPLETIONS, None, **options)["choices"][0]["text"]
     answer = ask(rust, COMPLETIONS, rollout, **options, stop=[text[8:10]], return_token_ids=True)
@@ -131,7 +131,7 @@ def test_of_an_answer_that_a_stop_string_ends_the_ids_before_it_are_there(rust: 
     assert kept.status == "aborted"
 
 
-def test_both_engine_cores_keep_what_many_clients_get_and_what_some_leave(rust: RecordingServer, rollout: str) -> None:
+def test_both_engine_cores_record_answered_and_aborted_requests(rust: RecordingServer, rollout: str) -> None:
     streams = [
         Stream(number, prompt, leaves_after=3 if number % 3 == 0 else None)
         for number, prompt in enumerate(["one", "The quick brown", "two three"] * 20)
@@ -147,7 +147,7 @@ def test_both_engine_cores_keep_what_many_clients_get_and_what_some_leave(rust: 
     assert rust.log.count(RECORDS) == 2
 
 
-def test_where_the_server_is_stopped_what_is_under_way_is_kept(tmp_path: Path, rollout: str, nursery: Nursery) -> None:
+def test_requests_unfinished_when_the_server_stops_are_recorded(tmp_path: Path, rollout: str, nursery: Nursery) -> None:
     with nursery.server(tmp_path / "generations.db", env=rust_environment()) as server:
         with Load(server, rollout, endless(900), by_request_id=True) as load:
             until(lambda: len(load.begun) == 16, "answers that have begun")
@@ -172,7 +172,7 @@ def test_each_engine_core_is_a_sender_that_knows_its_model_but_no_text(rust: Rec
     assert sum(minute.generations for each in found for minute in each.minutes) == len(rust.kept())
 
 
-def test_doctor_tells_where_to_look(rust: RecordingServer, rollout: str) -> None:
+def test_doctor_says_where_to_look(rust: RecordingServer, rollout: str) -> None:
     ask(rust, CHAT, rollout, messages=TALK)
     kept_of(rust, rollout_id=rollout)
 
@@ -182,7 +182,7 @@ def test_doctor_tells_where_to_look(rust: RecordingServer, rollout: str) -> None
 
 
 @pytest.mark.parametrize("instrumented", [True, False], ids=["instrumented", "not instrumented"])
-def test_of_a_frontend_on_another_machine_one_side_records(
+def test_a_frontend_on_another_machine_is_recorded_by_one_side(
     tmp_path: Path, rollout: str, nursery: Nursery, instrumented: bool
 ) -> None:
     meeting_point = ("--data-parallel-address=127.0.0.1", f"--data-parallel-rpc-port={free_port()}")

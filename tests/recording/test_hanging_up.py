@@ -1,4 +1,4 @@
-"""Clients that hang up in the midst of an answer: what the engine has sampled for them is kept, once, as aborted."""
+"""Clients that hang up during an answer: the ids sampled for them are recorded once, as aborted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.recording.under_way import ROUTE
 CALLS = 1000
 FEWER_CALLS = 50
 AT_ONCE = 64
-# More than the engine can usually come to before it is told that nobody waits any more.
+# More than the engine usually samples before it is told that the client has gone.
 NEVER_ENDING = 900
 
 
@@ -31,7 +31,7 @@ def said_in_full(server: RecordingServer, prompt: str) -> list[int]:
     return post(server, "/v1/completions", body)["choices"][0]["token_ids"]
 
 
-def test_what_was_sampled_for_many_clients_is_kept_though_half_of_them_hang_up(
+def test_ids_sampled_for_clients_that_hang_up_are_recorded(
     recording: RecordingServer, rollout: str, thorough: bool
 ) -> None:
     calls = CALLS if thorough else FEWER_CALLS

@@ -1,4 +1,4 @@
-"""Servers and engines that are killed: the file is whole, and has what was answered before."""
+"""Servers and engines that are killed: the file is intact, and has all earlier answers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def is_whole(path: Path) -> bool:
 
 
 def kill(server: RecordingServer) -> None:
-    """The API server at once, and what it leaves behind."""
+    """Kill the API server at once, and then the processes that it leaves behind."""
     children = psutil.Process(server.process.pid).children(recursive=True)
     server.process.kill()
     server.process.wait()
@@ -37,11 +37,11 @@ def kill(server: RecordingServer) -> None:
 
 
 def numbers(server: RecordingServer, rollout: str) -> set[int]:
-    """Of the streams that are kept by now."""
+    """Return the numbers of the streams recorded so far."""
     return {int(str(each.attempt_id)) for each in server.kept(rollout_id=rollout)}
 
 
-def test_an_api_server_is_killed_and_what_was_answered_a_second_before_is_there(
+def test_answers_a_second_before_an_api_server_is_killed_are_recorded(
     nursery: Nursery, tmp_path: Path, rollout: str, thorough: bool
 ) -> None:
     assert GATHERING_SECONDS <= 0.5, "a second is promised, and writing takes its time too"
@@ -63,7 +63,7 @@ def test_an_api_server_is_killed_and_what_was_answered_a_second_before_is_there(
         assert before <= kept.keys()
 
 
-def test_where_the_engine_is_killed_everything_under_way_is_kept_as_failed(
+def test_requests_unfinished_when_the_engine_is_killed_are_recorded_as_failed(
     nursery: Nursery, tmp_path: Path, rollout: str
 ) -> None:
     with nursery.server(tmp_path / "generations.db") as server:

@@ -28,7 +28,7 @@ def server(
 
 
 def kept_logprobs(server: RecordingServer, rollout: str) -> list[list[float]]:
-    """Of each choice of the rollout's one generation."""
+    """Return the logprobs of each choice of the rollout's one generation."""
     [kept] = server.recorded(rollout_id=rollout)
     assert kept.logprobs_mode == ("processed_logprobs" if PROCESSED[0] in server.command else "raw_logprobs")
     found = []
@@ -40,12 +40,12 @@ def kept_logprobs(server: RecordingServer, rollout: str) -> list[list[float]]:
 
 
 def chat_logprobs(answer: Any) -> list[list[float]]:
-    """Of each choice of a chat answer."""
+    """Return the logprobs of each choice of a chat answer."""
     return [[each["logprob"] for each in choice["logprobs"]["content"]] for choice in answer["choices"]]
 
 
 def shown(answer: Any) -> list[Any]:
-    """What an answer shows of logprobs."""
+    """Return the logprobs in an answer."""
     chunks = answer if isinstance(answer, list) else [answer]
     return [choice["logprobs"] for chunk in chunks for choice in chunk["choices"] if choice.get("logprobs")]
 
@@ -56,7 +56,7 @@ def shown(answer: Any) -> list[Any]:
     [{}, {"n": 3, "temperature": 1, "seed": 5}, {"stop": "a"}, {"max_tokens": 64, "ignore_eos": True}],
     ids=["greedy", "three choices", "stop string", "longer"],
 )
-def test_they_are_what_vllm_answers_when_it_is_asked(
+def test_recorded_logprobs_are_those_that_vllm_answers(
     server: RecordingServer, rollout: str, options: dict[str, Any], stream: bool
 ) -> None:
     body = server.body(messages=TALK, **options)
@@ -68,7 +68,7 @@ def test_they_are_what_vllm_answers_when_it_is_asked(
 
 
 @MODES
-def test_an_answer_to_whoever_asks_is_what_it_was_and_is_kept_too(
+def test_logprobs_that_a_client_asks_for_are_answered_and_recorded(
     server: RecordingServer, rollout: str, stream: bool
 ) -> None:
     body = server.body(prompt=PROMPTS[0], logprobs=2, stream=stream)
@@ -79,9 +79,7 @@ def test_an_answer_to_whoever_asks_is_what_it_was_and_is_kept_too(
     assert len(said) == sum(len(choice["top_logprobs"]) for choice in shown(answer)) > 0
 
 
-def test_ids_whose_logprobs_a_client_names_are_answered_and_those_of_the_sampled_are_kept(
-    server: RecordingServer, rollout: str
-) -> None:
+def test_logprobs_of_named_ids_are_answered_and_the_sampled_ids_recorded(server: RecordingServer, rollout: str) -> None:
     if SPECULATIVE[0] in server.command:
         pytest.skip("vLLM answers with HTTP 500 to this beside speculative decoding, without us too")
     body = server.body(messages=TALK, logprobs=True, logprob_token_ids=[5, 6])
@@ -90,7 +88,7 @@ def test_ids_whose_logprobs_a_client_names_are_answered_and_those_of_the_sampled
     assert kept_logprobs(server, rollout) == chat_logprobs(answer)
 
 
-def test_logprobs_of_the_prompt_are_what_they_were(server: RecordingServer, rollout: str) -> None:
+def test_logprobs_of_the_prompt_stay_unchanged(server: RecordingServer, rollout: str) -> None:
     body = server.body(prompt=PROMPTS[0], prompt_logprobs=1)
     answer = answer_to(server, rollout, COMPLETIONS, body)
 
@@ -102,7 +100,7 @@ def test_logprobs_of_the_prompt_are_what_they_were(server: RecordingServer, roll
     assert answer["choices"][0]["prompt_logprobs"] == asked["choices"][0]["prompt_logprobs"]
 
 
-def test_a_beam_search_has_them_for_every_request_to_the_engine(server: RecordingServer, rollout: str) -> None:
+def test_a_beam_search_has_logprobs_for_every_engine_request(server: RecordingServer, rollout: str) -> None:
     options = {"prompt": PROMPTS[0], "n": 2, "max_tokens": 3, "use_beam_search": True}
     answer_to(server, rollout, COMPLETIONS, server.body(**options))
 

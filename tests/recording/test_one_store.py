@@ -1,4 +1,4 @@
-"""Two vLLM servers and one store, over HTTP and in PostgreSQL: nothing mixed, and nothing lost."""
+"""Two vLLM servers and one store, over HTTP and in PostgreSQL: nothing is mixed up or lost."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ANSWERS = 30
     ]
 )
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """Where both servers record."""
+    """The store of both servers."""
     kept = None
     if "PostgreSQL" in request.param:
         postgresql: PostgresServer = request.getfixturevalue("postgresql")

@@ -1,4 +1,4 @@
-"""The text that is kept beside the ids of a prompt: theirs, or none; and what an answer hides is kept all the same."""
+"""The recorded text of a prompt matches its ids, or is None; text that an answer hides is recorded."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def short(value: Any) -> str | None:
 
 @pytest.fixture(scope="module")
 def server(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RecordingServer]:
-    """Without embeddings: where it takes those, vLLM itself has no text of a chat's prompt."""
+    """A server without embeddings: with them, vLLM itself has no text of a chat's prompt."""
     path = tmp_path_factory.mktemp("store") / "generations.db"
     env = {"VLLM_ENABLE_RESPONSES_API_STORE": "1"}
     with nursery.server(path, "--enable-prompt-tokens-details", *PARSERS, env=env) as server:
@@ -36,7 +36,7 @@ def server(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def asked(server: RecordingServer, rollout: str, path: str, **options: Any) -> Generation:
-    """Return the generation that is kept of one call."""
+    """Return the recorded generation of one call."""
     said: dict[str, dict[str, Any]] = {
         CHAT: {"messages": TALK, "max_tokens": 2},
         BATCH: {"messages": [TALK], "max_tokens": 2},
@@ -50,7 +50,7 @@ def asked(server: RecordingServer, rollout: str, path: str, **options: Any) -> G
 
 
 def text_of(generation: Generation) -> str:
-    """The text that its prompt's ids are."""
+    """Return the text that the prompt's ids decode to."""
     return tokenizer().decode(ids_of(generation)[0])
 
 
@@ -64,7 +64,7 @@ def test_a_prompt_has_the_text_of_its_ids(server: RecordingServer, rollout: str,
 
 @pytest.mark.parametrize("side", ["left", "right", None])
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS], ids=["chat", "completions"])
-def test_a_prompt_that_was_cut_has_its_ids_and_no_text(
+def test_a_truncated_prompt_has_its_ids_and_no_text(
     server: RecordingServer, rollout: str, path: str, side: str | None
 ) -> None:
     kept = asked(server, rollout, path, truncate_prompt_tokens=5, truncation_side=side)
@@ -83,7 +83,7 @@ def test_a_prompt_that_was_cut_has_its_ids_and_no_text(
     ],
     ids=short,
 )
-def test_a_prompt_that_was_cut_to_what_there_is_room_for_has_no_text(
+def test_a_prompt_truncated_to_the_room_left_has_no_text(
     server: RecordingServer, rollout: str, path: str, options: dict[str, Any]
 ) -> None:
     kept = asked(server, rollout, path, **options)
@@ -104,7 +104,7 @@ def test_a_prompt_that_was_cut_to_what_there_is_room_for_has_no_text(
     ],
     ids=short,
 )
-def test_a_prompt_that_there_was_room_for_keeps_its_text(
+def test_a_prompt_that_fits_keeps_its_text(
     server: RecordingServer, rollout: str, path: str, options: dict[str, Any]
 ) -> None:
     kept = asked(server, rollout, path, **options)
@@ -112,7 +112,7 @@ def test_a_prompt_that_there_was_room_for_keeps_its_text(
     assert kept.prompt_text == text_of(kept)
 
 
-def test_a_search_with_beams_adds_ids_to_no_text(server: RecordingServer, rollout: str) -> None:
+def test_a_beam_search_has_no_prompt_text(server: RecordingServer, rollout: str) -> None:
     options = {"model": server.model, "prompt": TEXT, "n": 2, "max_tokens": 3, "use_beam_search": True}
     answer_to(server, rollout, COMPLETIONS, options)
     kept = server.recorded(rollout_id=rollout)
@@ -126,7 +126,9 @@ THOUGHT = "<think>aaaa</think>So: b"
 
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
 @pytest.mark.parametrize("path", [CHAT, BATCH, RESPONSES], ids=short)
-def test_reasoning_that_an_answer_hides_is_kept(server: RecordingServer, rollout: str, path: str, stream: bool) -> None:
+def test_reasoning_that_an_answer_hides_is_recorded(
+    server: RecordingServer, rollout: str, path: str, stream: bool
+) -> None:
     options: dict[str, Any] = {"include_reasoning": False, "structured_outputs": {"choice": [THOUGHT]}}
     options |= {"max_output_tokens" if path == RESPONSES else "max_tokens": 40}
     kept = asked(server, rollout, path, **options, **({} if path == BATCH else {"stream": stream}))

@@ -1,4 +1,4 @@
-"""Whose a generation is: an agent says it with its base URL or with headers, and need not know of us."""
+"""The rollout of a generation: an agent names it by its base URL or by headers."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def whose(generations: list[Generation]) -> set[tuple[str | None, str | None]]:
 
 
 @CLIENTS
-def test_a_base_url_says_it(recording: RecordingServer, rollout: str, ask: Ask) -> None:
+def test_a_base_url_names_the_rollout(recording: RecordingServer, rollout: str, ask: Ask) -> None:
     ask(recording, f"/rollout/{quote(rollout)}/attempt/2", {})
     ask(recording, f"/rollout/{quote(rollout)}", {})
 
@@ -84,7 +84,7 @@ def test_a_base_url_says_it(recording: RecordingServer, rollout: str, ask: Ask) 
     assert whose(recording.kept(rollout_id=rollout, attempt_id="2")) == {(rollout, "2")}
 
 
-def test_it_says_it_with_a_slash_too_many(recording: RecordingServer, rollout: str) -> None:
+def test_a_base_url_with_an_extra_slash_names_the_rollout(recording: RecordingServer, rollout: str) -> None:
     url = f"{recording.url}/rollout/{quote(rollout)}/attempt/a%2F2/v1/completions/"
     body, key = recording.body(prompt="one", max_tokens=2), {"Authorization": "Bearer none"}
     answer = httpx.post(url, json=body, headers=key, follow_redirects=True, timeout=120)
@@ -94,20 +94,20 @@ def test_it_says_it_with_a_slash_too_many(recording: RecordingServer, rollout: s
 
 
 @CLIENTS
-def test_headers_say_it(recording: RecordingServer, rollout: str, ask: Ask) -> None:
+def test_headers_name_the_rollout(recording: RecordingServer, rollout: str, ask: Ask) -> None:
     ask(recording, "", {"x-agl-rollout-id": rollout, "X-AGL-Attempt-Id": "a/b"})
 
     assert whose(recording.recorded(rollout_id=rollout)) == {(rollout, "a/b")}
 
 
-def test_baggage_says_it(recording: RecordingServer, rollout: str) -> None:
+def test_baggage_names_the_rollout(recording: RecordingServer, rollout: str) -> None:
     members = f"other=1, agentlightning.rollout_id={quote(rollout)};kept=yes,agentlightning.attempt_id=%C3%A4%2C3"
     chat(recording, "", {"baggage": members})
 
     assert whose(recording.recorded(rollout_id=rollout)) == {(rollout, "ä,3")}
 
 
-def test_the_first_that_names_a_rollout_wins_whole(recording: RecordingServer, rollout: str) -> None:
+def test_the_first_source_that_names_a_rollout_decides_alone(recording: RecordingServer, rollout: str) -> None:
     baggage = {"baggage": f"agentlightning.rollout_id={quote(rollout)} c,agentlightning.attempt_id=3"}
     headers = {"x-agl-rollout-id": f"{rollout} b", "x-agl-attempt-id": "2", **baggage}
     chat(recording, f"/rollout/{quote(rollout)} a", headers)
@@ -126,7 +126,7 @@ def test_the_first_that_names_a_rollout_wins_whole(recording: RecordingServer, r
 
 @pytest.mark.parametrize("header", ["x-session-id", "x-claude-code-session-id"])
 @CLIENTS
-def test_sessions_and_traces_are_kept_beside_it(
+def test_sessions_and_traces_are_recorded_beside_the_rollout(
     recording: RecordingServer, rollout: str, ask: Ask, header: str
 ) -> None:
     ask(recording, "", {header: rollout, "traceparent": f"00-{TRACE}-00f067aa0ba902b7-01"})
@@ -136,7 +136,7 @@ def test_sessions_and_traces_are_kept_beside_it(
 
 
 @CLIENTS
-def test_what_is_nobodys_is_kept_all_the_same(recording: RecordingServer, rollout: str, ask: Ask) -> None:
+def test_a_request_without_a_rollout_is_recorded(recording: RecordingServer, rollout: str, ask: Ask) -> None:
     before = {each.id for each in recording.recorded(rollout_id=None)}
     ask(recording, "", {})
 
@@ -146,7 +146,7 @@ def test_what_is_nobodys_is_kept_all_the_same(recording: RecordingServer, rollou
     assert {(each.rollout_id, each.attempt_id, each.session_id, each.trace_id) for each in its} == {(None,) * 4}
 
 
-def test_who_has_no_key_leaves_nothing(recording: RecordingServer, rollout: str) -> None:
+def test_a_request_without_a_key_leaves_nothing(recording: RecordingServer, rollout: str) -> None:
     client = openai_client(recording, f"/rollout/{quote(rollout)}", {}).with_options(api_key="another")
     with pytest.raises(openai.AuthenticationError):
         client.completions.create(model=recording.model, prompt="one", max_tokens=2)
@@ -156,7 +156,7 @@ def test_who_has_no_key_leaves_nothing(recording: RecordingServer, rollout: str)
 
 @pytest.mark.parametrize("name", ["x-agl-rollout-id", "x-session-id"])
 @pytest.mark.parametrize("said", ["a/b", "Größe 😀", "50% off", "r;x=1", "a, b", "...", "x" * 210], ids=ascii)
-def test_ids_are_any_text(recording: RecordingServer, rollout: str, name: str, said: str) -> None:
+def test_ids_may_be_any_text(recording: RecordingServer, rollout: str, name: str, said: str) -> None:
     own = f"{said} {rollout[-32:]}"
     assert ask_with(recording, {name: own.encode()}) == 200
 
@@ -181,7 +181,7 @@ HEADERS = ("x-agl-rollout-id", "x-agl-attempt-id", "x-session-id", "x-claude-cod
 
 
 def ask_with(server: RecordingServer, headers: dict[str, bytes]) -> int:
-    """The status of the answer to a request with these headers, which no client library has looked at."""
+    """Return the status of a request with these headers, sent without a client library that checks them."""
     body = json.dumps({"model": server.model, "prompt": "one", "max_tokens": 1})
     with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)) as connection:
         connection.putrequest("POST", "/v1/completions")
@@ -203,7 +203,7 @@ def ignored(server: RecordingServer) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("value", HOSTILE.values(), ids=HOSTILE)
-def test_a_header_that_is_no_id_is_ignored_and_counted(recording: RecordingServer, value: bytes) -> None:
+def test_a_header_with_an_invalid_id_is_ignored_and_counted(recording: RecordingServer, value: bytes) -> None:
     before = ignored(recording)
     # vLLM makes the answer's id of the last one, and refuses one that is too long for it.
     assert all(ask_with(recording, {name: value}) in (200, 400) for name in HEADERS)
@@ -218,7 +218,7 @@ def test_a_header_that_is_no_id_is_ignored_and_counted(recording: RecordingServe
 @pytest.mark.parametrize(
     "value", [b"", b"00-", b"00-" + b"0" * 32 + b"-00f067aa0ba902b7-01", b"\xff" * 55, b"x" * 9999]
 )
-def test_a_traceparent_that_is_none_is_ignored_and_counted(recording: RecordingServer, value: bytes) -> None:
+def test_an_invalid_traceparent_is_ignored_and_counted(recording: RecordingServer, value: bytes) -> None:
     before = ignored(recording).get("traceparent", 0)
     assert ask_with(recording, {"traceparent": value}) == 200
 
@@ -227,9 +227,7 @@ def test_a_traceparent_that_is_none_is_ignored_and_counted(recording: RecordingS
 
 
 @pytest.mark.parametrize("value", [b"x\x00y", b"\x1b[31m"], ids=["NUL", "escape"])
-def test_control_characters_are_refused_by_the_server_and_ignored_by_us(
-    recording: RecordingServer, value: bytes
-) -> None:
+def test_control_characters_in_headers_are_refused_or_ignored(recording: RecordingServer, value: bytes) -> None:
     # Before us, the server's own parser of HTTP looks at headers.
     assert {ask_with(recording, {name: value}) for name in (*HEADERS, "baggage", "traceparent")} == {400}
     before = ignored(recording).get("baggage", 0)
@@ -239,7 +237,7 @@ def test_control_characters_are_refused_by_the_server_and_ignored_by_us(
     assert value.decode() not in ids_in(recording)
 
 
-def test_after_all_that_the_file_is_whole_and_alone(recording: RecordingServer) -> None:
+def test_the_file_is_intact_and_alone_after_all_other_tests(recording: RecordingServer) -> None:
     assert {each.name.removeprefix(recording.path.name) for each in recording.path.parent.iterdir()} <= FILES
     with closing(sqlite3.connect(recording.path)) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]

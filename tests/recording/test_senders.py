@@ -1,4 +1,4 @@
-"""A real vLLM tells its store who it is, and what its token ids stand for."""
+"""A real vLLM registers with its store, and sends its vocabulary."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def written(each: senders.Seen) -> tuple[int, int, int]:
 
 
 def ids_of(generation: Generation) -> tuple[list[int], list[list[int]]]:
-    """Of its prompt, which has none where it was embeddings, and of its choices."""
+    """Return the ids of a generation's prompt, which are empty for embeddings, and of its choices."""
     return list(generation.prompt_token_ids or ()), [list(choice.token_ids or ()) for choice in generation.choices]
 
 
-def test_the_store_knows_the_server_and_what_it_has_written(recording: RecordingServer, rollout: str) -> None:
+def test_the_store_knows_the_server_and_counts_its_generations(recording: RecordingServer, rollout: str) -> None:
     post(recording, "/v1/completions", recording.body(prompt="one two", n=3, temperature=1.0))
     kept = recording.recorded()
 
@@ -60,7 +60,7 @@ def test_the_store_knows_the_server_and_what_it_has_written(recording: Recording
     assert fetch(recording, "/v1/agl/status")["counters"]["failures"] == {}
 
 
-def test_what_each_id_stands_for_is_the_tokenizers_own_token(recording: RecordingServer) -> None:
+def test_each_id_stands_for_the_tokenizers_own_token(recording: RecordingServer) -> None:
     post(recording, "/v1/chat/completions", recording.body(messages=TALK))
     # Ids that no text becomes: special ones, and halves of characters.
     post(recording, "/v1/completions", recording.body(prompt=[*range(len(tokenizer()))], max_tokens=64))

@@ -1,4 +1,4 @@
-"""SIGTERM under load: what is under way ends with the server, and is kept."""
+"""SIGTERM under load: unfinished requests end with the server, and are recorded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ AT_ONCE = 16
         pytest.param(("--api-server-count=2",), id="two API servers", marks=pytest.mark.tier("all")),
     ],
 )
-def test_what_is_under_way_is_kept_though_clients_stay(
+def test_unfinished_requests_are_recorded_while_clients_stay(
     nursery: Nursery, tmp_path: Path, rollout: str, arguments: tuple[str, ...]
 ) -> None:
     with nursery.server(tmp_path / "generations.db", *arguments) as server:
@@ -42,7 +42,7 @@ def test_what_is_under_way_is_kept_though_clients_stay(
         assert losses(server) == 0
 
 
-def test_what_has_ended_is_kept_though_it_was_still_waiting(nursery: Nursery, tmp_path: Path, rollout: str) -> None:
+def test_queued_generations_are_recorded(nursery: Nursery, tmp_path: Path, rollout: str) -> None:
     with nursery.server(tmp_path / "generations.db") as server:
         with Load(server, rollout, endless(1), 64) as load:
             until(lambda: len(load.answered) > 200, "answers")

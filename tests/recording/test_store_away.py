@@ -1,4 +1,4 @@
-"""A store that cannot be written for a while: answers go on, and what was lost is counted and written down."""
+"""A store that cannot be written for a while: answers go on, and losses are counted and recorded."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def server(nursery: Nursery, tmp_path: Path) -> Iterator[RecordingServer]:
 
 @contextmanager
 def locked(server: RecordingServer) -> Iterator[None]:
-    """Another one writes."""
+    """Lock the file by another writer."""
     with closing(sqlite3.connect(server.path, isolation_level=None)) as another:
         another.execute("BEGIN IMMEDIATE")
         yield
@@ -44,7 +44,7 @@ def locked(server: RecordingServer) -> Iterator[None]:
 
 @contextmanager
 def full(server: RecordingServer) -> Iterator[None]:
-    """The server's files cannot grow."""
+    """Limit the size of the server's files."""
     _, most = resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE)
     resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (1 << 16, most))
     yield
@@ -53,7 +53,7 @@ def full(server: RecordingServer) -> Iterator[None]:
 
 @contextmanager
 def killed(store: StoreServer | PostgresServer) -> Iterator[None]:
-    """SIGKILL, and started again."""
+    """Kill the store, and start it again afterwards."""
     store.kill()
     yield
     store.start()
@@ -87,7 +87,7 @@ def test_answers_go_on_while_postgresql_is_away(nursery: Nursery, tmp_path: Path
 
 
 def assert_answers_go_on(server: RecordingServer, away: AbstractContextManager[None]) -> None:
-    """What fits the queue arrives when the store is back, and what does not is counted and written down."""
+    """Assert that queued generations arrive when the store is back, and that the others are recorded as lost."""
     first = ask(server)
     until(lambda: server.kept(response_id=first), "the first one")
     with away:

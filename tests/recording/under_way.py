@@ -1,16 +1,16 @@
-"""A route for the tests: how many requests to the engine one API server waits for, as the capture has it."""
+"""A route for the tests: the number of unfinished engine requests that one API server follows."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from agentlightning.instrumentation.vllm import running
+from agentlightning.instrumentation.vllm.capture import frontend
 
 ROUTE = "/under_way"
 
 
 class UnderWay:
-    """A middleware, for `vllm serve --middleware`."""
+    """The middleware, for `vllm serve --middleware`."""
 
     def __init__(self, app: Any) -> None:
         self._app = app
@@ -19,7 +19,7 @@ class UnderWay:
         if scope["type"] != "http" or scope["path"] != ROUTE:
             await self._app(scope, receive, send)
             return
-        under_way = [*running._running.values()]
+        under_way = [*frontend._pending.values()]
         held = sum(len(each._requests) + len(each._parents) for each in under_way)
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": str(held).encode()})

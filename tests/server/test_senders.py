@@ -160,10 +160,10 @@ DIGEST = vocabulary().digest.hex()
 @pytest.mark.parametrize(
     ("digest", "body", "status", "reason"),
     [
-        (DIGEST, b"", 422, "cut off"),
-        (DIGEST, b"a vocabulary", 422, "cannot be unpacked"),
-        (DIGEST, zlib.compress(b"[]"), 422, "something else"),
-        (DIGEST, zlib.compress(bytes(100 << 20)), 422, "larger than 64 MiB"),
+        (DIGEST, b"", 422, "truncated"),
+        (DIGEST, b"a vocabulary", 422, "cannot be decompressed"),
+        (DIGEST, zlib.compress(b"[]"), 422, "not an object"),
+        (DIGEST, zlib.compress(bytes(100 << 20)), 422, "more than 64 MiB"),
         (DIGEST, Vocabulary(["another"]).to_bytes(), 422, "of another digest"),
         # Equal vocabularies would have two digests.
         (DIGEST, zlib.compress(b'{"tokens": ["a"], "special": []}'), 422, "of another digest"),

@@ -492,7 +492,9 @@ def test_opening_a_store_over_http_without_msgspec_names_the_install_command(tmp
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
 
     install = f"{sys.executable} -m pip install 'msgspec>=0.18' 'urllib3>=1.26'"
-    assert result.stderr.splitlines()[-1].endswith(f"StoreRefused: a store over HTTP needs msgspec and urllib3: {install}")
+    assert result.stderr.splitlines()[-1].endswith(
+        f"StoreRefused: a store over HTTP needs msgspec and urllib3: {install}"
+    )
 
 
 def test_threads_share_a_store(store: Store) -> None:

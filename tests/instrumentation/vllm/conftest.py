@@ -1,4 +1,4 @@
-"""A test leaves nothing to those that are forked after it: neither failures that it provoked, nor a request."""
+"""Each test begins with settings of its own, and leaves nothing to the tests that are forked after it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from agentlightning.instrumentation.vllm import containment, request_context
+from agentlightning.instrumentation.vllm import _context, _isolation
+from agentlightning.instrumentation.vllm.capture.session import session
 
 
 @pytest.fixture(autouse=True)
-def leaves_nothing() -> Iterator[None]:
-    """Forget the failures and the request of a test when it is over: forked tests inherit what this process has."""
+def clean_process() -> Iterator[None]:
+    """Read the settings anew, and afterwards forget failures and request: forked tests inherit this process's state."""
+    session.begin()
     yield
-    containment.failures.clear()
-    request_context.enter(None)
+    _isolation.failures.clear()
+    _context.set_current(None)

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from agentlightning.instrumentation.vllm.server import STATUS_ROUTE
+from agentlightning.instrumentation.vllm._status import STATUS_ROUTE
 from tests.common.vllm import RemoteOpenAIServer
 from tests.conftest import PARSERS
 
@@ -73,7 +73,7 @@ PREFIXES = [
     b"*/rollout/x",
     b"rollout/x",
 ]
-"""What is said before a path: a rollout's prefix, and what may be taken for one."""
+"""Prefixes of paths: a rollout's, and some that resemble one."""
 
 PATHS = [
     b"/v1/models",
@@ -119,7 +119,7 @@ PATHS = [
     b"/",
     b"",
 ]
-"""What vLLM guards in many a spelling, and what it does not guard."""
+"""Paths that vLLM guards, in many spellings, and paths that it does not guard."""
 
 WITHOUT_A_SLASH = [
     b"v1/models",
@@ -193,17 +193,23 @@ def test_a_path_is_answered_as_vllm_answers_it(
 
 
 @pytest.mark.tier("all")
-def test_however_it_is_asked_for(guarded: RemoteOpenAIServer, guarded_without_us: RemoteOpenAIServer) -> None:
+def test_a_path_is_answered_alike_for_every_method(
+    guarded: RemoteOpenAIServer, guarded_without_us: RemoteOpenAIServer
+) -> None:
     assert "401" in assert_alike(guarded, guarded_without_us, SOME_PATHS, METHODS, [b"", WEBSOCKET])
 
 
 @pytest.mark.tier("all")
-def test_whatever_its_headers_say(guarded: RemoteOpenAIServer, guarded_without_us: RemoteOpenAIServer) -> None:
+def test_a_path_is_answered_alike_with_any_headers(
+    guarded: RemoteOpenAIServer, guarded_without_us: RemoteOpenAIServer
+) -> None:
     assert "401" in assert_alike(guarded, guarded_without_us, SOME_PATHS, headers=HEADERS)
 
 
 @pytest.mark.tier("all")
-def test_a_target_that_is_no_path(guarded: RemoteOpenAIServer, guarded_without_us: RemoteOpenAIServer) -> None:
+def test_a_target_without_a_path_is_answered_alike(
+    guarded: RemoteOpenAIServer, guarded_without_us: RemoteOpenAIServer
+) -> None:
     requests = [request(b"GET", target) for target in WITHOUT_A_SLASH]
 
     assert answers(guarded, requests) == answers(guarded_without_us, requests)
@@ -229,7 +235,7 @@ def assert_alike(
     methods: Iterable[bytes] = (b"GET",),
     headers: Iterable[bytes] = (b"",),
 ) -> set[str]:
-    """Each path, with each prefix before it, is answered as vLLM answers it with that or without; how, is returned."""
+    """Assert that each path with each prefix is answered as vLLM answers it; return the answers."""
     asked = {
         request(method, prefix + path, header): request(method, path, header)
         for method, prefix, path, header in itertools.product(methods, PREFIXES, paths, headers)
@@ -250,7 +256,7 @@ def request(method: bytes, target: bytes, headers: bytes = b"") -> bytes:
 
 
 def answers(server: RemoteOpenAIServer, requests: Iterable[bytes]) -> dict[bytes, str]:
-    """The status that each request gets, byte by byte as it is; "" where the connection is closed without one."""
+    """Send each request byte by byte as given, and return its status; "" if the connection is closed without one."""
 
     def ask(request: bytes) -> str:
         with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:

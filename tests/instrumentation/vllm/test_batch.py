@@ -1,4 +1,4 @@
-"""Token ids where many conversations are answered at once: /v1/chat/completions/batch, and vllm run-batch."""
+"""Token ids in batches: /v1/chat/completions/batch, and vllm run-batch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ def test_every_choice_has_the_ids_of_its_own_conversation(armed: RemoteOpenAISer
     assert answer["response_token_ids"] == [greedy(prompt, 4) for prompt in expected]
 
 
-def test_a_request_that_declines_gets_vllms_own_answer(armed: RemoteOpenAIServer, plain: RemoteOpenAIServer) -> None:
+def test_a_request_that_declines_ids_gets_vllms_own_answer(
+    armed: RemoteOpenAIServer, plain: RemoteOpenAIServer
+) -> None:
     ours = post(armed, BATCH, body(armed, return_token_ids=False))
 
     assert steady(ours) == steady(post(plain, BATCH, body(plain)))
@@ -54,7 +56,7 @@ def test_a_request_that_asks_gets_prompt_ids_too(parsing: RemoteOpenAIServer) ->
         pytest.param(("python", "-m", "vllm.entrypoints.openai.run_batch"), marks=pytest.mark.tier("all")),
     ],
 )
-def test_result_lines_of_run_batch_carry_their_ids_and_are_kept(tmp_path: Path, command: tuple[str, ...]) -> None:
+def test_result_lines_of_run_batch_carry_their_ids_and_are_recorded(tmp_path: Path, command: tuple[str, ...]) -> None:
     model = str(tiny_model())
     chat = {"model": model, "messages": CONVERSATIONS[-1], "max_tokens": 4, "temperature": 0}
     asked = {

@@ -17,13 +17,13 @@ CHAT = "/v1/chat/completions"
 
 
 def ask(server: RemoteOpenAIServer, **options: Any) -> Any:
-    """A plain answer, as the `openai` client gives it."""
+    """Ask for a plain answer, with the `openai` client."""
     options = {"messages": MESSAGES, "max_tokens": 24, "temperature": 0, **options}
     return server.client().chat.completions.create(model=server.model, **options)
 
 
 def ask_streamed(server: RemoteOpenAIServer, **options: Any) -> Streamed:
-    """A streamed answer, put together."""
+    """Ask for a streamed answer, and join its chunks."""
     return gather(ask(server, stream=True, stream_options={"include_usage": True}, **options))
 
 
@@ -54,7 +54,7 @@ def test_streamed_ids_joined_are_those_of_the_plain_answer(armed: RemoteOpenAISe
     assert streamed.text[0] == answer.choices[0].message.content
 
 
-def test_the_prompt_ids_ride_on_the_first_chunk(armed: RemoteOpenAIServer) -> None:
+def test_a_stream_carries_prompt_ids_on_its_first_chunk(armed: RemoteOpenAIServer) -> None:
     first, *others = ask_streamed(armed).chunks
 
     assert first["prompt_token_ids"] == tokenize(armed, messages=MESSAGES)
@@ -115,7 +115,7 @@ def test_without_ids_the_field_is_absent_and_not_null(armed: RemoteOpenAIServer)
 
 
 class TestPromptEmbeds:
-    """Of a prompt that is embeddings in part vLLM says placeholders for them, which nobody may train on."""
+    """vLLM gives placeholders as the ids of embeddings in a prompt: no one may train on those."""
 
     @pytest.fixture
     def messages(self) -> Any:
@@ -129,7 +129,7 @@ class TestPromptEmbeds:
         assert answer.response_token_ids == [answer.choices[0].token_ids]
         assert len(answer.response_token_ids[0]) == 24
 
-    def test_nor_does_a_stream(self, armed: RemoteOpenAIServer, messages: Any) -> None:
+    def test_a_stream_carries_no_prompt_ids(self, armed: RemoteOpenAIServer, messages: Any) -> None:
         streamed, answer = ask_streamed(armed, messages=messages), ask(armed, messages=messages)
 
         assert streamed.prompt_token_ids == {}

@@ -18,13 +18,13 @@ PROMPTS = ["The quick brown", "Größe 😀", "one two"]
 
 
 def ask(server: RemoteOpenAIServer, **options: Any) -> Any:
-    """A plain answer, as the `openai` client gives it."""
+    """Ask for a plain answer, with the `openai` client."""
     options = {"prompt": PROMPTS[0], "max_tokens": 12, "temperature": 0, **options}
     return server.client().completions.create(model=server.model, **options)
 
 
 def ask_streamed(server: RemoteOpenAIServer, **options: Any) -> Streamed:
-    """A streamed answer, put together."""
+    """Ask for a streamed answer, and join its chunks."""
     return gather(ask(server, stream=True, stream_options={"include_usage": True}, **options))
 
 
@@ -33,7 +33,7 @@ def body(server: RemoteOpenAIServer, **options: Any) -> dict[str, Any]:
 
 
 def embedded(tokens: int) -> str:
-    """A prompt of that many random embeddings, as a client sends it."""
+    """Return a prompt of that many random embeddings, as a client sends it."""
     buffer = io.BytesIO()
     torch.save(torch.rand(tokens, 64), buffer)
     return base64.b64encode(buffer.getvalue()).decode()
@@ -85,7 +85,7 @@ def test_beam_search_carries_ids(armed: RemoteOpenAIServer) -> None:
 
 
 class TestEcho:
-    """Asked for ids, vLLM blanks the echoed prompt: a client that did not ask keeps it, and gets its ids."""
+    """vLLM drops the echoed prompt if it is asked for ids: a client that did not ask gets both prompt and ids."""
 
     @pytest.mark.parametrize("options", [{}, {"prompt": PROMPTS, "logprobs": 1}], ids=str)
     def test_a_plain_answer_keeps_the_echo_beside_the_ids(
@@ -112,7 +112,9 @@ class TestEcho:
         assert streamed.prompt_token_ids == ids.prompt_token_ids
         assert streamed.usage == vllms.usage
 
-    def test_asked_for_ids_the_answer_is_vllms(self, armed: RemoteOpenAIServer, plain: RemoteOpenAIServer) -> None:
+    def test_an_echo_request_that_asks_for_ids_gets_vllms_answer(
+        self, armed: RemoteOpenAIServer, plain: RemoteOpenAIServer
+    ) -> None:
         ours = post(armed, COMPLETIONS, body(armed, echo=True, return_token_ids=True))
         del ours["response_token_ids"]
 
@@ -120,7 +122,7 @@ class TestEcho:
 
 
 class TestPromptEmbeds:
-    """An embedded prompt has no ids: vLLM says zeros, which nobody may train on."""
+    """An embedded prompt has no ids: vLLM gives zeros, and no one may train on those."""
 
     def test_only_prompts_of_tokens_carry_prompt_ids(self, armed: RemoteOpenAIServer) -> None:
         embeds = [embedded(3), embedded(5)]
@@ -131,7 +133,7 @@ class TestPromptEmbeds:
         assert [len(ids) for ids in answer.response_token_ids] == [len(c.token_ids) for c in answer.choices]
         assert all(answer.response_token_ids)
 
-    def test_nor_do_their_streams(self, armed: RemoteOpenAIServer) -> None:
+    def test_only_streams_of_token_prompts_carry_prompt_ids(self, armed: RemoteOpenAIServer) -> None:
         streamed = ask_streamed(armed, extra_body={"prompt_embeds": embedded(3)})
 
         assert streamed.prompt_token_ids == {1: tokenize(armed, prompt=PROMPTS[0])}

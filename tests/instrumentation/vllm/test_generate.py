@@ -32,7 +32,9 @@ def test_a_stream_carries_prompt_ids_on_its_first_chunk(armed: RemoteOpenAIServe
     assert [token for choice in choices for token in choice["token_ids"] or []] == greedy(PROMPT, 6)
 
 
-def test_a_request_that_declines_gets_vllms_own_answer(armed: RemoteOpenAIServer, plain: RemoteOpenAIServer) -> None:
+def test_a_request_that_declines_ids_gets_vllms_own_answer(
+    armed: RemoteOpenAIServer, plain: RemoteOpenAIServer
+) -> None:
     ours = post(armed, GENERATE, body(return_token_ids=False))
 
     assert steady(ours) == steady(post(plain, GENERATE, body()))

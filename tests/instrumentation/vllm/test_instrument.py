@@ -22,7 +22,7 @@ from vllm.plugins import load_general_plugins
 
 from agentlightning import instrumentation
 from agentlightning._startup import start
-from agentlightning.instrumentation.vllm import containment, import_targets
+from agentlightning.instrumentation.vllm import _isolation, import_targets
 
 # As a vLLM that serves everything has them.
 import_targets()
@@ -51,19 +51,19 @@ def response() -> ChatCompletionResponse:
 
 
 def serve(answers: Callable[[ChatCompletionRequest], Any], asked: ChatCompletionRequest) -> Any:
-    """What an instrumented `OpenAIServingChat` answers where vLLM's own method answers with `answers`."""
+    """Return the answer of an instrumented `OpenAIServingChat` whose own method answers with `answers`."""
 
     async def create_chat_completion(self: Any, request: ChatCompletionRequest, raw_request: Any = None) -> Any:
         return answers(request)
 
-    if not hasattr(OpenAIServingChat.create_chat_completion, "__agl_seam__"):
+    if not hasattr(OpenAIServingChat.create_chat_completion, "__agl_patched__"):
         OpenAIServingChat.create_chat_completion = create_chat_completion
         instrumentation.instrument_vllm()
     serving = OpenAIServingChat.__new__(OpenAIServingChat)
     return asyncio.run(serving.create_chat_completion(asked))
 
 
-def test_instrumenting_patches_what_is_imported_already() -> None:
+def test_instrumenting_patches_modules_imported_before() -> None:
     instrumentation.instrument_vllm()
 
     assert statuses() == APPLIED
@@ -123,7 +123,7 @@ def test_the_chat_response_is_extended_in_place() -> None:
 
 
 @pytest.mark.parametrize("undone", [False, True], ids=["instrumented", "undone with the request under way"])
-def test_results_of_run_batch_imported_before_keep_the_ids(undone: bool) -> None:
+def test_run_batch_imported_before_keeps_the_ids_in_its_results(undone: bool) -> None:
     from vllm.entrypoints.launchers.run_batch import BatchResponseData
 
     instrumentation.instrument_vllm()
@@ -145,25 +145,25 @@ def test_importing_the_instrumentation_never_imports_vllm() -> None:
 
 
 class TestVllmsPluginEntryPoint:
-    """Where Python runs no .pth file, vLLM calls us, after it has imported what we patch."""
+    """vLLM's plugin arms Pythons without .pth files, after vLLM has imported the patched modules."""
 
     @staticmethod
     def load_plugins(monkeypatch: pytest.MonkeyPatch, switch: str) -> None:
         monkeypatch.setenv("AGL_INSTRUMENT", switch)
         load_general_plugins()
 
-    def test_it_patches_what_is_imported_already(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_plugin_patches_modules_imported_before(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.load_plugins(monkeypatch, "1")
 
         assert statuses() == APPLIED
 
-    def test_off_it_does_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_plugin_does_nothing_while_off(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.load_plugins(monkeypatch, "off")
 
         assert set(statuses().values()) == {"pending"}
         assert OpenAIServingChat.create_chat_completion is VLLMS_OWN
 
-    def test_after_the_pth_it_changes_nothing(
+    def test_the_plugin_changes_nothing_after_the_pth_file(
         self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         monkeypatch.setenv("AGL_INSTRUMENT", "1")
@@ -174,7 +174,7 @@ class TestVllmsPluginEntryPoint:
         assert OpenAIServingChat.create_chat_completion is patched is not VLLMS_OWN
         assert not [record for record in caplog.records if record.name == "agentlightning"]
 
-    def test_after_a_program_has_taken_the_patches_back_it_changes_nothing(
+    def test_the_plugin_changes_nothing_after_a_program_uninstrumented_vllm(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         instrumentation.uninstrument_vllm()
@@ -194,7 +194,7 @@ class TestVllmsPluginEntryPoint:
         ("all", False, False),
     ],
 )
-def test_vllm_is_asked_for_ids_as_the_switch_and_the_request_say(
+def test_vllm_is_asked_for_ids_by_switch_and_request(
     monkeypatch: pytest.MonkeyPatch, setting: str, said: bool | None, asked: bool | None
 ) -> None:
     monkeypatch.setenv("AGL_RETURN_TOKEN_IDS", setting)
@@ -202,25 +202,25 @@ def test_vllm_is_asked_for_ids_as_the_switch_and_the_request_say(
     assert serve(lambda request: request.return_token_ids, request(return_token_ids=said)) is asked
 
 
-def test_nonsense_in_the_switch_counts_as_all_with_one_warning(
+def test_an_invalid_switch_counts_as_all_with_one_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("AGL_RETURN_TOKEN_IDS", "prompt")
 
     assert [serve(lambda request: request.return_token_ids, request()) for _ in range(2)] == [True, True]
     assert caplog.messages == [
-        "agentlightning: AGL_RETURN_TOKEN_IDS='prompt' is none of all, response, none; it counts as 'all'"
+        "agentlightning: AGL_RETURN_TOKEN_IDS='prompt' is not one of all, response, none; the default 'all' is used"
     ]
 
 
-def test_an_attachment_that_raises_gives_vllms_answer_and_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_attachment_that_raises_gives_vllms_answer_and_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     broken = SimpleNamespace(choices=[SimpleNamespace(index=0)])
 
     assert [serve(lambda _: broken, request()) for _ in range(3)] == [broken] * 3
     [record] = caplog.records
     assert record.levelno == logging.ERROR
     assert "/v1/chat/completions: attaching ids" in record.message
-    assert containment.failures == {"/v1/chat/completions: attaching ids: AttributeError": 3}
+    assert _isolation.failures == {"/v1/chat/completions: attaching ids: AttributeError": 3}
 
 
 def test_a_request_that_cannot_be_read_is_answered_by_vllm_alone(caplog: pytest.LogCaptureFixture) -> None:
@@ -230,7 +230,7 @@ def test_a_request_that_cannot_be_read_is_answered_by_vllm_alone(caplog: pytest.
     assert "asking for ids" in caplog.text
 
 
-def test_a_chunk_that_cannot_be_read_passes_as_it_is(
+def test_an_unreadable_chunk_passes_unchanged(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("AGL_RETURN_TOKEN_IDS", "response")
@@ -269,7 +269,7 @@ def test_a_client_that_leaves_closes_vllms_stream(monkeypatch: pytest.MonkeyPatc
     assert closed == [True]
 
 
-def test_what_vllm_raises_reaches_the_route() -> None:
+def test_an_exception_of_vllm_reaches_the_route() -> None:
     def refuse(_: ChatCompletionRequest) -> Any:
         raise ValueError("vLLM's own")
 
@@ -277,7 +277,7 @@ def test_what_vllm_raises_reaches_the_route() -> None:
         serve(refuse, request())
 
 
-def test_an_endpoint_built_upon_chat_is_left_alone() -> None:
+def test_an_endpoint_built_upon_chat_stays_unchanged() -> None:
     anthropic = type("AnthropicServingMessages", (OpenAIServingChat,), {"__module__": "vllm.entrypoints.anthropic"})
     upon_it = type("MyMessages", (anthropic,), {"__module__": "trainer"})
     trainers = type("TrainersServingChat", (OpenAIServingChat,), {"__module__": "trainer"})
@@ -295,12 +295,12 @@ def test_an_endpoint_built_upon_chat_is_left_alone() -> None:
 
 
 class TestTakenIds:
-    """Beside an echo we take the ids from the engine's results: what fails there is ours, and the answer is vLLM's."""
+    """Ids of an echo are taken from the engine's results: if that fails, the answer is vLLM's."""
 
     VLLMS_EVENTS = ('data: {"choices":[{"index":0,"text":"ab"}]}\n\n', "data: [DONE]\n\n")
 
     def streamed(self, results: Any, asked: Any) -> list[str]:
-        """What is streamed where vLLM streams one event a result, and a last one."""
+        """Return the stream where vLLM sends one event per result, and a last one."""
         event, done = self.VLLMS_EVENTS
 
         async def completion_stream_generator(
@@ -313,7 +313,7 @@ class TestTakenIds:
         return self.answered(completion_stream_generator, results, asked)
 
     def answered(self, completion_stream_generator: Any, results: Any, asked: Any) -> list[str]:
-        """What is streamed where this is how vLLM streams."""
+        """Return the stream of a vLLM that streams like this."""
 
         async def gathered(stream: AsyncGenerator[str, None]) -> list[str]:
             return [event async for event in stream]
@@ -327,8 +327,8 @@ class TestTakenIds:
         for output in outputs:
             yield 0, output
 
-    def test_ids_that_no_chunk_carried_ride_on_one_more(self) -> None:
-        """As in releases where a parser can be silent to the end of a stream."""
+    def test_ids_that_no_chunk_carried_come_in_one_more_chunk(self) -> None:
+        """In some releases a parser can be silent to the end of a stream."""
         first, second, last = (
             SimpleNamespace(prompt_token_ids=[1], outputs=[SimpleNamespace(index=0, token_ids=[number])])
             for number in (2, 3, 4)
@@ -355,17 +355,17 @@ class TestTakenIds:
             "data: [DONE]\n\n",
         ]
 
-    def test_outputs_that_cannot_be_read(self, caplog: pytest.LogCaptureFixture) -> None:
+    def test_unreadable_outputs_give_vllms_answer(self, caplog: pytest.LogCaptureFixture) -> None:
         asked = CompletionRequest.model_validate({"prompt": "a", "echo": True})
 
         assert self.streamed(self.results(SimpleNamespace()), asked) == list(self.VLLMS_EVENTS)
         assert "noting streamed ids" in caplog.text
 
-    def test_a_request_that_cannot_be_read(self, caplog: pytest.LogCaptureFixture) -> None:
+    def test_an_unreadable_request_gives_vllms_answer(self, caplog: pytest.LogCaptureFixture) -> None:
         assert self.streamed(self.results(SimpleNamespace()), SimpleNamespace()) == list(self.VLLMS_EVENTS)
         assert "/v1/completions: taking ids" in caplog.text
 
-    def test_results_that_cannot_be_closed(self, caplog: pytest.LogCaptureFixture) -> None:
+    def test_results_without_aclose_give_the_ids(self, caplog: pytest.LogCaptureFixture) -> None:
         class Results:
             """An iterator as any, without `aclose`."""
 

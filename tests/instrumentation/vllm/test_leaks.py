@@ -1,4 +1,4 @@
-"""A server forgets: whatever becomes of its requests, nothing of ours is left of them in its process."""
+"""Leaks: however requests end, none of our objects stays in the server's process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import aiohttp
 import psutil
 import pytest
 
-from agentlightning.instrumentation.vllm.server import STATUS_ROUTE
+from agentlightning.instrumentation.vllm._status import STATUS_ROUTE
 from tests.common.answers import fetch, post
 from tests.common.census import PATH
 from tests.common.vllm import RemoteOpenAIServer
@@ -76,7 +76,7 @@ ENV = {"AGL_INSTRUMENT": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
 
 @pytest.fixture(scope="module")
 def watched() -> Iterator[RemoteOpenAIServer]:
-    """Tells what it holds of ours, and goes on when its engine has died."""
+    """A server that counts our objects, and keeps running when its engine has died."""
     env = {**ENV, "VLLM_ENABLE_RESPONSES_API_STORE": "1", "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH": "1"}
     with RemoteOpenAIServer(CENSUS, env=env) as server:
         yield server
@@ -131,7 +131,7 @@ class Crowd:
 
 
 async def crowd(server: RemoteOpenAIServer, requests: int, kinds: Sequence[tuple[str, Body]] = KINDS) -> Counter[str]:
-    """What became of so many requests."""
+    """Send so many requests, and count their outcomes."""
     # A connection for each: on one that has been kept, an aborted request's would be missed by the next.
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
     async with aiohttp.ClientSession(server.url, connector=connector) as client:
@@ -141,14 +141,14 @@ async def crowd(server: RemoteOpenAIServer, requests: int, kinds: Sequence[tuple
 
 
 def left_over(server: RemoteOpenAIServer, expected: Mapping[str, int]) -> dict[str, int]:
-    """What the server still holds, once it is as little as expected, or it has had the time for that."""
+    """Return what the server still holds, as soon as that is as little as expected, or after a time limit."""
     deadline = time.monotonic() + DEADLINE
     while (held := fetch(server, PATH)) != expected and time.monotonic() < deadline:
         time.sleep(0.5)
     return held
 
 
-def test_nothing_is_left_of_ten_thousand_requests_of_which_half_are_aborted(watched: RemoteOpenAIServer) -> None:
+def test_ten_thousand_requests_half_of_them_aborted_leave_nothing(watched: RemoteOpenAIServer) -> None:
     at_first = fetch(watched, PATH)
     outcomes = asyncio.run(crowd(watched, REQUESTS))
 
@@ -158,7 +158,7 @@ def test_nothing_is_left_of_ten_thousand_requests_of_which_half_are_aborted(watc
 
 
 async def kill_under_streams(server: RemoteOpenAIServer, engine: psutil.Process) -> None:
-    """All that can be streamed, under way when the engine is killed, and read to its end if it has one."""
+    """Kill the engine during a stream of each kind, and read each to its end if it has one."""
     async with aiohttp.ClientSession(server.url) as client:
 
         async def begin(path: str, body: Body) -> aiohttp.ClientResponse:
@@ -176,8 +176,8 @@ async def kill_under_streams(server: RemoteOpenAIServer, engine: psutil.Process)
                     await stream.read()
 
 
-def test_nothing_is_left_of_the_streams_under_which_an_engine_died(watched: RemoteOpenAIServer) -> None:
-    """The last one: without an engine the server answers nothing but errors."""
+def test_streams_whose_engine_died_leave_nothing(watched: RemoteOpenAIServer) -> None:
+    """This test must be last: without an engine the server answers only errors."""
     at_first = fetch(watched, PATH)
     (engine,) = (each for each in psutil.Process(watched.process.pid).children() if "EngineCore" in each.name())
 
@@ -189,7 +189,7 @@ def test_nothing_is_left_of_the_streams_under_which_an_engine_died(watched: Remo
     assert left_over(watched, at_first) == at_first
 
 
-def test_nothing_is_left_of_requests_for_embeddings() -> None:
+def test_requests_for_embeddings_leave_nothing() -> None:
     asked = {"input": [TEXT, "one"], "encoding_format": "float"}
     with RemoteOpenAIServer(CENSUS, "--runner=pooling", "--convert=embed", env=ENV) as server:
         at_first = fetch(server, PATH)

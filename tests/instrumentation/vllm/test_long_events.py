@@ -13,8 +13,8 @@ import anthropic
 import openai
 import pytest
 
-from agentlightning.instrumentation.vllm import long_events
-from agentlightning.instrumentation.vllm.long_events import LIMIT, parts, split
+from agentlightning.instrumentation.vllm.endpoints import sse
+from agentlightning.instrumentation.vllm.endpoints.sse import LIMIT, split_ids, split_long_events
 from tests.common.answers import post, tokenize
 from tests.common.vllm import LITTLE_CACHE, NO_WORKER, RemoteOpenAIServer
 
@@ -34,7 +34,7 @@ def sent(*events: str) -> list[str]:
             yield event
 
     async def gathered() -> list[str]:
-        return [event async for event in split(stream(), "/v1/made-up")]
+        return [event async for event in split_long_events(stream(), "/v1/made-up")]
 
     return asyncio.run(gathered())
 
@@ -55,7 +55,7 @@ def text_choice(finish_reason: str | None = None, **ids: list[int]) -> dict[str,
 LIKE = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 7, "model": "m"}
 
 
-def test_ids_of_a_chat_prompt_follow_the_event_that_says_whose_turn_it_is() -> None:
+def test_ids_of_a_chat_prompt_follow_the_event_with_the_role() -> None:
     first = {**LIKE, "choices": [chat_choice(index=1, role="assistant", content="")]}
     others = [event_of(**LIKE, choices=[chat_choice(content="x")]), "data: [DONE]\n\n"]
     *events, second, done = sent(event_of(**first, prompt_token_ids=MANY), *others)
@@ -69,7 +69,7 @@ def test_ids_of_a_chat_prompt_follow_the_event_that_says_whose_turn_it_is() -> N
 
 @pytest.mark.parametrize("finish_reason", [None, "length"])
 def test_ids_of_a_completions_choice_come_before_its_end(finish_reason: str | None) -> None:
-    """A stream that merged what a slow client had not read yet: the ids of its text are too many as well."""
+    """vLLM merges chunks that a slow client has not read yet: the merged chunk has too many ids as well."""
     choice = text_choice(finish_reason, prompt_token_ids=MANY, token_ids=MANY[::-1])
     chunks = chunks_of(sent(event_of(**LIKE, choices=[choice])))
 
@@ -81,7 +81,7 @@ def test_ids_of_a_completions_choice_come_before_its_end(finish_reason: str | No
     assert {(each["index"], each["text"], each["finish_reason"]) for each in choices} == {(1, "", None)}
 
 
-def test_ids_that_there_is_room_for_stay_where_they_are() -> None:
+def test_ids_that_fit_stay_where_they_are() -> None:
     choice = text_choice(prompt_token_ids=MANY, token_ids=[1, 2, 3])
     first, *_ = chunks_of(sent(event_of(**LIKE, choices=[choice])))
 
@@ -98,12 +98,12 @@ def test_ids_that_there_is_room_for_stay_where_they_are() -> None:
     ],
     ids=["long without ids", "short enough", "short enough, of long characters", "no JSON"],
 )
-def test_every_other_event_is_as_it_was(event: str) -> None:
+def test_other_events_stay_unchanged(event: str) -> None:
     assert sent(event) == [event]
 
 
-def test_bytes_count_and_not_characters() -> None:
-    """Readers count the 64 KiB in bytes."""
+def test_the_limit_counts_bytes_not_characters() -> None:
+    """Readers count 64 KiB in bytes."""
     events = sent(event_of(**LIKE, choices=[chat_choice(content="€" * 15_000)], prompt_token_ids=MANY[:4_000]))
 
     first, second = chunks_of(events)
@@ -111,7 +111,7 @@ def test_bytes_count_and_not_characters() -> None:
     assert second["prompt_token_ids"] == MANY[:4_000]
 
 
-def test_closing_the_stream_closes_vllms() -> None:
+def test_closing_the_stream_closes_vllms_stream() -> None:
     closed = []
 
     async def stream() -> AsyncGenerator[str, None]:
@@ -121,7 +121,7 @@ def test_closing_the_stream_closes_vllms() -> None:
             closed.append(True)
 
     async def leave() -> None:
-        events = split(stream(), "/v1/made-up")
+        events = split_long_events(stream(), "/v1/made-up")
         await anext(events)
         await events.aclose()
 
@@ -129,11 +129,11 @@ def test_closing_the_stream_closes_vllms() -> None:
     assert closed == [True]
 
 
-def test_parts_joined_by_position_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(long_events, "IDS_PER_EVENT", 3)
+def test_parts_joined_by_position_have_all_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sse, "IDS_PER_EVENT", 3)
     generations = [{"prompt_token_ids": [1, 2], "token_ids": [3, 4]}, {"prompt_token_ids": [], "token_ids": [5]}]
 
-    assert [*parts({"generations": generations, "response_token_ids": [[6], [7, 8]]})] == [
+    assert [*split_ids({"generations": generations, "response_token_ids": [[6], [7, 8]]})] == [
         {"generations": [{"prompt_token_ids": [1, 2], "token_ids": [3]}, {}]},
         {"generations": [{"token_ids": [4]}, {"token_ids": [5]}], "response_token_ids": [[6], []]},
         {"response_token_ids": [[], [7, 8]]},
@@ -172,7 +172,7 @@ def body(server: RemoteOpenAIServer, path: str, **options: Any) -> dict[str, Any
 
 
 def lines_of(server: RemoteOpenAIServer, path: str, **options: Any) -> list[str]:
-    """The lines of a stream, by a client that takes none of more than 64 KiB, as aiohttp did until 3.13."""
+    """Yield the lines of a stream, by a client that refuses lines over 64 KiB, as aiohttp did until 3.13."""
 
     async def read() -> list[str]:
         async with (
@@ -190,7 +190,7 @@ def events_of(lines: list[str]) -> list[dict[str, Any]]:
 
 
 def joined_ids(events: list[dict[str, Any]], name: str) -> list[int]:
-    """The ids of this name on a stream, joined."""
+    """Return the ids of this name on a stream, joined."""
     ids: list[int] = []
     for event in events:
         answer = event.get("response") or event
@@ -223,7 +223,7 @@ def post_stream(server: RemoteOpenAIServer, path: str, **options: Any) -> list[d
 
 @pytest.mark.tier("all")
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS, RESPONSES, MESSAGES, GENERATE])
-def test_who_asks_for_ids_gets_them_in_one_event(roomy: RemoteOpenAIServer, path: str) -> None:
+def test_a_request_for_ids_gets_them_in_one_event(roomy: RemoteOpenAIServer, path: str) -> None:
     with_ids = [
         event for event in post_stream(roomy, path, return_token_ids=True) if joined_ids([event], "prompt_token_ids")
     ]
@@ -233,7 +233,7 @@ def test_who_asks_for_ids_gets_them_in_one_event(roomy: RemoteOpenAIServer, path
 
 
 @pytest.mark.tier("all")
-def test_the_openai_client_reads_them(roomy: RemoteOpenAIServer) -> None:
+def test_the_openai_client_reads_split_events(roomy: RemoteOpenAIServer) -> None:
     client = roomy.client()
     options: Any = {"model": roomy.model, "temperature": 0, "stream": True}
     chat = [*client.chat.completions.create(messages=TALK, max_tokens=4, **options)]
@@ -252,7 +252,7 @@ def test_the_openai_client_reads_them(roomy: RemoteOpenAIServer) -> None:
 
 
 @pytest.mark.tier("all")
-def test_the_anthropic_client_reads_them(roomy: RemoteOpenAIServer) -> None:
+def test_the_anthropic_client_reads_split_events(roomy: RemoteOpenAIServer) -> None:
     client = anthropic.Anthropic(base_url=roomy.url, api_key="none", max_retries=0, timeout=120)
     with client.messages.stream(model=roomy.model, messages=TALK, max_tokens=4) as stream:
         events = [event.model_dump() for event in stream if event.type == "message_delta"]
@@ -265,7 +265,7 @@ def test_the_anthropic_client_reads_them(roomy: RemoteOpenAIServer) -> None:
 
 
 @pytest.mark.tier("all")
-def test_a_response_that_is_fetched_has_them_whole(roomy: RemoteOpenAIServer) -> None:
+def test_a_fetched_response_has_all_ids(roomy: RemoteOpenAIServer) -> None:
     events = post_stream(roomy, RESPONSES, background=True, store=True)
     client: openai.OpenAI = roomy.client()
     fetched: Any = client.responses.retrieve(events[0]["response"]["id"])

@@ -40,7 +40,7 @@ def test_an_answer_carries_the_ids_of_prompt_and_response(armed: RemoteOpenAISer
     assert shows(answer.response_token_ids[0], answer.content[0].text)
 
 
-def test_a_stream_carries_them_on_the_event_that_says_how_it_ended(armed: RemoteOpenAIServer) -> None:
+def test_a_stream_carries_ids_on_its_message_delta(armed: RemoteOpenAIServer) -> None:
     answer = ask(armed)
     events = [event.model_dump() for event in ask(armed, stream=True)]
 
@@ -51,7 +51,7 @@ def test_a_stream_carries_them_on_the_event_that_says_how_it_ended(armed: Remote
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
-def test_a_request_that_declines_gets_vllms_own_answer(
+def test_a_request_that_declines_ids_gets_vllms_own_answer(
     armed: RemoteOpenAIServer, plain: RemoteOpenAIServer, stream: bool
 ) -> None:
     ours = post(armed, ROUTE, body(armed, stream=stream, return_token_ids=False))
@@ -62,7 +62,7 @@ def test_a_request_that_declines_gets_vllms_own_answer(
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
-def test_without_its_ids_an_answer_is_vllms_own(
+def test_an_answer_differs_from_vllms_only_by_its_ids(
     armed: RemoteOpenAIServer, plain: RemoteOpenAIServer, stream: bool
 ) -> None:
     ours = post(armed, ROUTE, body(armed, stream=stream))

@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 
-from agentlightning.instrumentation.vllm.middleware import RequestContexts
+from agentlightning.instrumentation.vllm._context import RequestContextMiddleware
 from tests.common.answers import gather, get
 from tests.common.vllm import RemoteOpenAIServer
 
@@ -31,7 +31,7 @@ GUARDED = {
     f"/rollout/{'x' * 256}/v1/models": MODELS,
     f"/rollout/{'%78' * 256}/attempt/{'%F0%9F%98%80' * 256}/v1/models": MODELS,
 }
-"""Well formed prefixes, and what is left of the path."""
+"""Well-formed prefixes, and the rest of the path."""
 
 NOWHERE = {
     "/rollout/x": None,
@@ -64,18 +64,18 @@ NOWHERE = {
     "/rollout/x%2F..%2Fy/v1/models": None,
     "/rollout/x/attempt/%27/v1/models": None,
 }
-"""What leads to no route: malformed, and left on (None), or with nothing of vLLM's behind it."""
+"""Paths without a route: malformed prefixes, which stay (None), and prefixes of unknown paths."""
 
 KEY = {"Authorization": "Bearer none"}
 
 
 def scope_of(path: str, **others: Any) -> dict[str, Any]:
-    """A request's scope, as the server fills it in."""
+    """Return a request's scope, as a server makes it."""
     return {"type": "http", "path": unquote(path), "raw_path": path.encode(), "root_path": "", **others}
 
 
 def passed_on(scope: dict[str, Any]) -> dict[str, Any]:
-    """The scope that reaches whatever lies behind the prefix."""
+    """Return the scope that reaches the app behind the middleware."""
     scopes = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -85,7 +85,7 @@ def passed_on(scope: dict[str, Any]) -> dict[str, Any]:
 
     async def ask() -> None:
         # In a task, as a server's: what it is done for stays in there.
-        await RequestContexts(app)(scope, None, None)  # type: ignore[arg-type]
+        await RequestContextMiddleware(app)(scope, None, None)  # type: ignore[arg-type]
 
     asyncio.run(ask())
     assert scope == before, "others hold it too"
@@ -95,7 +95,7 @@ def passed_on(scope: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", ["http", "websocket"])
 @pytest.mark.parametrize(("path", "rest"), [*GUARDED.items(), *NOWHERE.items()])
-def test_a_prefix_is_taken_off_once_or_left_on(path: str, rest: str | None, kind: str) -> None:
+def test_a_valid_prefix_is_removed_once_and_a_malformed_one_stays(path: str, rest: str | None, kind: str) -> None:
     scope = scope_of(path, type=kind, query_string=b"a=/rollout/x/v1", method="GET")
 
     expected = scope if rest is None else {**scope, "path": unquote(rest), "raw_path": rest.encode()}
@@ -114,14 +114,14 @@ def test_a_prefix_is_taken_off_once_or_left_on(path: str, rest: str | None, kind
         ("/%72oot/rollout/x/v1/models", None),
     ],
 )
-def test_a_root_path_stays_before_what_is_left(path: str, rest: str | None) -> None:
+def test_a_root_path_stays_in_front_of_the_rest(path: str, rest: str | None) -> None:
     scope = scope_of(path, root_path="/root")
 
     expected = scope if rest is None else {**scope, "path": rest, "raw_path": rest.encode()}
     assert passed_on(scope) == expected
 
 
-def test_a_server_that_gives_no_raw_path_is_understood() -> None:
+def test_a_scope_without_raw_path_is_understood() -> None:
     scope = {"type": "http", "path": "/rollout/x y/v1/models"}
 
     assert passed_on(scope) == {**scope, "path": MODELS, "raw_path": b"/v1/models"}
@@ -136,7 +136,7 @@ def test_a_server_that_gives_no_raw_path_is_understood() -> None:
         scope_of("/v1/../rollout/x/v1/models"),
     ],
 )
-def test_all_else_passes_as_it_is(scope: dict[str, Any]) -> None:
+def test_other_scopes_pass_unchanged(scope: dict[str, Any]) -> None:
     assert passed_on(scope) == scope
 
 
@@ -152,7 +152,7 @@ def location_of(scope: dict[str, Any], location: str, status: int = 307) -> str:
     async def send(message: Any) -> None:
         messages.append(message)
 
-    asyncio.run(RequestContexts(app)(scope, None, send))  # type: ignore[arg-type]
+    asyncio.run(RequestContextMiddleware(app)(scope, None, send))  # type: ignore[arg-type]
     start, _ = messages
     return dict(start["headers"])[b"location"].decode()
 
@@ -194,7 +194,7 @@ def test_a_redirect_keeps_the_root_path_before_the_prefix(path: str, location: s
     assert location_of(scope_of(path, root_path="/root", **HOST), location) == expected
 
 
-def test_what_is_no_redirect_keeps_its_location() -> None:
+def test_a_location_without_a_redirect_stays_unchanged() -> None:
     assert location_of(scope_of("/rollout/x/v1/models/", **HOST), "/v1/models", status=201) == "/v1/models"
 
 
@@ -203,7 +203,7 @@ def client(server: RemoteOpenAIServer, before: str) -> openai.OpenAI:
 
 
 @pytest.mark.parametrize("prefix", ["/rollout/x", "/rollout/x/attempt/1", "/rollout/a%2Fb%20c"])
-def test_an_answer_below_a_prefix_is_that_without(armed: RemoteOpenAIServer, prefix: str) -> None:
+def test_an_answer_below_a_prefix_is_the_same(armed: RemoteOpenAIServer, prefix: str) -> None:
     def chat(before: str, **options: Any) -> Any:
         return client(armed, before).chat.completions.create(
             model=armed.model, messages=MESSAGES, max_tokens=12, temperature=0, **options
@@ -216,7 +216,7 @@ def test_an_answer_below_a_prefix_is_that_without(armed: RemoteOpenAIServer, pre
 
 
 @pytest.mark.parametrize("before", ["/root/rollout/x", "/rollout/x", "/root/rollout/x/attempt/1", "/root"])
-def test_below_a_root_path_with_the_proxys_part_on_or_off(guarded: RemoteOpenAIServer, before: str) -> None:
+def test_a_prefix_below_a_root_path_is_removed(guarded: RemoteOpenAIServer, before: str) -> None:
     answer: Any = client(guarded, before).completions.create(
         model=guarded.model, prompt="one two", max_tokens=4, temperature=0
     )
@@ -227,7 +227,7 @@ def test_below_a_root_path_with_the_proxys_part_on_or_off(guarded: RemoteOpenAIS
 @pytest.mark.parametrize(
     "path", [*GUARDED, *(f"/root{path}" for path in GUARDED), "/rollout/x/root/v1/models", "/rollout/x/v1/agl/status"]
 )
-def test_vllms_key_guards_what_lies_below_a_prefix(guarded: RemoteOpenAIServer, path: str) -> None:
+def test_vllms_key_guards_paths_below_a_prefix(guarded: RemoteOpenAIServer, path: str) -> None:
     assert get(guarded, path)[0] == 401
     assert get(guarded, path, Authorization="Bearer another")[0] == 401
     assert get(guarded, path, **KEY)[0] == 200
@@ -245,27 +245,25 @@ def test_vllms_key_guards_what_lies_below_a_prefix(guarded: RemoteOpenAIServer, 
         "/rollout/x/rootv1/models",
     ],
 )
-def test_what_leads_nowhere_is_vllms_404_with_the_key_and_without(guarded: RemoteOpenAIServer, path: str) -> None:
+def test_an_unknown_path_below_a_prefix_is_vllms_404(guarded: RemoteOpenAIServer, path: str) -> None:
     vllms = b'{"detail":"Not Found"}'
 
     assert get(guarded, path) == (404, vllms)
     assert get(guarded, path, **KEY) == (404, vllms)
 
 
-def test_what_vllm_answers_without_a_key_it_answers_below_a_prefix(guarded: RemoteOpenAIServer) -> None:
+def test_a_path_without_a_guard_needs_no_key_below_a_prefix(guarded: RemoteOpenAIServer) -> None:
     assert get(guarded, "/rollout/x/health")[0] == 200
 
 
 @pytest.mark.parametrize("before", ["/root/rollout/a%2Fb/attempt/%E2%82%AC", "/rollout/x%20y", "/root", ""])
 @pytest.mark.parametrize("query", ["", "?a=%2F"])
-def test_a_slash_too_many_is_redirected_to_the_path_below_the_prefix(
-    guarded: RemoteOpenAIServer, before: str, query: str
-) -> None:
+def test_a_final_slash_is_redirected_below_the_prefix(guarded: RemoteOpenAIServer, before: str, query: str) -> None:
     url = f"{guarded.url}{before}/v1/models"
     answer = httpx.get(f"{url}/{query}", headers=KEY)
 
     assert (answer.status_code, answer.headers["location"]) == (307, f"{url}{query}")
 
 
-def test_without_us_there_is_no_prefix(plain: RemoteOpenAIServer) -> None:
+def test_a_prefix_is_unknown_without_instrumentation(plain: RemoteOpenAIServer) -> None:
     assert get(plain, "/rollout/x/v1/models")[0] == 404

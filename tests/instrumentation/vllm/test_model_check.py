@@ -24,8 +24,8 @@ from vllm.entrypoints.speech_to_text.translation.protocol import TranslationRequ
 from vllm.entrypoints.speech_to_text.translation.serving import OpenAIServingTranslation
 
 from agentlightning import instrumentation
-from agentlightning.instrumentation.vllm import containment, request_context
-from agentlightning.instrumentation.vllm.request_context import RequestContext
+from agentlightning.instrumentation.vllm import _context, _isolation
+from agentlightning.instrumentation.vllm._context import RequestContext
 
 pytestmark = pytest.mark.forked
 
@@ -49,11 +49,11 @@ def checked(serving_class: type[Any], request: Any, headers: dict[bytes, bytes] 
     context = RequestContext(scope={"headers": [*(headers or {}).items()]})
 
     async def check() -> None:
-        request_context.enter(context)
+        _context.set_current(context)
         assert await serving._check_model(request) is None
 
     asyncio.run(check())
-    assert not containment.failures
+    assert not _isolation.failures
     return context
 
 
@@ -65,7 +65,7 @@ def chat(**options: Any) -> ChatCompletionRequest:
     "serving_class",
     [ServingGenerativeScoring, ServingStructuredDecisions, OpenAIServingTranscription, OpenAIServingTranslation],
 )
-def test_endpoints_that_nothing_else_is_known_of_check_their_model_there(serving_class: type[Any]) -> None:
+def test_endpoints_without_patches_check_their_model_in_the_base_class(serving_class: type[Any]) -> None:
     assert serving_class._check_model is BaseServing._check_model
 
 
@@ -73,12 +73,12 @@ def test_endpoints_that_nothing_else_is_known_of_check_their_model_there(serving
     ("serving_class", "request_class"),
     [(OpenAIServingTranscription, TranscriptionRequest), (OpenAIServingTranslation, TranslationRequest)],
 )
-def test_a_request_about_audio_says_its_model(serving_class: type[Any], request_class: Any) -> None:
+def test_an_audio_request_names_its_model(serving_class: type[Any], request_class: Any) -> None:
     assert checked(serving_class, request_class.model_construct(**AUDIO, model="asked for")).model == "asked for"
     assert checked(serving_class, request_class.model_construct(**AUDIO, model=None)).model == "served"
 
 
-def test_ids_are_made_of_the_clients_own_or_vllms() -> None:
+def test_ids_are_made_of_the_clients_or_vllms_own() -> None:
     scoring = GenerativeScoringRequest(query="a", items=["b"], label_token_ids=[1])
 
     assert checked(ServingGenerativeScoring, scoring).base_id == scoring.request_id
@@ -102,5 +102,5 @@ def test_ids_are_made_of_the_clients_own_or_vllms() -> None:
         (ResponsesRequest.model_validate({"input": "a", "truncation": "auto", "max_output_tokens": 10}), 990),
     ],
 )
-def test_a_prompt_that_may_have_been_cut_is_known_by_its_length(request_: Any, limit: int | None) -> None:
+def test_a_prompt_that_may_be_truncated_is_known_by_its_length(request_: Any, limit: int | None) -> None:
     assert checked(OpenAIServingChat, request_).text_limit == limit

@@ -44,13 +44,13 @@ ASKS: dict[str, dict[str, Any]] = {
 
 
 def ask(server: RemoteOpenAIServer, **options: Any) -> Any:
-    """A plain answer, as the `openai` client gives it."""
+    """Ask for a plain answer, with the `openai` client."""
     options = {"messages": MESSAGES, "max_tokens": 120, "temperature": 0, **options}
     return server.client().chat.completions.create(model=server.model, **options)
 
 
 def ask_streamed(server: RemoteOpenAIServer, **options: Any) -> Streamed:
-    """A streamed answer, put together."""
+    """Ask for a streamed answer, and join its chunks."""
     return gather(ask(server, stream=True, stream_options={"include_usage": True}, **options))
 
 
@@ -107,7 +107,7 @@ def test_completions_without_prompt_ids_unless_the_request_asks(
     assert streamed.token_ids == dict(enumerate(answer.response_token_ids))
 
 
-def test_what_vllm_hides_on_purpose_stays_hidden(parsing: RemoteOpenAIServer) -> None:
+def test_ids_that_vllm_hides_on_purpose_stay_hidden(parsing: RemoteOpenAIServer) -> None:
     options = {**ASKS["reasoning, text and a call"]}
     options["extra_body"] = {**options["extra_body"], "include_reasoning": False}
     answer, streamed = ask(parsing, **options), ask_streamed(parsing, **options)
@@ -127,7 +127,7 @@ def told(server: RemoteOpenAIServer, **options: Any) -> dict[str, Any]:
 
 
 def hides(answer: Any) -> bool:
-    """Whether an answer has no reasoning, and no id or logprob of what was generated."""
+    """Tell whether an answer has neither reasoning nor any generated id or logprob."""
     written = json.dumps(answer)
     return not any(name in written for name in ("<think>", "aaaa", "response_token_ids", '"token_ids": [', '"logprob"'))
 
@@ -152,7 +152,9 @@ def test_a_response_without_its_reasoning_has_no_response_ids(
 
 @SAID
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
-def test_nor_has_one_of_the_background(parsing: RemoteOpenAIServer, said: dict[str, bool], stream: bool) -> None:
+def test_a_background_response_without_its_reasoning_has_no_response_ids(
+    parsing: RemoteOpenAIServer, said: dict[str, bool], stream: bool
+) -> None:
     body = told(parsing, input="How?", max_output_tokens=60, background=True, store=True, stream=stream, **said)
     answer = post(parsing, "/v1/responses", body)
     queued = answer[0]["response"] if stream else answer
@@ -164,7 +166,7 @@ def test_nor_has_one_of_the_background(parsing: RemoteOpenAIServer, said: dict[s
 
 
 @SAID
-def test_nor_has_a_batch(parsing: RemoteOpenAIServer, said: dict[str, bool]) -> None:
+def test_a_batch_without_its_reasoning_has_no_response_ids(parsing: RemoteOpenAIServer, said: dict[str, bool]) -> None:
     body = told(parsing, messages=[MESSAGES] * 2, max_tokens=60, logprobs=True, **said)
     answer = post(parsing, "/v1/chat/completions/batch", body)
 
@@ -173,14 +175,14 @@ def test_nor_has_a_batch(parsing: RemoteOpenAIServer, said: dict[str, bool]) -> 
     assert [bool(choice.get("prompt_token_ids")) for choice in answer["choices"]] == [bool(said)] * 2
 
 
-def test_a_batch_that_declines_ids_is_vllms_own(parsing: RemoteOpenAIServer) -> None:
+def test_a_batch_that_declines_ids_gets_vllms_own_answer(parsing: RemoteOpenAIServer) -> None:
     body = told(parsing, messages=[MESSAGES], max_tokens=60, logprobs=True, return_token_ids=False)
 
     assert post(parsing, "/v1/chat/completions/batch", body)["choices"][0]["logprobs"]["content"]
 
 
 @pytest.mark.parametrize("path", ["/v1/responses", "/v1/chat/completions/batch"])
-def test_without_a_parser_nothing_is_hidden(armed: RemoteOpenAIServer, path: str) -> None:
+def test_a_server_without_a_parser_hides_nothing(armed: RemoteOpenAIServer, path: str) -> None:
     asked = {"input": "How?"} if path == "/v1/responses" else {"messages": [MESSAGES], "max_tokens": 60}
     answer = post(armed, path, told(armed, **asked))
 

@@ -1,4 +1,4 @@
-"""Ten thousand requests made at random from the server's own schema, answered by a server with us and one without."""
+"""Ten thousand random requests from the server's own schema, to an instrumented server and to a plain one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import hypothesis
 import psutil
 from hypothesis import strategies as st
 
-from agentlightning.instrumentation.vllm.server import STATUS_ROUTE
+from agentlightning.instrumentation.vllm._status import STATUS_ROUTE
 from tests.common.answers import fetch
 from tests.common.vllm import RemoteOpenAIServer
 
@@ -24,7 +24,7 @@ WARM_UP, LESS_WARM_UP = 1000, 200
 AT_ONCE = 32
 DEADLINE = 120
 MEGABYTES = 4
-"""What one server may grow by more than the other in each half of the requests: less than a kilobyte a request."""
+"""The most by which one server may outgrow the other in each half: less than a kilobyte per request."""
 
 TEXT = "What is the capital of France?"
 CHAT: Any = {"messages": [{"role": "user", "content": TEXT}], "max_tokens": 2}
@@ -47,7 +47,7 @@ INFORMING: dict[str, Any] = {
     "/tokenize": {"prompt": TEXT},
     "/detokenize": {"tokens": [1, 2, 3]},
 }
-"""Each route with a request that is answered. Not the routes that scale, abort or cancel: what one of those did would
+"""Routes, each with a request that is answered. Not the routes that scale, abort or cancel: what one of those did would
 depend on the others."""
 ROUTES = {**GENERATING, **INFORMING}
 
@@ -68,19 +68,19 @@ NONSENSE: st.SearchStrategy[Any] = st.recursive(
 )
 
 ERROR = re.compile(r'"error":{[^{}]*"code":"?(\w+)')
-"""In a stream, which has answered 200 by then: vLLM's form, whose version is locked."""
+"""An error within a stream, whose status was 200, as the locked version of vLLM sends it."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One request; only a server with us gets its prefix."""
+    """A request; only the instrumented server gets its prefix."""
 
     prefix: str
     path: str
     body: bytes
 
 
-def test_random_requests_end_as_without_us_and_leave_no_memory_taken(
+def test_random_requests_are_answered_as_by_vllm_and_leak_no_memory(
     armed: RemoteOpenAIServer, plain: RemoteOpenAIServer, thorough: bool
 ) -> None:
     servers = (armed, plain)
@@ -106,7 +106,7 @@ def test_random_requests_end_as_without_us_and_leave_no_memory_taken(
 
 
 def drawn(strategy: st.SearchStrategy[Request], count: int) -> list[Request]:
-    """As many as there are to be, the same ones each time."""
+    """Draw so many requests, the same ones each time."""
     requests: list[Request] = []
 
     @hypothesis.settings(
@@ -157,7 +157,7 @@ def fields_of(specification: Mapping[str, Any], path: str) -> dict[str, st.Searc
 
 
 def values(schema: Mapping[str, Any], schemas: Mapping[str, Any], depth: int = 4) -> st.SearchStrategy[Any]:
-    """What a JSON schema allows, in small."""
+    """Draw small values that a JSON schema allows."""
     schema = resolved(schema, schemas)
     if depth == 0:
         return NONSENSE
@@ -190,7 +190,7 @@ def resolved(schema: Mapping[str, Any], schemas: Mapping[str, Any]) -> Mapping[s
 async def answered(
     servers: tuple[RemoteOpenAIServer, RemoteOpenAIServer], requests: Sequence[Request]
 ) -> list[tuple[str, str]]:
-    """What becomes of each request to the server with us, and of the same to the one without."""
+    """Return the outcomes of each request at the instrumented server and at the other."""
     turn = asyncio.Semaphore(AT_ONCE)
     # A connection for each: vLLM closes one that it has failed on.
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
@@ -218,7 +218,7 @@ async def answered(
 
 
 def grown_apart(before: Sequence[float], after: Sequence[float]) -> float:
-    """By how much more the first server has grown than the second."""
+    """Return by how much the first server has outgrown the second."""
     ours, vllms = (now - then for now, then in zip(after, before, strict=True))
     return ours - vllms
 

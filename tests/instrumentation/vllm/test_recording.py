@@ -1,4 +1,4 @@
-"""Ends that no server shows at will, by vLLM's own `OutputProcessor`, in processes that are forked for each test."""
+"""Ends of requests that no server produces at will, by vLLM's own `OutputProcessor`, in forked processes."""
 
 from __future__ import annotations
 
@@ -22,18 +22,15 @@ from vllm.v1.request import Request
 
 from agentlightning import instrumentation
 from agentlightning.generation import Generation
-from agentlightning.instrumentation.vllm import (
-    containment,
-    engine_core,
-    output_processor,
-    recording,
-    request_context,
-    responses,
-)
-from agentlightning.instrumentation.vllm.generations import _said_before, as_json
-from agentlightning.instrumentation.vllm.metrics import Observer
-from agentlightning.instrumentation.vllm.request_context import RequestContext
-from agentlightning.instrumentation.vllm.running import under_way
+from agentlightning.instrumentation.vllm import _context, _isolation
+from agentlightning.instrumentation.vllm._context import RequestContext
+from agentlightning.instrumentation.vllm.capture import engine_core, frontend
+from agentlightning.instrumentation.vllm.capture.conversion import _filter_cached, params_as_json
+from agentlightning.instrumentation.vllm.capture.frontend import find_pending
+from agentlightning.instrumentation.vllm.capture.metrics import Metrics, Observer
+from agentlightning.instrumentation.vllm.capture.session import session
+from agentlightning.instrumentation.vllm.endpoints import responses
+from agentlightning.instrumentation.vllm.endpoints.answer import ALL_IDS, NO_IDS, id_fields
 from agentlightning.patching import PatchSet
 from agentlightning.recorder import Counters
 from tests.common.engine import Engine, kept
@@ -53,7 +50,7 @@ def engine(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     engine = Engine()
     yield engine
     # Whatever the end was, nothing is held on to.
-    running = under_way(engine.processor)
+    running = find_pending(engine.processor)
     assert running is None or (running._requests, running._parents) == ({}, {})
 
 
@@ -62,7 +59,9 @@ def ends(generation: Generation) -> list[tuple[int, list[int], str | None]]:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_of_two_choices_one_ends_and_the_other_is_given_up(engine: Engine, path: Path, stream: bool) -> None:
+def test_two_choices_one_finished_and_one_aborted_are_one_aborted_generation(
+    engine: Engine, path: Path, stream: bool
+) -> None:
     engine.add("two", [1, 2, 3], n=2, stream=stream)
     engine.says("0_two-0", [5])
     engine.says("1_two-0", [6, 7], FinishReason.LENGTH)
@@ -74,7 +73,7 @@ def test_of_two_choices_one_ends_and_the_other_is_given_up(engine: Engine, path:
     assert list(generation.prompt_token_ids or ()) == [1, 2, 3]
 
 
-def test_choices_that_end_one_after_the_other_are_one_generation(engine: Engine, path: Path) -> None:
+def test_choices_that_end_one_by_one_are_one_generation(engine: Engine, path: Path) -> None:
     engine.add("three", [1], n=3)
     for index in (2, 0, 1):
         engine.says(f"{index}_three-0", [index], FinishReason.STOP)
@@ -84,7 +83,7 @@ def test_choices_that_end_one_after_the_other_are_one_generation(engine: Engine,
     assert generation.status == "finished"
 
 
-def test_a_request_that_the_engine_fails_is_kept_as_failed(engine: Engine, path: Path) -> None:
+def test_a_request_that_the_engine_fails_is_recorded_as_failed(engine: Engine, path: Path) -> None:
     engine.add("failing", [1])
     engine.says("failing-0", [2, 3])
     engine.says("failing-0", [], FinishReason.ERROR)
@@ -93,7 +92,7 @@ def test_a_request_that_the_engine_fails_is_kept_as_failed(engine: Engine, path:
     assert (generation.status, ends(generation)) == ("error", [(0, [2, 3], "error")])
 
 
-def test_a_request_that_is_given_up_before_its_first_id_is_kept(engine: Engine, path: Path) -> None:
+def test_a_request_aborted_before_its_first_id_is_recorded(engine: Engine, path: Path) -> None:
     engine.add("early", [1])
     engine.processor.abort_requests(["early"], internal=False)
     # What the engine had on its way by then.
@@ -103,7 +102,7 @@ def test_a_request_that_is_given_up_before_its_first_id_is_kept(engine: Engine, 
     assert (generation.status, ends(generation)) == ("aborted", [(0, [], "abort")])
 
 
-def test_all_that_is_under_way_when_the_engine_dies_has_failed(engine: Engine, path: Path) -> None:
+def test_unfinished_requests_of_a_dead_engine_are_recorded_as_failed(engine: Engine, path: Path) -> None:
     engine.add("one", [1])
     engine.add("two", [1], n=2)
     engine.says("1_two-0", [6], FinishReason.LENGTH)
@@ -115,7 +114,7 @@ def test_all_that_is_under_way_when_the_engine_dies_has_failed(engine: Engine, p
     }
 
 
-def test_what_is_fed_in_between_leaves_nothing(engine: Engine, path: Path) -> None:
+def test_a_request_with_more_input_in_between_leaves_nothing(engine: Engine, path: Path) -> None:
     engine.add("realtime", [1], stream=True, resumable=True)
     engine.says("realtime-0", [2], FinishReason.LENGTH)
     engine.add("realtime", [3], stream=True, resumable=True)
@@ -127,7 +126,7 @@ def test_what_is_fed_in_between_leaves_nothing(engine: Engine, path: Path) -> No
 
 
 class Scheduler:
-    """In the place of vLLM's, which needs a model."""
+    """A stand-in for vLLM's, which needs a model."""
 
     def __init__(self) -> None:
         self.requests: dict[str, Request] = {}
@@ -136,28 +135,26 @@ class Scheduler:
         self.requests.setdefault(request.request_id, request)
 
 
-def test_an_engine_core_records_neither_an_end_of_input_nor_a_refusal(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_engine_core_records_neither_ends_of_input_nor_refusals(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AGL_STORE", str(path))
-    add, scheduler = engine_core.following(Scheduler.add_request), Scheduler()
+    add, scheduler = engine_core.wrap_add_request(Scheduler.add_request), Scheduler()
     add(scheduler, Request("realtime", [0], SamplingParams(), None, resumable=True))
     add(scheduler, Request("realtime", [0], SamplingParams(), None))
     add(scheduler, Request("refused", [0], SamplingParams(), None, abort_immediately=True))
     assert scheduler not in engine_core._unmarked
 
     add(scheduler, Request("another", [1, 2], SamplingParams(), None))
-    assert [*engine_core._unmarked[scheduler]._followed] == ["another"]
+    assert [*engine_core._unmarked[scheduler]._tracked] == ["another"]
 
 
-def test_pooling_leaves_nothing(engine: Engine, path: Path) -> None:
+def test_a_pooling_request_leaves_nothing(engine: Engine, path: Path) -> None:
     engine.add("pooled", [1], pooling_params=PoolingParams())
     engine.processor.abort_requests(["pooled"], internal=False)
 
     assert not path.exists()
 
 
-def test_what_is_generated_without_a_server_leaves_nothing(engine: Engine, path: Path) -> None:
+def test_an_offline_generation_leaves_nothing(engine: Engine, path: Path) -> None:
     engine.add("offline", [1], queue=False)
     engine.says("offline-0", [2], FinishReason.LENGTH)
 
@@ -165,16 +162,16 @@ def test_what_is_generated_without_a_server_leaves_nothing(engine: Engine, path:
     assert not path.exists()
 
 
-def test_what_waits_to_be_written_holds_on_to_no_image(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_queued_generation_keeps_no_image_alive(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     waiting: list[Callable[[], Generation]] = []
-    monkeypatch.setattr(recording, "keep", lambda build, *sizes: waiting.append(build))
+    monkeypatch.setattr(session, "record", lambda build, *sizes: waiting.append(build))
     image = Image()
     seen = weakref.ref(image)
     engine.add("seeing", [1, 2, 3], mm_features=[image])
     del image
     gc.collect()
 
-    # vLLM has sent it to its engine by now.
+    # vLLM has already sent it to its engine.
     assert seen() is None
     engine.says("seeing-0", [5], FinishReason.STOP)
     [build] = waiting
@@ -185,9 +182,9 @@ class Image:
     """Stands for what vLLM has made of one."""
 
 
-def test_what_else_waits_counts_for_the_queue(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompt_embeddings_count_for_the_queue(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    monkeypatch.setattr(recording, "keep", lambda build, ids, more: sizes.append(more))
+    monkeypatch.setattr(session, "record", lambda build, ids, more: sizes.append(more))
     # Few: threads of torch's own do not outlive a fork, and who works on many waits for them.
     embeds = torch.zeros(10, 64)
     engine.add("embedded", None, prompt_embeds=embeds)
@@ -198,7 +195,7 @@ def test_what_else_waits_counts_for_the_queue(engine: Engine, monkeypatch: pytes
     assert sizes == [embeds.nbytes, 0]
 
 
-def test_a_prompt_that_is_embeddings_in_part_has_no_ids(engine: Engine, path: Path) -> None:
+def test_a_prompt_with_embeddings_in_it_has_no_ids(engine: Engine, path: Path) -> None:
     mixed = {"prompt_embeds": torch.zeros(3, 64), "prompt_is_token_ids": [True, False, True]}
     engine.add("mixed", [1, 0, 3], **mixed)
     engine.says("mixed-0", [5], FinishReason.STOP)
@@ -207,26 +204,26 @@ def test_a_prompt_that_is_embeddings_in_part_has_no_ids(engine: Engine, path: Pa
     assert (generation.prompt_token_ids, ends(generation)) == (None, [(0, [5], "stop")])
 
 
-def test_a_vllm_that_has_not_what_is_looked_for_answers_as_ever(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vllm_without_the_expected_attributes_answers_unchanged(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AGL_STORE", str(path))
-    add = output_processor.tied(lambda processor, request, *others: "added")
-    process = output_processor.finishing(lambda processor, outputs: outputs)
+    add = frontend.wrap_add_request(lambda processor, request, *others: "added")
+    process = frontend.wrap_process_outputs(lambda processor, outputs: outputs)
 
     assert add(object(), object(), None) == "added"
     assert process(object(), [1]) == [1]
-    assert containment.failures == {"looking for a request: AttributeError": 1}
+    assert _isolation.failures == {"looking for a request: AttributeError": 1}
 
 
 class Serving:
-    """In the place of vLLM's, which needs a model."""
+    """A stand-in for vLLM's, which needs a model."""
 
     async def create_responses(self, request: Any) -> RequestContext | None:
-        return request_context.current()
+        return _context.current()
 
     async def responses_full_generator(self, request: Any) -> None: ...
 
 
-def test_a_call_by_no_route_has_the_endpoint_that_it_is_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_without_a_route_gets_the_endpoint_of_its_method(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AGL_STORE", str(path))
     serving = ModuleType("serving")
     vars(serving)["OpenAIServingResponses"] = Serving
@@ -238,8 +235,8 @@ def test_a_call_by_no_route_has_the_endpoint_that_it_is_for(path: Path, monkeypa
     assert (context.endpoint, context.model) == ("/v1/responses", "tiny")
 
 
-def test_a_forked_process_counts_from_nothing() -> None:
-    observer = Observer()
+def test_a_forked_process_counts_from_zero() -> None:
+    observer = Observer(Metrics())
     observer(Counters(generations=3))
     child = os.fork()
     if not child:
@@ -251,11 +248,12 @@ def test_a_forked_process_counts_from_nothing() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def test_a_program_that_is_instrumented_again_records_to_the_store_that_is_named_then(
+def test_a_program_instrumented_again_with_another_store_records_there(
     engine: Engine, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine.add("first", [1])
     engine.says("first-0", [5], FinishReason.LENGTH)
+    first_recorder = session.recorder
     instrumentation.uninstrument_vllm()
     another = tmp_path / "another.db"
     monkeypatch.setenv("AGL_STORE", str(another))
@@ -265,15 +263,31 @@ def test_a_program_that_is_instrumented_again_records_to_the_store_that_is_named
 
     [second] = kept(another)
     assert second.request_id == "second"
-    report = recording.report()
+    report = session.report()
     assert report is not None
     assert (report["store"], report["generations"]) == (str(another), 1)
-    monkeypatch.setenv("AGL_STORE", str(path))
-    [first] = kept(path)
+    [first] = kept(path, first_recorder)
     assert first.request_id == "first"
 
 
-def test_what_is_under_way_when_the_patches_are_taken_off_is_not_recorded_and_the_log_says_so(
+def test_settings_changed_while_instrumented_count_only_when_instrumented_again(
+    engine: Engine, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The environment is read once, and never for a request or a generation."""
+    engine.add("first", [1])
+    monkeypatch.setenv("AGL_STORE", str(tmp_path / "another.db"))
+    monkeypatch.setenv("AGL_RETURN_TOKEN_IDS", "none")
+    engine.says("first-0", [5], FinishReason.LENGTH)
+    assert id_fields(None) == ALL_IDS
+
+    [first] = kept(path)
+    assert first.request_id == "first"
+    instrumentation.uninstrument_vllm()
+    instrumentation.instrument_vllm()
+    assert id_fields(None) == NO_IDS
+
+
+def test_requests_unfinished_at_uninstrumenting_are_not_recorded_but_logged(
     engine: Engine, path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine.add("under-way", [1])
@@ -281,19 +295,19 @@ def test_what_is_under_way_when_the_patches_are_taken_off_is_not_recorded_and_th
     engine.says("under-way-0", [5], FinishReason.LENGTH)
     instrumentation.instrument_vllm()
 
-    assert "1 requests under way are not recorded" in caplog.text
-    assert under_way(engine.processor) is None
+    assert "1 unfinished requests are not recorded" in caplog.text
+    assert find_pending(engine.processor) is None
 
 
-def test_long_parameters_are_not_remembered() -> None:
+def test_long_parameters_are_not_cached() -> None:
     long = SamplingParams(allowed_token_ids=list(range(5_000)))
-    before = _said_before.cache_info().currsize
+    before = _filter_cached.cache_info().currsize
 
-    assert json.loads(as_json(long, keeps_text=True))["allowed_token_ids"] == list(range(5_000))
-    assert _said_before.cache_info().currsize == before
+    assert json.loads(params_as_json(long, keeps_text=True))["allowed_token_ids"] == list(range(5_000))
+    assert _filter_cached.cache_info().currsize == before
 
 
-def test_where_no_text_is_kept_parameters_are_numbers() -> None:
+def test_parameters_recorded_without_text_are_numbers() -> None:
     params = SamplingParams(
         max_tokens=7,
         temperature=0.5,
@@ -303,8 +317,8 @@ def test_where_no_text_is_kept_parameters_are_numbers() -> None:
         extra_args={"secret": 1},
     )
 
-    kept = json.loads(as_json(params, keeps_text=False))
+    kept = json.loads(params_as_json(params, keeps_text=False))
     numbers = {"max_tokens": 7, "temperature": 0.5, "stop_token_ids": [5], "logit_bias": {"3": 1.5}}
     assert numbers.items() <= kept.items()
     assert "secret" not in str(kept)
-    assert "secret" in as_json(params, keeps_text=True)
+    assert "secret" in params_as_json(params, keeps_text=True)

@@ -1,10 +1,10 @@
-"""What the id of a request to the engine says of the HTTP request, where nothing else of it arrives."""
+"""The ids of engine requests, parsed for rollout, endpoint and choice."""
 
 from __future__ import annotations
 
 import pytest
 
-from agentlightning.instrumentation.vllm.request_names import RequestName, read
+from agentlightning.instrumentation.vllm.capture.request_names import RequestName, parse
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
@@ -28,8 +28,8 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
         ("", RequestName("", "")),
     ],
 )
-def test_of_the_rust_frontend(request_id: str, said: RequestName) -> None:
-    assert read(request_id, from_rust=True) == said
+def test_names_by_the_rust_frontend_are_parsed(request_id: str, said: RequestName) -> None:
+    assert parse(request_id, from_rust=True) == said
 
 
 @pytest.mark.parametrize(
@@ -45,5 +45,5 @@ def test_of_the_rust_frontend(request_id: str, said: RequestName) -> None:
         ),
     ],
 )
-def test_of_a_python_frontend_elsewhere(request_id: str, said: RequestName) -> None:
-    assert read(request_id, from_rust=False) == said
+def test_names_by_a_python_frontend_elsewhere_are_parsed(request_id: str, said: RequestName) -> None:
+    assert parse(request_id, from_rust=False) == said

@@ -30,12 +30,12 @@ def body(server: RemoteOpenAIServer, **options: Any) -> dict[str, Any]:
 
 
 def ask(server: RemoteOpenAIServer, **options: Any) -> Any:
-    """A plain answer, as the `openai` client gives it."""
+    """Ask for a plain answer, with the `openai` client."""
     return server.client().responses.create(**body(server, **options))
 
 
 def finished(server: RemoteOpenAIServer, response_id: str) -> Any:
-    """The stored response, once it is no longer under way."""
+    """Return the stored response, once it is finished."""
     deadline = time.monotonic() + DEADLINE
     while time.monotonic() < deadline:
         response = server.client().responses.retrieve(response_id)
@@ -66,7 +66,7 @@ def test_an_incomplete_answer_carries_what_was_generated(armed: RemoteOpenAIServ
     assert answer.response_token_ids == [greedy(answer.prompt_token_ids, 3)]
 
 
-def test_a_stream_carries_them_on_the_event_that_closes_it(armed: RemoteOpenAIServer) -> None:
+def test_a_stream_carries_ids_on_its_closing_event(armed: RemoteOpenAIServer) -> None:
     answer = ask(armed)
     *others, last = [event.model_dump() for event in ask(armed, stream=True)]
 
@@ -77,7 +77,7 @@ def test_a_stream_carries_them_on_the_event_that_closes_it(armed: RemoteOpenAISe
     assert not any(map(carries, others))
 
 
-def test_a_response_of_the_background_carries_them_when_it_is_fetched(armed: RemoteOpenAIServer) -> None:
+def test_a_fetched_background_response_carries_ids(armed: RemoteOpenAIServer) -> None:
     queued = ask(armed, background=True, store=True)
     answer = finished(armed, queued.id)
 
@@ -86,7 +86,7 @@ def test_a_response_of_the_background_carries_them_when_it_is_fetched(armed: Rem
     assert answer.response_token_ids == [greedy(answer.prompt_token_ids, 24)]
 
 
-def test_a_stream_of_the_background_carries_them_too(armed: RemoteOpenAIServer) -> None:
+def test_a_background_stream_carries_ids(armed: RemoteOpenAIServer) -> None:
     events = post(armed, RESPONSES, body(armed, background=True, store=True, stream=True))
 
     assert events[-1]["response"]["response_token_ids"] == [greedy(events[-1]["response"]["prompt_token_ids"], 24)]
@@ -103,7 +103,7 @@ def test_the_next_turn_has_its_own_ids(armed: RemoteOpenAIServer) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
-def test_a_request_that_declines_gets_vllms_own_answer(
+def test_a_request_that_declines_ids_gets_vllms_own_answer(
     armed: RemoteOpenAIServer, plain: RemoteOpenAIServer, stream: bool
 ) -> None:
     ours = post(armed, RESPONSES, body(armed, stream=stream, return_token_ids=False))
@@ -113,7 +113,7 @@ def test_a_request_that_declines_gets_vllms_own_answer(
     assert not carries(ours)
 
 
-def test_without_its_ids_an_answer_is_vllms_own(armed: RemoteOpenAIServer, plain: RemoteOpenAIServer) -> None:
+def test_an_answer_differs_from_vllms_only_by_its_ids(armed: RemoteOpenAIServer, plain: RemoteOpenAIServer) -> None:
     ours = post(armed, RESPONSES, body(armed))
     del ours["prompt_token_ids"], ours["response_token_ids"]
 
@@ -121,7 +121,7 @@ def test_without_its_ids_an_answer_is_vllms_own(armed: RemoteOpenAIServer, plain
 
 
 @pytest.mark.parametrize("nonsense", ["yes", 1, None, [], {}], ids=repr)
-def test_what_is_neither_true_nor_false_counts_as_not_said(armed: RemoteOpenAIServer, nonsense: Any) -> None:
+def test_a_value_that_is_not_boolean_counts_as_omitted(armed: RemoteOpenAIServer, nonsense: Any) -> None:
     assert post(armed, RESPONSES, body(armed, return_token_ids=nonsense))["response_token_ids"]
 
 
@@ -150,7 +150,7 @@ def test_a_refused_request_is_refused_as_before(armed: RemoteOpenAIServer, plain
     assert refused[0] == refused[1]
 
 
-def test_where_a_tool_was_called_every_call_of_the_model_is_listed(recording: RecordingServer) -> None:
+def test_a_response_with_a_tool_call_lists_every_generation(recording: RecordingServer) -> None:
     # AGL_RETURN_TOKEN_IDS=none, and each response takes two calls of the model.
     answer = post(recording, RESPONSES, body(recording, return_token_ids=True))
     streamed = post(recording, RESPONSES, body(recording, stream=True, return_token_ids=True))[-1]["response"]

@@ -1,4 +1,4 @@
-"""A request's own `return_token_ids`: false is vLLM's answer, true or not said is vLLM's answer with ids."""
+"""A request's own `return_token_ids`: false gives vLLM's answer, true or omitted vLLM's answer with ids."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = [
 
 
 def ask(server: RemoteOpenAIServer, path: str, **options: Any) -> Any:
-    """The answer but for what differs from call to call; a stream's chunks joined."""
+    """Return the answer without parts that differ from call to call; a stream's chunks joined."""
     answer = steady(post(server, path, {"model": server.model, "max_tokens": 16, "temperature": 0, **options}))
     return joined(answer) if isinstance(answer, list) else answer
 
@@ -40,7 +40,7 @@ def test_false_gives_exactly_vllms_answer(
     assert ours == ask(plain, path, stream=stream, **options)
 
 
-def test_true_or_not_said_gives_vllms_answer_with_ids(
+def test_true_or_omitted_gives_vllms_answer_with_ids(
     armed: RemoteOpenAIServer, plain: RemoteOpenAIServer, path: str, options: dict[str, Any], stream: bool
 ) -> None:
     not_said = ask(armed, path, stream=stream, **options)

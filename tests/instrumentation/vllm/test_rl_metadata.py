@@ -1,4 +1,4 @@
-"""What training wants beside ids, of engines that no test machine has, in processes that are forked for each test.
+"""Logprobs, weight versions and routed experts, as engines give them that no test machine has; in forked processes.
 
 vLLM's own `OutputProcessor` and `Request` are given what such an engine would say.
 """
@@ -21,7 +21,9 @@ from vllm.v1.request import Request
 
 from agentlightning import instrumentation
 from agentlightning.generation import RoutedExperts
-from agentlightning.instrumentation.vllm import containment, engine_core, logprobs
+from agentlightning.instrumentation.vllm import _isolation
+from agentlightning.instrumentation.vllm.capture import logprobs
+from agentlightning.instrumentation.vllm.capture.unmarked import UnmarkedRequests
 from tests.common.engine import Engine, kept
 
 pytestmark = pytest.mark.forked
@@ -44,13 +46,13 @@ def engine(path: Path) -> Engine:
 
 
 def arrays(*logprobs: float) -> LogprobsLists:
-    """What the engine gives for that many ids, where somebody else in the batch has asked for one more each."""
+    """Return the engine's arrays for that many ids, in a batch where another request asked for one logprob more."""
     of_each = numpy.array([[logprob, -9.0] for logprob in logprobs], dtype=numpy.float32)
     return LogprobsLists(numpy.ones_like(of_each, dtype=numpy.int32), of_each, numpy.ones(len(logprobs)))
 
 
 def experts(*of_ids: int) -> Any:
-    """Of each of these ids the experts of two layers, which have its number."""
+    """Return the experts of two layers for each of these ids, derived from its number."""
     return numpy.array([[[each, each + 1], [each + 2, each + 3]] for each in of_ids], dtype=numpy.uint8)
 
 
@@ -59,7 +61,7 @@ def output(name: str, ids: Sequence[int], end: FinishReason | None = None, **mor
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
-def test_logprobs_are_one_an_id_however_many_a_step_samples(engine: Engine, path: Path, stream: bool) -> None:
+def test_steps_with_several_ids_give_one_logprob_per_id(engine: Engine, path: Path, stream: bool) -> None:
     engine.add("one", [1], stream=stream)
     engine.steps([output("one-0", [5], new_logprobs=arrays(-0.5))])
     engine.steps([output("one-0", [6, 7, 8], LENGTH, new_logprobs=arrays(-0.25, -1, -2))])
@@ -70,7 +72,7 @@ def test_logprobs_are_one_an_id_however_many_a_step_samples(engine: Engine, path
 
 
 def test_more_logprobs_than_ids_are_cut(engine: Engine, path: Path) -> None:
-    """Up to 0.31 an engine that speculates gives those past a stop string too."""
+    """Up to 0.31 an engine with speculative decoding also gives those after a stop string."""
     engine.add("one", [1])
     engine.steps([output("one-0", [5, 6], LENGTH, new_logprobs=arrays(-0.5, -1, -2))])
 
@@ -79,7 +81,7 @@ def test_more_logprobs_than_ids_are_cut(engine: Engine, path: Path) -> None:
     assert choice.logprobs.tolist() == [-0.5, -1]
 
 
-def test_an_engine_that_gives_fewer_than_it_was_asked_for_is_not_made_up_for(engine: Engine, path: Path) -> None:
+def test_missing_logprobs_are_recorded_as_none(engine: Engine, path: Path) -> None:
     engine.add("one", [1])
     engine.steps([output("one-0", [5], new_logprobs=arrays(-0.5))])
     engine.steps([output("one-0", [6], LENGTH)])
@@ -88,17 +90,17 @@ def test_an_engine_that_gives_fewer_than_it_was_asked_for_is_not_made_up_for(eng
     assert (generation.choices[0].logprobs, generation.logprobs_mode) == (None, None)
 
 
-def test_logprobs_of_another_shape_end_no_engine(engine: Engine, path: Path) -> None:
+def test_logprobs_of_an_unknown_shape_do_not_stop_the_engine(engine: Engine, path: Path) -> None:
     engine.add("one", [1])
     of_each = numpy.array([-0.5], dtype=numpy.float32)
     engine.steps([output("one-0", [5], LENGTH, new_logprobs=LogprobsLists(of_each, of_each, of_each))])
 
     [generation] = kept(path)
     assert generation.choices[0].logprobs is None
-    assert containment.failures == {"taking logprobs: IndexError": 1}
+    assert _isolation.failures == {"taking logprobs: IndexError": 1}
 
 
-def test_nothing_of_vllms_is_held_on_to_for_logprobs(engine: Engine, path: Path) -> None:
+def test_recorded_logprobs_keep_no_object_of_vllm_alive(engine: Engine, path: Path) -> None:
     engine.add("one", [1])
     gc.disable()
     found = arrays(-0.5)
@@ -114,7 +116,7 @@ def test_nothing_of_vllms_is_held_on_to_for_logprobs(engine: Engine, path: Path)
     assert processor() is None
 
 
-def test_each_of_n_has_its_own_and_vllm_none(engine: Engine, path: Path) -> None:
+def test_each_of_n_choices_has_its_logprobs_and_vllm_has_none(engine: Engine, path: Path) -> None:
     engine.add("two", [1, 2, 3], n=2)
     states = list(engine.processor.request_states.values())
     engine.steps(
@@ -129,7 +131,7 @@ def test_each_of_n_has_its_own_and_vllm_none(engine: Engine, path: Path) -> None
     assert [state.logprobs_processor and state.logprobs_processor.logprobs for state in states] == [None, None]
 
 
-def test_what_is_given_up_keeps_what_it_had(engine: Engine, path: Path) -> None:
+def test_an_aborted_request_keeps_its_logprobs_weights_and_experts(engine: Engine, path: Path) -> None:
     engine.add("one", [1])
     engine.steps([output("one-0", [5], new_logprobs=arrays(-0.5), routed_experts=experts(3, 4))], weights="v1")
     engine.steps([output("one-0", [6], new_logprobs=arrays(-1), routed_experts=experts(5))], weights="v2")
@@ -144,7 +146,7 @@ def test_what_is_given_up_keeps_what_it_had(engine: Engine, path: Path) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
-def test_experts_and_weights_of_what_ends_are_kept(engine: Engine, path: Path, stream: bool) -> None:
+def test_a_finished_request_has_its_experts_and_weights(engine: Engine, path: Path, stream: bool) -> None:
     engine.add("one", [1], stream=stream)
     engine.steps([output("one-0", [5, 6], routed_experts=experts(1, 2, 3))], weights="v1")
     engine.steps([output("one-0", [7], LENGTH, routed_experts=experts(250))], weights="v2")
@@ -157,7 +159,7 @@ def test_experts_and_weights_of_what_ends_are_kept(engine: Engine, path: Path, s
 
 
 class Scheduler:
-    """In the place of vLLM's, which needs a model: no more than one to hold on to."""
+    """A stand-in for vLLM's scheduler, which needs a model; only used as a key."""
 
 
 def unmarked(name: str, **params: Any) -> Request:
@@ -170,19 +172,19 @@ def step(request: Request, ids: Sequence[int], end: FinishReason | None = None, 
     return output(request.request_id, ids, end, **more)
 
 
-def test_an_engine_core_keeps_the_same(path: Path) -> None:
-    requests = engine_core.Unmarked(Scheduler())
-    engine_core._note_weights("default")
+def test_an_engine_core_records_logprobs_weights_and_experts(path: Path) -> None:
+    requests = UnmarkedRequests(Scheduler())
+    requests.note_weights("default")
     asks, asked = unmarked("cmpl-a-00000000"), unmarked("cmpl-b-00000000", logprobs=1)
     for request in (asks, asked):
-        requests.follow(request)
+        requests.track(request)
     assert asks.sampling_params is not None
     assert asks.sampling_params.logprobs == 0
     sent = [step(each, [5], new_logprobs=arrays(-0.5), routed_experts=experts(3, 4)) for each in (asks, asked)]
-    requests.sampled({0: EngineCoreOutputs(outputs=sent)})
-    requests.weights_are("v2")
-    requests.sampled({0: EngineCoreOutputs(outputs=[step(asked, [6], LENGTH, new_logprobs=arrays(-1))])})
-    requests.give_up_all("error")
+    requests.add_step({0: EngineCoreOutputs(outputs=sent)})
+    requests.note_weights("v2")
+    requests.add_step({0: EngineCoreOutputs(outputs=[step(asked, [6], LENGTH, new_logprobs=arrays(-1))])})
+    requests.end_all("error")
 
     # To a frontend that has asked for them they go on.
     assert [each.new_logprobs is None for each in sent] == [True, False]
@@ -199,33 +201,33 @@ def test_an_engine_core_keeps_the_same(path: Path) -> None:
     assert (by_name["cmpl-a"].status, by_name["cmpl-b"].status) == ("error", "finished")
 
 
-def test_an_output_that_cannot_be_read_costs_the_others_of_its_step_nothing(path: Path) -> None:
-    requests = engine_core.Unmarked(Scheduler())
+def test_an_unreadable_output_leaves_the_others_of_its_step_intact(path: Path) -> None:
+    requests = UnmarkedRequests(Scheduler())
     odd, good = unmarked("cmpl-odd-00000000", logprobs=1), unmarked("cmpl-good-00000000", logprobs=1)
     for request in (odd, good):
-        requests.follow(request)
+        requests.track(request)
     of_another_shape = LogprobsLists(numpy.ones(1), numpy.float32(-0.5), numpy.ones(1))  # type: ignore[arg-type]
     sent = [
         step(odd, [5], LENGTH, new_logprobs=of_another_shape),
         step(good, [6], LENGTH, new_logprobs=arrays(-1)),
     ]
-    requests.sampled({0: EngineCoreOutputs(outputs=sent)})
+    requests.add_step({0: EngineCoreOutputs(outputs=sent)})
 
     assert not requests
     by_name = {each.request_id: each.choices[0] for each in kept(path)}
     assert by_name["cmpl-odd"].token_ids == array("i", [5])
     assert by_name["cmpl-odd"].logprobs is None
     assert by_name["cmpl-good"].logprobs == array("f", [-1])
-    assert containment.failures.total() == 1
+    assert _isolation.failures.total() == 1
 
 
-def test_logprobs_are_sent_as_they_are_where_requests_are_traced() -> None:
+def test_logprobs_of_traced_requests_are_sent_unpacked() -> None:
     traced, untraced = (
         output("one", [5, 6], new_logprobs=arrays(-0.5, -1), trace_headers=headers) for headers in ({"a": "b"}, None)
     )
     taken: list[Any] = []
     kept = untraced
-    traced, untraced = logprobs.packed(traced), logprobs.packed(untraced)
+    traced, untraced = logprobs.pack(traced), logprobs.pack(untraced)
     assert (traced.new_logprobs is None, untraced.new_logprobs is None) == (False, True)
     # A scheduler of the user's may have kept it.
     assert (kept.new_logprobs is None, kept.trace_headers) == (False, None)
@@ -233,4 +235,4 @@ def test_logprobs_are_sent_as_they_are_where_requests_are_traced() -> None:
         logprobs.take(each, taken)
 
     assert (traced.trace_headers, untraced.trace_headers) == ({"a": "b"}, None)
-    assert logprobs.of_sampled_ids(taken, 4) == array("f", [-0.5, -1, -0.5, -1])
+    assert logprobs.join(taken, 4) == array("f", [-0.5, -1, -0.5, -1])

@@ -1,4 +1,4 @@
-"""The server around the answers: ways to start it, several processes, many clients, clients that leave."""
+"""The server: ways to start it, several processes, many clients, clients that hang up."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_every_api_server_process_attaches_ids(two_api_servers: RemoteOpenAIServ
     assert len(processes_that_serve(two_api_servers)) == 2
 
 
-def test_without_either_vllm_is_untouched(plain: RemoteOpenAIServer) -> None:
+def test_vllm_without_the_variable_is_unchanged(plain: RemoteOpenAIServer) -> None:
     answer = post(plain, CHAT, chat(plain))
 
     assert answer["prompt_token_ids"] is None
@@ -61,7 +61,7 @@ def test_without_either_vllm_is_untouched(plain: RemoteOpenAIServer) -> None:
     assert "agentlightning" not in plain.log
 
 
-def test_sixty_four_requests_at_once_never_mix(armed: RemoteOpenAIServer) -> None:
+def test_sixty_four_concurrent_requests_never_mix(armed: RemoteOpenAIServer) -> None:
     async def ask(client: openai.AsyncOpenAI, number: int) -> None:
         messages: Any = [{"role": "user", "content": f"Number {number}?"}]
         text = f"It is number {number}."
@@ -154,7 +154,7 @@ EVERY_ENDPOINT: list[tuple[str, Callable[[int], dict[str, Any]], Callable[[Any],
 ]
 
 
-def test_no_request_to_any_endpoint_reads_the_ids_of_another(armed: RemoteOpenAIServer) -> None:
+def test_concurrent_requests_to_every_endpoint_get_their_own_ids(armed: RemoteOpenAIServer) -> None:
     def ask(number: int) -> Spoken:
         path, body, read = EVERY_ENDPOINT[number % len(EVERY_ENDPOINT)]
         # Hot, so that no two say the same.
@@ -168,8 +168,8 @@ def test_no_request_to_any_endpoint_reads_the_ids_of_another(armed: RemoteOpenAI
             assert_own(number, *spoken)
 
 
-def test_requests_that_follow_each_other_on_one_connection_never_mix(armed: RemoteOpenAIServer) -> None:
-    """Sent at once: the server begins each within the context of the one before it."""
+def test_pipelined_requests_on_one_connection_never_mix(armed: RemoteOpenAIServer) -> None:
+    """The requests are sent together: the server begins each within the context of the previous one."""
     bodies = [
         json.dumps({"model": armed.model, "input": question(number), "max_output_tokens": 16}).encode()
         for number in range(16)
@@ -193,7 +193,7 @@ def assert_own(number: int, prompt: list[int], response: list[int], text: str) -
 
 
 def texts(response: list[int]) -> Iterator[str]:
-    """What vLLM may have sent for ids: it keeps the last ones back for as long as no whole character ends them."""
+    """Return the texts that vLLM may send for ids: it holds the last ones back until they end in a whole character."""
     for length in range(len(response), -1, -1):
         text = tokenizer().decode(response[:length], skip_special_tokens=True)
         yield text
@@ -202,7 +202,7 @@ def texts(response: list[int]) -> Iterator[str]:
 
 
 def characters(text: str) -> str:
-    """Without what stands for bytes that are none: how often it does depends on how many are decoded at once."""
+    """Drop replacement characters: their number depends on how many ids are decoded at once."""
     return text.replace("\ufffd", "")
 
 
@@ -212,7 +212,7 @@ def next_answer(stream: IO[bytes]) -> Any:
     return json.loads(stream.read(length))
 
 
-def test_a_client_that_hangs_up_harms_nobody(armed: RemoteOpenAIServer) -> None:
+def test_a_client_that_hangs_up_leaves_other_answers_intact(armed: RemoteOpenAIServer) -> None:
     logged = len(armed.log)
     for _ in range(5):
         with armed.client().chat.completions.create(

@@ -36,7 +36,7 @@ def status(server: RemoteOpenAIServer, **headers: str) -> dict[str, Any]:
     return json.loads(body)
 
 
-def test_a_server_tells_what_it_is_and_that_all_is_patched(armed: RemoteOpenAIServer) -> None:
+def test_the_status_describes_the_server_and_its_patches(armed: RemoteOpenAIServer) -> None:
     assert status(armed) == {
         "agentlightning": agentlightning.__version__,
         "vllm": vllm.__version__,
@@ -60,7 +60,7 @@ def test_each_of_several_api_servers_answers_for_itself(two_api_servers: RemoteO
     assert told["pid"] in {process.pid for process in processes}
 
 
-def test_a_strict_server_that_started_is_patched_whole(guarded: RemoteOpenAIServer) -> None:
+def test_a_strict_server_that_started_is_patched_completely(guarded: RemoteOpenAIServer) -> None:
     told = status(guarded, Authorization="Bearer none")
 
     assert told["switches"] == {
@@ -73,21 +73,21 @@ def test_a_strict_server_that_started_is_patched_whole(guarded: RemoteOpenAIServ
 
 
 @pytest.mark.parametrize("root_path", ["", "/root"])
-def test_vllms_key_guards_it(guarded: RemoteOpenAIServer, root_path: str) -> None:
+def test_vllms_key_guards_the_status(guarded: RemoteOpenAIServer, root_path: str) -> None:
     assert get(guarded, root_path + STATUS)[0] == 401
     assert get(guarded, root_path + STATUS, Authorization="Bearer another")[0] == 401
     assert get(guarded, root_path + STATUS, Authorization="Bearer none")[0] == 200
 
 
-def test_there_is_one(armed: RemoteOpenAIServer) -> None:
+def test_a_server_has_one_status_route(armed: RemoteOpenAIServer) -> None:
     assert armed.log.count(f"Route: {STATUS}, Methods: GET\n") == 1
 
 
-def test_without_us_there_is_none(plain: RemoteOpenAIServer) -> None:
+def test_vllm_without_instrumentation_has_no_status_route(plain: RemoteOpenAIServer) -> None:
     assert get(plain, STATUS)[0] == 404
 
 
-def test_vllms_schema_stays_what_it_was(armed: RemoteOpenAIServer, plain: RemoteOpenAIServer) -> None:
+def test_vllms_schema_stays_unchanged(armed: RemoteOpenAIServer, plain: RemoteOpenAIServer) -> None:
     ours, vllms = (json.loads(get(server, "/openapi.json")[1])["paths"] for server in (armed, plain))
 
     assert ours.keys() == vllms.keys()
@@ -95,7 +95,7 @@ def test_vllms_schema_stays_what_it_was(armed: RemoteOpenAIServer, plain: Remote
 
 
 @pytest.mark.forked
-def test_what_failed_while_serving_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failures_while_serving_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = SimpleNamespace(choices=[SimpleNamespace(index=0)])
     serving = OpenAIServingChat.__new__(OpenAIServingChat)
 
@@ -119,7 +119,7 @@ def test_what_failed_while_serving_is_counted(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.forked
-def test_a_program_may_add_middleware_to_an_app_and_we_stay_outermost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_middleware_stays_outermost_when_a_program_adds_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     paths = []
 
     class Theirs:

@@ -30,7 +30,7 @@ V0 = (
     "vLLM's V0 engine answers (VLLM_USE_V1=0, or what V1 of this release cannot do): only chat and completions carry "
     "ids, and nothing is recorded"
 )
-GRPC = "vLLM's gRPC server (--grpc) speaks a protocol of its own, its answers are left as they are"
+GRPC = "vLLM's gRPC server (--grpc) has its own protocol, so its answers stay unchanged"
 RUST = (
     "vLLM's Rust frontend (VLLM_USE_RUST_FRONTEND) answers without Python, "
     'with token ids only where a request says "return_token_ids": true'
@@ -86,7 +86,7 @@ def python(folder: Path, *arguments: str, **variables: str) -> subprocess.Comple
 
 
 def reasons(refused: subprocess.CompletedProcess[str]) -> list[str]:
-    """What a server that was refused gives as reasons, in the one sentence that is the last on stderr."""
+    """Return the reasons of a refused server: one sentence, the last line on stderr."""
     assert refused.returncode == 1, refused.stderr
     assert "served" not in refused.stdout
     assert "Traceback" not in refused.stderr
@@ -97,7 +97,7 @@ def reasons(refused: subprocess.CompletedProcess[str]) -> list[str]:
 
 @pytest.mark.parametrize("layout", ["to 0.14", "from 0.15", "from 0.29", "from 0.33"])
 @pytest.mark.parametrize("way", [VLLM_SERVE, API_SERVER], ids=["vllm serve", "python -m"])
-def test_a_server_that_is_patched_whole_serves(way: tuple[str, ...], layout: Layout, tmp_path: Path) -> None:
+def test_a_completely_patched_server_serves(way: tuple[str, ...], layout: Layout, tmp_path: Path) -> None:
     made_up_vllm(tmp_path, layout)
 
     served = python(tmp_path, *way)
@@ -107,9 +107,7 @@ def test_a_server_that_is_patched_whole_serves(way: tuple[str, ...], layout: Lay
 
 @pytest.mark.parametrize("layout", ["to 0.14", "from 0.15", "from 0.29", "from 0.33"])
 @pytest.mark.parametrize("way", [VLLM_SERVE, API_SERVER], ids=["vllm serve", "python -m"])
-def test_a_target_that_is_missing_refuses_however_it_is_started(
-    way: tuple[str, ...], layout: Layout, tmp_path: Path
-) -> None:
+def test_a_missing_target_refuses_every_way_to_start(way: tuple[str, ...], layout: Layout, tmp_path: Path) -> None:
     made_up_vllm(tmp_path, layout, {"create_chat_completion": "chat"})
     module = f"{OPENAI}.serving_chat" if layout == "to 0.14" else CHAT
 
@@ -151,13 +149,13 @@ def test_a_target_that_is_missing_refuses_however_it_is_started(
         "the V0 engine",
     ],
 )
-def test_what_is_not_as_it_should_be_is_named(edits: Mapping[str, str], expected: list[str], tmp_path: Path) -> None:
+def test_each_broken_target_is_named(edits: Mapping[str, str], expected: list[str], tmp_path: Path) -> None:
     made_up_vllm(tmp_path, edits=edits)
 
     assert reasons(python(tmp_path, *VLLM_SERVE)) == expected
 
 
-def test_a_module_that_the_release_has_nowhere_is_named(tmp_path: Path) -> None:
+def test_a_module_missing_from_the_release_is_named(tmp_path: Path) -> None:
     made_up_vllm(tmp_path)
     (tmp_path / "vllm/entrypoints/openai/completion/serving.py").unlink()
 
@@ -166,7 +164,7 @@ def test_a_module_that_the_release_has_nowhere_is_named(tmp_path: Path) -> None:
     ]
 
 
-def test_a_vllm_that_nobody_can_judge_is_not_imported(tmp_path: Path) -> None:
+def test_a_vllm_without_the_start_up_check_is_not_imported(tmp_path: Path) -> None:
     made_up_vllm(tmp_path, "bare")
 
     refused = reasons(python(tmp_path, "-c", "import vllm\nprint('served')"))
@@ -175,7 +173,7 @@ def test_a_vllm_that_nobody_can_judge_is_not_imported(tmp_path: Path) -> None:
     assert all(f"vLLM {VERSION} has no " in reason for reason in refused)
 
 
-def test_a_finder_ahead_that_imports_a_module_past_ours_is_named(tmp_path: Path) -> None:
+def test_a_finder_that_hides_a_module_from_ours_is_named(tmp_path: Path) -> None:
     made_up_vllm(tmp_path)
     (tmp_path / "sitecustomize.py").write_text(FINDER_AHEAD.format(module=CHAT))
 
@@ -186,7 +184,7 @@ def test_a_finder_ahead_that_imports_a_module_past_ours_is_named(tmp_path: Path)
 
 
 @pytest.mark.parametrize(("argument", "rust", "reason"), [("--grpc", "0", GRPC), (None, "1", RUST)])
-def test_an_answer_past_python_refuses(argument: str | None, rust: str, reason: str, tmp_path: Path) -> None:
+def test_a_frontend_without_python_is_refused(argument: str | None, rust: str, reason: str, tmp_path: Path) -> None:
     made_up_vllm(tmp_path)
 
     refused = python(tmp_path, *VLLM_SERVE, *filter(None, [argument]), VLLM_USE_RUST_FRONTEND=rust)
@@ -194,7 +192,7 @@ def test_an_answer_past_python_refuses(argument: str | None, rust: str, reason: 
     assert reasons(refused) == [reason]
 
 
-def test_headless_is_not_judged(tmp_path: Path) -> None:
+def test_a_headless_server_is_not_checked(tmp_path: Path) -> None:
     made_up_vllm(tmp_path, edits={"create_chat_completion": "chat"})
 
     headless = python(tmp_path, *VLLM_SERVE, "--headless", VLLM_USE_RUST_FRONTEND="1")
@@ -202,7 +200,7 @@ def test_headless_is_not_judged(tmp_path: Path) -> None:
     assert (headless.returncode, headless.stdout, headless.stderr) == (0, "validated\n", "")
 
 
-def test_the_rust_frontend_is_vllm_serves_alone(tmp_path: Path) -> None:
+def test_the_rust_frontend_is_refused_only_for_vllm_serve(tmp_path: Path) -> None:
     made_up_vllm(tmp_path)
 
     served = python(tmp_path, *API_SERVER, VLLM_USE_RUST_FRONTEND="1")
@@ -211,7 +209,7 @@ def test_the_rust_frontend_is_vllm_serves_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("argument", "rust", "reason"), [("--grpc", "0", GRPC), (None, "1", RUST)])
-def test_an_answer_past_python_is_one_warning_where_not_strict(
+def test_a_frontend_without_python_is_one_warning_unless_strict(
     argument: str | None, rust: str, reason: str, tmp_path: Path
 ) -> None:
     made_up_vllm(tmp_path)
@@ -225,9 +223,7 @@ def test_an_answer_past_python_is_one_warning_where_not_strict(
 
 @pytest.mark.parametrize("layout", ["to 0.14", "from 0.29", "from 0.33"])
 @pytest.mark.parametrize("call", ["run_server", "build_app"])
-def test_a_program_that_reads_no_command_line_is_judged_when_it_serves(
-    call: str, layout: Layout, tmp_path: Path
-) -> None:
+def test_a_program_without_a_command_line_is_checked_when_it_serves(call: str, layout: Layout, tmp_path: Path) -> None:
     made_up_vllm(tmp_path, layout, {"create_completion": "complete"})
     code = f"from vllm.entrypoints.openai.api_server import {call}\nprint('started')\n{call}(None)\nprint('served')"
 
@@ -239,7 +235,7 @@ def test_a_program_that_reads_no_command_line_is_judged_when_it_serves(
     assert refused.stdout == "started\n"
 
 
-def test_what_only_differs_in_what_vllm_can_do_by_itself_refuses_nothing(tmp_path: Path) -> None:
+def test_patches_that_a_release_does_not_need_refuse_nothing(tmp_path: Path) -> None:
     edits = {"choices: list[Chat": "response_token_ids: list[list[int]] | None = None\n    choices: list[Chat"}
     made_up_vllm(tmp_path, edits=edits)
 
@@ -260,9 +256,9 @@ def test_vllms_own_refusal_of_its_arguments_comes_first(tmp_path: Path) -> None:
 
 @pytest.mark.tier("all")
 class TestTheRealVLLM:
-    """Refused before a model is loaded."""
+    """The real vLLM is refused before it loads a model."""
 
-    def test_every_reason_is_in_the_one_sentence(self, tmp_path: Path) -> None:
+    def test_all_reasons_are_in_one_sentence(self, tmp_path: Path) -> None:
         sabotage = EDITED.format(module=COMPLETIONS, old="def create_completion(", new="def complete(")
         (tmp_path / "sitecustomize.py").write_text(sabotage)
         frontend = {"VLLM_USE_RUST_FRONTEND": "1", "VLLM_RUST_FRONTEND_PATH": str(rust_frontend())}
@@ -275,7 +271,7 @@ class TestTheRealVLLM:
             f"completions: {COMPLETIONS} has no OpenAIServingCompletion.create_completion",
         ]
 
-    def test_a_finder_ahead_of_python_m(self, tmp_path: Path) -> None:
+    def test_a_finder_ahead_is_refused_for_python_m(self, tmp_path: Path) -> None:
         (tmp_path / "sitecustomize.py").write_text(FINDER_AHEAD.format(module=CHAT))
         env = {"AGL_INSTRUMENT": "strict", "PYTHONPATH": str(tmp_path)}
 

@@ -50,7 +50,7 @@ ANSWERS_IDS = {"prompt_token_ids", "token_ids", "response_token_ids", "generatio
 
 
 def ask_everything(server: RemoteOpenAIServer) -> list[Any]:
-    """One question after the other, and the answers without ids of any kind."""
+    """Ask the questions one by one, and return the answers without ids of any kind."""
     return [without_ids(whole(post(server, path, {"model": server.model, **body}))) for path, body in QUESTIONS]
 
 
@@ -68,7 +68,7 @@ def without_ids(answer: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[Any], Path]]:
-    """The answers of three servers with plugins, and what the plugins were shown."""
+    """Return the answers of three servers with plugins, and what the plugins were shown."""
     folder = tmp_path_factory.mktemp("plugins")
     ours = {"AGL_INSTRUMENT": "1", "AGL_STORE": str(folder / "generations.db")}
     configurations = {"without us": {}, "recording": ours, "with logprobs": {**ours, "AGL_LOGPROBS": "on"}}
@@ -99,13 +99,13 @@ def test_plugins_are_shown_the_same_while_generations_are_recorded(seen: dict[st
     assert callers == {"scheduler", "processor", "connector", "stat logger"}
 
 
-def test_answers_are_the_same_whatever_a_processor_does_with_extra_arguments(
+def test_answers_are_the_same_with_a_processor_that_reads_extra_arguments(
     seen: dict[str, tuple[list[Any], Path]],
 ) -> None:
     assert seen["recording"][0] == seen["with logprobs"][0] == seen["without us"][0]
 
 
-def test_plugins_see_the_logprobs_that_are_recorded_and_nothing_else(seen: dict[str, tuple[list[Any], Path]]) -> None:
+def test_plugins_see_only_the_recorded_logprobs_in_addition(seen: dict[str, tuple[list[Any], Path]]) -> None:
     plain, recording = (shown(seen[name][1], OF_LOGPROBS) for name in ("without us", "with logprobs"))
 
     assert dict(recording - plain) == {}

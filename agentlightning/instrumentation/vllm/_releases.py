@@ -1,7 +1,8 @@
-"""Where each thing lives in which vLLM release: the only file with version numbers.
+"""The home of each target in each vLLM release: the only code with version numbers.
 
-A target is found by what is there: each entry lists the names that a module has had, newest first, and whichever
-vLLM imports is patched. Read from all 45 releases from 0.8.5 to 0.33.0; `make check-release` reads another.
+Elsewhere only comments name releases, to explain a hazard. A target is found by its presence: each entry lists the
+names that a module has had, newest first, and the one that vLLM imports is patched. Read from all 45 releases from
+0.8.5 to 0.33.0; `make check-release` reads another.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 
 
 class Home(NamedTuple):
-    """The names that a module has had over the releases, and the release that it came with, if not all have it."""
+    """The names that a module has had, and the release that introduced it, if not all have it."""
 
     modules: tuple[str, ...]
     since: str | None = None
@@ -99,43 +100,56 @@ GRPC = (
     "smg_grpc_servicer.vllm.servicer",  # from 0.18.0
     "vllm.grpc",  # 0.14.0 to 0.17.1
 )
-"""Imported by what serves gRPC, and by nothing else."""
+"""Modules that only a gRPC server imports."""
 
 NEWEST_KNOWN = "0.33.0"
-"""The newest release that this table was written from."""
+"""The newest release that this table was read from."""
 
 WHOLE_TOKEN_IDS_SINCE = "0.13.0"
-"""The first release that gives all ids of chat and completions if it is asked to.
+"""The first release that gives all ids of chat and completions on request.
 
-To 0.10.1 requests know no `return_token_ids`; to 0.11.0 gpt-oss answers have none, and completions streams show prompt
-ids to who did not ask; to 0.12 streams lose the ids of chunks that are left out while a parser waits for more.
+Up to 0.10.1 requests have no `return_token_ids`; up to 0.11.0 gpt-oss answers have no ids, and completions streams show
+prompt ids to clients that did not ask; up to 0.12 streams lose the ids of chunks that are left out while a parser waits
+for more.
 """
 GENERATE_RETURN_TOKEN_IDS_SINCE = "0.30.0"
-"""The first whose `/inference/v1/generate` does."""
+"""The first release whose `/inference/v1/generate` has `return_token_ids`."""
 HIDES_IDS_OF_REASONING_SINCE = "0.26.0"
-"""The first whose chat answers leave out response ids and logprobs where they leave out reasoning."""
+"""The first release whose chat answers leave out response ids and logprobs whenever they leave out reasoning."""
+
+REASONING_PARSERS = ("parser_cls", "parser", "reasoning_parser_cls", "reasoning_parser", "use_harmony")
+"""Attributes of a serving object that are set if a reasoning parser is configured; each release has some of them.
+
+`use_harmony`: gpt-oss is parsed without a parser being configured.
+"""
 
 
 def serves_grpc() -> bool:
-    """Whether this process serves vLLM's gRPC."""
+    """Tell whether this process serves vLLM's gRPC."""
     return any(module in sys.modules for module in GRPC)
 
 
 def uses_rust_frontend() -> bool:
-    """Whether vLLM is told to answer by its Rust frontend, without Python."""
+    """Tell whether vLLM is configured to answer by its Rust frontend, without Python."""
     from vllm import envs
 
     return bool(getattr(envs, "VLLM_USE_RUST_FRONTEND", False))
 
 
 def gives_token_ids(request_model: Any) -> bool:
-    """Whether this vLLM gives all ids of a chat or completions answer if such a request says `return_token_ids`."""
+    """Tell whether this vLLM gives all ids of a chat or completions answer if a request says `return_token_ids`."""
     return "return_token_ids" in request_model.model_fields and not is_before(_version(), WHOLE_TOKEN_IDS_SINCE)
 
 
 def hides_ids_of_reasoning() -> bool:
-    """Whether this vLLM's chat answers leave out the ids of reasoning that they leave out."""
+    """Tell whether this vLLM's chat answers leave out response ids whenever they leave out reasoning."""
     return not is_before(_version(), HIDES_IDS_OF_REASONING_SINCE)
+
+
+def is_v0_engine(engine: object) -> bool:
+    """Tell whether an engine client is of the V0 engine, which releases up to 0.10 have."""
+    # From 0.11 on, vllm.engine.async_llm_engine is another name for V1's AsyncLLM, whose own module is vllm.v1's.
+    return type(engine).__module__.startswith("vllm.engine.")
 
 
 def _version() -> str:
@@ -144,7 +158,7 @@ def _version() -> str:
 
 @cache
 def is_before(version: str, since: str) -> bool:
-    """Whether a release is older than `since`; what is no release's version (`dev`) is neither older nor newer."""
+    """Tell whether a release is older than `since`; a version that is not a release's (`dev`) is never older."""
     older, newer = _release(version), _release(since)
     return older is not None and newer is not None and older < newer
 

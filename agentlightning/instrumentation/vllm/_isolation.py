@@ -1,4 +1,4 @@
-"""What of ours fails while a server serves never costs a client its answer: vLLM goes on without it."""
+"""Keep our exceptions away from clients: if our code fails, vLLM continues without it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ logger = logging.getLogger("agentlightning")
 T = TypeVar("T")
 
 failures: Counter[str] = Counter()
-"""How often, by kind, something of ours failed and vLLM went on without it: the answer went out as vLLM made it."""
+"""Number of failures of our code, by kind; each answer went out as vLLM made it."""
 
 
 def contained(what: str, function: Callable[..., T], *args: Any, **kwargs: Any) -> T | None:
-    """Return `function(*args, **kwargs)`, or None where it raises: vLLM goes on. Counted, and logged once a kind."""
+    """Return `function(*args, **kwargs)`, or None if it raises. Failures are counted, and logged once per kind.
+
+    Args:
+        what: the kind of failure, for the log and the counter.
+    """
     try:
         return function(*args, **kwargs)
     except Exception as error:
@@ -27,7 +31,7 @@ def contained(what: str, function: Callable[..., T], *args: Any, **kwargs: Any) 
 
 
 async def contained_async(what: str, function: Callable[..., Awaitable[T]], *args: Any) -> T | None:
-    """The same for what must be awaited."""
+    """Do the same for a function that is awaited."""
     try:
         return await function(*args)
     except Exception as error:
@@ -39,4 +43,8 @@ def _note_failure(what: str, error: Exception) -> None:
     kind = f"{what}: {type(error).__name__}"
     failures[kind] += 1
     if failures[kind] == 1:
-        logger.exception("agentlightning: %s failed, and vLLM goes on without it (said once)", what)
+        logger.exception(
+            "agentlightning: %s failed; vLLM continues without it. Please report this error; it is logged once, and "
+            "counted in the status",
+            what,
+        )

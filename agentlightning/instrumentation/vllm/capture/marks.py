@@ -1,12 +1,13 @@
-"""Marks that decide which process records a request to the engine: the first instrumented one that sees it.
+"""Marks decide which process records a request to the engine: the first instrumented one that sees it.
 
-An instrumented API server, gRPC server or offline `LLM` marks each request that it sends to an engine core, and the
-engine core records the requests without a mark: those of the Rust frontend, and of frontends on other machines that are
-not instrumented. So nothing is recorded twice, wherever the two sides run, and nothing is left out.
+An instrumented API server, gRPC server or offline `LLM` marks each request that it sends to an engine core. The engine
+core records the requests without a mark: those of the Rust frontend, and of frontends on other machines that are not
+instrumented. So each request is recorded exactly once, wherever the two sides run.
 
-A mark travels beside the request and never in it, since logits processors, schedulers and connectors of the user's read
-whatever a request has. Between processes it is one more frame behind those of vLLM's message: vLLM finds frames by
-their number, so an engine core that is not instrumented never looks at it. Within a process it stays in a table here.
+A mark travels beside the request and never in it, since a user's logits processors, schedulers and connectors read
+everything that a request has. Between processes it is one more frame after those of vLLM's message: vLLM finds frames
+by their number, so an engine core that is not instrumented never looks at it. Within a process it waits in a table
+here.
 """
 
 from __future__ import annotations
@@ -16,27 +17,27 @@ from enum import Enum
 from types import ModuleType
 from typing import Any
 
-from agentlightning.instrumentation.vllm import recording
-from agentlightning.instrumentation.vllm.containment import contained
+from agentlightning.instrumentation.vllm._isolation import contained
+from agentlightning.instrumentation.vllm.capture.session import session
 from agentlightning.patching import Patch, Where, Wrap
 
 __all__ = ["MESSAGE_PATCHES", "Mark", "add", "take"]
 
 
 class Mark(Enum):
-    """A message from the sender of a request to the engine core; the value is its frame."""
+    """A message of a request's sender to the engine core; the value is the frame."""
 
     RECORDED = b"agentlightning: recorded"
     RECORDED_WITH_LOGPROBS = b"agentlightning: recorded with logprobs"
-    """Only the recording wants the logprobs that the request asks for."""
+    """The request asks for logprobs that only the recording wants."""
 
 
 _BY_FRAME = {mark.value: mark for mark in Mark}
 _LONGEST = max(map(len, _BY_FRAME))
 
-# Requests on their way: from an output processor to an encoder, or from a decoder to a scheduler. Each is taken out
-# within moments, except where vLLM refuses a request in between (a grammar that does not compile): those go when there
-# are too many.
+# Requests in transit: from an output processor to an encoder, or from a decoder to a scheduler. Each is removed within
+# moments, unless vLLM refuses the request in between (a grammar that does not compile): the oldest go when there are
+# too many.
 _marks: dict[str, Mark] = {}
 _MOST = 1 << 16
 
@@ -57,7 +58,7 @@ def take(request_id: str) -> Mark | None:
     return _marks.pop(request_id, None)
 
 
-def sending(encode: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_encode(encode: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `MsgpackEncoder.encode`, with which a frontend sends a request to an engine core."""
 
     def encode_with_mark(self: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
@@ -68,7 +69,7 @@ def sending(encode: Callable[..., Any]) -> Callable[..., Any]:
     return encode_with_mark
 
 
-def receiving(decode: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_decode(decode: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `MsgpackDecoder.decode`, with which an engine core reads a request."""
 
     def decode_with_mark(self: Any, bufs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -82,17 +83,17 @@ def receiving(decode: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _read(frame: Any, request_id: str) -> None:
-    """Note the mark that a message's last frame may be; it may as well be a tensor of any size."""
+    """Note the mark in a message's last frame, if it is one; it may also be a tensor of any size."""
     content = memoryview(frame)
     if content.nbytes <= _LONGEST and (mark := _BY_FRAME.get(bytes(content))):
         add(request_id, mark)
 
 
 def _records(module: ModuleType) -> bool:
-    return recording.is_on()
+    return session.is_recording
 
 
 MESSAGE_PATCHES: tuple[Patch, ...] = (
-    Where(_records, Wrap("MsgpackEncoder.encode", ("obj",), sending)),
-    Where(_records, Wrap("MsgpackDecoder.decode", ("bufs",), receiving)),
+    Where(_records, Wrap("MsgpackEncoder.encode", ("obj",), wrap_encode)),
+    Where(_records, Wrap("MsgpackDecoder.decode", ("bufs",), wrap_decode)),
 )

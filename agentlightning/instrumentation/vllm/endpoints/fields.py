@@ -1,4 +1,4 @@
-"""Fields of vLLM's pydantic models: one more, declared in place so that every name of the model has it; one needed."""
+"""Fields of vLLM's pydantic models: declare one more in place, or require one that wrappers rely on."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ __all__ = ["ExtraField", "RequestField", "model_of"]
 
 @dataclass(frozen=True)
 class ExtraField:
-    """A patch: `model` gets the optional field `field`, left out of what it writes where it was not set.
+    """A patch that adds an optional field to a model, in place; the field is left out of JSON if it was not set.
 
-    Without it the attribute can be set on most of vLLM's models all the same: they allow extra ones, which no schema
-    shows.
+    Most of vLLM's models accept extra attributes even without it, but no schema shows those.
 
     Args:
-        model: the model, by the name that the patched module knows it by.
+        model: the model's name in the patched module.
         field: the field's name.
         annotation: its type.
-        written_without_null: whether vLLM leaves out itself what is null, wherever it writes this model.
+        written_without_null: whether vLLM itself leaves out nulls wherever it writes this model.
     """
 
     model: str
@@ -35,11 +34,11 @@ class ExtraField:
         import pydantic
 
         if self.field in model_of(module, self.model).model_fields:
-            raise NotForThisRelease(f"{self.model} has a {self.field} of its own")
+            raise NotForThisRelease(f"{self.model} already has a field {self.field}")
         if not (self.written_without_null or _can_exclude()):
             raise NotForThisRelease(
                 f"pydantic {pydantic.VERSION} cannot leave out a field that was not set, 2.12 can; "
-                f"answers carry {self.field} all the same, but no schema shows it"
+                f"answers still carry {self.field}, but no schema shows it"
             )
 
     def is_applied(self, module: ModuleType) -> bool:
@@ -58,7 +57,7 @@ class ExtraField:
 
         def undo() -> None:
             del model.model_fields[self.field]
-            # pydantic remembers how an attribute is set: as the field that it is no longer.
+            # pydantic caches how an attribute is set; the cached way would still set the removed field.
             getattr(model, "__pydantic_setattr_handlers__", {}).pop(self.field, None)
             _rebuild(model)
 
@@ -71,10 +70,10 @@ class ExtraField:
 
 
 def model_of(module: ModuleType, name: str) -> Any:
-    """The pydantic model that `module` knows by this name.
+    """Return the pydantic model of this name in `module`.
 
     Raises:
-        Mismatch: where it is not there, or something else.
+        Mismatch: there is none, or it is not a model.
     """
     from pydantic import BaseModel
 
@@ -85,9 +84,10 @@ def model_of(module: ModuleType, name: str) -> Any:
 
 
 def _rebuild(model: Any) -> None:
-    """Rebuild `model`, and the models that hold it: they write it as it was when they were built.
+    """Rebuild `model`, and the models with a field of its type: they write it as it was when they were built.
 
-    To 0.11.2 run-batch's results are such, in the same module; later they are where run-batch was imported before.
+    Up to 0.11.2 run-batch's results are such models, in the same module; later they exist if run-batch was imported
+    first.
     """
     from pydantic import BaseModel
 
@@ -109,7 +109,7 @@ def _mentions(annotation: Any, model: type[Any]) -> bool:
     return annotation is model or any(_mentions(argument, model) for argument in get_args(annotation))
 
 
-_DESCRIPTION = "The token ids that the engine produced: one list a choice, in index order. Added by Agent Lightning."
+_DESCRIPTION = "The token ids that the engine produced: one list per choice, in index order. Added by Agent Lightning."
 
 
 def _can_exclude() -> bool:
@@ -124,12 +124,12 @@ def _is_none(value: object) -> bool:
 
 @dataclass(frozen=True)
 class RequestField:
-    """A check without a change: a request model must have a field that the wrappers read and set.
+    """A check without a change: a request model must have a field that wrappers read and set.
 
     Args:
-        model: the request model, by the name that the patched module knows it by.
+        model: the request model's name in the patched module.
         field: the field that it must have.
-        since: the vLLM that it came with; before, there is nothing to patch.
+        since: the first vLLM release with that field; in older ones there is nothing to patch.
     """
 
     model: str
@@ -138,7 +138,7 @@ class RequestField:
 
     def check(self, module: ModuleType) -> None:
         if self.field not in model_of(module, self.model).model_fields:
-            raise NotForThisRelease(f"{self.model} knows no {self.field}, which vLLM has had since {self.since}")
+            raise NotForThisRelease(f"{self.model} has no field {self.field}, which came with vLLM {self.since}")
 
     def is_applied(self, module: ModuleType) -> bool:
         return True

@@ -7,31 +7,41 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
-from agentlightning.instrumentation.vllm import long_events, recording, request_context
-from agentlightning.instrumentation.vllm.answer import captured_fields, hides_reasoning, said, wanted
-from agentlightning.instrumentation.vllm.containment import contained
+from agentlightning.instrumentation.vllm import _context
+from agentlightning.instrumentation.vllm._isolation import contained
+from agentlightning.instrumentation.vllm.capture import calls
+from agentlightning.instrumentation.vllm.endpoints import sse
+from agentlightning.instrumentation.vllm.endpoints.answer import (
+    captured_fields,
+    hides_reasoning,
+    id_fields,
+    return_token_ids_of,
+)
 from agentlightning.patching import Patch, Where, Wrap
 
 __all__ = ["SERVING_PATCHES"]
 
 ROUTE = "/v1/responses"
 
+MOVABLE_FIELDS = ("generations", "prompt_token_ids", "response_token_ids")
+"""Fields that are moved out of a closing event, in this order, until it is short enough."""
 
-def collected(create: Callable[..., Any]) -> Callable[..., Any]:
-    """The wrapper around `create_responses`."""
+
+def wrap_create(create: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `create_responses`."""
 
     async def create_responses(serving: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        answer, _ = await request_context.collecting(lambda: create(serving, request, *args, **kwargs))
+        answer, _ = await _context.collect_engine_requests(lambda: create(serving, request, *args, **kwargs))
         return answer
 
     return create_responses
 
 
-def with_token_ids(build: Callable[..., Any]) -> Callable[..., Any]:
-    """The wrapper around `responses_full_generator`.
+def wrap_full_generator(build: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `responses_full_generator`.
 
-    It builds every response that was finished: the plain answer, the closing event's of a stream, and what is stored
-    to be fetched, which is the same object.
+    It builds every finished response: the plain answer, the one in a stream's closing event, and the stored one to be
+    fetched, which is the same object.
     """
 
     async def responses_full_generator(serving: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
@@ -44,25 +54,25 @@ def with_token_ids(build: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _attach(response: Any, serving: Any, request: Any) -> None:
-    carried = wanted(said(request))
+    fields = id_fields(return_token_ids_of(request))
     if hides_reasoning(serving, request):
-        carried = replace(carried, response=False)
-    for name, value in captured_fields(request_context.current(), carried).items():
+        fields = replace(fields, response=False)
+    for name, value in captured_fields(_context.current(), fields).items():
         setattr(response, name, value)
 
 
-def with_short_events(generate: Callable[..., Any]) -> Callable[..., Any]:
-    """The wrapper around `responses_stream_generator`, whose closing event carries the response and its ids."""
+def wrap_stream_generator(generate: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `responses_stream_generator`, whose closing event carries the response and its ids."""
 
     def responses_stream_generator(serving: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         stream = generate(serving, request, *args, **kwargs)
-        return stream if wanted(said(request)).whole else _shortened(stream)
+        return stream if id_fields(return_token_ids_of(request)).unsplit else _split_closing_event(stream)
 
     return responses_stream_generator
 
 
-async def _shortened(stream: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
-    """The stream, in which ids for which the closing event has no room are on events before it."""
+async def _split_closing_event(stream: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
+    """Yield the stream's events; ids that make the closing event too long go into events before it."""
     in_progress = None
     async with aclosing(stream):
         async for event in stream:
@@ -76,11 +86,11 @@ async def _shortened(stream: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, N
 
 
 def _split(event: Any, in_progress: Any) -> list[Any]:
-    """The closing event, after others like `in_progress` that carry ids where it would be too long with them."""
+    """Return the closing event, after events like `in_progress` with the ids that would make it too long."""
     response, fields = event.response, dict(event.response.model_extra or {})
     moved: dict[str, Any] = {}
-    for name in IDS:
-        if name in fields and long_events.is_long(event.model_dump_json(by_alias=True)):
+    for name in MOVABLE_FIELDS:
+        if name in fields and sse.is_long(event.model_dump_json(by_alias=True)):
             moved[name] = fields[name]
             # A copy: vLLM keeps the response, to be fetched whole.
             response = response.model_copy()
@@ -88,7 +98,7 @@ def _split(event: Any, in_progress: Any) -> list[Any]:
             event = event.model_copy(update={"response": response})
     before = [
         in_progress.model_copy(update={"response": in_progress.response.model_copy(update=part)})
-        for part in long_events.parts(moved)
+        for part in sse.split_ids(moved)
     ]
     # vLLM numbers its events.
     for number, each in enumerate([*before, event], event.sequence_number):
@@ -96,16 +106,13 @@ def _split(event: Any, in_progress: Any) -> list[Any]:
     return [*before, event]
 
 
-IDS = ("generations", "prompt_token_ids", "response_token_ids")
-"""Fields that leave a closing event that is too long, in this order, until it is short enough."""
-
 SERVING_PATCHES: tuple[Patch, ...] = (
-    recording.calls("OpenAIServingResponses.create_responses", ROUTE),
-    Wrap("OpenAIServingResponses.create_responses", ("request",), collected),
-    Wrap("OpenAIServingResponses.responses_full_generator", ("request",), with_token_ids),
-    # From 0.10.1.
+    calls.in_one_call("OpenAIServingResponses.create_responses", ROUTE),
+    Wrap("OpenAIServingResponses.create_responses", ("request",), wrap_create),
+    Wrap("OpenAIServingResponses.responses_full_generator", ("request",), wrap_full_generator),
+    # From 0.10.1 on.
     Where(
         lambda module: hasattr(module.OpenAIServingResponses, "responses_stream_generator"),
-        Wrap("OpenAIServingResponses.responses_stream_generator", ("request",), with_short_events),
+        Wrap("OpenAIServingResponses.responses_stream_generator", ("request",), wrap_stream_generator),
     ),
 )

@@ -1,46 +1,40 @@
-"""What becomes of generations, in vLLM's own `/metrics`: with several API servers, the sum over all of them."""
+"""Counts of recorded and lost generations, in vLLM's own `/metrics`; with several API servers, summed over all."""
 
 from __future__ import annotations
 
-import functools
 import os
 from typing import Any
 
 from agentlightning.recorder import LOST, WRITE_SECONDS, Counters
 
-__all__ = ["Observer"]
+__all__ = ["Metrics", "Observer"]
 
 
 class Observer:
     """Adds to the metrics what one recorder's counters have grown by since the last call."""
 
-    def __init__(self) -> None:
-        self._metrics = _metrics()
-        self._metrics.observers.append(self)
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        metrics.observers.append(self)
         self._begin()
         os.register_at_fork(after_in_child=self._begin)
 
     def _begin(self) -> None:
-        # A process that was forked counts from nothing, as its recorder does.
+        # A forked process counts from zero, as its recorder does.
         self.seen = Counters()
 
     def __call__(self, counters: Counters) -> None:
-        """To be called after every write."""
+        """Call this after every write."""
         before, self.seen = self.seen, counters
         self._metrics.add(before, counters)
 
 
-@functools.cache
-def _metrics() -> _Metrics:
-    return _Metrics()
-
-
-class _Metrics:
-    """The metrics of this process, of all its recorders: Prometheus knows each name once."""
+class Metrics:
+    """The metrics of this process, summed over its recorders. Make one only: Prometheus refuses a second of a name."""
 
     def __init__(self) -> None:
         self.observers: list[Observer] = []
-        # vLLM's own. Not at the top: it decides on its import whether there are several processes.
+        # vLLM's own. Not imported at the top: it decides on import whether there are several processes.
         from prometheus_client import Counter, Gauge, Histogram
 
         self._generations: Any = Counter("agentlightning_generations", "Generations that the store has.")
@@ -54,7 +48,7 @@ class _Metrics:
         self._writes: Any = Histogram(
             "agentlightning_write_seconds", "How long the store took to write a batch.", buckets=WRITE_SECONDS
         )
-        # Shown from the start: a counter that comes into being with its first loss has not risen for Prometheus.
+        # Shown from the start: Prometheus sees no increase in a counter that first appears with its first loss.
         for kind in ("prompt", "output"):
             self._tokens.labels(kind)
         for reason in LOST:

@@ -1,0 +1,330 @@
+"""The HTTP request that an engine request belongs to: its rollout, and what the engine was asked for it.
+
+A middleware opens a context for each HTTP request, with the rollout that its path or headers name. A context variable
+leads back to it from where token ids are made: vLLM registers a request to the engine in the task that serves the HTTP
+request, or in one that this task has started.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, MutableMapping
+from contextlib import aclosing
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+from agentlightning.generation import new_id
+from agentlightning.instrumentation.vllm._isolation import contained
+
+__all__ = [
+    "App",
+    "EngineRequest",
+    "RequestContext",
+    "RequestContextMiddleware",
+    "RolloutPrefix",
+    "collect_engine_requests",
+    "current",
+    "ignored_ids",
+    "is_id",
+    "run_in",
+    "set_current",
+]
+
+Scope = MutableMapping[str, Any]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Any, Send], Awaitable[None]]
+
+MAX_ID_LENGTH = 256
+
+ignored_ids: Counter[str] = Counter()
+"""Number of ignored ids, by source: longer than 256 characters, or with a forbidden character."""
+
+# On the path as it was sent: an encoded slash is part of an id, not the end of it.
+_PREFIX = re.compile(rb"/rollout/(?P<rollout>[^/]+)(?:/attempt/(?P<attempt>[^/]+))?(?P<rest>/.*)", re.DOTALL)
+# Ids end up in paths, shells and queries of the people who read them. U+FFFD stands for bytes that were not UTF-8.
+_NOT_IN_IDS = re.compile(r"""[\x00-\x1f\x7f-\x9f\ufffd"'`\\]|(?:^|/)\.\.(?:/|$)""")
+_SESSION_HEADERS = (b"x-session-id", b"x-claude-code-session-id")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """A request to the engine: the ids that it consumes and produces.
+
+    Attributes:
+        request_id: the frontend's name for it, without vLLM's own suffix.
+        prompt_token_ids: the ids that went in; None for a prompt of embeddings.
+        detokenizer: vLLM's, which keeps the ids that come out.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int] | None
+    detokenizer: Any
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The ids generated so far: all of them, once the request has ended."""
+        # Copied: vLLM extends its list for as long as the request lives.
+        return list(self.detokenizer.output_token_ids)
+
+
+class RolloutPrefix(NamedTuple):
+    """The part of a path that names a rollout.
+
+    Attributes:
+        root_path: the root path in front of it, if the path came with one.
+        removed: the prefix behind that, encoded as it came.
+    """
+
+    root_path: str
+    removed: str
+
+
+@dataclass(slots=True)
+class RequestContext:
+    """An HTTP request: what it says about itself, and its requests to the engine if an endpoint collects them.
+
+    Attributes:
+        rollout_id, attempt_id, session_id, trace_id, request_id: from its path or its headers.
+        endpoint: the path of its route.
+        model: the one that it asks for, or else the server's.
+        base_id: the part that the ids of its answer and of its engine requests share.
+        text_limit: the number of ids from which on a prompt's ids may not match its text.
+        prefix: the prefix that was removed from its path, if any.
+        scope: the ASGI scope, with what vLLM keeps in its `state`.
+        collects: whether `engine_requests` are wanted.
+    """
+
+    rollout_id: str | None = None
+    attempt_id: str | None = None
+    session_id: str | None = None
+    trace_id: str | None = None
+    request_id: str | None = None
+    endpoint: str | None = None
+    model: str | None = None
+    base_id: str | None = None
+    text_limit: int | None = None
+    prefix: RolloutPrefix | None = None
+    scope: Mapping[str, Any] | None = None
+    # Not for every endpoint: a beam search makes thousands, and nothing would read them.
+    collects: bool = False
+    engine_requests: list[EngineRequest] = field(default_factory=list)
+    _call_id: str | None = None
+
+    @property
+    def call_id(self) -> str:
+        """A UUID, made when it is first asked for: most requests are not recorded."""
+        if self._call_id is None:
+            self._call_id = new_id()
+        return self._call_id
+
+
+_current: ContextVar[RequestContext | None] = ContextVar("agentlightning.request", default=None)
+
+
+def current() -> RequestContext | None:
+    """Return the context of the HTTP request that this task serves, if there is one."""
+    return _current.get()
+
+
+def set_current(context: RequestContext | None) -> None:
+    """Set the context of this task, and of the tasks that it starts from here on."""
+    _current.set(context)
+
+
+async def collect_engine_requests(create: Callable[[], Awaitable[Any]]) -> tuple[Any, RequestContext]:
+    """Return the result of `create()`, and the context that collects the engine requests made for it."""
+    context = _current.get() or RequestContext()
+    context.collects = True
+    return await run_in(context, create), context
+
+
+async def run_in(context: RequestContext, create: Callable[[], Awaitable[Any]]) -> Any:
+    """Run `create()` with `context` current; if it returns a stream, the stream too, to its end.
+
+    A server inside another program may lack our middleware, and run-batch has none.
+    """
+    if _current.get() is context:
+        return await create()
+    token = _current.set(context)
+    try:
+        answer = await create()
+    finally:
+        _current.reset(token)
+    return _stream_in(context, answer) if isinstance(answer, AsyncGenerator) else answer
+
+
+async def _stream_in(context: RequestContext, stream: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
+    """Yield the stream's items, each made with `context` current: a generator runs in its consumer's context."""
+    async with aclosing(stream):
+        while True:
+            token = _current.set(context)
+            try:
+                item = await anext(stream)
+            except StopAsyncIteration:
+                return
+            finally:
+                _current.reset(token)
+            yield item
+
+
+class RequestContextMiddleware:
+    """ASGI: open a `RequestContext` for each request, and remove `/rollout/{id}[/attempt/{id}]` from its path.
+
+    It must be outermost, so that whatever guards a path sees the path that is routed. A malformed prefix stays, and
+    vLLM answers as to any unknown path.
+
+    Attributes:
+        app: the application behind it.
+    """
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+
+    def __call__(self, scope: Scope, receive: Any, send: Send) -> Awaitable[None]:
+        if scope["type"] in ("http", "websocket"):
+            found = contained("reading a request's rollout", _read_scope, scope)
+            scope, context = found or (scope, RequestContext())
+            if context.prefix:
+                send = _keep_prefix_in_redirects(scope, context.prefix, send)
+            # A websocket has no context: each of its messages is an engine request. Set to None rather than left alone,
+            # since a server may handle it in the context of the previous request on the same connection.
+            set_current(context if scope["type"] == "http" else None)
+        return self.app(scope, receive, send)
+
+
+def _read_scope(scope: Scope) -> tuple[Scope, RequestContext]:
+    """Return the scope without a prefix, and the context that prefix and headers describe."""
+    context = RequestContext()
+    # A cheap test first, since this runs for every request.
+    if "/rollout/" in scope["path"]:
+        scope = _without_prefix(scope, context)
+    context.scope = scope
+    context.endpoint = scope["path"].removeprefix(scope.get("root_path", ""))
+    _read_headers(dict(scope.get("headers", ())), context)
+    return scope, context
+
+
+def _without_prefix(scope: Scope, context: RequestContext) -> Scope:
+    root = scope.get("root_path", "").encode()
+    path: bytes = scope.get("raw_path") or scope["path"].encode()
+    # Behind a proxy, the path comes either with --root-path in front or without, if the proxy removes it.
+    before = root if root and path.startswith(root + b"/") else b""
+    match = _PREFIX.fullmatch(path[len(before) :])
+    if match is None:
+        return scope
+    ids = [_decoded(part) if part else None for part in match.group("rollout", "attempt")]
+    if not all(is_id(part) for part in ids if part):
+        return scope
+    context.rollout_id, context.attempt_id = ids
+    context.prefix = RolloutPrefix(before.decode(), path[len(before) : -len(match["rest"])].decode("latin-1"))
+    rest = before + match["rest"]
+    # Decoded once, as the server decodes it: "path" is what is guarded and what is routed.
+    return {**scope, "path": _decoded(rest), "raw_path": rest}
+
+
+def _keep_prefix_in_redirects(scope: Scope, prefix: RolloutPrefix, send: Send) -> Send:
+    """Return a `send` that puts the prefix back into redirects to the same path with or without a final slash.
+
+    Starlette redirects if only that path has a route. It keeps its own `root_path` there, but has never seen the
+    prefix.
+    """
+
+    # Not a coroutine function: it is called for each chunk of a stream.
+    def send_with_prefix(message: MutableMapping[str, Any]) -> Awaitable[None]:
+        if message["type"] == "http.response.start" and 300 <= message["status"] < 400:
+            message = contained("keeping the prefix of a redirect", _redirect_with_prefix, message, scope, prefix) or (
+                message
+            )
+        return send(message)
+
+    return send_with_prefix
+
+
+def _redirect_with_prefix(message: MutableMapping[str, Any], scope: Scope, prefix: RolloutPrefix) -> dict[str, Any]:
+    headers = [
+        (name, _with_prefix(value, scope, prefix) if name.lower() == b"location" else value)
+        for name, value in message.get("headers", ())
+    ]
+    return {**message, "headers": headers}
+
+
+def _with_prefix(location: bytes, scope: Scope, prefix: RolloutPrefix) -> bytes:
+    """Return a redirect's location, with the prefix if its path differs from the requested one by a slash at most."""
+    to = urlsplit(location.decode("latin-1"))
+    host = dict(scope.get("headers", ())).get(b"host", b"").decode("latin-1")
+    requested, path, before = scope["path"].rstrip("/"), unquote(to.path).rstrip("/"), prefix.root_path
+    if to.netloc.lower() not in ("", host.lower(), *_addresses(scope)):
+        return location
+    if path != requested:
+        # Older releases of Starlette put the root path in front of a path that came without it.
+        before = scope.get("root_path", "")
+        if not before or path != f"{before}{requested}":
+            return location
+    if not to.path.startswith(before):
+        return location
+    path = f"{before}{prefix.removed}{to.path[len(before) :]}"
+    return urlunsplit(to._replace(path=path)).encode("latin-1")
+
+
+def _addresses(scope: Scope) -> tuple[str, ...]:
+    """Return the names that a redirect may have for this server if the request has no Host header."""
+    server = scope.get("server")
+    return (str(server[0]), f"{server[0]}:{server[1]}") if server else ()
+
+
+def _decoded(part: bytes) -> str:
+    # Most parts have nothing to decode, and this runs for every request.
+    return unquote(part) if b"%" in part or not part.isascii() else part.decode()
+
+
+def _read_headers(headers: dict[bytes, bytes], context: RequestContext) -> None:
+    # The first source that names a rollout decides alone: an attempt belongs to the rollout beside it.
+    if context.rollout_id is None:
+        context.rollout_id = _header(headers, b"x-agl-rollout-id")
+        context.attempt_id = _header(headers, b"x-agl-attempt-id")
+    if context.rollout_id is None and b"baggage" in headers:
+        members = dict(_baggage(headers[b"baggage"].decode("utf-8", "replace")))
+        context.rollout_id = _valid_id("baggage", members.get("agentlightning.rollout_id"))
+        context.attempt_id = _valid_id("baggage", members.get("agentlightning.attempt_id"))
+    context.session_id = next(filter(None, (_header(headers, name) for name in _SESSION_HEADERS)), None)
+    context.request_id = _header(headers, b"x-request-id")
+    if b"traceparent" in headers:
+        context.trace_id = _trace_id(headers[b"traceparent"].decode("latin-1"))
+        if context.trace_id is None:
+            ignored_ids["traceparent"] += 1
+
+
+def _header(headers: dict[bytes, bytes], name: bytes) -> str | None:
+    value = headers.get(name)
+    return None if value is None else _valid_id(name.decode(), value.decode("utf-8", "replace").strip())
+
+
+def _valid_id(source: str, value: str | None) -> str | None:
+    if not value:
+        return None
+    if is_id(value):
+        return value
+    ignored_ids[source] += 1
+    return None
+
+
+def is_id(value: str) -> bool:
+    """Tell whether a value can be the id of a rollout, an attempt or a session."""
+    return len(value) <= MAX_ID_LENGTH and not _NOT_IN_IDS.search(value)
+
+
+def _baggage(header: str) -> Iterator[tuple[str, str]]:
+    """Yield the members of a W3C baggage header, without their properties (https://www.w3.org/TR/baggage/)."""
+    for member in header.split(","):
+        key, equals, value = member.partition(";")[0].partition("=")
+        if equals:
+            yield key.strip(), unquote(value.strip())
+
+
+def _trace_id(header: str) -> str | None:
+    """Return the trace id of a W3C traceparent header (https://www.w3.org/TR/trace-context/); None if it is invalid."""
+    match = re.match(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}", header.strip())
+    return match[1] if match and set(match[1]) != {"0"} else None

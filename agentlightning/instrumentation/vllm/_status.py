@@ -1,0 +1,112 @@
+"""Set up a server's app: the middleware that opens request contexts, and `GET /v1/agl/status`."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import agentlightning
+from agentlightning.instrumentation.vllm import _strict
+from agentlightning.instrumentation.vllm._context import RequestContextMiddleware, ignored_ids
+from agentlightning.instrumentation.vllm._isolation import contained, failures
+from agentlightning.instrumentation.vllm.capture import frontend
+from agentlightning.instrumentation.vllm.capture.session import session
+from agentlightning.patching import Patch, Status, Wrap
+
+__all__ = ["STATUS_ROUTE", "app_patches", "server_patches"]
+
+# Below /v1, which vLLM's own key guards, and which is all that it has guarded in every release.
+STATUS_ROUTE = "/v1/agl/status"
+
+Statuses = Callable[[], Mapping[str, Status]]
+
+
+def app_patches(statuses: Statuses) -> tuple[Patch, ...]:
+    """Return the patch of vLLM's `build_app`, which programs also call that serve the app themselves.
+
+    Args:
+        statuses: returns each patch set's state.
+    """
+
+    def wrap(build_app: Callable[..., Any]) -> Callable[..., Any]:
+        def build_app_and_set_up(args: Any, *others: Any, **options: Any) -> Any:
+            app = build_app(args, *others, **options)
+            contained("setting up an app", _set_up, app, statuses)
+            return app
+
+        return build_app_and_set_up
+
+    return (Wrap("build_app", ("args",), wrap),)
+
+
+def server_patches(statuses: Statuses) -> tuple[Patch, ...]:
+    """Return the patch of vLLM's `serve_http`.
+
+    Up to 0.28, `build_app` is in a module that `python -m` runs as the main program, which no import hook sees.
+    """
+
+    def wrap(serve_http: Callable[..., Any]) -> Callable[..., Any]:
+        async def set_up_and_serve_http(app: Any, *args: Any, **kwargs: Any) -> Any:
+            contained("setting up an app", _set_up, app, statuses)
+            try:
+                return await serve_http(app, *args, **kwargs)
+            finally:
+                # The engine has stopped, or will in a moment. vLLM tells no client that still waits: it waits itself
+                # until they disconnect, or until it is killed.
+                contained("recording unfinished requests", frontend.end_all)
+
+        return set_up_and_serve_http
+
+    return (Wrap("serve_http", ("app",), wrap),)
+
+
+def _set_up(app: Any, statuses: Statuses) -> None:
+    if any(getattr(route, "path", None) == STATUS_ROUTE for route in app.routes):
+        return
+    _add_route(app, statuses)
+    _add_middleware(app)
+    if session.is_recording:
+        contained("opening the store", frontend.start)
+
+
+def _add_route(app: Any, statuses: Statuses) -> None:
+    async def agl_status() -> dict[str, Any]:
+        return _report(app, statuses())
+
+    # Not in vLLM's schema: /openapi.json stays unchanged.
+    app.add_api_route(STATUS_ROUTE, agl_status, methods=["GET"], include_in_schema=False, response_model=None)
+
+
+def _add_middleware(app: Any) -> None:
+    # Not by add_middleware, which raises if a library that vLLM brings along has already built the stack, and which
+    # would not be outermost: vLLM's authentication must see the path without the prefix.
+    build = app.build_middleware_stack
+    # If the program adds middleware of its own, the stack is built again, and wrapped again.
+    app.build_middleware_stack = lambda: RequestContextMiddleware(build())
+    if app.middleware_stack is not None:
+        app.middleware_stack = RequestContextMiddleware(app.middleware_stack)
+
+
+def _report(app: Any, statuses: Mapping[str, Status]) -> dict[str, Any]:
+    import vllm
+
+    settings = session.settings
+    return {
+        "agentlightning": agentlightning.__version__,
+        "vllm": getattr(vllm, "__version__", None),
+        "python": platform.python_version(),
+        "pid": os.getpid(),
+        # Depending on the release, None and 1 both stand for one process.
+        "api_servers": getattr(getattr(app.state, "args", None), "api_server_count", None) or 1,
+        "switches": {
+            "AGL_INSTRUMENT": settings.instrument,
+            "AGL_RETURN_TOKEN_IDS": settings.return_token_ids,
+            "AGL_LOGPROBS": "on" if settings.logprobs else "off",
+        },
+        "patches": {name: status.as_dict() for name, status in statuses.items()},
+        "counters": {"failures": dict(failures), "ignored_ids": dict(ignored_ids)},
+        "limits": _strict.limits(app),
+        "recording": session.report(),
+    }

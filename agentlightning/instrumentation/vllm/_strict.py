@@ -1,0 +1,122 @@
+"""`AGL_INSTRUMENT=strict`: refuse a server that cannot be patched completely. Also: report what no patch can change.
+
+A server is checked when its arguments have been read, before a model is loaded, and again before it serves: the first
+check knows what `vllm serve` would start, the second also covers servers that are started in other ways.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+from agentlightning import settings
+from agentlightning.instrumentation.vllm import _releases
+from agentlightning.instrumentation.vllm.capture.session import session
+from agentlightning.patching import Patch, Wrap
+
+__all__ = ["app_patches", "argument_patches", "check_grpc", "limits", "refuse", "server_patches"]
+
+logger = logging.getLogger("agentlightning")
+
+RECORDED_BY_ENGINE = "the engine core records what it generates, for the rollout that X-Request-Id names"
+
+Failures = Callable[[], Sequence[str]]
+
+
+def argument_patches(failures: Failures) -> tuple[Patch, ...]:
+    """Return the patch of `validate_parsed_serve_args`, which every way to start a server from a command line calls.
+
+    Args:
+        failures: imports everything that has patches, and returns a sentence for each patch set that failed.
+    """
+
+    def wrap(validate: Callable[..., Any]) -> Callable[..., Any]:
+        def validate_and_check(args: Any, *others: Any, **options: Any) -> Any:
+            answer = validate(args, *others, **options)
+            if not getattr(args, "headless", False):  # A headless engine answers no client.
+                _check_arguments(args, failures)
+            return answer
+
+        return validate_and_check
+
+    return (Wrap("validate_parsed_serve_args", ("args",), wrap),)
+
+
+def app_patches(failures: Failures) -> tuple[Patch, ...]:
+    """Return the patch of `build_app`, for programs that neither read arguments nor serve by vLLM's own functions."""
+
+    def wrap(build_app: Callable[..., Any]) -> Callable[..., Any]:
+        def check_and_build_app(args: Any, *others: Any, **options: Any) -> Any:
+            if settings.instrument() == "strict":
+                refuse(failures())
+            return build_app(args, *others, **options)
+
+        return check_and_build_app
+
+    return (Wrap("build_app", ("args",), wrap),)
+
+
+def server_patches(failures: Failures) -> tuple[Patch, ...]:
+    """Return the patch of `serve_http`, the last function that runs before a server serves."""
+
+    def wrap(serve_http: Callable[..., Any]) -> Callable[..., Any]:
+        async def check_and_serve_http(app: Any, *args: Any, **kwargs: Any) -> Any:
+            limited = limits(app)
+            if settings.instrument() == "strict":
+                refuse([*limited, *failures()])
+            for limit in limited:
+                logger.warning("agentlightning: %s", limit)
+            return await serve_http(app, *args, **kwargs)
+
+        return check_and_serve_http
+
+    return (Wrap("serve_http", ("app",), wrap),)
+
+
+def check_grpc(servicer: ModuleType) -> None:
+    """Refuse or report vLLM's gRPC server, when its module is imported: it may read its arguments in its own way."""
+    reason = "vLLM's gRPC server (--grpc) has its own protocol, so its answers stay unchanged"
+    if settings.instrument() == "strict":
+        refuse([reason])
+    logger.warning("agentlightning: %s", reason)
+
+
+def refuse(reasons: Sequence[str]) -> None:
+    """End the process with one sentence and exit status 1, if there are reasons to.
+
+    Raises:
+        SystemExit: so that there is no traceback, and what vLLM has started is shut down on the way out.
+    """
+    if reasons:
+        raise SystemExit(f"agentlightning: AGL_INSTRUMENT=strict refuses this server: {'; '.join(reasons)}")
+
+
+def _check_arguments(args: Any, failures: Failures) -> None:
+    unpatchable = _unpatchable(args)
+    if settings.instrument() == "strict":
+        refuse([*unpatchable, *failures()])
+    for reason in unpatchable:
+        logger.warning("agentlightning: %s", reason)
+
+
+def _unpatchable(args: Any) -> list[str]:
+    """Return a sentence if `args` ask for a frontend that no patch can reach."""
+    # As ServeSubcommand.cmd decides; if no subcommand was read (python -m ...api_server), Python answers.
+    if getattr(args, "subparser", None) != "serve" or getattr(args, "grpc", False):
+        return []
+    if not _releases.uses_rust_frontend():
+        return []
+    answers = 'with token ids only where a request says "return_token_ids": true'
+    records = f"; {RECORDED_BY_ENGINE}" if session.is_recording else ""
+    return [f"vLLM's Rust frontend (VLLM_USE_RUST_FRONTEND) answers without Python, {answers}{records}"]
+
+
+def limits(app: Any) -> list[str]:
+    """Return a sentence for each thing that the engine behind an app keeps out of its answers, patched or not."""
+    engine = getattr(app.state, "engine_client", None)
+    if _releases.is_v0_engine(engine):
+        why = "VLLM_USE_V1=0, or what V1 of this release cannot do"
+        return [f"vLLM's V0 engine answers ({why}): only chat and completions carry ids, and nothing is recorded"]
+    return []

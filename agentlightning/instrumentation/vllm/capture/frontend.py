@@ -1,0 +1,346 @@
+"""The capture in a process that answers: from `OutputProcessor.add_request` to the end of each engine request.
+
+`add_request` runs in the task that serves the HTTP request, so a context variable leads from there to that request. An
+engine request ends in one of three ways, each a method of vLLM's `OutputProcessor`: the engine is done with it
+(`process_outputs`), the client no longer waits for it (`abort_requests`), or the engine is dead (`propagate_error`).
+These three are wrapped only if generations are recorded.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from agentlightning.instrumentation.vllm import _context
+from agentlightning.instrumentation.vllm._context import EngineRequest, RequestContext
+from agentlightning.instrumentation.vllm._isolation import contained
+from agentlightning.instrumentation.vllm.capture import logprobs, marks
+from agentlightning.instrumentation.vllm.capture.conversion import (
+    CapturedRequest,
+    FinishedChoice,
+    from_frontend,
+    name_of,
+    prompt_ids_of,
+)
+from agentlightning.instrumentation.vllm.capture.session import session
+from agentlightning.patching import Patch, Where, Wrap
+
+__all__ = ["CAPTURE_PATCHES", "CLIENT_PATCHES", "PendingRequests", "end_all", "find_pending", "forget_all", "start"]
+
+logger = logging.getLogger("agentlightning")
+
+# vLLM's object for one logprob that a client has asked for, with its text and its place in a dictionary.
+BYTES_PER_LOGPROB = 300
+
+_pending: WeakKeyDictionary[Any, PendingRequests] = WeakKeyDictionary()
+_logprobs_modes: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+
+
+def start() -> None:
+    """Open the store before the first request needs it, so that an unusable store is reported when a server starts."""
+    session.recorder.start()
+    # Registered after the recorder's own exit handler, and so called before it: it still takes what is aborted here.
+    atexit.unregister(end_all)
+    atexit.register(end_all)
+
+
+def find_pending(processor: Any) -> PendingRequests | None:
+    """Return the unfinished requests of an `OutputProcessor`; None if it never had a request that is recorded.
+
+    An offline `LLM` never has.
+    """
+    return _pending.get(processor)
+
+
+def _pending_of(processor: Any) -> PendingRequests:
+    found = _pending.get(processor)
+    if found is None:
+        start()
+        found = _pending[processor] = PendingRequests(_record, _logprobs_modes.get(processor))
+    return found
+
+
+def end_all() -> None:
+    """Record all unfinished requests of this process as aborted: the server ends."""
+    for pending in list(_pending.values()):
+        pending.end_all("abort")
+
+
+def forget_all() -> None:
+    """Record no unfinished request: the patches that would see it end are being removed."""
+    count = sum(len(pending) for pending in _pending.values())
+    if count:
+        logger.warning(
+            "agentlightning: %d unfinished requests are not recorded, since the patches were removed meanwhile", count
+        )
+    _pending.clear()
+
+
+def wrap_add_request(add_request: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `OutputProcessor.add_request`, which runs once for each request to the engine."""
+    records, wants_logprobs = session.is_recording, session.settings.logprobs
+
+    def add_request_and_capture(
+        self: Any, request: Any, prompt: Any, parent_req: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        context = _context.current()
+        collects = context is not None and context.collects
+        if not (collects or records):
+            return add_request(self, request, prompt, parent_req, *args, **kwargs)
+        # vLLM also calls this with more input for a known request (realtime).
+        is_new = contained("looking for a request", _is_new, self, request)
+        answer = add_request(self, request, prompt, parent_req, *args, **kwargs)
+        state = contained("finding a request", _state_of, self, request) if is_new else None
+        if state is not None:
+            if context is not None and collects:
+                contained("capturing a request", _collect, state, request, context)
+            if records:
+                contained("recording a request", _follow, self, state, request, parent_req, context, wants_logprobs)
+        return answer
+
+    return add_request_and_capture
+
+
+def _is_new(processor: Any, request: Any) -> bool:
+    return request.request_id not in processor.request_states
+
+
+def _state_of(processor: Any, request: Any) -> Any:
+    """Return vLLM's state of a request; None for a pooling request, which has no detokenizer and generates no ids."""
+    state = processor.request_states[request.request_id]
+    return None if state.detokenizer is None else state
+
+
+def _collect(state: Any, request: Any, context: RequestContext) -> None:
+    context.engine_requests.append(EngineRequest(name_of(request), prompt_ids_of(request), state.detokenizer))
+
+
+def _follow(
+    processor: Any, state: Any, request: Any, parent: Any, context: RequestContext | None, wants_logprobs: bool
+) -> None:
+    mark = marks.Mark.RECORDED
+    # An offline LLM has no queue. With more input in between (realtime), it is not one prompt and its answer.
+    if state.queue is not None and not getattr(request, "resumable", False):
+        _pending_of(processor).add(state, request, parent, context)
+        if wants_logprobs and not logprobs.are_requested(request.sampling_params):
+            state.logprobs_processor.update_from_output = logprobs.LogprobsTap(state.logprobs_processor)
+            logprobs.request_from_engine(request)
+            mark = marks.Mark.RECORDED_WITH_LOGPROBS
+    # vLLM sends the request to the engine after this returns.
+    marks.add(request.request_id, mark)
+
+
+def wrap_process_outputs(process_outputs: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `OutputProcessor.process_outputs`, which runs once for each step of the engine."""
+
+    def process_outputs_and_finish(self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        # An error here would end vLLM's loop, and with it the engine.
+        states = getattr(self, "request_states", ())
+        before = len(states)
+        answer = process_outputs(self, engine_core_outputs, *args, **kwargs)
+        # Most steps finish no request; this check costs the same however many requests are in the step.
+        if len(states) < before:
+            contained("recording finished requests", _finish, self, engine_core_outputs)
+        return answer
+
+    return process_outputs_and_finish
+
+
+def _finish(processor: Any, engine_core_outputs: Any) -> None:
+    pending = find_pending(processor)
+    if pending is not None:
+        states = processor.request_states
+        for last in [output for output in engine_core_outputs if output.request_id not in states]:
+            contained("recording a finished request", pending.finish, last)
+
+
+def wrap_abort_requests(abort_requests: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `OutputProcessor.abort_requests`, which returns the ids of the requests that it has ended."""
+
+    def abort_requests_and_record(self: Any, *args: Any, **kwargs: Any) -> Any:
+        aborted = abort_requests(self, *args, **kwargs)
+        pending = find_pending(self)
+        if pending is not None:
+            contained("recording aborted requests", pending.end, aborted, "abort")
+        return aborted
+
+    return abort_requests_and_record
+
+
+def wrap_propagate_error(propagate_error: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `OutputProcessor.propagate_error`: the engine is dead, and every unfinished request fails."""
+
+    def record_and_propagate_error(self: Any, *args: Any, **kwargs: Any) -> Any:
+        pending = find_pending(self)
+        if pending is not None:
+            contained("recording requests that the engine failed", pending.end_all, "error")
+        return propagate_error(self, *args, **kwargs)
+
+    return record_and_propagate_error
+
+
+def wrap_client_init(init: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `AsyncLLM.__init__`, which has the model, its tokenizer, and the kind of logprobs."""
+
+    def init_and_note(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, vllm_config, *args, **kwargs)
+        contained("reading the logprobs' mode", _note_logprobs_mode, self, vllm_config)
+        contained("reading which model is served", _note_engine, self, vllm_config)
+        # Not with the first generation: run-batch may end right after that, before the store is open.
+        contained("opening the store", start)
+
+    return init_and_note
+
+
+def _note_logprobs_mode(client: Any, vllm_config: Any) -> None:
+    _logprobs_modes[client.output_processor] = logprobs.mode_of(vllm_config.model_config)
+
+
+def _note_engine(client: Any, vllm_config: Any) -> None:
+    session.identity.note_engine(client.output_processor, vllm_config.model_config)
+
+
+class PendingRequests:
+    """The requests of one `OutputProcessor` that have not ended.
+
+    Args:
+        record: called with each captured request when all its choices have ended.
+        logprobs_mode: the kind of the engine's logprobs, in vLLM's words.
+    """
+
+    def __init__(self, record: Callable[[CapturedRequest], object], logprobs_mode: str | None = None) -> None:
+        self._record = record
+        self._logprobs_mode = logprobs_mode
+        self._requests: dict[str, tuple[CapturedRequest, Any]] = {}
+        self._parents: dict[str, CapturedRequest] = {}
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def add(self, state: Any, request: Any, parent: Any, context: RequestContext | None) -> None:
+        """Follow a request that vLLM has just registered; with n > 1, vLLM makes it of `parent`."""
+        if parent is None:
+            captured = self._capture(name_of(request), request, request.sampling_params, context)
+        elif parent.request_id in self._parents:
+            captured = self._parents[parent.request_id]
+        else:
+            captured = self._capture(name_of(parent), request, parent.sampling_params, context, parent.n)
+            self._parents[parent.request_id] = captured
+        captured.unfinished += 1
+        self._requests[request.request_id] = (captured, state)
+
+    def _capture(
+        self, name: str, request: Any, params: Any, context: RequestContext | None, n: int = 1
+    ) -> CapturedRequest:
+        prompt = prompt_ids_of(request)
+        return CapturedRequest(name, request.arrival_time, prompt, params, context, self._logprobs_mode, n)
+
+    def finish(self, output: Any) -> None:
+        """Note that the engine is done with a request; `output` is its last `EngineCoreOutput`."""
+        if output.request_id not in self._requests:
+            return
+        captured, state = self._requests.pop(output.request_id)
+        last = _last_completion(state)
+        if last is not None:
+            choice = FinishedChoice(state, last.finish_reason, last.stop_reason, _routed_experts(state, last))
+        else:
+            # The engine gives no reason where vLLM's detokenizer has found a stop string.
+            reason = "stop" if output.finish_reason is None else str(output.finish_reason)
+            choice = FinishedChoice(state, reason, output.stop_reason, _routed_experts(state, None))
+        captured.unfinished -= 1
+        captured.finished.append(choice)
+        if len(captured.finished) == captured.n:
+            self._close(captured)
+
+    def end(self, request_ids: Iterable[str], finish_reason: str) -> None:
+        """Note that these requests end early: their client is gone (`"abort"`), or the engine failed (`"error"`)."""
+        closing: list[CapturedRequest] = []
+        for request_id in request_ids:
+            if request_id in self._requests:
+                captured, state = self._requests.pop(request_id)
+                captured.unfinished -= 1
+                experts = _routed_experts(state, None)
+                captured.finished.append(FinishedChoice(state, finish_reason, routed_experts=experts))
+                # With n > 1: a choice that vLLM has not registered yet will never come.
+                if not captured.unfinished:
+                    closing.append(captured)
+        for captured in closing:
+            contained("recording a request that ended early", self._close, captured)
+
+    def end_all(self, finish_reason: str) -> None:
+        """Do the same for all requests."""
+        self.end(list(self._requests), finish_reason)
+
+    def _close(self, captured: CapturedRequest) -> None:
+        parent = captured.finished[0].state.parent_req
+        if parent is not None:
+            self._parents.pop(parent.request_id, None)
+        self._record(captured)
+
+
+def _record(captured: CapturedRequest) -> None:
+    token_ids, more = len(captured.prompt_token_ids or ()), 0
+    for choice in captured.finished:
+        token_ids += len(choice.state.detokenizer.token_ids)
+        more += _bytes_of(choice)
+    keeps_text = session.settings.record_text
+    session.record(functools.partial(from_frontend, captured, time.time_ns(), keeps_text), token_ids, more)
+
+
+def _bytes_of(choice: FinishedChoice) -> int:
+    """Return how many bytes a finished choice keeps alive beside its ids."""
+    state = choice.state
+    nbytes = sum(chunk.nbytes for chunk in choice.routed_experts) if choice.routed_experts else 0
+    # Missing in some releases.
+    embeds = getattr(state, "prompt_embeds", None)
+    if embeds is not None:
+        nbytes += embeds.nbytes
+    tap = state.logprobs_processor.update_from_output
+    if isinstance(tap, logprobs.LogprobsTap):
+        nbytes += logprobs.BYTES_PER_STEP * len(tap.steps)
+    for positions in (state.logprobs_processor.logprobs, state.logprobs_processor.prompt_logprobs):
+        # The first position of a prompt has none.
+        if positions:
+            nbytes += BYTES_PER_LOGPROB * len(positions) * len(positions[-1] or ())
+    return nbytes
+
+
+def _last_completion(state: Any) -> Any:
+    """Return the `CompletionOutput` that ended a request, which has just been put into its client's queue."""
+    for output in getattr(state.queue.output, "outputs", ()):
+        if output.index == state.request_index:
+            return output
+    # Choices that are answered together are gathered in their parent first.
+    for output in getattr(state.parent_req, "output_aggregator", None) or ():
+        if output is not None and output.index == state.request_index:
+            return output
+    return None
+
+
+def _routed_experts(state: Any, last: Any) -> list[Any]:
+    """Return the arrays of the experts that the ids went through, if vLLM was told to return them."""
+    # Releases that do not send them with every step (0.14.1 and 0.18.1, as read) send them with the last output.
+    chunks = getattr(state, "routed_experts_chunks", None)
+    if chunks is None:
+        whole = getattr(last, "routed_experts", None)
+        chunks = [] if whole is None else [whole]
+    return chunks
+
+
+def _records(module: ModuleType) -> bool:
+    return session.is_recording
+
+
+CAPTURE_PATCHES: tuple[Patch, ...] = (
+    Wrap("OutputProcessor.add_request", ("request", "prompt", "parent_req"), wrap_add_request),
+    Where(_records, Wrap("OutputProcessor.process_outputs", ("engine_core_outputs",), wrap_process_outputs)),
+    Where(_records, Wrap("OutputProcessor.abort_requests", ("request_ids",), wrap_abort_requests)),
+    Where(_records, Wrap("OutputProcessor.propagate_error", (), wrap_propagate_error)),
+)
+CLIENT_PATCHES: tuple[Patch, ...] = (Where(_records, Wrap("AsyncLLM.__init__", ("vllm_config",), wrap_client_init)),)

@@ -1,0 +1,104 @@
+"""Everything that this process has for recording, in one object: settings, recorder, metrics, and its identity.
+
+On the event loop a generation costs the same however long it is: vLLM's lists are queued uncopied, and the writing
+thread converts them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from agentlightning import settings
+from agentlightning.generation import Generation
+from agentlightning.instrumentation.vllm.capture.identity import Identity
+from agentlightning.instrumentation.vllm.capture.metrics import Metrics, Observer
+from agentlightning.recorder import Recorder
+from agentlightning.settings import Settings
+
+__all__ = ["Session", "session"]
+
+# A Python integer and its place in a list.
+BYTES_PER_ID = 36
+# Everything else that a queued generation keeps alive.
+BYTES_PER_GENERATION = 2000
+
+
+class Session:
+    """The state of recording in this process, from the first time that it is instrumented until it exits.
+
+    Settings are read once each time the process is instrumented, never for a request. A program may be instrumented
+    again with another `AGL_STORE`: from then on generations go there, and what was recorded before still goes to the
+    store of that time, whose recorder stays until the process exits.
+
+    Attributes:
+        identity: what stores are told about this process.
+    """
+
+    def __init__(self) -> None:
+        self.identity = Identity()
+        self._settings: Settings | None = None
+        self._recorder: Recorder | None = None
+        self._recorders: dict[tuple[str, int], Recorder] = {}
+        # Prometheus knows each name once, however many stores a process records to.
+        self._metrics: Metrics | None = None
+        self._lock = threading.Lock()
+
+    def begin(self) -> None:
+        """Forget the settings: the process is instrumented (again), and their next use reads them."""
+        with self._lock:
+            self._settings = self._recorder = None
+
+    @property
+    def settings(self) -> Settings:
+        """The settings, as they were read at their first use since `begin`."""
+        found = self._settings
+        if found is None:
+            found = self._settings = settings.read_all()
+        return found
+
+    @property
+    def is_recording(self) -> bool:
+        """True if generations are recorded: `AGL_STORE` is set."""
+        return self.settings.store is not None
+
+    @property
+    def recorder(self) -> Recorder:
+        """The recorder of the store that `AGL_STORE` names; only for a session that records."""
+        return self._recorder or self._find_recorder()
+
+    def _find_recorder(self) -> Recorder:
+        with self._lock:
+            if self._recorder is None:
+                store, queue_bytes = self.settings.store, self.settings.queue_bytes
+                assert store is not None, "AGL_STORE is not set, so nothing is recorded"
+                found = self._recorders.get((store, queue_bytes))
+                if found is None:
+                    self._metrics = self._metrics or Metrics()
+                    found = Recorder(store, queue_bytes, self.identity.sender, Observer(self._metrics))
+                    self._recorders[store, queue_bytes] = found
+                self._recorder = found
+            return self._recorder
+
+    def record(self, build: Callable[[], Generation], token_ids: int, more_bytes: int = 0) -> None:
+        """Queue a generation for the store.
+
+        Args:
+            build: makes the generation, in the writing thread.
+            token_ids: how many ids it keeps alive until then, as Python integers.
+            more_bytes: what else it keeps alive, if that is much.
+        """
+        self.recorder.record(build, BYTES_PER_GENERATION + BYTES_PER_ID * token_ids + more_bytes)
+
+    def report(self) -> dict[str, Any] | None:
+        """Return the store's place and the recorder's counters, for the status; None if nothing is recorded."""
+        store = self.settings.store
+        if store is None:
+            return None
+        return {"store": settings.without_secrets(store), **asdict(self.recorder.counters())}
+
+
+session = Session()
+"""The session of this process."""

@@ -1,0 +1,201 @@
+"""Requests that the engine core records, since no instrumented frontend does: followed step by step to their end.
+
+All of it happens in the one thread of the engine core, but for the conversion to a `Generation`.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from agentlightning.generation import Choice, Generation
+from agentlightning.instrumentation.vllm import _releases
+from agentlightning.instrumentation.vllm._isolation import contained
+from agentlightning.instrumentation.vllm.capture import logprobs, request_names
+from agentlightning.instrumentation.vllm.capture.conversion import (
+    params_as_json,
+    prompt_ids_of,
+    routed_experts,
+    status_of,
+    weight_versions,
+)
+from agentlightning.instrumentation.vllm.capture.identity import served_name
+from agentlightning.instrumentation.vllm.capture.session import session
+
+__all__ = ["UnmarkedRequests"]
+
+
+@dataclass(slots=True)
+class TrackedRequest:
+    """A request to the engine, and what its steps have given.
+
+    Attributes:
+        request: vLLM's `Request`, which has the ids so far; None once it has ended.
+        sampling_params: as the frontend made them.
+        drops_logprobs: only the recording wants the logprobs, so they are removed from the outputs.
+        logprobs, routed_experts: one array for each step; of the logprobs, only those of the sampled ids.
+        weight_versions: each version of the weights, and the index of the first id sampled with it.
+        finish_reason, stop_reason: the engine's.
+    """
+
+    request: Any
+    sampling_params: Any
+    drops_logprobs: bool = False
+    logprobs: list[array[float]] = field(default_factory=list)
+    routed_experts: list[Any] = field(default_factory=list)
+    weight_versions: list[tuple[str, int]] = field(default_factory=list)
+    first_token_at: int | None = None
+    cached_tokens: int | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    def add(self, output: Any) -> None:
+        """Add what a step has sampled: an `EngineCoreOutput` on its way to the frontend."""
+        if self.first_token_at is None:
+            self.first_token_at = time.time_ns()
+            # From 0.22 on (as read) in the statistics of the prefill; before, in every output.
+            self.cached_tokens = getattr(getattr(output, "prefill_stats", output), "num_cached_tokens", None)
+        if self.drops_logprobs:
+            logprobs.take(output, self.logprobs)
+        elif output.new_logprobs is not None:
+            self.logprobs.append(logprobs.of_sampled_ids(output.new_logprobs.logprobs))
+        experts = getattr(output, "routed_experts", None)
+        if experts is not None:
+            self.routed_experts.append(experts)
+
+
+class FinishedRequest(NamedTuple):
+    """The parts of an ended `Request` that are kept: vLLM's own would keep its images and embeddings in memory."""
+
+    request_id: str
+    arrived_at: float
+    prompt_token_ids: Sequence[int] | None
+    token_ids: Sequence[int]
+    lora_request: Any
+
+
+class UnmarkedRequests:
+    """The unfinished requests of one `Scheduler` that no instrumented process has sent.
+
+    Args:
+        weights: the version of the weights that the engine samples with, where vLLM names it.
+
+    Attributes:
+        config: vLLM's `ModelConfig`.
+    """
+
+    def __init__(self, scheduler: Any, weights: str | None = None) -> None:
+        self.config = getattr(getattr(scheduler, "vllm_config", None), "model_config", None)
+        self._weights = weights
+        self._tracked: dict[str, TrackedRequest] = {}
+
+    def __len__(self) -> int:
+        return len(self._tracked)
+
+    def track(self, request: Any) -> None:
+        """Follow a request that the scheduler is about to get."""
+        params = request.sampling_params
+        tracked = self._tracked[request.request_id] = TrackedRequest(request, params)
+        if session.settings.logprobs and not logprobs.are_requested(params):
+            logprobs.request_from_engine(request)
+            tracked.drops_logprobs = True
+        if self._weights is not None:
+            tracked.weight_versions.append((self._weights, 0))
+
+    def add_step(self, outputs: Any) -> None:
+        """Add a step of the engine; `outputs` is the result of `update_from_output`."""
+        for batch in _batches(outputs):
+            for output in batch.outputs:
+                tracked = self._tracked.get(output.request_id)
+                if tracked is not None:
+                    # One by one: an output that cannot be read must not affect the others of its step.
+                    contained("recording a step of the engine", self._add, tracked, output)
+
+    def _add(self, tracked: TrackedRequest, output: Any) -> None:
+        try:
+            tracked.add(output)
+        finally:
+            if output.finish_reason is not None:
+                tracked.stop_reason = output.stop_reason
+                self._end(tracked, str(output.finish_reason))
+
+    def end_finished(self, request_ids: Iterable[str] | None) -> None:
+        """Record those of these requests (None: of all) that vLLM has just finished, such as aborted ones."""
+        for request_id in list(self._tracked if request_ids is None else request_ids):
+            tracked = self._tracked.get(request_id)
+            if tracked is not None and tracked.request.is_finished():
+                reason = str(tracked.request.get_finished_reason())
+                contained("recording a request that ended early", self._end, tracked, reason)
+
+    def end_all(self, finish_reason: str) -> None:
+        """Record all requests with this reason: the engine ends."""
+        for tracked in list(self._tracked.values()):
+            contained("recording a request that ended early", self._end, tracked, finish_reason)
+
+    def note_weights(self, version: str) -> None:
+        """Note that the engine samples with other weights from the next step on."""
+        self._weights = version
+        for tracked in self._tracked.values():
+            tracked.weight_versions.append((version, len(tracked.request.output_token_ids)))
+
+    def _end(self, tracked: TrackedRequest, finish_reason: str) -> None:
+        request, tracked.request = tracked.request, None
+        del self._tracked[request.request_id]
+        tracked.finish_reason = finish_reason
+        finished = FinishedRequest(
+            request.request_id,
+            request.arrival_time,
+            prompt_ids_of(request),
+            request.output_token_ids,
+            request.lora_request,
+        )
+        ids = len(finished.prompt_token_ids or ()) + len(finished.token_ids)
+        more = logprobs.BYTES_PER_STEP * len(tracked.logprobs)
+        more += sum(chunk.nbytes for chunk in tracked.routed_experts)
+        keeps_text = session.settings.record_text
+        build = functools.partial(_generation_of, tracked, finished, self.config, time.time_ns(), keeps_text)
+        session.record(build, ids, more)
+
+
+def _batches(outputs: Any) -> Iterable[Any]:
+    """Return the parts of a step's outputs, one for each frontend; up to 0.9.0 there is only one."""
+    return outputs.values() if isinstance(outputs, dict) else (outputs,)
+
+
+def _generation_of(
+    tracked: TrackedRequest, finished: FinishedRequest, config: Any, finished_at: int, keeps_text: bool
+) -> Generation:
+    name = request_names.parse(finished.request_id, from_rust=_releases.uses_rust_frontend())
+    token_ids = array("i", finished.token_ids)
+    found = logprobs.join(tracked.logprobs, len(token_ids)) if tracked.logprobs else None
+    return Generation(
+        request_id=name.request_id,
+        response_id=name.response_id,
+        endpoint=name.endpoint,
+        model=served_name(config) if finished.lora_request is None else finished.lora_request.lora_name,
+        rollout_id=name.rollout_id,
+        attempt_id=name.attempt_id,
+        started_at=int(finished.arrived_at * 1e9),
+        first_token_at=tracked.first_token_at,
+        finished_at=finished_at,
+        status=status_of([tracked.finish_reason]),
+        prompt_token_ids=array("i", finished.prompt_token_ids) if finished.prompt_token_ids else None,
+        sampling_params=params_as_json(tracked.sampling_params, keeps_text),
+        logprobs_mode=None if found is None else logprobs.mode_of(config),
+        cached_tokens=tracked.cached_tokens,
+        choices=[
+            Choice(
+                index=name.choice,
+                token_ids=token_ids,
+                logprobs=found,
+                finish_reason=tracked.finish_reason,
+                stop_reason=tracked.stop_reason,
+                weight_versions=weight_versions(tracked.weight_versions, len(token_ids)),
+                routed_experts=routed_experts(tracked.routed_experts),
+            )
+        ],
+    )
