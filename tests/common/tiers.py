@@ -93,7 +93,8 @@ def tier_of(item: pytest.Item) -> Tier:
     Raises:
         pytest.UsageError: if its marker names none.
     """
-    params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    callspec = getattr(item, "callspec", None)
+    params = callspec.params if callspec else {}
     markers = (each for each in item.iter_markers("tier") if each.kwargs.items() <= params.items())
     name = next((each.args[0] for each in markers), "test")
     if name not in _NAMES:
