@@ -219,7 +219,7 @@ def test_one_that_the_store_cannot_keep_is_lost_alone(recorder: Recorder, path: 
     assert recorder.counters().lost["refused"] == 1
     with open_store(str(path)) as store:
         (loss,) = store.losses()
-    assert (loss.count, loss.reason) == (1, "refused: no UUID: 'no UUID' is no UUID in lower case")
+    assert (loss.count, loss.reason) == (1, "refused: no UUID: 'no UUID' is not a lower-case UUID")
 
 
 class Counting(DatabaseStore):

@@ -88,7 +88,7 @@ def test_one_that_waits_says_so(look: Open, filled: Filled) -> None:
     page = look(f"/rollout?id={filled.rollout('queuing').rollout_id}")
 
     expect(page.get_by_role("heading", name="Why there is nothing")).to_be_visible()
-    expect(page.get_by_text("it waits in the queue")).to_be_visible()
+    expect(page.get_by_text("it is waiting in the queue")).to_be_visible()
     expect(page.get_by_text("What to do")).to_contain_text("runner")
     expect(page.get_by_text("No model call is recorded")).to_be_visible()
 
@@ -97,7 +97,7 @@ def test_one_of_which_nothing_was_recorded_says_why_that_may_be(look: Open, fill
     page = look(f"/rollout?id={filled.rollout('preparing').rollout_id}")
 
     expect(page.get_by_text("What to do")).to_be_visible()
-    expect(page.get_by_text("nothing is recorded for")).to_contain_text("what was lost may be its")
+    expect(page.get_by_text("no recorded call names")).to_contain_text("some calls were lost")
 
 
 def test_one_that_has_answers_needs_no_reason(look: Open, filled: Filled) -> None:

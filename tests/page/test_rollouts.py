@@ -63,8 +63,8 @@ def test_a_row_has_what_became_of_the_rollout(look: Open, filled: Filled) -> Non
 def test_what_has_no_answers_says_why(look: Open, filled: Filled) -> None:
     page = look("/")
 
-    expect(row(page, filled.rollout("queuing").rollout_id)).to_contain_text("it waits in the queue")
-    expect(row(page, filled.rollout("cancelled").rollout_id)).to_contain_text("nothing is recorded")
+    expect(row(page, filled.rollout("queuing").rollout_id)).to_contain_text("it is waiting in the queue")
+    expect(row(page, filled.rollout("cancelled").rollout_id)).to_contain_text("no recorded call names")
 
 
 @pytest.mark.parametrize("javascript", [True, False])

@@ -13,7 +13,7 @@ from agentlightning.generation import Choice, Generation
 from agentlightning.rollout import NewRollout
 from agentlightning.store import lifecycle, open_database, open_store, overview, spans, tables
 from agentlightning.store.database import Database
-from agentlightning.store.overview import COLUMNS, Asked, Overview
+from agentlightning.store.overview import COLUMNS, Overview, OverviewQuery
 from tests.common.generations import HOSTILE, SECOND, START, generation
 from tests.store.test_triplets import of_call, of_reward
 
@@ -32,7 +32,7 @@ def call(number: int, rollout_id: str | None, **fields: Any) -> Generation:
 
 def of_all(database: Database, **asked: Any) -> list[Overview]:
     with database.reading() as connection:
-        return overview.of_all(connection, Asked(now=NOW, **asked)).rollouts
+        return overview.page(connection, OverviewQuery(now=NOW, **asked)).rollouts
 
 
 def test_a_rollout_of_the_queue_has_its_status_and_its_calls(url: str, database: Database) -> None:
@@ -80,7 +80,7 @@ def test_a_rollout_that_has_not_ended_lasts_until_now(database: Database) -> Non
     later = NOW * 2
 
     with database.reading() as connection:
-        assert overview.of_all(connection, Asked(now=later)).rollouts[0].duration == pytest.approx(
+        assert overview.page(connection, OverviewQuery(now=later)).rollouts[0].duration == pytest.approx(
             later - found.started
         )
 
@@ -151,8 +151,8 @@ def test_a_status_is_one_of_the_queue_or_of_those_that_it_has_not(database: Data
 
 def test_how_many_there_are_is_told_with_each_page(database: Database, many: list[str]) -> None:
     with database.reading() as connection:
-        first, total, _ = overview.of_all(connection, Asked(now=NOW, search="rollout-1", limit=3))
-        behind, none, _ = overview.of_all(connection, Asked(now=NOW, limit=3, offset=60))
+        first, total, _ = overview.page(connection, OverviewQuery(now=NOW, search="rollout-1", limit=3))
+        behind, none, _ = overview.page(connection, OverviewQuery(now=NOW, limit=3, offset=60))
 
     assert (len(first), total) == (3, 10)
     assert (behind, none) == ([], 0)
@@ -163,7 +163,7 @@ def test_calls_that_name_no_rollout_are_counted(url: str, database: Database) ->
         store.add([call(1, None), call(2, "r"), call(3, None)])
 
     with database.reading() as connection:
-        assert overview.of_all(connection, Asked(now=NOW)).nobodys == 2
+        assert overview.page(connection, OverviewQuery(now=NOW)).unassigned_calls == 2
 
 
 def test_whatever_an_id_is_it_is_there(url: str, database: Database) -> None:

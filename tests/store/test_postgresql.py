@@ -155,7 +155,7 @@ def test_what_is_no_database_is_refused_with_the_reason(url: str, postgresql: Po
     nothing = postgresql.url("there_is_no_such_database")
     with pytest.raises(StoreRefused, match="/there_is_no_such_database cannot be used: "):
         open_store(nothing)
-    with pytest.raises(StoreRefused, match="names no database: it is postgresql://USER:PASSWORD@HOST/DATABASE"):
+    with pytest.raises(StoreRefused, match="names no database: write it as postgresql://USER:PASSWORD@HOST/DATABASE"):
         open_store("postgresql://127.0.0.1")
     with pytest.raises(StoreRefused, match=r"\*\*\*@127.0.0.1:x/db is no URL"):
         open_store("postgresql://agl:secret@127.0.0.1:x/db")
@@ -164,7 +164,7 @@ def test_what_is_no_database_is_refused_with_the_reason(url: str, postgresql: Po
 def test_a_database_that_does_not_hold_every_text_is_refused(postgresql: PostgresServer) -> None:
     query(postgresql.url("postgres"), "CREATE DATABASE latin ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0")
 
-    with pytest.raises(StoreRefused, match="has the encoding LATIN1, which not every text fits: it has to be UTF8"):
+    with pytest.raises(StoreRefused, match="has the encoding LATIN1, which cannot hold every text: it has to be UTF8"):
         open_store(postgresql.url("latin"))
 
 
@@ -174,7 +174,7 @@ def test_no_generation_is_at_fault_where_keys_are_given_out_twice(url: str, tabl
     with open_store(url) as store:
         store.add([FULL])
         query(url, f"SELECT setval('agentlightning.{table}_key_seq', 1, false)")
-        with pytest.raises(StoreRefused, match="gives out keys that it has given out before"):
+        with pytest.raises(StoreRefused, match="assigns keys that are already in use"):
             store.add([generation(1, model="another")])
 
 

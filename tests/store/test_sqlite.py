@@ -100,8 +100,8 @@ def test_a_store_is_named_by_a_path_or_a_url(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("url", "reason"),
     [
-        ("mongodb://host", "there is no mongodb:// store"),
-        ("sqlite://generations.db", "it is sqlite:///PATH"),
+        ("mongodb://host", "mongodb:// is not a store"),
+        ("sqlite://generations.db", "write sqlite:///PATH"),
         ("sqlite:///", "needs the path of a file"),
         ("sqlite:///:memory:", "needs the path of a file"),
         (":memory:", "needs the path of a file"),
@@ -152,7 +152,7 @@ def test_the_database_of_another_program_is_refused_and_left_as_it_is(path: Path
         connection.execute("CREATE TABLE generations (theirs)")
     before = path.read_bytes()
 
-    with pytest.raises(StoreRefused, match=f"{path} is the database of another program"):
+    with pytest.raises(StoreRefused, match=f"{path} belongs to another program"):
         open_store(str(path))
 
     assert path.read_bytes() == before
@@ -163,7 +163,7 @@ def test_a_file_that_is_no_database_is_refused_and_left_as_it_is(path: Path) -> 
     path.write_text("a text, and a longer one than the header of a database is\n" * 100)
     before = path.read_bytes()
 
-    with pytest.raises(StoreRefused, match=f"{path} is no SQLite file, or a broken one: "):
+    with pytest.raises(StoreRefused, match=f"{path} is not a SQLite file, or is damaged: "):
         open_store(str(path))
 
     assert path.read_bytes() == before
@@ -178,7 +178,7 @@ def test_a_file_that_is_broken_is_refused_when_that_shows(path: Path) -> None:
 
     with (
         open_store(str(path)) as store,
-        pytest.raises(StoreRefused, match=f"{path} is no SQLite file, or a broken one: "),
+        pytest.raises(StoreRefused, match=f"{path} is not a SQLite file, or is damaged: "),
     ):
         ids(store)
 

@@ -165,5 +165,5 @@ def test_a_field_more_is_another_version() -> None:
     ids=["a number", "a negative one", "an object", "a shape"],
 )
 def test_what_no_message_can_hold_is_told_so(bad: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="something that cannot be sent"):
+    with pytest.raises(ValueError, match="a value that cannot be sent"):
         wire.encode([generation(1, **bad)])

@@ -9,7 +9,7 @@ from agentlightning.server.agentops.page import page
 from agentlightning.server.agentops.routes import routes
 from agentlightning.server.agentops.tokens import Tokens
 from agentlightning.store.database import Database
-from agentlightning.store.uploads import secret
+from agentlightning.store.uploads import shared_secret
 
 __all__ = ["ROUTES", "add_state"]
 
@@ -18,6 +18,6 @@ ROUTES = (routes, page)
 
 def add_state(app: FastAPI, database: Database, key: str | None) -> tuple[Tokens, Clients]:
     """Add what the routes need; returns who has a say in what is let in, and who is watched while the server runs."""
-    app.state.tokens = Tokens(database.write(secret), key)
+    app.state.tokens = Tokens(database.write(shared_secret), key)
     app.state.clients = Clients()
     return app.state.tokens, app.state.clients

@@ -62,7 +62,7 @@ class Call:
 
 def of_rollout(connection: Connection, rollout_id: str) -> tuple[list[Call], int]:
     """The calls of a rollout, in the order of its triplets; and how many more there are than are shown."""
-    places = triplets.places_of(connection, rollout_id)
+    places = triplets.positions_of(connection, rollout_id)
     found: list[Call] = []
     # What was said so far in each attempt: one agent's calls may come between those of another.
     said: defaultdict[str | None, list[str]] = defaultdict(list)

@@ -13,9 +13,9 @@ from sqlalchemy import Connection
 
 from agentlightning.rollout import ROLLOUT_STATUSES
 from agentlightning.server.schemas import Part
-from agentlightning.store import absence, generations, overview
-from agentlightning.store.absence import Absence
-from agentlightning.store.overview import RECORDED, Asked, Column, Overview
+from agentlightning.store import generations, overview
+from agentlightning.store.absence import Absence, explain_absence
+from agentlightning.store.overview import RECORDED, Column, Overview, OverviewQuery
 
 __all__ = ["Listing", "of_page", "why"]
 
@@ -44,8 +44,8 @@ class Listing(BaseModel):
     page: Annotated[int, Query(ge=1, le=1_000_000)] = 1
     live: Literal["on", "off"] = "on"
 
-    def asked(self) -> Asked:
-        return Asked(
+    def asked(self) -> OverviewQuery:
+        return OverviewQuery(
             search=self.q.strip(),
             status=self.status if self.status in STATUSES else None,
             sort_by=self.sort,
@@ -66,8 +66,8 @@ class Listed:
 
 def of_page(connection: Connection, listing: Listing) -> dict[str, Any]:
     """What the table shows."""
-    found, total, nobodys = overview.of_all(connection, listing.asked())
-    known = _in_store(connection, has_nobodys=nobodys > 0)
+    found, total, unassigned_calls = overview.page(connection, listing.asked())
+    known = _in_store(connection, has_unassigned_calls=unassigned_calls > 0)
     return {
         "asked": listing,
         "rollouts": [Listed(each, _absence(each, known)) for each in found],
@@ -75,27 +75,27 @@ def of_page(connection: Connection, listing: Listing) -> dict[str, Any]:
         "pages": max(-(-total // AT_ONCE), 1),
         "columns": COLUMNS,
         "statuses": STATUSES,
-        "without_rollout": nobodys,
+        "without_rollout": unassigned_calls,
     }
 
 
 def why(connection: Connection, rollout_id: str, status: str | None) -> Absence | None:
     """Why no generation of a rollout has finished; None where one has."""
     counts = generations.tally(connection, {"rollout_id": rollout_id})
-    has_nobodys = generations.has_any(connection, {"rollout_id": None})
-    return absence.why(counts, **_in_store(connection, has_nobodys), status=status)
+    has_unassigned_calls = generations.has_any(connection, {"rollout_id": None})
+    return explain_absence(counts, **_in_store(connection, has_unassigned_calls), status=status)
 
 
 def _absence(found: Overview, known: Mapping[str, bool]) -> Absence | None:
     if found.finished:
         return None
-    return absence.why({"finished": 0, "aborted or failed": found.calls}, **known, status=found.status)
+    return explain_absence({"finished": 0, "aborted or failed": found.calls}, **known, status=found.status)
 
 
-def _in_store(connection: Connection, has_nobodys: bool) -> dict[str, bool]:
+def _in_store(connection: Connection, has_unassigned_calls: bool) -> dict[str, bool]:
     # A page asks every few seconds: of each there is no more than has to be found, and nothing is counted.
     return {
         "has_any": generations.has_any(connection, {}),
-        "has_nobodys": has_nobodys,
+        "has_unassigned_calls": has_unassigned_calls,
         "has_losses": generations.has_losses(connection),
     }

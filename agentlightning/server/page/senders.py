@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from agentlightning.sender import Sender
-from agentlightning.store.senders import MINUTE, Seen
+from agentlightning.store.senders import MINUTE, SenderReport
 
 __all__ = ["Charted", "charted"]
 
@@ -46,7 +46,7 @@ class Charted:
         return self.generations / MINUTES
 
 
-def charted(seen: Seen, now: int) -> Charted:
+def charted(seen: SenderReport, now: int) -> Charted:
     """What a sender has done in the hour until `now`, in nanoseconds since the epoch."""
     last = now // MINUTE
     by_minute = {each.minute: each for each in seen.minutes if last - MINUTES < each.minute <= last}
