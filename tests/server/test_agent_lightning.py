@@ -144,13 +144,13 @@ def found(
         return script.outcome()
 
 
-def test_all_of_the_interface_was_tried(found: dict[str, dict[str, dict[str, Any]]]) -> None:
+def test_script_covers_every_section_of_the_interface(found: dict[str, dict[str, dict[str, Any]]]) -> None:
     assert tuple(found["ours"]) == tuple(found["theirs"]) == SECTIONS
     assert sum(len(facts) for facts in found["ours"].values()) > 250
 
 
 @pytest.mark.parametrize("section", [name for name in SECTIONS if name not in ("errors", "queue", "statistics")])
-def test_the_client_finds_what_it_finds_in_agent_lightnings_own_store(
+def test_client_finds_the_same_as_in_agent_lightnings_own_store(
     section: str, found: dict[str, dict[str, dict[str, Any]]]
 ) -> None:
     theirs, ours = found["theirs"][section], found["ours"][section]
@@ -161,7 +161,7 @@ def test_the_client_finds_what_it_finds_in_agent_lightnings_own_store(
     assert {name: theirs[name] for name in chosen} == {name: there for name, (there, _) in chosen.items()}
 
 
-def test_the_queue_is_as_it_is_there_but_who_is_idle_works_on_nothing(
+def test_queue_is_the_same_except_that_an_idle_worker_has_no_rollout(
     found: dict[str, dict[str, dict[str, Any]]],
 ) -> None:
     theirs, ours = found["theirs"]["queue"], found["ours"]["queue"]
@@ -172,13 +172,15 @@ def test_the_queue_is_as_it_is_there_but_who_is_idle_works_on_nothing(
     assert ours == {**theirs, was_busy: {**theirs[was_busy], **nothing}}
 
 
-def test_what_cannot_be_is_refused_and_not_tried_again(found: dict[str, dict[str, dict[str, Any]]]) -> None:
+def test_invalid_request_is_refused_with_a_status_that_is_not_retried(
+    found: dict[str, dict[str, dict[str, Any]]],
+) -> None:
     theirs, ours = found["theirs"]["errors"], found["ours"]["errors"]
     assert ours == {name: REFUSALS.get(there, there) for name, there in theirs.items()}
     assert {404, 422} <= set(ours.values())
 
 
-def test_as_much_is_counted(found: dict[str, dict[str, dict[str, Any]]]) -> None:
+def test_statistics_count_the_same(found: dict[str, dict[str, dict[str, Any]]]) -> None:
     theirs, ours = found["theirs"]["statistics"], found["ours"]["statistics"]
     assert (theirs["name"], ours["name"]) == ("InMemoryLightningStore", "agl store")
     # The two that were tried again after a span came too late.
@@ -186,9 +188,7 @@ def test_as_much_is_counted(found: dict[str, dict[str, dict[str, Any]]]) -> None
     assert ours == {**theirs, "name": "agl store", "totals": totals}
 
 
-def test_a_trainer_with_its_runner_and_tracer_needs_nothing_but_the_url_with_the_key(
-    lightning: Path, tmp_path: Path
-) -> None:
+def test_trainer_with_runner_and_tracer_needs_only_the_url_with_the_key(lightning: Path, tmp_path: Path) -> None:
     key = "s3cret/ü:@%"
     with StoreServer(tmp_path / "store.db", key=key) as server:
         url = server.url.replace("//", f"//agl:{quote(key, safe='')}@")
@@ -222,7 +222,7 @@ def test_a_trainer_with_its_runner_and_tracer_needs_nothing_but_the_url_with_the
     assert stats
 
 
-def test_runners_go_on_while_the_server_is_started_again(lightning: Path, tmp_path: Path) -> None:
+def test_runners_continue_after_the_server_was_restarted(lightning: Path, tmp_path: Path) -> None:
     rollouts = 60
     with (
         StoreServer(tmp_path / "store.db") as server,

@@ -101,7 +101,7 @@ def test_runners_of_two_servers_never_get_the_same_rollout(servers: tuple[StoreS
             assert in_turn == sorted(in_turn)
 
 
-def test_the_queue_is_in_order_of_arrival_whichever_server_it_came_by(clients: Clients) -> None:
+def test_queue_is_in_order_of_arrival_over_both_servers(clients: Clients) -> None:
     one, other = clients
     enqueue(one, 1, 2)
     enqueue(other, 3)
@@ -110,7 +110,7 @@ def test_the_queue_is_in_order_of_arrival_whichever_server_it_came_by(clients: C
     assert inputs(other, 2) + inputs(one, 3) + inputs(other, 3) == [1, 2, 3, 4, 5, 6]
 
 
-def test_what_is_tried_again_comes_after_what_has_waited(clients: Clients) -> None:
+def test_retried_rollouts_come_after_waiting_ones(clients: Clients) -> None:
     one, other = clients
     enqueue(one, "a", "b", "c", config={"max_attempts": 2, "retry_condition": ["failed"]})
     first, second = dequeue(one, 2)
@@ -129,7 +129,7 @@ def test_what_is_tried_again_comes_after_what_has_waited(clients: Clients) -> No
     assert dequeue(one) == []
 
 
-def test_no_more_are_taken_than_are_asked_for(clients: Clients) -> None:
+def test_dequeue_takes_no_more_than_the_limit(clients: Clients) -> None:
     one, other = clients
     enqueue(one, *range(7))
     assert inputs(one, 0) == []
@@ -141,7 +141,7 @@ def test_no_more_are_taken_than_are_asked_for(clients: Clients) -> None:
     assert inputs(one, 10**6) == []
 
 
-def test_an_attempt_lives_as_long_as_something_is_heard_of_it(clients: Clients) -> None:
+def test_attempt_with_heartbeats_or_spans_stays_responsive(clients: Clients) -> None:
     one, other = clients
     config = {"unresponsive_seconds": 4, "max_attempts": 2, "retry_condition": ["unresponsive"]}
     enqueue(one, "heard of", "sends spans", "silent", config=config)
@@ -186,7 +186,7 @@ def span(rollout: dict[str, Any], number: int) -> dict[str, Any]:
     }
 
 
-def test_an_attempt_that_takes_too_long_ends_whatever_is_heard_of_it(clients: Clients) -> None:
+def test_attempt_past_its_timeout_ends_despite_spans(clients: Clients) -> None:
     one, other = clients
     [rollout_id] = enqueue(one, "slow", config={"timeout_seconds": 1, "unresponsive_seconds": 900})
     [rollout] = dequeue(other)
@@ -201,7 +201,7 @@ def test_an_attempt_that_takes_too_long_ends_whatever_is_heard_of_it(clients: Cl
     assert dequeue(other) == []
 
 
-def test_who_waits_in_the_queue_is_never_late(clients: Clients) -> None:
+def test_rollout_waiting_in_the_queue_never_times_out(clients: Clients) -> None:
     one, other = clients
     [rollout_id] = enqueue(one, "waits", config={"timeout_seconds": 0.2, "unresponsive_seconds": 0.1})
     late = asked(one, "/rollouts", input="late", config={"timeout_seconds": 0.2})
@@ -217,7 +217,7 @@ def status_of(store: Store, rollout_id: str) -> str | None:
 
 
 @pytest.mark.parametrize("over_http", [True, False], ids=["over HTTP", "in the database"])
-def test_who_looks_for_its_generations_is_told_how_a_rollout_is(
+def test_get_rollout_by_id_gives_the_queues_status(
     servers: tuple[StoreServer, StoreServer], clients: Clients, over_http: bool
 ) -> None:
     [rollout_id] = enqueue(clients[0], "a task")

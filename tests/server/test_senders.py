@@ -65,7 +65,7 @@ def asked(client: httpx.Client, each: Sender) -> Any:
     return found
 
 
-def test_a_vocabulary_is_asked_for_until_it_is_there(client: httpx.Client, store: StoreServer) -> None:
+def test_register_asks_for_the_vocabulary_until_it_is_stored(client: httpx.Client, store: StoreServer) -> None:
     one, same = sender(), sender()
     same = dataclasses.replace(same, vocabulary=one.vocabulary)
     assert one.vocabulary is not None
@@ -83,7 +83,7 @@ def test_a_vocabulary_is_asked_for_until_it_is_there(client: httpx.Client, store
         assert senders.vocabulary_of(connection, kept.id) == one.vocabulary
 
 
-def test_our_client_tells_all_of_it_and_sends_a_vocabulary_once(
+def test_client_registers_all_fields_and_sends_the_vocabulary_once(
     ours: Store, store: StoreServer, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent: list[Vocabulary] = []
@@ -106,13 +106,13 @@ def test_our_client_tells_all_of_it_and_sends_a_vocabulary_once(
         }
 
 
-def test_what_no_store_takes_for_a_sender_is_refused_to_our_client(ours: Store) -> None:
+def test_client_with_an_invalid_sender_is_refused(ours: Store) -> None:
     for bad in (sender(id="me/../you"), sender(pid=2**63), sender(model="m" * 5_000)):
         with pytest.raises(ValueError, match=r"UUID|pid|model"):
             ours.greet(bad)
 
 
-def test_who_has_written_in_the_last_hour_is_told_with_how_much_and_how_late(ours: Store, client: httpx.Client) -> None:
+def test_senders_of_the_last_hour_are_listed_with_counts_and_lag(ours: Store, client: httpx.Client) -> None:
     each = sender()
     ours.greet(each)
     silent = asked(client, each)
@@ -147,7 +147,9 @@ def test_who_has_written_in_the_last_hour_is_told_with_how_much_and_how_late(our
         (new_id(), {"model": "m" * 4_097}, "model"),
     ],
 )
-def test_what_is_no_sender_is_told_so(client: httpx.Client, path: str, change: dict[str, Any], reason: str) -> None:
+def test_put_of_an_invalid_sender_is_refused(
+    client: httpx.Client, path: str, change: dict[str, Any], reason: str
+) -> None:
     answer = client.put(f"/v1/agl/senders/{path}", json=told(sender()) | change)
 
     assert answer.status_code == 422
@@ -171,7 +173,7 @@ DIGEST = vocabulary().digest.hex()
         ("abc", vocabulary().to_bytes(), 422, "digest"),
     ],
 )
-def test_what_is_no_vocabulary_is_told_so(
+def test_put_of_an_invalid_vocabulary_gives_the_reason(
     client: httpx.Client, store: StoreServer, digest: str, body: bytes, status: int, reason: str
 ) -> None:
     answer = put_vocabulary(client, digest, body)
@@ -182,7 +184,7 @@ def test_what_is_no_vocabulary_is_told_so(
         assert not senders.has_vocabulary(connection, bytes.fromhex(DIGEST))
 
 
-def test_a_vocabulary_of_another_kind_is_told_so(client: httpx.Client) -> None:
+def test_put_of_a_vocabulary_with_another_media_type_is_refused(client: httpx.Client) -> None:
     kept = vocabulary()
 
     answer = put_vocabulary(client, kept.digest.hex(), kept.to_bytes(), **{"Content-Type": "application/json"})
@@ -192,11 +194,11 @@ def test_a_vocabulary_of_another_kind_is_told_so(client: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("sender_id", ["no uuid", "", new_id()])
-def test_generations_of_a_sender_that_is_not_known_are_kept(client: httpx.Client, sender_id: str) -> None:
+def test_generations_of_an_unregistered_sender_are_stored(client: httpx.Client, sender_id: str) -> None:
     assert post(client, sender_id, generation(1)) == {"new": 1, "refused": [], "sender": "unknown"}
 
 
-def test_our_client_greets_again_where_the_database_is_another_one(tmp_path: Path) -> None:
+def test_client_registers_again_after_the_database_was_replaced(tmp_path: Path) -> None:
     path, each, kept = tmp_path / "store.db", sender(), [generation(number) for number in range(3)]
     with StoreServer(path) as server, open_store(server.url) as ours, server.client() as client:
         ours.greet(each)
@@ -215,7 +217,7 @@ def test_our_client_greets_again_where_the_database_is_another_one(tmp_path: Pat
             assert senders.vocabulary_of(connection, kept[2].id) == each.vocabulary
 
 
-def test_our_client_does_not_greet_for_another_one(ours: Store, client: httpx.Client) -> None:
+def test_client_registers_no_sender_but_its_own(ours: Store, client: httpx.Client) -> None:
     ours.greet(sender())
     stranger = new_id()
 

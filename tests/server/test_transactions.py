@@ -62,7 +62,7 @@ def url(new_store: Callable[[Path], str], tmp_path: Path) -> str:
     return new_store(tmp_path / "store.db")
 
 
-def test_a_write_that_raises_is_undone_alone(url: str) -> None:
+def test_write_that_raises_is_rolled_back_alone(url: str) -> None:
     def refuse(connection: Connection) -> None:
         add("undone")(connection)
         raise LookupError("not this one")
@@ -80,7 +80,7 @@ def test_a_write_that_raises_is_undone_alone(url: str) -> None:
     assert kept(url) == ["a", "b", "c"]
 
 
-def test_what_cannot_be_written_now_is_told_to_all_and_not_kept(url: str) -> None:
+def test_locked_database_fails_all_writes_and_stores_none(url: str) -> None:
     async def script(running: Transactions) -> list[Any]:
         with closing(open_database(url)) as database, database.writing() as other:
             add("a", "b")(other)
@@ -95,7 +95,7 @@ def test_what_cannot_be_written_now_is_told_to_all_and_not_kept(url: str) -> Non
     assert kept(url) == []
 
 
-def test_who_writes_when_too_many_wait_is_told_to_come_again(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_beyond_the_waiting_limit_is_refused_as_busy(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transactions, "WRITES_WAITING", 3)
 
     async def script(running: Transactions) -> list[Any]:
@@ -106,7 +106,7 @@ def test_who_writes_when_too_many_wait_is_told_to_come_again(url: str, monkeypat
     assert kept(url) == ["a", "b", "c"]
 
 
-def test_what_waits_is_committed_before_the_end(url: str) -> None:
+def test_close_commits_waiting_writes(url: str) -> None:
     async def script(running: Transactions) -> None:
         for number in range(1_000):
             # Nobody waits for the answer.
@@ -118,7 +118,7 @@ def test_what_waits_is_committed_before_the_end(url: str) -> None:
     assert len(kept(url)) == 1_000
 
 
-def test_what_two_servers_do_in_opposite_orders_is_done_by_both(postgresql: PostgresServer) -> None:
+def test_deadlock_of_two_servers_is_retried_until_both_commit(postgresql: PostgresServer) -> None:
     """Each holds what the other waits for, until PostgreSQL sends one of them away."""
     url = postgresql.new_database()
     both = Barrier(2)
@@ -152,7 +152,7 @@ def _rise(connection: Connection, name: str) -> None:
 
 
 @pytest.mark.parametrize("rows", [ROWS_AT_ONCE, ROWS_AT_ONCE + 1, 3 * ROWS_AT_ONCE])
-def test_a_page_whose_rows_are_deleted_while_it_is_sent_is_valid_json(url: str, rows: int) -> None:
+def test_page_whose_rows_are_deleted_during_the_answer_is_valid_json(url: str, rows: int) -> None:
     def fill(connection: Connection) -> None:
         for number in range(rows):
             workers.note(connection, f"w-{number}", last_heartbeat_time=1.0)

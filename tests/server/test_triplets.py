@@ -73,7 +73,7 @@ def reward(client: httpx.Client, rollout_id: str, attempt_id: str = "latest", **
     return client.post(f"/v1/agl/rollouts/{rollout_id}/attempts/{attempt_id}/reward", json=body)
 
 
-def test_the_triplets_of_a_rollout_are_its_calls_with_rewards(client: httpx.Client, recorded: Store) -> None:
+def test_triplets_of_a_rollout_are_its_calls_with_rewards(client: httpx.Client, recorded: Store) -> None:
     rollout_id, attempt_id = an_attempt(client)
     choice = Choice(
         token_ids=array("i", [7, 8]), logprobs=array("f", [-0.5, float("-inf")]), weight_versions=[("v1", 0, 2)]
@@ -107,7 +107,7 @@ def test_the_triplets_of_a_rollout_are_its_calls_with_rewards(client: httpx.Clie
     assert triplets_of(client, rollout_id, attempt_id) == triplets_of(client, rollout_id, "latest") == expected
 
 
-def test_a_rollout_need_not_have_been_made_here(client: httpx.Client, recorded: Store) -> None:
+def test_triplets_of_a_rollout_unknown_to_the_queue_are_listed(client: httpx.Client, recorded: Store) -> None:
     rollout_id = new_id("ours")
     recorded.add(calls(2, rollout_id=rollout_id, attempt_id="a"))
 
@@ -117,7 +117,7 @@ def test_a_rollout_need_not_have_been_made_here(client: httpx.Client, recorded: 
     assert triplets_of(client, new_id("nobody's")) == []
 
 
-def test_all_triplets_are_lines_one_rollout_after_the_other(client: httpx.Client, recorded: Store) -> None:
+def test_all_triplets_are_lines_grouped_by_rollout(client: httpx.Client, recorded: Store) -> None:
     first, second = new_id("a/b"), new_id("c")
     recorded.add(calls(3, rollout_id=second) + calls(2, rollout_id=first, finished_at=FINISHED - 1))
 
@@ -134,7 +134,7 @@ def test_all_triplets_are_lines_one_rollout_after_the_other(client: httpx.Client
     assert client.get("/v1/agl/triplets", params={"rollout_id": first, "attempt_id": "a"}).text == ""
 
 
-def test_a_store_over_http_has_the_same_triplets(store: StoreServer, client: httpx.Client, recorded: Store) -> None:
+def test_store_over_http_has_the_same_triplets(store: StoreServer, client: httpx.Client, recorded: Store) -> None:
     rollout_id = new_id("a/b?c")
     logprobs = array("f", [float("-inf"), -0.1])
     versions = [("v1", 0, 1), ("v2", 1, 2)]
@@ -151,7 +151,7 @@ def test_a_store_over_http_has_the_same_triplets(store: StoreServer, client: htt
         assert [each for each in remote.triplets() if each.rollout_id == rollout_id] == found
 
 
-def test_a_reward_is_the_span_that_it_became_and_the_last_one_counts(client: httpx.Client, recorded: Store) -> None:
+def test_post_of_a_reward_returns_its_span_and_the_last_counts(client: httpx.Client, recorded: Store) -> None:
     rollout_id, attempt_id = an_attempt(client)
     new = calls(3, rollout_id=rollout_id, attempt_id=attempt_id)
     recorded.add(new)
@@ -169,7 +169,7 @@ def test_a_reward_is_the_span_that_it_became_and_the_last_one_counts(client: htt
 
 
 @pytest.mark.parametrize("calls_before", [0, 2])
-def test_a_reward_stays_on_the_last_call_when_its_span_comes_after_the_reward(
+def test_reward_stays_on_the_last_call_when_its_span_arrives_later(
     client: httpx.Client, recorded: Store, calls_before: int
 ) -> None:
     """As from a BatchSpanProcessor, which sends after five seconds, and the runner of 0.3, which sends at once."""
@@ -201,7 +201,7 @@ def test_a_reward_stays_on_the_last_call_when_its_span_comes_after_the_reward(
 
 
 @pytest.mark.parametrize("value", [None, "1", True, [], "NaN"], ids=str)
-def test_a_reward_is_a_number(client: httpx.Client, value: Any) -> None:
+def test_post_of_a_reward_that_is_not_a_number_is_refused(client: httpx.Client, value: Any) -> None:
     rollout_id, _ = an_attempt(client)
 
     answer = reward(client, rollout_id, value=value)
@@ -211,14 +211,14 @@ def test_a_reward_is_a_number(client: httpx.Client, value: Any) -> None:
 
 
 @pytest.mark.parametrize(("text", "statuses"), [("NaN", (400,)), ("1e400", (400,)), ("1" + "0" * 400, (400, 422))])
-def test_a_reward_is_finite(client: httpx.Client, text: str, statuses: tuple[int, ...]) -> None:
+def test_post_of_an_infinite_reward_is_refused(client: httpx.Client, text: str, statuses: tuple[int, ...]) -> None:
     rollout_id, _ = an_attempt(client)
     path = f"/v1/agl/rollouts/{rollout_id}/attempts/latest/reward"
     answer = client.post(path, content=f'{{"value": {text}}}', headers={"Content-Type": "application/json"})
     assert answer.status_code in statuses
 
 
-def test_who_is_not_there_gets_no_reward(client: httpx.Client, recorded: Store) -> None:
+def test_post_of_a_reward_for_an_unknown_id_is_not_found(client: httpx.Client, recorded: Store) -> None:
     rollout_id, attempt_id = an_attempt(client)
     other = generation(1, rollout_id=f"another than {rollout_id}")
     recorded.add([other])
@@ -236,7 +236,7 @@ def test_who_is_not_there_gets_no_reward(client: httpx.Client, recorded: Store) 
 
 
 @pytest.mark.parametrize("spans_first", [True, False])
-def test_a_span_that_names_an_answer_comes_back_with_its_ids(
+def test_span_that_names_an_answer_is_returned_with_its_ids(
     client: httpx.Client, recorded: Store, spans_first: bool
 ) -> None:
     rollout_id, attempt_id = an_attempt(client)
@@ -260,9 +260,7 @@ def test_a_span_that_names_an_answer_comes_back_with_its_ids(
     assert client.post("/v1/agl/spans/search", json={"rollout_id": rollout_id}).json()["items"] == found
 
 
-def test_spans_have_no_ids_where_several_calls_have_had_the_answer_that_they_name(
-    client: httpx.Client, recorded: Store
-) -> None:
+def test_spans_that_name_a_shared_response_id_are_returned_without_ids(client: httpx.Client, recorded: Store) -> None:
     rollout_id, attempt_id = an_attempt(client)
     recorded.add(new := calls(2, rollout_id=rollout_id, attempt_id=attempt_id, response_id=new_id("chatcmpl")))
     for each in new:
@@ -276,9 +274,7 @@ def test_spans_have_no_ids_where_several_calls_have_had_the_answer_that_they_nam
     ]
 
 
-def test_a_call_of_another_rollout_gets_no_reward_though_a_span_names_its_answer(
-    client: httpx.Client, recorded: Store
-) -> None:
+def test_call_of_another_rollout_gets_no_reward_though_a_span_names_it(client: httpx.Client, recorded: Store) -> None:
     rollout_id, attempt_id = an_attempt(client)
     answer = new_id("chatcmpl")
     [ours] = calls(1, rollout_id=rollout_id, attempt_id=attempt_id, response_id=answer)
@@ -291,7 +287,7 @@ def test_a_call_of_another_rollout_gets_no_reward_though_a_span_names_its_answer
     assert [(each["generation_id"], each["reward"]) for each in triplets_of(client, rollout_id)] == [(ours.id, 1.0)]
 
 
-def test_a_span_keeps_the_ids_that_it_came_with(client: httpx.Client, recorded: Store) -> None:
+def test_span_keeps_the_ids_that_it_arrived_with(client: httpx.Client, recorded: Store) -> None:
     rollout_id, attempt_id = an_attempt(client)
     [kept] = calls(1)
     recorded.add([kept])
@@ -304,7 +300,7 @@ def test_a_span_keeps_the_ids_that_it_came_with(client: httpx.Client, recorded: 
     assert found["attributes"]["prompt_token_ids"] == list(kept.prompt_token_ids or ())
 
 
-def test_many_spans_come_back_with_the_ids_of_each(client: httpx.Client, recorded: Store) -> None:
+def test_many_spans_are_each_returned_with_their_ids(client: httpx.Client, recorded: Store) -> None:
     rollout_id, attempt_id = an_attempt(client)
     new = calls(150)
     recorded.add(new)
@@ -315,7 +311,7 @@ def test_many_spans_come_back_with_the_ids_of_each(client: httpx.Client, recorde
     assert [each["attributes"]["prompt_token_ids"][0] for each in found] == [*range(150)]
 
 
-def test_agent_lightnings_own_adapter_finds_the_same_triplets(
+def test_adapter_of_agent_lightning_finds_the_same_triplets(
     store: StoreServer, client: httpx.Client, recorded: Store, lightning: Path
 ) -> None:
     rollout_id, attempt_id = an_attempt(client)
@@ -370,7 +366,7 @@ def test_agent_lightnings_own_adapter_finds_the_same_triplets(
     assert found["emitted"] == {"name": given["name"], "attributes": outcome, "status": given["status"]}
 
 
-def test_a_filter_that_there_is_not_is_refused(client: httpx.Client) -> None:
+def test_unknown_filter_is_refused(client: httpx.Client) -> None:
     answer = client.get("/v1/agl/triplets", params={"rollout": "ro-1"})
     assert answer.status_code == 422
     assert "rollout" in answer.json()["detail"]

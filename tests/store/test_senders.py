@@ -1,4 +1,4 @@
-"""Who writes generations: how many, how late, and what their token ids stand for, in every database."""
+"""Tests of senders in every database: their counts, their lag, and the vocabularies of their token ids."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def note(database: Database, each: Sender, at: int, finished_at: int, how_many: 
     database.write(lambda connection: senders.count_generations(connection, each.id, new, [(12, 5)] * how_many, at))
 
 
-def test_who_greets_is_known_as_it_was_told_last(store: Store, database: Database) -> None:
+def test_register_twice_keeps_the_last(store: Store, database: Database) -> None:
     early = sender(vllm=None, model=None, vocabulary=None)
     complete = dataclasses.replace(early, vllm="0.32.0", model="größe\0", vocabulary=VOCABULARY)
 
@@ -65,14 +65,14 @@ def test_who_greets_is_known_as_it_was_told_last(store: Store, database: Databas
     assert (found.minutes, found.lost) == ([], 0)
 
 
-def test_one_without_an_id_that_is_a_uuid_is_refused(store: Store, database: Database) -> None:
+def test_register_with_an_id_that_is_not_a_uuid_is_refused(store: Store, database: Database) -> None:
     with pytest.raises(ValueError, match="UUID"):
         store.greet(sender(id="me"))
 
     assert seen(database) == []
 
 
-def test_two_of_one_model_keep_its_vocabulary_once(store: Store, database: Database) -> None:
+def test_senders_of_one_model_share_one_stored_vocabulary(store: Store, database: Database) -> None:
     one, two, other = sender(), sender(), sender(vocabulary=Vocabulary(["a"]))
     kept = [generation(number) for number in range(4)]
 
@@ -91,12 +91,12 @@ def test_two_of_one_model_keep_its_vocabulary_once(store: Store, database: Datab
 
 
 @pytest.mark.parametrize("generation_id", [new_id(), "no UUID"])
-def test_what_is_no_generation_has_no_vocabulary(database: Database, generation_id: str) -> None:
+def test_vocabulary_of_an_unknown_generation_is_none(database: Database, generation_id: str) -> None:
     with database.reading() as connection:
         assert senders.vocabulary_of(connection, generation_id) is None
 
 
-def test_a_vocabulary_that_has_not_come_yet_is_none_and_joined_when_it_comes(database: Database) -> None:
+def test_vocabulary_that_arrives_late_is_found_for_earlier_generations(database: Database) -> None:
     early, kept = sender(vocabulary=None), generation(1)
     database.write(lambda connection: senders.register_without_vocabulary(connection, early, VOCABULARY.digest))
     database.write(lambda connection: generations.add(connection, [kept], early.id))
@@ -111,7 +111,7 @@ def test_a_vocabulary_that_has_not_come_yet_is_none_and_joined_when_it_comes(dat
 
 
 @pytest.mark.parametrize("sender_id", [None, new_id(), "no UUID", ""])
-def test_generations_of_a_sender_that_is_not_known_are_kept(
+def test_generations_of_an_unregistered_sender_are_stored(
     store: Store, database: Database, sender_id: str | None
 ) -> None:
     store.greet(sender())
@@ -122,7 +122,7 @@ def test_generations_of_a_sender_that_is_not_known_are_kept(
     assert [each.minutes for each in seen(database)] == [[]]
 
 
-def test_only_what_is_new_is_counted(store: Store, database: Database) -> None:
+def test_counts_include_only_new_generations(store: Store, database: Database) -> None:
     ours, other = sender(), sender()
     store.greet(ours)
     store.greet(other)
@@ -151,12 +151,12 @@ def _sums(minutes: Any) -> tuple[int, int, int]:
     )
 
 
-def test_a_minute_tells_how_long_after_they_had_finished_they_were_written(database: Database) -> None:
+def test_minute_has_the_lag_between_end_and_arrival(database: Database) -> None:
     each = sender()
     database.write(lambda connection: senders.register(connection, each))
     note(database, each, NOW, NOW - 3 * 10**9, 2)
     note(database, each, NOW + 10**9, NOW - 10**9)
-    # By a clock that is ahead.
+    # By a sender's clock that is ahead.
     note(database, each, NOW + MINUTE, NOW + MINUTE + 10**9)
     note(database, each, NOW + 2 * MINUTE, -(2**63))
 
@@ -167,7 +167,7 @@ def test_a_minute_tells_how_long_after_they_had_finished_they_were_written(datab
     assert seen(database, NOW + MINUTE)[0].minutes == [second, third]
 
 
-def test_minutes_of_more_than_a_day_ago_are_forgotten_but_those_of_others_are_not(database: Database) -> None:
+def test_minutes_older_than_a_day_are_deleted_for_that_sender_only(database: Database) -> None:
     ours, other = sender(), sender()
     for each in (ours, other):
         database.write(lambda connection, each=each: senders.register(connection, each))
@@ -180,11 +180,11 @@ def test_minutes_of_more_than_a_day_ago_are_forgotten_but_those_of_others_are_no
     assert kept == {ours.id: [1, 2, 24 * 60 + 1], other.id: [0, 1, 2]}
 
 
-def test_the_last_one_seen_comes_first_and_who_was_not_seen_since_is_left_out(database: Database) -> None:
+def test_recent_lists_senders_by_last_activity_and_omits_older_ones(database: Database) -> None:
     every = [sender(pid=pid) for pid in range(5)]
     for each in every:
         database.write(lambda connection, each=each: senders.register(connection, each))
-    # Greeted now, and this is later.
+    # Later than the registration.
     later = time.time_ns() + DAY
     for number, place in enumerate((3, 1, 4)):
         note(database, every[place], later + number * 10**9, later)
@@ -196,8 +196,8 @@ def test_the_last_one_seen_comes_first_and_who_was_not_seen_since_is_left_out(da
     assert all(one >= another for one, another in pairwise(times))
 
 
-def test_a_loss_is_of_the_process_that_ran_then(store: Store, database: Database) -> None:
-    # A container that was started again: its process has the number that the one before it had.
+def test_loss_counts_for_the_process_that_ran_at_its_time(store: Store, database: Database) -> None:
+    # In a restarted container the process has the same id as the one before.
     first, second, other = sender(started_at=NOW), sender(started_at=NOW + 100), sender(pid=8, started_at=NOW)
     for each in (first, second, other):
         store.greet(each)
@@ -215,7 +215,7 @@ def test_a_loss_is_of_the_process_that_ran_then(store: Store, database: Database
     assert {each.lost for each in seen(database, NOW + 200)} == {100, 0}
 
 
-def test_the_counts_of_a_rollout_come_from_an_index_alone(tmp_path: Path) -> None:
+def test_counts_of_a_rollout_are_read_from_a_covering_index(tmp_path: Path) -> None:
     path = tmp_path / "generations.db"
     with open_store(str(path)) as store:
         store.add([generation(number) for number in range(20)])
@@ -225,12 +225,12 @@ def test_the_counts_of_a_rollout_come_from_an_index_alone(tmp_path: Path) -> Non
     with closing(sqlite3.connect(path)) as connection:
         plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {query}")]
 
-    # In SQLite's words.
+    # The wording is SQLite's.
     assert "COVERING INDEX generations_by_rollout" in plan[0]
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
-def test_a_vocabulary_comes_back_as_it_was(text: str) -> None:
+def test_vocabulary_round_trips(text: str) -> None:
     kept = Vocabulary([text, None, "\ud800", *map(str, range(5_000))], frozenset({1, 4_000}))
 
     found = Vocabulary.from_bytes(kept.to_bytes())
@@ -258,6 +258,6 @@ def test_a_vocabulary_comes_back_as_it_was(text: str) -> None:
         (zlib.compress(bytes(65 << 20)), "larger than 64 MiB"),
     ],
 )
-def test_what_is_no_vocabulary_is_told_so(packed: bytes, reason: str) -> None:
+def test_unpacking_an_invalid_vocabulary_gives_the_reason(packed: bytes, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         Vocabulary.from_bytes(packed)
