@@ -1,4 +1,4 @@
-"""The routes about generations, as whoever has no client of ours uses them."""
+"""Tests of the routes of generations, without the client of this package."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MIB = 1 << 20
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[StoreServer]:
-    """A store of its own, which must log no traceback."""
+    """Run a store for one test, which must log no traceback."""
     with StoreServer(tmp_path / "store.db") as server:
         yield server
         assert "Traceback" not in server.log.read_text()
@@ -215,7 +215,7 @@ def test_pages_read_during_writes_have_each_generation_once(client: httpx.Client
     before, behind = iter(range(1_000)), iter(range(2_000, 3_000))
 
     while True:
-        # One before all and one behind all, while it reads.
+        # Add one before all others and one after, between pages.
         post(client, wire.encode([generation(next(before)), generation(next(behind))]))
         answer = client.get(ROUTE, params=asked, headers={"Accept": accept})
         if accept == wire.MEDIA_TYPE:
@@ -250,7 +250,7 @@ def test_json_lines_are_streamed_page_by_page(server: StoreServer, client: httpx
                 assert json.loads(line)["prompt_token_ids"][0] == lines - 1
 
     assert lines == 600
-    # All of it is 170 MiB of text, and a GiB of lists.
+    # The whole answer is 170 MiB of text, and 1 GiB as lists.
     assert most - before < 160 * MIB
 
 
@@ -275,7 +275,7 @@ def test_get_losses_returns_what_was_posted(client: httpx.Client) -> None:
 
 
 class Served(uvicorn.Server):
-    """`agl store` in a thread of this process."""
+    """An `agl store` in a thread of this process."""
 
     def __init__(self, path: Path) -> None:
         database = open_database(str(path), patience=SECONDS)
@@ -284,7 +284,7 @@ class Served(uvicorn.Server):
 
     @contextmanager
     def running(self) -> Iterator[str]:
-        """Yields its URL."""
+        """Run the server and yield its URL."""
         thread = threading.Thread(target=self.run)
         thread.start()
         while not self.started:

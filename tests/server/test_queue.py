@@ -1,4 +1,4 @@
-"""The queue of two `agl store` on one database: who gets what, in which order, and what becomes of the rest."""
+"""Tests of the queue with two `agl store` servers on one database: order, limits, timeouts and retries."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def servers(
 
 @pytest.fixture
 def clients(servers: tuple[StoreServer, StoreServer]) -> Iterator[Clients]:
-    """Of one server each. Whoever enqueues something takes all of it from the queue."""
+    """Open a client of each server. A test that enqueues rollouts dequeues all of them."""
     with servers[0].client() as one, servers[1].client() as other:
         yield one, other
 
@@ -68,7 +68,7 @@ def rollout_of(client: httpx.Client, rollout_id: str) -> dict[str, Any]:
 
 
 def until(client: httpx.Client, rollout_id: str, status: str) -> dict[str, Any]:
-    """The rollout, once it has this status."""
+    """Wait until a rollout has this status, and return it."""
     deadline = time.monotonic() + SECONDS
     while (found := rollout_of(client, rollout_id))["status"] != status:
         assert time.monotonic() < deadline, found
@@ -136,7 +136,7 @@ def test_dequeue_takes_no_more_than_the_limit(clients: Clients) -> None:
     assert inputs(one, -1) == []
     assert inputs(other, 3) == [0, 1, 2]
     assert one.post("/v1/agl/queues/rollouts/dequeue").json()[0]["input"] == 3
-    # More than are ever taken at once, too.
+    # A limit above the largest batch works, too.
     assert inputs(other, 10**6) == [4, 5, 6]
     assert inputs(one, 10**6) == []
 

@@ -30,9 +30,9 @@ def call(number: int, rollout_id: str | None, **fields: Any) -> Generation:
     return generation(number, **usual | fields, rollout_id=rollout_id)
 
 
-def of_all(database: Database, **asked: Any) -> list[Overview]:
+def rows_of(database: Database, **wanted: Any) -> list[Overview]:
     with database.reading() as connection:
-        return overview.page(connection, OverviewQuery(now=NOW, **asked)).rollouts
+        return overview.page(connection, OverviewQuery(now=NOW, **wanted)).rollouts
 
 
 def test_overview_of_a_queued_rollout_has_its_status_and_calls(url: str, database: Database) -> None:
@@ -42,7 +42,7 @@ def test_overview_of_a_queued_rollout_has_its_status_and_calls(url: str, databas
         spans.add(connection, [of_reward(1, 0.5, rollout_id=rollout_id), of_reward(2, -1.0, rollout_id=rollout_id)])
     with open_store(url) as store:
         store.add([call(1, rollout_id), call(2, rollout_id, status="aborted"), call(3, None), call(4, "another one")])
-    found = {each.rollout_id: each for each in of_all(database)}
+    found = {each.rollout_id: each for each in rows_of(database)}
 
     assert found.keys() == {rollout_id, waiting, "another one"}
     started = found[rollout_id]
@@ -56,7 +56,7 @@ def test_overview_of_a_recorded_rollout_lasts_from_its_first_to_its_last_call(ur
     with open_store(url) as store:
         store.add([call(number, "r", finished_at=START + number * SECOND) for number in (5, 2, 9)])
 
-    assert of_all(database) == [
+    assert rows_of(database) == [
         Overview("r", "recorded", 0, 3, 3, 9, 15, None, START / SECOND + 2, 7.0, True),
     ]
 
@@ -68,7 +68,7 @@ def test_unassigned_call_counts_for_the_rollout_whose_span_names_its_answer(url:
         spans.add(connection, [of_call(number, 7, rollout_id=rollout_id) for number in (1, 2)])
     with open_store(url) as store:
         store.add([call(7, None, response_id="answer-7"), call(8, None, response_id="another"), call(9, rollout_id)])
-    [found] = of_all(database)
+    [found] = rows_of(database)
 
     assert (found.calls, found.finished, found.prompt_tokens, found.output_tokens) == (2, 2, 6, 10)
 
@@ -76,7 +76,7 @@ def test_unassigned_call_counts_for_the_rollout_whose_span_names_its_answer(url:
 def test_duration_of_an_unfinished_rollout_lasts_until_now(database: Database) -> None:
     with database.writing() as connection:
         lifecycle.enqueue(connection, [NewRollout(1)])
-    found = of_all(database)[0]
+    found = rows_of(database)[0]
     later = NOW * 2
 
     with database.reading() as connection:
@@ -101,24 +101,24 @@ def many(url: str, database: Database) -> list[str]:
 def test_pages_in_any_order_have_each_rollout_once(database: Database, many: list[str]) -> None:
     for column in COLUMNS:
         for descending in (True, False):
-            asked = {"sort_by": column, "descending": descending, "limit": 7}
-            pages = [of_all(database, **asked, offset=offset) for offset in range(0, 50, 7)]
+            wanted = {"sort_by": column, "descending": descending, "limit": 7}
+            pages = [rows_of(database, **wanted, offset=offset) for offset in range(0, 50, 7)]
             assert sorted(each.rollout_id for page in pages for each in page) == many, column
 
 
 def test_sort_by_reward_puts_rollouts_without_one_last_in_both_orders(database: Database, many: list[str]) -> None:
     best, worst = (
-        [each.rollout_id for each in of_all(database, sort_by="reward", descending=descending, limit=2)]
+        [each.rollout_id for each in rows_of(database, sort_by="reward", descending=descending, limit=2)]
         for descending in (True, False)
     )
 
     assert best == ["rollout-48", "rollout-45"]
     assert worst == ["rollout-00", "rollout-03"]
-    assert of_all(database, sort_by="reward", descending=False)[-1].reward is None
+    assert rows_of(database, sort_by="reward", descending=False)[-1].reward is None
 
 
 def test_sort_by_calls_puts_the_most_first(database: Database, many: list[str]) -> None:
-    found = of_all(database, sort_by="calls", limit=3)
+    found = rows_of(database, sort_by="calls", limit=3)
 
     assert [(each.rollout_id, each.calls) for each in found] == [
         ("rollout-49", 50),
@@ -131,22 +131,22 @@ def test_search_finds_ids_and_inputs_ignoring_case(database: Database, many: lis
     with database.writing() as connection:
         lifecycle.enqueue(connection, [NewRollout({"question": "What is 100 %_ of it?"})])
 
-    assert [each.rollout_id for each in of_all(database, search="ROLLOUT-1", sort_by="rollout", descending=False)] == [
+    assert [each.rollout_id for each in rows_of(database, search="ROLLOUT-1", sort_by="rollout", descending=False)] == [
         f"rollout-1{digit}" for digit in range(10)
     ]
-    assert [each.status for each in of_all(database, search="what is 100")] == ["queuing"]
+    assert [each.status for each in rows_of(database, search="what is 100")] == ["queuing"]
     # % and _ are no wildcards.
-    assert len(of_all(database, search="100 %_")) == 1
-    assert of_all(database, search="1%0") == []
+    assert len(rows_of(database, search="100 %_")) == 1
+    assert rows_of(database, search="1%0") == []
 
 
 def test_filter_by_status_takes_those_of_the_queue_and_recorded(database: Database, many: list[str]) -> None:
     with database.writing() as connection:
         lifecycle.enqueue(connection, [NewRollout(1)])
 
-    assert [each.status for each in of_all(database, status="queuing")] == ["queuing"]
-    assert len(of_all(database, status="recorded")) == 50
-    assert of_all(database, status="failed") == []
+    assert [each.status for each in rows_of(database, status="queuing")] == ["queuing"]
+    assert len(rows_of(database, status="recorded")) == 50
+    assert rows_of(database, status="failed") == []
 
 
 def test_page_has_the_total_number_of_rollouts(database: Database, many: list[str]) -> None:
@@ -170,7 +170,7 @@ def test_overview_has_rollouts_with_hostile_ids(url: str, database: Database) ->
     with open_store(url) as store:
         store.add([call(number, rollout_id) for number, rollout_id in enumerate(HOSTILE.values())])
 
-    assert {each.rollout_id for each in of_all(database)} == set(HOSTILE.values())
+    assert {each.rollout_id for each in rows_of(database)} == set(HOSTILE.values())
 
 
 def start_again_after_failure(url: str) -> str:
@@ -185,15 +185,15 @@ def start_again_after_failure(url: str) -> str:
 def test_rollout_that_runs_again_has_not_ended(url: str, database: Database) -> None:
     rollout_id = start_again_after_failure(url)
 
-    [found] = of_all(database)
+    [found] = rows_of(database)
     assert (found.rollout_id, found.status, found.ended) == (rollout_id, "preparing", False)
     assert found.duration == pytest.approx(max(NOW - found.started, 0))
     with database.writing() as connection:
         lifecycle.update_attempt(connection, rollout_id, "latest", {"status": "failed"})
-    assert [each.ended for each in of_all(database)] == [True]
+    assert [each.ended for each in rows_of(database)] == [True]
     with database.writing() as connection:
         lifecycle.update_rollout(connection, rollout_id, {"status": "queuing"})
-    assert [each.ended for each in of_all(database)] == [False]
+    assert [each.ended for each in rows_of(database)] == [False]
 
 
 def test_attempt_that_runs_again_has_no_end_time(url: str, database: Database) -> None:
@@ -223,7 +223,7 @@ def test_migration_from_version_1_clears_stale_end_times(url: str) -> None:
             connection.exec_driver_sql(statement)
 
     with closing(open_database(url)) as database:
-        assert {each.rollout_id: each.ended for each in of_all(database)} == {running: False, ended: True}
+        assert {each.rollout_id: each.ended for each in rows_of(database)} == {running: False, ended: True}
         with database.reading() as connection:
             attempts = connection.execute(select(tables.attempts.c.status, tables.attempts.c.end_time)).all()
             assert {status: end_time for status, end_time in attempts if status != "failed"} == {
@@ -232,4 +232,4 @@ def test_migration_from_version_1_clears_stale_end_times(url: str) -> None:
             }
         with database.writing() as connection:
             spans.add(connection, [of_reward(2, 0.75, rollout_id=running)])
-        assert {each.rollout_id: each.reward for each in of_all(database)}[running] == 0.75
+        assert {each.rollout_id: each.reward for each in rows_of(database)}[running] == 0.75

@@ -35,7 +35,7 @@ def sender(**fields: Any) -> Sender:
     return Sender(**usual | {"vllm": "0.32.0", "model": "a model", "vocabulary": VOCABULARY} | fields)
 
 
-def seen(database: Database, since: int = 0, limit: int = 100) -> list[senders.SenderReport]:
+def reports(database: Database, since: int = 0, limit: int = 100) -> list[senders.SenderReport]:
     with database.reading() as connection:
         return senders.recent(connection, since, limit)
 
@@ -45,7 +45,7 @@ def rows_of(database: Database, table: Any) -> int:
         return connection.execute(select(func.count()).select_from(table)).scalar_one()
 
 
-def note(database: Database, each: Sender, at: int, finished_at: int, how_many: int = 1) -> None:
+def count(database: Database, each: Sender, at: int, finished_at: int, how_many: int = 1) -> None:
     new = [dataclasses.replace(generation(number), finished_at=finished_at) for number in range(how_many)]
     database.write(lambda connection: senders.count_generations(connection, each.id, new, [(12, 5)] * how_many, at))
 
@@ -58,7 +58,7 @@ def test_register_twice_keeps_the_last(store: Store, database: Database) -> None
     store.greet(complete)
     store.greet(complete)
 
-    [found] = seen(database)
+    [found] = reports(database)
     assert found.sender == dataclasses.replace(complete, vocabulary=None)
     assert found.vocabulary_digest == VOCABULARY.digest
     assert abs(found.seen_at - time.time_ns()) < 600 * 10**9
@@ -69,7 +69,7 @@ def test_register_with_an_id_that_is_not_a_uuid_is_refused(store: Store, databas
     with pytest.raises(ValueError, match="UUID"):
         store.greet(sender(id="me"))
 
-    assert seen(database) == []
+    assert reports(database) == []
 
 
 def test_senders_of_one_model_share_one_stored_vocabulary(store: Store, database: Database) -> None:
@@ -119,23 +119,23 @@ def test_generations_of_an_unregistered_sender_are_stored(
     assert store.add([generation(1)], sender_id) == 1
 
     assert len([*store.generations()]) == 1
-    assert [each.minutes for each in seen(database)] == [[]]
+    assert [each.minutes for each in reports(database)] == [[]]
 
 
 def test_counts_include_only_new_generations(store: Store, database: Database) -> None:
-    ours, other = sender(), sender()
-    store.greet(ours)
+    one, other = sender(), sender()
+    store.greet(one)
     store.greet(other)
     kept = [generation(number, prompt=10, output=3) for number in range(7)]
     two = [Choice(token_ids=array("i", [1, 2])), Choice(index=1), Choice(index=2, token_ids=array("i", [3]))]
 
-    store.add(kept[:4], ours.id)
-    store.add(kept, ours.id)
+    store.add(kept[:4], one.id)
+    store.add(kept, one.id)
     store.add([*kept, generation(8, prompt=0, choices=two)], other.id)
     store.add([EMPTY], other.id)
 
-    counted = {each.sender.id: each.minutes for each in seen(database)}
-    assert _sums(counted[ours.id]) == (7, 70, 21)
+    counted = {each.sender.id: each.minutes for each in reports(database)}
+    assert _sums(counted[one.id]) == (7, 70, 21)
     assert _sums(counted[other.id]) == (2, 0, 3)
     with database.reading() as connection:
         table = tables.generations.c
@@ -154,30 +154,30 @@ def _sums(minutes: Any) -> tuple[int, int, int]:
 def test_minute_has_the_lag_between_end_and_arrival(database: Database) -> None:
     each = sender()
     database.write(lambda connection: senders.register(connection, each))
-    note(database, each, NOW, NOW - 3 * 10**9, 2)
-    note(database, each, NOW + 10**9, NOW - 10**9)
+    count(database, each, NOW, NOW - 3 * 10**9, 2)
+    count(database, each, NOW + 10**9, NOW - 10**9)
     # By a sender's clock that is ahead.
-    note(database, each, NOW + MINUTE, NOW + MINUTE + 10**9)
-    note(database, each, NOW + 2 * MINUTE, -(2**63))
+    count(database, each, NOW + MINUTE, NOW + MINUTE + 10**9)
+    count(database, each, NOW + 2 * MINUTE, -(2**63))
 
-    first, second, third = seen(database)[0].minutes
+    first, second, third = reports(database)[0].minutes
     assert (first.minute, first.generations, first.lag_sum, first.lag_max) == (NOW // MINUTE, 3, 8e9, 3e9)
     assert (second.minute, second.generations, second.lag_sum, second.lag_max) == (NOW // MINUTE + 1, 1, 0.0, 0.0)
     assert third.lag_max == pytest.approx(NOW + 2 * MINUTE + 2**63)
-    assert seen(database, NOW + MINUTE)[0].minutes == [second, third]
+    assert reports(database, NOW + MINUTE)[0].minutes == [second, third]
 
 
 def test_minutes_older_than_a_day_are_deleted_for_that_sender_only(database: Database) -> None:
-    ours, other = sender(), sender()
-    for each in (ours, other):
+    one, other = sender(), sender()
+    for each in (one, other):
         database.write(lambda connection, each=each: senders.register(connection, each))
         for minute in range(3):
-            note(database, each, NOW + minute * MINUTE, NOW)
+            count(database, each, NOW + minute * MINUTE, NOW)
 
-    note(database, ours, NOW + DAY + MINUTE, NOW)
+    count(database, one, NOW + DAY + MINUTE, NOW)
 
-    kept = {each.sender.id: [minute.minute - NOW // MINUTE for minute in each.minutes] for each in seen(database)}
-    assert kept == {ours.id: [1, 2, 24 * 60 + 1], other.id: [0, 1, 2]}
+    kept = {each.sender.id: [minute.minute - NOW // MINUTE for minute in each.minutes] for each in reports(database)}
+    assert kept == {one.id: [1, 2, 24 * 60 + 1], other.id: [0, 1, 2]}
 
 
 def test_recent_lists_senders_by_last_activity_and_omits_older_ones(database: Database) -> None:
@@ -187,12 +187,12 @@ def test_recent_lists_senders_by_last_activity_and_omits_older_ones(database: Da
     # Later than the registration.
     later = time.time_ns() + DAY
     for number, place in enumerate((3, 1, 4)):
-        note(database, every[place], later + number * 10**9, later)
+        count(database, every[place], later + number * 10**9, later)
 
-    assert [each.sender.pid for each in seen(database)][:3] == [4, 1, 3]
-    assert [each.sender.pid for each in seen(database, later + 10**9)] == [4, 1]
-    assert [each.sender.pid for each in seen(database, limit=2)] == [4, 1]
-    times = [each.seen_at for each in seen(database)]
+    assert [each.sender.pid for each in reports(database)][:3] == [4, 1, 3]
+    assert [each.sender.pid for each in reports(database, later + 10**9)] == [4, 1]
+    assert [each.sender.pid for each in reports(database, limit=2)] == [4, 1]
+    times = [each.seen_at for each in reports(database)]
     assert all(one >= another for one, another in pairwise(times))
 
 
@@ -211,8 +211,8 @@ def test_loss_counts_for_the_process_that_ran_at_its_time(store: Store, database
         ]
     )
 
-    assert {each.sender.id: each.lost for each in seen(database)} == {first.id: 1, second.id: 110, other.id: 0}
-    assert {each.lost for each in seen(database, NOW + 200)} == {100, 0}
+    assert {each.sender.id: each.lost for each in reports(database)} == {first.id: 1, second.id: 110, other.id: 0}
+    assert {each.lost for each in reports(database, NOW + 200)} == {100, 0}
 
 
 def test_counts_of_a_rollout_are_read_from_a_covering_index(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The triplets of a rollout: which calls are its own, in which order, and what they were worth."""
+"""Tests of triplets: which calls belong to a rollout, in which order, and with which rewards."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ pytestmark = pytest.mark.tier("check")
 
 HOUR = 3600 * SECOND
 
-# One database for all examples, in each of which there is a rollout of its own.
+# All examples share one database; each uses a new rollout.
 UNHURRIED: Any = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
 
 def call(number: int, **fields: Any) -> Generation:
-    """The call of this number, answered as `answer-N`, of the attempt `a` of the rollout `r`."""
+    """Make call N, answered as `answer-N`, of the attempt `a` of the rollout `r`."""
     usual: dict[str, Any] = {"rollout_id": "r", "attempt_id": "a", "response_id": f"answer-{number}"}
     return generation(number, **usual | fields)
 
 
 def a_span(
     number: int,
-    said: dict[str, Any],
+    attrs: dict[str, Any],
     name: str = "openai.chat.completion",
     at: float | None = None,
     rollout_id: str = "r",
     attempt_id: str = "a",
 ) -> spans.NewSpan:
-    """The span of this number, which has ended as the call of this number has, or so many seconds after the start."""
+    """Make span N, which ended when call N did, or `at` seconds after the start."""
     moment = START / SECOND + (number if at is None else at)
     return spans.NewSpan(
         rollout_id=rollout_id,
@@ -53,25 +53,25 @@ def a_span(
         name=name,
         start_time=moment,
         end_time=moment,
-        response_id=attributes.response_id(said),
-        reward=attributes.reward(name, said),
-        body=json.dumps({"attributes": said}).encode(),
+        response_id=attributes.response_id(attrs),
+        reward=attributes.reward(name, attrs),
+        body=json.dumps({"attributes": attrs}).encode(),
     )
 
 
 def of_call(number: int, answer: int | None = None, **fields: Any) -> spans.NewSpan:
-    """The span of a call, which names its answer."""
+    """Make the span of a call, which names its answer."""
     return a_span(number, {"gen_ai.response.id": f"answer-{number if answer is None else answer}"}, **fields)
 
 
-def of_reward(number: int, value: float, said: dict[str, Any] | None = None, **fields: Any) -> spans.NewSpan:
-    """A reward as `emit_reward` of 0.3 makes it, with what it says besides."""
+def of_reward(number: int, value: float, attrs: dict[str, Any] | None = None, **fields: Any) -> spans.NewSpan:
+    """Make the span of a reward as `emit_reward` of 0.3 does, with further attributes."""
     reward = {"agentlightning.reward.0.name": "primary", "agentlightning.reward.0.value": value}
-    return a_span(number, reward | (said or {}), "agentlightning.annotation", **fields)
+    return a_span(number, reward | (attrs or {}), "agentlightning.annotation", **fields)
 
 
 def linked(key: str, value: str) -> dict[str, Any]:
-    """As `make_link_attributes` of 0.3 writes it."""
+    """Make the attributes of a link as `make_link_attributes` of 0.3 does."""
     return {"agentlightning.link.0.key_match": key, "agentlightning.link.0.value_match": value}
 
 
@@ -88,7 +88,7 @@ def answers(found: Iterator[Triplet]) -> list[str | None]:
 
 
 def joined(found: Iterator[Triplet]) -> list[tuple[int, str | None, float | None]]:
-    """Of each the number of the call, the span and the reward."""
+    """Return, for each triplet, the number of the call, the span and the reward."""
     return [((each.prompt_token_ids or [0])[0], each.span_id, each.reward) for each in found]
 
 
@@ -146,7 +146,7 @@ def test_calls_without_spans_are_in_the_order_in_which_they_finished(store: Stor
 def test_calls_with_spans_are_in_the_order_of_spans_despite_skewed_clocks(
     store: Store, database: Database, spans_first: bool
 ) -> None:
-    # Two servers answer one agent in turn: the clock of one is an hour behind.
+    # Two servers take turns to answer one agent; the clock of one is an hour behind.
     calls = [call(n, finished_at=START + n * SECOND - (HOUR if n % 2 else 0)) for n in range(50)]
     new = [of_call(n) for n in range(50)]
     random.Random(1).shuffle(new)
@@ -202,7 +202,7 @@ def test_generations_of_one_answer_stay_together(store: Store, database: Databas
     found = [*store.triplets("r")]
     assert answers(iter(found)) == named(3, 1, 1, 1)
     assert [each.prompt_token_ids[0] for each in found if each.prompt_token_ids] == [3, 1, 2, 4]
-    # What the loop came to is what was worth it.
+    # The reward is for the result of the tool loop.
     assert rewards(iter(found)) == [None, None, None, 1.0]
 
 
@@ -217,12 +217,12 @@ def test_generations_of_one_call_without_an_answer_stay_together(store: Store) -
 def test_calls_that_share_a_response_id_each_have_their_span_and_reward(
     store: Store, database: Database, call_id: str | None
 ) -> None:
-    # As a client that sends one X-Request-Id for all of them makes vLLM answer.
+    # vLLM answers so if a client sends the same X-Request-Id with all of its calls.
     known = {} if call_id else {"call_id": None}
     store.add([call(number, response_id="same", **known) for number in (2, 1, 3)])
     for number in (1, 2, 3):
-        said = {"gen_ai.response.id": "same"}
-        keep(database, a_span(2 * number, said, at=number), of_reward(2 * number + 1, number / 4, at=number + 0.5))
+        attrs = {"gen_ai.response.id": "same"}
+        keep(database, a_span(2 * number, attrs, at=number), of_reward(2 * number + 1, number / 4, at=number + 0.5))
 
     expected = [(1, "span-2", 0.25), (2, "span-4", 0.5), (3, "span-6", 0.75)]
     assert joined(store.triplets("r")) == joined(store.triplets("r", "a")) == expected
@@ -231,8 +231,8 @@ def test_calls_that_share_a_response_id_each_have_their_span_and_reward(
 def test_generations_stay_together_where_calls_share_a_response_id(store: Store, database: Database) -> None:
     first, second = {"call_id": new_id(), "response_id": "same"}, {"call_id": new_id(), "response_id": "same"}
     store.add([call(1, **first), call(2, **second), call(3, **first), call(4, **second)])
-    said = {"gen_ai.response.id": "same"}
-    keep(database, a_span(1, said), a_span(2, said), of_reward(3, 1.0, linked("span_id", "span-1")))
+    attrs = {"gen_ai.response.id": "same"}
+    keep(database, a_span(1, attrs), a_span(2, attrs), of_reward(3, 1.0, linked("span_id", "span-1")))
 
     expected = [(1, "span-1", None), (3, "span-1", 1.0), (2, "span-2", None), (4, "span-2", None)]
     assert joined(store.triplets("r")) == expected
@@ -256,16 +256,16 @@ def test_shared_response_id_with_unequal_numbers_of_spans_and_calls_joins_none(
 def test_lost_call_of_a_shared_response_id_leaves_its_reward_to_no_other(store: Store, database: Database) -> None:
     store.add([call(1, response_id="same"), call(3, response_id="same")])
     for number in (1, 2, 3):
-        said = {"gen_ai.response.id": "same"}
-        keep(database, a_span(2 * number, said, at=number + 0.25), of_reward(2 * number + 1, 0.5, at=number + 0.5))
+        attrs = {"gen_ai.response.id": "same"}
+        keep(database, a_span(2 * number, attrs, at=number + 0.25), of_reward(2 * number + 1, 0.5, at=number + 0.5))
 
     assert joined(store.triplets("r")) == [(1, None, None), (3, None, None)]
 
 
 def test_reward_linked_to_a_shared_response_id_is_left_out(store: Store, database: Database) -> None:
     store.add([call(1, response_id="same"), call(2, response_id="same")])
-    said = {"gen_ai.response.id": "same"}
-    keep(database, a_span(1, said), a_span(2, said), of_reward(3, 0.5, linked("gen_ai.response.id", "same")))
+    attrs = {"gen_ai.response.id": "same"}
+    keep(database, a_span(1, attrs), a_span(2, attrs), of_reward(3, 0.5, linked("gen_ai.response.id", "same")))
 
     assert joined(store.triplets("r")) == [(1, "span-1", None), (2, "span-2", None)]
 
@@ -286,8 +286,8 @@ def test_shared_response_id_joins_no_call_of_another_rollout(store: Store, datab
 
 def test_shared_response_id_joins_no_span_of_another_attempt(store: Store, database: Database) -> None:
     store.add([call(1, response_id="same"), call(2, response_id="same", attempt_id="b")])
-    said = {"gen_ai.response.id": "same"}
-    keep(database, a_span(3, said, attempt_id="b"), a_span(4, said))
+    attrs = {"gen_ai.response.id": "same"}
+    keep(database, a_span(3, attrs, attempt_id="b"), a_span(4, attrs))
 
     assert joined(store.triplets("r")) == [(1, None, None), (2, None, None)]
     assert joined(store.triplets("r", "a")) == [(1, "span-4", None)]
@@ -301,7 +301,7 @@ def test_of_responses_omits_ids_that_several_calls_share(store: Store, database:
     store.add([call(number, response_id="engine core", call_id=None) for number in (6, 7)])
 
     with database.reading() as connection:
-        found = triplets.of_responses(connection, ["answer-1", "same", "loop", "engine core", "nobody's"])
+        found = triplets.of_responses(connection, ["answer-1", "same", "loop", "engine core", "unknown"])
     assert {name: (each.prompt_token_ids or [0])[0] for name, each in found.items()} == {"answer-1": 1, "loop": 5}
 
 
@@ -348,7 +348,7 @@ def test_reward_of_a_missing_call_waits_for_it(
 
 
 def test_outcome_belongs_to_the_last_stored_call(store: Store, database: Database) -> None:
-    """A judge whose model is not recorded here has the last word, and nothing that is learnt from."""
+    """The last call may be to a judge model that is not recorded here and not trained."""
     store.add([call(1), call(2)])
     keep(database, of_call(1), of_call(2), of_call(3, answer=9), of_reward(4, 0.2, {"agentlightning.outcome": True}))
 
@@ -475,19 +475,19 @@ REWARDS: dict[str, tuple[str, dict[str, Any], float | None]] = {
     "an operation that returns a text": ("f", {"agentops.entity.output": '"reward"'}, None),
     "an operation that returns no JSON": ("f", {"agentops.entity.output": '{"reward"'}, None),
     "an operation that returns something deep": ("f", {"agentops.entity.output": '["reward",' + "[" * 100_000}, None),
-    "a reward of somebody else": ("grade", {"reward": 0.5}, None),
+    "a reward in an unknown format": ("grade", {"reward": 0.5}, None),
     "a text": ("agentlightning.reward", {"reward": "0.5"}, None),
-    "no number": ("agentlightning.annotation", {"agentlightning.reward.0.value": "NaN"}, None),
+    "not a number": ("agentlightning.annotation", {"agentlightning.reward.0.value": "NaN"}, None),
     "too large a number": ("agentlightning.reward", {"reward": 10**400}, None),
 }
 
 
-@pytest.mark.parametrize(("name", "said", "expected"), REWARDS.values(), ids=REWARDS)
+@pytest.mark.parametrize(("name", "attrs", "expected"), REWARDS.values(), ids=REWARDS)
 def test_reward_in_the_format_of_any_version_is_read(
-    store: Store, database: Database, name: str, said: dict[str, Any], expected: float | None
+    store: Store, database: Database, name: str, attrs: dict[str, Any], expected: float | None
 ) -> None:
     store.add([call(1)])
-    keep(database, of_call(1), a_span(2, said, name))
+    keep(database, of_call(1), a_span(2, attrs, name))
 
     assert rewards(store.triplets("r")) == [expected]
 
@@ -555,12 +555,12 @@ def test_long_rollout_is_read_in_parts(store: Store, database: Database) -> None
 
 
 def unnumbered(span: spans.NewSpan) -> spans.NewSpan:
-    """The same, as OTLP has it: the store numbers it when it arrives."""
+    """Return the span without a number, as OTLP sends it: the store numbers it when it arrives."""
     return replace(span, sequence_id=None)
 
 
 def test_call_whose_span_arrives_after_the_reward_keeps_it(store: Store, database: Database) -> None:
-    """A BatchSpanProcessor sends after five seconds, the runner its reward at once."""
+    """A BatchSpanProcessor sends after five seconds, but the runner posts its reward immediately."""
     store.add([call(1), call(2), call(3)])
     keep(database, unnumbered(of_call(1)), unnumbered(of_call(2)))
     keep(database, of_reward(3, 1.0, at=3.5))
@@ -572,7 +572,7 @@ def test_call_whose_span_arrives_after_the_reward_keeps_it(store: Store, databas
 
 @pytest.mark.parametrize("ahead", [0, HOUR, -HOUR], ids=["the same clock", "vLLM's is ahead", "vLLM's is behind"])
 def test_reward_stays_where_it_is_when_spans_arrive_later(store: Store, database: Database, ahead: int) -> None:
-    """The clocks of vLLM's host and of the agent's are told apart by the calls that have a time of both."""
+    """The difference of vLLM's clock and the agent's is found from the calls that have times by both."""
     calls = [
         call(n, finished_at=START + n * SECOND + ahead, started_at=START + n * SECOND - SECOND // 2 + ahead)
         for n in (1, 2, 3, 4)
@@ -589,7 +589,7 @@ def test_reward_stays_where_it_is_when_spans_arrive_later(store: Store, database
 
 
 def took(span: spans.NewSpan, seconds: float) -> spans.NewSpan:
-    """The same, begun so much earlier."""
+    """Return the span with a start that many seconds before its end."""
     assert span.end_time is not None
     return replace(span, start_time=span.end_time - seconds)
 
@@ -633,7 +633,7 @@ def test_spans_without_a_time_are_in_the_order_of_arrival(store: Store, database
 def test_posted_reward_takes_precedence_over_the_agents_own(
     store: Store, database: Database, posted_first: bool
 ) -> None:
-    """It has its time by the store's clock, which is not the agent's: that does not tell which of them was first."""
+    """Its time is by the store's clock, not the agent's, so it does not tell which of the two came first."""
     store.add([call(1)])
     new = [unnumbered(of_reward(1, 0.5, {"agentlightning.outcome": True}, at=-60)), unnumbered(of_reward(2, 0.1, at=2))]
     for each in new if posted_first else reversed(new):
@@ -644,8 +644,9 @@ def test_posted_reward_takes_precedence_over_the_agents_own(
 
 @strategies.composite
 def attempts_of_agents(draw: strategies.DrawFn) -> tuple[list[Generation], list[spans.NewSpan], list[float | None]]:
-    """What one agent does, one thing after the other, by the one clock of its host, which vLLM's may differ from: its
-    calls, the spans of some of them, rewards of some of them; and which reward belongs to which call.
+    """Draw the sequence of actions of one agent: its calls, the spans of some, and the rewards of some.
+
+    Times are by the clock of its host, which vLLM's clock may differ from. The last list has the reward of each call.
     """
     skew = draw(strategies.sampled_from([0, 0, HOUR, -HOUR]))
     calls: list[Generation] = []
@@ -661,7 +662,7 @@ def attempts_of_agents(draw: strategies.DrawFn) -> tuple[list[Generation], list[
             "finished_at": START + int(finished * SECOND) + skew,
         }
         calls.append(call(number, **times))
-        # With clocks that differ, only the spans tell what was before a reward.
+        # With clocks that differ, only spans tell which calls came before a reward.
         if skew or draw(strategies.booleans()):
             new.append(unnumbered(took(of_call(10 * number, answer=number, at=moment), moment - began)))
         expected.append(None)
@@ -678,7 +679,7 @@ def test_any_order_of_arrival_gives_each_call_the_reward_after_it(
     url: str, found: tuple[list[Generation], list[spans.NewSpan], list[float | None]], data: strategies.DataObject
 ) -> None:
     calls, new, expected = found
-    # A rollout of its own for each example.
+    # Each example uses a new rollout.
     rollout_id = new_id()
     arrivals = data.draw(strategies.permutations([*calls, *new]))
     with open_store(url) as store, closing(open_database(url)) as database:
@@ -703,7 +704,7 @@ def test_any_order_of_arrival_gives_each_call_the_reward_after_it(
 def test_reward_once_shown_stays_where_it_is_when_spans_arrive(
     url: str, found: tuple[list[Generation], list[spans.NewSpan], list[float | None]], data: strategies.DataObject
 ) -> None:
-    """Of agents that give one reward, at the end, and whose calls have been recorded."""
+    """The agent gives one reward, at the end, and all of its calls are recorded already."""
     calls, new, _ = found
     rollout_id = new_id()
     of_calls = [each for each in new if each.reward is None]
