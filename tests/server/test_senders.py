@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from agentlightning.errors import InvalidRecord
 from agentlightning.generation import Generation, Loss, new_id
 from agentlightning.sender import PACKED_LIMIT, Sender, Vocabulary
 from agentlightning.store import Store, open_database, open_store, senders, wire
@@ -108,7 +109,7 @@ def test_client_registers_all_fields_and_sends_the_vocabulary_once(
 
 def test_client_with_an_invalid_sender_is_refused(client_store: Store) -> None:
     for bad in (sender(id="me/../you"), sender(pid=2**63), sender(model="m" * 5_000)):
-        with pytest.raises(ValueError, match=r"UUID|pid|model"):
+        with pytest.raises((InvalidRecord, ValueError), match=r"UUID|pid|model"):
             client_store.greet(bad)
 
 

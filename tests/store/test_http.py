@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from agentlightning.errors import StoreRefused, StoreUnavailable
+from agentlightning.errors import InvalidRecord, StoreRefused, StoreUnavailable
 from agentlightning.generation import Generation, Loss
 from agentlightning.recorder import Recorder
 from agentlightning.store import Store, open_database, open_store
@@ -132,7 +132,8 @@ def test_add_of_more_bytes_than_a_message_holds_is_split(store: Store) -> None:
 def test_add_of_an_oversized_generation_names_it_and_the_option(store: Store) -> None:
     kept, large = generation(1), generation(2, prompt=5_000_000)
 
-    with pytest.raises(ValueError, match=rf"^{large.id}: the body is larger than 16 MiB \(agl store --max-body-mb\)"):
+    reason = rf"^{large.id}: the body is larger than 16 MiB \(agl store --max-body-mb\)"
+    with pytest.raises(InvalidRecord, match=reason):
         store.add([large, kept])
 
     assert [*store.generations()] == [kept]
@@ -151,7 +152,7 @@ def test_requests_reuse_one_connection(between: Between) -> None:
         for number in range(50):
             store.add([generation(number)])
         assert len(ids(store)) == 50
-        with pytest.raises(ValueError, match="UUID"):
+        with pytest.raises(InvalidRecord, match="UUID"):
             store.add([generation(1, id="1")])
         assert store.tally()["finished"] == 50
 
@@ -252,7 +253,7 @@ def test_gateway_error_in_the_stores_format_is_temporary(between: Between, statu
 
 
 def test_refusal_of_the_store_passes_through_a_proxy(between: Between) -> None:
-    with open_store(between.url) as store, pytest.raises(ValueError, match="something in it cannot be stored"):
+    with open_store(between.url) as store, pytest.raises(InvalidRecord, match="something in it cannot be stored"):
         store.add_losses([loss(2**63)])
 
 
@@ -299,7 +300,7 @@ def test_proxy_with_a_body_limit_gets_parts_and_refuses_only_the_oversized(betwe
         with (
             answers(between, narrow),
             pytest.raises(
-                ValueError, match=rf"^{large.id}: a proxy before http://127.* does not accept such a large body: "
+                InvalidRecord, match=rf"^{large.id}: a proxy before http://127.* does not accept such a large body: "
             ),
         ):
             store.add([*small[:7], large, *small[7:]])
@@ -483,8 +484,9 @@ def test_open_without_msgspec_gives_the_install_command(tmp_path: Path) -> None:
 
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
 
-    install = f"{sys.executable} -m pip install 'msgspec>=0.18'"
-    assert result.stderr.splitlines()[-1].endswith(f"StoreRefused: a store over HTTP needs msgspec: {install}")
+    install = f"{sys.executable} -m pip install 'msgspec>=0.18' 'urllib3>=1.26'"
+    reason = f"StoreRefused: a store over HTTP needs msgspec and urllib3: {install}"
+    assert result.stderr.splitlines()[-1].endswith(reason)
 
 
 def test_threads_that_share_a_store_store_each_generation_once(store: Store) -> None:
