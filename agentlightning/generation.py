@@ -1,4 +1,4 @@
-"""What one model call consumed and produced, and what is known of calls that could not be kept. Knows no vLLM."""
+"""Generations, each with what one request to the engine consumed and produced, and reports of lost ones."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from typing import Any, Literal, get_args, get_type_hints
 __all__ = ["STATUSES", "Choice", "Generation", "Loss", "RoutedExperts", "Status", "field_types", "new_id"]
 
 Status = Literal["finished", "aborted", "error"]
-"""How a generation ended: by itself, because nobody waited for it any more, or because the engine failed."""
+"""How a generation ended: by itself, because no client was waiting any more, or because the engine failed."""
 STATUSES: tuple[Status, ...] = get_args(Status)
 
 
 def new_id(at: int | None = None) -> str:
-    """A fresh UUIDv7 (RFC 9562) of the moment `at`, in nanoseconds since the epoch; of now if not given.
+    """Create a UUIDv7 (RFC 9562).
 
-    Ids of later moments are greater, also as text, down to a quarter of a microsecond.
+    Ids of later times are greater, also as text, down to a quarter of a microsecond.
+
+    Args:
+        at: nanoseconds since the epoch; None for now.
     """
     milliseconds, rest = divmod(time.time_ns() if at is None else at, 1_000_000)
     random = int.from_bytes(os.urandom(8), "big") >> 2
@@ -28,18 +31,18 @@ def new_id(at: int | None = None) -> str:
 
 @dataclass(slots=True, frozen=True)
 class RoutedExperts:
-    """The experts of a mixture-of-experts model that ids went through.
+    """The experts of a mixture-of-experts model that ids were routed to.
 
     Attributes:
-        shape: how many ids, how many layers, and how many experts for each.
-        ids: the experts, in that order; `array('h')`, as many as the shape has places.
+        shape: number of ids, of layers, and of experts per id and layer.
+        ids: the experts, in that order; `array('h')`, as long as the product of the shape.
     """
 
     shape: tuple[int, int, int]
     ids: array[int]
 
     def tolist(self) -> list[list[list[int]]]:
-        """Nested: of each id each layer's."""
+        """Return nested lists: for each id and layer its experts."""
         count, layers, experts = self.shape
         flat = self.ids.tolist()
         rows = [flat[start : start + experts] for start in range(0, count * layers * experts, experts)]
@@ -48,18 +51,18 @@ class RoutedExperts:
 
 @dataclass(slots=True, kw_only=True)
 class Choice:
-    """One of the answers to a prompt. What is unknown is None.
+    """One of the answers to a prompt. An unknown field is None.
 
     Attributes:
-        index: its place among the choices.
-        token_ids: what the engine sampled, stop tokens included; `array('i')`.
-        logprobs: of each of those ids, as many; `array('f')`.
-        text: what the client was sent for them.
+        index: position among the choices.
+        token_ids: the ids that the engine sampled, stop tokens included; `array('i')`.
+        logprobs: one for each of those ids; `array('f')`.
+        text: the text that the client was sent for them.
         finish_reason: vLLM's word for why it ended: `stop`, `length`, `abort`, ...
         stop_reason: the stop string or token id that ended it.
         weight_versions: `(version, start, end)`: the weights that the ids from `start` up to `end` were sampled with.
-        routed_experts: where vLLM was told to return them (`--enable-return-routed-experts`): of the ids of prompt and
-            answer, as many and as far as vLLM gives them.
+        routed_experts: those of the ids of prompt and answer, as far as vLLM returns them; only if vLLM was started
+            with `--enable-return-routed-experts`.
     """
 
     index: int = 0
@@ -72,30 +75,30 @@ class Choice:
     routed_experts: RoutedExperts | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: the fields by name, ids and logprobs as lists."""
+        """Return the fields for JSON, with lists in the place of arrays."""
         return _as_dict(self)
 
 
 @dataclass(slots=True, kw_only=True)
 class Generation:
-    """One request to the engine, whole. What is unknown is None.
+    """One request to the engine, from prompt to last token. An unknown field is None.
 
     Attributes:
-        id: UUIDv7, its own.
-        call_id: a UUID, of the HTTP call: tool loops, beam searches and batches make several generations for one call.
-        request_id: the engine's name for it.
+        id: a UUIDv7.
+        call_id: a UUID for the HTTP call: tool loops, beam searches and batches make several generations for one call.
+        request_id: the engine's name for the request.
         response_id: the `id` of the answer that the client saw.
-        endpoint: the route's path, `/v1/chat/completions` for one.
+        endpoint: path of the route, such as `/v1/chat/completions`.
         model: the name that the client asked for.
-        rollout_id, attempt_id, session_id: whose it is, as the call said.
-        trace_id: W3C's, 32 hexadecimal digits.
+        rollout_id, attempt_id, session_id: where the generation belongs, according to the call.
+        trace_id: W3C trace id, 32 hexadecimal digits.
         started_at, first_token_at, finished_at: nanoseconds since the epoch.
         status: `finished`, `aborted` or `error`.
-        prompt_token_ids: what went into the model; `array('i')`.
+        prompt_token_ids: the ids that went into the model; `array('i')`.
         prompt_text: the prompt as text, after the chat template.
-        sampling_params: as the client's request made them; JSON.
-        logprobs_mode: what the logprobs of the choices are of, in vLLM's words: `raw_logprobs`, ...
-        cached_tokens: how many ids of the prompt came from the prefix cache.
+        sampling_params: the parameters that the client's request led to; JSON.
+        logprobs_mode: the kind of the choices' logprobs, in vLLM's words: `raw_logprobs`, ...
+        cached_tokens: number of the prompt's ids that came from the prefix cache.
         choices: in index order; as many as `n` asked for.
     """
 
@@ -121,18 +124,18 @@ class Generation:
     choices: list[Choice] = field(default_factory=list[Choice])
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: the fields by name, ids and logprobs as lists, choices as dictionaries."""
+        """Return the fields for JSON, with lists in the place of arrays, and choices as dictionaries."""
         return _as_dict(self) | {"choices": [choice.as_dict() for choice in self.choices]}
 
 
 @dataclass(slots=True, kw_only=True)
 class Loss:
-    """Generations that could not be kept.
+    """A report of generations that could not be stored.
 
     Attributes:
-        id: UUIDv7, its own.
-        count: how many.
-        reason: why, in a few words.
+        id: a UUIDv7.
+        count: number of lost generations.
+        reason: why they were lost, in a few words.
         first_at, last_at: when the first and the last of them were lost, in nanoseconds since the epoch.
         host, pid: the process that lost them.
     """

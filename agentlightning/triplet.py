@@ -1,4 +1,4 @@
-"""What an algorithm learns from: what went into the model, what came out, and the reward."""
+"""Triplets, which an algorithm learns from: the prompt's ids, the response's ids, and the reward."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ VERSION = ("version", "start", "end")
 
 @dataclass(slots=True)
 class Triplet:
-    """A choice of a generation, in a rollout, and the reward that it got. What is unknown is None.
+    """A choice of a generation, its rollout, and its reward. An unknown field is None.
 
     Attributes:
         generation_id: the generation's `id`.
         response_id: the `id` of the answer that the client saw.
-        rollout_id: the rollout that it was found in.
-        attempt_id: the attempt that a span of the rollout, or else the call, says it is of.
-        index: the choice's place among those of the generation.
-        status: `finished`, `aborted` or `error`, of the generation.
+        rollout_id: the rollout that the call belongs to.
+        attempt_id: the attempt that a span of the rollout, or else the call, names.
+        index: position of the choice in the generation.
+        status: status of the generation: `finished`, `aborted` or `error`.
         model: the name that the client asked for.
-        prompt_token_ids, response_token_ids: what went into the model, and what it sampled; `array('i')`.
-        logprobs: of each of `response_token_ids`; `array('f')`.
-        reward: what `agentlightning.store.triplets` says belongs to it.
+        prompt_token_ids, response_token_ids: the ids that went into the model, and those that it sampled; `array('i')`.
+        logprobs: one for each of `response_token_ids`; `array('f')`.
+        reward: the call's reward, by the rules of `agentlightning.store.triplets.of_rollout`.
         span_id: the first span of the rollout that names the answer.
-        weight_versions: `(version, start, end)`, as a `Choice` has them.
+        weight_versions: `(version, start, end)`, as in a `Choice`.
     """
 
     generation_id: str
@@ -47,7 +47,7 @@ class Triplet:
     weight_versions: list[tuple[str, int, int]] | None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: the fields by name, ids and logprobs as lists, versions by the names of their parts."""
+        """Return the fields for JSON, with lists in the place of arrays, and each weight version as a dictionary."""
         found = {name: getattr(self, name) for name in self.__slots__}
         for name in ("prompt_token_ids", "response_token_ids", "logprobs"):
             if found[name] is not None:
@@ -58,10 +58,10 @@ class Triplet:
 
     @classmethod
     def from_dict(cls, found: dict[str, Any]) -> Triplet:
-        """What `as_dict` made this of, in JSON: a logprob that is null there is negative infinity.
+        """Restore a triplet from the JSON object of `as_dict`, in which a logprob of null is negative infinity.
 
         Raises:
-            KeyError, TypeError, ValueError: it is none.
+            KeyError, TypeError, ValueError: the object is not a triplet.
         """
         values = {name: found[name] for name in cls.__slots__}
         for name in ("prompt_token_ids", "response_token_ids"):

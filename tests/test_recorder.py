@@ -218,7 +218,7 @@ def test_a_generation_that_the_store_refuses_is_lost_alone(recorder: Recorder, p
     assert recorder.counters().lost["refused"] == 1
     with open_store(str(path)) as store:
         (loss,) = store.losses()
-    assert (loss.count, loss.reason) == (1, "refused: no UUID: 'no UUID' is no UUID in lower case")
+    assert (loss.count, loss.reason) == (1, "refused: no UUID: 'no UUID' is not a lower-case UUID")
 
 
 class Counting(DatabaseStore):

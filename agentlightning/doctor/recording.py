@@ -10,7 +10,7 @@ from agentlightning.doctor import Finding, Mark, Unreachable
 from agentlightning.errors import StoreRefused, StoreUnavailable
 from agentlightning.recorder import QUEUE_FULL, STOPPED
 from agentlightning.store import open_store
-from agentlightning.store.absence import IS_IT_CALLED, NAME_IT, why
+from agentlightning.store.absence import IS_IT_CALLED, NAME_IT, explain_absence
 
 __all__ = ["findings", "read"]
 
@@ -76,10 +76,10 @@ def findings(report: Mapping[str, Any]) -> Iterator[Finding]:
 
 def _of_rollout(report: Mapping[str, Any], total: int) -> Finding:
     counts, subject = report["of_rollout"], "rollout"
-    absence = why(
+    absence = explain_absence(
         counts,
         has_any=total > 0,
-        has_nobodys=report["without_rollout"] > 0,
+        has_unassigned_calls=report["without_rollout"] > 0,
         has_losses=bool(report["lost"]),
         status=report["status"],
     )

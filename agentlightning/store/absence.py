@@ -1,4 +1,4 @@
-"""Why nothing is recorded of a rollout: `agl doctor` and the page say the same."""
+"""The reason why no generation of a rollout has finished, as `agl doctor` and the page give it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["IS_IT_CALLED", "NAME_IT", "Absence", "why"]
+__all__ = ["IS_IT_CALLED", "NAME_IT", "Absence", "explain_absence"]
 
 NAME_IT = "call http://HOST:PORT/rollout/ROLLOUT/v1, or send the header x-agl-rollout-id"
 IS_IT_CALLED = (
@@ -17,43 +17,41 @@ WAITING = ("queuing", "requeuing")
 
 @dataclass(frozen=True, slots=True)
 class Absence:
-    """What is known, and what may be done about it; each without a full stop."""
+    """A reason and what to do about it, each without a full stop."""
 
     reason: str
     advice: str
 
 
-def why(
-    of_rollout: Mapping[Any, int], *, has_any: bool, has_nobodys: bool, has_losses: bool, status: str | None
+def explain_absence(
+    of_rollout: Mapping[Any, int], *, has_any: bool, has_unassigned_calls: bool, has_losses: bool, status: str | None
 ) -> Absence | None:
-    """Why no generation of a rollout has finished; None where one has.
+    """Explain why no generation of a rollout has finished; None where one has.
 
     Args:
-        of_rollout: how many generations it has, by how they ended; `finished` is among them.
-        has_any: whether there is any in the store.
-        has_nobodys: whether one of these belongs to no rollout.
-        has_losses: whether one could not be kept.
-        status: of the rollout in the queue; None where that does not have it.
+        of_rollout: the number of its generations by how they ended, `finished` among them.
+        has_any: whether the store has any generation.
+        has_unassigned_calls: whether some generation belongs to no rollout.
+        has_losses: whether a sender reported that it lost a generation.
+        status: the rollout's status in the queue; None where the queue does not have it.
     """
     if of_rollout["finished"]:
         return None
     if any(of_rollout.values()):
         counts = ", ".join(f"{count} {how}" for how, count in of_rollout.items() if count)
         return Absence(
-            f"{sum(of_rollout.values())}: {counts}: its clients hung up, or the engine failed, before an answer was "
-            "through",
+            f"none of its calls finished ({counts}): the client hung up, or the engine failed first",
             "look at the client's timeout, and at the server's log",
         )
     if status in WAITING:
-        return Absence("it waits in the queue", "is a runner at work, and does it ask this store?")
-    nothing = "nothing is recorded for it"
+        return Absence("it is waiting in the queue", "check that a runner is running, and that it asks this store")
+    nothing = "no recorded call names this rollout"
     if has_losses:
-        return Absence(f"{nothing}; what was lost may be its", "look at what was lost, and when")
+        return Absence(f"{nothing}; some calls were lost, maybe its own", "look at which calls were lost, and when")
     if not has_any:
-        return Absence(f"{nothing}, nor for any other", IS_IT_CALLED)
-    if has_nobodys:
-        return Absence(f"{nothing}; was it called without naming it? Some calls named no rollout", NAME_IT)
+        return Absence(f"{nothing} or any other", IS_IT_CALLED)
+    if has_unassigned_calls:
+        return Absence(f"{nothing}; some calls name none: was it called without its id?", NAME_IT)
     return Absence(
-        f"{nothing}: the server was never called for it, only for others",
-        "compare its id with the one in the agent's base URL or headers",
+        f"{nothing}; other rollouts have calls", "compare its id with the one in the agent's base URL or headers"
     )

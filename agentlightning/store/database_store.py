@@ -200,7 +200,7 @@ class DatabaseStore(Store):
         return self._read(health.count)
 
     def greet(self, sender: Sender) -> None:
-        self._database.write(lambda connection: senders.greet(connection, sender))
+        self._database.write(lambda connection: senders.register(connection, sender))
 
     def add(self, generations: Sequence[Generation], sender_id: str | None = None) -> int:
         try:

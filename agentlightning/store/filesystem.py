@@ -1,4 +1,4 @@
-"""On what kind of file system a path is."""
+"""Detection of network file systems."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ NETWORK = {
     "fuse.goofys", "fuse.juicefs", "fuse.mount-s3", "fuse.quobyte", "fuse.rclone", "fuse.s3fs", "fuse.seaweedfs",
     "fuse.sshfs",
 }  # fmt: skip
-"""As the kernel names them: file systems that several hosts may have mounted, or that keep files elsewhere."""
+"""File systems, by their names in the kernel, that several hosts may mount or that keep files elsewhere."""
 
 
 def network_file_system(path: Path) -> str | None:
-    """The name of the network file system that `path`, which may not be there yet, is on; None where it is local.
+    """Return the name of the network file system that a path is on, which need not exist yet; None where it is local.
 
-    Where the system does not tell, as outside Linux, every path counts as local.
+    Where the operating system does not tell, as outside Linux, every path counts as local.
     """
     try:
         table = os.fsdecode(MOUNTS.read_bytes())
@@ -30,9 +30,9 @@ def network_file_system(path: Path) -> str | None:
         return None
     path, found = path.resolve(), (0, "")
     for _, mounted_on, kind, *_ in (line.split(" ") for line in table.rstrip("\n").split("\n")):
-        # Blanks and the like are written in octal.
+        # Spaces and the like are escaped in octal.
         point = Path(re.sub(r"\\(\d{3})", lambda match: chr(int(match[1], 8)), mounted_on))
-        # The deepest counts, and of two at the same place the last: it hides the other.
+        # The deepest mount counts; of two on the same directory the last, which hides the other.
         if path.is_relative_to(point) and len(point.parts) >= found[0]:
             found = (len(point.parts), kind)
     return found[1] if found[1] in NETWORK else None

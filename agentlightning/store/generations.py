@@ -17,7 +17,7 @@ from agentlightning.store import Filters, rows, senders, tables, texts
 from agentlightning.store.database import found, in_parts, insert_rows, insert_valid, next_keys
 
 __all__ = [
-    "Place",
+    "Cursor",
     "add",
     "add_losses",
     "add_valid",
@@ -46,7 +46,7 @@ Record = TypeVar("Record", Generation, Loss)
 logger = logging.getLogger("agentlightning.store")
 
 
-class Place(NamedTuple):
+class Cursor(NamedTuple):
     """Position of a generation in the order in which all are read."""
 
     finished_at: int
@@ -64,7 +64,7 @@ def add(connection: Connection, generations: Sequence[Generation], sender_id: st
     """
     new = _unknown(connection, tables.generations, generations)
     counts = [rows.token_counts(generation) for generation in new]
-    sender_key = senders.note(connection, sender_id, new, counts, time.time_ns())
+    sender_key = senders.count_generations(connection, sender_id, new, counts, time.time_ns())
     keys = texts.keys_of(connection, {text for generation in new for text in rows.repeated_texts(generation)})
     numbered = list(zip(new, counts, next_keys(connection, tables.generations, len(new)), strict=True))
     insert_rows(connection, tables.generations, [rows.generation_row(*each, keys, sender_key) for each in numbered])
@@ -98,8 +98,8 @@ def add_valid(
 
 
 def page(
-    connection: Connection, filters: Filters, after: Place | None, limit: int
-) -> tuple[list[Generation], Place | None]:
+    connection: Connection, filters: Filters, after: Cursor | None, limit: int
+) -> tuple[list[Generation], Cursor | None]:
     """Read a page of the generations that match the filters, in the order in which they finished.
 
     Args:
@@ -113,7 +113,7 @@ def page(
     if after is not None:
         query = query.where(tuple_(*IN_ORDER) > tuple_(*after))
     found = connection.execute(query).all()
-    end = Place(found[-1].finished_at, found[-1].key) if len(found) == limit else None
+    end = Cursor(found[-1].finished_at, found[-1].key) if len(found) == limit else None
     return _generations_of(connection, found), end
 
 

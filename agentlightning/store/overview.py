@@ -1,6 +1,6 @@
-"""All rollouts at a glance: those of the queue, and those that are known from their calls alone.
+"""The table of all rollouts: those of the queue, and those that are known from their calls alone.
 
-Everything here works inside a transaction of somebody else's.
+The caller owns the transaction.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from agentlightning.generation import STATUSES
 from agentlightning.store.rows import text_of
 from agentlightning.store.tables import generations, rollouts, spans, texts
 
-__all__ = ["COLUMNS", "RECORDED", "Asked", "Column", "Found", "Overview", "of_all"]
+__all__ = ["COLUMNS", "RECORDED", "Column", "Overview", "OverviewPage", "OverviewQuery", "page"]
 
 Column = Literal["rollout", "status", "calls", "prompt_tokens", "output_tokens", "reward", "started", "duration"]
 COLUMNS: tuple[Column, ...] = get_args(Column)
 
 RECORDED = "recorded"
-"""The status of a rollout that the queue does not have."""
+"""Status of a rollout that was never in the queue."""
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """Which rollouts, and in which order.
+class OverviewQuery:
+    """Filter, order and page of the table.
 
     Attributes:
-        search: what is in their id or their input; lower and upper case of A to Z are the same. Empty: whatever is.
-        status: of the queue's, or `RECORDED`; None: any.
-        sort_by: nulls come last.
-        limit, offset: how many, after how many others.
-        now: seconds since the epoch, until when what has not ended has lasted.
+        search: text in the id or the input, ignoring the case of A to Z; empty for all rollouts.
+        status: a status of the queue, or `RECORDED`; None for any.
+        sort_by: a column; nulls come last.
+        limit, offset: size of the page, and rollouts to skip.
+        now: seconds since the epoch; the duration of a rollout that has not ended is measured up to here.
     """
 
     search: str = ""
@@ -63,14 +63,15 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Overview:
-    """One rollout.
+    """A row of the table: one rollout.
 
     Attributes:
-        status: the queue's, or `RECORDED`.
-        calls: how many generations of it there are; `finished` of them had an answer that was whole.
-        reward: the last that it was given; None where there is none.
-        started, duration: seconds since the epoch, and seconds; where it has not ended, until now.
-        ended: whether it has.
+        status: its status in the queue, or `RECORDED`.
+        calls: number of its generations, of which `finished` have a complete answer.
+        reward: its last reward; None where it has none.
+        started: seconds since the epoch.
+        duration: seconds until it ended, or until now.
+        ended: whether it has ended.
     """
 
     rollout_id: str
@@ -86,26 +87,26 @@ class Overview:
     ended: bool
 
 
-class Found(NamedTuple):
-    """Those on one page.
+class OverviewPage(NamedTuple):
+    """A page of the table.
 
     Attributes:
-        total: how many there are on all pages; none where the page is behind the last.
-        nobodys: how many calls name no rollout.
+        total: number of rollouts on all pages; 0 where the page is past the last one.
+        unassigned_calls: number of calls that name no rollout.
     """
 
     rollouts: list[Overview]
     total: int
-    nobodys: int
+    unassigned_calls: int
 
 
-def of_all(connection: Connection, asked: Asked) -> Found:
-    """Those on the page that is asked for."""
+def page(connection: Connection, wanted: OverviewQuery) -> OverviewPage:
+    """Read a page of the table."""
     counted = select(func.count()).select_from(generations).where(generations.c.rollout_key.is_(None))
-    nobodys = connection.execute(counted).scalar_one()
-    # Where every call names a rollout, no span has to.
-    each = _all(asked, by_spans=nobodys > 0).subquery()
-    duration = func.coalesce(each.c.end_time, asked.now) - each.c.start_time
+    unassigned_calls = connection.execute(counted).scalar_one()
+    # If every call names a rollout, spans need not be searched.
+    each = _all(wanted, by_spans=unassigned_calls > 0).subquery()
+    duration = func.coalesce(each.c.end_time, wanted.now) - each.c.start_time
     rewards = _rewards()
     orders: Mapping[Column, ColumnElement[Any]] = {
         "rollout": each.c.rollout_id,
@@ -117,17 +118,17 @@ def of_all(connection: Connection, asked: Asked) -> Found:
         "started": each.c.start_time,
         "duration": duration,
     }
-    order = orders[asked.sort_by]
+    order = orders[wanted.sort_by]
     query = (
         select(each, duration.label("duration"), rewards.c.reward, func.count().over().label("total"))
         .select_from(each.outerjoin(rewards, rewards.c.rollout_id == each.c.rollout_id))
-        # The id, lest a page has again what was on the one before.
-        .order_by((order.desc() if asked.descending else order.asc()).nulls_last(), each.c.rollout_id)
-        .limit(asked.limit)
-        .offset(asked.offset)
+        # The id makes the order total, so that no rollout is on two pages.
+        .order_by((order.desc() if wanted.descending else order.asc()).nulls_last(), each.c.rollout_id)
+        .limit(wanted.limit)
+        .offset(wanted.offset)
     )
     found = connection.execute(query).all()
-    return Found([_overview(row) for row in found], found[0].total if found else 0, nobodys)
+    return OverviewPage([_overview(row) for row in found], found[0].total if found else 0, unassigned_calls)
 
 
 def _overview(row: Any) -> Overview:
@@ -141,14 +142,14 @@ def _overview(row: Any) -> Overview:
         output_tokens=row.output_tokens,
         reward=row.reward,
         started=row.start_time,
-        # Of several clocks, one may say that it ended before it began.
+        # Start and end may come from different clocks, so the difference may be negative.
         duration=max(row.duration, 0.0),
         ended=row.end_time is not None,
     )
 
 
-def _all(asked: Asked, by_spans: bool) -> Select[Any]:
-    """A row for each rollout that is asked for."""
+def _all(wanted: OverviewQuery, by_spans: bool) -> Select[Any]:
+    """Select a row for each rollout that matches the filters."""
     calls = _calls(by_spans)
     of_queue = select(
         rollouts.c.rollout_id,
@@ -166,22 +167,22 @@ def _all(asked: Asked, by_spans: bool) -> Select[Any]:
         calls.c.ended.label("end_time"),
         *(calls.c[name] for name in _SUMS),
     ).where(~exists().where(rollouts.c.rollout_id == calls.c.rollout_id))
-    if asked.search:
-        # As it is written in JSON.
-        written = json.dumps(asked.search, ensure_ascii=False)[1:-1]
+    if wanted.search:
+        # The input is stored as JSON.
+        written = json.dumps(wanted.search, ensure_ascii=False)[1:-1]
         is_in_input = rollouts.c.input.icontains(written, autoescape=True)
-        of_queue = of_queue.where(or_(rollouts.c.rollout_id.icontains(asked.search, autoescape=True), is_in_input))
-        recorded = recorded.where(calls.c.rollout_id.icontains(asked.search, autoescape=True))
+        of_queue = of_queue.where(or_(rollouts.c.rollout_id.icontains(wanted.search, autoescape=True), is_in_input))
+        recorded = recorded.where(calls.c.rollout_id.icontains(wanted.search, autoescape=True))
     both = union_all(of_queue, recorded).subquery()
     found = select(both)
-    return found if asked.status is None else found.where(both.c.status == asked.status)
+    return found if wanted.status is None else found.where(both.c.status == wanted.status)
 
 
 _SUMS = ("calls", "finished", "prompt_tokens", "output_tokens")
 
 
 def _calls(by_spans: bool) -> Any:
-    """Of each rollout that has calls: how many, and how many ids. Those that name it come from an index alone."""
+    """Select the counts of each rollout that has calls. Calls that name their rollout are read from an index alone."""
     named = generations.c.rollout_key.is_not(None)
     by_key = select(generations.c.rollout_key, *_sums(generations.c)).where(named)
     counted = by_key.group_by(generations.c.rollout_key).subquery()
@@ -189,7 +190,7 @@ def _calls(by_spans: bool) -> Any:
     joined = counted.join(texts, texts.c.key == counted.c.rollout_key)
     found = select(texts.c.text.label("rollout_id"), *columns).select_from(joined)
     if by_spans:
-        # Those that name none, and whose answer one of its spans names.
+        # Calls that name no rollout, but whose answer is named by a span of the rollout.
         spanned = (
             select(spans.c.rollout_id, *(generations.c[name] for name in _COUNTED))
             .select_from(spans.join(generations, generations.c.response_id == spans.c.response_id))
@@ -203,7 +204,7 @@ def _calls(by_spans: bool) -> Any:
         sums = [cast(func.sum(both.c[name]), BigInteger).label(name) for name in _SUMS]
         moments = [func.min(both.c.started).label("started"), func.max(both.c.ended).label("ended")]
         found = select(both.c.rollout_id, *sums, *moments).group_by(both.c.rollout_id)
-    # Both halves of `_all` read it: it is put together once.
+    # A CTE, since both halves of `_all` read it.
     return found.cte("calls")
 
 
@@ -212,7 +213,7 @@ _COUNTED = ("key", "status", "prompt_tokens", "output_tokens", "finished_at")
 
 def _sums(of_each: Any) -> list[ColumnElement[Any]]:
     is_finished = case((of_each.status == STATUSES.index("finished"), 1), else_=0)
-    # A sum is no integer to PostgreSQL.
+    # In PostgreSQL the sum of integers is a numeric.
     return [
         func.count().label("calls"),
         cast(func.sum(is_finished), BigInteger).label("finished"),
@@ -224,7 +225,7 @@ def _sums(of_each: Any) -> list[ColumnElement[Any]]:
 
 
 def _rewards() -> Any:
-    """The last reward of each rollout that has one. From an index alone."""
+    """Select the last reward of each rollout that has one, from an index alone."""
     has_one = and_(spans.c.reward.is_not(None), spans.c.rollout_id.is_not(None))
     last = (
         select(spans.c.rollout_id, func.max(spans.c.sequence_id).label("sequence_id"))
@@ -233,7 +234,7 @@ def _rewards() -> Any:
         .subquery()
     )
     is_last = and_(spans.c.rollout_id == last.c.rollout_id, spans.c.sequence_id == last.c.sequence_id)
-    # Whoever sends spans numbers them, and may have given two of them the same.
+    # The sender of spans numbers them, and may have given two of them the same number.
     return (
         select(spans.c.rollout_id, func.max(spans.c.reward).label("reward"))
         .select_from(spans.join(last, is_last))

@@ -1,4 +1,4 @@
-"""A database in PostgreSQL, which any number of hosts may write at once."""
+"""A database in PostgreSQL, which any number of hosts may write at the same time."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from agentlightning.store.database import Conflict, Database, transaction
 __all__ = ["PostgresqlDatabase"]
 
 SCHEMA = "agentlightning"
-"""Our tables are in a schema of their own, whatever else the database has."""
+"""Schema of the tables, so that the database may hold other programs' tables, too."""
 VERSION = 2
-"""Of our tables, as `agentlightning.version` says it."""
+"""Version of the tables, which the table `agentlightning.version` holds."""
 MIGRATIONS: Mapping[int, Sequence[str]] = {
     1: (
         "ALTER TABLE spans ADD COLUMN is_numbered BOOLEAN",
         "ALTER TABLE spans ADD COLUMN common_key BIGINT",
         'CREATE TABLE probes (name TEXT COLLATE "C" PRIMARY KEY, written_at DOUBLE PRECISION NOT NULL)',
-        *tables.ENDS_THAT_WERE_LEFT,
+        *tables.CLEAR_STALE_END_TIMES,
     ),
 }
-"""The statements that make tables of this version those of the next."""
-# Whoever makes or changes the tables holds it: any number, as long as it is ours.
+"""Statements that turn the tables of a version into those of the next."""
+# Held while the tables are created or migrated. Any number will do, as long as no other program uses it.
 ADVISORY_LOCK = int.from_bytes(b"AgL1", "big")
 
 CONNECTIONS = 8
-# As libpq has them. A host that is gone without a word would be waited for as long as TCP does, a quarter of an hour.
+# Options of libpq. Without them a connection to a vanished host would wait for TCP's timeout, a quarter of an hour.
 OPTIONS = {
     "application_name": SCHEMA,
     "client_encoding": "utf8",
@@ -46,12 +46,11 @@ OPTIONS = {
     "tcp_user_timeout": "10000",
 }
 
-# What others are the reason of: a lock that they wait for while we wait for theirs, or an id that they put in since we
-# looked for it.
+# Caused by other writers: a deadlock, or an id that another writer has inserted since this one looked for it.
 CONFLICTS = (errors.DeadlockDetected, errors.SerializationFailure)
 IDS = ("generations_id_key", "losses_id_key")
 KEYS = ("generations_pkey", "losses_pkey", "texts_pkey")
-# What is wrong with the database, or with who may use it.
+# The database, or the permission to use it, is at fault.
 REFUSALS = (
     errors.InvalidAuthorizationSpecification,
     errors.InvalidCatalogName,
@@ -65,9 +64,9 @@ class PostgresqlDatabase(Database):
     """The tables in the database that a URL names.
 
     Args:
-        url: as libpq takes it, `postgresql://USER:PASSWORD@HOST:PORT/DATABASE`, options included.
-        create: make the tables where there are none.
-        patience: how many seconds a statement waits for a lock that somebody else holds.
+        url: a URL for libpq, `postgresql://USER:PASSWORD@HOST:PORT/DATABASE`, options included.
+        create: create the tables where there are none.
+        patience: seconds that a statement waits for the lock of another transaction.
     """
 
     def __init__(self, url: str, create: bool, patience: float) -> None:
@@ -76,21 +75,21 @@ class PostgresqlDatabase(Database):
         try:
             parsed = make_url(url).set(drivername="postgresql+psycopg")
         except (ArgumentError, ValueError) as error:
-            raise StoreRefused(f"{self._name} is no URL of a database: {error}") from error
+            raise StoreRefused(f"{self._name} is not a database URL: {error}") from error
         if not parsed.database:
-            raise StoreRefused(f"{self._name} names no database: it is postgresql://USER:PASSWORD@HOST/DATABASE")
-        # What the URL says is not overruled.
+            raise StoreRefused(f"{self._name} names no database: write it as postgresql://USER:PASSWORD@HOST/DATABASE")
+        # Options in the URL take precedence.
         options = {name: value for name, value in OPTIONS.items() if name not in parsed.query}
         self._engine = create_engine(
             parsed,
-            # Where a transaction begins and ends is said here.
+            # This class begins and ends its transactions itself.
             isolation_level="AUTOCOMMIT",
             connect_args=options,
-            # Rows go to the driver as they are, as tuples.
+            # Rows go to the driver unchanged, as tuples.
             paramstyle="format",
             pool_size=CONNECTIONS,
             max_overflow=0,
-            # A server that was started again has closed them all, and a statement that fails is a write that waits.
+            # A restarted server has closed every connection, and each statement that fails delays a write.
             pool_pre_ping=True,
             pool_reset_on_return=None,
         )
@@ -109,41 +108,43 @@ class PostgresqlDatabase(Database):
 
     def explanation(self, error: Exception) -> Exception | None:
         reason = error.orig if isinstance(error, DBAPIError) else error
-        told = str(reason).strip().partition("\n")[0]
+        message = str(reason).strip().partition("\n")[0]
         match reason:
             case errors.UniqueViolation() if reason.diag.constraint_name in IDS:
-                return Conflict(f"{self._name}: {told}")
+                return Conflict(f"{self._name}: {message}")
             case errors.UniqueViolation() if reason.diag.constraint_name in KEYS:
-                # Ours by its sequence, which a copy of the database has not taken over.
-                return StoreRefused(f"{self._name} gives out keys that it has given out before: {told}")
+                # Keys come from a sequence, which a copy of the database may have left behind.
+                return StoreRefused(
+                    f"{self._name} assigns keys that are already in use, as a copy without sequences does: {message}"
+                )
             case _ if isinstance(reason, CONFLICTS):
-                return Conflict(f"{self._name}: {told}")
+                return Conflict(f"{self._name}: {message}")
             case _ if isinstance(reason, REFUSALS):
-                return StoreRefused(f"{self._name} cannot be used: {told}")
+                return StoreRefused(f"{self._name} cannot be used: {message}")
             case errors.ProgramLimitExceeded() | psycopg.DataError() | psycopg.IntegrityError():
-                # The first is of an id of some KiB, for one, that an index has no room for.
-                return InvalidRecord(told)
+                # ProgramLimitExceeded: a value is too long for an index, such as an id of some KiB.
+                return InvalidRecord(message)
             case psycopg.ProgrammingError() if reason.sqlstate is None:
-                # Of the driver itself: a value that is of no type that it knows.
-                return InvalidRecord(told)
+                # Raised by the driver itself, for a value of a type that it does not know.
+                return InvalidRecord(message)
             case OverflowError() | struct.error():
-                return InvalidRecord(f"a number that PostgreSQL cannot hold: {told}")
+                return InvalidRecord(f"PostgreSQL cannot store this number: {message}")
             case UnicodeEncodeError():
-                return InvalidRecord(f"a text that PostgreSQL cannot hold: {reason.reason}")
+                return InvalidRecord(f"PostgreSQL cannot store this text: {reason.reason}")
             case psycopg.Error() | PoolTimeout():
-                # A server that only reads, since another has taken its place, is none of a value's doing either.
-                return self._unreachable(told)
+                # Includes a server that is read-only since another took its place: no value is at fault.
+                return self._unreachable(message)
         return None
 
     def close(self) -> None:
         self._engine.dispose()
 
-    def _unreachable(self, told: str) -> StoreUnavailable | StoreRefused:
-        """What a server says before it lets anybody in has no code: psycopg gives no more than its sentence."""
+    def _unreachable(self, message: str) -> StoreUnavailable | StoreRefused:
+        """Classify an error by its message: psycopg gives errors that precede the login no code."""
         for refusal in ("password authentication failed", "does not exist", "no pg_hba.conf entry", "no password"):
-            if refusal in told:
-                return StoreRefused(f"{self._name} cannot be used: {told}")
-        return StoreUnavailable(f"{self._name} cannot be used now: {told}")
+            if refusal in message:
+                return StoreRefused(f"{self._name} cannot be used: {message}")
+        return StoreUnavailable(f"{self._name} cannot be used now: {message}")
 
     def _configure(self, connection: psycopg.Connection, _: object) -> None:
         connection.execute(f"SET search_path TO {SCHEMA}")
@@ -151,12 +152,12 @@ class PostgresqlDatabase(Database):
         connection.execute("SELECT set_config('lock_timeout', %s, false)", (str(milliseconds),))
 
     def _prepare(self, create: bool) -> None:
-        """Make the tables where there are none, or bring them up to date; what is not ours is refused."""
+        """Create the tables, or migrate them; refuse those of another program."""
         with self.writing() as connection:
             encoding = connection.exec_driver_sql("SHOW server_encoding").scalar_one()
             if encoding != "UTF8":
                 raise StoreRefused(
-                    f"{self._name} has the encoding {encoding}, which not every text fits: it has to be UTF8"
+                    f"{self._name} has the encoding {encoding}, which cannot hold every text: it has to be UTF8"
                 )
             connection.exec_driver_sql("SELECT pg_advisory_xact_lock(%s)", (ADVISORY_LOCK,))
             version = self._version(connection)
@@ -180,7 +181,7 @@ class PostgresqlDatabase(Database):
             connection.exec_driver_sql("UPDATE version SET version = %s", (VERSION,))
 
     def _version(self, connection: Connection) -> int:
-        """The version of the tables; 0 where there are none."""
+        """Return the version of the tables; 0 where there are none."""
         query = "SELECT table_name FROM information_schema.tables WHERE table_schema = %s"
         found = set(connection.exec_driver_sql(query, (SCHEMA,)).scalars())
         if "version" in found:

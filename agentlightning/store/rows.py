@@ -1,4 +1,4 @@
-"""A `Generation` as rows of the tables, and back."""
+"""Conversion of generations and losses to rows of the tables, and back."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ __all__ = [
 Text = TypeVar("Text", str, None)
 
 Row = tuple[Any, ...]
-"""A row's values, in the order of its table's columns."""
+"""Values of a row, in the order of its table's columns."""
 
 _TEXT_KEYS = attrgetter(
     "endpoint_key",
@@ -50,7 +50,7 @@ _TEXT_KEYS = attrgetter(
 
 
 def repeated_texts(generation: Generation) -> Iterator[str | None]:
-    """What its rows have the keys of, in the place of the text itself."""
+    """Yield the texts of a generation that its rows refer to by keys."""
     yield generation.endpoint
     yield generation.model
     yield generation.rollout_id
@@ -63,13 +63,13 @@ def repeated_texts(generation: Generation) -> Iterator[str | None]:
 
 
 def text_keys(generations: Iterable[Any], choices: Iterable[Any]) -> set[int | None]:
-    """What these rows have in the place of a text."""
+    """Collect the keys of texts in these rows."""
     of_generations = chain.from_iterable(map(_TEXT_KEYS, generations))
     return {*of_generations, *(choice.finish_reason_key for choice in choices)}
 
 
 def token_counts(generation: Generation) -> tuple[int, int]:
-    """How many ids its prompt has, and all of its choices."""
+    """Count the ids of a generation's prompt, and of all its choices."""
     outputs = 0
     for choice in generation.choices:
         if choice.token_ids is not None:
@@ -84,10 +84,14 @@ def generation_row(
     keys: Mapping[str | None, int | None],
     sender_key: int | None,
 ) -> Row:
-    """The row of `generations`; `keys` gives each repeated text's, and None for None; `counts` are its `token_counts`.
+    """Make the row of `generations`.
+
+    Args:
+        counts: its `token_counts`.
+        keys: maps its `repeated_texts` to their keys, and None to None.
 
     Raises:
-        ValueError: an id is no UUID, or the status is none.
+        ValueError: an id is not a UUID, or the status is unknown.
     """
     return (
         key,
@@ -116,7 +120,7 @@ def generation_row(
 
 
 def choice_row(choice: Choice, generation_key: int, keys: Mapping[str | None, int | None]) -> Row:
-    """The row of `choices`."""
+    """Make the row of `choices`; `keys` is as for `generation_row`."""
     return (
         generation_key,
         choice.index,
@@ -131,7 +135,7 @@ def choice_row(choice: Choice, generation_key: int, keys: Mapping[str | None, in
 
 
 def generation_of(row: Any, choices: Iterable[Any], texts: Mapping[int | None, str | None]) -> Generation:
-    """The generation that these rows are of; `texts` gives each repeated text by its key, and None for None."""
+    """Read a generation from its rows; `texts` maps the keys of repeated texts to them, and None to None."""
     return Generation(
         id=uuid_text(row.id),
         call_id=None if row.call_id is None else uuid_text(row.call_id),
@@ -170,12 +174,12 @@ def _choice_of(row: Any, texts: Mapping[int | None, str | None]) -> Choice:
 
 
 def versions_of(found: str | None) -> list[tuple[str, int, int]] | None:
-    """The weight versions that a column has the JSON of."""
+    """Parse the weight versions of a choice."""
     return None if found is None else [tuple(version) for version in json.loads(found)]
 
 
 def loss_row(loss: Loss, key: int) -> Row:
-    """The row of `losses`."""
+    """Make the row of `losses`."""
     return (
         key,
         uuid_bytes(loss.id),
@@ -189,7 +193,7 @@ def loss_row(loss: Loss, key: int) -> Row:
 
 
 def loss_of(row: Any) -> Loss:
-    """The loss that this row is of."""
+    """Read a loss from its row."""
     return Loss(
         id=uuid_text(row.id),
         count=row.count,
@@ -202,10 +206,10 @@ def loss_of(row: Any) -> Loss:
 
 
 def uuid_bytes(text: str) -> bytes:
-    """The sixteen bytes of a UUID.
+    """Parse a UUID into its sixteen bytes.
 
     Raises:
-        ValueError: it is none, or not written as `new_id` writes one, and so could not be given back as it was.
+        ValueError: the text is not a UUID as `new_id` writes one; only that form can be restored from the bytes.
     """
     digits = text.replace("-", "")
     try:
@@ -214,23 +218,23 @@ def uuid_bytes(text: str) -> bytes:
         found = b""
     if len(text) == 36 and text[8:24:5] == "----" and found.hex() == digits:
         return found
-    raise ValueError(f"{text[:100]!r} is no UUID in lower case")
+    raise ValueError(f"{text[:100]!r} is not a lower-case UUID")
 
 
 def uuid_text(found: bytes) -> str:
-    """The UUID that has these sixteen bytes."""
+    """Write a UUID, given as sixteen bytes."""
     digits = found.hex()
     return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
 
 
-# A noncharacter, which no text has that is for others to read.
+# A noncharacter: Unicode reserves it for internal use.
 _ESCAPE = "\ufdd0"
 
 
 def storable(text: str | None) -> str | None:
-    """The text as every database can hold it: `text_of` gives it back.
+    """Encode a text so that every database can store it; `text_of` decodes it.
 
-    But for halves of surrogate pairs: JSON may have them, UTF-8 has no way to, and each becomes a question mark.
+    Halves of surrogate pairs are lost: JSON may have them, UTF-8 cannot encode them, and each becomes a question mark.
     """
     if text is None:
         return None
@@ -240,14 +244,14 @@ def storable(text: str | None) -> str | None:
 
 
 def text_of(found: Text) -> Text:
-    """The text that `storable` made this of."""
+    """Decode a text that `storable` encoded."""
     if found is None or _ESCAPE not in found:
         return found
     return found.replace(f"{_ESCAPE}0", "\0").replace(f"{_ESCAPE}1", _ESCAPE)
 
 
 def bytes_of(numbers: array[Any] | None) -> bytes | None:
-    """The numbers, little-endian; None of None."""
+    """Pack numbers, little-endian."""
     if numbers is None or sys.byteorder == "little":
         return None if numbers is None else numbers.tobytes()
     swapped = numbers[:]
@@ -256,10 +260,13 @@ def bytes_of(numbers: array[Any] | None) -> bytes | None:
 
 
 def array_of(kind: str, found: bytes | None) -> Any:
-    """The array, of this type code, that `bytes_of` made this of.
+    """Unpack the numbers that `bytes_of` packed.
+
+    Args:
+        kind: type code of the array.
 
     Raises:
-        ValueError: no number is as long as what is left at the end.
+        ValueError: the length is not a multiple of a number's size.
     """
     if found is None:
         return None
@@ -273,10 +280,10 @@ _SHAPE = struct.Struct("<3I")
 
 
 def experts_bytes(experts: RoutedExperts | None) -> bytes | None:
-    """The shape, three uint32, and then the experts, int16; None of None."""
+    """Pack routed experts: the shape, three uint32, and then the experts, int16."""
     return None if experts is None else _SHAPE.pack(*experts.shape) + (bytes_of(experts.ids) or b"")
 
 
 def experts_of(found: bytes | None) -> RoutedExperts | None:
-    """What `experts_bytes` made this of."""
+    """Unpack the routed experts that `experts_bytes` packed."""
     return None if found is None else RoutedExperts(_SHAPE.unpack_from(found), array_of("h", found[_SHAPE.size :]))

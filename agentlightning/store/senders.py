@@ -1,6 +1,6 @@
-"""Who writes generations, how much and how late, and what their token ids stand for.
+"""Senders: the processes that write generations, how much and how late, and the vocabularies of their token ids.
 
-Everything here works inside a transaction of somebody else's.
+The caller owns the transaction.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from agentlightning.store.database import insert_if_new, run
 
 __all__ = [
     "Minute",
-    "Seen",
+    "SenderReport",
     "add_vocabulary",
-    "greet",
+    "count_generations",
     "has_vocabulary",
-    "introduce",
     "is_known",
-    "note",
     "recent",
+    "register",
+    "register_without_vocabulary",
     "vocabulary",
     "vocabulary_digest_of",
     "vocabulary_of",
@@ -52,12 +52,12 @@ _COUNT = """
 
 @dataclass(frozen=True, slots=True)
 class Minute:
-    """What was written in a minute.
+    """Counts of what a sender wrote in a minute.
 
     Attributes:
-        minute: which, since the epoch.
-        generations, prompt_tokens, output_tokens: how many.
-        lag_sum, lag_max: of all, and the most, how many nanoseconds after it had finished it was written.
+        minute: minutes since the epoch.
+        lag_sum, lag_max: sum and maximum of the nanoseconds from the end of a generation (sender's clock) to its
+            arrival (store's clock).
     """
 
     minute: int
@@ -69,15 +69,15 @@ class Minute:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """A sender, and what was seen of it.
+class SenderReport:
+    """A sender and its recent activity.
 
     Attributes:
         sender: without its vocabulary.
-        vocabulary_digest: that of its vocabulary, which may not be here yet.
-        seen_at: when something was heard of it last, to the second, in nanoseconds since the epoch.
-        minutes: those in which it has written something, in order.
-        lost: how many generations it could not have kept, as it has told.
+        vocabulary_digest: digest of its vocabulary, which may not have arrived yet.
+        seen_at: when it last registered or wrote, to the second, in nanoseconds since the epoch.
+        minutes: the minutes in which it wrote something, in order.
+        lost: number of generations that it reported as lost.
     """
 
     sender: Sender
@@ -87,21 +87,21 @@ class Seen:
     lost: int
 
 
-def greet(connection: Connection, sender: Sender) -> None:
-    """Note who will write, and keep its vocabulary where it is not known yet. May be told again, and otherwise.
+def register(connection: Connection, sender: Sender) -> None:
+    """Register a sender, and store its vocabulary unless it is known. Safe to repeat; the last call wins.
 
     Raises:
-        ValueError: its id is no UUID.
+        ValueError: its id is not a UUID.
     """
     vocabulary = sender.vocabulary
-    introduce(connection, sender, None if vocabulary is None else vocabulary.digest)
+    register_without_vocabulary(connection, sender, None if vocabulary is None else vocabulary.digest)
     if vocabulary is not None and not has_vocabulary(connection, vocabulary.digest):
         add_vocabulary(connection, vocabulary.digest, vocabulary.to_bytes())
 
 
-def introduce(connection: Connection, sender: Sender, vocabulary_digest: bytes | None) -> None:
-    """The same for one whose vocabulary is somewhere else, or comes later."""
-    wanted = rows.uuid_bytes(sender.id)
+def register_without_vocabulary(connection: Connection, sender: Sender, vocabulary_digest: bytes | None) -> None:
+    """Register a sender whose vocabulary is stored already, or comes later."""
+    sender_id = rows.uuid_bytes(sender.id)
     columns = {
         "host": rows.storable(sender.host),
         "pid": sender.pid,
@@ -112,36 +112,36 @@ def introduce(connection: Connection, sender: Sender, vocabulary_digest: bytes |
         "digest": vocabulary_digest,
         "seen_at": time.time_ns(),
     }
-    if not insert_if_new(connection, tables.senders, id=wanted, **columns):
-        connection.execute(update(tables.senders).where(_SENDERS.id == wanted).values(**columns))
+    if not insert_if_new(connection, tables.senders, id=sender_id, **columns):
+        connection.execute(update(tables.senders).where(_SENDERS.id == sender_id).values(**columns))
 
 
 def is_known(connection: Connection, sender_id: str | None) -> bool:
-    """Whether it has greeted."""
+    """Tell whether a sender is registered."""
     return _find(connection, sender_id) is not None
 
 
 def has_vocabulary(connection: Connection, digest: bytes) -> bool:
-    """Whether the vocabulary of this digest is kept."""
+    """Tell whether the vocabulary with this digest is stored."""
     return connection.execute(select(_VOCABULARIES.digest).where(_VOCABULARIES.digest == digest)).first() is not None
 
 
 def add_vocabulary(connection: Connection, digest: bytes, packed: bytes) -> None:
-    """Keep a vocabulary, as `Vocabulary.to_bytes` has it; one that is known is left as it is."""
+    """Store a vocabulary, packed by `Vocabulary.to_bytes`; a known one is left unchanged."""
     insert_if_new(connection, tables.vocabularies, digest=digest, body=packed)
 
 
-def note(
+def count_generations(
     connection: Connection,
     sender_id: str | None,
     new: Collection[Generation],
     counts: Collection[tuple[int, int]],
     now: int,
 ) -> int | None:
-    """Note that a sender has written generations; returns its key, and None of one that has never greeted.
+    """Add new generations to the counts of their sender; returns its key, or None for an unregistered sender.
 
     Args:
-        counts: how many ids each of them has, its prompt and all of its choices.
+        counts: the `rows.token_counts` of each generation.
         now: nanoseconds since the epoch.
     """
     known = _find(connection, sender_id)
@@ -151,10 +151,10 @@ def note(
     minute, (prompts, outputs) = now // MINUTE, map(sum, zip(*counts, strict=True))
     lags = [now - generation.finished_at for generation in new]
     if min(lags) < 0:
-        # The clock that has said when it finished is ahead of ours.
+        # The sender's clock is ahead of the store's.
         lags = [max(lag, 0) for lag in lags]
     run(connection, _COUNT, (key, minute, len(new), prompts, outputs, float(sum(lags)), float(max(lags))))
-    # Not more often: of who writes all the time it is no news.
+    # At most once a second: a sender that writes all the time needs no update with every write.
     if now - seen_at >= SECOND:
         run(connection, "UPDATE senders SET seen_at = ? WHERE key = ?", (now, key))
     if seen_at // MINUTE != minute:
@@ -163,11 +163,12 @@ def note(
     return key
 
 
-def recent(connection: Connection, since: int, limit: int = 100) -> list[Seen]:
-    """The senders that something was heard of since then, at most so many, from the last one seen on.
+def recent(connection: Connection, since: int, limit: int = 100) -> list[SenderReport]:
+    """Report on the senders that registered or wrote lately, the latest first.
 
     Args:
-        since: nanoseconds since the epoch; minutes and losses are from then on, too.
+        since: nanoseconds since the epoch, for the minutes and losses, too.
+        limit: most senders to report on.
     """
     query = select(tables.senders).where(_SENDERS.seen_at >= since).order_by(_SENDERS.seen_at.desc()).limit(limit)
     found = connection.execute(query).all()
@@ -176,17 +177,17 @@ def recent(connection: Connection, since: int, limit: int = 100) -> list[Seen]:
     for row in connection.execute(select(tables.sender_minutes).where(*of_these).order_by(_MINUTES.minute)):
         minutes[row.sender_key].append(Minute(*row[1:]))
     lost = _lost(connection, found, since)
-    return [Seen(_sender_of(row), row.digest, row.seen_at, minutes[row.key], lost[row.key]) for row in found]
+    return [SenderReport(_sender_of(row), row.digest, row.seen_at, minutes[row.key], lost[row.key]) for row in found]
 
 
 def vocabulary_of(connection: Connection, generation_id: str) -> Vocabulary | None:
-    """What the ids of a generation stand for; None where nobody has told."""
+    """Find the vocabulary of a generation; None where its sender gave none."""
     digest = vocabulary_digest_of(connection, generation_id)
     return None if digest is None else vocabulary(connection, digest)
 
 
 def vocabulary_digest_of(connection: Connection, generation_id: str) -> bytes | None:
-    """The digest of the vocabulary of a generation; None where there is none here."""
+    """Find the digest of a generation's vocabulary; None where none is stored."""
     query = (
         select(_VOCABULARIES.digest)
         .join(tables.senders, _SENDERS.digest == _VOCABULARIES.digest)
@@ -198,13 +199,13 @@ def vocabulary_digest_of(connection: Connection, generation_id: str) -> bytes | 
 
 
 def vocabulary(connection: Connection, digest: bytes) -> Vocabulary | None:
-    """The vocabulary of this digest; None where it is not kept."""
+    """Read the vocabulary with this digest; None where it is not stored."""
     packed = connection.execute(select(_VOCABULARIES.body).where(_VOCABULARIES.digest == digest)).scalar()
     return None if packed is None else Vocabulary.from_bytes(packed)
 
 
 def _find(connection: Connection, sender_id: str | None) -> tuple[int, int] | None:
-    """The key of a sender, and when it was seen."""
+    """Find the key of a sender, and when it was last seen."""
     with suppress(ValueError):
         if sender_id is not None:
             query = "SELECT key, seen_at FROM senders WHERE id = ?"
@@ -214,9 +215,10 @@ def _find(connection: Connection, sender_id: str | None) -> tuple[int, int] | No
 
 
 def _lost(connection: Connection, found: Sequence[Any], since: int) -> defaultdict[int, int]:
-    """How many each of these senders has lost, by its key.
+    """Count the losses of each of these senders, by its key.
 
-    In a container that is started again the next sender has the same host and process number as the one before it.
+    In a restarted container the next sender has the same host and process id as the one before; the start time tells
+    them apart.
     """
     processes: defaultdict[tuple[str, int], list[Any]] = defaultdict(list)
     for row in sorted(found, key=lambda row: row.started_at, reverse=True):

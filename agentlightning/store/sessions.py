@@ -20,13 +20,13 @@ from agentlightning.store.database import insert_if_new
 from agentlightning.store.spans import NewSpan, next_sequence_ids
 from agentlightning.store.tables import sessions, span_sequences, spans
 
-__all__ = ["Place", "end", "find", "join", "latest", "spans_of"]
+__all__ = ["SessionPlace", "end", "find", "join", "latest", "spans_of"]
 
-Place = tuple[str, str]
+SessionPlace = tuple[str, str]
 """Ids of a rollout and of one of its attempts; the latter is empty where this store does not know the rollout."""
 
 
-def join(connection: Connection, new: Sequence[NewSpan], project_id: str) -> dict[str, Place]:
+def join(connection: Connection, new: Sequence[NewSpan], project_id: str) -> dict[str, SessionPlace]:
     """Assign the rollout and attempt of their session to spans that have none; the session may be new.
 
     Args:
@@ -38,7 +38,7 @@ def join(connection: Connection, new: Sequence[NewSpan], project_id: str) -> dic
     by_trace: defaultdict[str, list[NewSpan]] = defaultdict(list)
     for each in new:
         by_trace[each.trace_id].append(each)
-    own: dict[str, Place] = {}
+    own: dict[str, SessionPlace] = {}
     # Sorted, so that two writers of the same sessions lock them in the same order.
     for trace_id in sorted(by_trace):
         of_trace = by_trace[trace_id]
@@ -52,7 +52,7 @@ def join(connection: Connection, new: Sequence[NewSpan], project_id: str) -> dic
     return own
 
 
-def end(connection: Connection, new: Sequence[NewSpan], own: dict[str, Place]) -> None:
+def end(connection: Connection, new: Sequence[NewSpan], own: dict[str, SessionPlace]) -> None:
     """End the attempts whose root span is among the stored spans: the root is the last span of a session to end.
 
     Args:
@@ -90,7 +90,9 @@ def spans_of(connection: Connection, trace_id: str) -> Sequence[Any]:
     return connection.execute(query.order_by(spans.c.start_time, spans.c.key)).all()
 
 
-def _place(connection: Connection, trace_id: str, named: Place | None, project_id: str) -> tuple[Place, bool]:
+def _place(
+    connection: Connection, trace_id: str, named: SessionPlace | None, project_id: str
+) -> tuple[SessionPlace, bool]:
     """Return the place of a session, and whether that is a rollout of its own."""
     unknown = {"rollout_id": "", "attempt_id": "", "is_own": False}
     if insert_if_new(connection, sessions, trace_id=trace_id, project_id=project_id, **unknown):
@@ -116,7 +118,7 @@ def _is_under_way(connection: Connection, session: Any) -> bool:
     return found is None or found.attempt_status in ("preparing", "running")
 
 
-def _own(connection: Connection, trace_id: str, project_id: str) -> Place:
+def _own(connection: Connection, trace_id: str, project_id: str) -> SessionPlace:
     made = NewRollout(input={"trace_id": trace_id}, metadata={attributes.PROJECT: project_id})
     rollout_id = lifecycle.start(connection, made, None)
     found = rollouts.find(connection, rollout_id)
@@ -131,12 +133,12 @@ def _is_left_in_error(connection: Connection, root: NewSpan) -> bool:
     return last is not None and json.loads(last)["status"]["status_code"] == "ERROR"
 
 
-def _set(connection: Connection, trace_id: str, place: Place, *, is_own: bool) -> None:
+def _set(connection: Connection, trace_id: str, place: SessionPlace, *, is_own: bool) -> None:
     changed = update(sessions).where(sessions.c.trace_id == trace_id)
     connection.execute(changed.values(rollout_id=place[0], attempt_id=place[1], is_own=is_own))
 
 
-def _move(connection: Connection, which: ColumnElement[bool], place: Place) -> None:
+def _move(connection: Connection, which: ColumnElement[bool], place: SessionPlace) -> None:
     """Move stored spans to another rollout, in their order."""
     there = spans.alias()
     is_there = and_(there.c.rollout_id == place[0], there.c.attempt_id == place[1], there.c.span_id == spans.c.span_id)

@@ -1,4 +1,4 @@
-"""A database in a SQLite file, which several processes of one host may write at once."""
+"""A database in a SQLite file, which several processes of one host may write at the same time."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from agentlightning.store.filesystem import network_file_system
 __all__ = ["SqliteDatabase"]
 
 APPLICATION_ID = int.from_bytes(b"AgL1", "big")
-"""What `PRAGMA application_id` says in our files."""
+"""`PRAGMA application_id` of the files of agentlightning."""
 VERSION = 2
-"""The schema's, as `PRAGMA user_version` says it."""
+"""Version of the schema, which `PRAGMA user_version` holds."""
 MIGRATIONS: Mapping[int, Sequence[str]] = {
     1: (
         "ALTER TABLE spans ADD COLUMN is_numbered BOOLEAN",
         "ALTER TABLE spans ADD COLUMN common_key INTEGER",
         "CREATE TABLE probes (name TEXT NOT NULL, written_at DOUBLE NOT NULL, PRIMARY KEY (name))",
-        *tables.ENDS_THAT_WERE_LEFT,
+        *tables.CLEAR_STALE_END_TIMES,
     ),
 }
-"""The statements that make a file of this version one of the next."""
+"""Statements that turn a file of a version into one of the next."""
 
-# Set before the file's first page is written, or never: smaller pages waste more of themselves on rows of some KiB.
+# It can be set only before the first page is written. With rows of some KiB, smaller pages waste more space.
 PAGE_BYTES = 16384
 WAL_BYTES = 16 << 20
-"""The size to which the WAL file shrinks when all that is in it has been copied to the database file."""
+"""Size to which the WAL file shrinks once all of it has been copied to the database file."""
 
 
 class SqliteDatabase(Database):
-    """A file in WAL mode: readers never wait, and who writes waits only for who writes."""
+    """A file in WAL mode: readers never wait, and writers wait only for each other."""
 
     def __init__(self, path: str, create: bool, patience: float) -> None:
         if path in ("", ":memory:"):
@@ -48,8 +48,8 @@ class SqliteDatabase(Database):
         self._path = Path(path).expanduser().absolute()
         if network := network_file_system(self._path):
             raise StoreRefused(
-                f"{self._path} is on a network file system ({network}), where the locks and the shared memory of "
-                "SQLite do not hold: give a path on a local disk"
+                f"{self._path} is on a network file system ({network}), where SQLite's locks and shared memory do "
+                "not work: give a path on a local disk"
             )
         self._patience = patience
         if create:
@@ -57,7 +57,7 @@ class SqliteDatabase(Database):
         self._file = self._identity()
         self._engine = create_engine(
             URL.create("sqlite", database=str(self._path)),
-            # Where a transaction begins and ends is said here, not guessed by Python's sqlite3.
+            # This class begins and ends its transactions itself; Python's sqlite3 would guess.
             isolation_level="AUTOCOMMIT",
             connect_args={"timeout": patience},
             pool_reset_on_return=None,
@@ -86,13 +86,13 @@ class SqliteDatabase(Database):
         if isinstance(reason, OSError):
             return StoreUnavailable(f"{self._path} cannot be opened: {reason.strerror}")
         if isinstance(reason, OverflowError):
-            return InvalidRecord(f"a number that SQLite cannot hold: {reason}")
+            return InvalidRecord(f"SQLite cannot store this number: {reason}")
         if isinstance(reason, UnicodeEncodeError):
-            return InvalidRecord(f"a text that SQLite cannot hold: {reason.reason}")
+            return InvalidRecord(f"SQLite cannot store this text: {reason.reason}")
         if isinstance(reason, sqlite3.OperationalError):
             return StoreUnavailable(f"{self._path} cannot be used now: {reason}")
         if type(reason) is sqlite3.DatabaseError:
-            return StoreRefused(f"{self._path} is no SQLite file, or a broken one: {reason}")
+            return StoreRefused(f"{self._path} is not a SQLite file, or is damaged: {reason}")
         return InvalidRecord(f"{reason}") if isinstance(reason, sqlite3.Error) else None
 
     def tidy(self) -> None:
@@ -117,7 +117,7 @@ class SqliteDatabase(Database):
 
     def _make_file(self) -> None:
         with self.explained(), suppress(FileExistsError):
-            # SQLite gives the files beside it, -wal and -shm, the same mode.
+            # SQLite creates the -wal and -shm files with the same permissions.
             os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
 
     def _identity(self) -> tuple[int, int]:
@@ -126,7 +126,7 @@ class SqliteDatabase(Database):
             return found.st_dev, found.st_ino
 
     def _prepare(self, connection: Connection) -> None:
-        """Make the schema where there is none, or bring it up to date; what is not ours is refused, and left alone."""
+        """Create the schema, or migrate it; refuse another program's file, and leave it unchanged."""
         with transaction(connection, "BEGIN"):
             version = self._version(connection)
         connection.exec_driver_sql(f"PRAGMA page_size = {PAGE_BYTES}")
@@ -134,7 +134,7 @@ class SqliteDatabase(Database):
         if version == VERSION:
             return
         with transaction(connection, "BEGIN IMMEDIATE"):
-            # Read again: somebody may have been here first.
+            # Read again: another process may have got here first.
             version = self._version(connection)
             if version == 0:
                 tables.metadata.create_all(connection, checkfirst=False)
@@ -145,15 +145,15 @@ class SqliteDatabase(Database):
             connection.exec_driver_sql(f"PRAGMA user_version = {VERSION}")
 
     def _version(self, connection: Connection) -> int:
-        """The version of the file's schema; 0 where it is empty."""
-        of_whom, version, found = (
+        """Return the version of the file's schema; 0 for an empty file."""
+        application_id, version, objects = (
             connection.exec_driver_sql(query).scalar_one()
             for query in ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master")
         )
-        if (of_whom, version, found) == (0, 0, 0):
+        if (application_id, version, objects) == (0, 0, 0):
             return 0
-        if of_whom != APPLICATION_ID:
-            raise StoreRefused(f"{self._path} is the database of another program")
+        if application_id != APPLICATION_ID:
+            raise StoreRefused(f"{self._path} belongs to another program")
         if version > VERSION:
             raise StoreRefused(
                 f"{self._path} was written by a newer agentlightning (schema {version}, this one knows {VERSION}): "
@@ -168,7 +168,7 @@ class SqliteDatabase(Database):
                 connection.exec_driver_sql("PRAGMA journal_mode = WAL")
                 return
             except DBAPIError as error:
-                # This one statement does not wait for whoever does the same at this moment.
+                # Unlike others, this statement does not wait while another process executes it.
                 if "locked" not in str(error.orig) or time.monotonic() > deadline:
                     raise
             time.sleep(0.01)
@@ -180,6 +180,7 @@ class SqliteDatabase(Database):
 
 
 def _configure(connection: sqlite3.Connection, _: object) -> None:
-    # In WAL mode this loses nothing when a process is killed; without power, the last transactions, whole.
+    # In WAL mode this loses nothing when a process is killed; a power failure may lose the last transactions, each as a
+    # whole.
     connection.execute("PRAGMA synchronous = NORMAL")
     connection.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")

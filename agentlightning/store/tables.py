@@ -1,11 +1,11 @@
-"""The tables, as SQLAlchemy Core has them.
+"""The tables, for SQLAlchemy Core.
 
-Those of generations are laid out to be small: ids are binary, texts that repeat are kept once and stood for by a
-number, and each index has what its query asks for and no more. Token ids are little-endian int32, logprobs
+The tables of generations are laid out to be small: ids are binary, a repeated text is stored once and referred to by a
+number, and each index has the columns that its query needs and no more. Token ids are little-endian int32, logprobs
 little-endian float32.
 
-Those of rollouts, attempts, spans, resources and workers have what is asked for in columns, and what is given back
-as it came as JSON. Their moments are seconds since the epoch, as the LightningStore interface has them.
+The tables of rollouts, attempts, spans, resources and workers have columns for what is searched or changed, and JSON
+for what is returned as it arrived. Their times are seconds since the epoch, as in the LightningStore interface.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from sqlalchemy import (
 )
 
 __all__ = [
-    "ENDS_THAT_WERE_LEFT",
+    "CLEAR_STALE_END_TIMES",
     "attempts",
     "choices",
     "generations",
@@ -51,25 +51,29 @@ __all__ = [
 
 metadata = MetaData()
 
-# SQLite gives numbers to a primary key of this one type; every number of its may be as large.
+# SQLite assigns keys only where the type is INTEGER, which holds 64 bits there.
 _Key = BigInteger().with_variant(Integer, "sqlite")
-# Texts are in the order of their characters, as SQLite has them, whatever the language of the database is.
+# Texts are ordered by their code points, as in SQLite, whatever the locale of the database.
 _Text = Text().with_variant(Text(collation="C"), "postgresql")
 
 texts = Table(
     "texts",
     metadata,
     Column("key", _Key, primary_key=True),
-    # Not the text itself, which may be long: an index would have it a second time.
+    # An index on the text itself, which may be long, would store it a second time.
     Column("digest", LargeBinary, nullable=False, unique=True),
     Column("text", _Text, nullable=False),
 )
-"""Texts that repeat. The columns of other tables that end in `_key` hold keys of this one."""
+"""Repeated texts.
+
+In `generations` and `choices`, columns whose names end in `_key` refer to them, but for `sender_key` and
+`generation_key`; so does `spans.common_key`.
+"""
 
 generations = Table(
     "generations",
     metadata,
-    # Numbered as they are written: rows that are appended fill their pages, rows in the order of ids would not.
+    # Numbered as they are written: appended rows fill their pages, rows in the order of ids would not.
     Column("key", _Key, primary_key=True),
     Column("id", LargeBinary, nullable=False, unique=True),
     Column("call_id", LargeBinary),
@@ -88,9 +92,9 @@ generations = Table(
     Column("sampling_params_key", _Key),
     Column("logprobs_mode_key", _Key),
     Column("cached_tokens", BigInteger),
-    # Of whoever has written it.
+    # The sender that wrote it; null for an unregistered one.
     Column("sender_key", _Key),
-    # How many ids there are, of all choices: who counts them need not read them.
+    # The numbers of ids, the output's of all choices, so that counting need not read the ids.
     Column("prompt_tokens", Integer, nullable=False),
     Column("output_tokens", Integer, nullable=False),
     Column("prompt_token_ids", LargeBinary),
@@ -136,32 +140,32 @@ senders = Table(
     Column("version", _Text, nullable=False),
     Column("vllm", _Text),
     Column("model", _Text),
-    # The vocabulary's, which may come later.
+    # Digest of its vocabulary, which may arrive later.
     Column("digest", LargeBinary),
     Column("seen_at", BigInteger, nullable=False),
 )
-"""Who writes generations, and when something was heard of it last."""
+"""The processes that write generations, and when each last registered or wrote."""
 
 sender_minutes = Table(
     "sender_minutes",
     metadata,
     Column("sender_key", _Key, primary_key=True, autoincrement=False),
-    # Since the epoch.
+    # Minutes since the epoch.
     Column("minute", BigInteger, primary_key=True, autoincrement=False),
     Column("generations", BigInteger, nullable=False),
     Column("prompt_tokens", BigInteger, nullable=False),
     Column("output_tokens", BigInteger, nullable=False),
-    # Nanoseconds. No integers: what a wrong clock makes of them, and their sum, has no bound.
+    # Nanoseconds, as floats: with a wrong clock they, and their sum, have no bound.
     Column("lag_sum", Double, nullable=False),
     Column("lag_max", Double, nullable=False),
 )
-"""What was written in a minute, and how long after it had finished."""
+"""Counts of what a sender wrote in a minute, and how long after the generations had finished."""
 
 vocabularies = Table(
     "vocabularies",
     metadata,
     Column("digest", LargeBinary, primary_key=True),
-    # As `Vocabulary.to_bytes` has it.
+    # Packed by `Vocabulary.to_bytes`.
     Column("body", LargeBinary, nullable=False),
 )
 
@@ -178,9 +182,9 @@ rollouts = Table(
     Column("status", _Text, nullable=False),
     Column("config", _Text, nullable=False),
     Column("metadata", _Text),
-    # Nanoseconds since the epoch; of those that were queued at once, the lower key comes first.
+    # Nanoseconds since the epoch; of rollouts queued at the same time, the lower key comes first.
     Column("queued_at", BigInteger),
-    # How many there have been: the latest is the one with this `sequence_id`.
+    # The number of attempts, which is the `sequence_id` of the latest.
     Column("attempts", Integer, nullable=False),
 )
 
@@ -196,7 +200,7 @@ attempts = Table(
     Column("worker_id", _Text),
     Column("last_heartbeat_time", Double),
     Column("metadata", _Text),
-    # When it times out or counts as unresponsive, unless something is heard of it; only while its rollout is under way.
+    # When it times out or becomes unresponsive, unless a heartbeat arrives; set only while its rollout is under way.
     Column("deadline", Double),
 )
 
@@ -204,7 +208,7 @@ spans = Table(
     "spans",
     metadata,
     Column("key", _Key, primary_key=True),
-    # Neither is there of a span that came without a rollout: it is found by its trace.
+    # Both ids are null for a span that arrived without a rollout, which is found by its trace.
     Column("rollout_id", _Text),
     Column("attempt_id", _Text),
     Column("sequence_id", BigInteger, nullable=False),
@@ -214,14 +218,14 @@ spans = Table(
     Column("name", _Text, nullable=False),
     Column("start_time", Double),
     Column("end_time", Double),
-    # Whether its sender gave it its sequence_id. Else the store did when it arrived, which says nothing of when it was.
+    # Whether the sender gave it its sequence_id. If the store did, that is the order of arrival, not of events.
     Column("is_numbered", Boolean),
-    # What it says that others look for: the `id` of a model's answer, and a reward.
+    # Attributes that are searched for: the `id` of a model's answer, and a reward.
     Column("response_id", _Text),
     Column("reward", Double),
-    # A JSON object of what many spans have in common: resource and scope. Null where the body has them.
+    # The text with a JSON object that many spans share: resource and scope. Null where the body has them.
     Column("common_key", _Key),
-    # A JSON object of all else but rollout_id, attempt_id and sequence_id.
+    # A JSON object of all other fields but rollout_id, attempt_id and sequence_id.
     Column("body", LargeBinary, nullable=False),
 )
 
@@ -231,7 +235,7 @@ span_sequences = Table(
     Column("rollout_id", _Text, primary_key=True),
     Column("last", BigInteger, nullable=False),
 )
-"""The highest `sequence_id` that a span of the rollout has, or that was given out for one."""
+"""The highest `sequence_id` of a rollout that a span has, or that was reserved for one."""
 
 resources = Table(
     "resources",
@@ -267,10 +271,10 @@ sessions = Table(
     Column("project_id", _Text, nullable=False),
     Column("rollout_id", _Text, nullable=False),
     Column("attempt_id", _Text, nullable=False),
-    # Whether the rollout was made for it.
+    # Whether the rollout was created for this session.
     Column("is_own", Boolean, nullable=False),
 )
-"""The traces that are attempts, and which."""
+"""AgentOps sessions: traces, and the attempt that each belongs to."""
 
 uploads = Table(
     "uploads",
@@ -290,7 +294,7 @@ probes = Table(
     Column("name", _Text, primary_key=True),
     Column("written_at", Double, nullable=False),
 )
-"""Written to find out whether the database can be written."""
+"""Rows written to test whether the database can be written."""
 
 secrets = Table(
     "secrets",
@@ -298,7 +302,7 @@ secrets = Table(
     Column("name", _Text, primary_key=True),
     Column("value", LargeBinary, nullable=False),
 )
-"""What those who serve the same database have in common, and nobody else."""
+"""Secrets shared by all servers on this database."""
 
 
 def _index(name: str, *columns: Column[Any], where: ColumnElement[bool] | None = None, unique: bool = False) -> None:
@@ -310,13 +314,14 @@ def _index_where_set(table: Table, name: str, *columns: str) -> None:
     _index(f"{table.name}_{name}", *found, where=found[0].is_not(None))
 
 
-# The counts of a rollout are read here alone.
+# The counts of a rollout are read from this index alone.
 _OF_ROLLOUT = ("rollout_key", "finished_at", "attempt_key", "status", "prompt_tokens", "output_tokens")
 _index_where_set(generations, "by_rollout", *_OF_ROLLOUT)
 _index_where_set(generations, "by_session", "session_key", "finished_at")
 _index_where_set(generations, "by_call", "call_id")
 _index_where_set(generations, "by_response", "response_id")
-# By what the rows are read in the order of; the rest is looked at here, without going to rows that hold long blobs.
+# All generations are read in this order. The other columns are filtered in the index, without visiting the rows, which
+# hold long blobs.
 _BY_TIME = ("finished_at", "key", "status", "model_key", "rollout_key", "attempt_key")
 _index("generations_by_time", *(generations.c[column] for column in _BY_TIME))
 _index("losses_by_time", losses.c.last_at)
@@ -329,13 +334,13 @@ _index("spans_of_rollout", *_SPAN_OF_ROLLOUT, where=spans.c.rollout_id.is_not(No
 _index("spans_of_none", spans.c.trace_id, spans.c.span_id, where=spans.c.rollout_id.is_(None), unique=True)
 _index("spans_of_trace", spans.c.trace_id)
 _index_where_set(spans, "of_response", "response_id")
-# From which the last reward of every rollout is read, without going to their bodies.
+# The last reward of every rollout is read from this index alone, without visiting the bodies.
 _index("spans_with_reward", spans.c.rollout_id, spans.c.sequence_id, spans.c.reward, where=spans.c.reward.is_not(None))
 _index_where_set(uploads, "of_trace", "trace_id")
 _index("resources_by_time", resources.c.update_time)
 
-ENDS_THAT_WERE_LEFT = (
+CLEAR_STALE_END_TIMES = (
     "UPDATE rollouts SET end_time = NULL WHERE status NOT IN ('failed', 'succeeded', 'cancelled')",
     "UPDATE attempts SET end_time = NULL WHERE status IN ('preparing', 'running')",
 )
-"""Version 1 left a rollout, and an attempt, that ran again the time at which it had ended before."""
+"""Migration: version 1 left the former end time on a rollout or attempt that ran again."""

@@ -1,4 +1,4 @@
-"""Texts that repeat: kept once, and stood for by a number. Everything here works inside a transaction."""
+"""String interning: each repeated text is stored once, and its key stands for it. The caller owns the transaction."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["key_of", "keys_of", "texts_of"]
 
 
 def keys_of(connection: Connection, wanted: Iterable[str | None]) -> dict[str | None, int | None]:
-    """Each text's key, and None for None; texts that have none get one."""
+    """Map texts to their keys, storing those that are new; None is mapped to None."""
     of_texts = {text: _digest(text) for text in wanted if text is not None}
-    # Two that differ in halves of surrogate pairs alone are the same to a database.
+    # Texts that differ only in halves of surrogate pairs are the same to a database.
     digests = {digest: text for text, digest in of_texts.items()}
     known = _known(connection, digests)
-    # In one order for everybody: of two that put in the same texts, each would wait for the other.
+    # Sorted, since two writers that insert the same texts in different orders would deadlock.
     fresh = sorted(digests.keys() - known.keys())
     if fresh:
         keys = next_keys(connection, texts, len(fresh))
@@ -28,18 +28,18 @@ def keys_of(connection: Connection, wanted: Iterable[str | None]) -> dict[str | 
         if insert_rows(connection, texts, new, if_new=True) == len(new):
             known |= {digest: key for key, digest, _ in new}
         else:
-            # Somebody else has put some of them in since.
+            # Another writer has inserted some of them meanwhile.
             known |= _known(connection, fresh)
     return {None: None} | {text: known[digest] for text, digest in of_texts.items()}
 
 
 def key_of(connection: Connection, text: str) -> int | None:
-    """The key of a text; None where it has none."""
+    """Return the key of a text; None for an unknown text."""
     return connection.execute(select(texts.c.key).where(texts.c.digest == _digest(text))).scalar()
 
 
 def texts_of(connection: Connection, keys: Iterable[int | None]) -> Mapping[int | None, str | None]:
-    """Each key's text, and None for None."""
+    """Map keys to their texts, and None to None."""
     wanted = [key for key in keys if key is not None]
     rows = (row for some in in_parts(wanted) for row in found(connection, texts, ("key", "text"), "key", some))
     return {None: None} | {key: text_of(text) for key, text in rows}

@@ -1,7 +1,7 @@
 """The triplets of a rollout: its model calls in order, each with the reward that belongs to it.
 
-Everything here works inside a transaction of somebody else's, and asks as many queries whatever number of calls there
-are, but for lists that are too long for one.
+The caller owns the transaction. The number of queries does not depend on the number of calls, except that long lists
+are split into several.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from agentlightning.store.attributes import GENERATION, OUTCOME, RESPONSE, links
 from agentlightning.store.database import in_parts
 from agentlightning.triplet import Triplet
 
-__all__ = ["Place", "has_call", "of_responses", "of_rollout", "places_of", "rollouts_of"]
+__all__ = ["GenerationPosition", "has_call", "of_responses", "of_rollout", "positions_of", "rollouts_of"]
 
 Texts = Mapping[int | None, str | None]
 
-# A link by this is to the span of a call.
+# A link by this attribute leads to the span of a call.
 SPAN = "span_id"
 
 _SPANS, _GENERATIONS, _CHOICES = tables.spans.c, tables.generations.c, tables.choices.c
@@ -37,7 +37,8 @@ _SPANS, _GENERATIONS, _CHOICES = tables.spans.c, tables.generations.c, tables.ch
 class _Call:
     """The generations of one HTTP call, in the order in which they finished, and the spans that name its answer.
 
-    One that has none is missing: a span names its answer, and it is lost, or not here yet, or was made elsewhere.
+    A call without generations is missing: a span names its answer, but it was lost, or has not arrived yet, or another
+    server answered it.
     """
 
     generations: list[Any]
@@ -46,7 +47,7 @@ class _Call:
 
     @property
     def span(self) -> Any:
-        """The first of its spans, which is where it stands."""
+        """The first of its spans, which gives its position."""
         return self.spans[0] if self.spans else None
 
     @property
@@ -55,7 +56,7 @@ class _Call:
 
     @property
     def finished_at(self) -> float:
-        """Nanoseconds since the epoch; of a missing one, by the clock of whoever made its span."""
+        """Nanoseconds since the epoch; for a missing call by the clock of the agent that made its span."""
         if self.generations:
             return self.generations[-1].finished_at
         ended = _ended(self.span)
@@ -63,8 +64,8 @@ class _Call:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a generation stands in its rollout; as in its triplets."""
+class GenerationPosition:
+    """A generation of a rollout's call, with what its triplets say of it besides their ids."""
 
     generation_id: str
     attempt_id: str | None
@@ -73,30 +74,32 @@ class Place:
 
 
 def of_rollout(connection: Connection, rollout_id: str, attempt_id: str | None = None) -> list[Triplet]:
-    """A triplet for each choice of each model call of a rollout, or of an attempt of it; one for a call without any.
+    """List the triplets of a rollout, or of one of its attempts: one for each choice of each generation of its calls.
 
-    Its calls are those that were recorded under these ids, and those whose answer one of its spans names: their
-    `response_id` is its `gen_ai.response.id`. Several calls may have one `response_id`: a client that gives all of them
-    one request id makes vLLM answer so. Of these only those that were recorded under the ids are its calls, and the
-    spans that name it are theirs one by one, in order, where there are as many and no attempt of one contradicts; else
-    none of them is.
+    A generation without choices has one triplet.
 
-    Arrival is not order: spans are sent in batches, and generations wait in a queue, so that either may come late. Two
+    Which calls: those that were recorded under these ids, and those whose answer a span of the rollout names: their
+    `response_id` is the span's `gen_ai.response.id`. Several calls may share a `response_id`, since vLLM derives it
+    from the request id, and a client may give all calls the same one. Of calls that share one, only those recorded
+    under these ids count. The spans that name it are matched to these calls one by one, in order, if there are as many
+    and no attempt ids contradict; otherwise none is matched.
+
+    Arrival is not order: spans are sent in batches, and generations wait in a queue, so either may come late. Two
     events are compared by what one writer or one clock says of both, and by arrival only where nothing else is known.
 
-    Order: calls that have spans are in the order in which these ended (`_in_time`), and one that has none comes after
-    the last of them that finished before it, by the clock of vLLM's host. The generations of one call (tool loops, beam
-    search) stay together. A call that is missing has its place by its span, and no triplet. It is where no call has the
-    answer that a span names, and where the spans that name one of several calls are more than these, or are of other
-    attempts.
+    Order: calls that have spans are in the order in which these ended (`_in_time`). A call without spans comes after
+    the last of those that finished before it, by the clock of vLLM's host. The generations of one call (tool loops,
+    beam search) stay together. A missing call has its position by its span, but no triplet. A call is missing where a
+    span names an answer that no call has, and where the spans that name a shared `response_id` outnumber its calls or
+    belong to other attempts.
 
-    Rewards: one that names a generation, or links to the answer or the span of a call, belongs to that; one that was
-    given as the outcome of its attempt to the last call that is there by now; each other to the last call of its
-    attempt that ended before it (`_is_before`). One that has none before it, and no call's span after it, is an
-    outcome, too. Of several rewards of a call the last counts, and one that was posted counts more than one in a span
-    of the agent: their clocks differ. Of several generations of a call the last gets it, with all of its choices. A
-    reward that belongs to a call that is missing, or links to none, or to an answer that several calls have, is left
-    out.
+    Rewards: a reward that names a generation, or links to the answer or the span of a call, belongs to that call. An
+    outcome of an attempt belongs to the last call of the attempt that is stored when triplets are read. Any other
+    reward belongs to the last call of its attempt that ended before it (`_is_before`); if none did, and no span of a
+    call comes after it, it is an outcome, too. Of several rewards of a call the last counts, and a posted one takes
+    precedence over one in a span of the agent, since their clocks differ. Of several generations of a call the last
+    gets the reward, with all of its choices. A reward is left out if it belongs to a missing call, or if its links
+    lead to no call or only to an answer that several calls share.
     """
     if attempt_id == "latest" and (attempt_id := rollouts.attempt_id_of(connection, rollout_id, attempt_id)) is None:
         return []
@@ -104,26 +107,28 @@ def of_rollout(connection: Connection, rollout_id: str, attempt_id: str | None =
     return _triplets(connection, rollout_id, calls, known, rewards)
 
 
-def places_of(connection: Connection, rollout_id: str) -> list[Place]:
-    """The generations of a rollout's calls, in the order of its triplets, without what is in them."""
+def positions_of(connection: Connection, rollout_id: str) -> list[GenerationPosition]:
+    """List the generations of a rollout's calls, in the order of its triplets, without their contents."""
     calls, _, rewards = _all_of(connection, rollout_id, None, ())
     return [
-        Place(rows.uuid_text(row.id), call.attempt_id, call.span.span_id if call.span else None, rewards.get(row.key))
+        GenerationPosition(
+            rows.uuid_text(row.id), call.attempt_id, call.span.span_id if call.span else None, rewards.get(row.key)
+        )
         for call in calls
         for row in call.generations
     ]
 
 
 def has_call(connection: Connection, rollout_id: str, generation_id: str) -> bool:
-    """Whether a generation is one of a rollout's calls, as `of_rollout` finds them."""
+    """Tell whether a generation belongs to a call of a rollout, by the rules of `of_rollout`."""
     keys, _ = _keys(connection, rollout_id, None, _spans(connection, rollout_id, None))
     return kept.key_of(connection, generation_id) in keys
 
 
 def rollouts_of(connection: Connection) -> list[str]:
-    """The ids of the rollouts that have calls, in the order of the first of each that finished.
+    """List the ids of the rollouts that have calls, in the order in which the first call of each finished.
 
-    Among them may be some that have none, as their spans name an answer that several calls of others have had.
+    Some may turn out to have none: their spans name an answer that several calls of other rollouts share.
     """
     first = func.min(_GENERATIONS.finished_at)
     recorded = select(_GENERATIONS.rollout_key, first).where(_GENERATIONS.rollout_key.is_not(None))
@@ -143,7 +148,10 @@ def rollouts_of(connection: Connection) -> list[str]:
 
 
 def of_responses(connection: Connection, response_ids: Iterable[str]) -> dict[str, Triplet]:
-    """Of each of these answers that one call has had, and no other, the first choice of its last generation."""
+    """Find the calls with these answers: by `response_id`, the first choice of the call's last generation.
+
+    Ids that several calls share are left out.
+    """
     answers = _keys_of(connection, {rows.storable(each) or "" for each in response_ids})
     last = [calls[0][-1] for calls in answers.values() if len(calls) == 1]
     generations = _generations(connection, last, (_GENERATIONS.prompt_token_ids,))
@@ -158,7 +166,7 @@ def of_responses(connection: Connection, response_ids: Iterable[str]) -> dict[st
 def _all_of(
     connection: Connection, rollout_id: str, attempt_id: str | None, more: Sequence[Column[Any]]
 ) -> tuple[list[_Call], Texts, dict[int, float]]:
-    """The calls in order, what their keys stand for, and the reward of each generation that has got one."""
+    """Return the calls in order, the texts of their keys, and the rewards by the keys of generations."""
     spans = _spans(connection, rollout_id, attempt_id)
     keys, shared = _keys(connection, rollout_id, attempt_id, spans)
     generations = _generations(connection, keys, more)
@@ -168,14 +176,14 @@ def _all_of(
 
 
 def _spans(connection: Connection, rollout_id: str, attempt_id: str | None) -> Sequence[Any]:
-    """The spans of a rollout that name an answer, or give a reward, in the order in which they ended."""
+    """List the spans of a rollout that name an answer or give a reward, in the order in which they ended."""
     wanted = [(_SPANS.rollout_id, rollout_id), (_SPANS.attempt_id, attempt_id)]
-    # Spans have these ids as they came: none is what a database may have no way to hold.
+    # Spans have these ids unencoded, so no span has an id that a database cannot store.
     if any(text is not None and ("\0" in text or text.encode(errors="replace").decode() != text) for _, text in wanted):
         return []
     columns = (_SPANS.key, _SPANS.attempt_id, _SPANS.sequence_id, _SPANS.is_numbered, _SPANS.span_id)
     columns += (_SPANS.start_time, _SPANS.end_time)
-    # The body of a call's span may have thousands of ids, and is not looked into.
+    # The body of a call's span may hold thousands of ids, so only the bodies of rewards are read.
     body = case((_SPANS.reward.is_not(None), _SPANS.body)).label("body")
     query = (
         select(*columns, _SPANS.response_id, _SPANS.reward, body)
@@ -186,11 +194,11 @@ def _spans(connection: Connection, rollout_id: str, attempt_id: str | None) -> S
 
 
 def _in_time(spans: Iterable[Any]) -> list[Any]:
-    """Spans in the order in which they ended.
+    """Sort spans by when they ended.
 
-    Those that their sender has numbered are in the order of their numbers. Each of the others comes after the last of
-    these that ended before it by the clock of the agent's host, and they are in the order of that clock. Spans without
-    a time, and those of the same time, are in the order of arrival.
+    Spans that their sender numbered are in the order of their numbers. Each other span comes after the last of these
+    that ended before it, by the clock of the agent's host, and the others are in the order of that clock. Spans without
+    a time, or with the same time, are in the order of arrival.
     """
     numbered: list[Any] = []
     timed: list[Any] = []
@@ -205,12 +213,12 @@ def _in_time(spans: Iterable[Any]) -> list[Any]:
 
 
 def _ended(span: Any) -> float | None:
-    """Seconds since the epoch, by the clock of its sender's host."""
+    """Return when a span ended, in seconds since the epoch by the clock of its sender's host."""
     return span.start_time if span.end_time is None else span.end_time
 
 
 def _earliest(moments: Iterable[float | None]) -> list[float]:
-    """From each place on the earliest moment: of several clocks, an earlier one may come later."""
+    """Return, for each position, the earliest time from there on: with several clocks, times may go backwards."""
     known = [float("inf") if each is None else each for each in moments]
     return list(accumulate(reversed(known), min))[::-1]
 
@@ -218,25 +226,26 @@ def _earliest(moments: Iterable[float | None]) -> list[float]:
 def _merged(
     chain: Sequence[Any], moments: Sequence[float], others: Iterable[Any], moment: Callable[[Any], Any]
 ) -> list[Any]:
-    """Each of the others behind the last of the chain whose moment is no later than its own.
+    """Insert each of the others behind the last element of a chain whose time is not later than its own.
 
     Args:
-        moments: of the chain, in ascending order.
-        others: in the order of their own moments.
+        moments: times of the chain, ascending.
+        others: sorted by their times.
+        moment: returns the time of one of the others.
     """
     behind: defaultdict[int, list[Any]] = defaultdict(list)
     for each in others:
         behind[bisect_right(moments, moment(each))].append(each)
     found = [*behind[0]]
-    for place, each in enumerate(chain, 1):
-        found += (each, *behind[place])
+    for position, each in enumerate(chain, 1):
+        found += (each, *behind[position])
     return found
 
 
 def _keys(
     connection: Connection, rollout_id: str, attempt_id: str | None, spans: Iterable[Any]
 ) -> tuple[set[int], set[str]]:
-    """Of the generations of its calls; and the answers that its spans name, and that several calls have had."""
+    """Return the keys of the generations of a rollout's calls, and the answers of its spans that calls share."""
     answers = _keys_of(connection, {span.response_id for span in spans if span.response_id is not None})
     keys = {*_keys_under(connection, rollout_id, attempt_id)}
     shared = {answer for answer, calls in answers.items() if len(calls) > 1}
@@ -244,17 +253,17 @@ def _keys(
 
 
 def _keys_under(connection: Connection, rollout_id: str, attempt_id: str | None) -> Sequence[int]:
-    """Of the generations that were recorded under these ids."""
+    """Return the keys of the generations recorded under these ids."""
     query = select(_GENERATIONS.key)
     for column, text in ((_GENERATIONS.rollout_key, rollout_id), (_GENERATIONS.attempt_key, attempt_id)):
         if text is not None:
-            # No row has -1, which stands for a text that is not known.
+            # -1 is the key of no row: the text is unknown.
             query = query.where(column == (texts.key_of(connection, text) or -1))
     return connection.execute(query).scalars().all()
 
 
 def _keys_of(connection: Connection, response_ids: Iterable[str]) -> dict[str, list[list[int]]]:
-    """Of each answer that is known, the generations of each call that has had it, as they finished."""
+    """Map each known answer to its calls, each a list of the keys of its generations, in the order of their end."""
     query = select(_GENERATIONS.response_id, _GENERATIONS.key, _GENERATIONS.call_id)
     found: defaultdict[str, defaultdict[Any, list[int]]] = defaultdict(lambda: defaultdict(list))
     for some in in_parts(sorted(response_ids)):
@@ -265,12 +274,12 @@ def _keys_of(connection: Connection, response_ids: Iterable[str]) -> dict[str, l
 
 
 def _call_of(row: Any) -> Any:
-    """What the generations of one call have in common; one of which no HTTP call is known is a call of its own."""
+    """Return what identifies a generation's call; a generation without a `call_id` is a call of its own."""
     return row.key if row.call_id is None else row.call_id
 
 
 def _generations(connection: Connection, keys: Iterable[int], more: Sequence[Column[Any]]) -> list[Any]:
-    """Without their texts, in the order in which they finished."""
+    """Read generations without their texts, in the order in which they finished."""
     query = select(
         _GENERATIONS.key,
         _GENERATIONS.id,
@@ -291,7 +300,7 @@ def _generations(connection: Connection, keys: Iterable[int], more: Sequence[Col
 
 
 def _calls(generations: Iterable[Any], spans: Iterable[Any], shared: Collection[str], known: Texts) -> list[_Call]:
-    """The calls that these generations are of, with their spans, and those that are missing."""
+    """Group generations into calls with their spans, and add the missing calls."""
     groups: defaultdict[Any, list[Any]] = defaultdict(list)
     for row in generations:
         groups[row.response_id, _call_of(row)].append(row)
@@ -306,37 +315,37 @@ def _calls(generations: Iterable[Any], spans: Iterable[Any], shared: Collection[
     for answer, naming in named.items():
         found = with_answer[answer]
         of_each = [[span] for span in naming] if answer in shared else [naming]
-        if len(found) == len(of_each) and (answer not in shared or all(map(_may_be_of, found, naming))):
-            for call, theirs in zip(found, of_each, strict=True):
-                call.spans, call.attempt_id = theirs, theirs[0].attempt_id or call.attempt_id
+        if len(found) == len(of_each) and (answer not in shared or all(map(_attempts_match, found, naming))):
+            for call, its_spans in zip(found, of_each, strict=True):
+                call.spans, call.attempt_id = its_spans, its_spans[0].attempt_id or call.attempt_id
         elif len(found) <= len(naming):
             calls += [_Call([], [span], span.attempt_id) for span in naming]
     return calls
 
 
-def _may_be_of(call: _Call, span: Any) -> bool:
-    """Whether their attempts may be the same: what names none may be of any."""
+def _attempts_match(call: _Call, span: Any) -> bool:
+    """Tell whether a call and a span may belong to the same attempt; a missing attempt id matches any."""
     return not call.attempt_id or not span.attempt_id or call.attempt_id == span.attempt_id
 
 
 def _in_order(calls: Iterable[_Call], spans: Iterable[Any]) -> list[_Call]:
     spanned: list[_Call] = []
     others: list[_Call] = []
-    places = {id(span): place for place, span in enumerate(spans)}
+    positions = {id(span): position for position, span in enumerate(spans)}
     for call in calls:
         (others if call.span is None else spanned).append(call)
-    spanned.sort(key=lambda call: places[id(call.span)])
+    spanned.sort(key=lambda call: positions[id(call.span)])
     moments = _earliest(call.finished_at if call.generations else None for call in spanned)
-    # By the clocks of agents a missing one stands somewhere between those around it, and moves none of these.
-    for place, call in enumerate(spanned):
+    # A missing call only has a time by an agent's clock, so it is kept between its neighbours and moves neither.
+    for position, call in enumerate(spanned):
         if not call.generations:
-            moments[place] = min(moments[place], max(call.finished_at, moments[place - 1] if place else 0))
+            moments[position] = min(moments[position], max(call.finished_at, moments[position - 1] if position else 0))
     others.sort(key=lambda call: call.finished_at)
     return _merged(spanned, moments, others, lambda call: call.finished_at)
 
 
 def _rewards(calls: Sequence[_Call], spans: Iterable[Any]) -> dict[int, float]:
-    """Of each generation that has got one, by its key; `of_rollout` says which that is."""
+    """Map the keys of generations to their rewards, by the rules of `of_rollout`."""
     generations = {rows.uuid_text(row.id): row.key for call in calls for row in call.generations}
     how_many = Counter(call.response_id for call in calls)
     linked = {(RESPONSE, rows.text_of(each.response_id)): each for each in calls if how_many[each.response_id] == 1}
@@ -344,16 +353,16 @@ def _rewards(calls: Sequence[_Call], spans: Iterable[Any]) -> dict[int, float]:
     ahead = _seconds_ahead(calls)
     found: dict[int, float] = {}
     given = [(json.loads(span.body)["attributes"], span) for span in spans if span.reward is not None]
-    # Posted ones count last: the store's clock, which they go by, is not the agent's.
-    for said, span in sorted(given, key=lambda each: OUTCOME in each[0] or GENERATION in each[0]):
-        if GENERATION in said:
-            key = generations.get(str(said[GENERATION]))
+    # Posted rewards come last, so that they win: their times are by the store's clock, not by the agent's.
+    for known, span in sorted(given, key=lambda each: OUTCOME in each[0] or GENERATION in each[0]):
+        if GENERATION in known:
+            key = generations.get(str(known[GENERATION]))
         else:
-            named = [link for link in links(said) if link[0] in (RESPONSE, SPAN)]
+            named = [link for link in links(known) if link[0] in (RESPONSE, SPAN)]
             if named:
                 call = next((linked[link] for link in named if link in linked), None)
             else:
-                call = _rewarded(calls, span, said.get(OUTCOME) is True, ahead)
+                call = _rewarded(calls, span, known.get(OUTCOME) is True, ahead)
             key = call.generations[-1].key if call is not None and call.generations else None
         if key is not None:
             found[key] = span.reward
@@ -361,25 +370,26 @@ def _rewards(calls: Sequence[_Call], spans: Iterable[Any]) -> dict[int, float]:
 
 
 def _rewarded(calls: Iterable[_Call], reward: Any, is_outcome: bool, ahead: Callable[[_Call], float]) -> _Call | None:
-    """The call of a reward that names none."""
-    ours = [call for call in calls if _may_be_of(call, reward)]
+    """Find the call of a reward that names none."""
+    candidates = [call for call in calls if _attempts_match(call, reward)]
     if is_outcome:
-        # Of those that are there: a judge, for one, has the last word, and is nothing that is learnt from.
-        return next((call for call in reversed(ours) if call.generations), None)
-    before = [place for place, call in enumerate(ours) if call.span is not None and _is_before(call.span, reward)]
-    found = ours[before[-1]] if before else None
+        # Missing calls are skipped: the last one may be that of a judge model elsewhere, which is not trained.
+        return next((call for call in reversed(candidates) if call.generations), None)
+    before = [at for at, call in enumerate(candidates) if call.span is not None and _is_before(call.span, reward)]
+    found = candidates[before[-1]] if before else None
     given = _ended(reward)
-    for call in ours[before[-1] + 1 if before else 0 :]:
+    for call in candidates[before[-1] + 1 if before else 0 :]:
         if call.span is not None:
             return found
         if given is None or call.finished_at / 1e9 + ahead(call) <= given:
             found = call
-    return found or (ours[-1] if ours else None)
+    return found or (candidates[-1] if candidates else None)
 
 
 def _is_before(span: Any, reward: Any) -> bool:
-    """Whether a call's span ended before a reward was given: by the numbers that their sender gave to both, or else by
-    the clock of the agent's host. Where one of them has no time, by arrival.
+    """Tell whether a call's span ended before a reward was given.
+
+    Their sender's numbers decide if both have one, or else the clock of the agent's host, or else arrival.
     """
     if span.is_numbered and reward.is_numbered and span.sequence_id != reward.sequence_id:
         return span.sequence_id < reward.sequence_id
@@ -390,10 +400,10 @@ def _is_before(span: Any, reward: Any) -> bool:
 
 
 def _seconds_ahead(calls: Iterable[_Call]) -> Callable[[_Call], float]:
-    """By how many seconds the agent's clock is ahead of the one that a call's finish is by.
+    """Return a function that tells how many seconds the agent's clock is ahead of the clock that a call finished by.
 
-    The clocks count as equal unless calls that have both a span and generations contradict: a call starts in vLLM after
-    its span did, and finishes before its span does. Each process that records has a clock of its own.
+    The clocks count as equal unless calls with both a span and generations contradict: a call starts in vLLM after its
+    span, and finishes before its span. Each process that records has a clock of its own.
     """
     both: defaultdict[Any, list[_Call]] = defaultdict(list)
     for call in calls:
@@ -411,7 +421,7 @@ def _ahead(calls: Iterable[_Call]) -> float:
             least = max(least, span.start_time - first.started_at / 1e9)
         most = min(most, (_ended(span) or 0.0) - last.finished_at / 1e9)
     if least > most:
-        # Spans that take no time are made when the answer is there: of them only the end tells.
+        # Some tracers make a span of no duration when the answer arrives: only its end is reliable.
         return min(0.0, most)
     return 0.0 if least <= 0.0 <= most else least if least > float("-inf") else most
 
@@ -446,7 +456,7 @@ def _triplets(
 
 
 def _choices(connection: Connection, keys: Sequence[int]) -> dict[int, list[Any]]:
-    """Of each generation, without their texts."""
+    """Map the keys of generations to the rows of their choices, without texts."""
     query = select(
         _CHOICES.generation_key, _CHOICES.index, _CHOICES.token_ids, _CHOICES.logprobs, _CHOICES.weight_versions
     ).order_by(_CHOICES.generation_key, _CHOICES.index)

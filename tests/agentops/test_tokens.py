@@ -15,7 +15,7 @@ import jwt
 import pytest
 
 from agentlightning.store import open_database
-from agentlightning.store.uploads import secret
+from agentlightning.store.uploads import shared_secret
 from tests.agentops.client import SdkClient
 from tests.server.process import SECONDS, StoreServer
 from tests.server.test_otlp import a_span
@@ -73,7 +73,7 @@ def claims_of(sender: SdkClient, **changes: Any) -> dict[str, Any]:
 def signed(server: StoreServer, claims: dict[str, Any]) -> str:
     database = open_database(server.store)
     with database.writing() as connection:
-        found = secret(connection)
+        found = shared_secret(connection)
     database.close()
     return jwt.encode(claims, found, "HS256")
 

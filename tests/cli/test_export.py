@@ -396,7 +396,7 @@ def test_an_export_that_fails_half_way_leaves_the_file_as_it_was(large: Path, tm
 
     assert result.returncode == 1
     (line,) = result.stderr.decode().splitlines()
-    assert line.startswith(f"agl export: {broken} is no SQLite file, or a broken one: ")
+    assert line.startswith(f"agl export: {broken} is not a SQLite file, or is damaged: ")
     assert file.read_text() == "before"
     assert {path.name for path in tmp_path.iterdir() if not path.name.startswith("broken.db")} == {"out"}
 

@@ -133,7 +133,7 @@ def fill(url: str, count: int, until: float | None = None) -> list[Rollout]:
     sender = _sender("gpu-7", made[0].start_time if made else last)
     with closing(open_database(url)) as database, database.writing() as connection:
         with mock.patch("time.time_ns", return_value=sender.started_at):
-            senders.greet(connection, sender)
+            senders.register(connection, sender)
         if made:
             connection.execute(insert(tables.rollouts), [_row(each) for each in made])
         if attempts := [row for key, each in enumerate(made, 1) for row in _attempt_rows(key, each)]:
@@ -181,7 +181,7 @@ def long_generation(url: str, ids: int) -> Generation:
     )
     with closing(open_database(url)) as database, database.writing() as connection:
         sender = _sender("gpu-8", now / SECOND)
-        senders.greet(connection, sender)
+        senders.register(connection, sender)
         generations.add(connection, [made], sender.id)
     return made
 

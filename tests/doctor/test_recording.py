@@ -66,7 +66,7 @@ def test_never_called(said: Any, arguments: tuple[str, ...]) -> None:
     assert answer.status == 1
     assert NEVER_CALLED in answer.text
     assert "is this the store that AGL_STORE names where the server runs" in answer.text
-    assert ("problem rollout 'rollout-0': nothing is recorded for it, nor for any other" in answer.text) == bool(
+    assert ("problem rollout 'rollout-0': no recorded call names this rollout or any other" in answer.text) == bool(
         arguments
     )
 
@@ -77,7 +77,7 @@ def test_called_without_naming_the_rollout(said: Any) -> None:
     answer = said([*unnamed, generation(30)], [], "--rollout", "rollout-0")
 
     assert answer.status == 1
-    assert "problem rollout 'rollout-0': nothing is recorded for it; was it called without naming it?" in answer.text
+    assert "problem rollout 'rollout-0': no recorded call names this rollout; some calls name none" in answer.text
     assert HOW_TO_NAME_IT in answer.text
     assert "note no rollout 3 of them belong to no rollout" in answer.text
 
@@ -86,7 +86,7 @@ def test_called_for_other_rollouts_only(said: Any) -> None:
     answer = said([generation(1)], [], "--rollout", "ROLLOUT-0")
 
     assert answer.status == 1
-    assert "'ROLLOUT-0': nothing is recorded for it: the server was never called for it, only for others" in answer.text
+    assert "'ROLLOUT-0': no recorded call names this rollout; other rollouts have calls" in answer.text
     assert "compare its id with the one in the agent's base URL or headers" in answer.text
 
 
@@ -99,18 +99,15 @@ def test_one_that_waits_in_the_queue(said: Any, path: Path) -> None:
     answer = said([generation(1, rollout_id=None)], [], "--rollout", waiting)
 
     assert answer.status == 1
-    assert f"problem rollout '{waiting}': it waits in the queue" in answer.text
-    assert "is a runner at work, and does it ask this store?" in answer.text
+    assert f"problem rollout '{waiting}': it is waiting in the queue" in answer.text
+    assert "check that a runner is running, and that it asks this store" in answer.text
 
 
 def test_aborted(said: Any) -> None:
     answer = said([generation(1, status="aborted"), generation(2, status="error")], [], "--rollout", "rollout-0")
 
     assert answer.status == 1
-    assert (
-        "problem rollout 'rollout-0': 2: 1 aborted, 1 error: its clients hung up, or the engine failed, before"
-        in answer.text
-    )
+    assert "problem rollout 'rollout-0': none of its calls finished (1 aborted, 1 error): the client" in answer.text
     assert "look at the client's timeout, and at the server's log" in answer.text
 
 
@@ -120,7 +117,7 @@ def test_dropped(said: Any) -> None:
     answer = said([], losses, "--rollout", "rollout-0")
 
     assert answer.status == 1
-    assert "problem rollout 'rollout-0': nothing is recorded for it; what was lost may be its" in answer.text
+    assert "problem rollout 'rollout-0': no recorded call names this rollout; some calls were lost" in answer.text
     assert "problem lost 42 could not be kept, the last at 2026-09-21 14:13:20+00:00: queue full" in answer.text
     assert "give the store a faster disk, or the server a larger AGL_QUEUE_MB" in answer.text
     assert "problem lost 1 could not be kept, the last at 2026-09-21 14:13:20+00:00: not built" in answer.text
@@ -158,7 +155,7 @@ def test_a_file_that_is_none_of_ours_is_a_problem(pristine: Environment, path: P
     answer = doctor(pristine, "--store", str(path))
 
     assert answer.status == 1
-    assert f"problem store {path} is no SQLite file, or a broken one" in answer.text
+    assert f"problem store {path} is not a SQLite file, or is damaged" in answer.text
     assert "-> use the AGL_STORE of the server" in answer.text
 
 

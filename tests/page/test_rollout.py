@@ -88,7 +88,7 @@ def test_queued_rollout_says_that_it_waits(look: Open, filled: Filled) -> None:
     page = look(f"/rollout?id={filled.rollout('queuing').rollout_id}")
 
     expect(page.get_by_role("heading", name="Why there is no training data")).to_be_visible()
-    expect(page.get_by_text("it waits in the queue")).to_be_visible()
+    expect(page.get_by_text("it is waiting in the queue")).to_be_visible()
     expect(page.get_by_text("What to do")).to_contain_text("runner")
     expect(page.get_by_text("No model calls are recorded")).to_be_visible()
 
@@ -97,7 +97,7 @@ def test_rollout_without_calls_names_possible_reasons(look: Open, filled: Filled
     page = look(f"/rollout?id={filled.rollout('preparing').rollout_id}")
 
     expect(page.get_by_text("What to do")).to_be_visible()
-    expect(page.get_by_text("nothing is recorded for")).to_contain_text("what was lost may be its")
+    expect(page.get_by_text("no recorded call names")).to_contain_text("some calls were lost")
 
 
 def test_rollout_with_answers_gives_no_reason(look: Open, filled: Filled) -> None:

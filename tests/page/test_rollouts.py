@@ -63,8 +63,8 @@ def test_row_shows_status_calls_reward_and_attempt(look: Open, filled: Filled) -
 def test_rollout_without_answers_gives_its_reason(look: Open, filled: Filled) -> None:
     page = look("/")
 
-    expect(row(page, filled.rollout("queuing").rollout_id)).to_contain_text("it waits in the queue")
-    expect(row(page, filled.rollout("cancelled").rollout_id)).to_contain_text("nothing is recorded")
+    expect(row(page, filled.rollout("queuing").rollout_id)).to_contain_text("it is waiting in the queue")
+    expect(row(page, filled.rollout("cancelled").rollout_id)).to_contain_text("no recorded call names")
 
 
 @pytest.mark.parametrize("javascript", [True, False])

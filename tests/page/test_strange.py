@@ -59,7 +59,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreServer]:
     made = [generation(number, rollout_id=each, choices=[choice], **texts) for number, each in enumerate(ids)]
     with StoreServer(tmp_path_factory.mktemp("strange") / "store.db") as server:
         with closing(open_database(server.store)) as database, database.writing() as connection:
-            senders.greet(connection, sender)
+            senders.register(connection, sender)
             generations.add(connection, made, sender.id)
         yield server
 

@@ -26,12 +26,12 @@ def reading(server: RecordingServer) -> Iterator[Connection]:
         yield connection
 
 
-def seen(server: RecordingServer) -> list[senders.Seen]:
+def seen(server: RecordingServer) -> list[senders.SenderReport]:
     with reading(server) as connection:
         return senders.recent(connection, 0)
 
 
-def written(each: senders.Seen) -> tuple[int, int, int]:
+def written(each: senders.SenderReport) -> tuple[int, int, int]:
     return (
         sum(minute.generations for minute in each.minutes),
         sum(minute.prompt_tokens for minute in each.minutes),

@@ -113,7 +113,7 @@ def test_damaged_file_is_not_ready(size: int, tmp_path: Path) -> None:
             file.truncate(size)
             file.write(b"?" * size)
         with server.client() as client:
-            assert_not_ready(server, client, because="is no SQLite file, or a broken one")
+            assert_not_ready(server, client, because="is not a SQLite file, or is damaged")
             for path in ("/v1/agl/rollouts", "/v1/agl/statistics", "/metrics"):
                 assert "broken" in client.get(path).json()["detail"]
         assert "Traceback" not in server.log.read_text()

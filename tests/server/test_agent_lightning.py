@@ -1,14 +1,14 @@
-"""Agent Lightning 0.3 itself, against `agl store`: its client, its tracer, its trainer.
+"""Tests of Agent Lightning 0.3 against `agl store`: its client, its tracer, its trainer.
 
-`lightning/interface.py` has what the store tests of 0.3.0 ask (`tests/store` of its repository, not of its packages):
-each question goes through its client to its own server and to ours, and the answers are compared. What differs
-on purpose is named below, in `REFUSALS`, `CHOSEN` and `WITHOUT_END`, with the reason. Of its tests, these pass
-through its client with its own server, and not with ours:
+`lightning/interface.py` asks what the store tests of 0.3.0 ask (`tests/store` in its repository, not in its packages):
+each question goes through its client to its own server and to `agl store`, and the answers are compared. Intended
+differences are listed below with the reason, in `REFUSALS`, `CHOSEN` and `WITHOUT_END`. These of its tests pass through
+its client with its own server, but not with `agl store`:
 
-- those that look for ids of resources of 15 characters: ours are UUIDs, so that several servers give out no two alike;
-- those that look for a status of 500 or 400 in a refusal: ours are 404 and 422, so that its client does not try again;
-- those that set the clock of the store, or look for a line in its log: ours is another process, and logs no span that
-  was sent twice.
+- tests that expect resource ids of 15 characters: `agl store` makes UUIDs, so that several servers never make the same;
+- tests that expect a status of 500 or 400 in a refusal: `agl store` sends 404 and 422, which its client does not retry;
+- tests that set the clock of the store, or look for a line in its log: `agl store` is another process, and logs no span
+  that was sent twice.
 """
 
 from __future__ import annotations
@@ -46,25 +46,27 @@ SECTIONS = (
 )
 
 REFUSALS = {500: 404, 400: 422}
-"""What Agent Lightning's server answers to an id that it does not know, and to a value that makes no sense; and ours.
-After the first its client asks again, for seconds."""
+"""Status of Agent Lightning's server for an unknown id and for an invalid value, and that of `agl store`.
+
+Its client retries after the first for seconds.
+"""
 
 CHOSEN: dict[str, dict[str, tuple[Any, Any]]] = {
-    # Who cancels a rollout takes it out of the queue: it comes back last, not where it was.
+    # Cancelling a rollout removes it from the queue, so it is queued again at the end, not in its former place.
     "changes": {
         "one that was cancelled in the queue and is queued again": ([["d", 1], ["e", 1]], [["e", 1], ["d", 1]])
     },
     "spans": {
-        # No condition of which one must hold: ours finds all, as it does for rollouts and workers in both.
+        # An "or" of no conditions: `agl store` finds all spans, as both stores do for rollouts and workers.
         "found of one of nothing": (
             [[], -1, 0, 0],
             [["s", "many 3", "low", "many 5", "high", "child", "second try", "parent"], -1, 0, 8],
         ),
-        # Who sends a span again, for the answer got lost, is alive.
+        # A client that sends a span again, because the answer was lost, is alive.
         "added again is no sign of life": (True, False),
     },
-    # An attempt that has ended stays so whatever is sent of it, and then its rollout cannot be running: in Agent
-    # Lightning's store it is, until it is late again, and waits for nobody.
+    # A span of an attempt that has ended does not revive it, so its rollout cannot be running. In Agent Lightning's
+    # store the rollout is, with no runner, until it times out again.
     "revivals": {
         f"{status}, {what}": found
         for status in ("timeout", "failed")
@@ -74,7 +76,7 @@ CHOSEN: dict[str, dict[str, tuple[Any, Any]]] = {
         }.items()
     },
 }
-"""Where ours is meant to be different: what is found there, and here."""
+"""Intended differences: what is found in Agent Lightning's store, and in `agl store`."""
 
 
 WITHOUT_END = {
@@ -84,14 +86,14 @@ WITHOUT_END = {
         "queued again",
     ],
 }
-"""Where a rollout that had ended runs again, or waits to. In Agent Lightning's store it still has its end."""
+"""Facts of a rollout that had ended and runs, or waits, again: Agent Lightning's store keeps the former end time."""
 
 
 class Script:
-    """A script that runs where Agent Lightning is, until the context is left."""
+    """A script in the environment of Agent Lightning, which ends with the context."""
 
     def __init__(self, lightning: Path, log: Path, name: str, *arguments: str) -> None:
-        # What it imports would ask the network for the prices of models.
+        # Otherwise LiteLLM, which it imports, would fetch the prices of models over the network.
         env = {**without_agl(os.environ), "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
         env.pop("PYTHONPATH", None)
         command = [lightning / "python", SCRIPTS / name, *arguments]
@@ -112,14 +114,14 @@ class Script:
         self._process.wait()
 
     def wait_for(self, number: int) -> None:
-        """Wait until it prints one that is as high."""
+        """Wait until the script prints this number or a higher one."""
         while line := self._line():
             if int(line) >= number:
                 return
         self.outcome()
 
     def outcome(self) -> Any:
-        """What it prints last, which is JSON."""
+        """Wait for the end of the script, and parse the JSON that it prints last."""
         printed = list(iter(self._line, ""))
         status = self._process.wait()
         assert status == 0, self._log.read_text(encoding="utf-8")
@@ -134,7 +136,7 @@ class Script:
 def found(
     lightning: Path, tmp_path_factory: pytest.TempPathFactory, new_store: Callable[[Path], str]
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """What its client has found in its own store, `theirs`, and in `ours`, which was as empty."""
+    """Return what the client found in Agent Lightning's store, `reference`, and in `agl store`, `actual`."""
     folder = tmp_path_factory.mktemp("interface")
     path = folder / "store.db"
     with (
@@ -144,51 +146,55 @@ def found(
         return script.outcome()
 
 
-def test_all_of_the_interface_was_tried(found: dict[str, dict[str, dict[str, Any]]]) -> None:
-    assert tuple(found["ours"]) == tuple(found["theirs"]) == SECTIONS
-    assert sum(len(facts) for facts in found["ours"].values()) > 250
+def test_script_covers_every_section_of_the_interface(found: dict[str, dict[str, dict[str, Any]]]) -> None:
+    assert tuple(found["actual"]) == tuple(found["reference"]) == SECTIONS
+    assert sum(len(facts) for facts in found["actual"].values()) > 250
 
 
 @pytest.mark.parametrize("section", [name for name in SECTIONS if name not in ("errors", "queue", "statistics")])
-def test_the_client_finds_what_it_finds_in_agent_lightnings_own_store(
+def test_client_finds_the_same_as_in_agent_lightnings_own_store(
     section: str, found: dict[str, dict[str, dict[str, Any]]]
 ) -> None:
-    theirs, ours = found["theirs"][section], found["ours"][section]
+    reference, actual = found["reference"][section], found["actual"][section]
     chosen = CHOSEN.get(section, {})
-    without_end = {name: {**theirs[name], "end_time": None} for name in WITHOUT_END.get(section, ())}
-    assert ours == {**theirs, **{name: here for name, (_, here) in chosen.items()}, **without_end}
-    assert all(theirs[name]["end_time"] == "now" for name in without_end)
-    assert {name: theirs[name] for name in chosen} == {name: there for name, (there, _) in chosen.items()}
+    without_end = {name: {**reference[name], "end_time": None} for name in WITHOUT_END.get(section, ())}
+    assert actual == {**reference, **{name: here for name, (_, here) in chosen.items()}, **without_end}
+    assert all(reference[name]["end_time"] == "now" for name in without_end)
+    assert {name: reference[name] for name in chosen} == {name: there for name, (there, _) in chosen.items()}
 
 
-def test_the_queue_is_as_it_is_there_but_who_is_idle_works_on_nothing(
+def test_queue_is_the_same_except_that_an_idle_worker_has_no_rollout(
     found: dict[str, dict[str, dict[str, Any]]],
 ) -> None:
-    theirs, ours = found["theirs"]["queue"], found["ours"]["queue"]
-    was_busy = "whoever was busy and finds it empty"
-    assert theirs[was_busy]["status"] == "idle"
-    assert theirs[was_busy]["current_attempt_id"]
+    reference, actual = found["reference"]["queue"], found["actual"]["queue"]
+    was_busy = "worker that was busy and finds it empty"
+    assert reference[was_busy]["status"] == "idle"
+    assert reference[was_busy]["current_attempt_id"]
     nothing = {"current_rollout_id": None, "current_attempt_id": None}
-    assert ours == {**theirs, was_busy: {**theirs[was_busy], **nothing}}
+    assert actual == {**reference, was_busy: {**reference[was_busy], **nothing}}
 
 
-def test_what_cannot_be_is_refused_and_not_tried_again(found: dict[str, dict[str, dict[str, Any]]]) -> None:
-    theirs, ours = found["theirs"]["errors"], found["ours"]["errors"]
-    assert ours == {name: REFUSALS.get(there, there) for name, there in theirs.items()}
-    assert {404, 422} <= set(ours.values())
-
-
-def test_as_much_is_counted(found: dict[str, dict[str, dict[str, Any]]]) -> None:
-    theirs, ours = found["theirs"]["statistics"], found["ours"]["statistics"]
-    assert (theirs["name"], ours["name"]) == ("InMemoryLightningStore", "agl store")
-    # The two that were tried again after a span came too late.
-    totals = {**theirs["totals"], "total_attempts": theirs["totals"]["total_attempts"] + 2, "total_generations": 0}
-    assert ours == {**theirs, "name": "agl store", "totals": totals}
-
-
-def test_a_trainer_with_its_runner_and_tracer_needs_nothing_but_the_url_with_the_key(
-    lightning: Path, tmp_path: Path
+def test_invalid_request_is_refused_with_a_status_that_is_not_retried(
+    found: dict[str, dict[str, dict[str, Any]]],
 ) -> None:
+    reference, actual = found["reference"]["errors"], found["actual"]["errors"]
+    assert actual == {name: REFUSALS.get(there, there) for name, there in reference.items()}
+    assert {404, 422} <= set(actual.values())
+
+
+def test_statistics_count_the_same(found: dict[str, dict[str, dict[str, Any]]]) -> None:
+    reference, actual = found["reference"]["statistics"], found["actual"]["statistics"]
+    assert (reference["name"], actual["name"]) == ("InMemoryLightningStore", "agl store")
+    # Plus the two attempts that were queued again despite a late span.
+    totals = {
+        **reference["totals"],
+        "total_attempts": reference["totals"]["total_attempts"] + 2,
+        "total_generations": 0,
+    }
+    assert actual == {**reference, "name": "agl store", "totals": totals}
+
+
+def test_trainer_with_runner_and_tracer_needs_only_the_url_with_the_key(lightning: Path, tmp_path: Path) -> None:
     key = "s3cret/ü:@%"
     with StoreServer(tmp_path / "store.db", key=key) as server:
         url = server.url.replace("//", f"//agl:{quote(key, safe='')}@")
@@ -213,7 +219,7 @@ def test_a_trainer_with_its_runner_and_tracer_needs_nothing_but_the_url_with_the
         "3": 1.5,
     }
     for task, each in found["rollouts"].items():
-        # It came as OTLP, to the same URL.
+        # The message came by OTLP, to the same URL.
         assert each["messages"] == [f"task {task} ü"]
         assert each["numbered"] == sorted(set(each["numbered"]))
         assert each["is_of_latest"]
@@ -222,7 +228,7 @@ def test_a_trainer_with_its_runner_and_tracer_needs_nothing_but_the_url_with_the
     assert stats
 
 
-def test_runners_go_on_while_the_server_is_started_again(lightning: Path, tmp_path: Path, thorough: bool) -> None:
+def test_runners_continue_after_the_server_was_restarted(lightning: Path, tmp_path: Path, thorough: bool) -> None:
     rollouts = 60 if thorough else 20
     with (
         StoreServer(tmp_path / "store.db") as server,

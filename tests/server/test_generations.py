@@ -1,4 +1,4 @@
-"""The routes about generations, as whoever has no client of ours uses them."""
+"""Tests of the routes of generations, without the client of this package."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MIB = 1 << 20
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[StoreServer]:
-    """A store of its own, which must log no traceback."""
+    """Run a store for one test, which must log no traceback."""
     with StoreServer(tmp_path / "store.db") as server:
         yield server
         assert "Traceback" not in server.log.read_text()
@@ -49,7 +49,7 @@ def post(client: httpx.Client, body: bytes, **headers: str) -> httpx.Response:
     return client.post(ROUTE, content=body, headers={**MESSAGE, **headers})
 
 
-def test_what_is_new_is_counted_and_what_is_known_is_left_alone(client: httpx.Client) -> None:
+def test_post_counts_new_generations_and_keeps_known_ones(client: httpx.Client) -> None:
     first = post(client, wire.encode([FULL, EMPTY]))
     again = post(client, wire.encode([FULL, generation(1)]))
     known = post(client, wire.encode([FULL]))
@@ -61,7 +61,7 @@ def test_what_is_new_is_counted_and_what_is_known_is_left_alone(client: httpx.Cl
     assert client.get("/v1/agl/statistics").json()["total_generations"] == 3
 
 
-def test_a_message_may_be_packed_with_gzip(client: httpx.Client) -> None:
+def test_post_of_a_gzipped_message_is_stored(client: httpx.Client) -> None:
     answer = post(client, gzip.compress(wire.encode([FULL])), **{"Content-Encoding": "gzip"})
 
     assert answer.json() == {"new": 1, "refused": []}
@@ -69,7 +69,7 @@ def test_a_message_may_be_packed_with_gzip(client: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("content_type", [None, "application/json", "application/msgpack", "application/octet-stream"])
-def test_a_message_has_to_say_which_version_it_is(client: httpx.Client, content_type: str | None) -> None:
+def test_post_without_the_media_type_is_refused(client: httpx.Client, content_type: str | None) -> None:
     headers = {} if content_type is None else {"Content-Type": content_type}
 
     answer = client.post(ROUTE, content=wire.encode([FULL]), headers=headers)
@@ -78,7 +78,7 @@ def test_a_message_has_to_say_which_version_it_is(client: httpx.Client, content_
     assert wire.MEDIA_TYPE in answer.json()["detail"]
 
 
-def test_what_is_no_message_is_refused_and_nothing_of_it_is_kept(client: httpx.Client) -> None:
+def test_post_of_an_invalid_message_stores_nothing(client: httpx.Client) -> None:
     body = wire.encode([FULL, EMPTY])
     cut_off = [body[:end] for end in range(0, len(body), 7)]
 
@@ -90,7 +90,7 @@ def test_what_is_no_message_is_refused_and_nothing_of_it_is_kept(client: httpx.C
     assert client.get(f"{ROUTE}/tally").json() == {"finished": 0, "aborted": 0, "error": 0}
 
 
-def test_more_than_a_request_may_have_are_refused(client: httpx.Client) -> None:
+def test_post_of_too_many_generations_is_refused(client: httpx.Client) -> None:
     many = wire.encode([generation(number, prompt=1, output=1) for number in range(10_001)])
 
     answer = post(client, many)
@@ -101,7 +101,7 @@ def test_more_than_a_request_may_have_are_refused(client: httpx.Client) -> None:
     )
 
 
-def test_those_that_cannot_be_kept_are_named_and_the_others_are_kept(client: httpx.Client) -> None:
+def test_post_names_invalid_generations_and_stores_the_others(client: httpx.Client) -> None:
     kept = [generation(number) for number in range(250)]
     twice = generation(250, choices=[Choice(), Choice()])
     message = msgspec.msgpack.decode(wire.encode([generation(1, id="no-uuid"), twice, *kept, generation(251)]))
@@ -118,7 +118,7 @@ def test_those_that_cannot_be_kept_are_named_and_the_others_are_kept(client: htt
     assert [json.loads(line)["id"] for line in lines] == [each.id for each in kept]
 
 
-def test_a_generation_is_json_by_its_id(client: httpx.Client) -> None:
+def test_get_by_id_returns_json(client: httpx.Client) -> None:
     post(client, wire.encode([FULL]))
 
     found = client.get(f"{ROUTE}/{FULL.id}").json()
@@ -132,7 +132,7 @@ def test_a_generation_is_json_by_its_id(client: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("generation_id", ["01a20c2a-865d-7b56-9503-9601311bea6e", "no-uuid", "%2E%2E"])
-def test_a_generation_that_is_not_there_is_told_so(client: httpx.Client, generation_id: str) -> None:
+def test_get_of_an_unknown_id_is_not_found(client: httpx.Client, generation_id: str) -> None:
     answer = client.get(f"{ROUTE}/{generation_id}")
 
     assert answer.status_code == 404
@@ -152,7 +152,9 @@ def test_a_generation_that_is_not_there_is_told_so(client: httpx.Client, generat
         {"model": "a\0b"},
     ],
 )
-def test_filters_are_those_of_the_file(server: StoreServer, client: httpx.Client, filters: dict[str, Any]) -> None:
+def test_query_filters_select_what_the_stores_filters_do(
+    server: StoreServer, client: httpx.Client, filters: dict[str, Any]
+) -> None:
     kept = [generation(number) for number in range(30)]
     kept[7].rollout_id = kept[8].rollout_id = None
     kept[8].session_id = "a session"
@@ -195,7 +197,7 @@ def test_filters_are_those_of_the_file(server: StoreServer, client: httpx.Client
         f"cursor={'0' * 31}%0A",
     ],
 )
-def test_what_cannot_be_asked_is_refused_and_does_not_let_everything_through(client: httpx.Client, query: str) -> None:
+def test_query_with_an_invalid_parameter_is_refused(client: httpx.Client, query: str) -> None:
     answer = client.get(f"{ROUTE}?{query}")
 
     assert answer.status_code == 422
@@ -203,7 +205,7 @@ def test_what_cannot_be_asked_is_refused_and_does_not_let_everything_through(cli
 
 
 @pytest.mark.parametrize("accept", ["application/json", wire.MEDIA_TYPE])
-def test_pages_meet_each_once_while_others_write(client: httpx.Client, accept: str) -> None:
+def test_pages_read_during_writes_have_each_generation_once(client: httpx.Client, accept: str) -> None:
     kept = [generation(1_000 + number) for number in range(100)]
     for same in kept[30:50]:
         same.finished_at = kept[30].finished_at
@@ -213,7 +215,7 @@ def test_pages_meet_each_once_while_others_write(client: httpx.Client, accept: s
     before, behind = iter(range(1_000)), iter(range(2_000, 3_000))
 
     while True:
-        # One before all and one behind all, while it reads.
+        # Add one before all others and one after, between pages.
         post(client, wire.encode([generation(next(before)), generation(next(behind))]))
         answer = client.get(ROUTE, params=asked, headers={"Accept": accept})
         if accept == wire.MEDIA_TYPE:
@@ -232,7 +234,7 @@ def test_pages_meet_each_once_while_others_write(client: httpx.Client, accept: s
     assert [each for each in found if each in wanted] == [each.id for each in kept]
 
 
-def test_lines_are_sent_as_they_are_read(server: StoreServer, client: httpx.Client) -> None:
+def test_json_lines_are_streamed_page_by_page(server: StoreServer, client: httpx.Client) -> None:
     with open_store(str(server.path)) as file:
         for first in range(0, 600, 100):
             file.add([generation(first + number, prompt=50_000) for number in range(100)])
@@ -248,11 +250,11 @@ def test_lines_are_sent_as_they_are_read(server: StoreServer, client: httpx.Clie
                 assert json.loads(line)["prompt_token_ids"][0] == lines - 1
 
     assert lines == 600
-    # All of it is 170 MiB of text, and a GiB of lists.
+    # The whole answer is 170 MiB of text, and 1 GiB as lists.
     assert most - before < 160 * MIB
 
 
-def test_a_text_that_no_json_can_have_is_sent_with_question_marks(server: StoreServer, client: httpx.Client) -> None:
+def test_half_a_surrogate_pair_is_sent_as_a_question_mark(server: StoreServer, client: httpx.Client) -> None:
     kept = generation(1, choices=[Choice(stop_reason="\ud800")])
     with open_store(str(server.path)) as file:
         file.add([kept])
@@ -263,7 +265,7 @@ def test_a_text_that_no_json_can_have_is_sent_with_question_marks(server: StoreS
         assert [each.choices[0].stop_reason for each in store.generations()] == ["?"]
 
 
-def test_losses_are_found(client: httpx.Client) -> None:
+def test_get_losses_returns_what_was_posted(client: httpx.Client) -> None:
     losses = [Loss(count=n, reason="queue full", first_at=START, last_at=START, host="host", pid=7) for n in (1, 2)]
 
     for _ in range(2):
@@ -273,7 +275,7 @@ def test_losses_are_found(client: httpx.Client) -> None:
 
 
 class Served(uvicorn.Server):
-    """`agl store` in a thread of this process."""
+    """An `agl store` in a thread of this process."""
 
     def __init__(self, path: Path) -> None:
         database = open_database(str(path), patience=SECONDS)
@@ -282,7 +284,7 @@ class Served(uvicorn.Server):
 
     @contextmanager
     def running(self) -> Iterator[str]:
-        """Yields its URL."""
+        """Run the server and yield its URL."""
         thread = threading.Thread(target=self.run)
         thread.start()
         while not self.started:
@@ -295,7 +297,7 @@ class Served(uvicorn.Server):
             thread.join()
 
 
-def test_where_too_much_waits_for_the_disk_more_is_sent_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_backlog_makes_clients_send_generations_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(application, "WAITING_LIMIT", MIB)
     path = tmp_path / "store.db"
     kept = [generation(number, prompt=100_000) for number in range(8)]
@@ -327,9 +329,7 @@ def test_where_too_much_waits_for_the_disk_more_is_sent_later(tmp_path: Path, mo
         assert retry_after == 1.0
 
 
-def test_so_it_is_with_all_else_but_by_a_status_that_other_clients_try_again_after(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_write_backlog_answers_other_routes_with_503(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(application, "WAITING_LIMIT", MIB)
     path = tmp_path / "store.db"
     body = {"input": "x" * MIB}
@@ -343,9 +343,7 @@ def test_so_it_is_with_all_else_but_by_a_status_that_other_clients_try_again_aft
         assert sorted(each.result().status_code for each in done) == [201, 503]
 
 
-def test_one_that_is_larger_than_may_wait_has_the_room_for_itself(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_body_larger_than_the_backlog_limit_is_stored_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(application, "WAITING_LIMIT", MIB)
     kept = generation(1, prompt=10, prompt_text="x" * 2 * MIB, choices=[Choice(token_ids=array("i", [1]))])
 

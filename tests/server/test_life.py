@@ -71,7 +71,7 @@ def test_port_in_use_is_reported(store: StoreServer, tmp_path: Path) -> None:
 def test_file_that_is_no_store_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("not a database, but long enough to be looked at as one" * 100)
-    assert f"agl store: {path} is no SQLite file" in refused("--store", str(path))
+    assert f"agl store: {path} is not a SQLite file" in refused("--store", str(path))
 
 
 def test_sigterm_finishes_requests_and_exits(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The queue of two `agl store` on one database: who gets what, in which order, and what becomes of the rest."""
+"""Tests of the queue with two `agl store` servers on one database: order, limits, timeouts and retries."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def servers(
 
 @pytest.fixture
 def clients(servers: tuple[StoreServer, StoreServer]) -> Iterator[Clients]:
-    """Of one server each. Whoever enqueues something takes all of it from the queue."""
+    """Open a client of each server. A test that enqueues rollouts dequeues all of them."""
     with servers[0].client() as one, servers[1].client() as other:
         yield one, other
 
@@ -68,7 +68,7 @@ def rollout_of(client: httpx.Client, rollout_id: str) -> dict[str, Any]:
 
 
 def until(client: httpx.Client, rollout_id: str, status: str) -> dict[str, Any]:
-    """The rollout, once it has this status."""
+    """Wait until a rollout has this status, and return it."""
     deadline = time.monotonic() + SECONDS
     while (found := rollout_of(client, rollout_id))["status"] != status:
         assert time.monotonic() < deadline, found
@@ -105,7 +105,7 @@ def test_runners_of_two_servers_never_get_the_same_rollout(
             assert in_turn == sorted(in_turn)
 
 
-def test_the_queue_is_in_order_of_arrival_whichever_server_it_came_by(clients: Clients) -> None:
+def test_queue_is_in_order_of_arrival_over_both_servers(clients: Clients) -> None:
     one, other = clients
     enqueue(one, 1, 2)
     enqueue(other, 3)
@@ -114,7 +114,7 @@ def test_the_queue_is_in_order_of_arrival_whichever_server_it_came_by(clients: C
     assert inputs(other, 2) + inputs(one, 3) + inputs(other, 3) == [1, 2, 3, 4, 5, 6]
 
 
-def test_what_is_tried_again_comes_after_what_has_waited(clients: Clients) -> None:
+def test_retried_rollouts_come_after_waiting_ones(clients: Clients) -> None:
     one, other = clients
     enqueue(one, "a", "b", "c", config={"max_attempts": 2, "retry_condition": ["failed"]})
     first, second = dequeue(one, 2)
@@ -133,19 +133,19 @@ def test_what_is_tried_again_comes_after_what_has_waited(clients: Clients) -> No
     assert dequeue(one) == []
 
 
-def test_no_more_are_taken_than_are_asked_for(clients: Clients) -> None:
+def test_dequeue_takes_no_more_than_the_limit(clients: Clients) -> None:
     one, other = clients
     enqueue(one, *range(7))
     assert inputs(one, 0) == []
     assert inputs(one, -1) == []
     assert inputs(other, 3) == [0, 1, 2]
     assert one.post("/v1/agl/queues/rollouts/dequeue").json()[0]["input"] == 3
-    # More than are ever taken at once, too.
+    # A limit above the largest batch works, too.
     assert inputs(other, 10**6) == [4, 5, 6]
     assert inputs(one, 10**6) == []
 
 
-def test_an_attempt_lives_as_long_as_something_is_heard_of_it(clients: Clients) -> None:
+def test_attempt_with_heartbeats_or_spans_stays_responsive(clients: Clients) -> None:
     one, other = clients
     config = {"unresponsive_seconds": 4, "max_attempts": 2, "retry_condition": ["unresponsive"]}
     enqueue(one, "heard of", "sends spans", "silent", config=config)
@@ -190,7 +190,7 @@ def span(rollout: dict[str, Any], number: int) -> dict[str, Any]:
     }
 
 
-def test_an_attempt_that_takes_too_long_ends_whatever_is_heard_of_it(clients: Clients) -> None:
+def test_attempt_past_its_timeout_ends_despite_spans(clients: Clients) -> None:
     one, other = clients
     [rollout_id] = enqueue(one, "slow", config={"timeout_seconds": 1, "unresponsive_seconds": 900})
     [rollout] = dequeue(other)
@@ -205,7 +205,7 @@ def test_an_attempt_that_takes_too_long_ends_whatever_is_heard_of_it(clients: Cl
     assert dequeue(other) == []
 
 
-def test_who_waits_in_the_queue_is_never_late(clients: Clients) -> None:
+def test_rollout_waiting_in_the_queue_never_times_out(clients: Clients) -> None:
     one, other = clients
     [rollout_id] = enqueue(one, "waits", config={"timeout_seconds": 0.2, "unresponsive_seconds": 0.1})
     late = asked(one, "/rollouts", input="late", config={"timeout_seconds": 0.2})
@@ -221,7 +221,7 @@ def status_of(store: Store, rollout_id: str) -> str | None:
 
 
 @pytest.mark.parametrize("over_http", [True, False], ids=["over HTTP", "in the database"])
-def test_who_looks_for_its_generations_is_told_how_a_rollout_is(
+def test_get_rollout_by_id_gives_the_queues_status(
     servers: tuple[StoreServer, StoreServer], clients: Clients, over_http: bool
 ) -> None:
     [rollout_id] = enqueue(clients[0], "a task")

@@ -1,4 +1,4 @@
-"""Who writes generations, as those who have no client of ours say it and ask for it; and by our own."""
+"""Tests of the routes of senders, without the client of this package and with it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from agentlightning.errors import InvalidRecord
 from agentlightning.generation import Generation, Loss, new_id
 from agentlightning.sender import PACKED_LIMIT, Sender, Vocabulary
 from agentlightning.store import Store, open_database, open_store, senders, wire
@@ -23,7 +24,7 @@ BYTES = {"Content-Type": "application/octet-stream"}
 
 
 def vocabulary() -> Vocabulary:
-    """One that no other test has."""
+    """Make a vocabulary that no other test uses."""
     return Vocabulary(["<s>", "Ġthe", new_id(), None], frozenset({0}))
 
 
@@ -33,20 +34,20 @@ def sender(**fields: Any) -> Sender:
 
 
 @pytest.fixture
-def ours(store: StoreServer) -> Iterator[Store]:
-    """As a vLLM server has it."""
+def client_store(store: StoreServer) -> Iterator[Store]:
+    """Open the store as a vLLM server does."""
     with open_store(store.url) as opened:
         yield opened
 
 
-def told(each: Sender) -> dict[str, Any]:
-    """As JSON."""
+def fields_of(each: Sender) -> dict[str, Any]:
+    """Return the JSON object that registers a sender."""
     fields = {name: getattr(each, name) for name in ("host", "pid", "started_at", "version", "vllm", "model")}
     return {**fields, "vocabulary": None if each.vocabulary is None else each.vocabulary.digest.hex()}
 
 
 def put(client: httpx.Client, each: Sender) -> Any:
-    answer = client.put(f"/v1/agl/senders/{each.id}", json=told(each))
+    answer = client.put(f"/v1/agl/senders/{each.id}", json=fields_of(each))
     assert answer.status_code == 200, answer.text
     return answer.json()
 
@@ -60,12 +61,12 @@ def put_vocabulary(client: httpx.Client, digest: str, body: bytes, **headers: st
     return client.put(f"/v1/agl/vocabularies/{digest}", content=body, headers={**BYTES, **headers})
 
 
-def asked(client: httpx.Client, each: Sender) -> Any:
+def report_of(client: httpx.Client, each: Sender) -> Any:
     [found] = [item for item in client.get("/v1/agl/senders").json()["items"] if item["id"] == each.id]
     return found
 
 
-def test_a_vocabulary_is_asked_for_until_it_is_there(client: httpx.Client, store: StoreServer) -> None:
+def test_register_asks_for_the_vocabulary_until_it_is_stored(client: httpx.Client, store: StoreServer) -> None:
     one, same = sender(), sender()
     same = dataclasses.replace(same, vocabulary=one.vocabulary)
     assert one.vocabulary is not None
@@ -83,8 +84,8 @@ def test_a_vocabulary_is_asked_for_until_it_is_there(client: httpx.Client, store
         assert senders.vocabulary_of(connection, kept.id) == one.vocabulary
 
 
-def test_our_client_tells_all_of_it_and_sends_a_vocabulary_once(
-    ours: Store, store: StoreServer, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+def test_client_registers_all_fields_and_sends_the_vocabulary_once(
+    client_store: Store, store: StoreServer, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent: list[Vocabulary] = []
     pack = Vocabulary.to_bytes
@@ -93,42 +94,42 @@ def test_our_client_tells_all_of_it_and_sends_a_vocabulary_once(
     other = sender(vocabulary=one.vocabulary)
     kept = [generation(number) for number in range(3)]
     for each in (one, one, other):
-        ours.greet(each)
-    ours.add(kept[:2], one.id)
-    ours.add(kept, other.id)
+        client_store.greet(each)
+    client_store.add(kept[:2], one.id)
+    client_store.add(kept, other.id)
 
     assert sent == [one.vocabulary]
-    assert asked(client, one)["host"] == "a host\0 of ?"
-    assert [asked(client, each)["minutes"][0]["generations"] for each in (one, other)] == [2, 1]
+    assert report_of(client, one)["host"] == "a host\0 of ?"
+    assert [report_of(client, each)["minutes"][0]["generations"] for each in (one, other)] == [2, 1]
     with closing(open_database(store.store)) as database, database.reading() as connection:
         assert {senders.vocabulary_digest_of(connection, each.id) for each in kept} == {
             one.vocabulary and one.vocabulary.digest
         }
 
 
-def test_what_no_store_takes_for_a_sender_is_refused_to_our_client(ours: Store) -> None:
+def test_client_with_an_invalid_sender_is_refused(client_store: Store) -> None:
     for bad in (sender(id="me/../you"), sender(pid=2**63), sender(model="m" * 5_000)):
-        with pytest.raises(ValueError, match=r"no UUID|pid|model"):
-            ours.greet(bad)
+        with pytest.raises((InvalidRecord, ValueError), match=r"UUID|pid|model"):
+            client_store.greet(bad)
 
 
-def test_who_has_written_in_the_last_hour_is_told_with_how_much_and_how_late(ours: Store, client: httpx.Client) -> None:
+def test_senders_of_the_last_hour_are_listed_with_counts_and_lag(client_store: Store, client: httpx.Client) -> None:
     each = sender()
-    ours.greet(each)
-    silent = asked(client, each)
-    ours.add([generation(number, prompt=10, output=3) for number in range(4)], each.id)
+    client_store.greet(each)
+    silent = report_of(client, each)
+    client_store.add([generation(number, prompt=10, output=3) for number in range(4)], each.id)
     lost_at = silent["seen_at"]
-    ours.add_losses(
+    client_store.add_losses(
         [Loss(count=5, reason="queue full", first_at=lost_at, last_at=lost_at, host=each.host, pid=each.pid)]
     )
 
-    found = asked(client, each)
-    assert {name: found[name] for name in told(each)} == told(each)
+    found = report_of(client, each)
+    assert {name: found[name] for name in fields_of(each)} == fields_of(each)
     assert (silent["minutes"], silent["lag_mean"], silent["lag_max"], silent["lost"]) == ([], None, None, 0)
     [minute] = found["minutes"]
     assert minute == {"minute": minute["minute"], "generations": 4, "prompt_tokens": 40, "output_tokens": 12}
     assert abs(minute["minute"] - found["seen_at"] // (60 * 10**9)) <= 1
-    # They have finished long ago, a second after each other.
+    # The generations finished long ago, one second apart.
     assert found["lag_max"] - found["lag_mean"] == pytest.approx(1.5, abs=0.01)
     assert found["lost"] == 5
 
@@ -147,8 +148,10 @@ def test_who_has_written_in_the_last_hour_is_told_with_how_much_and_how_late(our
         (new_id(), {"model": "m" * 4_097}, "model"),
     ],
 )
-def test_what_is_no_sender_is_told_so(client: httpx.Client, path: str, change: dict[str, Any], reason: str) -> None:
-    answer = client.put(f"/v1/agl/senders/{path}", json=told(sender()) | change)
+def test_put_of_an_invalid_sender_is_refused(
+    client: httpx.Client, path: str, change: dict[str, Any], reason: str
+) -> None:
+    answer = client.put(f"/v1/agl/senders/{path}", json=fields_of(sender()) | change)
 
     assert answer.status_code == 422
     assert reason in answer.json()["detail"]
@@ -165,13 +168,13 @@ DIGEST = vocabulary().digest.hex()
         (DIGEST, zlib.compress(b"[]"), 422, "not an object"),
         (DIGEST, zlib.compress(bytes(100 << 20)), 422, "more than 64 MiB"),
         (DIGEST, Vocabulary(["another"]).to_bytes(), 422, "of another digest"),
-        # Equal vocabularies would have two digests.
+        # With spaces in the JSON, equal vocabularies would have two digests.
         (DIGEST, zlib.compress(b'{"tokens": ["a"], "special": []}'), 422, "of another digest"),
         (DIGEST, bytes(PACKED_LIMIT + 1), 413, "larger than 16 MiB"),
         ("abc", vocabulary().to_bytes(), 422, "digest"),
     ],
 )
-def test_what_is_no_vocabulary_is_told_so(
+def test_put_of_an_invalid_vocabulary_gives_the_reason(
     client: httpx.Client, store: StoreServer, digest: str, body: bytes, status: int, reason: str
 ) -> None:
     answer = put_vocabulary(client, digest, body)
@@ -182,7 +185,7 @@ def test_what_is_no_vocabulary_is_told_so(
         assert not senders.has_vocabulary(connection, bytes.fromhex(DIGEST))
 
 
-def test_a_vocabulary_of_another_kind_is_told_so(client: httpx.Client) -> None:
+def test_put_of_a_vocabulary_with_another_media_type_is_refused(client: httpx.Client) -> None:
     kept = vocabulary()
 
     answer = put_vocabulary(client, kept.digest.hex(), kept.to_bytes(), **{"Content-Type": "application/json"})
@@ -192,33 +195,33 @@ def test_a_vocabulary_of_another_kind_is_told_so(client: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("sender_id", ["no uuid", "", new_id()])
-def test_generations_of_a_sender_that_is_not_known_are_kept(client: httpx.Client, sender_id: str) -> None:
+def test_generations_of_an_unregistered_sender_are_stored(client: httpx.Client, sender_id: str) -> None:
     assert post(client, sender_id, generation(1)) == {"new": 1, "refused": [], "sender": "unknown"}
 
 
-def test_our_client_greets_again_where_the_database_is_another_one(tmp_path: Path) -> None:
+def test_client_registers_again_after_the_database_was_replaced(tmp_path: Path) -> None:
     path, each, kept = tmp_path / "store.db", sender(), [generation(number) for number in range(3)]
-    with StoreServer(path) as server, open_store(server.url) as ours, server.client() as client:
-        ours.greet(each)
-        ours.add(kept[:1], each.id)
+    with StoreServer(path) as server, open_store(server.url) as client_store, server.client() as client:
+        client_store.greet(each)
+        client_store.add(kept[:1], each.id)
         server.kill()
         for file in tmp_path.glob("store.db*"):
             file.unlink()
         server.start()
         assert client.get("/v1/agl/senders").json()["items"] == []
 
-        ours.add(kept[1:2], each.id)
-        ours.add(kept[2:], each.id)
+        client_store.add(kept[1:2], each.id)
+        client_store.add(kept[2:], each.id)
 
-        assert asked(client, each)["minutes"][0]["generations"] == 1
+        assert report_of(client, each)["minutes"][0]["generations"] == 1
         with closing(open_database(str(path))) as database, database.reading() as connection:
             assert senders.vocabulary_of(connection, kept[2].id) == each.vocabulary
 
 
-def test_our_client_does_not_greet_for_another_one(ours: Store, client: httpx.Client) -> None:
-    ours.greet(sender())
+def test_client_registers_no_sender_but_its_own(client_store: Store, client: httpx.Client) -> None:
+    client_store.greet(sender())
     stranger = new_id()
 
-    assert ours.add([generation(1)], stranger) == 1
+    assert client_store.add([generation(1)], stranger) == 1
 
     assert stranger not in {item["id"] for item in client.get("/v1/agl/senders").json()["items"]}

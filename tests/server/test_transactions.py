@@ -1,4 +1,4 @@
-"""Writes that are committed together: each is kept or undone for itself, unless the database is the reason."""
+"""Tests of writes that are committed together: each succeeds or fails alone, unless the database is at fault."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.common.postgresql import PostgresServer
 
 
 def add(*names: str) -> Callable[[Connection], int]:
-    """A write that adds rows of these names, which have to be new."""
+    """Return a write that inserts rows with these names, which have to be new."""
 
     def work(connection: Connection) -> int:
         for name in names:
@@ -35,8 +35,8 @@ def add(*names: str) -> Callable[[Connection], int]:
     return work
 
 
-class NeverMindError(Exception):
-    """Ends a transaction that is not to be kept."""
+class RollBackError(Exception):
+    """Raised to roll back a transaction."""
 
 
 def run(url: str, script: Callable[[Transactions], Awaitable[Any]], patience: float = 5.0) -> Any:
@@ -62,14 +62,14 @@ def url(new_store: Callable[[Path], str], tmp_path: Path) -> str:
     return new_store(tmp_path / "store.db")
 
 
-def test_a_write_that_raises_is_undone_alone(url: str) -> None:
+def test_write_that_raises_is_rolled_back_alone(url: str) -> None:
     def refuse(connection: Connection) -> None:
         add("undone")(connection)
         raise LookupError("not this one")
 
     async def script(running: Transactions) -> list[Any]:
         writes = [running.write(add("a")), running.write(refuse), running.write(add("b"))]
-        # Two that cannot be: a name that is taken, and the row before it goes with it.
+        # The second name is taken, so the row before it is rolled back, too.
         writes += [running.write(add("also undone", "a")), running.write(add("c"))]
         return await asyncio.gather(*writes, return_exceptions=True)
 
@@ -80,22 +80,22 @@ def test_a_write_that_raises_is_undone_alone(url: str) -> None:
     assert kept(url) == ["a", "b", "c"]
 
 
-def test_what_cannot_be_written_now_is_told_to_all_and_not_kept(url: str) -> None:
+def test_locked_database_fails_all_writes_and_stores_none(url: str) -> None:
     async def script(running: Transactions) -> list[Any]:
         with closing(open_database(url)) as database, database.writing() as other:
             add("a", "b")(other)
             writes = [running.write(add(name)) for name in "ab"]
             refused = await asyncio.gather(*writes, return_exceptions=True)
-            raise NeverMindError(refused)
+            raise RollBackError(refused)
 
-    with pytest.raises(NeverMindError) as told:
+    with pytest.raises(RollBackError) as told:
         run(url, script, patience=0.05)
     [refused] = told.value.args
     assert [type(each) for each in refused] == [StoreUnavailable, StoreUnavailable]
     assert kept(url) == []
 
 
-def test_who_writes_when_too_many_wait_is_told_to_come_again(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_beyond_the_waiting_limit_is_refused_as_busy(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transactions, "WRITES_WAITING", 3)
 
     async def script(running: Transactions) -> list[Any]:
@@ -106,10 +106,10 @@ def test_who_writes_when_too_many_wait_is_told_to_come_again(url: str, monkeypat
     assert kept(url) == ["a", "b", "c"]
 
 
-def test_what_waits_is_committed_before_the_end(url: str) -> None:
+def test_close_commits_waiting_writes(url: str) -> None:
     async def script(running: Transactions) -> None:
         for number in range(1_000):
-            # Nobody waits for the answer.
+            # Nothing awaits the result.
             task = asyncio.ensure_future(running.write(add(f"{number:04}")))
             task.add_done_callback(lambda done: done.exception())
         await asyncio.sleep(0)
@@ -118,20 +118,20 @@ def test_what_waits_is_committed_before_the_end(url: str) -> None:
     assert len(kept(url)) == 1_000
 
 
-def test_what_two_servers_do_in_opposite_orders_is_done_by_both(postgresql: PostgresServer) -> None:
-    """Each holds what the other waits for, until PostgreSQL sends one of them away."""
+def test_deadlock_of_two_servers_is_retried_until_both_commit(postgresql: PostgresServer) -> None:
+    """Each server holds a lock that the other waits for, until PostgreSQL aborts one of them."""
     url = postgresql.new_database()
     both = Barrier(2)
 
-    def rise(first: str, then: str) -> Callable[[Connection], None]:
+    def increment(first: str, then: str) -> Callable[[Connection], None]:
         meets = [True]
 
         def work(connection: Connection) -> None:
-            _rise(connection, first)
+            _increment(connection, first)
             if meets:
                 meets.clear()
                 both.wait(60)
-            _rise(connection, then)
+            _increment(connection, then)
 
         return work
 
@@ -139,7 +139,7 @@ def test_what_two_servers_do_in_opposite_orders_is_done_by_both(postgresql: Post
         await one.write(add("a", "b"))
         with closing(open_database(url)) as database:
             other = Transactions(database)
-            await asyncio.gather(one.write(rise("a", "b")), other.write(rise("b", "a")))
+            await asyncio.gather(one.write(increment("a", "b")), other.write(increment("b", "a")))
             await other.close()
 
     run(url, script, patience=60)
@@ -147,20 +147,20 @@ def test_what_two_servers_do_in_opposite_orders_is_done_by_both(postgresql: Post
         assert [*connection.execute(select(table.c.last)).scalars()] == [3, 3]
 
 
-def _rise(connection: Connection, name: str) -> None:
+def _increment(connection: Connection, name: str) -> None:
     connection.execute(update(table).where(table.c.rollout_id == name).values(last=table.c.last + 1))
 
 
 @pytest.mark.parametrize("rows", [ROWS_AT_ONCE, ROWS_AT_ONCE + 1, 3 * ROWS_AT_ONCE])
-def test_a_page_whose_rows_are_deleted_while_it_is_sent_is_valid_json(url: str, rows: int) -> None:
+def test_page_whose_rows_are_deleted_during_the_answer_is_valid_json(url: str, rows: int) -> None:
     def fill(connection: Connection) -> None:
         for number in range(rows):
             workers.note(connection, f"w-{number}", last_heartbeat_time=1.0)
 
     async def script(running: Transactions) -> tuple[bytes, bytes]:
         async def page() -> Response:
-            of_all = QueryWorkers.model_validate({"sort_by": None})
-            return await answers.listed(running, workers.listing(), of_all, workers.worker_fields)
+            query = QueryWorkers.model_validate({"sort_by": None})
+            return await answers.listed(running, workers.listing(), query, workers.worker_fields)
 
         async def body(of: Any) -> bytes:
             parts: list[Any] = [part async for part in of.body_iterator] if hasattr(of, "body_iterator") else [of.body]

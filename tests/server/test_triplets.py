@@ -1,4 +1,4 @@
-"""Over HTTP: the triplets of rollouts, rewards, and spans that come back with the ids that vLLM had."""
+"""Tests of the routes of triplets and rewards, and of spans that are returned with recorded token ids."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from tests.server.test_malformed import A_SPAN as SPAN
 from tests.server.test_otlp import a_span, attribute, new_id, of_rollout, post_json, spans_of
 
 LINES = {"Accept": "application/jsonl"}
-# As clocks have it when the spans' own are over.
+# After the end of the spans.
 FINISHED = 1_700_000_001_500_000_000
 
 
 @pytest.fixture
 def recorded(store: StoreServer) -> Iterator[Store]:
-    """What the store serves, as a vLLM server writes to it."""
+    """Open the served store as a vLLM server does."""
     with open_store(store.store) as recorded:
         yield recorded
 
@@ -40,7 +40,7 @@ def an_attempt(client: httpx.Client) -> tuple[str, str]:
 
 
 def calls(how_many: int, **fields: Any) -> list[Generation]:
-    """Of no rollout; each answer has an id of its own."""
+    """Make calls that name no rollout, each with a new response id."""
     usual: dict[str, Any] = {"rollout_id": None, "attempt_id": None}
     return [
         generation(n, **{**usual, "finished_at": FINISHED + n, "response_id": new_id("chatcmpl"), **fields})
@@ -49,14 +49,14 @@ def calls(how_many: int, **fields: Any) -> list[Generation]:
 
 
 def send_span(client: httpx.Client, rollout_id: str, attempt_id: str, answer: str | None, **fields: Any) -> None:
-    """The span of a call, as OTLP."""
-    said = [] if answer is None else [attribute("gen_ai.response.id", "stringValue", answer)]
+    """Send the span of a call by OTLP."""
+    attrs = [] if answer is None else [attribute("gen_ai.response.id", "stringValue", answer)]
     span = {"name": "openai.chat.completion", **fields}
-    assert post_json(client, a_span(attributes=[*of_rollout(rollout_id, attempt_id), *said], **span)) == {}
+    assert post_json(client, a_span(attributes=[*of_rollout(rollout_id, attempt_id), *attrs], **span)) == {}
 
 
 def triplets_of(client: httpx.Client, rollout_id: str, attempt_id: str | None = None) -> list[dict[str, Any]]:
-    """As JSON, which JSON Lines have, too."""
+    """Read triplets as JSON, and check that JSON Lines have the same."""
     part = "" if attempt_id is None else f"/attempts/{attempt_id}"
     path = f"/v1/agl/rollouts/{rollout_id}{part}/triplets"
     answer = client.get(path)
@@ -73,7 +73,7 @@ def reward(client: httpx.Client, rollout_id: str, attempt_id: str = "latest", **
     return client.post(f"/v1/agl/rollouts/{rollout_id}/attempts/{attempt_id}/reward", json=body)
 
 
-def test_the_triplets_of_a_rollout_are_its_calls_with_rewards(client: httpx.Client, recorded: Store) -> None:
+def test_triplets_of_a_rollout_are_its_calls_with_rewards(client: httpx.Client, recorded: Store) -> None:
     rollout_id, attempt_id = an_attempt(client)
     choice = Choice(
         token_ids=array("i", [7, 8]), logprobs=array("f", [-0.5, float("-inf")]), weight_versions=[("v1", 0, 2)]
@@ -107,17 +107,17 @@ def test_the_triplets_of_a_rollout_are_its_calls_with_rewards(client: httpx.Clie
     assert triplets_of(client, rollout_id, attempt_id) == triplets_of(client, rollout_id, "latest") == expected
 
 
-def test_a_rollout_need_not_have_been_made_here(client: httpx.Client, recorded: Store) -> None:
+def test_triplets_of_a_rollout_unknown_to_the_queue_are_listed(client: httpx.Client, recorded: Store) -> None:
     rollout_id = new_id("ours")
     recorded.add(calls(2, rollout_id=rollout_id, attempt_id="a"))
 
     assert [each["attempt_id"] for each in triplets_of(client, rollout_id, "a")] == ["a", "a"]
     assert len(triplets_of(client, rollout_id)) == 2
     assert triplets_of(client, rollout_id, "b") == triplets_of(client, rollout_id, "latest") == []
-    assert triplets_of(client, new_id("nobody's")) == []
+    assert triplets_of(client, new_id("unknown")) == []
 
 
-def test_all_triplets_are_lines_one_rollout_after_the_other(client: httpx.Client, recorded: Store) -> None:
+def test_all_triplets_are_lines_grouped_by_rollout(client: httpx.Client, recorded: Store) -> None:
     first, second = new_id("a/b"), new_id("c")
     recorded.add(calls(3, rollout_id=second) + calls(2, rollout_id=first, finished_at=FINISHED - 1))
 
@@ -126,7 +126,7 @@ def test_all_triplets_are_lines_one_rollout_after_the_other(client: httpx.Client
     found = [json.loads(line) for line in answer.text.splitlines()]
     ours = [each["rollout_id"] for each in found if each["rollout_id"] in (first, second)]
     assert ours == [first] * 2 + [second] * 3
-    # One whose id would be more than one part of a path.
+    # An id with a slash does not fit into a path.
     one = client.get("/v1/agl/triplets", params={"rollout_id": first})
     assert [json.loads(line) for line in one.text.splitlines()] == [
         each for each in found if each["rollout_id"] == first
@@ -134,7 +134,7 @@ def test_all_triplets_are_lines_one_rollout_after_the_other(client: httpx.Client
     assert client.get("/v1/agl/triplets", params={"rollout_id": first, "attempt_id": "a"}).text == ""
 
 
-def test_a_store_over_http_has_the_same_triplets(store: StoreServer, client: httpx.Client, recorded: Store) -> None:
+def test_store_over_http_has_the_same_triplets(store: StoreServer, client: httpx.Client, recorded: Store) -> None:
     rollout_id = new_id("a/b?c")
     logprobs = array("f", [float("-inf"), -0.1])
     versions = [("v1", 0, 1), ("v2", 1, 2)]
@@ -146,17 +146,17 @@ def test_a_store_over_http_has_the_same_triplets(store: StoreServer, client: htt
         assert found == [*recorded.triplets(rollout_id)] == [*remote.triplets(rollout_id, "a")]
         assert len(found) == 3
         assert [*remote.triplets(rollout_id, "b")] == []
-        # What the queue takes for no id.
+        # Texts that the queue does not accept as ids.
         assert [*remote.triplets("x" * 600)] == [*remote.triplets("")] == [*recorded.triplets("x" * 600)] == []
         assert [each for each in remote.triplets() if each.rollout_id == rollout_id] == found
 
 
-def test_a_reward_is_the_span_that_it_became_and_the_last_one_counts(client: httpx.Client, recorded: Store) -> None:
+def test_post_of_a_reward_returns_its_span_and_the_last_counts(client: httpx.Client, recorded: Store) -> None:
     rollout_id, attempt_id = an_attempt(client)
     new = calls(3, rollout_id=rollout_id, attempt_id=attempt_id)
     recorded.add(new)
     answers = [reward(client, rollout_id, value=value, generation_id=new[1].id) for value in (0.25, 0.5)]
-    # As the outcome: before the spans, which are sent when they end, and then some.
+    # The outcome arrives before the spans, which are sent some time after they end.
     outcome = reward(client, rollout_id, attempt_id, value=-1)
     send_span(client, rollout_id, attempt_id, new[2].response_id)
 
@@ -169,10 +169,10 @@ def test_a_reward_is_the_span_that_it_became_and_the_last_one_counts(client: htt
 
 
 @pytest.mark.parametrize("calls_before", [0, 2])
-def test_a_reward_stays_on_the_last_call_when_its_span_comes_after_the_reward(
+def test_reward_stays_on_the_last_call_when_its_span_arrives_later(
     client: httpx.Client, recorded: Store, calls_before: int
 ) -> None:
-    """As from a BatchSpanProcessor, which sends after five seconds, and the runner of 0.3, which sends at once."""
+    """A BatchSpanProcessor sends after five seconds, the runner of 0.3 immediately."""
     rollout_id, attempt_id = an_attempt(client)
     new = calls(calls_before + 1, rollout_id=rollout_id, attempt_id=attempt_id)
     recorded.add(new)
@@ -201,7 +201,7 @@ def test_a_reward_stays_on_the_last_call_when_its_span_comes_after_the_reward(
 
 
 @pytest.mark.parametrize("value", [None, "1", True, [], "NaN"], ids=str)
-def test_a_reward_is_a_number(client: httpx.Client, value: Any) -> None:
+def test_post_of_a_reward_that_is_not_a_number_is_refused(client: httpx.Client, value: Any) -> None:
     rollout_id, _ = an_attempt(client)
 
     answer = reward(client, rollout_id, value=value)
@@ -211,20 +211,20 @@ def test_a_reward_is_a_number(client: httpx.Client, value: Any) -> None:
 
 
 @pytest.mark.parametrize(("text", "statuses"), [("NaN", (400,)), ("1e400", (400,)), ("1" + "0" * 400, (400, 422))])
-def test_a_reward_is_finite(client: httpx.Client, text: str, statuses: tuple[int, ...]) -> None:
+def test_post_of_an_infinite_reward_is_refused(client: httpx.Client, text: str, statuses: tuple[int, ...]) -> None:
     rollout_id, _ = an_attempt(client)
     path = f"/v1/agl/rollouts/{rollout_id}/attempts/latest/reward"
     answer = client.post(path, content=f'{{"value": {text}}}', headers={"Content-Type": "application/json"})
     assert answer.status_code in statuses
 
 
-def test_who_is_not_there_gets_no_reward(client: httpx.Client, recorded: Store) -> None:
+def test_post_of_a_reward_for_an_unknown_id_is_not_found(client: httpx.Client, recorded: Store) -> None:
     rollout_id, attempt_id = an_attempt(client)
     other = generation(1, rollout_id=f"another than {rollout_id}")
     recorded.add([other])
     of_another = other.id
     for answer, name in (
-        (reward(client, "nobody", value=1), "nobody"),
+        (reward(client, "unknown", value=1), "unknown"),
         (reward(client, rollout_id, "another", value=1), "another"),
         (reward(client, rollout_id, attempt_id, value=1, generation_id="none"), "none"),
         (reward(client, rollout_id, attempt_id, value=1, generation_id=str(uuid.uuid4())), "generation"),
@@ -236,7 +236,7 @@ def test_who_is_not_there_gets_no_reward(client: httpx.Client, recorded: Store) 
 
 
 @pytest.mark.parametrize("spans_first", [True, False])
-def test_a_span_that_names_an_answer_comes_back_with_its_ids(
+def test_span_that_names_an_answer_is_returned_with_its_ids(
     client: httpx.Client, recorded: Store, spans_first: bool
 ) -> None:
     rollout_id, attempt_id = an_attempt(client)
@@ -245,24 +245,22 @@ def test_a_span_that_names_an_answer_comes_back_with_its_ids(
     if not spans_first:
         recorded.add([kept])
     send_span(client, rollout_id, attempt_id, kept.response_id)
-    send_span(client, rollout_id, attempt_id, "of nobody")
+    send_span(client, rollout_id, attempt_id, "unknown")
     send_span(client, rollout_id, attempt_id, None)
     if spans_first:
         recorded.add([kept])
 
     found = spans_of(client, rollout_id=rollout_id)
-    said = found[0]["attributes"]
-    assert said["gen_ai.response.id"] == kept.response_id
-    assert said["prompt_token_ids"] == list(kept.prompt_token_ids or ())
-    assert said["response_token_ids"] == [0, 8]
-    assert json.loads(said["logprobs.content"]) == [{"logprob": -0.5}, {"logprob": -0.25}]
+    attrs = found[0]["attributes"]
+    assert attrs["gen_ai.response.id"] == kept.response_id
+    assert attrs["prompt_token_ids"] == list(kept.prompt_token_ids or ())
+    assert attrs["response_token_ids"] == [0, 8]
+    assert json.loads(attrs["logprobs.content"]) == [{"logprob": -0.5}, {"logprob": -0.25}]
     assert all("prompt_token_ids" not in each["attributes"] for each in found[1:])
     assert client.post("/v1/agl/spans/search", json={"rollout_id": rollout_id}).json()["items"] == found
 
 
-def test_spans_have_no_ids_where_several_calls_have_had_the_answer_that_they_name(
-    client: httpx.Client, recorded: Store
-) -> None:
+def test_spans_that_name_a_shared_response_id_are_returned_without_ids(client: httpx.Client, recorded: Store) -> None:
     rollout_id, attempt_id = an_attempt(client)
     recorded.add(new := calls(2, rollout_id=rollout_id, attempt_id=attempt_id, response_id=new_id("chatcmpl")))
     for each in new:
@@ -270,15 +268,13 @@ def test_spans_have_no_ids_where_several_calls_have_had_the_answer_that_they_nam
 
     found = spans_of(client, rollout_id=rollout_id)
     assert all("response_token_ids" not in each["attributes"] for each in found)
-    # Whose each is shows where all of the rollout are looked at.
+    # Only all calls of the rollout together show which span belongs to which call.
     assert [(each["generation_id"], each["span_id"]) for each in triplets_of(client, rollout_id)] == [
         (call.id, span["span_id"]) for call, span in zip(new, found, strict=True)
     ]
 
 
-def test_a_call_of_another_rollout_gets_no_reward_though_a_span_names_its_answer(
-    client: httpx.Client, recorded: Store
-) -> None:
+def test_call_of_another_rollout_gets_no_reward_though_a_span_names_it(client: httpx.Client, recorded: Store) -> None:
     rollout_id, attempt_id = an_attempt(client)
     answer = new_id("chatcmpl")
     [ours] = calls(1, rollout_id=rollout_id, attempt_id=attempt_id, response_id=answer)
@@ -291,20 +287,20 @@ def test_a_call_of_another_rollout_gets_no_reward_though_a_span_names_its_answer
     assert [(each["generation_id"], each["reward"]) for each in triplets_of(client, rollout_id)] == [(ours.id, 1.0)]
 
 
-def test_a_span_keeps_the_ids_that_it_came_with(client: httpx.Client, recorded: Store) -> None:
+def test_span_keeps_the_ids_that_it_arrived_with(client: httpx.Client, recorded: Store) -> None:
     rollout_id, attempt_id = an_attempt(client)
     [kept] = calls(1)
     recorded.add([kept])
     ids = attribute("response_token_ids", "arrayValue", {"values": [{"intValue": "1"}]})
-    said = [*of_rollout(rollout_id, attempt_id), attribute("gen_ai.response.id", "stringValue", kept.response_id), ids]
-    post_json(client, a_span(attributes=said))
+    attrs = [*of_rollout(rollout_id, attempt_id), attribute("gen_ai.response.id", "stringValue", kept.response_id), ids]
+    post_json(client, a_span(attributes=attrs))
 
     [found] = spans_of(client, rollout_id=rollout_id)
     assert found["attributes"]["response_token_ids"] == [1]
     assert found["attributes"]["prompt_token_ids"] == list(kept.prompt_token_ids or ())
 
 
-def test_many_spans_come_back_with_the_ids_of_each(client: httpx.Client, recorded: Store) -> None:
+def test_many_spans_are_each_returned_with_their_ids(client: httpx.Client, recorded: Store) -> None:
     rollout_id, attempt_id = an_attempt(client)
     new = calls(150)
     recorded.add(new)
@@ -316,7 +312,7 @@ def test_many_spans_come_back_with_the_ids_of_each(client: httpx.Client, recorde
 
 
 @pytest.mark.tier("all", new_store="postgresql")
-def test_agent_lightnings_own_adapter_finds_the_same_triplets(
+def test_adapter_of_agent_lightning_finds_the_same_triplets(
     store: StoreServer, client: httpx.Client, recorded: Store, lightning: Path
 ) -> None:
     rollout_id, attempt_id = an_attempt(client)
@@ -365,13 +361,13 @@ def test_agent_lightnings_own_adapter_finds_the_same_triplets(
     assert found["triplets"] == [{name: each[name] for name in found["triplets"][0]} for each in ours]
     assert [each["reward"] for each in ours] == [None, 0.25, None, 0.5]
     assert found["final_reward"] == 0.5
-    # What was posted is what its own `emit_reward` makes.
+    # The posted reward equals what Agent Lightning's `emit_reward` makes.
     outcome = {**given["attributes"]}
     assert outcome.pop("agentlightning.outcome") is True
     assert found["emitted"] == {"name": given["name"], "attributes": outcome, "status": given["status"]}
 
 
-def test_a_filter_that_there_is_not_is_refused(client: httpx.Client) -> None:
+def test_unknown_filter_is_refused(client: httpx.Client) -> None:
     answer = client.get("/v1/agl/triplets", params={"rollout": "ro-1"})
     assert answer.status_code == 422
     assert "rollout" in answer.json()["detail"]

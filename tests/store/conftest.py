@@ -1,4 +1,4 @@
-"""The databases and the server that stores stand on."""
+"""Fixtures: stores of every kind, and what they are stored in."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ EVERY_KIND = [
     pytest.param("postgresql", marks=pytest.mark.tier("test")),
     pytest.param("http", marks=pytest.mark.tier("test")),
 ]
-"""The kinds of stores: a file, a database of PostgreSQL, and an `agl store`."""
+"""The kinds of stores: a file, a PostgreSQL database, and an `agl store`."""
 
 
 def new_store_of(kind: str, request: pytest.FixtureRequest) -> Callable[[Path], str]:
-    """Return what makes the URL of an empty store of a kind."""
+    """Return a function that creates an empty store of a kind, and returns its URL."""
     if kind == "sqlite":
         return str
     if kind == "http":
@@ -35,7 +35,7 @@ def new_store_of(kind: str, request: pytest.FixtureRequest) -> Callable[[Path], 
 
 @pytest.fixture
 def url(new_store: Callable[[Path], str], tmp_path: Path) -> str:
-    """Where a store may be made: in a file, or in a database of PostgreSQL."""
+    """Return the URL of an empty store."""
     return new_store(tmp_path / "generations.db")
 
 
@@ -47,7 +47,7 @@ def store(url: str) -> Iterator[Store]:
 
 @pytest.fixture
 def database(url: str) -> Iterator[Database]:
-    """The same, as who shows what is in it reads it."""
+    """Open the database under the store."""
     database = open_database(url)
     yield database
     database.close()
@@ -55,13 +55,13 @@ def database(url: str) -> Iterator[Database]:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreServer]:
-    """`agl store`, which tests share; each has it `emptied`."""
+    """Run an `agl store` that tests share; each empties it first."""
     with StoreServer(tmp_path_factory.mktemp("agl") / "store.db", "--max-body-mb=16") as server:
         yield server
 
 
 def emptied(server: StoreServer) -> str:
-    """Return the URL of this server after deleting all that its store has."""
+    """Delete all records of the server's store, and return its URL."""
     with closing(sqlite3.connect(server.path)) as connection, connection:
         for table in tables.metadata.tables:
             if table not in ("probes", "secrets"):

@@ -1,4 +1,4 @@
-"""Generations in an `agl store`, over HTTP: what only a network does; the rest is what every store does."""
+"""Tests of a store over HTTP: failures that only a network has. `test_stores.py` has what all stores share."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ BATCH = 5
 
 @pytest.fixture
 def url(server: StoreServer) -> str:
-    """Of a store that has nothing in it."""
+    """Return the URL of an empty store."""
     return emptied(server)
 
 
 class Between(ThreadingHTTPServer):
-    """What stands between a client and its server: a proxy, or somebody else's server.
+    """A proxy between a client and its server, or another server in its place.
 
     Attributes:
-        connections: how many there were.
-        answered: what answers in the place of the server; None where it does itself.
+        connections: number of connections so far.
+        answered: answers in the place of the server; None to forward requests.
     """
 
     daemon_threads = True
@@ -82,7 +82,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(status, answer, **headers)
 
     def forwarded(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
-        """What the server behind it answers."""
+        """Return the answer of the server behind the proxy."""
         host, port = self.server.there.url.removeprefix("http://").split(":")
         with closing(HTTPConnection(host, int(port))) as connection:
             connection.request(self.command, self.path, body, dict(self.headers))
@@ -121,7 +121,7 @@ def answers(between: Between, answer: Callable[[_Handler, bytes], None]) -> Iter
     between.answered = None
 
 
-def test_what_is_too_large_for_one_message_is_sent_in_several(store: Store) -> None:
+def test_add_of_more_bytes_than_a_message_holds_is_split(store: Store) -> None:
     kept = [generation(number, prompt=500_000) for number in range(20)]
 
     assert store.add(kept) == 20
@@ -129,18 +129,17 @@ def test_what_is_too_large_for_one_message_is_sent_in_several(store: Store) -> N
     assert [*store.generations()] == kept
 
 
-def test_one_that_is_too_large_for_the_server_is_named_with_the_option_that_helps(store: Store) -> None:
+def test_add_of_an_oversized_generation_names_it_and_the_option(store: Store) -> None:
     kept, large = generation(1), generation(2, prompt=5_000_000)
 
-    with pytest.raises(
-        InvalidRecord, match=rf"^{large.id}: the body is larger than 16 MiB \(agl store --max-body-mb\)"
-    ):
+    reason = rf"^{large.id}: the body is larger than 16 MiB \(agl store --max-body-mb\)"
+    with pytest.raises(InvalidRecord, match=reason):
         store.add([large, kept])
 
     assert [*store.generations()] == [kept]
 
 
-def test_more_than_a_message_may_have_are_sent_in_several(store: Store) -> None:
+def test_add_of_more_generations_than_a_message_holds_is_split(store: Store) -> None:
     kept = [generation(number, prompt=1, output=1) for number in range(10_001)]
 
     assert store.add(kept) == len(kept)
@@ -148,23 +147,23 @@ def test_more_than_a_message_may_have_are_sent_in_several(store: Store) -> None:
     assert store.tally()["finished"] == len(kept)
 
 
-def test_a_connection_is_used_again(between: Between) -> None:
+def test_requests_reuse_one_connection(between: Between) -> None:
     with open_store(between.url) as store:
         for number in range(50):
             store.add([generation(number)])
         assert len(ids(store)) == 50
-        with pytest.raises(InvalidRecord, match="no UUID"):
+        with pytest.raises(InvalidRecord, match="UUID"):
             store.add([generation(1, id="1")])
         assert store.tally()["finished"] == 50
 
     assert between.connections == 1
 
 
-def test_a_connection_that_was_closed_meanwhile_is_made_again(between: Between) -> None:
+def test_connection_closed_by_the_server_is_replaced(between: Between) -> None:
     def hang_up(handler: _Handler, body: bytes) -> None:
         status, headers, answer = handler.forwarded(body)
         handler.answer(status, answer, **headers)
-        # Without saying so before.
+        # Without a Connection header that announces it.
         handler.close_connection = True
 
     with answers(between, hang_up), open_store(between.url) as store:
@@ -173,7 +172,7 @@ def test_a_connection_that_was_closed_meanwhile_is_made_again(between: Between) 
     assert between.connections == 6
 
 
-def test_a_batch_whose_answer_got_lost_is_kept_once(between: Between) -> None:
+def test_batch_repeated_after_a_lost_answer_is_stored_once(between: Between) -> None:
     kept = [generation(number) for number in range(10)]
 
     def lose(handler: _Handler, body: bytes) -> None:
@@ -187,7 +186,7 @@ def test_a_batch_whose_answer_got_lost_is_kept_once(between: Between) -> None:
         assert [*store.generations()] == kept
 
 
-def test_an_answer_that_is_cut_off_is_none(between: Between) -> None:
+def test_truncated_answer_is_an_error(between: Between) -> None:
     kept = [generation(number) for number in range(10)]
 
     def cut(handler: _Handler, body: bytes) -> None:
@@ -217,7 +216,7 @@ def test_an_answer_that_is_cut_off_is_none(between: Between) -> None:
         (500, {"Retry-After": "Fri, 31 Dec 1999 23:59:59 GMT"}, None),
     ],
 )
-def test_a_proxy_whose_store_is_away_is_asked_again_when_it_says(
+def test_proxy_error_is_temporary_and_gives_retry_after(
     between: Between, status: int, headers: dict[str, str], retry_after: float | None
 ) -> None:
     def away(handler: _Handler, _: bytes) -> None:
@@ -231,7 +230,7 @@ def test_a_proxy_whose_store_is_away_is_asked_again_when_it_says(
 
 
 GATEWAY = b'{"detail": "no upstream"}'
-"""What any gateway made with FastAPI says, in the form that errors of the store have."""
+"""Error of a gateway that was made with FastAPI: it has the format of the store's own errors."""
 
 
 def loss(count: int) -> Loss:
@@ -239,7 +238,7 @@ def loss(count: int) -> Loss:
 
 
 @pytest.mark.parametrize("status", [400, 422])
-def test_an_error_of_a_gateway_is_not_the_store_s_whatever_form_it_has(between: Between, status: int) -> None:
+def test_gateway_error_in_the_stores_format_is_temporary(between: Between, status: int) -> None:
     with open_store(between.url) as store:
         with answers(between, lambda handler, _: handler.answer(status, GATEWAY)):
             for ask in (
@@ -253,14 +252,12 @@ def test_an_error_of_a_gateway_is_not_the_store_s_whatever_form_it_has(between: 
         assert store.add([generation(1), generation(2)]) == 2
 
 
-def test_what_the_store_itself_cannot_keep_is_told_by_way_of_a_proxy_too(between: Between) -> None:
+def test_refusal_of_the_store_passes_through_a_proxy(between: Between) -> None:
     with open_store(between.url) as store, pytest.raises(InvalidRecord, match="cannot keep a value"):
         store.add_losses([loss(2**63)])
 
 
-def test_a_gateway_that_cannot_reach_the_store_costs_no_generation(
-    between: Between, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_gateway_without_its_store_loses_no_generation(between: Between, caplog: pytest.LogCaptureFixture) -> None:
     asked: list[str] = []
 
     def no_upstream(handler: _Handler, body: bytes) -> None:
@@ -290,9 +287,7 @@ def test_a_gateway_that_cannot_reach_the_store_costs_no_generation(
 
 
 @pytest.mark.parametrize("body", [b"<html>Request Entity Too Large</html>", b'{"detail": "too large"}'])
-def test_what_is_too_large_for_a_proxy_is_sent_in_parts_and_one_that_is_by_itself_keeps_none_back(
-    between: Between, body: bytes
-) -> None:
+def test_proxy_with_a_body_limit_gets_parts_and_refuses_only_the_oversized(between: Between, body: bytes) -> None:
     def narrow(handler: _Handler, sent: bytes) -> None:
         if len(sent) > 100_000:
             handler.answer(413, body, **{"Content-Type": "text/html"})
@@ -313,8 +308,8 @@ def test_what_is_too_large_for_a_proxy_is_sent_in_parts_and_one_that_is_by_itsel
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["after a line", "within a line"])
-def test_lines_that_are_cut_off_are_not_taken_for_all(between: Between, whole: bool) -> None:
-    """A server that is killed while it sends: each line that came is fine, and there were more."""
+def test_truncated_lines_are_an_error(between: Between, whole: bool) -> None:
+    """A server that is killed while it sends: the lines that arrived are valid, but not all."""
 
     def cut(handler: _Handler, body: bytes) -> None:
         _, _, answer = handler.forwarded(body)
@@ -332,7 +327,7 @@ def test_lines_that_are_cut_off_are_not_taken_for_all(between: Between, whole: b
         assert len(list(store.triplets())) == 10
 
 
-def test_an_answer_of_somebody_else_is_no_receipt(between: Between) -> None:
+def test_answer_of_another_server_is_an_error(between: Between) -> None:
     def welcome(handler: _Handler, _: bytes) -> None:
         handler.answer(200, b"<html>Log in first</html>", **{"Content-Type": "text/html"})
 
@@ -363,12 +358,12 @@ def test_an_answer_of_somebody_else_is_no_receipt(between: Between) -> None:
         (302, b"", "redirects to another URL: give the URL of the store itself"),
     ],
 )
-def test_a_server_that_is_no_agl_store_is_told_at_once(between: Between, status: int, body: bytes, reason: str) -> None:
+def test_open_of_another_server_gives_the_reason(between: Between, status: int, body: bytes, reason: str) -> None:
     with answers(between, lambda handler, _: handler.answer(status, body)), pytest.raises(StoreRefused, match=reason):
         open_store(between.url)
 
 
-def test_a_store_below_a_path_is_found(between: Between) -> None:
+def test_store_below_a_path_is_found(between: Between) -> None:
     def below(handler: _Handler, body: bytes) -> None:
         assert handler.path.startswith("/team/store/v1/agl/")
         handler.path = handler.path.removeprefix("/team/store")
@@ -380,7 +375,7 @@ def test_a_store_below_a_path_is_found(between: Between) -> None:
         assert [*store.generations()] == [FULL]
 
 
-def test_a_store_that_does_not_run_is_waited_for() -> None:
+def test_open_of_an_unreachable_store_is_unavailable() -> None:
     with pytest.raises(StoreUnavailable, match=r"^http://\*\*\*@127\.0\.0\.1:1 cannot be reached: "):
         open_store("http://agl:s3cret@127.0.0.1:1")
 
@@ -399,14 +394,14 @@ def test_a_store_that_does_not_run_is_waited_for() -> None:
         "http://agl:s3cret@..",
     ],
 )
-def test_what_is_no_url_of_a_store_is_refused_and_no_key_is_shown(url: str) -> None:
+def test_open_of_an_invalid_url_is_refused_and_hides_the_key(url: str) -> None:
     with pytest.raises(StoreRefused, match="is not the URL of an agl store: write") as refused:
         open_store(url)
 
     assert "s3" not in str(refused.value)
 
 
-def test_a_store_is_served_on_a_database_and_not_on_another_store() -> None:
+def test_open_database_refuses_the_url_of_a_store() -> None:
     with pytest.raises(StoreRefused, match=r"^http://\*\*\*@host is already an agl store") as refused:
         open_database("http://agl:s3cret@host")
 
@@ -424,9 +419,7 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreServer]:
 
 
 @pytest.mark.parametrize("user", [f"agl:{IN_URL}", IN_URL, f":{IN_URL}", f"{IN_URL}:"])
-def test_the_key_in_the_url_is_the_one_that_counts(
-    locked: StoreServer, monkeypatch: pytest.MonkeyPatch, user: str
-) -> None:
+def test_key_in_the_url_takes_precedence(locked: StoreServer, monkeypatch: pytest.MonkeyPatch, user: str) -> None:
     monkeypatch.setenv("AGL_STORE_KEY", "another")
 
     with open_store(locked.url.replace("//", f"//{user}@")) as store:
@@ -434,7 +427,7 @@ def test_the_key_in_the_url_is_the_one_that_counts(
         assert [*store.generations()] == [FULL]
 
 
-def test_the_key_in_the_environment_counts_where_the_url_has_none(
+def test_key_in_the_environment_is_used_where_the_url_has_none(
     locked: StoreServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AGL_STORE_KEY", KEY)
@@ -445,7 +438,7 @@ def test_the_key_in_the_environment_counts_where_the_url_has_none(
 
 
 @pytest.mark.parametrize("user", ["", "agl:wr0ng@", "wr0ng@"])
-def test_a_key_that_is_missing_or_wrong_is_told_at_once_and_not_shown(
+def test_missing_or_wrong_key_is_refused_and_hidden(
     locked: StoreServer, monkeypatch: pytest.MonkeyPatch, user: str
 ) -> None:
     monkeypatch.delenv("AGL_STORE_KEY", raising=False)
@@ -456,7 +449,7 @@ def test_a_key_that_is_missing_or_wrong_is_told_at_once_and_not_shown(
     assert "wr0ng" not in str(refused.value)
 
 
-def test_a_key_that_no_header_can_have_is_refused_and_not_shown(
+def test_key_with_a_control_character_is_refused_and_hidden(
     locked: StoreServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AGL_STORE_KEY", "wr0ng\nkey")
@@ -467,7 +460,7 @@ def test_a_key_that_no_header_can_have_is_refused_and_not_shown(
     assert "wr0ng" not in str(refused.value)
 
 
-def test_it_is_looked_into_and_exported_by_its_url(locked: StoreServer) -> None:
+def test_doctor_and_export_take_the_url_with_its_key(locked: StoreServer) -> None:
     url = locked.url.replace("//", f"//agl:{IN_URL}@")
     with open_store(url) as store:
         store.add([FULL])
@@ -483,7 +476,7 @@ def test_it_is_looked_into_and_exported_by_its_url(locked: StoreServer) -> None:
     assert "s3cret" not in said.stdout + said.stderr + exported.stderr
 
 
-def test_opening_a_store_over_http_without_msgspec_names_the_install_command(tmp_path: Path) -> None:
+def test_open_without_msgspec_gives_the_install_command(tmp_path: Path) -> None:
     (tmp_path / "msgspec.py").write_text("raise ImportError\n")
     program = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import agentlightning.store as s; s.open_store('http://a')"
@@ -492,12 +485,11 @@ def test_opening_a_store_over_http_without_msgspec_names_the_install_command(tmp
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
 
     install = f"{sys.executable} -m pip install 'msgspec>=0.18' 'urllib3>=1.26'"
-    assert result.stderr.splitlines()[-1].endswith(
-        f"StoreRefused: a store over HTTP needs msgspec and urllib3: {install}"
-    )
+    reason = f"StoreRefused: a store over HTTP needs msgspec and urllib3: {install}"
+    assert result.stderr.splitlines()[-1].endswith(reason)
 
 
-def test_threads_share_a_store(store: Store) -> None:
+def test_threads_that_share_a_store_store_each_generation_once(store: Store) -> None:
     kept = [generation(number) for number in range(200)]
 
     with ThreadPoolExecutor(8) as pool:
@@ -508,7 +500,7 @@ def test_threads_share_a_store(store: Store) -> None:
 
 
 class Client(threading.Thread):
-    """Adds batches, each again and again until it is acknowledged."""
+    """Adds batches, repeating each until it is acknowledged."""
 
     def __init__(self, url: str, number: int) -> None:
         super().__init__()
@@ -536,9 +528,7 @@ class Client(threading.Thread):
         return True
 
 
-def test_what_was_acknowledged_is_there_once_and_whole_however_often_the_server_is_killed(
-    tmp_path: Path, thorough: bool
-) -> None:
+def test_server_killed_often_keeps_acknowledged_generations_once_and_complete(tmp_path: Path, thorough: bool) -> None:
     moments = random.Random(9)
     with StoreServer(tmp_path / "store.db") as server:
         clients = [Client(server.url, number) for number in range(CLIENTS)]

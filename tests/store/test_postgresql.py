@@ -1,4 +1,4 @@
-"""Generations in PostgreSQL: what is of this database alone, and several processes that write to it."""
+"""Tests of PostgreSQL: what only this database does, and several processes that write to it."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def query(url: str, statement: str) -> Any:
 
 
 def reason(caught: pytest.ExceptionInfo[Exception]) -> BaseException | None:
-    """The database's own error: its class stands for a code, its words may be other ones, in any language."""
+    """Return the database's own error. Its class stands for a code; its message may be in any language."""
     error = caught.value.__cause__
     return error.orig if isinstance(error, DBAPIError) else error
 
 
-def test_the_tables_are_in_a_schema_of_their_own_beside_what_else_there_is(url: str) -> None:
+def test_tables_are_in_their_own_schema_beside_others(url: str) -> None:
     query(url, "CREATE TABLE generations (theirs integer)")
 
     with open_store(url) as store:
@@ -58,7 +58,7 @@ def test_the_tables_are_in_a_schema_of_their_own_beside_what_else_there_is(url: 
     assert query(url, "SELECT count(*) FROM public.generations") == (0,)
 
 
-def test_ids_are_little_endian_int32_and_logprobs_float32(url: str) -> None:
+def test_tables_have_little_endian_int32_ids_and_float32_logprobs(url: str) -> None:
     with open_store(url) as store:
         store.add([FULL])
 
@@ -68,7 +68,7 @@ def test_ids_are_little_endian_int32_and_logprobs_float32(url: str) -> None:
     assert found == ("cdccccbd000080ff",)
 
 
-def test_a_schema_of_that_name_with_other_tables_is_refused_and_left_as_it_is(url: str) -> None:
+def test_schema_of_another_program_is_refused_and_unchanged(url: str) -> None:
     query(url, "CREATE SCHEMA agentlightning CREATE TABLE generations (theirs integer)")
 
     with pytest.raises(StoreRefused, match=r"the schema agentlightning of .* has tables of another program"):
@@ -77,7 +77,7 @@ def test_a_schema_of_that_name_with_other_tables_is_refused_and_left_as_it_is(ur
     assert query(url, "SELECT count(*) FROM information_schema.tables WHERE table_schema = 'agentlightning'") == (1,)
 
 
-def test_no_tables_are_made_where_none_are_asked_for(url: str) -> None:
+def test_open_without_create_makes_no_tables(url: str) -> None:
     with pytest.raises(StoreUnavailable, match="has no store in it"):
         open_store(url, create=False)
 
@@ -93,10 +93,8 @@ def test_tables_of_a_newer_version_are_refused(url: str) -> None:
         open_store(url)
 
 
-def test_every_step_from_an_older_version_is_taken_once_by_whoever_comes_first(
-    url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Today's is the older one here, and two steps lead on from it."""
+def test_migration_opened_by_several_at_once_runs_each_step_once(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Treat the present version as an old one with two migrations after it."""
     with open_store(url) as store:
         store.add([FULL])
     today = postgresql.VERSION
@@ -119,7 +117,7 @@ def test_every_step_from_an_older_version_is_taken_once_by_whoever_comes_first(
     assert query(url, "SELECT count(*) FROM agentlightning.notes") == (1,)
 
 
-def test_a_step_that_fails_leaves_the_older_tables_whole(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_migration_that_fails_leaves_the_tables_unchanged(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_store(url) as store:
         store.add([FULL])
     with monkeypatch.context() as newer:
@@ -138,8 +136,8 @@ def test_a_step_that_fails_leaves_the_older_tables_whole(url: str, monkeypatch: 
         assert [*store.generations()] == [FULL]
 
 
-def test_an_id_that_no_index_has_room_for_is_refused_and_costs_no_other(url: str) -> None:
-    # Nothing that repeats: what PostgreSQL can pack, it has room for.
+def test_id_too_long_for_an_index_is_refused_alone(url: str) -> None:
+    # Random digits, since PostgreSQL would compress a repetitive text until it fits.
     digits = random.Random(1).randbytes(20_000).hex()
     with open_store(url) as store:
         kept, refused_one = generation(1), generation(2, response_id=digits)
@@ -151,34 +149,34 @@ def test_an_id_that_no_index_has_room_for_is_refused_and_costs_no_other(url: str
         assert [*store.generations()] == [kept]
 
 
-def test_what_is_no_database_is_refused_with_the_reason(url: str, postgresql: PostgresServer) -> None:
+def test_open_of_an_invalid_database_gives_the_reason(url: str, postgresql: PostgresServer) -> None:
     nothing = postgresql.url("there_is_no_such_database")
     with pytest.raises(StoreRefused, match="/there_is_no_such_database cannot be used: "):
         open_store(nothing)
-    with pytest.raises(StoreRefused, match="names no database: it is postgresql://USER:PASSWORD@HOST/DATABASE"):
+    with pytest.raises(StoreRefused, match="names no database: write it as postgresql://USER:PASSWORD@HOST/DATABASE"):
         open_store("postgresql://127.0.0.1")
-    with pytest.raises(StoreRefused, match=r"\*\*\*@127.0.0.1:x/db is no URL"):
+    with pytest.raises(StoreRefused, match=r"\*\*\*@127.0.0.1:x/db is not a database URL"):
         open_store("postgresql://agl:secret@127.0.0.1:x/db")
 
 
-def test_a_database_that_does_not_hold_every_text_is_refused(postgresql: PostgresServer) -> None:
+def test_database_with_a_limited_encoding_is_refused(postgresql: PostgresServer) -> None:
     query(postgresql.url("postgres"), "CREATE DATABASE latin ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0")
 
-    with pytest.raises(StoreRefused, match="has the encoding LATIN1, which not every text fits: it has to be UTF8"):
+    with pytest.raises(StoreRefused, match="has the encoding LATIN1, which cannot hold every text: it has to be UTF8"):
         open_store(postgresql.url("latin"))
 
 
 @pytest.mark.parametrize("table", ["generations", "texts"])
-def test_no_generation_is_at_fault_where_keys_are_given_out_twice(url: str, table: str) -> None:
-    """A copy of a database may have the rows and not the sequences."""
+def test_reused_keys_blame_the_database_not_a_generation(url: str, table: str) -> None:
+    """A copy of a database may have the rows but not the sequences."""
     with open_store(url) as store:
         store.add([FULL])
         query(url, f"SELECT setval('agentlightning.{table}_key_seq', 1, false)")
-        with pytest.raises(StoreRefused, match="gives out keys that it has given out before"):
+        with pytest.raises(StoreRefused, match="assigns keys that are already in use"):
             store.add([generation(1, model="another")])
 
 
-def test_a_server_that_is_not_there_is_unavailable_and_its_password_is_not_shown() -> None:
+def test_unreachable_server_is_unavailable_and_its_password_hidden() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         url = f"postgresql://agl:secret@127.0.0.1:{taken.getsockname()[1]}/db"
@@ -188,7 +186,7 @@ def test_a_server_that_is_not_there_is_unavailable_and_its_password_is_not_shown
     assert "secret" not in str(away.value)
 
 
-def test_a_server_that_was_started_again_is_used_again(postgresql: PostgresServer, url: str) -> None:
+def test_restarted_server_is_used_again(postgresql: PostgresServer, url: str) -> None:
     with open_store(url) as store:
         store.add([generation(1)])
         postgresql.stop()
@@ -200,8 +198,8 @@ def test_a_server_that_was_started_again_is_used_again(postgresql: PostgresServe
         assert [*store.generations()] != []
 
 
-def test_the_same_batch_from_two_at_once_is_kept_once(url: str) -> None:
-    """Whoever does not know whether an `add` has worked repeats it: the first one may still be at it."""
+def test_same_batch_from_two_writers_at_once_is_stored_once(url: str) -> None:
+    """A client that cannot tell whether an `add` worked repeats it, maybe while the first one is still running."""
     with open_store(url) as one, open_store(url) as other:
         for number in range(20):
             batch = [generation(each) for each in range(number * 100, number * 100 + 100)]
@@ -217,8 +215,8 @@ def test_the_same_batch_from_two_at_once_is_kept_once(url: str) -> None:
         assert one.tally()["finished"] == 2_000
 
 
-def test_a_server_that_only_reads_is_waited_for(url: str) -> None:
-    """Another one has taken its place: nothing that is to be written is at fault."""
+def test_read_only_server_is_unavailable(url: str) -> None:
+    """After a failover the old server is read-only: no generation is at fault."""
     with open_store(url) as store:
         store.add([generation(1)])
     database = url.rpartition("/")[2]
@@ -230,7 +228,7 @@ def test_a_server_that_only_reads_is_waited_for(url: str) -> None:
         assert [found.request_id for found in store.generations()] == [generation(1).request_id]
 
 
-def test_who_holds_a_lock_for_long_is_not_waited_for(url: str) -> None:
+def test_write_behind_a_long_lock_is_given_up_after_patience(url: str) -> None:
     with open_store(url, patience=0.2) as store, psycopg.connect(url) as another:
         another.execute("LOCK TABLE agentlightning.generations")
         with pytest.raises(StoreUnavailable, match="cannot be used now: ") as waited:
@@ -243,12 +241,12 @@ def test_who_holds_a_lock_for_long_is_not_waited_for(url: str) -> None:
 
 def batch(writer: int, number: int) -> list[Generation]:
     first = (writer * BATCHES + number) * BATCH
-    # The same rollouts and models for everybody, and each puts them in in an order of its own.
+    # All writers use the same rollouts and models, each in its own order.
     numbers = random.Random(first).sample(range(first, first + BATCH), BATCH)
     return [generation(each, model=f"model-{each % 7}", rollout_id=f"rollout-{each % 10}") for each in numbers]
 
 
-def test_several_processes_make_the_tables_and_write_at_once(url: str) -> None:
+def test_processes_that_create_the_tables_and_write_together_lose_nothing(url: str) -> None:
     def write(writer: int) -> None:
         with open_store(url, patience=SECONDS) as store:
             for number in range(BATCHES):
@@ -267,8 +265,8 @@ def test_several_processes_make_the_tables_and_write_at_once(url: str) -> None:
     assert len(of_one_rollout) == len(found) / 10
 
 
-def write_until_it_is_gone(url: str, first: int, acknowledge: Connection) -> None:
-    """Again and again what could not be written, as the recorder does."""
+def write_forever(url: str, first: int, acknowledge: Connection) -> None:
+    """Write batches without end, repeating each until it is stored, as the recorder does."""
     number = first
     while True:
         some = [generation(each, prompt=5_000) for each in range(number, number + random.randint(1, 10))]
@@ -283,29 +281,29 @@ def write_until_it_is_gone(url: str, first: int, acknowledge: Connection) -> Non
         number += len(some)
 
 
-def test_postgresql_is_killed_at_any_moment_and_what_it_acknowledged_is_there_once_and_whole(
+def test_postgresql_killed_at_any_moment_keeps_acknowledged_generations_once_and_complete(
     postgresql: PostgresServer, url: str, thorough: bool
 ) -> None:
-    ours, its = fork.Pipe(duplex=False)
-    writers = [fork.Process(target=write_until_it_is_gone, args=(url, each * 100_000, its)) for each in range(2)]
+    receiver, sender = fork.Pipe(duplex=False)
+    writers = [fork.Process(target=write_forever, args=(url, each * 100_000, sender)) for each in range(2)]
     for writer in writers:
         writer.start()
-    its.close()
+    sender.close()
     acknowledged: list[str] = []
     for _ in range(KILLS if thorough else FEW_KILLS):
         for _ in range(random.randint(2, 12)):
-            acknowledged += ours.recv()
+            acknowledged += receiver.recv()
         Event().wait(random.uniform(0, 0.02))
         postgresql.kill()
         postgresql.start()
-    acknowledged += ours.recv()
+    acknowledged += receiver.recv()
     for writer in writers:
         assert writer.pid is not None
         os.kill(writer.pid, signal.SIGKILL)
         writer.join(SECONDS)
     with contextlib.suppress(EOFError):
         while True:
-            acknowledged += ours.recv()
+            acknowledged += receiver.recv()
 
     with open_store(url) as store:
         found = {each.id: each for each in store.generations()}

@@ -1,4 +1,4 @@
-"""Several processes and one file: nothing mixed, nothing twice, and nothing lost that was acknowledged."""
+"""Tests of several processes on one file: nothing is mixed up or duplicated, and nothing acknowledged is lost."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ BATCHES = 25
 BATCH = 20
 KILLS = 20
 FEW_KILLS = 3
-# A generation longer than a page of the file, so that a torn one could be told.
+# A generation longer than a page of the file, so that a torn write would show.
 LONG = 5_000
 
 
 def batch(writer: int, number: int) -> list[Generation]:
     first = (writer * BATCHES + number) * BATCH
-    # The same rollouts and models for everybody: each process finds out which numbers the others gave their texts.
+    # All processes use the same rollouts and models, so each has to find the keys that others gave to their texts.
     return [
         generation(each, model=f"model-{each % 7}", rollout_id=f"rollout-{each % 10}")
         for each in range(first, first + BATCH)
@@ -46,14 +46,14 @@ def by_request(generations: Any) -> list[Generation]:
     return sorted(generations, key=lambda found: found.request_id)
 
 
-def same_but_for_ids(found: list[Generation], wanted: list[Generation]) -> bool:
-    """Whether they are the same; each process has made ids of its own."""
+def equal_except_ids(found: list[Generation], wanted: list[Generation]) -> bool:
+    """Compare generations without their ids, which each process made for itself."""
     for one, other in zip(found, wanted, strict=True):
         other.id, other.call_id = one.id, one.call_id
     return found == wanted
 
 
-def test_several_processes_write_a_new_file_at_once(tmp_path: Path) -> None:
+def test_processes_that_write_a_new_file_together_lose_nothing(tmp_path: Path) -> None:
     path = tmp_path / "generations.db"
 
     def write(writer: int) -> None:
@@ -68,13 +68,13 @@ def test_several_processes_write_a_new_file_at_once(tmp_path: Path) -> None:
         found = [*store.generations()]
         of_one_rollout = [*store.generations(rollout_id="rollout-3")]
     assert len({each.id for each in found}) == len(wanted)
-    assert same_but_for_ids(by_request(found), by_request(wanted))
+    assert equal_except_ids(by_request(found), by_request(wanted))
     assert len(of_one_rollout) == len(wanted) / 10
     assert is_whole(path)
 
 
 @pytest.mark.parametrize("attempt", range(5))
-def test_many_processes_make_one_file_at_once(tmp_path: Path, attempt: int) -> None:
+def test_processes_that_create_one_file_together_all_succeed(tmp_path: Path, attempt: int) -> None:
     path = tmp_path / "generations.db"
 
     together(10, lambda number: open_store(str(path), patience=SECONDS).add([generation(number)]))
@@ -95,26 +95,26 @@ def write_until_killed(path: Path, first: int, acknowledge: Connection) -> None:
             number += len(some)
 
 
-def test_a_writer_is_killed_at_any_moment_and_what_it_acknowledged_is_there_once_and_whole(
+def test_writer_killed_at_any_moment_leaves_acknowledged_generations_once_and_complete(
     tmp_path: Path, thorough: bool
 ) -> None:
     path = tmp_path / "generations.db"
     everything = 0
     for first in range(0, (KILLS if thorough else FEW_KILLS) * 100_000, 100_000):
-        ours, its = fork.Pipe(duplex=False)
-        process = fork.Process(target=write_until_killed, args=(path, first, its))
+        receiver, sender = fork.Pipe(duplex=False)
+        process = fork.Process(target=write_until_killed, args=(path, first, sender))
         process.start()
-        its.close()
-        acknowledged = [each for _ in range(random.randint(1, 10)) for each in ours.recv()]
+        sender.close()
+        acknowledged = [each for _ in range(random.randint(1, 10)) for each in receiver.recv()]
         assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
         process.join(SECONDS)
         assert process.exitcode == -signal.SIGKILL
-        # What it had still acknowledged by then.
+        # Read what it acknowledged before it died.
         with contextlib.suppress(EOFError):
             while True:
-                acknowledged += ours.recv()
-        ours.close()
+                acknowledged += receiver.recv()
+        receiver.close()
 
         with open_store(str(path)) as store:
             found = {each.id: each for each in store.generations(since=generation(first).finished_at)}
@@ -123,5 +123,5 @@ def test_a_writer_is_killed_at_any_moment_and_what_it_acknowledged_is_there_once
         assert found.keys() >= set(acknowledged)
         for each in found.values():
             number = int(str(each.response_id).removeprefix("chatcmpl-"), 16)
-            assert same_but_for_ids([each], [generation(number, prompt=LONG)])
+            assert equal_except_ids([each], [generation(number, prompt=LONG)])
     assert is_whole(path)

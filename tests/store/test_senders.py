@@ -1,4 +1,4 @@
-"""Who writes generations: how many, how late, and what their token ids stand for, in every database."""
+"""Tests of senders in every database: their counts, their lag, and the vocabularies of their token ids."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def sender(**fields: Any) -> Sender:
     return Sender(**usual | {"vllm": "0.32.0", "model": "a model", "vocabulary": VOCABULARY} | fields)
 
 
-def seen(database: Database, since: int = 0, limit: int = 100) -> list[senders.Seen]:
+def reports(database: Database, since: int = 0, limit: int = 100) -> list[senders.SenderReport]:
     with database.reading() as connection:
         return senders.recent(connection, since, limit)
 
@@ -45,12 +45,12 @@ def rows_of(database: Database, table: Any) -> int:
         return connection.execute(select(func.count()).select_from(table)).scalar_one()
 
 
-def note(database: Database, each: Sender, at: int, finished_at: int, how_many: int = 1) -> None:
+def count(database: Database, each: Sender, at: int, finished_at: int, how_many: int = 1) -> None:
     new = [dataclasses.replace(generation(number), finished_at=finished_at) for number in range(how_many)]
-    database.write(lambda connection: senders.note(connection, each.id, new, [(12, 5)] * how_many, at))
+    database.write(lambda connection: senders.count_generations(connection, each.id, new, [(12, 5)] * how_many, at))
 
 
-def test_who_greets_is_known_as_it_was_told_last(store: Store, database: Database) -> None:
+def test_register_twice_keeps_the_last(store: Store, database: Database) -> None:
     early = sender(vllm=None, model=None, vocabulary=None)
     complete = dataclasses.replace(early, vllm="0.32.0", model="größe\0", vocabulary=VOCABULARY)
 
@@ -58,21 +58,21 @@ def test_who_greets_is_known_as_it_was_told_last(store: Store, database: Databas
     store.greet(complete)
     store.greet(complete)
 
-    [found] = seen(database)
+    [found] = reports(database)
     assert found.sender == dataclasses.replace(complete, vocabulary=None)
     assert found.vocabulary_digest == VOCABULARY.digest
     assert abs(found.seen_at - time.time_ns()) < 600 * 10**9
     assert (found.minutes, found.lost) == ([], 0)
 
 
-def test_one_without_an_id_that_is_a_uuid_is_refused(store: Store, database: Database) -> None:
-    with pytest.raises(ValueError, match="no UUID"):
+def test_register_with_an_id_that_is_not_a_uuid_is_refused(store: Store, database: Database) -> None:
+    with pytest.raises(ValueError, match="UUID"):
         store.greet(sender(id="me"))
 
-    assert seen(database) == []
+    assert reports(database) == []
 
 
-def test_two_of_one_model_keep_its_vocabulary_once(store: Store, database: Database) -> None:
+def test_senders_of_one_model_share_one_stored_vocabulary(store: Store, database: Database) -> None:
     one, two, other = sender(), sender(), sender(vocabulary=Vocabulary(["a"]))
     kept = [generation(number) for number in range(4)]
 
@@ -91,14 +91,14 @@ def test_two_of_one_model_keep_its_vocabulary_once(store: Store, database: Datab
 
 
 @pytest.mark.parametrize("generation_id", [new_id(), "no UUID"])
-def test_what_is_no_generation_has_no_vocabulary(database: Database, generation_id: str) -> None:
+def test_vocabulary_of_an_unknown_generation_is_none(database: Database, generation_id: str) -> None:
     with database.reading() as connection:
         assert senders.vocabulary_of(connection, generation_id) is None
 
 
-def test_a_vocabulary_that_has_not_come_yet_is_none_and_joined_when_it_comes(database: Database) -> None:
+def test_vocabulary_that_arrives_late_is_found_for_earlier_generations(database: Database) -> None:
     early, kept = sender(vocabulary=None), generation(1)
-    database.write(lambda connection: senders.introduce(connection, early, VOCABULARY.digest))
+    database.write(lambda connection: senders.register_without_vocabulary(connection, early, VOCABULARY.digest))
     database.write(lambda connection: generations.add(connection, [kept], early.id))
     with database.reading() as connection:
         assert not senders.has_vocabulary(connection, VOCABULARY.digest)
@@ -111,7 +111,7 @@ def test_a_vocabulary_that_has_not_come_yet_is_none_and_joined_when_it_comes(dat
 
 
 @pytest.mark.parametrize("sender_id", [None, new_id(), "no UUID", ""])
-def test_generations_of_a_sender_that_is_not_known_are_kept(
+def test_generations_of_an_unregistered_sender_are_stored(
     store: Store, database: Database, sender_id: str | None
 ) -> None:
     store.greet(sender())
@@ -119,23 +119,23 @@ def test_generations_of_a_sender_that_is_not_known_are_kept(
     assert store.add([generation(1)], sender_id) == 1
 
     assert len([*store.generations()]) == 1
-    assert [each.minutes for each in seen(database)] == [[]]
+    assert [each.minutes for each in reports(database)] == [[]]
 
 
-def test_only_what_is_new_is_counted(store: Store, database: Database) -> None:
-    ours, other = sender(), sender()
-    store.greet(ours)
+def test_counts_include_only_new_generations(store: Store, database: Database) -> None:
+    one, other = sender(), sender()
+    store.greet(one)
     store.greet(other)
     kept = [generation(number, prompt=10, output=3) for number in range(7)]
     two = [Choice(token_ids=array("i", [1, 2])), Choice(index=1), Choice(index=2, token_ids=array("i", [3]))]
 
-    store.add(kept[:4], ours.id)
-    store.add(kept, ours.id)
+    store.add(kept[:4], one.id)
+    store.add(kept, one.id)
     store.add([*kept, generation(8, prompt=0, choices=two)], other.id)
     store.add([EMPTY], other.id)
 
-    counted = {each.sender.id: each.minutes for each in seen(database)}
-    assert _sums(counted[ours.id]) == (7, 70, 21)
+    counted = {each.sender.id: each.minutes for each in reports(database)}
+    assert _sums(counted[one.id]) == (7, 70, 21)
     assert _sums(counted[other.id]) == (2, 0, 3)
     with database.reading() as connection:
         table = tables.generations.c
@@ -151,53 +151,53 @@ def _sums(minutes: Any) -> tuple[int, int, int]:
     )
 
 
-def test_a_minute_tells_how_long_after_they_had_finished_they_were_written(database: Database) -> None:
+def test_minute_has_the_lag_between_end_and_arrival(database: Database) -> None:
     each = sender()
-    database.write(lambda connection: senders.greet(connection, each))
-    note(database, each, NOW, NOW - 3 * 10**9, 2)
-    note(database, each, NOW + 10**9, NOW - 10**9)
-    # By a clock that is ahead.
-    note(database, each, NOW + MINUTE, NOW + MINUTE + 10**9)
-    note(database, each, NOW + 2 * MINUTE, -(2**63))
+    database.write(lambda connection: senders.register(connection, each))
+    count(database, each, NOW, NOW - 3 * 10**9, 2)
+    count(database, each, NOW + 10**9, NOW - 10**9)
+    # By a sender's clock that is ahead.
+    count(database, each, NOW + MINUTE, NOW + MINUTE + 10**9)
+    count(database, each, NOW + 2 * MINUTE, -(2**63))
 
-    first, second, third = seen(database)[0].minutes
+    first, second, third = reports(database)[0].minutes
     assert (first.minute, first.generations, first.lag_sum, first.lag_max) == (NOW // MINUTE, 3, 8e9, 3e9)
     assert (second.minute, second.generations, second.lag_sum, second.lag_max) == (NOW // MINUTE + 1, 1, 0.0, 0.0)
     assert third.lag_max == pytest.approx(NOW + 2 * MINUTE + 2**63)
-    assert seen(database, NOW + MINUTE)[0].minutes == [second, third]
+    assert reports(database, NOW + MINUTE)[0].minutes == [second, third]
 
 
-def test_minutes_of_more_than_a_day_ago_are_forgotten_but_those_of_others_are_not(database: Database) -> None:
-    ours, other = sender(), sender()
-    for each in (ours, other):
-        database.write(lambda connection, each=each: senders.greet(connection, each))
+def test_minutes_older_than_a_day_are_deleted_for_that_sender_only(database: Database) -> None:
+    one, other = sender(), sender()
+    for each in (one, other):
+        database.write(lambda connection, each=each: senders.register(connection, each))
         for minute in range(3):
-            note(database, each, NOW + minute * MINUTE, NOW)
+            count(database, each, NOW + minute * MINUTE, NOW)
 
-    note(database, ours, NOW + DAY + MINUTE, NOW)
+    count(database, one, NOW + DAY + MINUTE, NOW)
 
-    kept = {each.sender.id: [minute.minute - NOW // MINUTE for minute in each.minutes] for each in seen(database)}
-    assert kept == {ours.id: [1, 2, 24 * 60 + 1], other.id: [0, 1, 2]}
+    kept = {each.sender.id: [minute.minute - NOW // MINUTE for minute in each.minutes] for each in reports(database)}
+    assert kept == {one.id: [1, 2, 24 * 60 + 1], other.id: [0, 1, 2]}
 
 
-def test_the_last_one_seen_comes_first_and_who_was_not_seen_since_is_left_out(database: Database) -> None:
+def test_recent_lists_senders_by_last_activity_and_omits_older_ones(database: Database) -> None:
     every = [sender(pid=pid) for pid in range(5)]
     for each in every:
-        database.write(lambda connection, each=each: senders.greet(connection, each))
-    # Greeted now, and this is later.
+        database.write(lambda connection, each=each: senders.register(connection, each))
+    # Later than the registration.
     later = time.time_ns() + DAY
     for number, place in enumerate((3, 1, 4)):
-        note(database, every[place], later + number * 10**9, later)
+        count(database, every[place], later + number * 10**9, later)
 
-    assert [each.sender.pid for each in seen(database)][:3] == [4, 1, 3]
-    assert [each.sender.pid for each in seen(database, later + 10**9)] == [4, 1]
-    assert [each.sender.pid for each in seen(database, limit=2)] == [4, 1]
-    times = [each.seen_at for each in seen(database)]
+    assert [each.sender.pid for each in reports(database)][:3] == [4, 1, 3]
+    assert [each.sender.pid for each in reports(database, later + 10**9)] == [4, 1]
+    assert [each.sender.pid for each in reports(database, limit=2)] == [4, 1]
+    times = [each.seen_at for each in reports(database)]
     assert all(one >= another for one, another in pairwise(times))
 
 
-def test_a_loss_is_of_the_process_that_ran_then(store: Store, database: Database) -> None:
-    # A container that was started again: its process has the number that the one before it had.
+def test_loss_counts_for_the_process_that_ran_at_its_time(store: Store, database: Database) -> None:
+    # In a restarted container the process has the same id as the one before.
     first, second, other = sender(started_at=NOW), sender(started_at=NOW + 100), sender(pid=8, started_at=NOW)
     for each in (first, second, other):
         store.greet(each)
@@ -211,11 +211,11 @@ def test_a_loss_is_of_the_process_that_ran_then(store: Store, database: Database
         ]
     )
 
-    assert {each.sender.id: each.lost for each in seen(database)} == {first.id: 1, second.id: 110, other.id: 0}
-    assert {each.lost for each in seen(database, NOW + 200)} == {100, 0}
+    assert {each.sender.id: each.lost for each in reports(database)} == {first.id: 1, second.id: 110, other.id: 0}
+    assert {each.lost for each in reports(database, NOW + 200)} == {100, 0}
 
 
-def test_the_counts_of_a_rollout_come_from_an_index_alone(tmp_path: Path) -> None:
+def test_counts_of_a_rollout_are_read_from_a_covering_index(tmp_path: Path) -> None:
     path = tmp_path / "generations.db"
     with open_store(str(path)) as store:
         store.add([generation(number) for number in range(20)])
@@ -225,12 +225,12 @@ def test_the_counts_of_a_rollout_come_from_an_index_alone(tmp_path: Path) -> Non
     with closing(sqlite3.connect(path)) as connection:
         plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {query}")]
 
-    # In SQLite's words.
+    # The wording is SQLite's.
     assert "COVERING INDEX generations_by_rollout" in plan[0]
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
-def test_a_vocabulary_comes_back_as_it_was(text: str) -> None:
+def test_vocabulary_round_trips(text: str) -> None:
     kept = Vocabulary([text, None, "\ud800", *map(str, range(5_000))], frozenset({1, 4_000}))
 
     found = Vocabulary.from_bytes(kept.to_bytes())
@@ -258,6 +258,6 @@ def test_a_vocabulary_comes_back_as_it_was(text: str) -> None:
         (zlib.compress(bytes(65 << 20)), "more than 64 MiB"),
     ],
 )
-def test_what_is_no_vocabulary_is_told_so(packed: bytes, reason: str) -> None:
+def test_unpacking_an_invalid_vocabulary_gives_the_reason(packed: bytes, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         Vocabulary.from_bytes(packed)

@@ -1,4 +1,4 @@
-"""Generations in a SQLite file: what is put in comes out, and nothing else."""
+"""Tests of the SQLite file: its layout, migrations, refusals, and network file systems."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def query(path: Path, statement: str) -> Any:
         return connection.execute(statement).fetchone()[0]
 
 
-def test_ids_on_disk_are_little_endian_int32_and_logprobs_float32(store: Store, path: Path) -> None:
+def test_file_has_little_endian_int32_ids_and_float32_logprobs(store: Store, path: Path) -> None:
     store.add([FULL])
 
     assert query(path, "SELECT hex(prompt_token_ids) FROM generations") == "0000000001000000FFFFFF7FFFFFFFFF"
@@ -52,7 +52,7 @@ def test_ids_on_disk_are_little_endian_int32_and_logprobs_float32(store: Store, 
     assert query(path, 'SELECT hex(logprobs) FROM choices WHERE "index" = 0') == "CDCCCCBD000080FF"
 
 
-def test_iterating_keeps_nobody_from_writing_nor_sqlite_from_emptying_its_wal(store: Store, path: Path) -> None:
+def test_iteration_blocks_neither_writers_nor_the_emptying_of_the_wal(store: Store, path: Path) -> None:
     kept = [generation(number) for number in range(500)]
     store.add(kept)
     reading = store.generations()
@@ -66,7 +66,7 @@ def test_iterating_keeps_nobody_from_writing_nor_sqlite_from_emptying_its_wal(st
     assert [found.id for found in (first, *reading)] == [*(each.id for each in kept), *ids(store)[500:]]
 
 
-def test_a_new_file_is_its_owners_alone(path: Path) -> None:
+def test_new_file_is_accessible_only_to_its_owner(path: Path) -> None:
     before = os.umask(0)
     try:
         with open_store(str(path)) as store:
@@ -78,7 +78,7 @@ def test_a_new_file_is_its_owners_alone(path: Path) -> None:
     assert modes == {path.name: 0o600, f"{path.name}-wal": 0o600, f"{path.name}-shm": 0o600}
 
 
-def test_the_file_has_wal_mode_large_pages_and_our_name_on_it(store: Store, path: Path) -> None:
+def test_new_file_has_wal_mode_large_pages_and_the_application_id(store: Store, path: Path) -> None:
     store.add([generation(1)])
 
     assert query(path, "PRAGMA journal_mode") == "wal"
@@ -87,7 +87,7 @@ def test_the_file_has_wal_mode_large_pages_and_our_name_on_it(store: Store, path
 
 
 @pytest.mark.parametrize("url", ["{}", "sqlite:///{}", "runs.db", "sqlite:///runs.db", "a b?c#d%20.db"])
-def test_a_store_is_named_by_a_path_or_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+def test_open_by_path_or_url_finds_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     monkeypatch.chdir(tmp_path)
     file = tmp_path / url.removeprefix("sqlite:///").format("runs.db")
 
@@ -108,12 +108,12 @@ def test_a_store_is_named_by_a_path_or_a_url(tmp_path: Path, monkeypatch: pytest
         ("", "needs the path of a file"),
     ],
 )
-def test_what_is_no_store_is_refused_with_the_reason(url: str, reason: str) -> None:
+def test_open_of_an_invalid_url_gives_the_reason(url: str, reason: str) -> None:
     with pytest.raises(StoreRefused, match=reason):
         open_store(url)
 
 
-def test_without_sqlalchemy_the_install_command_is_named(tmp_path: Path) -> None:
+def test_open_without_sqlalchemy_gives_the_install_command(tmp_path: Path) -> None:
     (tmp_path / "sqlalchemy.py").write_text("raise ImportError\n")
     program = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import agentlightning.store as s; s.open_store('a.db')"
@@ -126,19 +126,19 @@ def test_without_sqlalchemy_the_install_command_is_named(tmp_path: Path) -> None
     assert not (tmp_path / "a.db").exists()
 
 
-def test_no_file_is_made_where_none_is_asked_for(path: Path) -> None:
+def test_open_without_create_makes_no_file(path: Path) -> None:
     with pytest.raises(StoreUnavailable, match=f"{path} cannot be opened: {NOT_THERE}"):
         open_store(str(path), create=False)
 
     assert not path.exists()
 
 
-def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_open_in_a_missing_folder_gives_the_path(tmp_path: Path) -> None:
     with pytest.raises(StoreUnavailable, match=rf"missing/a\.db cannot be opened: {NOT_THERE}"):
         open_store(str(tmp_path / "missing" / "a.db"))
 
 
-def test_an_empty_file_becomes_a_store(path: Path) -> None:
+def test_open_of_an_empty_file_makes_it_a_store(path: Path) -> None:
     path.touch()
 
     with open_store(str(path)) as store:
@@ -147,29 +147,29 @@ def test_an_empty_file_becomes_a_store(path: Path) -> None:
     assert query(path, "PRAGMA page_size") == 16384
 
 
-def test_the_database_of_another_program_is_refused_and_left_as_it_is(path: Path) -> None:
+def test_database_of_another_program_is_refused_and_unchanged(path: Path) -> None:
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("CREATE TABLE generations (theirs)")
     before = path.read_bytes()
 
-    with pytest.raises(StoreRefused, match=f"{path} is the database of another program"):
+    with pytest.raises(StoreRefused, match=f"{path} belongs to another program"):
         open_store(str(path))
 
     assert path.read_bytes() == before
     assert [*path.parent.iterdir()] == [path]
 
 
-def test_a_file_that_is_no_database_is_refused_and_left_as_it_is(path: Path) -> None:
+def test_file_that_is_not_a_database_is_refused_and_unchanged(path: Path) -> None:
     path.write_text("a text, and a longer one than the header of a database is\n" * 100)
     before = path.read_bytes()
 
-    with pytest.raises(StoreRefused, match=f"{path} is no SQLite file, or a broken one: "):
+    with pytest.raises(StoreRefused, match=f"{path} is not a SQLite file, or is damaged: "):
         open_store(str(path))
 
     assert path.read_bytes() == before
 
 
-def test_a_file_that_is_broken_is_refused_when_that_shows(path: Path) -> None:
+def test_damaged_file_is_refused_when_the_damage_is_read(path: Path) -> None:
     with open_store(str(path)) as store:
         store.add([generation(number) for number in range(2_000)])
     with path.open("r+b") as file:
@@ -178,12 +178,12 @@ def test_a_file_that_is_broken_is_refused_when_that_shows(path: Path) -> None:
 
     with (
         open_store(str(path)) as store,
-        pytest.raises(StoreRefused, match=f"{path} is no SQLite file, or a broken one: "),
+        pytest.raises(StoreRefused, match=f"{path} is not a SQLite file, or is damaged: "),
     ):
         ids(store)
 
 
-def test_a_file_of_a_newer_schema_is_refused_and_left_as_it_is(path: Path) -> None:
+def test_file_of_a_newer_schema_is_refused_and_unchanged(path: Path) -> None:
     newer = sqlite.VERSION + 1
     open_store(str(path)).close()
     with closing(sqlite3.connect(path)) as connection:
@@ -196,8 +196,8 @@ def test_a_file_of_a_newer_schema_is_refused_and_left_as_it_is(path: Path) -> No
     assert path.read_bytes() == before
 
 
-def test_every_step_from_an_older_schema_is_taken_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Today's is the older one here, and two steps lead on from it."""
+def test_migration_from_an_older_schema_runs_each_step_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Treat the present schema as an old one with two migrations after it."""
     kept = [generation(number) for number in range(10)]
     with open_store(str(path)) as store:
         store.add(kept)
@@ -214,12 +214,12 @@ def test_every_step_from_an_older_schema_is_taken_once(path: Path, monkeypatch: 
 
     assert query(path, "PRAGMA user_version") == today + 2
     assert query(path, "SELECT note FROM notes") == "of the second step"
-    # The steps are not taken again.
+    # The steps are not run again.
     open_store(str(path)).close()
     assert query(path, "SELECT count(*) FROM notes") == 1
 
 
-def test_a_step_that_fails_leaves_the_older_file_whole(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_migration_that_fails_leaves_the_file_unchanged(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_store(str(path)) as store:
         store.add([generation(1)])
     today = sqlite.VERSION
@@ -237,7 +237,7 @@ def test_a_step_that_fails_leaves_the_older_file_whole(path: Path, monkeypatch: 
         assert [*store.generations()] == [*store.generations(rollout_id="rollout-0")] != []
 
 
-def test_a_file_that_was_replaced_is_not_written_to(store: Store, path: Path) -> None:
+def test_write_to_a_replaced_file_is_refused(store: Store, path: Path) -> None:
     store.add([generation(1)])
     path.rename(path.with_suffix(".old"))
 
@@ -269,13 +269,13 @@ me@host: /remote fuse.sshfs rw 0 0
         ("/remote/deep/below/a.db", "fuse.sshfs"),
     ],
 )
-def test_a_network_file_system_is_refused_with_the_reason(
+def test_network_file_system_is_refused_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, kind: str | None
 ) -> None:
     (tmp_path / "mounts").write_text(MOUNTS)
     monkeypatch.setattr(filesystem, "MOUNTS", tmp_path / "mounts")
 
-    # None of these folders is there: what is let through ends there.
+    # None of these folders exists, so an accepted path fails later.
     with pytest.raises((StoreRefused, StoreUnavailable)) as refused:
         open_store(path, create=False)
 
@@ -285,7 +285,7 @@ def test_a_network_file_system_is_refused_with_the_reason(
         assert f"{path} is on a network file system ({kind})" in str(refused.value)
 
 
-def test_a_link_into_a_network_file_system_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_link_into_a_network_file_system_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mounts").write_text(f"/dev/vda / ext4 rw 0 0\nserver:/ {tmp_path}/remote nfs rw 0 0\n")
     monkeypatch.setattr(filesystem, "MOUNTS", tmp_path / "mounts")
     (tmp_path / "link").symlink_to(tmp_path / "remote")
@@ -294,7 +294,7 @@ def test_a_link_into_a_network_file_system_is_followed(tmp_path: Path, monkeypat
         open_store(str(tmp_path / "link" / "a.db"))
 
 
-def test_where_the_system_tells_of_no_mounts_every_path_is_local(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_path_counts_as_local_where_mounts_are_unknown(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(filesystem, "MOUNTS", Path("/nowhere"))
 
     with open_store(str(path)) as store:

@@ -1,4 +1,4 @@
-"""What every store does, whatever it stands on: what is put in comes out, and nothing else."""
+"""Tests of generations and losses that every kind of store passes."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def ids(store: Store, **filters: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("kept", [FULL, EMPTY], ids=["everything known", "nothing known"])
-def test_a_generation_comes_back_as_it_was(store: Store, url: str, kept: Generation) -> None:
+def test_generation_round_trips(store: Store, url: str, kept: Generation) -> None:
     assert store.add([kept]) == 1
 
     with open_store(url) as another:
         assert [*store.generations()] == [*another.generations()] == [kept]
 
 
-def test_a_generation_may_be_as_long_as_a_context_is(store: Store) -> None:
+def test_generation_of_a_million_ids_round_trips(store: Store) -> None:
     kept = generation(1, prompt=1_000_000, output=131_072, prompt_text="a" * 4_000_000)
 
     store.add([kept])
@@ -43,7 +43,7 @@ def test_a_generation_may_be_as_long_as_a_context_is(store: Store) -> None:
     assert [*store.generations()] == [kept]
 
 
-def test_many_choices_stay_with_their_generation_and_in_order(store: Store) -> None:
+def test_choices_are_read_with_their_generation_in_order(store: Store) -> None:
     kept = [
         generation(number, choices=[Choice(index=i, token_ids=array("i", [number, i])) for i in range(number)])
         for number in range(200)
@@ -54,16 +54,16 @@ def test_many_choices_stay_with_their_generation_and_in_order(store: Store) -> N
     assert [*store.generations()] == kept
 
 
-def test_half_a_surrogate_pair_which_no_file_can_hold_becomes_a_question_mark(store: Store) -> None:
+def test_half_a_surrogate_pair_becomes_a_question_mark(store: Store) -> None:
     store.add([generation(1, prompt_text="a\ud800b", rollout_id="r\udfff")])
 
     (found,) = store.generations()
     assert (found.prompt_text, found.rollout_id) == ("a?b", "r?")
 
 
-def test_generations_come_in_the_order_in_which_they_finished(store: Store) -> None:
+def test_generations_are_read_in_the_order_in_which_they_finished(store: Store) -> None:
     kept = [generation(number) for number in range(300)]
-    # Three finished at the same moment: they come as they were written.
+    # Three that finished at the same time are read in the order in which they were written.
     for same in kept[100:103]:
         same.finished_at = kept[100].finished_at
     for start in (200, 100, 0):
@@ -98,7 +98,7 @@ def test_generations_come_in_the_order_in_which_they_finished(store: Store) -> N
         ({"since": START + 6 * SECOND, "until": START + 6 * SECOND}, ()),
     ],
 )
-def test_filters_let_through_what_all_of_them_hold_for(
+def test_filters_select_generations_that_match_all_of_them(
     store: Store, filters: dict[str, Any], numbers: range | tuple[int, ...]
 ) -> None:
     kept = [generation(number) for number in range(30)]
@@ -117,7 +117,7 @@ def test_filters_let_through_what_all_of_them_hold_for(
     assert sum(store.tally(**filters).values()) == len(wanted)
 
 
-def test_the_tally_tells_how_many_there_are_of_each_status(store: Store) -> None:
+def test_tally_counts_generations_by_status(store: Store) -> None:
     assert store.tally() == {"finished": 0, "aborted": 0, "error": 0}
 
     store.add([generation(1), generation(2), generation(3, status="aborted")])
@@ -125,7 +125,7 @@ def test_the_tally_tells_how_many_there_are_of_each_status(store: Store) -> None
     assert store.tally() == {"finished": 2, "aborted": 1, "error": 0}
 
 
-def test_a_filter_that_there_is_not_is_an_error_and_not_everything(store: Store) -> None:
+def test_unknown_filter_is_an_error(store: Store) -> None:
     store.add([generation(1)])
 
     with pytest.raises(KeyError, match="rollout"):
@@ -133,7 +133,7 @@ def test_a_filter_that_there_is_not_is_an_error_and_not_everything(store: Store)
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
-def test_hostile_ids_are_ids_like_any_other(store: Store, text: str) -> None:
+def test_hostile_ids_are_stored_and_found(store: Store, text: str) -> None:
     names = dict.fromkeys(("rollout_id", "attempt_id", "session_id", "response_id", "model", "request_id"), text)
     kept, other = generation(1, **names), generation(2)
     store.add([kept, other])
@@ -143,7 +143,7 @@ def test_hostile_ids_are_ids_like_any_other(store: Store, text: str) -> None:
     assert [*store.generations()] == [kept, other]
 
 
-def test_what_is_added_twice_is_there_once(store: Store) -> None:
+def test_add_twice_stores_once(store: Store) -> None:
     kept = [generation(number) for number in range(1_200)]
 
     assert store.add(kept[:700]) == 700
@@ -156,18 +156,18 @@ def test_what_is_added_twice_is_there_once(store: Store) -> None:
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [
-        ({"id": "no-uuid"}, "'no-uuid' is no UUID"),
-        ({"id": "01A20C2A-865D-7B56-9503-9601311BEA6E"}, "is no UUID in lower case"),
-        ({"call_id": "x" * 32}, "is no UUID"),
-        # Where each store says it in the words of Python or of its database.
+        ({"id": "no-uuid"}, "'no-uuid' is not a lower-case UUID"),
+        ({"id": "01A20C2A-865D-7B56-9503-9601311BEA6E"}, "is not a lower-case UUID"),
+        ({"call_id": "x" * 32}, "is not a lower-case UUID"),
+        # Without a reason: the message is Python's or the database's.
         ({"status": "asleep"}, None),
         ({"finished_at": None}, None),
-        ({"started_at": 2**63}, r"a number that \w+ cannot hold"),
+        ({"started_at": 2**63}, r"\w+ cannot store this number"),
         ({"started_at": 2**64}, None),
         ({"choices": [*FULL.choices, *FULL.choices]}, None),
     ],
 )
-def test_one_that_no_store_can_keep_is_named_and_the_others_are_kept(
+def test_add_names_an_invalid_generation_and_stores_the_others(
     store: Store, bad: dict[str, Any], reason: str | None
 ) -> None:
     kept = [generation(number, rollout_id=f"rollout-{number}") for number in range(1, 8)]
@@ -180,14 +180,14 @@ def test_one_that_no_store_can_keep_is_named_and_the_others_are_kept(
     assert str(refused.value).startswith(f"{wrong.id}: ")
     assert refused.value.new == 7
     assert [*store.generations()] == kept
-    # What the refused one has called its rollout is not taken for another one's.
+    # The rolled back key of the refused one's rollout is not used for another text.
     later = [generation(9, rollout_id="second"), generation(10, rollout_id="wrong")]
     store.add(later)
     assert [*store.generations()] == [*kept, *later]
     assert store.add(kept) == 0
 
 
-def test_of_many_that_no_store_can_keep_a_few_are_named(store: Store) -> None:
+def test_add_of_many_invalid_generations_names_a_few(store: Store) -> None:
     kept = generation(1)
 
     with pytest.raises(InvalidRecord, match=r"^0: .*; 1: .*; 2: .*; and 297 more$") as refused:
@@ -197,7 +197,7 @@ def test_of_many_that_no_store_can_keep_a_few_are_named(store: Store) -> None:
     assert [*store.generations()] == [kept]
 
 
-def test_numbers_beyond_32_bits_stay_as_they_are(store: Store) -> None:
+def test_numbers_beyond_32_bits_round_trip(store: Store) -> None:
     large = 2**31
     kept = generation(1, cached_tokens=large, choices=[Choice(index=2 * large), Choice(index=4 * large)])
     loss = Loss(count=large, reason="queue full", first_at=START, last_at=START, host="host", pid=2 * large)
@@ -209,14 +209,14 @@ def test_numbers_beyond_32_bits_stay_as_they_are(store: Store) -> None:
     assert [*store.losses()] == [loss]
 
 
-def test_texts_that_no_database_tells_from_each_other_are_one(store: Store) -> None:
+def test_texts_that_databases_cannot_distinguish_become_one(store: Store) -> None:
     store.add([generation(1, rollout_id="a\ud800", session_id="a?")])
 
     [found] = store.generations()
     assert (found.rollout_id, found.session_id) == ("a?", "a?")
 
 
-def test_losses_are_written_down_once(store: Store) -> None:
+def test_add_losses_twice_stores_once(store: Store) -> None:
     losses = [
         Loss(count=number, reason="queue full", first_at=START, last_at=START + number, host="host", pid=7)
         for number in range(1, 4)

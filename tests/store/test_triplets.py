@@ -1,4 +1,4 @@
-"""The triplets of a rollout: which calls are its own, in which order, and what they were worth."""
+"""Tests of triplets: which calls belong to a rollout, in which order, and with which rewards."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ pytestmark = pytest.mark.tier("check")
 
 HOUR = 3600 * SECOND
 
-# One database for all examples, in each of which there is a rollout of its own.
+# All examples share one database; each uses a new rollout.
 UNHURRIED: Any = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
 
 def call(number: int, **fields: Any) -> Generation:
-    """The call of this number, answered as `answer-N`, of the attempt `a` of the rollout `r`."""
+    """Make call N, answered as `answer-N`, of the attempt `a` of the rollout `r`."""
     usual: dict[str, Any] = {"rollout_id": "r", "attempt_id": "a", "response_id": f"answer-{number}"}
     return generation(number, **usual | fields)
 
 
 def a_span(
     number: int,
-    said: dict[str, Any],
+    attrs: dict[str, Any],
     name: str = "openai.chat.completion",
     at: float | None = None,
     rollout_id: str = "r",
     attempt_id: str = "a",
 ) -> spans.NewSpan:
-    """The span of this number, which has ended as the call of this number has, or so many seconds after the start."""
+    """Make span N, which ended when call N did, or `at` seconds after the start."""
     moment = START / SECOND + (number if at is None else at)
     return spans.NewSpan(
         rollout_id=rollout_id,
@@ -53,25 +53,25 @@ def a_span(
         name=name,
         start_time=moment,
         end_time=moment,
-        response_id=attributes.response_id(said),
-        reward=attributes.reward(name, said),
-        body=json.dumps({"attributes": said}).encode(),
+        response_id=attributes.response_id(attrs),
+        reward=attributes.reward(name, attrs),
+        body=json.dumps({"attributes": attrs}).encode(),
     )
 
 
 def of_call(number: int, answer: int | None = None, **fields: Any) -> spans.NewSpan:
-    """The span of a call, which names its answer."""
+    """Make the span of a call, which names its answer."""
     return a_span(number, {"gen_ai.response.id": f"answer-{number if answer is None else answer}"}, **fields)
 
 
-def of_reward(number: int, value: float, said: dict[str, Any] | None = None, **fields: Any) -> spans.NewSpan:
-    """A reward as `emit_reward` of 0.3 makes it, with what it says besides."""
+def of_reward(number: int, value: float, attrs: dict[str, Any] | None = None, **fields: Any) -> spans.NewSpan:
+    """Make the span of a reward as `emit_reward` of 0.3 does, with further attributes."""
     reward = {"agentlightning.reward.0.name": "primary", "agentlightning.reward.0.value": value}
-    return a_span(number, reward | (said or {}), "agentlightning.annotation", **fields)
+    return a_span(number, reward | (attrs or {}), "agentlightning.annotation", **fields)
 
 
 def linked(key: str, value: str) -> dict[str, Any]:
-    """As `make_link_attributes` of 0.3 writes it."""
+    """Make the attributes of a link as `make_link_attributes` of 0.3 does."""
     return {"agentlightning.link.0.key_match": key, "agentlightning.link.0.value_match": value}
 
 
@@ -88,7 +88,7 @@ def answers(found: Iterator[Triplet]) -> list[str | None]:
 
 
 def joined(found: Iterator[Triplet]) -> list[tuple[int, str | None, float | None]]:
-    """Of each the number of the call, the span and the reward."""
+    """Return, for each triplet, the number of the call, the span and the reward."""
     return [((each.prompt_token_ids or [0])[0], each.span_id, each.reward) for each in found]
 
 
@@ -100,7 +100,7 @@ def named(*numbers: int) -> list[str]:
     return [f"answer-{number}" for number in numbers]
 
 
-def test_a_triplet_has_what_went_in_what_came_out_and_the_reward(store: Store, database: Database) -> None:
+def test_triplet_has_the_ids_of_its_call_and_the_reward(store: Store, database: Database) -> None:
     versions = [("v1", 0, 2), ("v2", 2, 5)]
     choice = Choice(token_ids=array("i", [7, 8]), logprobs=array("f", [-0.5, -1.5]), weight_versions=versions)
     kept = call(1, choices=[choice], prompt_text="long", model="größe")
@@ -126,7 +126,7 @@ def test_a_triplet_has_what_went_in_what_came_out_and_the_reward(store: Store, d
     ]
 
 
-def test_json_gives_a_triplet_back(store: Store) -> None:
+def test_triplet_round_trips_through_json(store: Store) -> None:
     choice = Choice(token_ids=array("i", [7]), logprobs=array("f", [-0.1]), weight_versions=[("v1", 0, 1)])
     store.add([call(1, choices=[choice]), call(2, choices=[], prompt_token_ids=None)])
     found = [*store.triplets("r")]
@@ -134,7 +134,7 @@ def test_json_gives_a_triplet_back(store: Store) -> None:
     assert [Triplet.from_dict(json.loads(json.dumps(each.as_dict()))) for each in found] == found
 
 
-def test_calls_come_in_the_order_in_which_they_finished_without_spans(store: Store) -> None:
+def test_calls_without_spans_are_in_the_order_in_which_they_finished(store: Store) -> None:
     numbers = list(range(50))
     random.Random(1).shuffle(numbers)
     store.add([call(number) for number in numbers])
@@ -143,10 +143,10 @@ def test_calls_come_in_the_order_in_which_they_finished_without_spans(store: Sto
 
 
 @pytest.mark.parametrize("spans_first", [True, False])
-def test_calls_come_in_the_order_of_their_spans_whatever_clocks_say(
+def test_calls_with_spans_are_in_the_order_of_spans_despite_skewed_clocks(
     store: Store, database: Database, spans_first: bool
 ) -> None:
-    # Two servers answer one agent in turn: the clock of one is an hour behind.
+    # Two servers take turns to answer one agent; the clock of one is an hour behind.
     calls = [call(n, finished_at=START + n * SECOND - (HOUR if n % 2 else 0)) for n in range(50)]
     new = [of_call(n) for n in range(50)]
     random.Random(1).shuffle(new)
@@ -159,16 +159,14 @@ def test_calls_come_in_the_order_of_their_spans_whatever_clocks_say(
     assert answers(store.triplets("r")) == named(*range(50))
 
 
-def test_spans_of_several_hosts_are_in_the_order_in_which_the_store_has_numbered_them(
-    store: Store, database: Database
-) -> None:
+def test_spans_of_several_hosts_are_in_the_order_of_their_numbers(store: Store, database: Database) -> None:
     store.add([call(n) for n in range(4)])
     keep(database, *(of_call(n, at=n - (3600 if n % 2 else 0)) for n in range(4)))
 
     assert answers(store.triplets("r")) == named(0, 1, 2, 3)
 
 
-def test_a_call_without_a_span_comes_after_the_last_that_finished_before_it(store: Store, database: Database) -> None:
+def test_call_without_a_span_follows_the_last_that_finished_before_it(store: Store, database: Database) -> None:
     store.add([call(n) for n in range(7)])
     # The spans say 4, 2, 5.
     keep(database, of_call(1, answer=4), of_call(2, answer=2), of_call(3, answer=5))
@@ -176,7 +174,7 @@ def test_a_call_without_a_span_comes_after_the_last_that_finished_before_it(stor
     assert answers(store.triplets("r")) == named(0, 1, 4, 2, 3, 5, 6)
 
 
-def test_a_call_belongs_to_a_rollout_by_its_answer_alone(store: Store, database: Database) -> None:
+def test_call_whose_answer_a_span_names_belongs_to_the_rollout(store: Store, database: Database) -> None:
     store.add([call(1, rollout_id=None, attempt_id=None), call(2, rollout_id="another", attempt_id="b"), call(3)])
     keep(database, of_call(2), of_call(3, answer=1))
 
@@ -186,7 +184,7 @@ def test_a_call_belongs_to_a_rollout_by_its_answer_alone(store: Store, database:
     assert answers(store.triplets("another")) == named(2)
 
 
-def test_a_call_is_there_once_however_often_it_is_named(store: Store, database: Database) -> None:
+def test_call_named_by_several_spans_is_listed_once(store: Store, database: Database) -> None:
     store.add([call(1), call(2)])
     keep(database, of_call(5, answer=2), of_call(6, answer=1), of_call(7, answer=2))
 
@@ -196,7 +194,7 @@ def test_a_call_is_there_once_however_often_it_is_named(store: Store, database: 
     ]
 
 
-def test_the_generations_of_one_answer_stay_together(store: Store, database: Database) -> None:
+def test_generations_of_one_answer_stay_together(store: Store, database: Database) -> None:
     of_one = {"response_id": "answer-1", "call_id": new_id()}
     store.add([call(1, **of_one), call(2, **of_one), call(3), call(4, **of_one)])
     keep(database, of_call(1, answer=3), of_call(2, answer=1), of_reward(3, 1.0))
@@ -204,11 +202,11 @@ def test_the_generations_of_one_answer_stay_together(store: Store, database: Dat
     found = [*store.triplets("r")]
     assert answers(iter(found)) == named(3, 1, 1, 1)
     assert [each.prompt_token_ids[0] for each in found if each.prompt_token_ids] == [3, 1, 2, 4]
-    # What the loop came to is what was worth it.
+    # The reward is for the result of the tool loop.
     assert rewards(iter(found)) == [None, None, None, 1.0]
 
 
-def test_the_generations_of_one_call_without_an_answer_stay_together(store: Store) -> None:
+def test_generations_of_one_call_without_an_answer_stay_together(store: Store) -> None:
     of_one = {"response_id": None, "call_id": new_id()}
     store.add([call(1, **of_one), call(2), call(3, **of_one)])
 
@@ -216,32 +214,32 @@ def test_the_generations_of_one_call_without_an_answer_stay_together(store: Stor
 
 
 @pytest.mark.parametrize("call_id", ["its own", None])
-def test_calls_of_one_answer_id_have_each_its_own_span_and_reward(
+def test_calls_that_share_a_response_id_each_have_their_span_and_reward(
     store: Store, database: Database, call_id: str | None
 ) -> None:
-    # As a client that sends one X-Request-Id for all of them makes vLLM answer.
+    # vLLM answers so if a client sends the same X-Request-Id with all of its calls.
     known = {} if call_id else {"call_id": None}
     store.add([call(number, response_id="same", **known) for number in (2, 1, 3)])
     for number in (1, 2, 3):
-        said = {"gen_ai.response.id": "same"}
-        keep(database, a_span(2 * number, said, at=number), of_reward(2 * number + 1, number / 4, at=number + 0.5))
+        attrs = {"gen_ai.response.id": "same"}
+        keep(database, a_span(2 * number, attrs, at=number), of_reward(2 * number + 1, number / 4, at=number + 0.5))
 
     expected = [(1, "span-2", 0.25), (2, "span-4", 0.5), (3, "span-6", 0.75)]
     assert joined(store.triplets("r")) == joined(store.triplets("r", "a")) == expected
 
 
-def test_the_generations_of_each_call_of_one_answer_id_stay_together(store: Store, database: Database) -> None:
+def test_generations_stay_together_where_calls_share_a_response_id(store: Store, database: Database) -> None:
     first, second = {"call_id": new_id(), "response_id": "same"}, {"call_id": new_id(), "response_id": "same"}
     store.add([call(1, **first), call(2, **second), call(3, **first), call(4, **second)])
-    said = {"gen_ai.response.id": "same"}
-    keep(database, a_span(1, said), a_span(2, said), of_reward(3, 1.0, linked("span_id", "span-1")))
+    attrs = {"gen_ai.response.id": "same"}
+    keep(database, a_span(1, attrs), a_span(2, attrs), of_reward(3, 1.0, linked("span_id", "span-1")))
 
     expected = [(1, "span-1", None), (3, "span-1", 1.0), (2, "span-2", None), (4, "span-2", None)]
     assert joined(store.triplets("r")) == expected
 
 
 @pytest.mark.parametrize("how_many", [1, 3])
-def test_where_the_spans_of_one_answer_id_are_not_as_many_as_its_calls_none_is_joined(
+def test_shared_response_id_with_unequal_numbers_of_spans_and_calls_joins_none(
     store: Store, database: Database, how_many: int
 ) -> None:
     store.add([call(1, response_id="same"), call(2, response_id="same")])
@@ -255,26 +253,24 @@ def test_where_the_spans_of_one_answer_id_are_not_as_many_as_its_calls_none_is_j
     assert joined(store.triplets("r")) == [(1, None, None), (2, None, None)]
 
 
-def test_a_call_that_is_lost_of_an_answer_id_of_several_leaves_its_reward_to_no_other(
-    store: Store, database: Database
-) -> None:
+def test_lost_call_of_a_shared_response_id_leaves_its_reward_to_no_other(store: Store, database: Database) -> None:
     store.add([call(1, response_id="same"), call(3, response_id="same")])
     for number in (1, 2, 3):
-        said = {"gen_ai.response.id": "same"}
-        keep(database, a_span(2 * number, said, at=number + 0.25), of_reward(2 * number + 1, 0.5, at=number + 0.5))
+        attrs = {"gen_ai.response.id": "same"}
+        keep(database, a_span(2 * number, attrs, at=number + 0.25), of_reward(2 * number + 1, 0.5, at=number + 0.5))
 
     assert joined(store.triplets("r")) == [(1, None, None), (3, None, None)]
 
 
-def test_a_link_to_an_answer_id_of_several_calls_belongs_to_none(store: Store, database: Database) -> None:
+def test_reward_linked_to_a_shared_response_id_is_left_out(store: Store, database: Database) -> None:
     store.add([call(1, response_id="same"), call(2, response_id="same")])
-    said = {"gen_ai.response.id": "same"}
-    keep(database, a_span(1, said), a_span(2, said), of_reward(3, 0.5, linked("gen_ai.response.id", "same")))
+    attrs = {"gen_ai.response.id": "same"}
+    keep(database, a_span(1, attrs), a_span(2, attrs), of_reward(3, 0.5, linked("gen_ai.response.id", "same")))
 
     assert joined(store.triplets("r")) == [(1, "span-1", None), (2, "span-2", None)]
 
 
-def test_calls_of_one_answer_id_are_not_those_of_another_rollout(store: Store, database: Database) -> None:
+def test_shared_response_id_joins_no_call_of_another_rollout(store: Store, database: Database) -> None:
     store.add([call(1, response_id="same"), call(2, response_id="same", rollout_id="another")])
     store.add([call(3, response_id="same", rollout_id=None, attempt_id=None)])
     link = linked("gen_ai.response.id", "same")
@@ -288,24 +284,24 @@ def test_calls_of_one_answer_id_are_not_those_of_another_rollout(store: Store, d
     assert {each.rollout_id for each in store.triplets()} == {"r", "another"}
 
 
-def test_a_call_of_one_answer_id_has_no_span_of_another_attempt(store: Store, database: Database) -> None:
+def test_shared_response_id_joins_no_span_of_another_attempt(store: Store, database: Database) -> None:
     store.add([call(1, response_id="same"), call(2, response_id="same", attempt_id="b")])
-    said = {"gen_ai.response.id": "same"}
-    keep(database, a_span(3, said, attempt_id="b"), a_span(4, said))
+    attrs = {"gen_ai.response.id": "same"}
+    keep(database, a_span(3, attrs, attempt_id="b"), a_span(4, attrs))
 
     assert joined(store.triplets("r")) == [(1, None, None), (2, None, None)]
     assert joined(store.triplets("r", "a")) == [(1, "span-4", None)]
     assert joined(store.triplets("r", "b")) == [(2, "span-3", None)]
 
 
-def test_an_answer_is_of_responses_only_where_one_call_has_had_it(store: Store, database: Database) -> None:
+def test_of_responses_omits_ids_that_several_calls_share(store: Store, database: Database) -> None:
     of_one = {"response_id": "loop", "call_id": new_id()}
     store.add([call(1), call(2, response_id="same"), call(3, response_id="same", rollout_id="another")])
     store.add([call(4, **of_one), call(5, **of_one)])
     store.add([call(number, response_id="engine core", call_id=None) for number in (6, 7)])
 
     with database.reading() as connection:
-        found = triplets.of_responses(connection, ["answer-1", "same", "loop", "engine core", "nobody's"])
+        found = triplets.of_responses(connection, ["answer-1", "same", "loop", "engine core", "unknown"])
     assert {name: (each.prompt_token_ids or [0])[0] for name, each in found.items()} == {"answer-1": 1, "loop": 5}
 
 
@@ -339,7 +335,7 @@ MISSING: dict[str, tuple[Sequence[Any], list[float | None]]] = {
 
 
 @pytest.mark.parametrize(("new", "expected"), MISSING.values(), ids=MISSING)
-def test_the_reward_of_a_call_that_is_missing_waits_for_it(
+def test_reward_of_a_missing_call_waits_for_it(
     store: Store, database: Database, new: Sequence[Any], expected: list[float | None]
 ) -> None:
     store.add([call(1), call(3)])
@@ -351,15 +347,15 @@ def test_the_reward_of_a_call_that_is_missing_waits_for_it(
     assert {number: reward for number, _, reward in joined(store.triplets("r"))} == rewarded
 
 
-def test_an_outcome_is_of_the_last_call_that_is_there(store: Store, database: Database) -> None:
-    """A judge whose model is not recorded here has the last word, and nothing that is learnt from."""
+def test_outcome_belongs_to_the_last_stored_call(store: Store, database: Database) -> None:
+    """The last call may be to a judge model that is not recorded here and not trained."""
     store.add([call(1), call(2)])
     keep(database, of_call(1), of_call(2), of_call(3, answer=9), of_reward(4, 0.2, {"agentlightning.outcome": True}))
 
     assert joined(store.triplets("r")) == [(1, "span-1", None), (2, "span-2", 0.2)]
 
 
-def test_each_choice_is_a_triplet_and_has_the_reward_of_its_call(store: Store, database: Database) -> None:
+def test_each_choice_is_a_triplet_with_the_reward_of_its_call(store: Store, database: Database) -> None:
     several = [Choice(index=n, token_ids=array("i", [n])) for n in range(3)]
     store.add([call(1, choices=several), call(2)])
     keep(database, of_call(1), of_reward(2, 0.25), of_call(3, answer=2))
@@ -374,7 +370,7 @@ def test_each_choice_is_a_triplet_and_has_the_reward_of_its_call(store: Store, d
     assert [each.response_token_ids for each in found[:3]] == [array("i", [n]) for n in range(3)]
 
 
-def test_calls_that_were_aborted_or_failed_are_among_them_and_say_so(store: Store) -> None:
+def test_aborted_and_failed_calls_are_listed_with_their_status(store: Store) -> None:
     store.add([call(1, status="aborted"), call(2, status="error", choices=[], prompt_token_ids=None), call(3)])
 
     found = [*store.triplets("r")]
@@ -382,7 +378,7 @@ def test_calls_that_were_aborted_or_failed_are_among_them_and_say_so(store: Stor
     assert (found[1].index, found[1].prompt_token_ids, found[1].response_token_ids) == (0, None, None)
 
 
-def test_an_attempt_has_its_own_calls_and_rewards(store: Store, database: Database) -> None:
+def test_triplets_of_an_attempt_have_its_calls_and_rewards(store: Store, database: Database) -> None:
     store.add([call(1), call(2, attempt_id="b"), call(3, attempt_id=None), call(4, attempt_id="b"), call(5)])
     keep(
         database,
@@ -404,7 +400,7 @@ def test_an_attempt_has_its_own_calls_and_rewards(store: Store, database: Databa
 
 
 @pytest.mark.parametrize("rollout_id", HOSTILE.values(), ids=HOSTILE)
-def test_a_rollout_that_is_called_anything_is_found_and_no_other(store: Store, rollout_id: str) -> None:
+def test_triplets_of_a_hostile_rollout_id_are_found_alone(store: Store, rollout_id: str) -> None:
     store.add([call(1, rollout_id=rollout_id), call(2)])
 
     assert answers(store.triplets(rollout_id)) == named(1)
@@ -413,7 +409,7 @@ def test_a_rollout_that_is_called_anything_is_found_and_no_other(store: Store, r
 
 
 @pytest.mark.parametrize("name", ["a\ufdd0b", *(each for each in HOSTILE.values() if "\0" not in each and each)])
-def test_the_spans_of_a_rollout_that_is_called_anything_are_found(store: Store, database: Database, name: str) -> None:
+def test_spans_of_a_hostile_rollout_id_are_found(store: Store, database: Database, name: str) -> None:
     name = name[:512]
     store.add([call(1, rollout_id=None, attempt_id=None)])
     keep(database, of_call(1, rollout_id=name, attempt_id=name))
@@ -422,7 +418,7 @@ def test_the_spans_of_a_rollout_that_is_called_anything_are_found(store: Store, 
 
 
 @pytest.mark.parametrize("response_id", [each for each in HOSTILE.values() if 0 < len(each) <= 512], ids=repr)
-def test_an_answer_that_is_called_anything_is_joined(store: Store, database: Database, response_id: str) -> None:
+def test_hostile_response_id_is_joined(store: Store, database: Database, response_id: str) -> None:
     store.add([call(1, rollout_id=None, response_id=response_id), call(2, rollout_id=None)])
     keep(database, a_span(1, {"gen_ai.response.id": response_id}))
 
@@ -430,14 +426,14 @@ def test_an_answer_that_is_called_anything_is_joined(store: Store, database: Dat
 
 
 @pytest.mark.parametrize("response_id", ["", "x" * 513, 7, None, ["answer-1"], {"answer-1": 1}], ids=str)
-def test_what_is_no_id_of_an_answer_joins_nothing(store: Store, database: Database, response_id: Any) -> None:
+def test_invalid_response_id_joins_nothing(store: Store, database: Database, response_id: Any) -> None:
     store.add([call(1, rollout_id=None), call(2, rollout_id=None, response_id="")])
     keep(database, a_span(1, {"gen_ai.response.id": response_id}))
 
     assert [*store.triplets("r")] == []
 
 
-def test_a_rollout_that_nobody_has_heard_of_has_none(store: Store, database: Database) -> None:
+def test_unknown_rollout_has_no_triplets(store: Store, database: Database) -> None:
     store.add([call(1)])
     keep(database, of_call(1, rollout_id="of an answer that is not there", answer=99))
 
@@ -446,9 +442,7 @@ def test_a_rollout_that_nobody_has_heard_of_has_none(store: Store, database: Dat
     assert [*store.triplets("of an answer that is not there")] == []
 
 
-def test_all_rollouts_come_one_after_the_other_in_the_order_of_their_first_call(
-    store: Store, database: Database
-) -> None:
+def test_triplets_of_all_rollouts_are_in_the_order_of_their_first_call(store: Store, database: Database) -> None:
     store.add([call(n, rollout_id=("third", "first", "second", None)[n % 4], finished_at=n) for n in (9, 6, 5, 3, 4)])
     keep(database, of_call(1, rollout_id="joined", answer=3), of_call(2, rollout_id=None, attempt_id=None, answer=4))
 
@@ -481,21 +475,21 @@ REWARDS: dict[str, tuple[str, dict[str, Any], float | None]] = {
     "an operation that returns a text": ("f", {"agentops.entity.output": '"reward"'}, None),
     "an operation that returns no JSON": ("f", {"agentops.entity.output": '{"reward"'}, None),
     "an operation that returns something deep": ("f", {"agentops.entity.output": '["reward",' + "[" * 100_000}, None),
-    "a reward of somebody else": ("grade", {"reward": 0.5}, None),
+    "a reward in an unknown format": ("grade", {"reward": 0.5}, None),
     "a text": ("agentlightning.reward", {"reward": "0.5"}, None),
-    "no number": ("agentlightning.annotation", {"agentlightning.reward.0.value": "NaN"}, None),
+    "not a number": ("agentlightning.annotation", {"agentlightning.reward.0.value": "NaN"}, None),
     "too large a number": ("agentlightning.reward", {"reward": 10**400}, None),
 }
 
 
 # How a reward is read is the same for both databases.
 @pytest.mark.tier("all", new_store="postgresql")
-@pytest.mark.parametrize(("name", "said", "expected"), REWARDS.values(), ids=REWARDS)
-def test_rewards_of_every_version_count(
-    store: Store, database: Database, name: str, said: dict[str, Any], expected: float | None
+@pytest.mark.parametrize(("name", "attrs", "expected"), REWARDS.values(), ids=REWARDS)
+def test_reward_in_the_format_of_any_version_is_read(
+    store: Store, database: Database, name: str, attrs: dict[str, Any], expected: float | None
 ) -> None:
     store.add([call(1)])
-    keep(database, of_call(1), a_span(2, said, name))
+    keep(database, of_call(1), a_span(2, attrs, name))
 
     assert rewards(store.triplets("r")) == [expected]
 
@@ -530,7 +524,7 @@ STEPS: dict[str, tuple[Sequence[Any], list[float | None]]] = {
 
 
 @pytest.mark.parametrize(("new", "expected"), STEPS.values(), ids=STEPS)
-def test_a_reward_belongs_to_the_last_call_before_it(
+def test_reward_belongs_to_the_last_call_before_it(
     store: Store, database: Database, new: Sequence[Any], expected: list[float | None]
 ) -> None:
     store.add([call(1), call(2)])
@@ -539,9 +533,7 @@ def test_a_reward_belongs_to_the_last_call_before_it(
     assert rewards(store.triplets("r")) == expected
 
 
-def test_a_reward_that_names_a_generation_belongs_to_that_and_the_last_one_counts(
-    store: Store, database: Database
-) -> None:
+def test_reward_that_names_a_generation_belongs_to_it_and_the_last_counts(store: Store, database: Database) -> None:
     first = call(1)
     store.add([first, call(2, response_id="answer-1", call_id=first.call_id), call(3)])
     keep(
@@ -557,7 +549,7 @@ def test_a_reward_that_names_a_generation_belongs_to_that_and_the_last_one_count
     assert rewards(store.triplets("r")) == [0.3, None, None]
 
 
-def test_a_long_rollout_is_read_in_parts(store: Store, database: Database) -> None:
+def test_long_rollout_is_read_in_parts(store: Store, database: Database) -> None:
     store.add([call(number, rollout_id=None if number % 2 else "r") for number in range(1_200)])
     keep(database, *(of_call(number, answer=1_199 - number) for number in range(1_200)))
 
@@ -565,12 +557,12 @@ def test_a_long_rollout_is_read_in_parts(store: Store, database: Database) -> No
 
 
 def unnumbered(span: spans.NewSpan) -> spans.NewSpan:
-    """The same, as OTLP has it: the store numbers it when it arrives."""
+    """Return the span without a number, as OTLP sends it: the store numbers it when it arrives."""
     return replace(span, sequence_id=None)
 
 
-def test_a_call_whose_span_arrives_after_the_reward_keeps_it(store: Store, database: Database) -> None:
-    """A BatchSpanProcessor sends after five seconds, the runner its reward at once."""
+def test_call_whose_span_arrives_after_the_reward_keeps_it(store: Store, database: Database) -> None:
+    """A BatchSpanProcessor sends after five seconds, but the runner posts its reward immediately."""
     store.add([call(1), call(2), call(3)])
     keep(database, unnumbered(of_call(1)), unnumbered(of_call(2)))
     keep(database, of_reward(3, 1.0, at=3.5))
@@ -581,8 +573,8 @@ def test_a_call_whose_span_arrives_after_the_reward_keeps_it(store: Store, datab
 
 
 @pytest.mark.parametrize("ahead", [0, HOUR, -HOUR], ids=["the same clock", "vLLM's is ahead", "vLLM's is behind"])
-def test_a_reward_stays_where_it_is_whatever_spans_arrive_later(store: Store, database: Database, ahead: int) -> None:
-    """The clocks of vLLM's host and of the agent's are told apart by the calls that have a time of both."""
+def test_reward_stays_where_it_is_when_spans_arrive_later(store: Store, database: Database, ahead: int) -> None:
+    """The difference of vLLM's clock and the agent's is found from the calls that have times by both."""
     calls = [
         call(n, finished_at=START + n * SECOND + ahead, started_at=START + n * SECOND - SECOND // 2 + ahead)
         for n in (1, 2, 3, 4)
@@ -599,13 +591,13 @@ def test_a_reward_stays_where_it_is_whatever_spans_arrive_later(store: Store, da
 
 
 def took(span: spans.NewSpan, seconds: float) -> spans.NewSpan:
-    """The same, begun so much earlier."""
+    """Return the span with a start that many seconds before its end."""
     assert span.end_time is not None
     return replace(span, start_time=span.end_time - seconds)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 1, 0), (2, 0, 1)], ids=str)
-def test_calls_and_rewards_go_by_the_clock_of_the_agent_and_not_by_arrival(
+def test_calls_and_rewards_are_ordered_by_the_agents_clock_not_by_arrival(
     store: Store, database: Database, order: Sequence[int]
 ) -> None:
     store.add([call(1), call(2)])
@@ -616,14 +608,14 @@ def test_calls_and_rewards_go_by_the_clock_of_the_agent_and_not_by_arrival(
     assert joined(store.triplets("r")) == [(1, "span-1", 0.5), (2, "span-3", None)]
 
 
-def test_numbers_of_the_sender_count_more_than_clocks(store: Store, database: Database) -> None:
+def test_senders_numbers_take_precedence_over_clocks(store: Store, database: Database) -> None:
     store.add([call(1), call(2)])
     keep(database, of_call(3, answer=2, at=-3600), of_call(1), of_reward(2, 0.5, at=-7200))
 
     assert joined(store.triplets("r")) == [(1, "span-1", 0.5), (2, "span-3", None)]
 
 
-def test_a_span_without_a_number_stands_among_those_that_have_one_by_its_time(store: Store, database: Database) -> None:
+def test_span_without_a_number_is_placed_by_its_time(store: Store, database: Database) -> None:
     store.add([call(1), call(2), call(3)])
     keep(database, of_call(10, answer=1, at=1), of_call(11, answer=3, at=3))
     keep(database, unnumbered(of_call(12, answer=2, at=2)), unnumbered(of_reward(13, 0.5, at=2.5)))
@@ -640,10 +632,10 @@ def test_spans_without_a_time_are_in_the_order_of_arrival(store: Store, database
 
 
 @pytest.mark.parametrize("posted_first", [True, False])
-def test_a_reward_that_was_posted_counts_more_than_the_agents_own(
+def test_posted_reward_takes_precedence_over_the_agents_own(
     store: Store, database: Database, posted_first: bool
 ) -> None:
-    """It has its time by the store's clock, which is not the agent's: that does not tell which of them was first."""
+    """Its time is by the store's clock, not the agent's, so it does not tell which of the two came first."""
     store.add([call(1)])
     new = [unnumbered(of_reward(1, 0.5, {"agentlightning.outcome": True}, at=-60)), unnumbered(of_reward(2, 0.1, at=2))]
     for each in new if posted_first else reversed(new):
@@ -654,8 +646,9 @@ def test_a_reward_that_was_posted_counts_more_than_the_agents_own(
 
 @strategies.composite
 def attempts_of_agents(draw: strategies.DrawFn) -> tuple[list[Generation], list[spans.NewSpan], list[float | None]]:
-    """What one agent does, one thing after the other, by the one clock of its host, which vLLM's may differ from: its
-    calls, the spans of some of them, rewards of some of them; and which reward belongs to which call.
+    """Draw the sequence of actions of one agent: its calls, the spans of some, and the rewards of some.
+
+    Times are by the clock of its host, which vLLM's clock may differ from. The last list has the reward of each call.
     """
     skew = draw(strategies.sampled_from([0, 0, HOUR, -HOUR]))
     calls: list[Generation] = []
@@ -671,7 +664,7 @@ def attempts_of_agents(draw: strategies.DrawFn) -> tuple[list[Generation], list[
             "finished_at": START + int(finished * SECOND) + skew,
         }
         calls.append(call(number, **times))
-        # With clocks that differ, only the spans tell what was before a reward.
+        # With clocks that differ, only spans tell which calls came before a reward.
         if skew or draw(strategies.booleans()):
             new.append(unnumbered(took(of_call(10 * number, answer=number, at=moment), moment - began)))
         expected.append(None)
@@ -685,11 +678,11 @@ def attempts_of_agents(draw: strategies.DrawFn) -> tuple[list[Generation], list[
 @pytest.mark.tier("test")
 @settings(max_examples=40, deadline=None, suppress_health_check=UNHURRIED)
 @given(found=attempts_of_agents(), data=strategies.data())
-def test_whatever_the_order_of_arrival_each_call_has_the_reward_that_came_after_it(
+def test_any_order_of_arrival_gives_each_call_the_reward_after_it(
     url: str, found: tuple[list[Generation], list[spans.NewSpan], list[float | None]], data: strategies.DataObject
 ) -> None:
     calls, new, expected = found
-    # A rollout of its own for each example.
+    # Each example uses a new rollout.
     rollout_id = new_id()
     arrivals = data.draw(strategies.permutations([*calls, *new]))
     with open_store(url) as store, closing(open_database(url)) as database:
@@ -714,10 +707,10 @@ def test_whatever_the_order_of_arrival_each_call_has_the_reward_that_came_after_
 @pytest.mark.tier("all", new_store="postgresql")
 @settings(max_examples=40, deadline=None, suppress_health_check=UNHURRIED)
 @given(found=attempts_of_agents(), data=strategies.data())
-def test_a_reward_that_was_shown_stays_where_it_is_whatever_span_arrives_next(
+def test_reward_once_shown_stays_where_it_is_when_spans_arrive(
     url: str, found: tuple[list[Generation], list[spans.NewSpan], list[float | None]], data: strategies.DataObject
 ) -> None:
-    """Of agents that give one reward, at the end, and whose calls have been recorded."""
+    """The agent gives one reward, at the end, and all of its calls are recorded already."""
     calls, new, _ = found
     rollout_id = new_id()
     of_calls = [each for each in new if each.reward is None]

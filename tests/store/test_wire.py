@@ -1,4 +1,4 @@
-"""Generations as messages: what is put in comes out, and what is no message is told so."""
+"""Tests of messages: what is encoded is decoded unchanged, and an invalid message is refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.tier("check")
 LOSS = Loss(count=3, reason="queue full", first_at=START, last_at=START + 1, host="größe\0", pid=7)
 
 
-def test_a_message_comes_back_as_it_was() -> None:
+def test_message_round_trips() -> None:
     sent = wire.encode([FULL, EMPTY, generation(1)], [LOSS], "a place")
 
     found = wire.decode(sent)
@@ -29,20 +29,20 @@ def test_a_message_comes_back_as_it_was() -> None:
     assert wire.decode_each(sent) == (found, [])
 
 
-def test_nothing_comes_back_as_nothing() -> None:
+def test_empty_message_round_trips() -> None:
     assert wire.decode(wire.encode([])) == wire.Envelope([], [], None)
     assert wire.decode(b"\x80") == wire.Envelope([], [], None)
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
-def test_any_text_comes_back_exactly(text: str) -> None:
+def test_hostile_text_round_trips(text: str) -> None:
     names = dict.fromkeys(("rollout_id", "session_id", "response_id", "request_id", "prompt_text", "model"), text)
     kept = generation(1, **names, choices=[Choice(text=text, stop_reason=text, weight_versions=[(text, 0, 1)])])
 
     assert wire.decode(wire.encode([kept])).generations == [kept]
 
 
-def test_half_a_surrogate_pair_becomes_a_question_mark_wherever_it_is() -> None:
+def test_half_a_surrogate_pair_in_any_field_becomes_a_question_mark() -> None:
     choice = Choice(text="\udfff", stop_reason="a\ud800", weight_versions=[("\ud800", 0, 1)])
     sent = wire.encode([generation(1, rollout_id="r\ud800\0", choices=[choice]), FULL])
 
@@ -53,7 +53,7 @@ def test_half_a_surrogate_pair_becomes_a_question_mark_wherever_it_is() -> None:
     assert other == FULL
 
 
-def test_numbers_are_little_endian_bytes_and_fields_are_in_the_order_of_the_generation() -> None:
+def test_encode_writes_little_endian_numbers_and_fields_in_declared_order() -> None:
     [sent] = msgspec.msgpack.decode(wire.encode([FULL]))["generations"]
 
     named = dict(zip([field.name for field in fields(Generation)], sent, strict=True))
@@ -66,7 +66,7 @@ def test_numbers_are_little_endian_bytes_and_fields_are_in_the_order_of_the_gene
     assert choice["routed_experts"].hex().startswith("020000000300000002000000" + "00000100")
 
 
-def test_what_is_cut_off_anywhere_is_no_message() -> None:
+def test_decode_of_a_truncated_message_is_refused() -> None:
     sent = wire.encode([FULL, EMPTY], [LOSS])
 
     for end in range(len(sent)):
@@ -88,24 +88,24 @@ def test_what_is_cut_off_anywhere_is_no_message() -> None:
         msgspec.msgpack.encode({"losses": [["id", 1, "reason"]]}),
         b"\x81\xabgenerations\xdd\xff\xff\xff\xff",
     ],
-    ids=["text", "no byte of its", "something behind it", "deep", "an array", "a number", "a name", "a loss", "long"],
+    ids=["text", "unused byte", "trailing byte", "deep", "an array", "a number", "a name", "a loss", "long"],
 )
-def test_what_is_no_message_is_told_so(body: bytes) -> None:
+def test_decode_of_an_invalid_message_is_refused(body: bytes) -> None:
     for read in (wire.decode, wire.decode_each):
         with pytest.raises(ValueError, match="cannot be read"):
             read(body)
 
 
-# Our own words: those behind it are msgspec's.
+# The rest of the message is msgspec's.
 CANNOT_BE_READ = "cannot be read: "
-# Where there is no reason, all of it is Python's own words.
+# An empty reason: the whole message is Python's.
 WRONG: dict[str, tuple[str, Any, str]] = {
     "half an id": ("prompt_token_ids", b"1234567", ""),
     "ids as numbers": ("prompt_token_ids", [1, 2], CANNOT_BE_READ),
     "a status": ("status", "asleep", CANNOT_BE_READ),
-    "no moment": ("finished_at", None, CANNOT_BE_READ),
+    "no time": ("finished_at", None, CANNOT_BE_READ),
     "a text as a number": ("model", 7, CANNOT_BE_READ),
-    "a text that is no UTF-8": ("model", msgspec.Raw(b"\xa1\xff"), CANNOT_BE_READ),
+    "a text that is not UTF-8": ("model", msgspec.Raw(b"\xa1\xff"), CANNOT_BE_READ),
     "choices": ("choices", [[0]], CANNOT_BE_READ),
     "logprobs": ("choices", [[0, None, b"123", None, None, None, None, None]], ""),
     "no shape": ("choices", [[0, None, None, None, None, None, None, b"1"]], "without their shape"),
@@ -115,9 +115,7 @@ WRONG: dict[str, tuple[str, Any, str]] = {
 
 
 @pytest.mark.parametrize(("name", "value", "reason"), WRONG.values(), ids=WRONG)
-def test_a_generation_that_is_not_as_it_has_to_be_is_named_and_the_others_are_read(
-    name: str, value: Any, reason: str
-) -> None:
+def test_decode_each_names_an_invalid_generation_and_reads_the_others(name: str, value: Any, reason: str) -> None:
     message = msgspec.msgpack.decode(wire.encode([FULL, generation(1), EMPTY]))
     bad = message["generations"][1]
     bad[[field.name for field in fields(Generation)].index(name)] = value
@@ -135,7 +133,7 @@ def test_a_generation_that_is_not_as_it_has_to_be_is_named_and_the_others_are_re
 @pytest.mark.parametrize(
     "bad", [None, [], [7], "text", msgspec.Raw(b"\x91\xa1\xff")], ids=["none", "[]", "[7]", "text", "raw"]
 )
-def test_a_generation_without_an_id_is_named_by_its_place(bad: Any) -> None:
+def test_decode_each_names_a_generation_without_id_by_its_position(bad: Any) -> None:
     message = msgspec.msgpack.decode(wire.encode([FULL]))
     message["generations"].append(bad)
 
@@ -145,7 +143,7 @@ def test_a_generation_without_an_id_is_named_by_its_place(bad: Any) -> None:
     assert [each.id for each in refused] == ["generations[1]"]
 
 
-def test_a_field_more_is_another_version() -> None:
+def test_decode_each_refuses_a_generation_with_an_extra_field() -> None:
     message = msgspec.msgpack.decode(wire.encode([FULL]))
     message["generations"][0].append("new")
 
@@ -164,6 +162,6 @@ def test_a_field_more_is_another_version() -> None:
     ],
     ids=["a number", "a negative one", "an object", "a shape"],
 )
-def test_what_no_message_can_hold_is_told_so(bad: dict[str, Any]) -> None:
+def test_encode_of_an_unsupported_value_is_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="a value that cannot be sent"):
         wire.encode([generation(1, **bad)])

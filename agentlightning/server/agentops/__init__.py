@@ -9,7 +9,7 @@ from agentlightning.server.agentops.routes import routes
 from agentlightning.server.agentops.session_pages import routes as session_pages
 from agentlightning.server.agentops.silent_clients import SilentClients
 from agentlightning.store.database import Database
-from agentlightning.store.uploads import secret
+from agentlightning.store.uploads import shared_secret
 
 __all__ = ["ROUTES", "add_state"]
 
@@ -18,6 +18,6 @@ ROUTES = (routes, session_pages)
 
 def add_state(app: FastAPI, database: Database, key: str | None) -> tuple[AccessTokens, SilentClients]:
     """Add the state that the routes need; return the tokens to accept, and the clients to watch while serving."""
-    app.state.tokens = AccessTokens(database.write(secret), key)
+    app.state.tokens = AccessTokens(database.write(shared_secret), key)
     app.state.clients = SilentClients()
     return app.state.tokens, app.state.clients

@@ -55,7 +55,7 @@ def _session(connection: Connection, trace_id: str) -> dict[str, Any] | None:
         "status": _status(connection, session),
         "prompt_tokens": prompt,
         "output_tokens": response,
-        "uploads": uploads.of_trace(connection, trace_id),
+        "uploads": uploads.list_for_trace(connection, trace_id),
         "spans": _in_tree(found),
     }
 

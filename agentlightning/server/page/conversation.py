@@ -62,7 +62,7 @@ class Call:
 
 def conversation_of(connection: Connection, rollout_id: str) -> tuple[list[Call], int]:
     """Return the calls of a rollout in the order of its triplets, and the number of calls left out."""
-    places = triplets.places_of(connection, rollout_id)
+    places = triplets.positions_of(connection, rollout_id)
     found: list[Call] = []
     # Texts of each attempt so far: the calls of two agents may alternate.
     texts: defaultdict[str | None, list[str]] = defaultdict(list)

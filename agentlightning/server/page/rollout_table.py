@@ -13,9 +13,9 @@ from sqlalchemy import Connection
 
 from agentlightning.rollout import ROLLOUT_STATUSES
 from agentlightning.server.schemas import Part
-from agentlightning.store import absence, generations, overview
-from agentlightning.store.absence import Absence
-from agentlightning.store.overview import RECORDED, Asked, Column, Overview
+from agentlightning.store import generations, overview
+from agentlightning.store.absence import Absence, explain_absence
+from agentlightning.store.overview import RECORDED, Column, Overview, OverviewQuery
 
 __all__ = ["TableQuery", "absence_of", "table_of"]
 
@@ -44,8 +44,8 @@ class TableQuery(BaseModel):
     page: Annotated[int, Query(ge=1, le=1_000_000)] = 1
     live: Literal["on", "off"] = "on"
 
-    def to_asked(self) -> Asked:
-        return Asked(
+    def to_overview_query(self) -> OverviewQuery:
+        return OverviewQuery(
             search=self.q.strip(),
             status=self.status if self.status in STATUSES else None,
             sort_by=self.sort,
@@ -66,8 +66,8 @@ class TableRow:
 
 def table_of(connection: Connection, query: TableQuery) -> dict[str, Any]:
     """Return the values for the template of the table."""
-    found, total, unassigned_calls = overview.of_all(connection, query.to_asked())
-    known = _in_store(connection, has_nobodys=unassigned_calls > 0)
+    found, total, unassigned_calls = overview.page(connection, query.to_overview_query())
+    known = _in_store(connection, has_unassigned_calls=unassigned_calls > 0)
     return {
         "query": query,
         "rollouts": [TableRow(each, _absence(each, known)) for each in found],
@@ -82,20 +82,20 @@ def table_of(connection: Connection, query: TableQuery) -> dict[str, Any]:
 def absence_of(connection: Connection, rollout_id: str, status: str | None) -> Absence | None:
     """Explain why a rollout has no finished generation; None if it has one."""
     counts = generations.tally(connection, {"rollout_id": rollout_id})
-    has_nobodys = generations.has_any(connection, {"rollout_id": None})
-    return absence.why(counts, **_in_store(connection, has_nobodys), status=status)
+    has_unassigned_calls = generations.has_any(connection, {"rollout_id": None})
+    return explain_absence(counts, **_in_store(connection, has_unassigned_calls), status=status)
 
 
 def _absence(found: Overview, known: Mapping[str, bool]) -> Absence | None:
     if found.finished:
         return None
-    return absence.why({"finished": 0, "aborted or failed": found.calls}, **known, status=found.status)
+    return explain_absence({"finished": 0, "aborted or failed": found.calls}, **known, status=found.status)
 
 
-def _in_store(connection: Connection, has_nobodys: bool) -> dict[str, bool]:
+def _in_store(connection: Connection, has_unassigned_calls: bool) -> dict[str, bool]:
     # The page reloads every few seconds: these stop at the first match, and count nothing.
     return {
         "has_any": generations.has_any(connection, {}),
-        "has_nobodys": has_nobodys,
+        "has_unassigned_calls": has_unassigned_calls,
         "has_losses": generations.has_losses(connection),
     }

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from agentlightning.sender import Sender
-from agentlightning.store.senders import MINUTE, Seen
+from agentlightning.store.senders import MINUTE, SenderReport
 
 __all__ = ["SenderRow", "sender_row"]
 
@@ -46,7 +46,7 @@ class SenderRow:
         return self.generations / MINUTES
 
 
-def sender_row(seen: Seen, now: int) -> SenderRow:
+def sender_row(seen: SenderReport, now: int) -> SenderRow:
     """Summarise a sender's hour up to `now`, in nanoseconds since the epoch."""
     last = now // MINUTE
     by_minute = {each.minute: each for each in seen.minutes if last - MINUTES < each.minute <= last}

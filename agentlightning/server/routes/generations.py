@@ -23,7 +23,7 @@ from agentlightning.server.routes.common import Database, errors, media_type, ro
 from agentlightning.server.schemas import Id
 from agentlightning.server.transactions import Transactions
 from agentlightning.store import Filters, generations, senders, wire
-from agentlightning.store.generations import Place
+from agentlightning.store.generations import Cursor
 from agentlightning.store.wire import MEDIA_TYPE, Refusal
 
 __all__ = ["routes"]
@@ -85,16 +85,16 @@ class GenerationQuery(GenerationFilters):
         None, pattern="^[0-9a-f]{16}[0-7][0-9a-f]{15}$", description="`next` of the previous page."
     )
 
-    def after(self) -> Place | None:
+    def after(self) -> Cursor | None:
         """Return where the previous page ended; None for the first page."""
         if self.cursor is None:
             return None
-        return Place(int(self.cursor[:16], 16) - 2**63, int(self.cursor[16:], 16))
+        return Cursor(int(self.cursor[:16], 16) - 2**63, int(self.cursor[16:], 16))
 
 
-def cursor_of(place: Place | None) -> str | None:
+def cursor_of(end: Cursor | None) -> str | None:
     """Encode the position where a page ends, for the request of the next one."""
-    return None if place is None else f"{place.finished_at + 2**63:016x}{place.key:016x}"
+    return None if end is None else f"{end.finished_at + 2**63:016x}{end.key:016x}"
 
 
 # The fields are listed in `agentlightning.generation` alone. In JSON, an infinite logprob is null.
@@ -240,7 +240,7 @@ async def query_losses(database: Database) -> Response:
 
 
 async def _lines(
-    database: Transactions, filters: Filters, found: list[records.Generation], end: Place | None
+    database: Transactions, filters: Filters, found: list[records.Generation], end: Cursor | None
 ) -> AsyncIterator[bytes]:
     """Yield all generations from the first page on; one page at a time is in memory."""
     while True:

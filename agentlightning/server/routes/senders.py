@@ -122,7 +122,7 @@ async def put_sender(sender_id: SenderId, greeting: Greeting, database: Database
 
     def greet(connection: Connection) -> str | None:
         wanted = None if digest is None else bytes.fromhex(digest)
-        senders.introduce(connection, sender, wanted)
+        senders.register_without_vocabulary(connection, sender, wanted)
         return None if wanted is None else "known" if senders.has_vocabulary(connection, wanted) else "wanted"
 
     return Json({"vocabulary": await database.write(greet)})
@@ -167,7 +167,7 @@ def _unpacked(body: bytes, digest: str) -> records.Vocabulary:
     return found
 
 
-def _item(seen: senders.Seen) -> dict[str, Any]:
+def _item(seen: senders.SenderReport) -> dict[str, Any]:
     sender, minutes = seen.sender, seen.minutes
     count = sum(each.generations for each in minutes)
     return {

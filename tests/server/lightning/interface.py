@@ -1,7 +1,7 @@
-"""All of the LightningStore interface, by Agent Lightning's own client: against `agl store`, and beside it against its
-in-memory store behind its own server. Prints what was found in each, as JSON.
+"""Use the whole LightningStore interface through Agent Lightning's own client, and print what was found as JSON.
 
-Runs where Agent Lightning 0.3 is: `interface.py URL`, of an `agl store` that is empty.
+It is used against `agl store`, and against Agent Lightning's in-memory store behind its own server. Runs in the
+environment of Agent Lightning 0.3: `interface.py URL`, the URL of an empty `agl store`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-# Not ours, which type checkers would take it for.
+# By name, since type checkers would take it for this package.
 lightning: Any = importlib.import_module("agentlightning")
 sdk: Any = importlib.import_module("opentelemetry.sdk.trace")
 telemetry: Any = importlib.import_module("opentelemetry.trace")
@@ -26,7 +26,7 @@ Config: Any = lightning.RolloutConfig
 Enqueue: Any = importlib.import_module("agentlightning.types").EnqueueRolloutRequest
 Span: Any = lightning.Span
 
-# OpenTelemetry's spans have a lock, of which the client sends the address.
+# OpenTelemetry's spans have a lock, and the client sends its address.
 ADDRESS = re.compile("0x[0-9a-f]+")
 IDS = re.compile(r"\b(ro|at|rs)-[0-9a-f-]{8,}")
 TRACE, OTHER_TRACE = "ab" * 16, "cd" * 16
@@ -34,8 +34,7 @@ SECONDS = 60
 
 
 class Facts:
-    """What was found, by name; ids, which are random, by the order in which they were seen, and moments of today as
-    `now`."""
+    """Facts by name, in a comparable form: random ids are numbered as they appear, and times of today are `now`."""
 
     def __init__(self) -> None:
         self.found: dict[str, Any] = {}
@@ -65,7 +64,7 @@ Section = Callable[[Any, Facts], Awaitable[None]]
 
 async def resources(store: Any, note: Facts) -> None:
     note("latest of none", await store.get_latest_resources())
-    note("unknown", await store.get_resources_by_id("rs-of-nobody"))
+    note("unknown", await store.get_resources_by_id("rs-unknown"))
     note("a rollout where there are none", await store.start_rollout("without resources"))
     first = {
         "llm": lightning.LLM(endpoint="http://localhost/v1", model="m", sampling_parameters={"temperature": 0.5}),
@@ -103,11 +102,11 @@ async def resources(store: Any, note: Facts) -> None:
 async def queue(store: Any, note: Facts) -> None:
     note("empty", await store.dequeue_rollout(worker_id="a"))
     idle = await store.get_worker_by_id("a")
-    note("whoever finds it empty", idle)
+    note("worker that finds it empty", idle)
     await store.dequeue_rollout(worker_id="a")
     still = await store.get_worker_by_id("a")
-    note("whoever finds it empty again has been idle", idle.last_idle_time == still.last_idle_time)
-    note("whoever finds it empty again has asked again", idle.last_dequeue_time < still.last_dequeue_time)
+    note("worker that finds it empty again has been idle", idle.last_idle_time == still.last_idle_time)
+    note("worker that finds it empty again has asked again", idle.last_dequeue_time < still.last_dequeue_time)
     note(
         "one",
         await store.enqueue_rollout(
@@ -124,13 +123,13 @@ async def queue(store: Any, note: Facts) -> None:
     note("none", await store.enqueue_many_rollouts([]))
     await store.start_rollout("never in the queue")
     note("first", await store.dequeue_rollout(worker_id="a"))
-    note("whoever has the first", await store.get_worker_by_id("a"))
+    note("worker that has the first", await store.get_worker_by_id("a"))
     note("two", await store.dequeue_many_rollouts(limit=2, worker_id="b"))
-    note("whoever has two", await store.get_worker_by_id("b"))
+    note("worker that has two", await store.get_worker_by_id("b"))
     note("of no limit", await store.dequeue_many_rollouts(limit=0))
     note("rest", await store.dequeue_many_rollouts(limit=5))
     note("end", await store.dequeue_many_rollouts(limit=5, worker_id="b"))
-    note("whoever was busy and finds it empty", await store.get_worker_by_id("b"))
+    note("worker that was busy and finds it empty", await store.get_worker_by_id("b"))
     note("without a worker", await store.dequeue_rollout())
 
 
@@ -184,16 +183,16 @@ async def _dequeued(store: Any) -> list[Any]:
 async def attempts(store: Any, note: Facts) -> None:
     queued = (await store.enqueue_rollout("waits")).rollout_id
     note("latest of none", await store.get_latest_attempt(queued))
-    note("latest of an unknown rollout", await store.get_latest_attempt("ro-of-nobody"))
+    note("latest of an unknown rollout", await store.get_latest_attempt("ro-unknown"))
     note("all of none", await store.query_attempts(queued))
-    note("all of an unknown rollout", await store.query_attempts("ro-of-nobody"))
-    note("unknown rollout", await store.get_rollout_by_id("ro-of-nobody"))
+    note("all of an unknown rollout", await store.query_attempts("ro-unknown"))
+    note("unknown rollout", await store.get_rollout_by_id("ro-unknown"))
     note("rollout without", await store.get_rollout_by_id(queued))
     await store.update_rollout(queued, status="cancelled")
 
     started = await store.start_rollout("x", "train", None, Config(), {"m": 1}, worker_id="w1")
     note("started", started)
-    note("whoever started", await store.get_worker_by_id("w1"))
+    note("worker that started", await store.get_worker_by_id("w1"))
     rollout_id, first = started.rollout_id, started.attempt.attempt_id
     note("another", await store.start_attempt(rollout_id, worker_id="w2"))
     note("a third", (await store.start_attempt(rollout_id)).attempt)
@@ -214,16 +213,16 @@ async def attempts(store: Any, note: Facts) -> None:
 
     note("the first fails", await store.update_attempt(rollout_id, first, status="failed"))
     note("an earlier one's end is not the rollout's", (await store.get_rollout_by_id(rollout_id)).status)
-    note("whoever failed", await store.get_worker_by_id("w1"))
+    note("worker that failed", await store.get_worker_by_id("w1"))
     note("the latest runs", await store.update_attempt(rollout_id, "latest", status="running", worker_id="w3"))
     note("the latest's rollout", await store.get_rollout_by_id(rollout_id))
-    note("whoever runs", await store.get_worker_by_id("w3"))
+    note("worker that runs", await store.get_worker_by_id("w3"))
     note("heard of", await store.update_attempt(rollout_id, "latest", last_heartbeat_time=123.5))
     note("metadata", await store.update_attempt(rollout_id, "latest", metadata={"tokens": [1, 2]}))
     note("nothing changes", await store.update_attempt(rollout_id, "latest"))
     note("succeeds", await store.update_attempt(rollout_id, "latest", status="succeeded"))
     note("rollout succeeds", await store.get_rollout_by_id(rollout_id))
-    note("whoever succeeded", await store.get_worker_by_id("w3"))
+    note("worker that succeeded", await store.get_worker_by_id("w3"))
     note("one that ended may be tried again", await store.start_attempt(rollout_id))
 
     for status in ("failed", "timeout", "unresponsive"):
@@ -259,12 +258,12 @@ async def rollouts(store: Any, note: Facts) -> None:
     await store.update_attempt(ids[1], "latest", status="succeeded")
     await store.update_attempt(ids[0], "latest", status="failed")
     await store.update_rollout(ids[4], status="cancelled")
-    # A part that no other has; they begin with the moment.
+    # The end of an id, which is unique; ids begin with the time.
     part = ids[2][-12:]
     for name, asked in {
         "of statuses": {"status_in": ["succeeded", "cancelled"]},
         "of no status": {"status_in": []},
-        "of ids": {"rollout_id_in": [ids[5], ids[2], "ro-of-nobody"]},
+        "of ids": {"rollout_id_in": [ids[5], ids[2], "ro-unknown"]},
         "of no id": {"rollout_id_in": []},
         "of ids by their old name": {"rollout_ids": [ids[3]]},
         "of statuses by their old name": {"status": ["queuing"]},
@@ -296,7 +295,7 @@ async def rollouts(store: Any, note: Facts) -> None:
 
 
 async def workers(store: Any, note: Facts) -> None:
-    note("unknown", await store.get_worker_by_id("nobody"))
+    note("unknown", await store.get_worker_by_id("unknown"))
     note("new", await store.update_worker("v1"))
     note("new with stats", await store.update_worker("v2", {"cpu": {"percent": 1.5}}))
     note("stats stay", await store.update_worker("v2"))
@@ -305,7 +304,7 @@ async def workers(store: Any, note: Facts) -> None:
     busy = await store.start_rollout("work", worker_id="v3")
     note("heard of while busy", await store.update_worker("v3", {}))
     await store.update_attempt(busy.rollout_id, "latest", worker_id="V4")
-    note("whoever takes over", await store.get_worker_by_id("V4"))
+    note("worker that takes over", await store.get_worker_by_id("V4"))
     for name, asked in {
         "all": {},
         "of statuses": {"status_in": ["busy", "unknown"]},
@@ -348,7 +347,7 @@ async def spans(store: Any, note: Facts) -> None:
     rollout_id, attempt_id = attempted.rollout_id, attempted.attempt.attempt_id
     note("none", await store.query_spans(rollout_id))
     note("none of the latest", await store.query_spans(rollout_id, "latest"))
-    note("none of an unknown rollout", await store.query_spans("ro-of-nobody", "latest"))
+    note("none of an unknown rollout", await store.query_spans("ro-unknown", "latest"))
     note("first number", await store.get_next_span_sequence_id(rollout_id, attempt_id))
     span = _span(attempted, 2)
     span.and_more = {"extra": [None]}
@@ -382,7 +381,7 @@ async def spans(store: Any, note: Facts) -> None:
         "all": {},
         "of the latest": {"attempt_id": "latest"},
         "of an attempt": {"attempt_id": attempt_id},
-        "of an unknown attempt": {"attempt_id": "at-of-nobody"},
+        "of an unknown attempt": {"attempt_id": "at-unknown"},
         "of a trace": {"trace_id": OTHER_TRACE},
         "of part of a trace": {"trace_id_contains": "dcd"},
         "of a span": {"span_id": f"{5:016x}"},
@@ -425,7 +424,7 @@ async def spans(store: Any, note: Facts) -> None:
 
 
 class _Ids:
-    """OpenTelemetry's ids, the same in every run."""
+    """Generator of OpenTelemetry ids that are the same in every run."""
 
     def __init__(self) -> None:
         self._last = 0x1000
@@ -441,7 +440,7 @@ class _Ids:
 
 
 def _otel_spans() -> tuple[Any, Any]:
-    """A span that failed and had a link, and one inside of it."""
+    """Make a span that failed and has a link, and a child of it."""
     resource = Resource({"service.name": "test", "numbers": (1, 2)}, "https://example.org/schema")
     tracer = sdk.TracerProvider(resource=resource, id_generator=_Ids()).get_tracer("tests", "1.2")
     state = telemetry.TraceState([("vendor", "value")])
@@ -465,7 +464,7 @@ async def waits(store: Any, note: Facts) -> None:
         return [each.input for each in await store.wait_for_rollouts(rollout_ids=rollout_ids, timeout=timeout)]
 
     note("for none", await waited(timeout=None))
-    note("for an unknown one", await waited("ro-of-nobody", timeout=0.0))
+    note("for an unknown one", await waited("ro-unknown", timeout=0.0))
     note("too short", await waited(a, b, timeout=0.0))
     await store.update_attempt(b, "latest", status="succeeded")
     note("for one that has ended", await waited(b, timeout=None))
@@ -479,7 +478,7 @@ async def waits(store: Any, note: Facts) -> None:
 
 
 async def _until(store: Any, rollout_id: str, status: str) -> Any:
-    """The rollout, once it has this status."""
+    """Wait until a rollout has this status, and return it."""
     deadline = time.monotonic() + SECONDS
     while (found := await store.get_rollout_by_id(rollout_id)).status != status:
         assert time.monotonic() < deadline, found
@@ -550,18 +549,18 @@ async def errors(store: Any, note: Facts) -> None:
     attempted = await store.start_rollout("with an attempt")
     queued = (await store.enqueue_rollout("without an attempt")).rollout_id
     known = attempted.rollout_id
-    await refused("a rollout that is not there is changed", store.update_rollout("ro-of-nobody", mode="val"))
-    await refused("a rollout that is not there is tried", store.start_attempt("ro-of-nobody"))
-    await refused("its attempt is changed", store.update_attempt("ro-of-nobody", "latest", status="failed"))
+    await refused("a rollout that is not there is changed", store.update_rollout("ro-unknown", mode="val"))
+    await refused("a rollout that is not there is tried", store.start_attempt("ro-unknown"))
+    await refused("its attempt is changed", store.update_attempt("ro-unknown", "latest", status="failed"))
     await refused("an attempt that is not there is changed", store.update_attempt(known, "at-1", status="failed"))
     await refused("no attempt is changed", store.update_attempt(queued, "latest", status="failed"))
-    await refused("a span of no rollout", store.add_span(_span(attempted, 1, rollout_id="ro-of-nobody")))
-    await refused("a span of no attempt", store.add_span(_span(attempted, 1, attempt_id="at-of-nobody")))
-    await refused("a status that is none", store.update_rollout(known, status="happy"))
+    await refused("a span of no rollout", store.add_span(_span(attempted, 1, rollout_id="ro-unknown")))
+    await refused("a span of no attempt", store.add_span(_span(attempted, 1, attempt_id="at-unknown")))
+    await refused("an unknown status", store.update_rollout(known, status="happy"))
     await refused("a status that is null", store.update_rollout(known, status=None))
     await refused("an attempt's status that is null", store.update_attempt(known, "latest", status=None))
     await refused("stats that are null", store.update_worker("e1", None))
-    await refused("a mode that is none", store.update_rollout(known, mode="play"))
+    await refused("an unknown mode", store.update_rollout(known, mode="play"))
     await refused("sorted by what is not there", store.query_rollouts(sort_by="color"))
     await refused("a page of nothing", store.query_rollouts(limit=0))
     await refused("a page of less", store.query_spans(known, limit=-2))
@@ -571,7 +570,7 @@ async def errors(store: Any, note: Facts) -> None:
 
 
 async def leniences(store: Any, note: Facts) -> None:
-    """What is almost right, and taken."""
+    """Send values that are slightly invalid but accepted."""
     started = await store.start_rollout("empty ids", resources_id="", worker_id="")
     rollout_id = started.rollout_id
     note("started with empty ids", started)
@@ -636,8 +635,8 @@ SECTIONS: tuple[Section, ...] = (
 
 
 async def facts_of(url: str) -> dict[str, dict[str, Any]]:
-    """What is found at this address, by section."""
-    # Errors are asked for, and not again.
+    """Return the facts found at this URL, by section."""
+    # Without retries, since errors are expected.
     store = lightning.LightningStoreClient(url, retry_delays=(), request_timeout=SECONDS)
     found: dict[str, dict[str, Any]] = {}
     for section in SECTIONS:
@@ -651,13 +650,13 @@ async def facts_of(url: str) -> dict[str, dict[str, Any]]:
 async def main(url: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    # It looks for what is overdue when it is asked something, every ten seconds at most if not told otherwise.
+    # It checks for overdue attempts with each request, but by default at most every ten seconds.
     kept = lightning.InMemoryLightningStore(thread_safe=True, scan_debounce_seconds=0.0)
     server = lightning.LightningStoreServer(kept, "127.0.0.1", port)
     await server.start()
-    theirs, ours = await asyncio.gather(facts_of(server.endpoint), facts_of(url))
+    reference, actual = await asyncio.gather(facts_of(server.endpoint), facts_of(url))
     await server.stop()
-    sys.stdout.write(json.dumps({"theirs": theirs, "ours": ours}))
+    sys.stdout.write(json.dumps({"reference": reference, "actual": actual}))
 
 
 if __name__ == "__main__":

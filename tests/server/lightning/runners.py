@@ -1,7 +1,7 @@
-"""Runners that use Agent Lightning's own client, and go on where the server is away for a moment. Prints how many
-rollouts are finished, line by line, and at the end what became of all.
+"""Run runners with Agent Lightning's own client, which continue when the server is restarted.
 
-Runs where Agent Lightning 0.3 is: `runners.py URL ROLLOUTS`.
+Prints the number of finished rollouts, line by line, and at the end the outcome of all. Runs in the environment of
+Agent Lightning 0.3: `runners.py URL ROLLOUTS`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import sys
 from typing import Any
 
-# Not ours, which type checkers would take it for.
+# By name, since type checkers would take it for this package.
 lightning: Any = importlib.import_module("agentlightning")
 Enqueue: Any = importlib.import_module("agentlightning.types").EnqueueRolloutRequest
 
@@ -21,17 +21,17 @@ SPANS = 3
 
 
 class Runners:
-    """They share a client, as they do in a trainer."""
+    """Runners that share a client, as in a trainer."""
 
     def __init__(self, url: str) -> None:
-        # It gives up after 0.8 seconds if not told otherwise, and Python may take longer to start.
+        # By default the client stops retrying after 0.8 seconds, and the server's Python may take longer to start.
         self.store = lightning.LightningStoreClient(url, health_retry_delays=(0.2,) * 300)
         self.finished: set[str] = set()
         self.ended = asyncio.Event()
 
     async def run(self, worker_id: str) -> None:
         while not self.ended.is_set():
-            # The client does not ask again: it takes an answer that got lost for an empty queue.
+            # The client does not retry: to it, a lost answer is an empty queue.
             if (rollout := await self.store.dequeue_rollout(worker_id=worker_id)) is None:
                 await asyncio.sleep(0.05)
                 continue
@@ -55,7 +55,7 @@ class Runners:
 
 async def main(url: str, how_many: int) -> None:
     runners = Runners(url)
-    # Of an attempt whose runner did not get it nothing is heard.
+    # An attempt whose runner lost the answer sends no heartbeat, so it becomes unresponsive and is retried.
     config = lightning.RolloutConfig(unresponsive_seconds=15.0, max_attempts=100, retry_condition=["unresponsive"])
     new = [Enqueue(input=n, config=config) for n in range(how_many)]
     rollout_ids = [each.rollout_id for each in await runners.store.enqueue_many_rollouts(new)]

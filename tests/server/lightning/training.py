@@ -1,7 +1,6 @@
-"""Agent Lightning's own trainer, runners and tracer, with an agent that needs no model. Prints what became of its
-rollouts, as JSON.
+"""Run Agent Lightning's own trainer, runners and tracer with an agent that needs no model; print its rollouts as JSON.
 
-Runs where Agent Lightning 0.3 is: `training.py URL`.
+Runs in the environment of Agent Lightning 0.3: `training.py URL`.
 """
 
 from __future__ import annotations
@@ -12,12 +11,12 @@ import json
 import sys
 from typing import Any
 
-# Not ours, which type checkers would take it for.
+# By name, since type checkers would take it for this package.
 lightning: Any = importlib.import_module("agentlightning")
 
 
 def agent_of(store: Any) -> Any:
-    """It says something, and is worth as much as its task; 13 goes wrong, and 3 takes until a heartbeat has come."""
+    """Return an agent that emits a message and a reward of half its task; 13 fails, and 3 waits for a heartbeat."""
 
     async def agent(task: int, prompt_template: Any) -> float:
         lightning.emit_message(prompt_template.format(task=task))
@@ -31,7 +30,7 @@ def agent_of(store: Any) -> Any:
 
 
 async def outcome(store: Any) -> dict[str, Any]:
-    """Of each rollout, by its task, and of the runners."""
+    """Collect the outcome of each rollout, by its task, and of the workers."""
     found: dict[str, Any] = {"rollouts": {}}
     for rollout in (await store.query_rollouts()).items:
         spans = await store.query_spans(rollout.rollout_id, "latest")
@@ -55,7 +54,7 @@ def main(url: str) -> None:
         store=store,
         tracer=lightning.OtelTracer(),
         runner={"type": "agentlightning.LitAgentRunner", "poll_interval": 0.1, "heartbeat_interval": 0.5},
-        # Its own lock around the store would stop an event loop that asks for two things at once.
+        # A managed store has a lock that would block an event loop with two requests at the same time.
         strategy={"type": "shm", "main_thread": "algorithm", "managed_store": False},
         algorithm=lightning.Baseline(polling_interval=0.1),
         initial_resources={"prompt": lightning.PromptTemplate(template="task {task} ü", engine="f-string")},

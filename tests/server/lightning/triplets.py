@@ -1,6 +1,6 @@
-"""What Agent Lightning's own adapters make of the spans of a rollout, and of a reward that its tracer has emitted.
+"""Print what Agent Lightning's own adapters make of a rollout's spans, and of a reward that its tracer emitted.
 
-Runs where Agent Lightning 0.3 is: `triplets.py URL ROLLOUT`.
+Runs in the environment of Agent Lightning 0.3: `triplets.py URL ROLLOUT`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import sys
 from typing import Any
 
-# Not ours, which type checkers would take it for.
+# By name, since type checkers would take it for this package.
 lightning: Any = importlib.import_module("agentlightning")
 rewards: Any = importlib.import_module("agentlightning.emitter.reward")
 
