@@ -19,7 +19,7 @@ import sys
 import time
 import traceback
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -167,8 +167,8 @@ def free_url() -> str:
         return f"http://127.0.0.1:{listening.getsockname()[1]}"
 
 
-def show(store: subprocess.Popen[bytes], url: str, file: Path = FILE) -> None:
-    """Say where the page is and what it shows. At a terminal, wait for Ctrl-C, which ends the server."""
+def show(wait: Callable[[], object], url: str, file: Path = FILE) -> None:
+    """Say where the page is and what it shows. At a terminal, wait for the server, which Ctrl-C ends."""
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     again = f"{os.path.relpath(Path(sys.executable).parent / 'agl')} store --store {os.path.relpath(file)}"
     print(f"\nlook at:  {f'{url}/' if is_terminal else f'what this serves: {again}'}")
@@ -178,7 +178,7 @@ def show(store: subprocess.Popen[bytes], url: str, file: Path = FILE) -> None:
     if is_terminal:
         print("Ctrl-C ends it", flush=True)
         with suppress(KeyboardInterrupt):
-            store.wait()
+            wait()
         print(f"\nagain:    {again}")
 
 
@@ -196,7 +196,7 @@ def main() -> None:
         with serving(command, f"{vllm}/health", FILE.with_suffix(".vllm.log"), **env):
             runs = run(store, vllm, model)
             exact = table(runs) and len(runs) == ROLLOUTS
-        show(server, url)
+        show(server.wait, url)
     sys.exit(not exact)
 
 

@@ -138,7 +138,7 @@ def test_without_a_terminal_it_says_how_to_serve_the_file_again(
     runs: list[tuple[Run, list[agl.Triplet]]], file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with StoreServer(file) as store:
-        show(store.process, store.url, file)
+        show(store.process.wait, store.url, file)
 
     [path] = re.findall(r"agl store --store (\S+)", capsys.readouterr().out)
     with StoreServer(Path(path).absolute()) as again:
