@@ -51,7 +51,7 @@ class RoutedExperts:
 
 @dataclass(slots=True, kw_only=True)
 class Choice:
-    """One of the answers to a prompt. An unknown field is None.
+    """An answer to a prompt. An unknown field is None.
 
     Attributes:
         index: position among the choices.
@@ -81,7 +81,7 @@ class Choice:
 
 @dataclass(slots=True, kw_only=True)
 class Generation:
-    """One request to the engine, from prompt to last token. An unknown field is None.
+    """A request to the engine, from prompt to last token. An unknown field is None.
 
     Attributes:
         id: a UUIDv7.

@@ -14,7 +14,7 @@ import pytest
 from fastapi import Response
 from sqlalchemy import Connection, delete, insert, select, update
 
-from agentlightning.errors import StoreUnavailable
+from agentlightning.errors import InvalidRecord, StoreUnavailable
 from agentlightning.server import answers, transactions
 from agentlightning.server.routes.workers import QueryWorkers
 from agentlightning.server.transactions import Busy, Transactions
@@ -76,7 +76,7 @@ def test_write_that_raises_is_rolled_back_alone(url: str) -> None:
     first, refused, second, taken, third = run(url, script)
     assert (first, second, third) == (1, 1, 1)
     assert isinstance(refused, LookupError)
-    assert isinstance(taken, ValueError)
+    assert isinstance(taken, InvalidRecord)
     assert kept(url) == ["a", "b", "c"]
 
 

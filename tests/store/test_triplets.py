@@ -635,7 +635,7 @@ def test_spans_without_a_time_are_in_the_order_of_arrival(store: Store, database
 def test_posted_reward_takes_precedence_over_the_agents_own(
     store: Store, database: Database, posted_first: bool
 ) -> None:
-    """Its time is by the store's clock, not the agent's, so it does not tell which of the two came first."""
+    """The time of a posted reward is by the store's clock, not the agent's, so it does not tell which came first."""
     store.add([call(1)])
     new = [unnumbered(of_reward(1, 0.5, {"agentlightning.outcome": True}, at=-60)), unnumbered(of_reward(2, 0.1, at=2))]
     for each in new if posted_first else reversed(new):
