@@ -292,7 +292,9 @@ class Recorder:
                 self._note_failed_write(error)
                 retry_after = error.retry_after if isinstance(error, StoreUnavailable) else None
             except InvalidRecord as error:
-                kept = [generation for generation in generations if generation.id not in error.reasons]
+                # Without reasons, the store refused the message as a whole.
+                refused = error.reasons or {generation.id for generation in generations}
+                kept = [generation for generation in generations if generation.id not in refused]
                 self._lose(REFUSED, len(generations) - len(kept), str(error))
                 self._count(kept, time.perf_counter() - started)
                 return
@@ -336,7 +338,7 @@ class Recorder:
                 with self._opened() as store:
                     store.add_losses(self._losses)
                 self._losses = []
-            except (InvalidRecord, ValueError) as error:
+            except InvalidRecord as error:
                 # A retry would be refused again.
                 self._log("losses", f"the store refuses the numbers of lost generations: {error}: {self._losses}")
                 self._losses = []
@@ -362,7 +364,7 @@ class Recorder:
             self._writer = self._sender()
             if self._writer in (None, self._registered) or time.monotonic() < self._no_registration_until:
                 return
-            store.greet(self._writer)
+            store.register_sender(self._writer)
             self._registered = self._writer
         except Exception as error:
             self._no_registration_until = time.monotonic() + SECONDS_BETWEEN_REGISTRATIONS

@@ -21,7 +21,7 @@ from threading import Event, Thread
 import pytest
 
 from agentlightning import recorder as recording
-from agentlightning.errors import StoreRefused, StoreUnavailable
+from agentlightning.errors import InvalidRecord, StoreRefused, StoreUnavailable
 from agentlightning.generation import Generation
 from agentlightning.recorder import GATHERING_SECONDS, LOST, Recorder
 from agentlightning.sender import Sender
@@ -254,6 +254,28 @@ def test_one_invalid_generation_of_five_hundred_costs_no_second_request(
     counters = recorder.counters()
     assert (counters.generations, counters.lost["refused"], counters.lost["stopped"]) == (499, 1, 0)
     assert store.adds <= 2
+
+
+class Refusing(DatabaseStore):
+    """A store that refuses whatever it is sent, without naming a generation."""
+
+    def add(self, generations: Sequence[Generation], sender_id: str | None = None) -> int:
+        raise InvalidRecord("the body cannot be read")
+
+
+def test_generations_that_are_refused_as_a_whole_are_counted_as_lost(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recording, "open_store", lambda url, **options: Refusing(open_database(url)))
+    recorder = Recorder(str(path), ROOMY)
+
+    record(recorder, some(5))
+    recorder.close()
+
+    counters = recorder.counters()
+    assert (counters.generations, counters.lost["refused"]) == (0, 5)
+    with open_store(str(path)) as store:
+        assert sum(loss.count for loss in store.losses()) == 5
 
 
 def test_several_threads_can_record_at_once(recorder: Recorder, path: Path) -> None:
@@ -545,7 +567,7 @@ def test_a_fork_does_not_wait_for_a_store_that_does_not_answer(path: Path, monke
     assert kept(path) == ids(generations)
 
 
-class Greeter:
+class Registrar:
     """The `sender` callable of a recorder; its attribute `sender` replaces the default."""
 
     def __init__(self) -> None:
@@ -566,7 +588,7 @@ def counted(path: Path) -> dict[int, int]:
 
 
 def test_the_sender_is_registered_before_the_first_generation(path: Path) -> None:
-    recorder = Recorder(str(path), ROOMY, Greeter())
+    recorder = Recorder(str(path), ROOMY, Registrar())
 
     recorder.start()
 
@@ -575,7 +597,7 @@ def test_the_sender_is_registered_before_the_first_generation(path: Path) -> Non
 
 
 def test_generations_are_stored_under_their_sender_also_in_a_replaced_store(path: Path) -> None:
-    recorder, generations = Recorder(str(path), ROOMY, Greeter()), some(5)
+    recorder, generations = Recorder(str(path), ROOMY, Registrar()), some(5)
     record(recorder, generations[:3])
     until(lambda: recorder.counters().generations == 3)
     assert counted(path) == {os.getpid(): 3}
@@ -590,12 +612,12 @@ def test_generations_are_stored_under_their_sender_also_in_a_replaced_store(path
 
 
 def test_a_changed_sender_is_registered_again(path: Path) -> None:
-    greeter = Greeter()
-    recorder, generations = Recorder(str(path), ROOMY, greeter), some(2)
+    registrar = Registrar()
+    recorder, generations = Recorder(str(path), ROOMY, registrar), some(2)
     record(recorder, generations[:1])
     until(lambda: recorder.counters().generations == 1)
 
-    greeter.sender = replace(greeter(), model="a model")
+    registrar.sender = replace(registrar(), model="a model")
     record(recorder, generations[1:])
     recorder.close()
 
@@ -606,7 +628,7 @@ def test_a_changed_sender_is_registered_again(path: Path) -> None:
 
 
 @pytest.mark.tier("test")
-@pytest.mark.parametrize("error", [StoreUnavailable, StoreRefused, ValueError])
+@pytest.mark.parametrize("error", [StoreUnavailable, StoreRefused, InvalidRecord])
 def test_a_failed_registration_loses_no_generation_and_is_retried(
     path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
@@ -616,12 +638,12 @@ def test_a_failed_registration_loses_no_generation_and_is_retried(
         attempts.append(sender.id)
         if len(attempts) < 3:
             raise error("no body as large")
-        greet(self, sender)
+        register(self, sender)
 
-    greet = DatabaseStore.greet
-    monkeypatch.setattr(DatabaseStore, "greet", away)
+    register = DatabaseStore.register_sender
+    monkeypatch.setattr(DatabaseStore, "register_sender", away)
     monkeypatch.setattr("agentlightning.recorder.SECONDS_BETWEEN_REGISTRATIONS", 0)
-    recorder, generations = Recorder(str(path), ROOMY, Greeter()), some(5)
+    recorder, generations = Recorder(str(path), ROOMY, Registrar()), some(5)
     record_one_by_one(recorder, generations)
     recorder.close()
 
@@ -663,7 +685,7 @@ def test_a_refused_sender_loses_no_generation_and_is_logged_once(
 
 @pytest.mark.forked
 def test_a_forked_process_is_another_sender(path: Path) -> None:
-    recorder, generations = Recorder(str(path), ROOMY, Greeter()), some(6)
+    recorder, generations = Recorder(str(path), ROOMY, Registrar()), some(6)
     record(recorder, generations[:1])
     until(lambda: recorder.counters().generations == 1)
 

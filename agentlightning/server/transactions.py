@@ -1,4 +1,4 @@
-"""What the routes do with the database: many requests' writes in one transaction, reads beside it."""
+"""Transactions of the server: the writes of many requests in one transaction, and reads beside it."""
 
 from __future__ import annotations
 

@@ -199,7 +199,7 @@ class DatabaseStore(Store):
     def statistics(self) -> dict[str, int]:
         return self._read(health.count)
 
-    def greet(self, sender: Sender) -> None:
+    def register_sender(self, sender: Sender) -> None:
         self._database.write(lambda connection: senders.register(connection, sender))
 
     def add(self, generations: Sequence[Generation], sender_id: str | None = None) -> int:

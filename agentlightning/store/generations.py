@@ -60,7 +60,7 @@ def add(connection: Connection, generations: Sequence[Generation], sender_id: st
         sender_id: who recorded them; an unknown sender counts as none.
 
     Raises:
-        ValueError, InvalidRecord: one of them cannot be stored by any store.
+        InvalidRecord, ValueError: one of them cannot be stored by any store.
     """
     new = _unknown(connection, tables.generations, generations)
     counts = [rows.token_counts(generation) for generation in new]
@@ -119,7 +119,7 @@ def page(
 
 def find(connection: Connection, generation_id: str) -> Generation | None:
     """Find a generation by its id."""
-    with suppress(ValueError):
+    with suppress(InvalidRecord):
         wanted = tables.generations.c.id == rows.uuid_bytes(generation_id)
         for each in _generations_of(connection, connection.execute(select(tables.generations).where(wanted)).all()):
             return each
@@ -138,7 +138,7 @@ def latest(connection: Connection, filters: Filters, limit: int) -> Iterator[Gen
 
 def key_of(connection: Connection, generation_id: str) -> int | None:
     """Return the key of a generation; None where the id is unknown."""
-    with suppress(ValueError):
+    with suppress(InvalidRecord):
         wanted = tables.generations.c.id == rows.uuid_bytes(generation_id)
         return connection.execute(select(tables.generations.c.key).where(wanted)).scalar()
     return None
@@ -212,7 +212,7 @@ def _condition(connection: Connection, name: str, value: Any) -> ColumnElement[b
     if value is None:
         return column.is_(None)
     if name == "call_id":
-        with suppress(ValueError):
+        with suppress(InvalidRecord):
             return column == rows.uuid_bytes(value)
         return false()
     if name == "response_id":

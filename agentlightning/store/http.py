@@ -211,7 +211,7 @@ class HttpStore(Store):
         found = self._json("GET", "/statistics")
         return {name: count for name, count in found.items() if name.startswith("total_")}
 
-    def greet(self, sender: Sender) -> None:
+    def register_sender(self, sender: Sender) -> None:
         # An id that is not a UUID would be another route.
         uuid_bytes(sender.id)
         self._sender = sender
@@ -279,6 +279,9 @@ class HttpStore(Store):
         except TooLarge as error:
             if len(generations) == 1:
                 return 0, [Refusal(str(generations[0].id), str(error))]
+        except InvalidRecord as error:
+            # The store refused the message, not one of its generations.
+            return 0, [Refusal(str(each.id), str(error)) for each in generations]
         middle = len(generations) // 2
         first, refused = self._send(generations[:middle], sender_id)
         second, more = self._send(generations[middle:], sender_id)
@@ -287,13 +290,13 @@ class HttpStore(Store):
     def _post(self, generations: Sequence[Generation], sender_id: str | None) -> tuple[int, list[Refusal]]:
         try:
             body = wire.encode(generations, sender_id=sender_id)
-        except ValueError as error:
+        except InvalidRecord as error:
             raise TooLarge(str(error)) from error
         answer = self._read(self._http.ask("POST", "/generations", body=body), _Added)
         if answer.sender == "unknown" and self._sender is not None and self._sender.id == sender_id:
             # The server has another database since the sender was registered.
             with suppress(StoreError):
-                self.greet(self._sender)
+                self.register_sender(self._sender)
         return answer.new, answer.refused
 
     def _json(self, method: str, route: str, query: Sequence[tuple[str, str]] = (), body: Any = None) -> Any:

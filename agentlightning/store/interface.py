@@ -361,7 +361,7 @@ class Store(AbstractContextManager["Store"], ABC):
     # Generations, and what is learnt from them.
 
     @abstractmethod
-    def greet(self, sender: Sender) -> None:
+    def register_sender(self, sender: Sender) -> None:
         """Register a process that will write generations. Safe to repeat; the last call wins.
 
         Raises:

@@ -11,6 +11,7 @@ from itertools import chain
 from operator import attrgetter
 from typing import Any, TypeVar
 
+from agentlightning.errors import InvalidRecord
 from agentlightning.generation import STATUSES, Choice, Generation, Loss, RoutedExperts
 
 __all__ = [
@@ -209,7 +210,7 @@ def uuid_bytes(text: str) -> bytes:
     """Parse a UUID into its sixteen bytes.
 
     Raises:
-        ValueError: the text is not a UUID as `new_id` writes one; only that form can be restored from the bytes.
+        InvalidRecord: the text is not a UUID as `new_id` writes one; only that form can be restored from the bytes.
     """
     digits = text.replace("-", "")
     try:
@@ -218,7 +219,7 @@ def uuid_bytes(text: str) -> bytes:
         found = b""
     if len(text) == 36 and text[8:24:5] == "----" and found.hex() == digits:
         return found
-    raise ValueError(f"{text[:100]!r} is not a lower-case UUID")
+    raise InvalidRecord(f"{text[:100]!r} is not a lower-case UUID")
 
 
 def uuid_text(found: bytes) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from sqlalchemy import Connection, select, update
 
+from agentlightning.errors import InvalidRecord
 from agentlightning.generation import Generation
 from agentlightning.sender import Sender, Vocabulary
 from agentlightning.store import rows, tables
@@ -193,7 +194,7 @@ def vocabulary_digest_of(connection: Connection, generation_id: str) -> bytes | 
         .join(tables.senders, _SENDERS.digest == _VOCABULARIES.digest)
         .join(tables.generations, _GENERATIONS.sender_key == _SENDERS.key)
     )
-    with suppress(ValueError):
+    with suppress(InvalidRecord):
         return connection.execute(query.where(_GENERATIONS.id == rows.uuid_bytes(generation_id))).scalar()
     return None
 
@@ -206,7 +207,7 @@ def vocabulary(connection: Connection, digest: bytes) -> Vocabulary | None:
 
 def _find(connection: Connection, sender_id: str | None) -> tuple[int, int] | None:
     """Find the key of a sender, and when it was last seen."""
-    with suppress(ValueError):
+    with suppress(InvalidRecord):
         if sender_id is not None:
             query = "SELECT key, seen_at FROM senders WHERE id = ?"
             row = run(connection, query, [rows.uuid_bytes(sender_id)]).first()

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec.structs import asdict
 
+from agentlightning.errors import InvalidRecord
 from agentlightning.generation import Choice, Generation, Loss, RoutedExperts, field_types
 from agentlightning.store.rows import array_of, bytes_of, experts_bytes, experts_of
 
@@ -119,7 +120,7 @@ def encode(
         sender_id: the process that recorded the generations; None where it is unknown.
 
     Raises:
-        ValueError: a number or another value that no message can hold.
+        InvalidRecord: a number or another value that no message can hold.
     """
     try:
         message = {
@@ -133,7 +134,7 @@ def encode(
         except UnicodeEncodeError:
             return _encoder.encode(without_surrogates(message))
     except (TypeError, OverflowError, struct.error) as error:
-        raise ValueError(f"a value that cannot be sent: {error}") from error
+        raise InvalidRecord(f"a value that cannot be sent: {error}") from error
 
 
 def count(body: bytes) -> int:

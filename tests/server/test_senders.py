@@ -94,7 +94,7 @@ def test_client_registers_all_fields_and_sends_the_vocabulary_once(
     other = sender(vocabulary=one.vocabulary)
     kept = [generation(number) for number in range(3)]
     for each in (one, one, other):
-        client_store.greet(each)
+        client_store.register_sender(each)
     client_store.add(kept[:2], one.id)
     client_store.add(kept, other.id)
 
@@ -109,13 +109,13 @@ def test_client_registers_all_fields_and_sends_the_vocabulary_once(
 
 def test_client_with_an_invalid_sender_is_refused(client_store: Store) -> None:
     for bad in (sender(id="me/../you"), sender(pid=2**63), sender(model="m" * 5_000)):
-        with pytest.raises((InvalidRecord, ValueError), match=r"UUID|pid|model"):
-            client_store.greet(bad)
+        with pytest.raises(InvalidRecord, match=r"UUID|pid|model"):
+            client_store.register_sender(bad)
 
 
 def test_senders_of_the_last_hour_are_listed_with_counts_and_lag(client_store: Store, client: httpx.Client) -> None:
     each = sender()
-    client_store.greet(each)
+    client_store.register_sender(each)
     silent = report_of(client, each)
     client_store.add([generation(number, prompt=10, output=3) for number in range(4)], each.id)
     lost_at = silent["seen_at"]
@@ -202,7 +202,7 @@ def test_generations_of_an_unregistered_sender_are_stored(client: httpx.Client, 
 def test_client_registers_again_after_the_database_was_replaced(tmp_path: Path) -> None:
     path, each, kept = tmp_path / "store.db", sender(), [generation(number) for number in range(3)]
     with StoreServer(path) as server, open_store(server.url) as client_store, server.client() as client:
-        client_store.greet(each)
+        client_store.register_sender(each)
         client_store.add(kept[:1], each.id)
         server.kill()
         for file in tmp_path.glob("store.db*"):
@@ -219,7 +219,7 @@ def test_client_registers_again_after_the_database_was_replaced(tmp_path: Path) 
 
 
 def test_client_registers_no_sender_but_its_own(client_store: Store, client: httpx.Client) -> None:
-    client_store.greet(sender())
+    client_store.register_sender(sender())
     stranger = new_id()
 
     assert client_store.add([generation(1)], stranger) == 1

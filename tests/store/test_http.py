@@ -139,6 +139,17 @@ def test_add_of_an_oversized_generation_names_it_and_the_option(store: Store) ->
     assert [*store.generations()] == [kept]
 
 
+def test_add_that_is_refused_as_a_whole_names_every_generation(between: Between) -> None:
+    def refuse(handler: _Handler, body: bytes) -> None:
+        handler.answer(422, b'{"detail": "the body is of another version"}', **{"X-AGL-Error": "1"})
+
+    sent = [generation(number) for number in range(3)]
+    with open_store(between.url) as store, answers(between, refuse), pytest.raises(InvalidRecord) as refused:
+        store.add(sent)
+
+    assert refused.value.reasons == dict.fromkeys((each.id for each in sent), "the body is of another version")
+
+
 def test_add_of_more_generations_than_a_message_holds_is_split(store: Store) -> None:
     kept = [generation(number, prompt=1, output=1) for number in range(10_001)]
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from sqlalchemy import func, select
 
+from agentlightning.errors import InvalidRecord
 from agentlightning.generation import Choice, Loss, new_id
 from agentlightning.sender import Sender, Vocabulary
 from agentlightning.store import Store, generations, open_store, senders, tables
@@ -54,9 +55,9 @@ def test_register_twice_keeps_the_last(store: Store, database: Database) -> None
     early = sender(vllm=None, model=None, vocabulary=None)
     complete = dataclasses.replace(early, vllm="0.32.0", model="größe\0", vocabulary=VOCABULARY)
 
-    store.greet(early)
-    store.greet(complete)
-    store.greet(complete)
+    store.register_sender(early)
+    store.register_sender(complete)
+    store.register_sender(complete)
 
     [found] = reports(database)
     assert found.sender == dataclasses.replace(complete, vocabulary=None)
@@ -66,8 +67,8 @@ def test_register_twice_keeps_the_last(store: Store, database: Database) -> None
 
 
 def test_register_with_an_id_that_is_not_a_uuid_is_refused(store: Store, database: Database) -> None:
-    with pytest.raises(ValueError, match="UUID"):
-        store.greet(sender(id="me"))
+    with pytest.raises(InvalidRecord, match="UUID"):
+        store.register_sender(sender(id="me"))
 
     assert reports(database) == []
 
@@ -77,7 +78,7 @@ def test_senders_of_one_model_share_one_stored_vocabulary(store: Store, database
     kept = [generation(number) for number in range(4)]
 
     for number, each in enumerate((one, two, other)):
-        store.greet(each)
+        store.register_sender(each)
         store.add([kept[number]], each.id)
     store.add([kept[3]])
 
@@ -114,7 +115,7 @@ def test_vocabulary_that_arrives_late_is_found_for_earlier_generations(database:
 def test_generations_of_an_unregistered_sender_are_stored(
     store: Store, database: Database, sender_id: str | None
 ) -> None:
-    store.greet(sender())
+    store.register_sender(sender())
 
     assert store.add([generation(1)], sender_id) == 1
 
@@ -124,8 +125,8 @@ def test_generations_of_an_unregistered_sender_are_stored(
 
 def test_counts_include_only_new_generations(store: Store, database: Database) -> None:
     one, other = sender(), sender()
-    store.greet(one)
-    store.greet(other)
+    store.register_sender(one)
+    store.register_sender(other)
     kept = [generation(number, prompt=10, output=3) for number in range(7)]
     two = [Choice(token_ids=array("i", [1, 2])), Choice(index=1), Choice(index=2, token_ids=array("i", [3]))]
 
@@ -200,7 +201,7 @@ def test_loss_counts_for_the_process_that_ran_at_its_time(store: Store, database
     # In a restarted container the process has the same id as the one before.
     first, second, other = sender(started_at=NOW), sender(started_at=NOW + 100), sender(pid=8, started_at=NOW)
     for each in (first, second, other):
-        store.greet(each)
+        store.register_sender(each)
     store.add_losses(
         [
             Loss(count=1, reason="queue full", first_at=NOW, last_at=NOW + 99, host="gpu-1", pid=7),

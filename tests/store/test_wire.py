@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from agentlightning.errors import InvalidRecord
 from agentlightning.generation import Choice, Generation, Loss, RoutedExperts
 from agentlightning.store import wire
 from tests.common.generations import EMPTY, FULL, HOSTILE, START, generation
@@ -163,5 +164,5 @@ def test_decode_each_refuses_a_generation_with_an_extra_field() -> None:
     ids=["a number", "a negative one", "an object", "a shape"],
 )
 def test_encode_of_an_unsupported_value_is_refused(bad: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="a value that cannot be sent"):
+    with pytest.raises(InvalidRecord, match="a value that cannot be sent"):
         wire.encode([generation(1, **bad)])

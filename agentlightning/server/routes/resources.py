@@ -68,7 +68,7 @@ class ResourcesUpdate(BaseModel):
 
 
 class QueryResources(schemas.Query):
-    """Which resources."""
+    """Filters, order and page of resources."""
 
     resources_id: Part | None = None
     resources_id_contains: Part | None = None

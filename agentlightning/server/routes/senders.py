@@ -40,7 +40,7 @@ Name = Annotated[str, StringConstraints(max_length=4096)]
 Integer = Annotated[Whole, Field(ge=-_INTEGER_LIMIT, lt=_INTEGER_LIMIT)]
 
 
-class Greeting(Sent):
+class Registration(Sent):
     """A process that will send generations. What is unknown is null."""
 
     model_config = example(
@@ -64,7 +64,7 @@ class Greeting(Sent):
     )
 
 
-class Greeted(BaseModel):
+class Registered(BaseModel):
     """Result of a registration."""
 
     vocabulary: Literal["known", "wanted"] | None = Field(
@@ -113,19 +113,19 @@ class Senders(BaseModel):
     items: list[Sender]
 
 
-@routes.put("/senders/{sender_id}", response_model=Greeted, responses=errors())
-async def put_sender(sender_id: SenderId, greeting: Greeting, database: Database) -> Response:
+@routes.put("/senders/{sender_id}", response_model=Registered, responses=errors())
+async def put_sender(sender_id: SenderId, registration: Registration, database: Database) -> Response:
     """Register a process that will send generations."""
-    told = greeting.model_dump()
+    told = registration.model_dump()
     digest = told.pop("vocabulary")
     sender = records.Sender(id=sender_id, **told)
 
-    def greet(connection: Connection) -> str | None:
+    def register(connection: Connection) -> str | None:
         wanted = None if digest is None else bytes.fromhex(digest)
         senders.register_without_vocabulary(connection, sender, wanted)
         return None if wanted is None else "known" if senders.has_vocabulary(connection, wanted) else "wanted"
 
-    return Json({"vocabulary": await database.write(greet)})
+    return Json({"vocabulary": await database.write(register)})
 
 
 @routes.put(

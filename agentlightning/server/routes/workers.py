@@ -43,7 +43,7 @@ class Worker(BaseModel):
 
 
 class QueryWorkers(schemas.Query):
-    """Which workers."""
+    """Filters, order and page of workers."""
 
     model_config = example(status_in=["busy"])
 
