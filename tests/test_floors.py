@@ -1,0 +1,31 @@
+"""The package's imports lead down the floors of docs/design.md."""
+
+from __future__ import annotations
+
+import pytest
+
+from tools import floors
+
+pytestmark = pytest.mark.tier("check")
+
+
+def test_imports_lead_down_alone() -> None:
+    found = floors.arrows()
+
+    assert floors.upward(found) == []
+    assert found["server", "store"] > 10
+
+
+def test_an_import_that_leads_up_is_found() -> None:
+    found = floors.arrows()
+    found["store", "server"] = 1
+
+    assert floors.upward(found) == [("store", "server")]
+
+
+def test_every_module_has_a_floor() -> None:
+    parts = {
+        path.name.removesuffix(".py") for path in floors.PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()
+    }
+
+    assert parts - {"__pycache__", "py.typed"} <= {name for names in floors.FLOORS for name in names}
