@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from tools import floors
@@ -21,6 +23,13 @@ def test_an_import_that_leads_up_is_found() -> None:
     found["store", "server"] = 1
 
     assert floors.upward(found) == [("store", "server")]
+
+
+def test_no_sql_stands_outside_of_the_store() -> None:
+    outside = [path for path in floors.PACKAGE.rglob("*.py") if "store" not in path.relative_to(floors.PACKAGE).parts]
+
+    assert len(outside) > 50
+    assert [path.name for path in outside if re.search(r"connection\.exec", path.read_text())] == []
 
 
 def test_every_module_has_a_floor() -> None:

@@ -15,7 +15,7 @@ from sqlalchemy import Connection
 
 from agentlightning.errors import StoreRefused, StoreUnavailable
 from agentlightning.store import lifecycle
-from agentlightning.store.database import Conflict, Database
+from agentlightning.store.database import Conflict, Database, savepoint
 
 __all__ = ["Busy", "Transactions"]
 
@@ -158,17 +158,15 @@ class Transactions:
             write.error = error
 
     def _do(self, connection: Connection, write: _Write) -> None:
-        connection.exec_driver_sql("SAVEPOINT one")
         try:
-            write.outcome = write.work(connection)
+            with savepoint(connection):
+                write.outcome = write.work(connection)
         except Exception as error:
             meaning = self._database.explanation(error) or error
             # An error of the database concerns the whole batch; an error in a value concerns its sender alone.
             if isinstance(meaning, (StoreUnavailable, StoreRefused)):
                 raise
-            connection.exec_driver_sql("ROLLBACK TO one")
             write.error = meaning
-        connection.exec_driver_sql("RELEASE one")
 
     def _answer(self, batch: list[_Write]) -> None:
         self._waiting -= len(batch)

@@ -27,6 +27,7 @@ __all__ = [
     "next_keys",
     "now",
     "run",
+    "savepoint",
     "transaction",
 ]
 
@@ -101,6 +102,22 @@ def transaction(connection: Connection, begin: str) -> Iterator[None]:
         with suppress(SQLAlchemyError):
             connection.exec_driver_sql("ROLLBACK")
         raise
+
+
+@contextmanager
+def savepoint(connection: Connection) -> Iterator[None]:
+    """Run the block in a part of the transaction that is rolled back alone if the block raises. May be nested."""
+    connection.exec_driver_sql("SAVEPOINT part")
+    try:
+        yield
+    except BaseException:
+        # Fails if the transaction itself is gone, since the disk is full or the connection lost: the block's error says
+        # so.
+        with suppress(SQLAlchemyError):
+            connection.exec_driver_sql("ROLLBACK TO part")
+            connection.exec_driver_sql("RELEASE part")
+        raise
+    connection.exec_driver_sql("RELEASE part")
 
 
 def is_single_writer(connection: Connection) -> bool:
@@ -228,20 +245,15 @@ def insert_valid(
     Raises:
         StoreUnavailable, StoreRefused: the database is the reason; then none is stored.
     """
-    connection.exec_driver_sql("SAVEPOINT valid")
     try:
-        new = insert(records)
+        with savepoint(connection):
+            return insert(records), []
     except Exception as error:
         reason = explain(error) or error
         if isinstance(reason, (StoreUnavailable, StoreRefused)):
             raise
-        connection.exec_driver_sql("ROLLBACK TO valid")
-        connection.exec_driver_sql("RELEASE valid")
         if len(records) == 1:
             return 0, [(records[0], reason)]
-    else:
-        connection.exec_driver_sql("RELEASE valid")
-        return new, []
     middle = len(records) // 2
     first, refused = insert_valid(connection, records[:middle], insert, explain)
     second, more = insert_valid(connection, records[middle:], insert, explain)

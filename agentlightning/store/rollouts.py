@@ -19,6 +19,7 @@ __all__ = [
     "attempt_fields",
     "attempt_id_of",
     "attempt_listing",
+    "attempts_of",
     "config_of",
     "count_by_status",
     "find",
@@ -103,6 +104,12 @@ def find_attempt(connection: Connection, rollout_id: str, attempt_id: str) -> An
     key = select(rollouts.c.key).where(rollouts.c.rollout_id == rollout_id).scalar_subquery()
     of_both = attempts.c.rollout_key == key, attempts.c.attempt_id == attempt_id
     return connection.execute(select(attempts).where(*of_both)).first()
+
+
+def attempts_of(connection: Connection, rollout_key: int) -> Sequence[Any]:
+    """Read the rows of a rollout's attempts, in order."""
+    query = select(attempts).where(attempts.c.rollout_key == rollout_key).order_by(attempts.c.sequence_id)
+    return connection.execute(query).all()
 
 
 def listing(

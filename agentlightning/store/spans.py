@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, bindparam, case, false, select, update
+from sqlalchemy import ColumnElement, Connection, bindparam, case, false, func, select, update
 
 from agentlightning.store import attributes, rollouts, tables, texts, triplets
 from agentlightning.store.database import in_parts, insert_if_new, insert_rows
@@ -22,7 +22,7 @@ from agentlightning.store.rows import storable, text_of
 from agentlightning.store.tables import span_sequences, spans
 from agentlightning.triplet import Triplet
 
-__all__ = ["NewSpan", "add", "listing", "new_span", "next_sequence_ids", "place_again", "span_json"]
+__all__ = ["NewSpan", "add", "listing", "new_span", "next_sequence_ids", "outlines", "place_again", "span_json"]
 
 SEARCHED = ("trace_id", "span_id", "parent_id", "name")
 LOGPROBS = "logprobs.content"
@@ -230,6 +230,19 @@ def listing(
         spans.outerjoin(tables.texts, tables.texts.c.key == spans.c.common_key)
     )
     return Listing(query, spans.c.key, where, _with_recorded_ids)
+
+
+def outlines(connection: Connection, rollout_id: str, limit: int, largest: int) -> Sequence[Any]:
+    """Read the first spans of a rollout, in order, without large bodies.
+
+    Args:
+        largest: bytes of a body; the body of a larger span is None. A database knows a value's length without reading
+            the value.
+    """
+    columns = [column for column in spans.c if column is not spans.c.body]
+    body = case((func.length(spans.c.body) <= largest, spans.c.body)).label("body")
+    query = select(*columns, body).where(spans.c.rollout_id == rollout_id).order_by(spans.c.sequence_id, spans.c.key)
+    return connection.execute(query.limit(limit)).all()
 
 
 def _with_recorded_ids(connection: Connection, rows: list[Any]) -> list[Any]:

@@ -9,16 +9,17 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
-from sqlalchemy import Connection, case, func, select
+from sqlalchemy import Connection
 
 from agentlightning.server.page.conversation import Call
-from agentlightning.store import attributes, tables
+from agentlightning.store import attributes
+from agentlightning.store.rollouts import attempts_of
+from agentlightning.store.spans import outlines
 
 __all__ = ["MAX_DEPTH", "Bar", "Row", "Timeline", "in_tree", "timeline_of"]
 
 SPANS_SHOWN = 1000
-# Bytes of a span: the page reloads every few seconds, and a prompt with its ids may take MiBs. A database knows the
-# length of a value without reading it.
+# Bytes of a span: the page reloads every few seconds, and a prompt with its ids may take MiBs.
 LARGEST_READ = 64 << 10
 # Percent of the timeline.
 MIN_WIDTH = 0.4
@@ -85,28 +86,14 @@ def timeline_of(connection: Connection, rollout_id: str, rollout: Any | None, ca
         rollout: its row; None if it is known only from its calls and spans.
         calls: its generations.
     """
-    attempts = [] if rollout is None else _attempts(connection, rollout.key)
-    spans = _spans(connection, rollout_id)
+    attempts = [] if rollout is None else attempts_of(connection, rollout.key)
+    spans = outlines(connection, rollout_id, SPANS_SHOWN + 1, LARGEST_READ)
     bars = list(_bars(attempts, spans[:SPANS_SHOWN], calls))
     times = [each for bar in bars for each in (bar.start, bar.end) if each is not None]
     start, end = (min(times), max(times)) if times else (0.0, 0.0)
     if any(bar.state in UNFINISHED for bar in bars):
         end = max(end, time.time())
     return Timeline([_row(bar, start, end) for bar in bars], start, end, max(len(spans) - SPANS_SHOWN, 0))
-
-
-def _attempts(connection: Connection, rollout_key: int) -> Sequence[Any]:
-    table = tables.attempts
-    query = select(table).where(table.c.rollout_key == rollout_key).order_by(table.c.sequence_id)
-    return connection.execute(query).all()
-
-
-def _spans(connection: Connection, rollout_id: str) -> Sequence[Any]:
-    table = tables.spans
-    columns = [column for column in table.c if column is not table.c.body]
-    body = case((func.length(table.c.body) <= LARGEST_READ, table.c.body)).label("body")
-    query = select(*columns, body).where(table.c.rollout_id == rollout_id).order_by(table.c.sequence_id, table.c.key)
-    return connection.execute(query.limit(SPANS_SHOWN + 1)).all()
 
 
 def _bars(attempts: Sequence[Any], spans: Sequence[Any], calls: Sequence[Call]) -> Iterator[Bar]:
