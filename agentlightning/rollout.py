@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from agentlightning.triplet import Triplet
 
 __all__ = [
+    "ATTEMPT_STATUSES",
     "FINISHED",
+    "MODES",
     "ROLLOUT_STATUSES",
     "Attempt",
     "AttemptStatus",
@@ -44,7 +46,9 @@ Mode = Literal["train", "val", "test"]
 RolloutStatus = Literal["queuing", "preparing", "running", "failed", "succeeded", "cancelled", "requeuing"]
 AttemptStatus = Literal["preparing", "running", "failed", "succeeded", "unresponsive", "timeout"]
 WorkerStatus = Literal["idle", "busy", "unknown"]
+MODES: Sequence[Mode | None] = (*get_args(Mode), None)
 ROLLOUT_STATUSES: Sequence[RolloutStatus] = get_args(RolloutStatus)
+ATTEMPT_STATUSES: Sequence[AttemptStatus] = get_args(AttemptStatus)
 FINISHED: Sequence[RolloutStatus] = ("failed", "succeeded", "cancelled")
 """The states in which a rollout has ended."""
 
@@ -89,8 +93,26 @@ class NewRollout:
     metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
+class _Portable:
+    """A record that can be copied, pickled and turned into JSON; its store stays behind, which holds connections."""
+
+    __slots__ = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields for JSON."""
+        return {name: _plain(value) for name, value in self.__getstate__().items() if name != "store"}
+
+    def __getstate__(self) -> dict[str, Any]:
+        record: Any = self
+        return {each.name: None if each.name == "store" else getattr(self, each.name) for each in fields(record)}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
 @dataclass(slots=True)
-class Attempt:
+class Attempt(_Portable):
     """One try at a rollout.
 
     Attributes:
@@ -133,7 +155,7 @@ class Attempt:
 
 
 @dataclass(slots=True)
-class Rollout:
+class Rollout(_Portable):
     """A task, and what has become of it.
 
     Attributes:
@@ -283,6 +305,10 @@ def record_from(kind: type[Record], found: Mapping[str, Any], store: Store | Non
     if kind in (Rollout, Attempt):
         values["store"] = store
     return kind(**values)
+
+
+def _plain(value: Any) -> Any:
+    return value.as_dict() if isinstance(value, (Attempt, RolloutConfig)) else value
 
 
 def with_ids(fields: Mapping[str, Any]) -> dict[str, Any]:

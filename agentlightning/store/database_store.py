@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -11,6 +12,7 @@ from sqlalchemy import Connection
 from agentlightning.errors import InvalidRecord, NotFound, StoreRefused, StoreUnavailable
 from agentlightning.generation import Generation, Loss, Status
 from agentlightning.rollout import (
+    FINISHED,
     Attempt,
     Mode,
     NewRollout,
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["DatabaseStore"]
 
 GENERATIONS_AT_ONCE = 64
+SHORTEST_NAP, LONGEST_NAP = 0.02, 0.5
 
 T = TypeVar("T")
 
@@ -117,6 +120,19 @@ class DatabaseStore(Store):
             return self._rollout(rollouts.find(connection, rollout_id))
 
         return self._write(work)
+
+    def wait_for_rollouts(self, rollout_ids: Sequence[str], timeout: float | None = None) -> list[Rollout]:
+        ends = None if timeout is None else time.monotonic() + timeout
+        wanted = list(dict.fromkeys(rollout_ids))
+        nap = SHORTEST_NAP
+        while True:
+            statuses = self._read(lambda connection: rollouts.statuses(connection, wanted))
+            ended = [each for each in wanted if statuses.get(each) in FINISHED]
+            if len(ended) == len(statuses) or (ends is not None and time.monotonic() >= ends):
+                break
+            time.sleep(nap if ends is None else max(0.0, min(nap, ends - time.monotonic())))
+            nap = min(2 * nap, LONGEST_NAP)
+        return [self._rollout(row) for row in self._read(lambda connection: rollouts.find_all(connection, ended))]
 
     def query_attempts(self, rollout_id: str, **listed: Unpack[Listed]) -> list[Attempt]:
         found = self._listed(rollouts.attempt_listing(rollout_id), {"sort_by": "sequence_id", **listed})
@@ -257,7 +273,12 @@ class DatabaseStore(Store):
         with self._database.reading() as connection:
             if not lifecycle.is_anything_due(connection):
                 return work(connection)
-        return self._write(work)
+        try:
+            return self._write(work)
+        except (StoreUnavailable, StoreRefused):
+            # A database that only reads, or a reader without the right to write, shows what is there.
+            with self._database.reading() as connection:
+                return work(connection)
 
     def _write(self, work: Callable[[Connection], T]) -> T:
         def expire_first(connection: Connection) -> T:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any, Literal
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 __all__ = ["HttpStore"]
 
 GENERATIONS_AT_ONCE = 64
+ROLLOUTS_AT_ONCE = 1_000
+SECONDS_OF_WAITING = 20.0
 
 
 class _Added(msgspec.Struct):
@@ -118,7 +121,7 @@ class HttpStore(Store):
         return self._records(Rollout, self._items("/rollouts/search", {**filters, **listed}))
 
     def get_rollout_by_id(self, rollout_id: str) -> Rollout | None:
-        # By a search: an id that comes from elsewhere may be no id to the server's routes, or have a slash in it.
+        # By a search: an id that comes from elsewhere may be too long for the server's routes, or have a slash in it.
         with suppress(InvalidRecord):
             for each in self.query_rollouts(rollout_id_in=[rollout_id]):
                 return each
@@ -134,6 +137,27 @@ class HttpStore(Store):
             raise NotFound(f"there is no rollout {rollout_id!r}")
         return found
 
+    def wait_for_rollouts(self, rollout_ids: Sequence[str], timeout: float | None = None) -> list[Rollout]:
+        ends = None if timeout is None else time.monotonic() + timeout
+        wanted = list(dict.fromkeys(rollout_ids))
+        ended: list[Rollout] = []
+        for start in range(0, len(wanted), ROLLOUTS_AT_ONCE):
+            some = wanted[start : start + ROLLOUTS_AT_ONCE]
+            while True:
+                left = None if ends is None else max(ends - time.monotonic(), 0.0)
+                # In slices: a server that is stopped, and proxies, end requests that take long.
+                slice_ = SECONDS_OF_WAITING if left is None else min(left, SECONDS_OF_WAITING)
+                body = {"rollout_ids": some, "timeout": slice_}
+                found = self._records(Rollout, self._json("POST", "/waits/rollouts", body=body, repeatable=True))
+                if len(found) == len(some) or left == slice_:
+                    break
+                known = {each.rollout_id for each in self.query_rollouts(rollout_id_in=some)}
+                if known <= {each.rollout_id for each in found}:
+                    break
+            ids = [each.rollout_id for each in found]
+            ended += self.query_rollouts(rollout_id_in=ids) if ids else []
+        return ended
+
     def query_attempts(self, rollout_id: str, **listed: Unpack[Listed]) -> list[Attempt]:
         return self._records(Attempt, self._items(f"/rollouts/{_part(rollout_id)}/attempts/search", dict(listed)))
 
@@ -146,10 +170,7 @@ class HttpStore(Store):
         return self._record(Attempt, self._json("POST", route))
 
     def add_span(self, span: Span) -> Span | None:
-        fields = with_ids(span.as_dict())
-        if fields["sequence_id"] is None:
-            fields["sequence_id"] = self.get_next_span_sequence_id(span.rollout_id or "", span.attempt_id or "")
-        found = self._json("POST", "/spans", body=fields)
+        found = self._json("POST", "/spans", body=with_ids(span.as_dict()))
         return None if found is None else self._record(Span, found)
 
     def query_spans(
@@ -160,7 +181,7 @@ class HttpStore(Store):
 
     def get_next_span_sequence_id(self, rollout_id: str, attempt_id: str) -> int:
         body = {"rollout_id": rollout_id, "attempt_id": attempt_id}
-        return self._json("POST", "/spans/next", body=body)["sequence_id"]
+        return self._field(self._json("POST", "/spans/next", body=body), "sequence_id")
 
     def add_reward(self, rollout_id: str, attempt_id: str, value: float, generation_id: str | None = None) -> Span:
         route = f"/rollouts/{_part(rollout_id)}/attempts/{_part(attempt_id)}/reward"
@@ -171,11 +192,12 @@ class HttpStore(Store):
         return self._record(Resources, self._json("POST", "/resources", body=resources))
 
     def update_resources(self, resources_id: str, resources: Mapping[str, Mapping[str, Any]]) -> Resources:
-        return self._record(Resources, self._json("POST", f"/resources/{_part(resources_id)}", body=resources))
+        route = f"/resources/{_part(resources_id, InvalidRecord)}"
+        return self._record(Resources, self._json("POST", route, body=resources))
 
     def get_resources_by_id(self, resources_id: str) -> Resources | None:
-        found = self._json("GET", f"/resources/{_part(resources_id)}")
-        return None if found is None else self._record(Resources, found)
+        # By a search: the routes have names of their own in the place of an id, such as `latest`.
+        return next(iter(self.query_resources(resources_id=resources_id)), None) if resources_id else None
 
     def get_latest_resources(self) -> Resources | None:
         found = self._json("GET", "/resources/latest")
@@ -186,7 +208,7 @@ class HttpStore(Store):
     ) -> list[Resources]:
         wanted = {"resources_id": resources_id, "resources_id_contains": resources_id_contains, **listed}
         query = [(name, str(value)) for name, value in wanted.items() if value is not None]
-        return self._records(Resources, self._json("GET", "/resources", query)["items"])
+        return self._records(Resources, self._field(self._json("GET", "/resources", query), "items"))
 
     def query_workers(
         self,
@@ -200,16 +222,16 @@ class HttpStore(Store):
         return self._records(Worker, self._items("/workers/search", {**filters, **listed}))
 
     def get_worker_by_id(self, worker_id: str) -> Worker | None:
-        found = self._json("GET", f"/workers/{_part(worker_id)}")
-        return None if found is None else self._record(Worker, found)
+        found = self.query_workers(worker_id_contains=worker_id) if worker_id else []
+        return next((each for each in found if each.worker_id == worker_id), None)
 
     def update_worker(self, worker_id: str, heartbeat_stats: Mapping[str, Any] | None = None) -> Worker:
         body = {} if heartbeat_stats is None else {"heartbeat_stats": heartbeat_stats}
-        return self._record(Worker, self._json("POST", f"/workers/{_part(worker_id)}", body=body))
+        return self._record(Worker, self._json("POST", f"/workers/{_part(worker_id, InvalidRecord)}", body=body))
 
     def statistics(self) -> dict[str, int]:
         found = self._json("GET", "/statistics")
-        return {name: count for name, count in found.items() if name.startswith("total_")}
+        return {name: self._field(found, name) for name in found if name.startswith("total_")}
 
     def register_sender(self, sender: Sender) -> None:
         # An id that is not a UUID would be another route.
@@ -262,7 +284,7 @@ class HttpStore(Store):
                 yield found
 
     def add_losses(self, losses: Sequence[Loss]) -> None:
-        self._http.ask("POST", "/generations", body=wire.encode((), losses))
+        self._http.ask("POST", "/generations", body=wire.encode((), losses), repeatable=True)
 
     def losses(self) -> Iterator[Loss]:
         yield from self._read(self._http.ask("GET", "/losses"), dict[str, list[Loss]])["items"]
@@ -292,21 +314,29 @@ class HttpStore(Store):
             body = wire.encode(generations, sender_id=sender_id)
         except InvalidRecord as error:
             raise TooLarge(str(error)) from error
-        answer = self._read(self._http.ask("POST", "/generations", body=body), _Added)
+        answer = self._read(self._http.ask("POST", "/generations", body=body, repeatable=True), _Added)
         if answer.sender == "unknown" and self._sender is not None and self._sender.id == sender_id:
             # The server has another database since the sender was registered.
             with suppress(StoreError):
                 self.register_sender(self._sender)
         return answer.new, answer.refused
 
-    def _json(self, method: str, route: str, query: Sequence[tuple[str, str]] = (), body: Any = None) -> Any:
+    def _json(
+        self, method: str, route: str, query: Sequence[tuple[str, str]] = (), body: Any = None, repeatable: bool = False
+    ) -> Any:
         content = None if body is None else to_json(body).encode()
-        answer = self._http.ask(method, route, query, content, kind="application/json")
+        answer = self._http.ask(method, route, query, content, kind="application/json", repeatable=repeatable)
         return self._read(answer, Any)
 
     def _items(self, route: str, wanted: Mapping[str, Any]) -> list[Any]:
         body = {name: value for name, value in wanted.items() if value is not None}
-        return self._json("POST", route, body=body)["items"]
+        return self._field(self._json("POST", route, body=body, repeatable=True), "items")
+
+    def _field(self, answer: Any, name: str) -> Any:
+        try:
+            return answer[name]
+        except (KeyError, TypeError) as error:
+            raise self._http.strange() from error
 
     def _record(self, kind: type[Record], found: Any) -> Record:
         try:
@@ -315,6 +345,8 @@ class HttpStore(Store):
             raise self._http.strange() from error
 
     def _records(self, kind: type[Record], found: Any) -> list[Record]:
+        if not isinstance(found, list):
+            raise self._http.strange()
         return [self._record(kind, each) for each in found]
 
     def _read(self, answer: bytes, kind: Any) -> Any:
@@ -340,8 +372,14 @@ def _new_fields(new: NewRollout) -> dict[str, Any]:
     }
 
 
-def _part(text: str) -> str:
-    """Quote an id as a part of a path."""
+def _part(text: str, error: type[StoreError] = NotFound) -> str:
+    """Quote an id as a part of a path.
+
+    Args:
+        error: raised for an id that no path can have: an empty one, one with a slash, or the name of another route.
+    """
+    if not text or "/" in text or text == "search":
+        raise error(f"{text[:100]!r} cannot be an id in a request over HTTP")
     return quote(text, safe="", errors="replace")
 
 

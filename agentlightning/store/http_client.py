@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from http.client import HTTPException
 from typing import Any
 from urllib.parse import unquote, urlencode, urlsplit
 
 import msgspec
 import urllib3
-from urllib3.exceptions import HTTPError, LocationValueError, ProtocolError
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.exceptions import HTTPError, LocationValueError, ProtocolError, SSLError
 
 from agentlightning import settings
 from agentlightning.errors import InvalidRecord, NotFound, StoreRefused, StoreUnavailable
@@ -31,8 +33,8 @@ LONGEST_RETRY_AFTER = 60.0
 BYTES_AT_ONCE = 1 << 20
 # Threads that use one store at once; further ones open a connection for each request.
 CONNECTIONS_KEPT = 32
-# Requests that may be sent twice: reading, storing what has an id, and registering.
-REPEATABLE_POSTS = ("/generations", "/search")
+# How a connection shows that the other side has closed it; the last two over TLS.
+CLOSED = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 
 
 class TooLarge(InvalidRecord):
@@ -41,6 +43,48 @@ class TooLarge(InvalidRecord):
 
 class StrangeAnswer(StoreUnavailable):
     """A successful answer that no `agl store` gives, such as a proxy's while the store is away."""
+
+
+class _Patience:
+    """A connection that waits briefly for the server to accept it, and longer for everything else.
+
+    urllib3 applies the time limit for connecting to sending a body, too: a large one takes longer on a slow link. And a
+    server that refuses a large body may answer and hang up while it is being sent: its answer is read, whatever the
+    error of sending was.
+    """
+
+    sock: Any
+
+    def connect(self) -> None:
+        self.timeout = SECONDS_TO_CONNECT
+        try:
+            super().connect()  # type: ignore[misc]
+        finally:
+            self.timeout = SECONDS_TO_ANSWER
+        self.sock.settimeout(SECONDS_TO_ANSWER)
+
+    def request(self, *arguments: Any, **options: Any) -> None:
+        is_new = self.sock is None
+        if is_new:
+            self.connect()
+        with suppress(*CLOSED):
+            super().request(*arguments, **options)  # type: ignore[misc]
+
+
+class _Connection(_Patience, HTTPConnection):
+    pass
+
+
+class _TlsConnection(_Patience, HTTPSConnection):
+    pass
+
+
+class _Pool(urllib3.HTTPConnectionPool):
+    ConnectionCls = _Connection
+
+
+class _TlsPool(urllib3.HTTPSConnectionPool):
+    ConnectionCls = _TlsConnection
 
 
 class HttpClient:
@@ -67,16 +111,16 @@ class HttpClient:
         self._path = parts.path.rstrip("/") + ROUTES
         self._authorization = _authorization(unquote(parts.password or parts.username or "") or settings.store_key())
         kept: Any = {
-            "timeout": urllib3.Timeout(connect=SECONDS_TO_CONNECT, read=SECONDS_TO_ANSWER),
+            "timeout": urllib3.Timeout(connect=SECONDS_TO_ANSWER, read=SECONDS_TO_ANSWER),
             "maxsize": CONNECTIONS_KEPT,
             "retries": False,
         }
         try:
             if parts.scheme == "https":
                 context = ssl.create_default_context()
-                self._pool = urllib3.HTTPSConnectionPool(host, port, ssl_context=context, **kept)
+                self._pool = _TlsPool(host, port, ssl_context=context, **kept)
             else:
-                self._pool = urllib3.HTTPConnectionPool(host, port, **kept)
+                self._pool = _Pool(host, port, **kept)
         except (UnicodeError, LocationValueError):
             raise self._malformed() from None
 
@@ -87,22 +131,25 @@ class HttpClient:
         query: Sequence[tuple[str, str]] = (),
         body: bytes | None = None,
         kind: str = MEDIA_TYPE,
+        repeatable: bool = False,
     ) -> bytes:
         """Send a request and return the body of the answer.
 
         Args:
             kind: media type of the body.
+            repeatable: a POST that changes nothing when it is processed twice; any other method always is.
 
         Raises:
             StoreUnavailable, StoreRefused, InvalidRecord, NotFound: the answer is an error, or there is none.
         """
-        with self._answer(method, route, query, body, f"{MEDIA_TYPE}, application/json", kind) as response:
+        accept = f"{MEDIA_TYPE}, application/json"
+        with self._answer(method, route, query, body, accept, kind, repeatable or method != "POST") as response:
             return response.read()
 
     @contextmanager
     def lines(self, route: str, query: Sequence[tuple[str, str]]) -> Iterator[Iterator[bytes]]:
         """Read an answer of JSON Lines while it arrives."""
-        with self._answer("GET", route, query, None, LINES, MEDIA_TYPE) as response:
+        with self._answer("GET", route, query, None, LINES, MEDIA_TYPE, True) as response:
             yield _lines_of(response)
 
     def strange(self) -> StrangeAnswer:
@@ -115,7 +162,14 @@ class HttpClient:
 
     @contextmanager
     def _answer(
-        self, method: str, route: str, query: Sequence[tuple[str, str]], body: bytes | None, accept: str, kind: str
+        self,
+        method: str,
+        route: str,
+        query: Sequence[tuple[str, str]],
+        body: bytes | None,
+        accept: str,
+        kind: str,
+        repeatable: bool,
     ) -> Iterator[Any]:
         """Send a request and let the block read a successful answer."""
         target = self._path + route + ("?" + urlencode(query, errors="replace") if query else "")
@@ -124,10 +178,10 @@ class HttpClient:
         try:
             try:
                 response: Any = self._pool.urlopen(method, target, enforce_content_length=True, **request)
-            except ProtocolError:
+            except (ProtocolError, SSLError) as error:
                 # The server has closed an idle connection at this moment. A request that has been processed may be
                 # repeated only if that changes nothing.
-                if method == "POST" and not route.endswith(REPEATABLE_POSTS):
+                if not repeatable or (isinstance(error, SSLError) and not isinstance(_cause(error), CLOSED)):
                     raise
                 response = self._pool.urlopen(method, target, enforce_content_length=True, **request)
             is_read = False
@@ -144,12 +198,11 @@ class HttpClient:
         except (UnicodeError, LocationValueError):
             raise self._malformed() from None
         except (OSError, HTTPError) as error:
-            cause = next(
-                (each for each in (error, *error.args) if isinstance(each, ssl.SSLCertVerificationError)), None
-            )
-            if cause is not None:
+            cause = _cause(error)
+            if isinstance(cause, ssl.SSLCertVerificationError):
                 raise StoreRefused(f"{self.shown} has no trusted certificate: {cause.verify_message}") from error
-            raise StoreUnavailable(f"{self.shown} cannot be reached: {_reason(error)}") from error
+            told = str(cause)[:200] or type(cause).__name__
+            raise StoreUnavailable(f"{self.shown} cannot be reached: {told}") from error
 
     def _error(self, response: Any, answer: bytes) -> Exception:
         """Translate an error answer."""
@@ -202,11 +255,18 @@ def _authorization(key: str | None) -> Mapping[str, Any]:
     return {"Authorization": b"Bearer " + key.encode("utf-8", "surrogateescape")}
 
 
-def _reason(error: Exception) -> str:
-    """Name the innermost cause: urllib3 wraps the error of the socket, and names its own objects around it."""
-    while (inner := error.__cause__ or error.__context__) is not None and isinstance(inner, OSError):
+def _cause(error: BaseException) -> BaseException:
+    """Return the socket's own error, which urllib3 wraps in errors that name its objects."""
+    while isinstance(error, HTTPError):
+        inner = next((each for each in (*error.args, error.__cause__, error.__context__) if _is_inner(each)), None)
+        if inner is None:
+            return error
         error = inner
-    return str(error)[:200] or type(error).__name__
+    return error
+
+
+def _is_inner(error: object) -> bool:
+    return isinstance(error, (OSError, HTTPError, HTTPException))
 
 
 def _detail(answer: bytes) -> str:

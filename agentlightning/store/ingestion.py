@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import Connection
 
-from agentlightning.errors import NotFound
+from agentlightning.errors import InvalidRecord, NotFound
 from agentlightning.rollout import Span, with_ids
 from agentlightning.store import attributes, lifecycle, rollouts, sessions, spans, triplets
 from agentlightning.store.database import now
@@ -43,8 +44,11 @@ def add_reward(
         generation_id: the call; None for the last call of the attempt, whichever that is when triplets are read.
 
     Raises:
+        InvalidRecord: the value is infinite or not a number.
         NotFound: no such attempt, or the generation is not one of the rollout's calls.
     """
+    if not math.isfinite(value):
+        raise InvalidRecord(f"value: a reward must be a finite number, not {value}")
     found = rollouts.attempt_id_of(connection, rollout_id, attempt_id)
     if found is None or not lifecycle.heartbeat(connection, rollout_id, found):
         raise NotFound(f"there is no attempt {attempt_id!r} of a rollout {rollout_id!r}")
@@ -70,7 +74,8 @@ def ingest(connection: Connection, received: Sequence[NewSpan], project_id: str 
         received: spans, which are not changed: a transaction that is run again begins with them as they are.
         project_id: the AgentOps project that they were sent to; their traces are sessions then.
     """
-    new = [replace(each) for each in received]
+    # `latest` stands for the latest attempt, as no attempt id does.
+    new = [replace(each, attempt_id=None if each.attempt_id == "latest" else each.attempt_id) for each in received]
     spans.place_again(connection, new)
     attempts: dict[tuple[str, str], str] = {}
     for each in new:

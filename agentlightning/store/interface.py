@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from agentlightning.generation import Generation, Loss, Status
 from agentlightning.rollout import (
-    FINISHED,
     Attempt,
     AttemptStatus,
     Mode,
@@ -31,8 +29,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["AttemptChanges", "Filters", "Listed", "RolloutChanges", "SpanFilters", "Store"]
-
-SHORTEST_NAP, LONGEST_NAP = 0.02, 0.5
 
 
 class Filters(TypedDict, total=False):
@@ -209,6 +205,7 @@ class Store(AbstractContextManager["Store"], ABC):
             NotFound: no such rollout.
         """
 
+    @abstractmethod
     def wait_for_rollouts(self, rollout_ids: Sequence[str], timeout: float | None = None) -> list[Rollout]:
         """Wait until rollouts have ended.
 
@@ -218,15 +215,6 @@ class Store(AbstractContextManager["Store"], ABC):
         Returns:
             The rollouts that have ended.
         """
-        ends = None if timeout is None else time.monotonic() + timeout
-        nap = SHORTEST_NAP
-        while True:
-            found = self.query_rollouts(rollout_id_in=rollout_ids)
-            ended = [each for each in found if each.status in FINISHED]
-            if len(ended) == len(found) or (ends is not None and time.monotonic() >= ends):
-                return ended
-            time.sleep(nap if ends is None else max(0.0, min(nap, ends - time.monotonic())))
-            nap = min(2 * nap, LONGEST_NAP)
 
     # Attempts.
 

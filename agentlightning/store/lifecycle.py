@@ -10,9 +10,17 @@ from typing import Any
 
 from sqlalchemy import Connection, Integer, and_, bindparam, insert, select, update
 
-from agentlightning.errors import NotFound
+from agentlightning.errors import InvalidRecord, NotFound
 from agentlightning.generation import new_id
-from agentlightning.rollout import FINISHED, NewRollout, RolloutConfig, RolloutStatus
+from agentlightning.rollout import (
+    ATTEMPT_STATUSES,
+    FINISHED,
+    MODES,
+    ROLLOUT_STATUSES,
+    NewRollout,
+    RolloutConfig,
+    RolloutStatus,
+)
 from agentlightning.store import resources, workers
 from agentlightning.store.database import now
 from agentlightning.store.documents import to_json
@@ -69,7 +77,7 @@ def enqueue(connection: Connection, new: Sequence[NewRollout]) -> list[str]:
 
 def dequeue(connection: Connection, limit: int, worker_id: str | None) -> list[str]:
     """Take the rollouts that have been queued longest, each with a new attempt; returns their ids."""
-    found = connection.execute(_WAITING, {"most": limit}).all()
+    found = connection.execute(_WAITING, {"most": max(limit, 0)}).all()
     at = now(connection)
     if worker_id:
         workers.note(connection, worker_id, last_dequeue_time=at, **({} if found else workers.without_work(at)))
@@ -97,6 +105,9 @@ def update_rollout(connection: Connection, rollout_id: str, changes: Mapping[str
         NotFound: no such rollout.
     """
     columns = dict(changes)
+    _check("status", columns.get("status", "queuing"), ROLLOUT_STATUSES)
+    _check("mode", columns.get("mode"), MODES)
+    _check_config(columns.get("config"))
     found = find_known(connection, rollout_id)
     config = columns.get("config", config_of(found))
     if "config" in columns:
@@ -131,6 +142,7 @@ def update_attempt(connection: Connection, rollout_id: str, attempt_id: str, cha
         NotFound: no such rollout or attempt.
     """
     columns = dict(changes)
+    _check("status", columns.get("status", "preparing"), ATTEMPT_STATUSES)
     if columns.get("metadata") is not None:
         columns["metadata"] = to_json(columns["metadata"])
     found = find_known(connection, rollout_id)
@@ -209,6 +221,9 @@ def _insert(
     attempts_made: int = 0,
 ) -> tuple[list[str], int]:
     """Insert rollouts; returns their ids, and the key if there is just one."""
+    for each in new:
+        _check("mode", each.mode, MODES)
+        _check_config(each.config)
     latest = None if all(each.resources_id for each in new) else resources.latest_id(connection)
     made = [
         {
@@ -326,6 +341,21 @@ def _attempt_row(connection: Connection, rollout_key: int, number: int) -> Any:
 def _number_of(connection: Connection, rollout_key: int, attempt_id: str) -> int | None:
     of_both = attempts.c.rollout_key == rollout_key, attempts.c.attempt_id == attempt_id
     return connection.execute(select(attempts.c.sequence_id).where(*of_both)).scalar()
+
+
+def _check(name: str, value: Any, allowed: Sequence[str | None]) -> None:
+    if value not in allowed:
+        words = ", ".join(repr(each) for each in allowed if each is not None)
+        raise InvalidRecord(f"{name}: {value!r} is not one of {words}")
+
+
+def _check_config(config: RolloutConfig | None) -> None:
+    if config is None:
+        return
+    for status in config.retry_condition:
+        _check("retry_condition", status, ATTEMPT_STATUSES)
+    if config.max_attempts < 1:
+        raise InvalidRecord(f"max_attempts: must be at least 1, not {config.max_attempts}")
 
 
 def _nanoseconds(at: float) -> int:

@@ -11,6 +11,8 @@ from sqlalchemy import Boolean, Column, ColumnElement, Connection, Select, and_,
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.expression import FunctionElement
 
+from agentlightning.errors import InvalidRecord
+
 __all__ = ["ROWS_AT_ONCE", "Listing", "Logic", "Page", "contains", "matching", "parts"]
 
 Logic = Literal["and", "or"]
@@ -72,6 +74,8 @@ class Listing:
         if sort_by is None:
             order = [key.desc() if descending else key]
         else:
+            if sort_by not in key.table.c:
+                raise InvalidRecord(f"sort_by: there is no field {sort_by!r}")
             order = [_in_order(key.table.c[sort_by], descending), key]
         query = select(key).where(where).order_by(*order)
         if limit >= 0:

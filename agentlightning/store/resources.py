@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import Connection, select, update
 
+from agentlightning.errors import InvalidRecord
 from agentlightning.generation import new_id
 from agentlightning.store.database import insert_if_new, now
 from agentlightning.store.documents import to_json
@@ -15,6 +17,8 @@ from agentlightning.store.rollouts import Document
 from agentlightning.store.tables import resources
 
 __all__ = ["add", "find", "latest_id", "listing", "put", "resources_fields"]
+
+KINDS = ("llm", "proxy_llm", "prompt_template")
 
 
 def find(connection: Connection, resources_id: str | None) -> Any | None:
@@ -41,17 +45,20 @@ def resources_fields(row: Any, document: Document = json.loads) -> dict[str, Any
     return found
 
 
-def add(connection: Connection, content: Any) -> Any:
+def add(connection: Connection, content: Mapping[str, Any]) -> Any:
     """Store resources, a JSON object, under a new id; returns their row."""
     return put(connection, f"rs-{new_id()}", content)
 
 
-def put(connection: Connection, resources_id: str, content: Any) -> Any:
+def put(connection: Connection, resources_id: str, content: Mapping[str, Any]) -> Any:
     """Store resources, a JSON object, under an id; those that it had are replaced, with the next version number.
 
     Returns:
         Their row.
     """
+    for name, each in content.items():
+        if not isinstance(each, Mapping) or each.get("resource_type") not in KINDS:
+            raise InvalidRecord(f"{name}: must be an object whose resource_type is one of {', '.join(KINDS)}")
     at = now(connection)
     content = to_json(content)
     new = {

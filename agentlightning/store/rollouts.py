@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Select, and_, bindparam, delete, func, select
 
-from agentlightning.errors import NotFound
+from agentlightning.errors import InvalidRecord, NotFound
 from agentlightning.rollout import ROLLOUT_STATUSES, RolloutConfig, RolloutStatus
 from agentlightning.store.database import in_parts, is_single_writer
 from agentlightning.store.pages import Listing, Logic, contains, matching
@@ -29,7 +29,11 @@ __all__ = [
     "listing",
     "remove",
     "rollout_fields",
+    "statuses",
 ]
+
+# Fewer than the variables that a statement of SQLite may have.
+IDS_LIMIT = 10_000
 
 Document = Callable[[str], Any]
 """Turns the JSON text of a column into what a JSON object has in its place: `json.loads`, or a raw JSON value."""
@@ -87,6 +91,15 @@ def find_all(connection: Connection, rollout_ids: Sequence[str]) -> list[Any]:
     return [found[each] for each in rollout_ids if each in found]
 
 
+def statuses(connection: Connection, rollout_ids: Sequence[str]) -> dict[str, RolloutStatus]:
+    """Read the states of these rollouts; unknown ids are left out."""
+    found: dict[str, RolloutStatus] = {}
+    for some in in_parts(rollout_ids):
+        query = select(rollouts.c.rollout_id, rollouts.c.status).where(rollouts.c.rollout_id.in_(some))
+        found |= {row.rollout_id: row.status for row in connection.execute(query)}
+    return found
+
+
 def attempt_id_of(connection: Connection, rollout_id: str, attempt_id: str | None) -> str | None:
     """Resolve an attempt id: `latest`, an empty id and None stand for the latest attempt.
 
@@ -123,6 +136,8 @@ def listing(
     if status_in is not None:
         conditions.append(rollouts.c.status.in_(status_in))
     if rollout_id_in is not None:
+        if len(rollout_id_in) > IDS_LIMIT:
+            raise InvalidRecord(f"rollout_id_in: at most {IDS_LIMIT} ids at once, not {len(rollout_id_in)}")
         conditions.append(rollouts.c.rollout_id.in_(rollout_id_in))
     if rollout_id_contains is not None:
         conditions.append(contains(rollouts.c.rollout_id, rollout_id_contains))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import socketserver
 import subprocess
 import sys
 import threading
@@ -22,7 +23,7 @@ import pytest
 from agentlightning.errors import InvalidRecord, StoreRefused, StoreUnavailable
 from agentlightning.generation import Generation, Loss
 from agentlightning.recorder import Recorder
-from agentlightning.store import Store, open_database, open_store
+from agentlightning.store import Store, http_client, open_database, open_store
 from tests.common.generations import FULL, generation
 from tests.server.process import StoreServer
 from tests.store.conftest import emptied
@@ -148,6 +149,60 @@ def test_add_that_is_refused_as_a_whole_names_every_generation(between: Between)
         store.add(sent)
 
     assert refused.value.reasons == dict.fromkeys((each.id for each in sent), "the body is of another version")
+
+
+class _Slow(socketserver.StreamRequestHandler):
+    """A healthy server that looks at a body late, or never."""
+
+    server: Any
+
+    def handle(self) -> None:
+        while (line := self.rfile.readline()) != b"":
+            length = 0
+            while (header := self.rfile.readline()) not in (b"\r\n", b""):
+                name, _, value = header.partition(b":")
+                if name.lower() == b"content-length":
+                    length = int(value)
+            if line.startswith(b"GET"):
+                self._answer(b"200 OK", b'{"status": "ok"}')
+            elif self.server.refuses:
+                # Bytes that were not read make the kernel reset the connection.
+                self._answer(b"413 Too Large", b"")
+                return
+            else:
+                time.sleep(0.5)
+                self.rfile.read(length)
+                self._answer(b"201 Created", b'{"new": 1, "refused": []}')
+
+    def _answer(self, status: bytes, body: bytes) -> None:
+        self.wfile.write(b"HTTP/1.1 %s\r\nContent-Length: %d\r\n\r\n%s" % (status, len(body), body))
+
+
+@contextmanager
+def slow_server(*, refuses: bool) -> Iterator[str]:
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), _Slow) as slow:
+        slow.daemon_threads = True
+        slow.refuses = refuses  # type: ignore[attr-defined]
+        thread = threading.Thread(target=slow.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"http://127.0.0.1:{slow.server_address[1]}"
+        slow.shutdown()
+        thread.join()
+
+
+def test_a_refusal_that_comes_before_the_body_is_sent_is_read() -> None:
+    sent = generation(1, prompt=4_000_000)
+    with slow_server(refuses=True) as url, open_store(url) as store, pytest.raises(InvalidRecord) as refused:
+        store.add([sent])
+
+    assert list(refused.value.reasons) == [sent.id]
+
+
+def test_a_large_body_may_take_longer_than_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_client, "SECONDS_TO_CONNECT", 0.2)
+
+    with slow_server(refuses=False) as url, open_store(url) as store:
+        assert store.add([generation(1, prompt=4_000_000)]) == 1
 
 
 def test_add_of_more_generations_than_a_message_holds_is_split(store: Store) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import pickle
 import threading
 import time
 from array import array
@@ -326,6 +329,61 @@ def test_a_rollout_is_given_to_one_of_many_runners(store: agl.Store, url: str) -
 
     assert sorted(rollout_id for some in taken_by for rollout_id in some) == sorted(each.rollout_id for each in made)
     assert {each.status for each in store.query_rollouts()} == {"succeeded"}
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda store, rollout: rollout.finish("success"),
+        lambda store, rollout: store.update_rollout(rollout.rollout_id, status="done"),
+        lambda store, rollout: store.enqueue_rollout(1, mode="training"),
+        lambda store, rollout: store.enqueue_rollout(1, config=RolloutConfig(max_attempts=0)),
+        lambda store, rollout: store.enqueue_rollout(1, config=RolloutConfig(retry_condition=["late"])),
+        lambda store, rollout: store.add_resources({"main": {"model": "m"}}),
+        lambda store, rollout: store.query_rollouts(sort_by="age"),
+        lambda store, rollout: rollout.reward(float("nan")),
+        lambda store, rollout: rollout.reward(float("inf")),
+    ],
+)
+def test_a_value_that_no_store_accepts_is_refused_by_each(
+    store: agl.Store, act: Callable[[agl.Store, agl.Rollout], object]
+) -> None:
+    rollout, _ = taken(store)
+
+    with pytest.raises(agl.InvalidRecord):
+        act(store, rollout)
+
+    assert rollout == store.get_rollout_by_id(rollout.rollout_id)
+
+
+def test_a_limit_below_one_takes_nothing_from_the_queue(store: agl.Store) -> None:
+    store.enqueue_rollout(1)
+
+    assert store.dequeue_rollouts(0) == store.dequeue_rollouts(-1) == []
+    assert store.dequeue_rollout() is not None
+
+
+@pytest.mark.parametrize("strange", ["a/b", "", "search", "latest", "\u00e9 %2F?#"])
+def test_ids_that_no_path_can_have_are_read_like_any_other(store: agl.Store, strange: str) -> None:
+    store.add_resources({"main": LLM})
+
+    assert store.get_rollout_by_id(strange) is None
+    assert store.get_resources_by_id(strange) is None
+    assert store.get_worker_by_id(strange) is None
+    assert store.query_spans(strange) == []
+    with pytest.raises((agl.NotFound, agl.InvalidRecord)):
+        store.update_rollout(strange, status="failed")
+
+
+def test_a_rollout_can_be_pickled_and_copied_without_its_store(store: agl.Store) -> None:
+    rollout, attempt = taken(store)
+
+    restored = pickle.loads(pickle.dumps(rollout))
+
+    assert restored == copy.deepcopy(rollout) == rollout
+    assert (restored.store, attempt.store) == (None, store)
+    assert rollout.as_dict()["attempt"]["attempt_id"] == attempt.attempt_id
+    json.dumps(rollout.as_dict())
 
 
 def test_a_record_without_a_store_says_so() -> None:

@@ -130,8 +130,8 @@ class Span(_Span):
 
     rollout_id: Id
     attempt_id: Id
-    sequence_id: Whole = Field(
-        ge=-NUMBER_LIMIT, le=NUMBER_LIMIT, description="Position among the spans of the rollout."
+    sequence_id: Whole | None = Field(
+        ge=-NUMBER_LIMIT, le=NUMBER_LIMIT, description="Position among the spans of the rollout; null for the next."
     )
 
 
@@ -209,6 +209,7 @@ async def add_span(request: Request, database: Database) -> Response:
     # Validated, but stored as it was sent: it may hold thousands of token ids.
     checked = Span.model_validate(sent)
     new = spans.new_span({**sent, "sequence_id": checked.sequence_id}, encode)
+    new.start_time, new.end_time = checked.start_time, checked.end_time
     stored = await database.write(lambda connection: ingestion.add_span(connection, new))
     return Json(None if stored is None else span_item(stored), 201)
 

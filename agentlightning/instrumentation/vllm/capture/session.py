@@ -6,6 +6,7 @@ thread converts them.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import asdict
@@ -44,6 +45,10 @@ class Session:
         self._recorders: dict[tuple[str, int], Recorder] = {}
         # Prometheus knows each name once, however many stores a process records to.
         self._metrics: Metrics | None = None
+        self._lock = threading.Lock()
+
+    def renew_lock(self) -> None:
+        """Replace the lock, in a forked child."""
         self._lock = threading.Lock()
 
     def begin(self) -> None:
@@ -102,3 +107,5 @@ class Session:
 
 session = Session()
 """The session of this process."""
+# A fork while another thread holds the lock would leave it locked in the child for ever.
+os.register_at_fork(after_in_child=session.renew_lock)
