@@ -34,7 +34,9 @@ def test_no_sql_stands_outside_of_the_store() -> None:
 
 def test_every_module_has_a_floor() -> None:
     parts = {
-        path.name.removesuffix(".py") for path in floors.PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()
+        path.name.removesuffix(".py")
+        for path in floors.PACKAGE.iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").exists()
     }
 
     assert parts - {"__pycache__", "py.typed"} <= {name for names in floors.FLOORS for name in names}

@@ -27,7 +27,7 @@ import pathlib, sys
 from examples.loop import show
 from tests.server.process import StoreServer
 with StoreServer(pathlib.Path(sys.argv[1])) as store:
-    show(store.process, store.url, store.path)
+    show(store.process.wait, store.url, store.path)
 """
 FEWER_ROLLOUTS = 6
 CTRL_C = b"\x03"

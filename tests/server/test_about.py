@@ -115,7 +115,7 @@ def test_damaged_file_is_not_ready(size: int, tmp_path: Path) -> None:
         with server.client() as client:
             assert_not_ready(server, client, because="is not a SQLite file, or is damaged")
             for path in ("/v1/agl/rollouts", "/v1/agl/statistics", "/metrics"):
-                assert "broken" in client.get(path).json()["detail"]
+                assert "damaged" in client.get(path).json()["detail"]
         assert "Traceback" not in server.log.read_text()
 
 

@@ -128,6 +128,6 @@ def test_damaged_data_answers_500_and_is_logged(tmp_path: Path, new_store: Calla
         answer = client.get("/generation", params={"id": kept.id})
         assert answer.status_code == 500
         assert "cannot keep a value" not in answer.text
-        pattern = re.compile(r"Traceback.*ValueError: a vocabulary", re.DOTALL)
+        pattern = re.compile(r"Traceback.*ValueError: the vocabulary", re.DOTALL)
         until(lambda: pattern.search(server.log.read_text()) is not None)
         assert client.get("/readyz").status_code == 200

@@ -22,7 +22,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 )
 
 from agentlightning.server import create_app
-from agentlightning.store import open_database, rollouts, spans
+from agentlightning.store import lifecycle, open_database, spans
 from tests.common.environments import CHECKOUT
 from tests.common.vllm import without_agl
 from tests.server.opentelemetry_sdk import ATTRIBUTES, LINKED
@@ -491,17 +491,17 @@ def test_span_sent_again_stays_with_its_attempt(client: httpx.Client) -> None:
 def test_batch_locks_rollouts_in_one_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In different orders, two servers with spans of the same rollouts would deadlock."""
     ids = [new_id("ro") for _ in range(20)]
-    heard_of, numbered = [], []
+    alive, numbered = [], []
     number = spans.next_sequence_ids
 
     def note(connection: Any, rollout_id: str, how_many: int) -> range:
         numbered.append(rollout_id)
         return number(connection, rollout_id, how_many)
 
-    monkeypatch.setattr(rollouts, "heard_of", lambda _, rollout_id, attempt_id: heard_of.append(rollout_id))
+    monkeypatch.setattr(lifecycle, "heartbeat", lambda _, rollout_id, attempt_id: alive.append(rollout_id))
     monkeypatch.setattr(spans, "next_sequence_ids", note)
     app = create_app(open_database(str(tmp_path / "store.db")), body_limit=1 << 20)
     with TestClient(app) as client:
         post_json(client, *(a_span(attributes=of_rollout(each)) for each in ids))
 
-    assert heard_of == numbered == sorted(ids)
+    assert alive == numbered == sorted(ids)

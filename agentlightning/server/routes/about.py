@@ -46,13 +46,13 @@ class Health(BaseModel):
 
 @root.get("/healthz", response_model=Health)
 async def is_alive() -> Response:
-    """Tell that the server answers; needs no key."""
+    """Tell that the server answers."""
     return Json({"status": "ok"})
 
 
 @root.get("/readyz", response_model=Health, responses={503: errors()[503]})
 async def is_ready(database: Database) -> Response:
-    """Tell whether the store can be read and written; needs no key."""
+    """Tell whether the store can be read and written."""
     try:
         await database.write(store_health.check)
     except (StoreUnavailable, StoreRefused) as error:

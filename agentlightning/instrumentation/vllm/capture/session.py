@@ -47,9 +47,13 @@ class Session:
         self._metrics: Metrics | None = None
         self._lock = threading.Lock()
 
-    def renew_lock(self) -> None:
-        """Replace the lock, in a forked child."""
+    def begin_in_child(self) -> None:
+        """Forget the settings in a forked child: a launcher may set other variables there.
+
+        The lock is replaced: another thread of the parent may have held it.
+        """
         self._lock = threading.Lock()
+        self._settings = self._recorder = None
 
     def begin(self) -> None:
         """Forget the settings: the process is instrumented (again), and their next use reads them."""
@@ -107,5 +111,4 @@ class Session:
 
 session = Session()
 """The session of this process."""
-# A fork while another thread holds the lock would leave it locked in the child for ever.
-os.register_at_fork(after_in_child=session.renew_lock)
+os.register_at_fork(after_in_child=session.begin_in_child)
