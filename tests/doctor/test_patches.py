@@ -183,7 +183,8 @@ def test_what_a_release_does_itself_is_a_note(environment: Environment) -> None:
     said = doctor(environment)
 
     assert said.status == 0, said.stdout
-    assert "note chat response not for this release: ChatCompletionResponse already has a field response_token_ids" in said.text
+    reason = "ChatCompletionResponse already has a field response_token_ids"
+    assert f"note chat response not for this release: {reason}" in said.text
 
 
 def test_what_vllm_cannot_import_is_a_problem(environment: Environment) -> None:
@@ -243,7 +244,8 @@ def test_a_finder_in_front_that_hides_what_there_is_to_patch_is_named(environmen
     assert said.status == 1
     assert "was imported past our import hook" in said.text
     assert "ok chat applied" not in said.text
-    assert "note finders asked before ours on sys.meta_path: sitecustomize.InFront -> modules that one of these" in said.text
+    hides = "sitecustomize.InFront -> modules that one of these"
+    assert f"note finders asked before ours on sys.meta_path: {hides}" in said.text
     assert said.text.endswith("1 problem.")
 
 
