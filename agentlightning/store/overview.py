@@ -225,20 +225,9 @@ def _sums(of_each: Any) -> list[ColumnElement[Any]]:
 
 
 def _rewards() -> Any:
-    """Select the last reward of each rollout that has one, from an index alone."""
+    """Select the reward of each rollout that has one: the one that was given last, whenever it arrived."""
+    given_last = spans.c.end_time.desc().nulls_last(), spans.c.sequence_id.desc(), spans.c.reward.desc()
+    rank = func.row_number().over(partition_by=spans.c.rollout_id, order_by=given_last).label("rank")
     has_one = and_(spans.c.reward.is_not(None), spans.c.rollout_id.is_not(None))
-    last = (
-        select(spans.c.rollout_id, func.max(spans.c.sequence_id).label("sequence_id"))
-        .where(has_one)
-        .group_by(spans.c.rollout_id)
-        .subquery()
-    )
-    is_last = and_(spans.c.rollout_id == last.c.rollout_id, spans.c.sequence_id == last.c.sequence_id)
-    # The sender of spans numbers them, and may have given two of them the same number.
-    return (
-        select(spans.c.rollout_id, func.max(spans.c.reward).label("reward"))
-        .select_from(spans.join(last, is_last))
-        .where(has_one)
-        .group_by(spans.c.rollout_id)
-        .subquery()
-    )
+    ranked = select(spans.c.rollout_id, spans.c.reward, rank).where(has_one).subquery()
+    return select(ranked.c.rollout_id, ranked.c.reward).where(ranked.c.rank == 1).subquery()

@@ -60,16 +60,16 @@ def put(connection: Connection, resources_id: str, content: Mapping[str, Any]) -
         if not isinstance(each, Mapping) or each.get("resource_type") not in KINDS:
             raise InvalidRecord(f"{name}: must be an object whose resource_type is one of {', '.join(KINDS)}")
     at = now(connection)
-    content = to_json(content)
+    text = to_json(content)
     new = {
         "resources_id": resources_id,
         "create_time": at,
         "update_time": at,
         "version": 1,
-        "resources": content,
+        "resources": text,
     }
     if not insert_if_new(connection, resources, **new):
-        changes = {"resources": content, "update_time": at, "version": resources.c.version + 1}
+        changes = {"resources": text, "update_time": at, "version": resources.c.version + 1}
         connection.execute(update(resources).where(resources.c.resources_id == resources_id).values(**changes))
     return find(connection, resources_id)
 

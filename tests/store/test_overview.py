@@ -107,6 +107,15 @@ def test_pages_in_any_order_have_each_rollout_once(database: Database, many: lis
             assert sorted(each.rollout_id for page in pages for each in page) == many, column
 
 
+def test_reward_that_arrives_late_does_not_replace_one_given_after_it(database: Database) -> None:
+    with database.writing() as connection:
+        rollout_id = lifecycle.start(connection, NewRollout("a task"), None)
+        spans.add(connection, [of_reward(1, 1.0, rollout_id=rollout_id, at=20.0)])
+        spans.add(connection, [of_reward(2, 0.25, rollout_id=rollout_id, at=10.0)])
+
+    assert [each.reward for each in rows_of(database)] == [1.0]
+
+
 def test_sort_by_reward_puts_rollouts_without_one_last_in_both_orders(database: Database, many: list[str]) -> None:
     best, worst = (
         [each.rollout_id for each in rows_of(database, sort_by="reward", descending=descending, limit=2)]

@@ -338,7 +338,7 @@ def test_a_rollout_is_given_to_one_of_many_runners(store: agl.Store, url: str) -
         lambda store, rollout: store.update_rollout(rollout.rollout_id, status="done"),
         lambda store, rollout: store.enqueue_rollout(1, mode="training"),
         lambda store, rollout: store.enqueue_rollout(1, config=RolloutConfig(max_attempts=0)),
-        lambda store, rollout: store.enqueue_rollout(1, config=RolloutConfig(retry_condition=["late"])),
+        lambda store, rollout: store.enqueue_rollout(1, config=RolloutConfig(retry_condition=["late"])),  # pyright: ignore[reportArgumentType]
         lambda store, rollout: store.add_resources({"main": {"model": "m"}}),
         lambda store, rollout: store.query_rollouts(sort_by="age"),
         lambda store, rollout: rollout.reward(float("nan")),
