@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import doctest
 import pydoc
 import subprocess
 import sys
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import agentlightning as agl
-from agentlightning import errors
+from agentlightning import errors, store
+from agentlightning.store import interface
 
 pytestmark = pytest.mark.tier("check")
 
@@ -47,3 +51,15 @@ def test_an_unknown_name_is_an_attribute_error_that_names_it() -> None:
 def test_every_error_is_caught_as_an_error_of_this_package(name: str) -> None:
     assert issubclass(getattr(agl, name), agl.AgentLightningError)
     assert issubclass(getattr(agl, name), agl.StoreError)
+
+
+@pytest.mark.parametrize("module", [store, interface])
+def test_examples_of_the_public_interface_run(
+    module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    results = doctest.testmod(module, extraglobs={"open_store": agl.open_store})
+
+    assert results.attempted > 0
+    assert results.failed == 0
