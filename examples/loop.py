@@ -171,9 +171,9 @@ def show(wait: Callable[[], object], url: str, file: Path = FILE) -> None:
     """Say where the page is and what it shows. At a terminal, wait for the server, which Ctrl-C ends."""
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     again = f"{os.path.relpath(Path(sys.executable).parent / 'agl')} store --store {os.path.relpath(file)}"
-    print(f"\nlook at:  {f'{url}/' if is_terminal else f'what this serves: {again}'}")
-    print("          a rollout: its two calls, the result of the tool, and the reward")
-    print("          a call in its timeline: the answer token by token, with ids and logprobs")
+    print(f"\nthe page: {f'{url}/' if is_terminal else f'serve it with {again}'}")
+    print("          rollouts: each has two calls, the result of the tool, and the reward")
+    print("          a call in a timeline: the answer token by token, with ids and logprobs")
     print("          Senders: the vLLM that wrote it all")
     if is_terminal:
         print("Ctrl-C ends it", flush=True)
