@@ -410,7 +410,7 @@ def test_spans_with_empty_parent_or_negative_number_are_accepted(parent_id: str 
 
 @pytest.mark.parametrize("wrong", [None, True, "1.5", [], {}, -(10**30)], ids=str)
 def test_span_fields_of_a_wrong_type_are_refused(wrong: Any, client: httpx.Client) -> None:
-    may_be_null = ("parent_id", "start_time", "end_time", "context", "parent")
+    may_be_null = ("sequence_id", "parent_id", "start_time", "end_time", "context", "parent")
     may_be_any_number = ("start_time", "end_time")
     for name, right in A_SPAN.items():
         if type(wrong) is type(right) or (wrong is None and name in may_be_null):
