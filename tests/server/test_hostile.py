@@ -202,7 +202,6 @@ def test_limit_of_open_files_is_raised_to_the_hard_limit(tmp_path: Path) -> None
         assert "raised the limit of open files and connections from 256 to 900" in server.log.read_text()
 
 
-@pytest.mark.tier("all")
 def test_incomplete_requests_are_closed_and_logged(tmp_path: Path) -> None:
     head = b"POST /v1/agl/rollouts HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     halves = [b"", b"POST /v1/agl", head, head + b'Content-Length: 100\r\n\r\n{"input"']
