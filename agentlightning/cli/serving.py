@@ -29,6 +29,7 @@ PACKAGES = (
     "msgspec",
     "opentelemetry-proto",
     "prometheus-client",
+    "urllib3",
     "uvicorn",
     "uvloop",
 )
