@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from agentlightning.cli import daemon
-from agentlightning.cli.serving import Serving, add_options, key_of, serve
+from agentlightning.cli.arguments import Parser
+from agentlightning.cli.serving import add_options, key_of, serve
 
 DESCRIPTION = """\
 Keep what the AgentOps SDK sends: sessions, model calls and tool calls, each model call with the token ids that vLLM
@@ -19,9 +18,6 @@ from the SDK; without one, any key. On SIGTERM it finishes open requests, for at
 
 PORT = 8002
 PID_FILE = "agl-agentops.pid"
-ANY_KEY = "agl"
-# A shell in which the variable is not set prints this message and sets nothing.
-KEY = '"${AGL_STORE_KEY:?is the key of the store}"'
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -33,26 +29,15 @@ def main(arguments: Sequence[str]) -> int:
     key = key_of(parser, options)
 
     def run(announce: Callable[[str], None]) -> int:
-        return serve(parser.prog, options, key, agentops=True, is_up=lambda serving: announce(exports(serving)))
+        return serve(parser.prog, options, key, agentops=True, announce=announce)
 
     if options.daemon:
         return daemon.start(parser.prog, options.pid_file, run)
-    return run(_print)
+    return serve(parser.prog, options, key, agentops=True)
 
 
-def exports(serving: Serving) -> str:
-    """Return `export` lines to paste into a shell. They never contain the key, since logs and terminals are shared."""
-    variables = {
-        "AGENTOPS_API_KEY": ANY_KEY if serving.key is None else KEY,
-        "AGENTOPS_API_ENDPOINT": serving.url,
-        "AGENTOPS_EXPORTER_ENDPOINT": f"{serving.url}/v1/traces",
-        "AGENTOPS_APP_URL": serving.url,
-    }
-    return "".join(f"export {name}={value}\n" for name, value in variables.items())
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="agl agentops", description=DESCRIPTION, epilog=EPILOG)
+def _parser() -> Parser:
+    parser = Parser(prog="agl agentops", description=DESCRIPTION, epilog=EPILOG)
     add_options(parser, PORT)
     parser.add_argument("--daemon", action="store_true", help="run in the background; return once the server answers")
     parser.add_argument("--stop", action="store_true", help="stop the server that --daemon started")
@@ -64,8 +49,3 @@ def _parser() -> argparse.ArgumentParser:
         help="the file with the process id of --daemon, beside its log (default: %(default)s)",
     )
     return parser
-
-
-def _print(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()

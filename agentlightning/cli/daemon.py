@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from agentlightning.cli import interruption
+
 __all__ = ["start", "stop"]
 
 PID_BYTES = 16
@@ -52,8 +54,13 @@ def start(prog: str, pid_file: Path, run: Callable[[Callable[[str], None]], int]
     os.ftruncate(lock, 0)
     os.write(lock, f"{pid}\n".encode())
     os.close(writing)
-    with os.fdopen(reading) as pipe:
-        announcement = pipe.read()
+    try:
+        with os.fdopen(reading) as pipe, interruption.unwinding():
+            announcement = pipe.read()
+    except KeyboardInterrupt:
+        os.kill(pid, signal.SIGTERM)
+        os.unlink(pid_file)
+        raise
     if not announcement:
         os.unlink(pid_file)
         sys.stderr.write(log.read_bytes()[begins:].decode("utf-8", "replace"))

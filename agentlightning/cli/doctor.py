@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import agentlightning
+from agentlightning.cli import interruption
+from agentlightning.cli.arguments import Parser
 from agentlightning.doctor import (
     Finding,
     Mark,
@@ -74,8 +76,8 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="agl doctor", description=DESCRIPTION, epilog=EPILOG)
+def _parser() -> Parser:
+    parser = Parser(prog="agl doctor", description=DESCRIPTION, epilog=EPILOG)
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--url", metavar="http://HOST:PORT", help="ask this server instead")
     instead.add_argument("--store", metavar="URL", help="look into this store instead")
@@ -97,7 +99,10 @@ def _local() -> Iterator[Finding]:
     if waiting:
         sys.stderr.write("importing vLLM as a server would (ten to sixty seconds) ...")
         sys.stderr.flush()
-    yield from patches.findings()
+    with interruption.unwinding():
+        # So that the process that imports vLLM, and its folder, are gone as well.
+        found = list(patches.findings())
+    yield from found
     if waiting:
         sys.stderr.write("\r\033[K")
 

@@ -13,7 +13,7 @@ from typing import IO, Any
 from agentlightning.generation import Generation
 from agentlightning.triplet import VERSION, Triplet
 
-__all__ = ["GENERATIONS", "TRIPLETS", "Kind", "MissingPackage", "write_jsonl", "write_parquet"]
+__all__ = ["GENERATIONS", "TRIPLETS", "Kind", "MissingPackage", "import_pyarrow", "write_jsonl", "write_parquet"]
 
 ROWS_AT_ONCE = 16
 ROW_GROUP_BYTES = 16 << 20
@@ -36,9 +36,10 @@ class Kind:
     schema: Callable[[Any], Any]
 
 
-def write_jsonl(file: IO[bytes], records: Iterator[Any], kind: Kind) -> None:
-    """Write one line for each record."""
-    for record in records:
+def write_jsonl(file: IO[bytes], records: Iterator[Any], kind: Kind) -> int:
+    """Write one line for each record; return how many."""
+    count = 0
+    for count, record in enumerate(records, 1):  # noqa: B007
         row = kind.row(record)
         try:
             line = json.dumps(row, allow_nan=False)
@@ -46,10 +47,11 @@ def write_jsonl(file: IO[bytes], records: Iterator[Any], kind: Kind) -> None:
             # JSON cannot express infinity.
             line = json.dumps(_finite(row))
         file.write(f"{line}\n".encode())
+    return count
 
 
-def write_parquet(file: IO[bytes], records: Iterator[Any], kind: Kind) -> None:
-    """Write one row for each record.
+def import_pyarrow() -> tuple[Any, Any]:
+    """Import pyarrow; return the module, and its writer of Parquet.
 
     Raises:
         MissingPackage: pyarrow is not installed.
@@ -59,15 +61,28 @@ def write_parquet(file: IO[bytes], records: Iterator[Any], kind: Kind) -> None:
         from pyarrow.parquet import ParquetWriter
     except ImportError as error:
         raise MissingPackage(f"Parquet needs pyarrow: {sys.executable} -m pip install pyarrow") from error
+    return pyarrow, ParquetWriter
+
+
+def write_parquet(file: IO[bytes], records: Iterator[Any], kind: Kind) -> int:
+    """Write one row for each record; return how many.
+
+    Raises:
+        MissingPackage: pyarrow is not installed.
+    """
+    pyarrow, writer_class = import_pyarrow()
+    count = 0
     schema = kind.schema(pyarrow)
-    with ParquetWriter(file, schema, compression="zstd") as writer:
+    with writer_class(file, schema, compression="zstd") as writer:
         group: list[Any] = []
         while rows := [kind.row(record) for record in islice(records, ROWS_AT_ONCE)]:
+            count += len(rows)
             group.append(pyarrow.RecordBatch.from_pylist(rows, schema))
             if sum(batch.nbytes for batch in group) >= ROW_GROUP_BYTES:
                 writer.write_table(pyarrow.Table.from_batches(group))
                 group = []
         writer.write_table(pyarrow.Table.from_batches(group, schema))
+    return count
 
 
 def _finite(value: Any) -> Any:

@@ -11,9 +11,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import agentlightning
 from agentlightning import settings
+from agentlightning.cli import interruption
+from agentlightning.cli.arguments import Parser
+from agentlightning.cli.listening import CannotListen, bound_socket, listen, url_of
 from agentlightning.errors import StoreRefused, StoreUnavailable
 from agentlightning.store import open_database
 
@@ -21,6 +25,10 @@ __all__ = ["AGENTOPS_PACKAGES", "PACKAGES", "Serving", "add_options", "key_of", 
 
 SECONDS_TO_DRAIN = 10
 SECONDS_TO_SWITCH = 0.0005
+DEFAULT_PORTS = {"http": 80, "https": 443}
+ANY_KEY = "agl"
+# A shell in which the variable is not set prints this message and sets nothing.
+KEY = '"${AGL_STORE_KEY:?is the key of the store}"'
 DEFAULT_STORE = "agl-store.db"
 PACKAGES = (
     "fastapi",
@@ -57,8 +65,19 @@ class Serving:
         asks = "asks for a key" if self.key else "asks for no key"
         return f"{self.place} is served at {self.url} and {asks}"
 
+    @property
+    def exports(self) -> str:
+        """Lines to paste into a shell for the AgentOps SDK; never with the key, since logs and terminals are shared."""
+        variables = {
+            "AGENTOPS_API_KEY": ANY_KEY if self.key is None else KEY,
+            "AGENTOPS_API_ENDPOINT": self.url,
+            "AGENTOPS_EXPORTER_ENDPOINT": f"{self.url}/v1/traces",
+            "AGENTOPS_APP_URL": self.url,
+        }
+        return "".join(f"export {name}={value}\n" for name, value in variables.items())
 
-def add_options(parser: argparse.ArgumentParser, port: int) -> None:
+
+def add_options(parser: Parser, port: int) -> None:
     """Add the options of a server.
 
     Args:
@@ -77,9 +96,11 @@ def add_options(parser: argparse.ArgumentParser, port: int) -> None:
     parser.add_argument(
         "--cors-origin",
         metavar="ORIGIN",
+        type=_origin,
         action="append",
         default=[],
-        help="let web pages of this origin use the server; * is any origin; may be repeated",
+        help="let web pages of this origin, such as https://app.example.org, use the server; * is any origin; may be "
+        "repeated",
     )
     parser.add_argument(
         "--log-level",
@@ -99,7 +120,7 @@ def add_options(parser: argparse.ArgumentParser, port: int) -> None:
     parser.add_argument("--version", action="version", version=f"agl {agentlightning.__version__}")
 
 
-def key_of(parser: argparse.ArgumentParser, options: Any) -> str | None:
+def key_of(parser: Parser, options: Any) -> str | None:
     """Return the key that clients must send. End the program if there is none and other machines could connect."""
     key = options.api_key or settings.store_key()
     if key is None and not options.insecure and not is_loopback(options.host):
@@ -111,25 +132,23 @@ def key_of(parser: argparse.ArgumentParser, options: Any) -> str | None:
 
 
 def serve(
-    prog: str, options: Any, key: str | None, *, agentops: bool, is_up: Callable[[Serving], None] = lambda _: None
+    prog: str, options: Any, key: str | None, *, agentops: bool, announce: Callable[[str], None] | None = None
 ) -> int:
     """Serve until a signal ends it, or print why that is impossible; return the exit status.
 
     Args:
         options: the values of `add_options`.
-        agentops: also serve the AgentOps SDK's routes.
-        is_up: called once the server answers.
+        agentops: also serve the AgentOps SDK's routes, and print the variables that the SDK needs.
+        announce: prints them, once the server answers; None for stdout.
     """
     packages = AGENTOPS_PACKAGES if agentops else PACKAGES
     try:
-        return _serve(prog, options, key, agentops, is_up)
+        return _serve(prog, options, key, agentops, announce or _print)
     except ImportError as error:
         install = f"{sys.executable} -m pip install {' '.join(packages)}"
         sys.stderr.write(f"{prog}: a package is missing ({error.name}); install what the server needs: {install}\n")
-    except (StoreRefused, StoreUnavailable) as reason:
+    except (CannotListen, StoreRefused, StoreUnavailable) as reason:
         sys.stderr.write(f"{prog}: {reason}\n")
-    except OSError as error:
-        sys.stderr.write(f"{prog}: cannot listen on {options.host}:{options.port}: {error.strerror or error}\n")
     return 1
 
 
@@ -149,13 +168,33 @@ def _port(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{text!r} is not a port; ports go from 0 to 65535")
 
 
+def _origin(text: str) -> str:
+    if text == "*":
+        return text
+    try:
+        parts = urlsplit(text)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        parts = host = port = None
+    if parts is None or not parts.scheme or not host:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not an origin; write it like https://app.example.org or http://localhost:3000, or * for any"
+        )
+    origin = f"{parts.scheme}://{f'[{host}]' if ':' in host else host}"
+    if port is not None and port != DEFAULT_PORTS.get(parts.scheme):
+        origin += f":{port}"
+    if text != origin:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an origin as browsers send it; write it as {origin}")
+    return text
+
+
 def _megabytes(text: str) -> int:
     if text.isdecimal() and 0 < int(text) <= 4096:
         return int(text)
     raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 4096")
 
 
-def _serve(prog: str, options: Any, key: str | None, agentops: bool, is_up: Callable[[Serving], None]) -> int:
+def _serve(prog: str, options: Any, key: str | None, agentops: bool, announce: Callable[[str], None]) -> int:
     import uvicorn
 
     from agentlightning.server import create_app
@@ -165,14 +204,26 @@ def _serve(prog: str, options: Any, key: str | None, agentops: bool, is_up: Call
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             if not self.should_exit:
-                is_up(serving)
+                sys.stderr.write(f"{prog}: {serving.announcement}\n")
+                if agentops:
+                    announce(serving.exports)
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            if self.server_state.tasks:
+                logging.info(
+                    "finishing %d open requests, for at most %d s; a second Ctrl-C ends at once",
+                    len(self.server_state.tasks),
+                    SECONDS_TO_DRAIN,
+                )
+            await super().shutdown(sockets)
 
     # The writing thread releases the interpreter for each statement, and waits up to this long to get it back.
     sys.setswitchinterval(SECONDS_TO_SWITCH)
-    logging.basicConfig(level=options.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    _log_as(prog, options.log_level.upper())
+    # First, so that nothing is created or migrated if the port is in use.
+    listening = bound_socket(options.host, options.port)
     ClientConnection.limit = raise_file_limit()
     database = open_database(options.store)
-    listening = _listen(options.host, options.port)
     server: Server
     app = create_app(
         database,
@@ -193,20 +244,24 @@ def _serve(prog: str, options: Any, key: str | None, agentops: bool, is_up: Call
             timeout_graceful_shutdown=SECONDS_TO_DRAIN,
         )
     )
-    host, port = listening.getsockname()[:2]
-    if ipaddress.ip_address(host).is_unspecified:
-        # No client can connect to an unspecified address.
-        host = socket.gethostname()
-    host = f"[{host}]" if ":" in host else host
-    serving = Serving(f"http://{host}:{port}", settings.without_secrets(options.store), key)
-    sys.stderr.write(f"{prog}: {serving.announcement}\n")
+    serving = Serving(url_of(listening), settings.without_secrets(options.store), key)
+    listen(listening, options.host, options.port)
     # Imported modules stay for good: without this, each full collection would scan them, for a tenth of a second.
     gc.collect()
     gc.freeze()
+    interruption.install(prog, "stopped")
     server.run(sockets=[listening])
     return 0
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=2048)
+def _log_as(prog: str, level: str) -> None:
+    """Give all log lines one format, with the name of the command."""
+    logging.basicConfig(level=level, format=f"%(levelname)s {prog}: %(message)s")
+    if level == "INFO":
+        # Of the start and the end of its parts.
+        logging.getLogger("uvicorn.error").setLevel("WARNING")
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from agentlightning.cli.arguments import Parser
 from agentlightning.cli.serving import add_options, key_of, serve
 
 DESCRIPTION = """\
@@ -32,8 +33,8 @@ def main(arguments: Sequence[str]) -> int:
     return serve(parser.prog, options, key_of(parser, options), agentops=options.agentops)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="agl store", description=DESCRIPTION, epilog=EPILOG)
+def _parser() -> Parser:
+    parser = Parser(prog="agl store", description=DESCRIPTION, epilog=EPILOG)
     add_options(parser, 4747)
     parser.add_argument("--agentops", action="store_true", help="also serve the AgentOps SDK's routes")
     for name, instead in INSTEAD.items():
