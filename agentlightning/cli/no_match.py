@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from itertools import islice
 from typing import Any
 
+from agentlightning.generation import Generation
 from agentlightning.store import Store
 
 __all__ = ["explain"]
 
-NOUNS = {"rollout_id": "rollouts", "attempt_id": "attempts", "session_id": "sessions", "model": "models"}
+NOUNS = {"rollout_id": "rollout", "attempt_id": "attempt", "session_id": "session", "model": "model"}
 TIMES = ("since", "until")
 NANOSECONDS = 1_000_000_000
 LOOKED_AT = 100
@@ -32,27 +33,30 @@ def explain(store: Store, what: str, filters: Mapping[str, Any]) -> str:
         return f"0 {what}: the store has {_count(total)}, and none of them is a finished call that names a rollout"
     parts = [f"0 {what} match {' '.join(_option(*each) for each in filters.items())}"]
     alone = {name: sum(store.tally(**{name: value}).values()) for name, value in filters.items()}  # type: ignore[misc]
-    counted = [f"{count} match {_option(name, filters[name])}" for name, count in alone.items()]
-    parts.append(f"the store has {_count(total)}, of which {' and '.join(counted)}")
-    parts.extend(_others(store, [name for name, count in alone.items() if not count]))
+    found = {name: value for name, value in filters.items() if alone[name]}
+    parts.append(f"the store has {_count(total)}")
+    if len(filters) > 1:
+        parts[-1] += (
+            f", of which {' and '.join(f'{alone[name]} match {_option(name, filters[name])}' for name in filters)}"
+        )
+    parts.extend(_others(store.generations(**found), [name for name in filters if name not in found]))
     return "; ".join(parts)
 
 
-def _others(store: Store, names: list[str]) -> list[str]:
-    """Name values that the filters could have had instead."""
-    found: dict[str, dict[str, None]] = {name: {} for name in names if name in NOUNS}
+def _others(generations: Iterator[Generation], names: list[str]) -> list[str]:
+    """Name values that the filters could have had instead, from generations that match the other filters."""
+    values: dict[str, dict[str, None]] = {name: {} for name in names if name in NOUNS}
     first = None
-    for generation in islice(store.generations(), LOOKED_AT):
+    for generation in islice(generations, LOOKED_AT):
         first = first or generation
-        for name, values in found.items():
+        for name, of_name in values.items():
             if (value := getattr(generation, name)) is not None:
-                values[value] = None
-    parts = [
-        f"the first {NOUNS[name]} there are {', '.join([*list(values)[:SHOWN], *['...'][: len(values) > SHOWN]])}"
-        if values
-        else f"the first calls there name no {NOUNS[name][:-1]}"
-        for name, values in found.items()
-    ]
+                of_name[value] = None
+    parts = []
+    for name, of_name in values.items():
+        shown = ", ".join([*of_name][:SHOWN]) + (", ..." if len(of_name) > SHOWN else "")
+        noun = NOUNS[name]
+        parts.append(f"the first {noun}s there are {shown}" if shown else f"the first calls there name no {noun}")
     if first is not None and any(name in TIMES for name in names):
         parts.append(f"the first finished at {_time(first.finished_at)}")
     return parts

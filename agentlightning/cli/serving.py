@@ -41,7 +41,10 @@ PACKAGES = (
     "uvicorn",
     "uvloop",
 )
-"""The packages of the extra `store`. Named one by one, since `agentlightning` on a package index is another project."""
+"""The packages of the extra `store`, and those that it needs of a plain installation.
+
+Named one by one, since `agentlightning` on a package index is another project.
+"""
 AGENTOPS_PACKAGES = (*PACKAGES, "pyjwt")
 """The packages of the extra `agentops`."""
 

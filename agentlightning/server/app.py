@@ -15,6 +15,7 @@ import agentlightning
 from agentlightning.server import errors
 from agentlightning.server.limits import ARRIVING_LIMIT, UNAUTHENTICATED_LIMIT, WAITING_LIMIT
 from agentlightning.server.middleware.api_key import LOGIN_PATHS, PUBLIC_PATHS, ApiKeyMiddleware
+from agentlightning.server.middleware.head import HeadMiddleware
 from agentlightning.server.middleware.metrics import Metrics, MetricsMiddleware
 from agentlightning.server.middleware.origins import OriginMiddleware
 from agentlightning.server.middleware.request_body import ByteBudget, RequestBodyMiddleware
@@ -114,6 +115,7 @@ def create_app(
             allow_credentials="*" not in cors_origins,
         )
     app.add_middleware(MetricsMiddleware, metrics=app.state.metrics)
+    app.add_middleware(HeadMiddleware)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 

@@ -71,7 +71,8 @@ async def _http(request: Request, error: Any) -> Response:
 def _methods(request: Request) -> set[str]:
     matching = [route for route in request.app.state.routes if route.matches(request.scope)[0] is not Match.NONE]
     # To the routes after theirs, `search` and `latest` are ids.
-    return {method for route in matching if route.path == matching[0].path for method in route.methods}
+    found = {method for route in matching if route.path == matching[0].path for method in route.methods}
+    return found | ({"HEAD"} if "GET" in found else set())
 
 
 async def _invalid(_: Request, error: Any) -> Response:

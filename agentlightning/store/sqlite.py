@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 import time
@@ -52,6 +53,7 @@ class SqliteDatabase(Database):
                 "not work: give a path on a local disk"
             )
         self._patience = patience
+        self._check_path(create)
         if create:
             self._make_file()
         self._file = self._identity()
@@ -114,6 +116,22 @@ class SqliteDatabase(Database):
             return os.stat(f"{self._path}-wal").st_size > WAL_BYTES
         except OSError:
             return False
+
+    def _check_path(self, create: bool) -> None:
+        """Say of a path that cannot work what is there instead: SQLite and the operating system do not."""
+        if self._path.is_dir():
+            raise StoreRefused(
+                f"{self._path} is a folder: give the path of a file in it, such as {self._path}/agl-store.db"
+            )
+        if not self._path.parent.is_dir():
+            raise StoreUnavailable(
+                f"{self._path} cannot be opened: there is no folder {self._path.parent}; create it, or give "
+                "another path"
+            )
+        if not create and not self._path.exists():
+            raise StoreUnavailable(
+                f"{self._path} cannot be opened: {os.strerror(errno.ENOENT)}; give the path of a store that exists"
+            )
 
     def _make_file(self) -> None:
         with self.explained(), suppress(FileExistsError):

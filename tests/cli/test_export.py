@@ -32,6 +32,7 @@ from agentlightning.generation import Choice, Generation, RoutedExperts
 from agentlightning.store import open_database, open_store, spans
 from agentlightning.store.spans import NewSpan
 from tests.common.generations import START, generation
+from tests.common.terminal import on_terminal
 from tests.common.vllm import SCRIPTS
 
 SECONDS = 120
@@ -58,8 +59,21 @@ def environment(**variables: str) -> dict[str, str]:
 
 def exported(*arguments: str | Path, **variables: str) -> list[dict[str, Any]]:
     result = run(*arguments, **variables)
-    assert (result.returncode, result.stderr) == (0, b"")
-    return [json.loads(line) for line in result.stdout.splitlines()]
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    if rows:
+        assert re.fullmatch(rf"agl export: \w+ written to stdout: {len(rows)}\n", result.stderr.decode())
+    return rows
+
+
+def refused(*arguments: str | Path, status: int = 1, **variables: str) -> str:
+    """Return the one line of an export that does nothing, without the name of the command."""
+    result = run(*arguments, **variables)
+    assert (result.returncode, result.stdout) == (status, b"")
+    lines = result.stderr.decode().splitlines()
+    assert lines[1:] == (["see agl export --help"] if status == 2 else [])
+    assert lines[0].startswith("agl export: ")
+    return lines[0].removeprefix("agl export: ")
 
 
 GENERATIONS = [generation(number) for number in range(25)]
@@ -146,7 +160,8 @@ def file(store: Path, tmp_path: Path, kind: str) -> Path:
     """All that is in the store, in a file of each kind."""
     file = tmp_path / f"generations.{kind}"
     result = run("--store", store, "--format", kind, "-o", file)
-    assert (result.returncode, result.stdout, result.stderr) == (0, b"", b"")
+    said = f"agl export: generations written to {file}: {len(ROWS)}\n"
+    assert (result.returncode, result.stdout, result.stderr.decode()) == (0, b"", said)
     return file
 
 
@@ -157,7 +172,7 @@ def test_jsonl_has_a_line_for_each_generation_with_its_fields(store: Path) -> No
 def test_parquet_has_a_row_for_each_generation_with_its_fields_and_ids_as_int32(store: Path) -> None:
     result = run("--store", store, "--format", "parquet", "-o", "-")
 
-    assert (result.returncode, result.stderr) == (0, b"")
+    assert (result.returncode, result.stderr) == (0, b"agl export: generations written to stdout: 25\n")
     table = pyarrow.parquet.read_table(pyarrow.BufferReader(result.stdout))
     assert table.to_pylist() == ROWS
     assert table.schema.names == list(Generation.__slots__)
@@ -313,7 +328,8 @@ def test_parquet_has_a_row_for_each_triplet_with_its_fields_and_ids_as_int32(rew
     file = tmp_path / "triplets.parquet"
     result = run("--store", rewarded, "--what", "triplets", "--format", "parquet", "-o", file)
 
-    assert (result.returncode, result.stdout, result.stderr) == (0, b"", b"")
+    said = f"agl export: triplets written to {file}: 3\n"
+    assert (result.returncode, result.stdout, result.stderr.decode()) == (0, b"", said)
     table = pyarrow.parquet.read_table(file)
     assert table.to_pylist() == triplets(rewarded)
     types = {name: str(table.schema.field(name).type) for name in table.column_names}
@@ -352,8 +368,9 @@ def test_an_empty_store_makes_an_empty_file(tmp_path: Path, kind: str) -> None:
     path, file = tmp_path / "generations.db", tmp_path / "out"
     open_store(str(path)).close()
 
-    assert run("--store", path, "--format", kind, "-o", file).returncode == 0
+    result = run("--store", path, "--format", kind, "-o", file)
 
+    assert (result.returncode, result.stderr) == (0, b"agl export: 0 generations: the store has no generations\n")
     assert len(pyarrow.parquet.read_table(file)) == 0 if kind == "parquet" else file.read_bytes() == b""
 
 
@@ -366,7 +383,7 @@ def test_a_link_stays_a_link_and_the_file_that_it_leads_to_is_replaced(store: Pa
     target.write_text("before")
     link.symlink_to(target)
 
-    assert run("--store", store, "-o", link).returncode == 0
+    assert run("--store", store, "--force", "-o", link).returncode == 0
 
     assert link.is_symlink()
     assert len(target.read_bytes().splitlines()) == len(ROWS)
@@ -392,7 +409,7 @@ def test_an_export_that_fails_half_way_leaves_the_file_as_it_was(large: Path, tm
         half.write(b"\xff" * (large.stat().st_size // 2))
     file.write_text("before")
 
-    result = run("--store", broken, "--format", kind, "-o", file)
+    result = run("--store", broken, "--format", kind, "--force", "-o", file)
 
     assert result.returncode == 1
     (line,) = result.stderr.decode().splitlines()
@@ -412,7 +429,7 @@ def test_an_export_that_is_interrupted_leaves_nothing(large: Path, tmp_path: Pat
         process.send_signal(how)
         _, stderr = process.communicate(timeout=SECONDS)
 
-    assert (process.returncode, stderr) == (130, b"")
+    assert (process.returncode, stderr) == (-how, b"agl export: interrupted\n")
     assert [*tmp_path.iterdir()] == []
 
 
@@ -441,7 +458,7 @@ def test_a_bar_shows_how_far_it_is_on_a_terminal_alone(store: Path, tmp_path: Pa
     os.close(ours)
 
     assert f"{len(ROWS)}/{len(ROWS)}" in shown
-    assert run("--store", store).stderr == b""
+    assert f"/{len(ROWS)}" not in run("--store", store).stderr.decode()
 
 
 def test_memory_does_not_grow_with_what_is_exported(large: Path, kind: str) -> None:
@@ -478,26 +495,92 @@ def test_without_pyarrow_the_install_command_is_named(store: Path, tmp_path: Pat
 
 
 def test_a_store_that_is_not_there_is_not_made(tmp_path: Path) -> None:
-    result = run("--store", tmp_path / "typo.db")
-
-    assert (result.returncode, result.stdout) == (1, b"")
-    reason = f"cannot be opened: {os.strerror(errno.ENOENT)}"
-    assert result.stderr.decode() == f"agl export: {tmp_path}/typo.db {reason}\n"
+    reason = f"cannot be opened: {os.strerror(errno.ENOENT)}; give the path of a store that exists"
+    assert refused("--store", tmp_path / "typo.db") == f"{tmp_path}/typo.db {reason}"
     assert [*tmp_path.iterdir()] == []
 
 
-def test_a_folder_that_is_not_there_is_named(store: Path) -> None:
-    result = run("--store", store, "-o", "/nowhere/out")
+def test_a_folder_as_the_store_is_refused_with_a_path_in_it(tmp_path: Path) -> None:
+    advice = f"is a folder: give the path of a file in it, such as {tmp_path}/agl-store.db"
+    assert refused("--store", tmp_path) == f"{tmp_path} {advice}"
 
-    assert result.returncode == 1
-    assert result.stderr.decode().startswith("agl export: ")
-    assert "/nowhere" in result.stderr.decode()
+
+def test_a_store_in_a_missing_folder_is_refused_with_the_folder(tmp_path: Path) -> None:
+    advice = f"there is no folder {tmp_path}/missing; create it, or give another path"
+    assert refused("--store", tmp_path / "missing/a.db") == f"{tmp_path}/missing/a.db cannot be opened: {advice}"
+
+
+def test_a_file_in_a_missing_folder_is_refused_with_the_folder(store: Path) -> None:
+    assert refused("--store", store, "-o", "/nowhere/out") == (
+        "there is no folder /nowhere: create it, or give another -o"
+    )
+
+
+def test_a_folder_as_the_file_is_refused_with_a_path_in_it(store: Path, tmp_path: Path) -> None:
+    assert refused("--store", store, "-o", tmp_path) == (
+        f"{tmp_path} is a folder: give -o a file in it, such as {tmp_path}/export"
+    )
+
+
+def test_a_file_that_cannot_be_written_is_named_with_the_reason(store: Path) -> None:
+    # Every write to it fails.
+    assert refused("--store", store, "-o", "/dev/full") == f"cannot write /dev/full: {os.strerror(errno.ENOSPC)}"
+
+
+def test_a_file_that_exists_is_replaced_by_force_alone(store: Path, tmp_path: Path) -> None:
+    file = tmp_path / "out"
+    file.write_text("before")
+
+    assert refused("--store", store, "-o", file) == f"{file} exists: give --force to replace it, or another -o"
+    assert file.read_text() == "before"
+    assert run("--store", store, "-o", file, "--force").returncode == 0
+    assert len(file.read_bytes().splitlines()) == len(ROWS)
+
+
+def test_parquet_to_a_terminal_is_refused(store: Path) -> None:
+    shown, status = on_terminal([*EXPORT, "--store", str(store), "--format", "parquet"])
+
+    assert status == 2
+    assert shown.splitlines() == [
+        "agl export: Parquet is binary, which a terminal cannot show: give -o FILE",
+        "see agl export --help",
+    ]
+
+
+NOTHING_MATCHES = {
+    ("--rollout", "nobody"): (
+        "0 generations match --rollout nobody; the store has 25 generations; the first rollouts there are rollout-0, "
+        "rollout-1, rollout-2"
+    ),
+    ("--rollout", "rollout-0", "--session", "none"): (
+        "0 generations match --rollout rollout-0 --session none; the store has 25 generations, of which 9 match "
+        "--rollout rollout-0 and 0 match --session none; the first sessions there are a session"
+    ),
+    ("--since", "2030-01-01T00:00:00Z"): (
+        "0 generations match --since 2030-01-01T00:00:00+00:00; the store has 25 generations; the first finished at "
+        "2026-09-21T14:13:20+00:00"
+    ),
+    ("--what", "triplets", "--rollout", "rollout-1", "--attempt", "b"): (
+        "0 triplets match --rollout rollout-1 --attempt b; the store has 25 generations, of which 10 match "
+        "--rollout rollout-1 and 0 match --attempt b; the first attempts there are attempt-1"
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "said"), NOTHING_MATCHES.items(), ids=range(len(NOTHING_MATCHES)))
+def test_nothing_that_matches_makes_an_empty_file_and_says_what_is_there(
+    store: Path, tmp_path: Path, options: tuple[str, ...], said: str
+) -> None:
+    result = run("--store", store, "-o", tmp_path / "out", *options, TZ="UTC")
+
+    assert (result.returncode, result.stdout, result.stderr.decode()) == (0, b"", f"agl export: {said}\n")
+    assert (tmp_path / "out").read_bytes() == b""
 
 
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ((), "--store"),
+        ((), "which store? Give --store, or set AGL_STORE"),
         (("--store", "a.db", "--format", "csv"), "csv"),
         (("--store", "a.db", "--since", "yesterday"), "'yesterday' is not a time; write it like 2026-11-24T10:30"),
         (("--store", "a.db", "--since", "1790000000"), "'1790000000' is not a time; write it like 2026-11-24T10:30"),
@@ -511,10 +594,7 @@ def test_a_folder_that_is_not_there_is_named(store: Path) -> None:
     ],
 )
 def test_options_that_make_no_sense_end_it_with_status_2(options: tuple[str, ...], reason: str) -> None:
-    result = run(*options)
-
-    assert (result.returncode, result.stdout) == (2, b"")
-    assert reason in result.stderr.decode()
+    assert reason in refused(*options, status=2)
 
 
 @pytest.mark.parametrize("option", ["--help", "-h"])

@@ -515,7 +515,7 @@ def test_slash_in_an_id_is_another_path(client: httpx.Client) -> None:
 def test_wrong_method_answers_405_with_allowed_methods(client: httpx.Client) -> None:
     answer = client.delete("/v1/agl/spans")
     assert "DELETE" in assert_refused(answer, 405)
-    assert answer.headers["allow"] == "GET, POST"
+    assert answer.headers["allow"] == "GET, HEAD, POST"
     assert client.options("/v1/agl/spans/search").headers["allow"] == "POST"
 
 

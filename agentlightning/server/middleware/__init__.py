@@ -1,1 +1,1 @@
-"""ASGI middleware: metrics, permitted origins, API keys, and request bodies."""
+"""ASGI middleware: HEAD, metrics, permitted origins, API keys, and request bodies."""
