@@ -70,6 +70,23 @@ def test_health_routes_answer_ok(client: httpx.Client) -> None:
         assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
 
 
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/", "/v1/agl/rollouts", "/docs", "/metrics", "/no"])
+def test_head_is_answered_as_get_without_a_body(client: httpx.Client, path: str) -> None:
+    answer, of_get = client.head(path), client.get(path)
+
+    assert (answer.status_code, answer.content) == (of_get.status_code, b"")
+    assert answer.headers["content-type"] == of_get.headers["content-type"]
+    if path != "/metrics":
+        # Those count this request.
+        assert answer.headers["content-length"] == of_get.headers["content-length"]
+
+
+def test_head_where_there_is_no_get_is_refused(client: httpx.Client) -> None:
+    answer = client.head("/v1/agl/queues/rollouts/enqueue")
+
+    assert (answer.status_code, answer.content) == (405, b"")
+
+
 def assert_not_ready(server: StoreServer, client: httpx.Client, *, because: str) -> None:
     answer = client.get("/readyz")
     assert answer.status_code == 503

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -65,7 +66,87 @@ def test_invalid_option_values_are_refused(arguments: list[str]) -> None:
 
 def test_port_in_use_is_reported(store: StoreServer, tmp_path: Path) -> None:
     port = store.url.rpartition(":")[2]
-    assert f"cannot listen on 127.0.0.1:{port}" in refused("--port", port, "--store", str(tmp_path / "other.db"))
+    assert refused("--port", port, "--store", str(tmp_path / "other.db")) == (
+        f"agl store: cannot listen on 127.0.0.1:{port}: another program uses this port; choose another --port, "
+        "or 0 for any free one\n"
+    )
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize(
+    ("host", "reason"),
+    [
+        ("192.0.2.1", "this machine does not have this address; choose another --host"),
+        ("nowhere.invalid", "this host is not known here; choose another --host"),
+    ],
+)
+def test_host_that_cannot_be_used_is_refused_with_what_to_do(host: str, reason: str, tmp_path: Path) -> None:
+    output = refused("--host", host, "--insecure", "--port=0", "--store", str(tmp_path / "store.db"))
+    assert output == f"agl store: cannot listen on {host}:0: {reason}\n"
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize(
+    ("origin", "instead"),
+    [
+        ("foo", "write it like https://app.example.org or http://localhost:3000, or * for any"),
+        ("localhost:3000", "write it like https://app.example.org or http://localhost:3000, or * for any"),
+        ("https://", "write it like https://app.example.org or http://localhost:3000, or * for any"),
+        ("http://[::1", "write it like https://app.example.org or http://localhost:3000, or * for any"),
+        ("https://App.example.org/page", "write it as https://app.example.org"),
+        ("http://localhost:80", "write it as http://localhost"),
+        ("http://me@[::1]:3000", "write it as http://[::1]:3000"),
+    ],
+)
+def test_cors_origin_that_no_browser_sends_is_refused_with_an_example(origin: str, instead: str) -> None:
+    sentence, _ = refused("--cors-origin", origin).splitlines()
+    assert sentence.startswith(f"agl store: argument --cors-origin: {origin!r} is not an origin")
+    assert sentence.endswith(f"; {instead}")
+
+
+def can_bind_ipv6() -> bool:
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not can_bind_ipv6(), reason="this machine has no IPv6")
+def test_all_addresses_of_ipv6_are_also_those_of_ipv4(tmp_path: Path) -> None:
+    command = [*AGL_STORE, "--host=::", "--insecure", "--port=0", f"--store={tmp_path / 'store.db'}"]
+    with subprocess.Popen(command, env=without_agl(os.environ), stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        started = next(line for line in process.stderr if "is served at" in line)
+        port = re.findall(r":([0-9]+) ", started)[-1]
+        assert f"is served at http://{socket.gethostname()}:{port} and asks" in started
+        for host in ("[::1]", "127.0.0.1"):
+            assert httpx.get(f"http://{host}:{port}/healthz").status_code == 200
+        process.kill()
+
+
+def test_agentops_routes_come_with_the_variables_that_their_sdk_needs(tmp_path: Path) -> None:
+    with StoreServer(tmp_path / "store.db", "--agentops") as server:
+        until(lambda: "AGENTOPS_APP_URL" in server.log.read_text())
+        log = server.log.read_text()
+    for name, value in {
+        "AGENTOPS_API_KEY": "agl",
+        "AGENTOPS_API_ENDPOINT": server.url,
+        "AGENTOPS_EXPORTER_ENDPOINT": f"{server.url}/v1/traces",
+        "AGENTOPS_APP_URL": server.url,
+    }.items():
+        assert f"export {name}={value}\n" in log
+
+
+@pytest.mark.parametrize("level", ["info", "debug"])
+def test_each_log_line_has_the_name_of_the_command(level: str, tmp_path: Path) -> None:
+    with StoreServer(tmp_path / "store.db", f"--log-level={level}") as server, server.client() as client:
+        client.get("/healthz")
+        server.stop()
+    lines = server.log.read_text().splitlines()
+    assert [line for line in lines if not re.match(r"((DEBUG|INFO|WARNING) )?agl store: .", line)] == []
+    assert lines[-1] == "agl store: stopped"
+    assert any("GET /healthz" in line for line in lines) == (level == "debug")
 
 
 def test_file_that_is_no_store_is_refused(tmp_path: Path) -> None:
