@@ -12,7 +12,7 @@ PROCESSES := 2
 # A container's shell often switches bytecode off: each process of the tests would compile all that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-rollout check quick-tests test test-all test-pythons test-hybrid test-releases test-three-releases check-release check-upstream lint docs bench format lock clean always
+.PHONY: help demo demo-rollout check quick-tests test test-all test-pythons test-hybrid test-releases test-three-releases check-release check-upstream lint docs commands bench format lock clean always
 
 help:
 	@echo 'make demo    a real vLLM answers with token ids, shown in a table'
@@ -36,6 +36,8 @@ help:
 	@echo '             the tests of vLLM itself, with and without this package; with STORE=1 also recording (an hour or two)'
 	@echo 'make lint    formatting, lint and types'
 	@echo 'make docs    the documentation as a site, in site/'
+	@echo 'make commands'
+	@echo '             write docs/commands.md: the help of each command, and the commonest errors'
 	@echo 'make bench   what it costs every Python process, beside its peers, a server, and recording (an hour)'
 	@echo 'make format  put the formatting right'
 	@echo 'make lock    write the exact versions of what is installed to tools/locks, with which all of these work'
@@ -105,6 +107,9 @@ lint: $(VENV)/.ready
 docs: $(VENV)/.ready
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 	@echo 'the documentation is in site/index.html'
+
+commands: $(VENV)/.ready
+	$(VENV)/bin/python -m tools.commands
 
 bench: $(VENV)/.ready .cache/tiny-model/config.json
 	$(VENV)/bin/python -m benchmarks

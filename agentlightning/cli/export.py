@@ -73,8 +73,9 @@ def _export(store: Store, options: Any, filters: Any) -> str:
             kind, found, total = formats.TRIPLETS, store.triplets(**filters), None
         else:
             kind, found, total = formats.GENERATIONS, store.generations(**filters), _total(store, filters)
-        # disable=None: no progress bar unless stderr is a terminal.
-        with tqdm(found, total=total, unit=f" {options.what}", disable=None) as records:
+        # None: no progress bar unless stderr is a terminal.
+        without_bar = True if total == 0 else None
+        with tqdm(found, total=total, unit=f" {options.what}", disable=without_bar) as records:
             count = WRITERS[options.format](file, iter(records), kind)
     if not count:
         return no_match.explain(store, options.what, filters)

@@ -9,6 +9,7 @@ import re
 import struct
 import termios
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 __all__ = ["CTRL_C", "Terminal", "on_terminal"]
 
@@ -17,15 +18,28 @@ ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
 class Terminal:
-    """A terminal in which one command runs."""
+    """A terminal in which one command runs.
 
-    def __init__(self, command: Sequence[str], columns: int = 80, env: Mapping[str, str] | None = None) -> None:
+    Args:
+        columns: the width of the terminal.
+        env: the command's environment; that of the tests, without our variables, if not given.
+        folder: the command's working directory; that of the tests if not given.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        columns: int = 80,
+        env: Mapping[str, str] | None = None,
+        folder: Path | None = None,
+    ) -> None:
         variables = {name: value for name, value in (env or os.environ).items() if name not in ("COLUMNS", "LINES")}
         if env is None:
             variables = {name: value for name, value in variables.items() if not name.startswith("AGL_")}
         self.pid, self._terminal = pty.fork()
         if not self.pid:
             fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+            os.chdir(folder or ".")
             os.execvpe(command[0], [*command], variables)
         self.shown = ""
 
@@ -53,8 +67,10 @@ class Terminal:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
-def on_terminal(command: Sequence[str], columns: int = 80, env: Mapping[str, str] | None = None) -> tuple[str, int]:
-    """Run a command on a terminal; return what it shows, and its exit status."""
-    terminal = Terminal(command, columns, env)
+def on_terminal(
+    command: Sequence[str], columns: int = 80, env: Mapping[str, str] | None = None, folder: Path | None = None
+) -> tuple[str, int]:
+    """Run a command on a terminal, as `Terminal` does; return what it shows, and its exit status."""
+    terminal = Terminal(command, columns, env, folder)
     status = terminal.wait()
     return terminal.shown, status
