@@ -17,6 +17,7 @@ __all__ = ["start", "stop"]
 PID_BYTES = 16
 SECONDS_TO_STOP = 20.0
 SECONDS_TO_LOOK = 0.05
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def start(prog: str, pid_file: Path, run: Callable[[Callable[[str], None]], int]) -> int:
@@ -45,8 +46,11 @@ def start(prog: str, pid_file: Path, run: Callable[[Callable[[str], None]], int]
         return _refuse(prog, pid_file)
     begins = os.fstat(output).st_size
     reading, writing = os.pipe()
+    # Until both processes are ready for them.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     pid = os.fork()
     if not pid:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         os.close(reading)
         _detach(output)
         # This process keeps the lock until it ends, for whatever reason.
@@ -56,6 +60,7 @@ def start(prog: str, pid_file: Path, run: Callable[[Callable[[str], None]], int]
     os.close(writing)
     try:
         with os.fdopen(reading) as pipe, interruption.unwinding():
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             announcement = pipe.read()
     except KeyboardInterrupt:
         os.kill(pid, signal.SIGTERM)
