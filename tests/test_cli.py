@@ -176,9 +176,10 @@ def test_an_unknown_command_is_answered_with_the_known_ones(command: str) -> Non
     result = agl(command, "--port", "8000")
 
     assert (result.returncode, result.stdout) == (2, "")
-    last_line = result.stderr.splitlines()[-1]
-    assert repr(command) in last_line
-    assert all(known in last_line for known in ("vllm", "store", "agentops"))
+    sentence, where_to_look = result.stderr.splitlines()
+    assert repr(command) in sentence
+    assert all(known in sentence for known in ("vllm", "store", "agentops"))
+    assert where_to_look == "see agl --help"
 
 
 @PAIRS

@@ -201,9 +201,7 @@ class HttpClient:
             cause = _cause(error)
             if isinstance(cause, ssl.SSLCertVerificationError):
                 raise StoreRefused(f"{self.shown} has no trusted certificate: {cause.verify_message}") from error
-            told = getattr(cause, "strerror", None) or str(cause)[:200] or type(cause).__name__
-            if isinstance(cause, ConnectionRefusedError):
-                told += "; is an agl store running there?"
+            told = str(cause)[:200] or type(cause).__name__
             raise StoreUnavailable(f"{self.shown} cannot be reached: {told}") from error
 
     def _error(self, response: Any, answer: bytes) -> Exception:

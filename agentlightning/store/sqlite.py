@@ -120,17 +120,16 @@ class SqliteDatabase(Database):
     def _check_path(self, create: bool) -> None:
         """Say of a path that cannot work what is there instead: SQLite and the operating system do not."""
         if self._path.is_dir():
-            raise StoreRefused(
-                f"{self._path} is a folder: give the path of a file in it, such as {self._path}/agl-store.db"
-            )
+            raise StoreRefused(f"{self._path} is a folder: give the path of a file in it, such as {self._path}/run.db")
+        not_there = f"{self._path} cannot be opened: {os.strerror(errno.ENOENT)}"
         if not self._path.parent.is_dir():
             raise StoreUnavailable(
-                f"{self._path} cannot be opened: there is no folder {self._path.parent}; create it, or give "
-                "another path"
+                f"{not_there}, since there is no folder {self._path.parent}: create the folder, or give the path of "
+                "another file"
             )
         if not create and not self._path.exists():
             raise StoreUnavailable(
-                f"{self._path} cannot be opened: {os.strerror(errno.ENOENT)}; give the path of a store that exists"
+                f"{not_there}: check the path: a server that records there, or `agl store`, creates the file"
             )
 
     def _make_file(self) -> None:

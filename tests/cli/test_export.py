@@ -495,19 +495,19 @@ def test_without_pyarrow_the_install_command_is_named(store: Path, tmp_path: Pat
 
 
 def test_a_store_that_is_not_there_is_not_made(tmp_path: Path) -> None:
-    reason = f"cannot be opened: {os.strerror(errno.ENOENT)}; give the path of a store that exists"
-    assert refused("--store", tmp_path / "typo.db") == f"{tmp_path}/typo.db {reason}"
+    reason = f"cannot be opened: {os.strerror(errno.ENOENT)}: check the path"
+    assert refused("--store", tmp_path / "typo.db").startswith(f"{tmp_path}/typo.db {reason}")
     assert [*tmp_path.iterdir()] == []
 
 
 def test_a_folder_as_the_store_is_refused_with_a_path_in_it(tmp_path: Path) -> None:
-    advice = f"is a folder: give the path of a file in it, such as {tmp_path}/agl-store.db"
+    advice = f"is a folder: give the path of a file in it, such as {tmp_path}/run.db"
     assert refused("--store", tmp_path) == f"{tmp_path} {advice}"
 
 
 def test_a_store_in_a_missing_folder_is_refused_with_the_folder(tmp_path: Path) -> None:
-    advice = f"there is no folder {tmp_path}/missing; create it, or give another path"
-    assert refused("--store", tmp_path / "missing/a.db") == f"{tmp_path}/missing/a.db cannot be opened: {advice}"
+    reason = f"cannot be opened: {os.strerror(errno.ENOENT)}, since there is no folder {tmp_path}/missing: create"
+    assert refused("--store", tmp_path / "missing/a.db").startswith(f"{tmp_path}/missing/a.db {reason}")
 
 
 def test_a_file_in_a_missing_folder_is_refused_with_the_folder(store: Path) -> None:
