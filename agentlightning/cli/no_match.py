@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any
 
 from agentlightning.generation import Generation
-from agentlightning.store import Store
+from agentlightning.store import Filters, Store
 
 __all__ = ["explain"]
 
@@ -24,7 +24,7 @@ def explain(store: Store, what: str, filters: Mapping[str, Any]) -> str:
 
     Args:
         what: the kind of records, in the plural. All are made of generations, which the store counts.
-        filters: those of the command, by their names in `Filters`.
+        filters: those of the command, by their names. Those that are also in `Filters` are counted alone.
     """
     total = sum(store.tally().values())
     if not total:
@@ -32,8 +32,9 @@ def explain(store: Store, what: str, filters: Mapping[str, Any]) -> str:
     if not filters:
         return f"0 {what}: the store has {_count(total)}, and none of them is a finished call that names a rollout"
     parts = [f"0 {what} match {' '.join(_option(*each) for each in filters.items())}"]
-    alone = {name: sum(store.tally(**{name: value}).values()) for name, value in filters.items()}  # type: ignore[misc]
-    found = {name: value for name, value in filters.items() if alone[name]}
+    counted: Any = {name: value for name, value in filters.items() if name in Filters.__annotations__}
+    alone = {name: sum(store.tally(**{name: value}).values()) for name, value in counted.items()}  # type: ignore[misc]
+    found: Any = {name: value for name, value in counted.items() if alone[name]}
     parts.append(f"the store has {_count(total)}")
     if len(filters) > 1:
         parts[-1] += (
@@ -67,7 +68,8 @@ def _count(total: int) -> str:
 
 
 def _option(name: str, value: Any) -> str:
-    return f"--{name.removesuffix('_id')} {_time(value) if name in TIMES else value}"
+    option = f"--{name.removesuffix('_id').replace('_', '-')}"
+    return option if value is True else f"{option} {_time(value) if name in TIMES else value}"
 
 
 def _time(nanoseconds: int) -> str:
