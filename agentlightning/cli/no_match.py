@@ -36,11 +36,10 @@ def explain(store: Store, what: str, filters: Mapping[str, Any]) -> str:
     alone = {name: sum(store.tally(**{name: value}).values()) for name, value in counted.items()}  # type: ignore[misc]
     found: Any = {name: value for name, value in counted.items() if alone[name]}
     parts.append(f"the store has {_count(total)}")
-    if len(filters) > 1:
-        parts[-1] += (
-            f", of which {' and '.join(f'{alone[name]} match {_option(name, filters[name])}' for name in filters)}"
-        )
-    parts.extend(_others(store.generations(**found), [name for name in filters if name not in found]))
+    if len(filters) > 1 and counted:
+        matches = [f"{alone[name]} match {_option(name, value)}" for name, value in counted.items()]
+        parts[-1] += f", of which {' and '.join(matches)}"
+    parts.extend(_others(store.generations(**found), [name for name in counted if name not in found]))
     return "; ".join(parts)
 
 
