@@ -260,7 +260,8 @@ def insert_valid(
     return first + second, [*refused, *more]
 
 
-def in_parts(values: Sequence[T]) -> Iterator[Sequence[T]]:
-    """Split values into parts that fit into one statement."""
-    for start in range(0, len(values), VARIABLES_AT_ONCE):
-        yield values[start : start + VARIABLES_AT_ONCE]
+def in_parts(values: Sequence[T], variables: int = 1) -> Iterator[Sequence[T]]:
+    """Split values, each of so many variables, into parts that fit into one statement."""
+    length = VARIABLES_AT_ONCE // variables
+    for start in range(0, len(values), length):
+        yield values[start : start + length]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import groupby
 from typing import Any, NamedTuple, TypeVar
@@ -13,7 +13,8 @@ from sqlalchemy import ColumnElement, Connection, Table, false, func, select, tu
 
 from agentlightning.errors import InvalidRecord
 from agentlightning.generation import STATUSES, Generation, Loss, Status
-from agentlightning.store import Filters, rows, senders, tables, texts
+from agentlightning.store import Filters, prompts, rows, senders, tables, texts
+from agentlightning.store.chains import Prompt
 from agentlightning.store.database import found, in_parts, insert_rows, insert_valid, next_keys
 
 __all__ = [
@@ -53,20 +54,29 @@ class Cursor(NamedTuple):
     key: int
 
 
-def add(connection: Connection, generations: Sequence[Generation], sender_id: str | None = None) -> int:
+def add(
+    connection: Connection,
+    generations: Sequence[Generation],
+    sender_id: str | None = None,
+    cut: Mapping[str, Prompt] | None = None,
+) -> int:
     """Store generations; returns how many are new. One whose id is known already is left unchanged.
 
     Args:
         sender_id: who recorded them; an unknown sender counts as none.
+        cut: the prompts that arrived in blocks, by the ids of their generations.
 
     Raises:
         InvalidRecord, ValueError: one of them cannot be stored by any store.
+        Lacking: prompts continue blocks that are not there.
     """
     new = _unknown(connection, tables.generations, generations)
-    counts = [rows.token_counts(generation) for generation in new]
+    given = cut or {}
+    stored = prompts.add(connection, [given.get(each.id) or Prompt.of(each) for each in new])
+    counts = [(prompt.tokens, rows.output_tokens(each)) for prompt, each in zip(stored, new, strict=True)]
     sender_key = senders.count_generations(connection, sender_id, new, counts, time.time_ns())
     keys = texts.keys_of(connection, {text for generation in new for text in rows.repeated_texts(generation)})
-    numbered = list(zip(new, counts, next_keys(connection, tables.generations, len(new)), strict=True))
+    numbered = list(zip(new, stored, next_keys(connection, tables.generations, len(new)), strict=True))
     insert_rows(connection, tables.generations, [rows.generation_row(*each, keys, sender_key) for each in numbered])
     choices = ((choice, key) for generation, _, key in numbered for choice in generation.choices)
     insert_rows(connection, tables.choices, [rows.choice_row(*each, keys) for each in choices])
@@ -184,7 +194,11 @@ def _generations_of(connection: Connection, found: Sequence[Any]) -> list[Genera
     choices = connection.execute(query).all()
     known = texts.texts_of(connection, rows.text_keys(found, choices))
     of_each = {key: list(group) for key, group in groupby(choices, lambda choice: choice.generation_key)}
-    return [rows.generation_of(row, of_each.get(row.key, ()), known) for row in found]
+    ids, whole = prompts.ids_of(connection, found), prompts.texts_of(connection, found)
+    return [
+        rows.generation_of(row, of_each.get(row.key, ()), known, prompt)
+        for row, prompt in zip(found, zip(ids, whole, strict=True), strict=True)
+    ]
 
 
 def _unknown(connection: Connection, table: Table, records: Iterable[Record]) -> list[Record]:

@@ -15,13 +15,15 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from agentlightning.errors import InvalidRecord, StoreRefused, StoreUnavailable
 from agentlightning.settings import without_secrets
 from agentlightning.store import tables
+from agentlightning.store.blocks import RECENT
+from agentlightning.store.chains import Recent
 from agentlightning.store.database import Conflict, Database, transaction
 
 __all__ = ["PostgresqlDatabase"]
 
 SCHEMA = "agentlightning"
 """Schema of the tables, so that the database may hold other programs' tables, too."""
-VERSION = 2
+VERSION = 3
 """Version of the tables, which the table `agentlightning.version` holds."""
 MIGRATIONS: Mapping[int, Sequence[str]] = {
     1: (
@@ -29,6 +31,17 @@ MIGRATIONS: Mapping[int, Sequence[str]] = {
         "ALTER TABLE spans ADD COLUMN common_key BIGINT",
         'CREATE TABLE probes (name TEXT COLLATE "C" PRIMARY KEY, written_at DOUBLE PRECISION NOT NULL)',
         *tables.CLEAR_STALE_END_TIMES,
+    ),
+    2: (
+        (
+            "CREATE TABLE blocks (key BIGSERIAL NOT NULL, depth INTEGER NOT NULL, parent BIGINT NOT NULL, "
+            "name BYTEA NOT NULL, body BYTEA NOT NULL, PRIMARY KEY (key))"
+        ),
+        "CREATE UNIQUE INDEX blocks_by_parent ON blocks (parent, name)",
+        "ALTER TABLE generations ADD COLUMN ids_block BIGINT",
+        "ALTER TABLE generations ADD COLUMN text_block BIGINT",
+        "CREATE INDEX generations_by_ids_block ON generations (ids_block) WHERE ids_block IS NOT NULL",
+        "CREATE INDEX generations_by_text_block ON generations (text_block) WHERE text_block IS NOT NULL",
     ),
 }
 """Statements that turn the tables of a version into those of the next."""
@@ -48,8 +61,8 @@ OPTIONS = {
 
 # Caused by other writers: a deadlock, or an id that another writer has inserted since this one looked for it.
 CONFLICTS = (errors.DeadlockDetected, errors.SerializationFailure)
-IDS = ("generations_id_key", "losses_id_key")
-KEYS = ("generations_pkey", "losses_pkey", "texts_pkey")
+IDS = ("generations_id_key", "losses_id_key", "blocks_by_parent")
+KEYS = ("generations_pkey", "losses_pkey", "texts_pkey", "blocks_pkey")
 # The database, or the permission to use it, is at fault.
 REFUSALS = (
     errors.InvalidAuthorizationSpecification,
@@ -85,6 +98,7 @@ class PostgresqlDatabase(Database):
             # This class begins and ends its transactions itself.
             isolation_level="AUTOCOMMIT",
             connect_args=options,
+            execution_options={RECENT: Recent()},
             # Rows go to the driver unchanged, as tuples.
             paramstyle="format",
             pool_size=CONNECTIONS,

@@ -14,6 +14,8 @@ from sqlalchemy.exc import DBAPIError
 
 from agentlightning.errors import InvalidRecord, StoreRefused, StoreUnavailable
 from agentlightning.store import tables
+from agentlightning.store.blocks import RECENT
+from agentlightning.store.chains import Recent
 from agentlightning.store.database import Database, transaction
 from agentlightning.store.filesystem import network_file_system
 
@@ -21,7 +23,7 @@ __all__ = ["SqliteDatabase"]
 
 APPLICATION_ID = int.from_bytes(b"AgL1", "big")
 """`PRAGMA application_id` of the files of agentlightning."""
-VERSION = 2
+VERSION = 3
 """Version of the schema, which `PRAGMA user_version` holds."""
 MIGRATIONS: Mapping[int, Sequence[str]] = {
     1: (
@@ -29,6 +31,17 @@ MIGRATIONS: Mapping[int, Sequence[str]] = {
         "ALTER TABLE spans ADD COLUMN common_key INTEGER",
         "CREATE TABLE probes (name TEXT NOT NULL, written_at DOUBLE NOT NULL, PRIMARY KEY (name))",
         *tables.CLEAR_STALE_END_TIMES,
+    ),
+    2: (
+        (
+            "CREATE TABLE blocks (key INTEGER NOT NULL, depth INTEGER NOT NULL, parent INTEGER NOT NULL, "
+            "name BLOB NOT NULL, body BLOB NOT NULL, PRIMARY KEY (key))"
+        ),
+        "CREATE UNIQUE INDEX blocks_by_parent ON blocks (parent, name)",
+        "ALTER TABLE generations ADD COLUMN ids_block INTEGER",
+        "ALTER TABLE generations ADD COLUMN text_block INTEGER",
+        "CREATE INDEX generations_by_ids_block ON generations (ids_block) WHERE ids_block IS NOT NULL",
+        "CREATE INDEX generations_by_text_block ON generations (text_block) WHERE text_block IS NOT NULL",
     ),
 }
 """Statements that turn a file of a version into one of the next."""
@@ -60,6 +73,7 @@ class SqliteDatabase(Database):
             # This class begins and ends its transactions itself; Python's sqlite3 would guess.
             isolation_level="AUTOCOMMIT",
             connect_args={"timeout": patience},
+            execution_options={RECENT: Recent()},
             pool_reset_on_return=None,
         )
         event.listen(self._engine, "connect", _configure)
