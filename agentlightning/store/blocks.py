@@ -17,7 +17,7 @@ from agentlightning.store import tables
 from agentlightning.store.chains import Chain, Kind, Recent
 from agentlightning.store.database import in_parts, insert_rows, next_keys, run
 
-__all__ = ["RECENT", "Lacking", "Stored", "add", "contents"]
+__all__ = ["RECENT", "Lacking", "Stored", "add", "contents", "keys_of", "recent_of"]
 
 RECENT = "recent_blocks"
 """The execution option under which a connection has its database's `Recent`."""
@@ -30,6 +30,13 @@ _WITH_ANCESTORS = """
         SELECT blocks.key, blocks.parent FROM chain JOIN blocks ON blocks.key = chain.parent
     )
     SELECT blocks.key, blocks.parent, blocks.body FROM blocks JOIN chain ON blocks.key = chain.key
+"""
+
+# A join: SQLite reads the whole table for (parent, name) IN (VALUES ...).
+_CHILDREN = """
+    WITH wanted(parent, name) AS (VALUES {})
+    SELECT blocks.key, blocks.depth, blocks.name
+    FROM wanted CROSS JOIN blocks WHERE blocks.parent = wanted.parent AND blocks.name = wanted.name
 """
 
 logger = logging.getLogger("agentlightning.store")
@@ -71,7 +78,7 @@ def add(connection: Connection, kind: Kind[AnyStr], chains: Sequence[Chain[AnySt
     cut = [chain for chain in chains if chain.last is not None]
     if not cut:
         return [NONE] * len(chains)
-    recent: Recent = connection.get_execution_options()[RECENT]
+    recent = recent_of(connection)
     known = _assumed(connection, recent, cut)
     _check(cut, known)
     walks = [_Walk(chain, known) for chain in cut]
@@ -81,6 +88,17 @@ def add(connection: Connection, kind: Kind[AnyStr], chains: Sequence[Chain[AnySt
         for name in walk.names[walk.start :]:
             recent.put(name, known[name].key)
     return [NONE if chain.last is None else known[chain.last] for chain in chains]
+
+
+def recent_of(connection: Connection) -> Recent:
+    """Return what this process used lately of the connection's database."""
+    return connection.get_execution_options()[RECENT]
+
+
+def keys_of(connection: Connection, chain: Chain[Any] | None) -> list[int]:
+    """Return the keys that the blocks of a chain, which was added, are assumed to have; 0 for an unknown one."""
+    recent = recent_of(connection)
+    return [recent.get(name) or 0 for name in chain.names] if chain else []
 
 
 def contents(connection: Connection, kind: Kind[Any], keys: Iterable[int | None]) -> dict[int | None, bytes]:
@@ -149,10 +167,13 @@ def _assumed(connection: Connection, recent: Recent, chains: Iterable[Chain[Any]
     """Find for each chain the last block that this process knows, unless the store does not have it any more."""
     assumed: dict[int, bytes] = {}
     for chain in chains:
-        for name in (*reversed(chain.names), *filter(None, (chain.after,))):
-            if (key := recent.get(name)) is not None:
+        for name in reversed(chain.names):
+            if key := recent.get(name):
                 assumed[key] = name
                 break
+        # In any case: the other may have been deleted.
+        if chain.after is not None and (key := chain.after_key or recent.get(chain.after)):
+            assumed[key] = chain.after
     found: dict[bytes, Stored] = {}
     for some in in_parts([*assumed]):
         query = f"SELECT key, depth, name FROM blocks WHERE key IN ({', '.join('?' * len(some))})"
@@ -182,8 +203,7 @@ def _find_more(connection: Connection, walks: Sequence[_Walk], known: dict[bytes
         wanted = list({(walk.before.key, walk.names[walk.position]) for walk in waiting if walk.before is not None})
         found = len(known)
         for some in in_parts(wanted, variables=2):
-            pairs = ", ".join(["(?, ?)"] * len(some))
-            query = f"SELECT key, depth, name FROM blocks WHERE (parent, name) IN (VALUES {pairs})"
+            query = _CHILDREN.format(", ".join(["(?, ?)"] * len(some)))
             for key, depth, name in _rows(connection, query, [value for pair in some for value in pair]):
                 known[bytes(name)] = Stored(key, depth)
         if len(known) == found:

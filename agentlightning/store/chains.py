@@ -9,10 +9,11 @@ the first are shorter, since on average half a block of each content is not shar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import AnyStr, Generic
+from threading import Lock
+from typing import Any, AnyStr, Generic, overload
 
 from agentlightning.generation import Generation
 from agentlightning.store.rows import bytes_of
@@ -23,6 +24,7 @@ FIRST, NEXT = 4096, 1024
 """Lengths of the first block and of each that follows: bytes of token ids as int32, characters of a text."""
 NAME_BYTES = 16
 RECENT_BLOCKS = 1 << 15
+RECENT_LENGTH = 16 << 20
 
 
 @dataclass(slots=True)
@@ -34,29 +36,183 @@ class Chain(Generic[AnyStr]):
         blocks: its blocks as bytes: all of them, or those after the block `after`.
         names: the names of these.
         after: name of a block that the store is assumed to have; None where these are all.
+        after_key: the key that it is assumed to have there; 0 for an unknown one.
     """
 
     rest: AnyStr
     blocks: Sequence[bytes] = ()
     names: Sequence[bytes] = ()
     after: bytes | None = None
+    after_key: int = 0
 
     @property
     def last(self) -> bytes | None:
         """Name of the last block; None for a content without blocks."""
         return self.names[-1] if self.names else self.after
 
+    def continued(self, known: Container[bytes], recent: Recent) -> Chain[AnyStr]:
+        """Return the chain as a continuation of its last known block.
 
-class Recent:
-    """Keys of the blocks that this process used lately, by their names. Safe for several threads.
+        Args:
+            known: names of blocks that are known without their keys.
+            recent: blocks that are known with their keys.
+        """
+        for position in range(len(self.names), 0, -1):
+            name = self.names[position - 1]
+            if (key := recent.get(name)) or name in known:
+                return Chain(self.rest, self.blocks[position:], self.names[position:], name, key or 0)
+        return self
 
-    An entry is an assumption: its transaction may have been rolled back, or the block deleted since.
+
+class _Slices(Sequence[bytes], Generic[AnyStr]):
+    """The blocks of a content, each copied when it is asked for: most of a long prompt is known already."""
+
+    def __init__(self, content: AnyStr, count: int, encode: Callable[[AnyStr], bytes]) -> None:
+        self._content = content
+        self._count = count
+        self._encode = encode
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, at: int) -> bytes: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[bytes]: ...
+
+    def __getitem__(self, at: int | slice) -> bytes | Sequence[bytes]:
+        if isinstance(at, slice):
+            return [self[each] for each in range(*at.indices(self._count))]
+        at = range(self._count)[at]
+        return self._encode(self._content[_end(at) : _end(at + 1)])
+
+
+def _end(count: int) -> int:
+    """Return where so many blocks end."""
+    return FIRST + (count - 1) * NEXT if count else 0
+
+
+def _shared(content: AnyStr, other: AnyStr, most: int) -> int:
+    """Count the blocks with which two contents begin alike, at most so many."""
+    low, high = 0, most
+    # The whole first: most contents continue the one before.
+    middle = high
+    while low < high:
+        if content[_end(low) : _end(middle)] == other[_end(low) : _end(middle)]:
+            low = middle
+        else:
+            high = middle - 1
+        middle = (low + high + 1) // 2
+    return low
+
+
+class Kind(Generic[AnyStr]):
+    """A kind of content, whose blocks are shared only with those of its kind.
+
+    Args:
+        seed: stands in a name for the block before the first.
+        encode: makes bytes of a part of a content.
+        measure: returns the length of bytes as `FIRST` and `NEXT` count it; raises ValueError for what is no content.
+        pack, unpack: shorten a block for the database, and restore it.
     """
 
-    def __init__(self, limit: int = RECENT_BLOCKS) -> None:
-        self._limit = limit
+    def __init__(
+        self,
+        seed: bytes,
+        encode: Callable[[AnyStr], bytes],
+        measure: Callable[[bytes], int],
+        pack: Callable[[bytes], bytes],
+        unpack: Callable[[bytes], bytes],
+    ) -> None:
+        self.seed = seed
+        self._encode = encode
+        self._measure = measure
+        self.pack = pack
+        self.unpack = unpack
+
+    def cut(self, content: AnyStr, before: AnyStr | None = None, names: Sequence[bytes] = ()) -> Chain[AnyStr]:
+        """Cut a content into blocks and the rest.
+
+        Args:
+            before: another content, which may begin alike: what they share is not named again.
+            names: of the blocks of that one.
+        """
+        if len(content) < FIRST:
+            return Chain(content)
+        count = 1 + (len(content) - FIRST) // NEXT
+        blocks = _Slices(content, count, self._encode)
+        shared = 0 if before is None else _shared(content, before, min(count, len(names)))
+        known = names[:shared]
+        new = self.names((blocks[at] for at in range(shared, count)), known[-1] if known else None)
+        return Chain(content[_end(count) :], blocks, [*known, *new])
+
+    def blocks_of(self, packed: Sequence[bytes], *, is_first: bool) -> list[bytes]:
+        """Unpack blocks that follow each other.
+
+        Args:
+            is_first: the first of them is the first of its content.
+
+        Raises:
+            ValueError: one is longer or shorter than blocks are cut.
+        """
+        blocks = [self.unpack(each) for each in packed]
+        for position, block in enumerate(blocks):
+            wanted = FIRST if is_first and not position else NEXT
+            if (length := self._measure(block)) != wanted:
+                raise ValueError(f"block {position} has a length of {length}, not {wanted}")
+        return blocks
+
+    def check_rest(self, rest: AnyStr, *, is_whole: bool) -> None:
+        """Raise ValueError for a rest that is longer than what is not cut, or cannot be one.
+
+        Args:
+            is_whole: it follows no block.
+        """
+        if len(rest) >= (FIRST if is_whole else NEXT):
+            raise ValueError(f"what follows the last block has a length of {len(rest)}, which makes another block")
+        self._measure(self._encode(rest))
+
+    def names(self, blocks: Iterable[bytes], after: bytes | None = None) -> Iterator[bytes]:
+        """Name blocks that follow each other, the first of them the block `after`."""
+        name = after or self.seed
+        for block in blocks:
+            name = sha256(name + block).digest()[:NAME_BYTES]
+            yield name
+
+
+class Recent:
+    """Blocks and contents that this process used lately. Safe for several threads.
+
+    The key of a block is an assumption: its transaction may have been rolled back, or the block deleted since. So the
+    store looks at each that is used.
+    """
+
+    def __init__(self, blocks: int = RECENT_BLOCKS, length: int = RECENT_LENGTH) -> None:
+        self._limit = blocks
+        self._length = length
         self._new: dict[bytes, int] = {}
         self._old: dict[bytes, int] = {}
+        self._lock = Lock()
+        self._latest: dict[tuple[bytes, Any], tuple[Any, Sequence[bytes]]] = {}
+        self._length_of_latest = 0
+
+    def cut(self, kind: Kind[AnyStr], content: AnyStr, conversation: Any) -> Chain[AnyStr]:
+        """Cut a content, and name only what is new since the latest content of its conversation."""
+        if len(content) < FIRST:
+            return Chain(content)
+        place = kind.seed, conversation
+        with self._lock:
+            before, names = self._latest.get(place, (content[:0], ()))
+        chain = kind.cut(content, before, names)
+        with self._lock:
+            former, _ = self._latest.pop(place, (content[:0], ()))
+            self._latest[place] = content, chain.names
+            self._length_of_latest += len(content) - len(former)
+            while self._length_of_latest > self._length:
+                oldest, _ = self._latest.pop(next(iter(self._latest)))
+                self._length_of_latest -= len(oldest)
+        return chain
 
     def get(self, name: bytes) -> int | None:
         """Return the key that a block is assumed to have."""
@@ -70,44 +226,6 @@ class Recent:
         if len(self._new) >= self._limit:
             self._old, self._new = self._new, {}
         self._new[name] = key
-
-
-class Kind(Generic[AnyStr]):
-    """A kind of content, whose blocks are shared only with those of its kind.
-
-    Args:
-        seed: stands in a name for the block before the first.
-        encode: makes bytes of a part of a content.
-        pack, unpack: shorten a block for the database, and restore it.
-    """
-
-    def __init__(
-        self,
-        seed: bytes,
-        encode: Callable[[AnyStr], bytes],
-        pack: Callable[[bytes], bytes],
-        unpack: Callable[[bytes], bytes],
-    ) -> None:
-        self._seed = seed
-        self._encode = encode
-        self.pack = pack
-        self.unpack = unpack
-
-    def cut(self, content: AnyStr) -> Chain[AnyStr]:
-        """Cut a content into blocks and the rest."""
-        if len(content) < FIRST:
-            return Chain(content)
-        end = FIRST + (len(content) - FIRST) // NEXT * NEXT
-        blocks = [self._encode(content[:FIRST])]
-        blocks += [self._encode(content[start : start + NEXT]) for start in range(FIRST, end, NEXT)]
-        return Chain(content[end:], blocks, [*self.names(blocks)])
-
-    def names(self, blocks: Iterable[bytes], after: bytes | None = None) -> Iterator[bytes]:
-        """Name blocks that follow each other, the first of them the block `after`."""
-        name = after or self._seed
-        for block in blocks:
-            name = sha256(name + block).digest()[:NAME_BYTES]
-            yield name
 
 
 def _pack_ids(ids: bytes) -> bytes:
@@ -143,9 +261,19 @@ def _unchanged(block: bytes) -> bytes:
     return block
 
 
-IDS: Kind[bytes] = Kind(b"ids", _unchanged, _pack_ids, _unpack_ids)
+def _bytes_of_ids(ids: bytes) -> int:
+    if len(ids) % 4:
+        raise ValueError(f"{len(ids)} bytes are no token ids of four bytes each")
+    return len(ids)
+
+
+def _characters(text: bytes) -> int:
+    return len(text.decode())
+
+
+IDS: Kind[bytes] = Kind(b"ids", _unchanged, _bytes_of_ids, _pack_ids, _unpack_ids)
 """Token ids, as bytes of little-endian int32."""
-TEXTS: Kind[str] = Kind(b"text", _encoded, _unchanged, _unchanged)
+TEXTS: Kind[str] = Kind(b"text", _encoded, _characters, _unchanged, _unchanged)
 """Texts. Halves of surrogate pairs become question marks, as in `rows.storable`."""
 
 
@@ -157,7 +285,11 @@ class Prompt:
     text: Chain[str] | None
 
     @classmethod
-    def of(cls, generation: Generation) -> Prompt:
+    def of(cls, generation: Generation, recent: Recent) -> Prompt:
         """Cut the prompt of a generation."""
+        conversation = generation.rollout_id, generation.attempt_id, generation.session_id
         ids, text = bytes_of(generation.prompt_token_ids), generation.prompt_text
-        return cls(None if ids is None else IDS.cut(ids), None if text is None else TEXTS.cut(text))
+        return cls(
+            None if ids is None else recent.cut(IDS, ids, conversation),
+            None if text is None else recent.cut(TEXTS, text, conversation),
+        )

@@ -225,14 +225,14 @@ class DatabaseStore(Store):
             raise
         except Exception:
             # One of them is at fault. It is isolated in a second transaction, which keeps the usual one fast.
-            new, reasons = self._database.write(
+            added = self._database.write(
                 lambda connection: generation_rows.add_valid(
                     connection, generations, sender_id, self._database.explanation
                 )
             )
-        if reasons:
-            raise InvalidRecord(reasons, new)
-        return new
+        if added.refused:
+            raise InvalidRecord(added.refused, added.new)
+        return added.new
 
     def generations(self, **filters: Unpack[Filters]) -> Iterator[Generation]:
         end = None

@@ -21,7 +21,7 @@ from agentlightning import settings
 from agentlightning.errors import InvalidRecord, NotFound, StoreRefused, StoreUnavailable
 from agentlightning.store.wire import ERROR_HEADER, MEDIA_TYPE, NOT_FOUND
 
-__all__ = ["HttpClient", "StrangeAnswer", "TooLarge"]
+__all__ = ["HttpClient", "StrangeAnswer", "TooLarge", "UnknownMediaType"]
 
 ROUTES = "/v1/agl"
 LINES = "application/jsonl"
@@ -39,6 +39,10 @@ CLOSED = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 
 class TooLarge(InvalidRecord):
     """More than fits into one message, or a value that no message can hold."""
+
+
+class UnknownMediaType(StoreRefused):
+    """An `agl store` that does not know this kind of body, as one of an earlier version does not."""
 
 
 class StrangeAnswer(StoreUnavailable):
@@ -230,6 +234,8 @@ class HttpClient:
         if 300 <= status < 400:
             place = settings.without_secrets(response.headers.get("Location", "another URL"))
             return StoreRefused(f"{self.shown} redirects to {place[:200]}: give the URL of the store itself")
+        if status == 415 and is_ours:
+            return UnknownMediaType(said)
         advice = "give the URL of an agl store, with the same version of agentlightning on both sides"
         return StoreRefused(f"{self.shown} does not accept this version's requests ({said}): {advice}")
 

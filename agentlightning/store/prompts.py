@@ -4,54 +4,63 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from sqlalchemy import Connection
 
+from agentlightning.generation import Generation
 from agentlightning.store import blocks
 from agentlightning.store.chains import FIRST, IDS, NEXT, TEXTS, Chain, Prompt
-from agentlightning.store.rows import array_of, storable, text_of
+from agentlightning.store.rows import array_of, bytes_of, storable, text_of
 
 __all__ = ["StoredPrompt", "add", "ids_of", "texts_of"]
 
 BYTES_OF_AN_ID = 4
 NOTHING: Chain[Any] = Chain(b"")
 
+StoredPrompt = tuple[int, "bytes | None", "str | None", "int | None", "int | None"]
+"""A prompt as the row of its generation has it.
 
-class StoredPrompt(NamedTuple):
-    """A prompt as the row of its generation has it.
-
-    Attributes:
-        tokens: the number of its ids.
-        ids, text: what follows the blocks.
-        ids_block, text_block: keys of the last blocks; None without blocks.
-    """
-
-    tokens: int
-    ids: bytes | None
-    text: str | None
-    ids_block: int | None
-    text_block: int | None
+The number of its ids; the ids and the text that follow the blocks; and the keys of the last blocks, None without any.
+"""
+UNKNOWN: StoredPrompt = (0, None, None, None, None)
 
 
-def add(connection: Connection, prompts: Sequence[Prompt]) -> list[StoredPrompt]:
-    """Store the blocks of prompts.
+def add(
+    connection: Connection, generations: Sequence[Generation], cut: Mapping[str, Prompt] | None = None
+) -> list[StoredPrompt]:
+    """Store the blocks of the prompts of generations.
+
+    Args:
+        cut: the prompts that arrived in blocks, by the ids of their generations.
 
     Raises:
         Lacking: blocks that prompts continue are not there.
     """
-    ids = blocks.add(connection, IDS, [prompt.ids or NOTHING for prompt in prompts])
-    texts = blocks.add(connection, TEXTS, [prompt.text or NOTHING for prompt in prompts])
-    return [_stored(*each) for each in zip(prompts, ids, texts, strict=True)]
+    stored: list[StoredPrompt] = []
+    long: list[tuple[int, Prompt]] = []
+    for generation in generations:
+        ids, text = generation.prompt_token_ids, generation.prompt_text
+        prompt = cut.get(generation.id) if cut else None
+        if prompt is None and (len(ids or ()) >= FIRST // BYTES_OF_AN_ID or len(text or "") >= FIRST):
+            prompt = Prompt.of(generation, blocks.recent_of(connection))
+        if prompt is not None:
+            long.append((len(stored), prompt))
+        stored.append((len(ids or ()), bytes_of(ids), storable(text), None, None) if prompt is None else UNKNOWN)
+    if long:
+        ids_of_each = blocks.add(connection, IDS, [prompt.ids or NOTHING for _, prompt in long])
+        text_of_each = blocks.add(connection, TEXTS, [prompt.text or NOTHING for _, prompt in long])
+        for (position, prompt), of_ids, of_text in zip(long, ids_of_each, text_of_each, strict=True):
+            stored[position] = _stored(prompt, of_ids, of_text)
+    return stored
 
 
 def _stored(prompt: Prompt, ids: blocks.Stored, text: blocks.Stored) -> StoredPrompt:
     rest = None if prompt.ids is None else prompt.ids.rest
     in_blocks = FIRST + (ids.depth - 1) * NEXT if ids.depth else 0
     tokens = (in_blocks + len(rest or b"")) // BYTES_OF_AN_ID
-    return StoredPrompt(
-        tokens, rest, None if prompt.text is None else storable(prompt.text.rest), ids.key or None, text.key or None
-    )
+    text_rest = None if prompt.text is None else storable(prompt.text.rest)
+    return tokens, rest, text_rest, ids.key or None, text.key or None
 
 
 def ids_of(connection: Connection, rows: Sequence[Any]) -> list[array[int] | None]:

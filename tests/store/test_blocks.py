@@ -18,7 +18,7 @@ from sqlalchemy import func, select
 from agentlightning.generation import Generation
 from agentlightning.store import Store, blocks, generations, open_store, tables
 from agentlightning.store.blocks import Lacking
-from agentlightning.store.chains import FIRST, IDS, NEXT, Chain, Recent
+from agentlightning.store.chains import FIRST, IDS, NEXT, TEXTS, Chain, Recent
 from agentlightning.store.database import Database
 from tests.common.generations import generation
 from tests.store.conftest import new_store_of
@@ -202,7 +202,7 @@ def test_ids_and_a_text_of_the_same_bytes_are_told_apart(store: Store) -> None:
     assert (found.prompt_token_ids, found.prompt_text) == (ids, text)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     st.lists(
         st.tuples(st.integers(0, 5), st.integers(0, 3 * FIRST_IDS), st.lists(st.integers(0, 9), max_size=3)),
@@ -222,7 +222,7 @@ def test_any_prompts_in_any_batches_are_read_as_they_came(drawn: list[Any], at_o
 
 
 def test_recent_keeps_what_is_used() -> None:
-    recent = Recent(limit=2)
+    recent = Recent(blocks=2)
     for number in range(4):
         recent.put(bytes([number]), number)
         recent.get(b"\0")
@@ -252,3 +252,12 @@ def test_file_of_the_former_schema_is_read_and_goes_on(tmp_path: Path) -> None:
         first, second = store.generations()
     assert (first.prompt_token_ids, first.prompt_text) == (whole.prompt_token_ids, whole.prompt_text)
     assert (second.prompt_token_ids, second.prompt_text) == (whole.prompt_token_ids, whole.prompt_text)
+
+
+def test_contents_of_a_conversation_are_cut_as_if_each_came_alone() -> None:
+    recent = Recent(length=100_000)
+    texts = ["a" * length + "b" * more for length in range(0, 12_000, 1500) for more in (0, 3000)]
+    for place, text in enumerate(texts * 2):
+        chain, alone = recent.cut(TEXTS, text, place % 3), TEXTS.cut(text)
+
+        assert (chain.names, chain.rest, [*chain.blocks]) == (alone.names, alone.rest, [*alone.blocks])
