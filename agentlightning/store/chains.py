@@ -9,6 +9,7 @@ the first are shorter, since on average half a block of each content is not shar
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -23,8 +24,10 @@ __all__ = ["FIRST", "IDS", "NAME_BYTES", "NEXT", "TEXTS", "Chain", "Kind", "Prom
 FIRST, NEXT = 4096, 1024
 """Lengths of the first block and of each that follows: bytes of token ids as int32, characters of a text."""
 NAME_BYTES = 16
+# Of a block of a text: what it becomes is bounded before it is looked at.
+MOST_BYTES = 4 * FIRST + 1
 RECENT_BLOCKS = 1 << 15
-RECENT_LENGTH = 16 << 20
+RECENT_LENGTH = 32 << 20
 
 
 @dataclass(slots=True)
@@ -198,20 +201,24 @@ class Recent:
         self._length_of_latest = 0
 
     def cut(self, kind: Kind[AnyStr], content: AnyStr, conversation: Any) -> Chain[AnyStr]:
-        """Cut a content, and name only what is new since the latest content of its conversation."""
+        """Cut a content, and name only what is new in it.
+
+        That is what follows the part that it shares with the latest content of its conversation, or of any with the
+        same first block, such as a system prompt.
+        """
         if len(content) < FIRST:
             return Chain(content)
-        place = kind.seed, conversation
+        places = (kind.seed, conversation), (kind.seed, hash(content[:FIRST]))
+        nothing = content[:0], ()
         with self._lock:
-            before, names = self._latest.get(place, (content[:0], ()))
+            before, names = self._latest.get(places[0]) or self._latest.get(places[1]) or nothing
         chain = kind.cut(content, before, names)
         with self._lock:
-            former, _ = self._latest.pop(place, (content[:0], ()))
-            self._latest[place] = content, chain.names
-            self._length_of_latest += len(content) - len(former)
+            for place in places:
+                self._length_of_latest += len(content) - len(self._latest.pop(place, nothing)[0])
+                self._latest[place] = content, chain.names
             while self._length_of_latest > self._length:
-                oldest, _ = self._latest.pop(next(iter(self._latest)))
-                self._length_of_latest -= len(oldest)
+                self._length_of_latest -= len(self._latest.pop(next(iter(self._latest)))[0])
         return chain
 
     def get(self, name: bytes) -> int | None:
@@ -261,6 +268,17 @@ def _unchanged(block: bytes) -> bytes:
     return block
 
 
+def _pack_text(text: bytes) -> bytes:
+    return zlib.compress(text, 1)
+
+
+def _unpack_text(packed: bytes) -> bytes:
+    try:
+        return zlib.decompressobj().decompress(packed, MOST_BYTES)
+    except zlib.error as error:
+        raise ValueError(f"a block of a text is not compressed by zlib: {error}") from error
+
+
 def _bytes_of_ids(ids: bytes) -> int:
     if len(ids) % 4:
         raise ValueError(f"{len(ids)} bytes are no token ids of four bytes each")
@@ -273,7 +291,7 @@ def _characters(text: bytes) -> int:
 
 IDS: Kind[bytes] = Kind(b"ids", _unchanged, _bytes_of_ids, _pack_ids, _unpack_ids)
 """Token ids, as bytes of little-endian int32."""
-TEXTS: Kind[str] = Kind(b"text", _encoded, _characters, _unchanged, _unchanged)
+TEXTS: Kind[str] = Kind(b"text", _encoded, _characters, _pack_text, _unpack_text)
 """Texts. Halves of surrogate pairs become question marks, as in `rows.storable`."""
 
 

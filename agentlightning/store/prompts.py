@@ -60,7 +60,8 @@ def _stored(prompt: Prompt, ids: blocks.Stored, text: blocks.Stored) -> StoredPr
     in_blocks = FIRST + (ids.depth - 1) * NEXT if ids.depth else 0
     tokens = (in_blocks + len(rest or b"")) // BYTES_OF_AN_ID
     text_rest = None if prompt.text is None else storable(prompt.text.rest)
-    return tokens, rest, text_rest, ids.key or None, text.key or None
+    packed = IDS.pack(rest) if rest and ids.key else rest
+    return tokens, packed, text_rest, ids.key or None, text.key or None
 
 
 def ids_of(connection: Connection, rows: Sequence[Any]) -> list[array[int] | None]:
@@ -70,7 +71,12 @@ def ids_of(connection: Connection, rows: Sequence[Any]) -> list[array[int] | Non
         rows: each has `prompt_token_ids` and `ids_block`.
     """
     known = blocks.contents(connection, IDS, [row.ids_block for row in rows])
-    return [array_of("i", _whole(known, row.ids_block, row.prompt_token_ids)) for row in rows]
+    found: list[array[int] | None] = []
+    for row in rows:
+        rest = row.prompt_token_ids
+        whole = _whole(known, row.ids_block, IDS.unpack(rest) if rest and row.ids_block else rest)
+        found.append(array_of("i", whole))
+    return found
 
 
 def texts_of(connection: Connection, rows: Sequence[Any]) -> list[str | None]:

@@ -111,7 +111,7 @@ generations = Table(
     # The numbers of ids, the output's of all choices, so that counting need not read the ids.
     Column("prompt_tokens", Integer, nullable=False),
     Column("output_tokens", Integer, nullable=False),
-    # The whole, or what follows the last of its blocks.
+    # The whole, or what follows the last of its blocks, ids packed as these are.
     Column("prompt_token_ids", LargeBinary),
     Column("prompt_text", _Text),
     # Key of the last block of the ids and of the text; null where there is none.
