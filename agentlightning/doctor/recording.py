@@ -29,7 +29,7 @@ def read(url: str, rollout_id: str | None) -> dict[str, Any]:
         Unreachable: there is no store at `url`, or it cannot be read.
     """
     try:
-        with open_store(url, create=False) as store:
+        with open_store(url, read_only=True) as store:
             lost: dict[str, dict[str, int]] = {}
             for loss in store.losses():
                 so_far = lost.setdefault(loss.reason.partition(":")[0], {"count": 0, "last_at": 0})

@@ -77,9 +77,9 @@ def test_schema_of_another_program_is_refused_and_unchanged(url: str) -> None:
     assert query(url, "SELECT count(*) FROM information_schema.tables WHERE table_schema = 'agentlightning'") == (1,)
 
 
-def test_open_without_create_makes_no_tables(url: str) -> None:
+def test_open_for_reading_makes_no_tables(url: str) -> None:
     with pytest.raises(StoreUnavailable, match="has no store in it"):
-        open_store(url, create=False)
+        open_store(url, read_only=True)
 
     assert query(url, "SELECT count(*) FROM information_schema.tables WHERE table_schema = 'agentlightning'") == (0,)
 
@@ -221,7 +221,7 @@ def test_read_only_server_is_unavailable(url: str) -> None:
         store.add([generation(1)])
     database = url.rpartition("/")[2]
     query(url, f"ALTER DATABASE {database} SET default_transaction_read_only TO on")
-    with open_store(url, create=False) as store:
+    with open_store(url, read_only=True) as store:
         with pytest.raises(StoreUnavailable, match="cannot be used now: ") as refused:
             store.add([generation(2)])
         assert isinstance(reason(refused), errors.ReadOnlySqlTransaction)
