@@ -167,7 +167,7 @@ def test_database_with_a_limited_encoding_is_refused(postgresql: PostgresServer)
     query(postgresql.url("postgres"), "CREATE DATABASE latin ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0")
 
     with pytest.raises(
-        StoreRefused, match="has the encoding LATIN1, which cannot hold every text: give a database .* UTF8"
+        StoreRefused, match=r"has the encoding LATIN1, which cannot hold every text: give a database .* UTF8"
     ):
         open_store(postgresql.url("latin"))
 
