@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sqlite3
+import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
@@ -146,7 +147,12 @@ class SqliteDatabase(Database):
     def _identity(self) -> tuple[int, int]:
         with self.explained():
             found = os.stat(self._path)
-            return found.st_dev, found.st_ino
+        if stat.S_ISDIR(found.st_mode):
+            example = self._path / "run.db"
+            raise StoreRefused(f"{self._path} is a folder", f"give the path of a file in it, such as {example}")
+        if not stat.S_ISREG(found.st_mode):
+            raise StoreRefused(f"{self._path} is not a file", ANOTHER_PATH)
+        return found.st_dev, found.st_ino
 
     def _prepare(self, connection: Connection) -> None:
         """Create the schema, or migrate it; refuse another program's file, and leave it unchanged."""
@@ -269,8 +275,6 @@ def _not_opened(path: Path, error: OSError) -> tuple[str, str]:
 
 def _advice_on(path: Path, message: str) -> str | None:
     """Return what to do about an error that SQLite gives the code of every operation."""
-    if path.is_dir():
-        return f"it is a folder: give the path of a file in it, such as {path / 'run.db'}"
     if "locked" in message:
         return "another process is writing it: try again"
     if "full" in message:

@@ -201,7 +201,7 @@ def foreign(path: Path) -> None:
         (foreign, r"belongs to another program: give the path of another file"),
         (
             Path.mkdir,
-            r"cannot be used now: unable to open database file: it is a folder: give the path of a file in it",
+            r"run\.db is a folder: give the path of a file in it, such as .*run\.db/run\.db",
         ),
         (lambda path: path.write_text("a text " * 100), r"is not a SQLite file, or is damaged: .*: give the path of"),
     ],
