@@ -5,6 +5,7 @@ Each kind of store is imported when one is opened, so that a program needs only 
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from agentlightning.store.interface import Filters, Store
 if TYPE_CHECKING:
     from agentlightning.store.database import Database
 
-__all__ = ["Filters", "Store", "open_database", "open_store", "try_to_record"]
+__all__ = ["Filters", "Store", "open_database", "open_store", "place_of", "try_to_record"]
 
 SECONDS_FOR_OTHERS = 5.0
 
@@ -83,6 +84,14 @@ def try_to_record(url: str, *, patience: float = SECONDS_FOR_OTHERS) -> str:
         return f"{settings.without_secrets(url)} answers"
     kind, place = _kind_of(url)
     return kind.try_to_record(place, patience)
+
+
+def place_of(url: str) -> str:
+    """Return where a store is, as it may be shown: the absolute path of a file, or its URL without secrets."""
+    scheme, separator, rest = url.partition("://")
+    if separator and scheme != "sqlite":
+        return settings.without_secrets(url)
+    return os.path.abspath(os.path.expanduser(rest.removeprefix("/") if separator else url))
 
 
 def _is_served(url: str) -> bool:
