@@ -46,8 +46,8 @@ def test_start_of_several_api_servers_is_one_line(two_api_servers: RecordingServ
 
 
 REASON = (
-    "/nonexist/x.db cannot be opened: No such file or directory, since there is no folder /nonexist: create the folder, "
-    "or give the path of another file"
+    "/nonexist/x.db cannot be opened: No such file or directory, since there is no folder /nonexist: "
+    "create the folder, or give the path of another file"
 )
 
 
