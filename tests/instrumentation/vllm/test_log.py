@@ -74,6 +74,13 @@ def test_store_that_cannot_be_used_refuses_a_strict_server(nursery: Nursery, tmp
     assert line == f"agentlightning: AGL_INSTRUMENT=strict refuses this server: nothing can be recorded: {REASON}"
 
 
+def test_store_that_can_be_used_lets_a_strict_server_start(nursery: Nursery, tmp_path: Path) -> None:
+    with nursery.server(tmp_path / "run.db", env={"AGL_INSTRUMENT": "strict"}) as server:
+        [line] = server.our_lines
+
+    assert message(line, "INFO").endswith(f"; records to {tmp_path / 'run.db'}")
+
+
 def test_store_with_a_password_is_shown_without_it(nursery: Nursery, tmp_path: Path) -> None:
     url = "http://agl:s3cret@127.0.0.1:1"
     with nursery.server(tmp_path / "run.db", store=url) as server:

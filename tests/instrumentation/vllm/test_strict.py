@@ -212,14 +212,6 @@ def test_a_server_that_could_not_do_what_its_variables_say_is_refused(
     assert given.startswith(reason)
 
 
-def test_a_strict_server_whose_store_can_be_opened_serves(tmp_path: Path) -> None:
-    made_up_vllm(tmp_path)
-
-    served = python(tmp_path, *VLLM_SERVE, AGL_STORE=str(tmp_path / "run.db"))
-
-    assert (served.returncode, served.stdout, served.stderr) == (0, "validated\nserved\n", "")
-
-
 def test_a_headless_server_is_not_checked(tmp_path: Path) -> None:
     made_up_vllm(tmp_path, edits={"create_chat_completion": "chat"})
 
