@@ -77,7 +77,7 @@ def apply_all() -> bool:
             return False
         _armed = True
         session.begin()
-    _logging.use_vllm_handlers()
+    _logging.log_through_vllm()
     # Not under the lock: registering waits for a thread that is importing the module, which may be about to arm too.
     for patch_set in PATCH_SETS:
         for module in patch_set.modules:

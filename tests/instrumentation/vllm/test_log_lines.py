@@ -92,6 +92,18 @@ def test_level_of_vllms_log_is_ours(tmp_path: Path) -> None:
     assert line.startswith("WARNING [settings.py] agentlightning: AGL_RETURN_TOKEN_IDS='some' is not one of ")
 
 
+def test_logging_that_vllm_configures_again_is_ours_again(tmp_path: Path) -> None:
+    # As with --log-level, or a file for --log-config-file.
+    again = 'logging.getLogger("vllm").handlers[0].setFormatter(logging.Formatter("again: %(message)s"))'
+    new = 'handler = logging.StreamHandler(); logging.getLogger("vllm").handlers = [handler]'
+
+    result = served(tmp_path, f"import vllm.logger; {new}; {again}")
+
+    assert our_lines(result.stdout) == []
+    [line] = our_lines(result.stderr)
+    assert line.startswith("again: agentlightning: release ")
+
+
 def test_logger_that_the_program_has_configured_stays_as_it_is(tmp_path: Path) -> None:
     handler = 'handler = logging.StreamHandler(); handler.setFormatter(logging.Formatter("mine: %(message)s"))'
     configure = 'logger = logging.getLogger("agentlightning"); logger.addHandler(handler); logger.setLevel("INFO")'
