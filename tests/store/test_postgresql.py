@@ -349,12 +349,12 @@ def test_read_only_store_changes_nothing(url: str) -> None:
 
 def test_tables_of_an_older_version_are_refused_for_reading_and_unchanged(url: str) -> None:
     open_store(url).close()
-    query(url, "UPDATE agentlightning.version SET version = 1")
+    query(url, f"UPDATE agentlightning.version SET version = {postgresql.VERSION - 1}")
 
-    with pytest.raises(StoreRefused, match=r"by an older \w+ \(schema 1, this one reads 2\): run `agl store --store"):
+    with pytest.raises(StoreRefused, match=r"by an older \w+ \(schema \d, this one reads \d\): run `agl store --store"):
         open_store(url, read_only=True)
 
-    assert query(url, "SELECT version FROM agentlightning.version") == (1,)
+    assert query(url, "SELECT version FROM agentlightning.version") == (postgresql.VERSION - 1,)
 
 
 def test_user_who_may_only_read_reads(url: str) -> None:

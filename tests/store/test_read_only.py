@@ -22,6 +22,7 @@ from tests.common.processes import SECONDS, fork
 pytestmark = pytest.mark.tier("check")
 
 COUNT = 100
+OLDER = rf"by an older agentlightning \(schema {sqlite.VERSION - 1}, this one reads {sqlite.VERSION}\): "
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -197,7 +198,7 @@ def foreign(path: Path) -> None:
     ("make", "reason"),
     [
         (Path.touch, r"has no store in it: a server that records there, or `agl store`, creates it"),
-        (older, r"by an older agentlightning \(schema 1, this one reads 2\): run `agl store --store .*run\.db` until"),
+        (older, OLDER + r"run `agl store --store .*run\.db` until"),
         (foreign, r"belongs to another program: give the path of another file"),
         (
             Path.mkdir,
