@@ -104,7 +104,7 @@ def _local(options: argparse.Namespace) -> Iterator[Finding]:
     if options.quick:
         yield NOT_IMPORTED
     elif missing_vllm() is None:
-        # Not among what a program reads. A user waits, and so is told.
+        # Not in JSON: only a user who waits has to be told.
         if not options.json:
             _print(["", IMPORTING, ""])
         yield from patches.findings()
@@ -126,7 +126,7 @@ def _tell(title: str, findings: Iterable[Finding]) -> list[Finding]:
 
 
 def _subjects() -> list[str]:
-    """Return the longest subjects that findings on this environment have, before there are any."""
+    """Return the subjects that findings on this environment may have; they set the width of the first column."""
     return [environment.PTH, *instrumentation.status(), *filter(settings.read, settings.VARIABLES)]
 
 

@@ -90,7 +90,8 @@ class SqliteDatabase(Database):
             _require_writable(file, file, file.parent)
             if found.version == VERSION:
                 return f"{file} can be written"
-            return f"a server {'migrates' if found.version else 'fills'} {file} when it starts"
+            does = f"migrates {file}" if found.version else f"creates its tables in {file}"
+            return f"a server {does} when it starts"
 
     def reading(self) -> AbstractContextManager[Connection]:
         return self._reading_a_snapshot() if self.is_read_only else self._transaction("BEGIN")
