@@ -46,7 +46,7 @@ OPTIONS = {
     "tcp_user_timeout": "10000",
 }
 
-# Somebody sits before a terminal and waits.
+# A store is mostly read at a terminal, where a person waits.
 OPTIONS_TO_READ = {"connect_timeout": "3"}
 FORM = "write it as postgresql://USER:PASSWORD@HOST:PORT/DATABASE"
 

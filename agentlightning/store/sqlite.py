@@ -212,7 +212,7 @@ class SqliteDatabase(Database):
                 with transaction(connection, "BEGIN"):
                     yield connection
             except DBAPIError as error:
-                # What was read half before and half after another process's write looks damaged.
+                # Data of which half is from before another process's write looks damaged.
                 if not opened.snapshot.is_intact():
                     raise changed from error
                 raise
