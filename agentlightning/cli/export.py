@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
         parser.error(f"triplets can be filtered by --rollout and --attempt only, not by {', '.join(others)}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with open_store(options.store, create=False) as store, _output(options.output) as file:
+        with open_store(options.store, read_only=True) as store, _output(options.output) as file:
             if options.what == "triplets":
                 kind, found, total = formats.TRIPLETS, store.triplets(**filters), None
             else:

@@ -52,7 +52,7 @@ class DatabaseStore(Store):
     """A store in a database.
 
     Attempts that have timed out are ended before anything is read or written, so no caller sees one that should have
-    ended.
+    ended; except of a database that is opened for reading only, which shows what it has.
 
     Args:
         database: is closed with the store.
@@ -271,7 +271,7 @@ class DatabaseStore(Store):
 
     def _read(self, work: Callable[[Connection], T]) -> T:
         with self._database.reading() as connection:
-            if not lifecycle.is_anything_due(connection):
+            if self._database.is_read_only or not lifecycle.is_anything_due(connection):
                 return work(connection)
         try:
             return self._write(work)

@@ -77,10 +77,12 @@ class HttpStore(Store):
         self._blocks = Recent()
         self._takes_blocks = True
         try:
-            if self._json("GET", "/health") != {"status": "ok"}:
-                raise StoreRefused(f"{self._http.shown} is not an agl store")
-        except StrangeAnswer as error:
-            raise StoreRefused(f"{self._http.shown} is not an agl store") from error
+            is_ours = self._json("GET", "/health") == {"status": "ok"}
+        except StrangeAnswer:
+            is_ours = False
+        if not is_ours:
+            advice = "give the URL that `agl store` printed when it started"
+            raise StoreRefused(f"{self._http.shown} is not an agl store", advice)
 
     def enqueue_rollouts(self, new: Sequence[NewRollout]) -> list[Rollout]:
         body = {"rollouts": [_new_fields(each) for each in new]}
