@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
         output_file.check(options.output, options.force)
         if options.format == "parquet":
             formats.import_pyarrow()
-        with open_store(options.store, create=False) as store, interruption.unwinding():
+        with open_store(options.store, read_only=True) as store, interruption.unwinding():
             found = _export(store, options, filters)
     except BrokenPipeError:
         # Python flushes stdout when it exits, and would report the same error again.

@@ -18,7 +18,7 @@ from sqlalchemy import Column, Connection, case, func, or_, select
 
 from agentlightning.generation import STATUSES
 from agentlightning.store import generations as kept
-from agentlightning.store import rollouts, rows, tables, texts
+from agentlightning.store import prompts, rollouts, rows, tables, texts
 from agentlightning.store.attributes import GENERATION, OUTCOME, RESPONSE, links
 from agentlightning.store.database import in_parts
 from agentlightning.triplet import Triplet
@@ -31,6 +31,7 @@ Texts = Mapping[int | None, str | None]
 SPAN = "span_id"
 
 _SPANS, _GENERATIONS, _CHOICES = tables.spans.c, tables.generations.c, tables.choices.c
+_PROMPT = (_GENERATIONS.prompt_token_ids, _GENERATIONS.ids_block)
 
 
 @dataclass(slots=True)
@@ -103,7 +104,7 @@ def of_rollout(connection: Connection, rollout_id: str, attempt_id: str | None =
     """
     if attempt_id == "latest" and (attempt_id := rollouts.attempt_id_of(connection, rollout_id, attempt_id)) is None:
         return []
-    calls, known, rewards = _all_of(connection, rollout_id, attempt_id, (_GENERATIONS.prompt_token_ids,))
+    calls, known, rewards = _all_of(connection, rollout_id, attempt_id, _PROMPT)
     return _triplets(connection, rollout_id, calls, known, rewards)
 
 
@@ -154,7 +155,7 @@ def of_responses(connection: Connection, response_ids: Iterable[str]) -> dict[st
     """
     answers = _keys_of(connection, {rows.storable(each) or "" for each in response_ids})
     last = [calls[0][-1] for calls in answers.values() if len(calls) == 1]
-    generations = _generations(connection, last, (_GENERATIONS.prompt_token_ids,))
+    generations = _generations(connection, last, _PROMPT)
     known = texts.texts_of(connection, {row.model_key for row in generations})
     calls = [_Call([row], [], None) for row in generations]
     found: dict[str, Triplet] = {}
@@ -431,9 +432,9 @@ def _triplets(
 ) -> list[Triplet]:
     generations = [(call, row) for call in calls for row in call.generations]
     choices = _choices(connection, [row.key for _, row in generations])
+    ids = prompts.ids_of(connection, [row for _, row in generations])
     found: list[Triplet] = []
-    for call, row in generations:
-        prompt_token_ids = rows.array_of("i", row.prompt_token_ids)
+    for (call, row), prompt_token_ids in zip(generations, ids, strict=True):
         for choice in choices.get(row.key, (None,)):
             found.append(
                 Triplet(
