@@ -1,3 +1,27 @@
+// Show times in the reader's own zone, and in UTC on hover, where the page without scripts has UTC alone.
+const digits = (number, length = 2) => String(number).padStart(length, "0");
+
+function showLocalTimes(root) {
+  for (const time of root.querySelectorAll("time[datetime]")) {
+    const at = new Date(time.dateTime);
+    time.title = time.textContent;
+    const day = [digits(at.getFullYear(), 4), digits(at.getMonth() + 1), digits(at.getDate())].join("-");
+    // Without a line break between them.
+    time.textContent = `${day}\u00a0${[at.getHours(), at.getMinutes(), at.getSeconds()].map((each) => digits(each)).join(":")}`;
+  }
+}
+
+showLocalTimes(document);
+document.addEventListener("htmx:before:swap", (event) => {
+  // Before htmx compares the new page with the old one, so that times that stay the same are left alone.
+  for (const task of event.detail.tasks) showLocalTimes(task.fragment);
+});
+// On a page that was opened as http://agl:KEY@HOST/, a relative address would have the key in it, which fetch refuses.
+document.addEventListener("htmx:before:request", (event) => {
+  const { request } = event.detail.ctx;
+  request.action = new URL(request.action, location.origin).href;
+});
+
 // Report that the store does not answer: the page then shows what it last knew.
 const trouble = document.getElementById("trouble");
 for (const name of ["htmx:error", "htmx:response:error"]) {

@@ -1,4 +1,4 @@
-// Select tokens by click or keys, and describe the selected one below; the address names the selection in the answer.
+// Select a token by click or keys, and describe it below its text; the address names the selection in the answer.
 const place = new Map(); // Each token's position in its text.
 
 function tokensOf(text) {
@@ -13,7 +13,9 @@ const logprobOf = (token) => {
 };
 
 function choose(text, token) {
-  text.querySelector(".chosen")?.classList.remove("chosen");
+  document.querySelector(".chosen")?.classList.remove("chosen");
+  // One at a time: of the prompt or of the answer.
+  for (const other of document.getElementsByClassName("description")) other.textContent = "";
   token.classList.add("chosen");
   const description = document.getElementById(`${text.id}-description`);
   const [id, logprob] = token.dataset.t.split(" ");
