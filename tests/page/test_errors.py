@@ -16,7 +16,7 @@ from tests.server.process import StoreServer
 ERRORS = {
     "an unknown page": ("/nothing/here", 404, "There is no such route"),
     "an unknown script": ("/page/0.0.0/nothing.js", 404, "There is no such route"),
-    "an unknown record": ("/v1/agl/rollouts/ro-nothing", 404, "'ro-nothing'"),
+    "an unknown record": ("/v1/agl/generations/nothing", 404, "There is no generation"),
     "a wrong query": ("/?page=first", 422, "page"),
     "a route of another method": ("/v1/agl/queues/rollouts/dequeue", 405, "POST"),
 }

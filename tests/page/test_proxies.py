@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import unquote
 
 import httpx
 import pytest
@@ -83,8 +84,15 @@ def test_page_opened_with_the_key_in_its_address_updates(visit: Callable[..., Vi
     with StoreServer(tmp_path / "store.db", key=KEY) as store, store.client() as trainer:
         quoted = str(httpx.URL(store.url, username="agl", password=KEY))
         first = started(trainer, "Is it there?")
-        page = visit(store).page
+        visitor = visit(store)
+        page = visitor.page
         page.goto(quoted)
+        # The page opens itself again, and the address no longer shows the key.
+        expect(page).to_have_url(f"{store.url}/")
+        assert page.evaluate("document.baseURI") == f"{store.url}/"
+        # The first requests have the key in their addresses.
+        assert all(KEY in unquote(each) for each in visitor.complaints)
+        visitor.complaints.clear()
         expect(page.get_by_role("link", name=first["rollout_id"])).to_be_visible()
         new = started(trainer, "Is it live?")
 

@@ -93,8 +93,9 @@ def _special_ids(tokenizer: Any) -> set[int]:
     `all_special_ids` of transformers has only those with a role, such as `eos_token`: `<|im_start|>` often has none.
     Tokenizers of other packages, such as mistral_common, have no `added_tokens_decoder`.
     """
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    return {*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
+    added: Mapping[int, Any] = getattr(tokenizer, "added_tokens_decoder", None) or {}
+    marked = (number for number, token in added.items() if getattr(token, "special", False))
+    return {*tokenizer.all_special_ids, *marked}
 
 
 def _vocabulary(model: _Model) -> Vocabulary | None:

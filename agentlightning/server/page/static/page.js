@@ -16,11 +16,13 @@ document.addEventListener("htmx:before:swap", (event) => {
   // Before htmx compares the new page with the old one, so that times that stay the same are left alone.
   for (const task of event.detail.tasks) showLocalTimes(task.fragment);
 });
-// On a page that was opened as http://agl:KEY@HOST/, a relative address would have the key in it, which fetch refuses.
-document.addEventListener("htmx:before:request", (event) => {
-  const { request } = event.detail.ctx;
-  request.action = new URL(request.action, location.origin).href;
-});
+// On a page that was opened as http://agl:KEY@HOST/, addresses would have the key in them, which fetch and the history
+// refuse. The browser knows the key by now: open the page again without it in the address.
+if (new URL(document.baseURI).username || new URL(document.baseURI).password) {
+  const address = new URL(location.href);
+  address.username = address.password = "";
+  location.replace(address);
+}
 
 // Report that the store does not answer: the page then shows what it last knew.
 const trouble = document.getElementById("trouble");
