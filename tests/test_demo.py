@@ -17,7 +17,7 @@ from tests.common.vllm import LITTLE_CACHE, QUIET, SMALL
 def commands(monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], list[str]]:
     """The words of both commands, as a shell in the checkout splits them."""
     monkeypatch.chdir(CHECKOUT)
-    _, serve, _, ask = by_hand().split("\n\n")
+    _, serve, _, ask = by_hand().replace("\\\n", "").split("\n\n")
     return shlex.split(serve), shlex.split(ask)
 
 

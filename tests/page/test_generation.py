@@ -181,6 +181,13 @@ def test_description_is_shown_once_and_covers_nothing(look: Open, filled: Filled
         page.keyboard.press("ArrowDown")
     expect(highlighted(page)).to_be_in_viewport(ratio=1)
     page.wait_for_function(f"!({COVERED})")
+    page.keyboard.press("Escape")
+    expect(described).to_have_text(["", ""])
+    third = answer(page).locator(".t").nth(3)
+    third.click()
+    expect(described.last).to_contain_text("Token 3")
+    third.click()
+    expect(described).to_have_text(["", ""])
 
 
 OVERLAPS = """() => {

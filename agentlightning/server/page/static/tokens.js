@@ -12,10 +12,14 @@ const logprobOf = (token) => {
   return text === undefined ? null : text === "-inf" ? -Infinity : Number(text);
 };
 
-function choose(text, token) {
+// One token at a time: of the prompt or of the answer.
+function chooseNone() {
   document.querySelector(".chosen")?.classList.remove("chosen");
-  // One at a time: of the prompt or of the answer.
-  for (const other of document.getElementsByClassName("description")) other.textContent = "";
+  for (const description of document.getElementsByClassName("description")) description.textContent = "";
+}
+
+function choose(text, token) {
+  chooseNone();
   token.classList.add("chosen");
   const description = document.getElementById(`${text.id}-description`);
   const [id, logprob] = token.dataset.t.split(" ");
@@ -33,7 +37,9 @@ document.addEventListener("click", (event) => {
   if (!token) return;
   const text = token.closest(".tokens");
   tokensOf(text);
-  choose(text, token);
+  // Once more: its description goes, which lies over the text below on a small screen.
+  if (token.classList.contains("chosen")) chooseNone();
+  else choose(text, token);
 });
 
 // A block that comes into view may turn out larger than estimated, and push the token out of view again.
@@ -45,6 +51,7 @@ function show(token, frames = 10) {
 const STEPS = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: 20, ArrowUp: -20, Home: -Infinity, End: Infinity };
 
 document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") chooseNone();
   const text = event.target.closest?.(".tokens");
   if (!text || !(event.key in STEPS) || event.ctrlKey || event.metaKey || event.altKey) return;
   event.preventDefault();
