@@ -1,6 +1,6 @@
 """A small reverse proxy: `python -m tests.common.reverse_proxy PATH UPSTREAM HOW`, which prints its port.
 
-It stands for nginx, Traefik and their like, in a process of its own: what is below PATH goes to the store, by HTTP/1.0
+It is a stand-in for Traefik and others, in a process of its own: what is below PATH goes to the store, by HTTP/1.0
 and with the client's own `Host`, and everything else is 404. HOW is what happens to the path, which differs between
 proxies: `kept`, `removed`, or `forwarded`, which is removed and named in `X-Forwarded-Prefix`.
 """
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from tests.common.environments import CHECKOUT
@@ -65,7 +65,7 @@ def _serve(path: str, upstream: str, how: PathHandling) -> None:
             self.wfile.write(body)
             connection.close()
 
-        def log_message(self, *_: object) -> None:
+        def log_message(self, *_: Any, **__: Any) -> None:
             """Log nothing."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:

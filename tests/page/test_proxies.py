@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import socket
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,11 +16,33 @@ import pytest
 from playwright.sync_api import expect
 
 from tests.common.browser import Visit
+from tests.common.debian import NGINX
+from tests.common.environments import CHECKOUT
 from tests.common.reverse_proxy import PATH, PathHandling, reverse_proxy
 from tests.common.rollouts import fill
+from tests.common.vllm import free_port
 from tests.page.conftest import started
 from tests.server.process import StoreServer
 
+OPERATIONS = CHECKOUT / "docs" / "operations.md"
+NGINX_CONFIGURATION = """\
+daemon off;
+pid {folder}/nginx.pid;
+error_log {folder}/nginx.log;
+events {{}}
+http {{
+    access_log off;
+    client_body_temp_path {folder}/body;
+    proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/fastcgi;
+    uwsgi_temp_path {folder}/uwsgi;
+    scgi_temp_path {folder}/scgi;
+    server {{
+        listen 127.0.0.1:{port};
+{block}    }}
+}}
+"""
+"""Everything that nginx needs around a block, and no file outside of the folder."""
 KEY = "correct-horse:battery/staple@4747"
 
 
@@ -71,6 +97,41 @@ def test_empty_store_behind_a_proxy_shows_the_address_there(
         with httpx.Client(base_url=f"{url}{PATH}") as client:
             assert client.get("/v1/agl/health").status_code == 200
             assert client.get("/openapi.json").json()["servers"] == [{"url": PATH}]
+
+
+def test_block_for_nginx_in_the_documentation_serves_the_page(visit: Callable[..., Visit], tmp_path: Path) -> None:
+    program = NGINX.find()
+    if program is None:
+        pytest.skip(NGINX.missing)
+    [block] = re.findall(r"^```nginx\n(.*?)^```$", OPERATIONS.read_text(), re.DOTALL | re.MULTILINE)
+    with StoreServer(tmp_path / "store.db") as store, store.client() as trainer:
+        port = free_port()
+        configuration = NGINX_CONFIGURATION.format(
+            folder=tmp_path, port=port, block=block.replace("http://127.0.0.1:4747", store.url)
+        )
+        (tmp_path / "nginx.conf").write_text(configuration)
+        with subprocess.Popen([str(program), "-e", f"{tmp_path}/nginx.log", "-c", f"{tmp_path}/nginx.conf"]) as nginx:
+            try:
+                page = visit(SimpleNamespace(url=f"http://127.0.0.1:{port}")).page
+                until_it_listens(port)
+                # nginx itself adds the slash that is missing.
+                page.goto("/agl")
+                expect(page.get_by_text(f"AGL_STORE=http://127.0.0.1:{port}/agl ")).to_be_visible()
+                new = started(trainer, "Is it live?")
+                expect(page.get_by_role("link", name=new["rollout_id"])).to_be_visible()
+                page.get_by_role("link", name=new["rollout_id"]).click()
+                expect(page.get_by_role("heading", name=new["rollout_id"])).to_be_visible()
+            finally:
+                nginx.terminate()
+
+
+def until_it_listens(port: int) -> None:
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+            return
+        except ConnectionRefusedError:
+            time.sleep(0.05)
 
 
 @pytest.mark.parametrize("prefix", ["//elsewhere.example", "javascript:alert(1)", "/a b", '/"><script>', "/" + "é" * 3])
