@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["IS_IT_CALLED", "NAME_IT", "Absence", "explain_absence"]
+__all__ = ["IS_IT_CALLED", "NAME_IT", "UNDER_WAY", "Absence", "explain_absence"]
 
 NAME_IT = "call http://HOST:PORT/rollout/ROLLOUT/v1, or send the header x-agl-rollout-id"
 IS_IT_CALLED = (

@@ -29,6 +29,7 @@ from sqlalchemy import (
 )
 
 from agentlightning.generation import STATUSES
+from agentlightning.store.absence import UNDER_WAY
 from agentlightning.store.rows import text_of
 from agentlightning.store.tables import attempts, generations, rollouts, spans, texts
 from agentlightning.store.texts import known_keys
@@ -75,7 +76,7 @@ class Overview:
         reward: its last reward; None where it has none.
         queued: seconds since the epoch; None if it was never in the queue.
         started: when its first attempt started, or its first call if it was never queued; None if none has.
-        attempt_started: when its latest attempt started; None without one.
+        attempt_started: when its latest attempt started; None if none is under way.
         duration: seconds from `started` until it ended, or until now; None if it has not started.
         ended: whether it has ended.
     """
@@ -139,11 +140,12 @@ def page(connection: Connection, wanted: OverviewQuery) -> OverviewPage:
     found = connection.execute(query).all()
     # For the rows of this page alone: the index that sorts the table has only the ends of calls.
     times = call_times(connection, [text_of(row.rollout_id) for row in found if row.status == RECORDED])
-    rows = [_overview(row, times.get(text_of(row.rollout_id))) for row in found]
+    under_way = _attempt_starts(connection, [row.rollout_id for row in found if row.status in UNDER_WAY])
+    rows = [_overview(row, times.get(text_of(row.rollout_id)), under_way.get(row.rollout_id)) for row in found]
     return OverviewPage(rows, found[0].total if found else 0, unassigned_calls)
 
 
-def _overview(row: Any, times: tuple[float, float] | None) -> Overview:
+def _overview(row: Any, times: tuple[float, float] | None, attempt_started: float | None) -> Overview:
     started, duration = row.started, row.duration
     if times is not None:
         started, duration = times[0], times[1] - times[0]
@@ -158,11 +160,19 @@ def _overview(row: Any, times: tuple[float, float] | None) -> Overview:
         reward=row.reward,
         queued=row.queued,
         started=started,
-        attempt_started=row.attempt_started,
+        attempt_started=attempt_started,
         # Start and end may come from different clocks, so the difference may be negative.
         duration=None if duration is None else max(duration, 0.0),
         ended=row.end_time is not None,
     )
+
+
+def _attempt_starts(connection: Connection, rollout_ids: Sequence[str]) -> dict[str, float]:
+    """Map rollouts to the start of their latest attempt, in seconds since the epoch."""
+    is_latest = and_(attempts.c.rollout_key == rollouts.c.key, attempts.c.sequence_id == rollouts.c.attempts)
+    query = select(rollouts.c.rollout_id, attempts.c.start_time).select_from(rollouts.join(attempts, is_latest))
+    found = connection.execute(query.where(rollouts.c.rollout_id.in_(rollout_ids)))
+    return {row.rollout_id: row.start_time for row in found}
 
 
 def call_times(connection: Connection, rollout_ids: Sequence[str]) -> dict[str, tuple[float, float]]:
@@ -184,17 +194,14 @@ def call_times(connection: Connection, rollout_ids: Sequence[str]) -> dict[str, 
 def _all(wanted: OverviewQuery, by_spans: bool) -> Select[Any]:
     """Select a row for each rollout that matches the filters."""
     calls = _calls(by_spans)
-    first, latest = attempts.alias("first"), attempts.alias("latest")
-    is_first = and_(first.c.rollout_key == rollouts.c.key, first.c.sequence_id == 1)
-    is_latest = and_(latest.c.rollout_key == rollouts.c.key, latest.c.sequence_id == rollouts.c.attempts)
-    joined = rollouts.outerjoin(first, is_first).outerjoin(latest, is_latest)
+    is_first = and_(attempts.c.rollout_key == rollouts.c.key, attempts.c.sequence_id == 1)
+    joined = rollouts.outerjoin(attempts, is_first)
     of_queue = select(
         rollouts.c.rollout_id,
         rollouts.c.status,
         rollouts.c.attempts,
         rollouts.c.start_time.label("queued"),
-        first.c.start_time.label("started"),
-        latest.c.start_time.label("attempt_started"),
+        attempts.c.start_time.label("started"),
         rollouts.c.end_time,
         *(func.coalesce(calls.c[name], 0).label(name) for name in _SUMS),
     ).select_from(joined.outerjoin(calls, calls.c.rollout_id == rollouts.c.rollout_id))
@@ -204,7 +211,6 @@ def _all(wanted: OverviewQuery, by_spans: bool) -> Select[Any]:
         literal(0).label("attempts"),
         cast(null(), Double).label("queued"),
         calls.c.started,
-        cast(null(), Double).label("attempt_started"),
         calls.c.ended.label("end_time"),
         *(calls.c[name] for name in _SUMS),
     ).where(~exists().where(rollouts.c.rollout_id == calls.c.rollout_id))
