@@ -64,7 +64,7 @@ def test_each_server_has_a_block_of_its_own(page: Path) -> None:
 
 @pytest.fixture(scope="module", params=[ENGLISH, START], ids=lambda page: page.stem)
 def pasted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, nursery: Nursery) -> list[Pasted]:
-    """What each block of a page does, one after the other."""
+    """Run the blocks of a page, one after the other."""
     folder = tmp_path_factory.mktemp("pasted")
     with (
         not_counted(),

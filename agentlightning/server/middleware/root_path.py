@@ -17,8 +17,8 @@ _ROOT_PATH = re.compile(r"(?:/[A-Za-z0-9._~%-]+)+")
 class RootPathMiddleware:
     """Remove the path of a proxy from a request's path, and keep it as the scope's `root_path`.
 
-    Proxies that send `X-Forwarded-Prefix` have removed the prefix themselves, by convention (Traefik, Spring). Of
-    others nothing is known, so their requests come with it or without it.
+    Proxies that send `X-Forwarded-Prefix` have removed the path themselves, by convention (Traefik, Spring). Other
+    proxies may keep the path or remove it: both are accepted.
 
     Args:
         root_path: the path without a slash at its end; empty without one.

@@ -100,7 +100,7 @@ def absence_of(connection: Connection, rollout_id: str, rollout: Any | None) -> 
 class Progress:
     """When a rollout was queued and started, in seconds since the epoch, and how many seconds it took.
 
-    What has not happened is None; `took` lasts until now while the rollout is under way.
+    Each is None if it has not happened; `took` lasts until now while the rollout is under way.
     """
 
     queued: float | None

@@ -17,7 +17,7 @@ document.addEventListener("htmx:before:swap", (event) => {
   for (const task of event.detail.tasks) showLocalTimes(task.fragment);
 });
 // On a page that was opened as http://agl:KEY@HOST/, addresses would have the key in them, which fetch and the history
-// refuse. The browser knows the key by now: open the page again without it in the address.
+// refuse. The browser has kept the key: open the page again without it in the address.
 if (new URL(document.baseURI).username || new URL(document.baseURI).password) {
   const address = new URL(location.href);
   address.username = address.password = "";
