@@ -106,7 +106,7 @@ lint: $(VENV)/.ready
 
 docs: $(VENV)/.ready
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
-	@echo 'the documentation is in site/index.html'
+	@echo 'the documentation is in site/index.html; to search it, too: $(VENV)/bin/mkdocs serve'
 
 commands: $(VENV)/.ready
 	$(VENV)/bin/python -m tools.commands

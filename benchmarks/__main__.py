@@ -10,6 +10,7 @@ from pathlib import Path
 
 from benchmarks.machine import describe_machine
 from benchmarks.report import Report, say
+from tools.measurements import update_pages
 
 BENCHMARKS = (
     "startup",
@@ -52,6 +53,8 @@ def main() -> None:
             say(f"{RESULTS.name}/{name}.md is left as it is: only a full run writes it")
         else:
             (RESULTS / f"{name}.md").write_text(report.as_markdown())
+            # The pages of the documentation show some of these tables.
+            update_pages()
         sys.stdout.write(report.as_text())
         reports.append(report.as_data())
     if json_file:

@@ -5,8 +5,11 @@ The model is tiny, with random weights: its answers are gibberish, but the ids a
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +17,8 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 from tests.common.answers import gather
 from tests.common.reference import tokenizer
-from tests.common.vllm import RemoteOpenAIServer
+from tests.common.tiny_model import tiny_model
+from tests.common.vllm import LITTLE_CACHE, QUIET, SCRIPTS, SMALL, RemoteOpenAIServer
 
 MESSAGES: Any = [{"role": "user", "content": "What is the capital of France?"}]
 TOKENS = 16
@@ -34,6 +38,30 @@ def shown(token_id: int) -> str:
     text = tokenizer().decode([token_id])
     text = text.replace("\n", "⏎").replace(" ", "·")
     return text if text.isprintable() else ascii(text)[1:-1]
+
+
+def by_hand() -> str:
+    """Return the commands that serve the tiny model and ask it, to be typed in the checkout."""
+    vllm, model = (os.path.relpath(path) for path in (SCRIPTS / "vllm", tiny_model()))
+    variables = " ".join(f"{name}={value}" for name, value in {"AGL_INSTRUMENT": "1", **QUIET}.items())
+    options = shlex.join((*SMALL, *LITTLE_CACHE))
+    wrapped = [
+        line
+        for text in (variables, f"{vllm} serve {model}", options)
+        for line in textwrap.wrap(text, 70, break_on_hyphens=False)
+    ]
+    serve = " \\\n  ".join(wrapped)
+    return f"""\
+to serve it by hand:
+
+  {serve}
+
+and once it is up, in another terminal:
+
+  curl -s localhost:8000/v1/chat/completions \\
+    -H 'Content-Type: application/json' \\
+    -d '{{"model": "{model}", "max_tokens": {TOKENS}, "messages": [
+      {json.dumps(MESSAGES[0])}]}}'"""
 
 
 def main() -> None:
@@ -61,6 +89,7 @@ def main() -> None:
         )
         same = streamed.token_ids[0] == extra["response_token_ids"][0]
         print(f"\nplain and streamed ids are {'the same' if same else 'NOT the same'}; stopping the server")
+    print(f"\n{by_hand()}")
     sys.exit(not same)
 
 

@@ -8,16 +8,22 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from playwright.sync_api import expect
 
 import agentlightning
 from agentlightning.cli import COMMANDS
 from agentlightning.settings import VARIABLES
+from tests.common.browser import MISSING, chromium, program
 from tests.common.environments import CHECKOUT, run
+from tools import measurements
 
 SWITCHES = CHECKOUT / "docs" / "switches.md"
 RESULTS = sorted((CHECKOUT / "benchmarks" / "results").glob("*.md"))
@@ -74,11 +80,17 @@ def build(folder: Path, site: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The site, and what was printed while it was built."""
     folder = tmp_path_factory.mktemp("site")
     result = build(CHECKOUT, folder)
     assert result.returncode == 0, result.stdout
-    return folder
+    return folder, result.stdout
+
+
+@pytest.fixture(scope="module")
+def site(built: tuple[Path, str]) -> Path:
+    return built[0]
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +110,79 @@ def copy(tmp_path: Path) -> Path:
         else:
             shutil.copy(source, folder / name)
     return folder
+
+
+def test_build_warns_of_nothing(built: tuple[Path, str]) -> None:
+    lines = built[1].splitlines()
+
+    assert lines
+    assert [line for line in lines if not line.startswith("INFO ")] == []
+    # `make docs` builds in the same way.
+    assert "NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict " in (CHECKOUT / "Makefile").read_text()
+
+
+def test_site_opened_from_a_disk_says_what_its_search_needs(site: Path) -> None:
+    if (found := program()) is None:
+        pytest.skip(MISSING)
+    with chromium(found) as browser:
+        page = browser.new_page()
+        page.goto((site / "performance.html").as_uri())
+
+        expect(page.get_by_text("Search needs a server: run mkdocs serve")).to_be_visible()
+
+
+def test_site_that_is_served_can_be_searched(site: Path) -> None:
+    if (found := program()) is None:
+        pytest.skip(MISSING)
+    handler = partial(SimpleHTTPRequestHandler, directory=site)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, chromium(found) as browser:
+        Thread(target=server.serve_forever, daemon=True).start()
+        page = browser.new_page()
+        page.goto(f"http://127.0.0.1:{server.server_port}/index.html")
+        page.get_by_role("textbox", name="Search").fill("heartbeat")
+
+        expect(page.locator(".md-search-result__meta")).to_contain_text("matching documents")
+        expect(page.get_by_text("Search needs a server")).to_have_count(0)
+        server.shutdown()
+
+
+@pytest.mark.tier("check")
+@pytest.mark.parametrize("page", sorted((CHECKOUT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_page_in_the_repository_has_the_tables_that_the_benchmarks_wrote(page: Path) -> None:
+    text = page.read_text()
+
+    assert measurements.insert_into(text) == text, "run python -m tools.measurements"
+
+
+@pytest.mark.tier("check")
+def test_pages_with_numbers_show_them_without_the_site() -> None:
+    shown = (CHECKOUT / "docs" / "performance.md").read_text()
+    every_target = {row for result in RESULTS for row in TARGET.findall(result.read_text())}
+
+    assert len([row for row in shown.splitlines() if TARGET.match(row)]) == len(every_target) > 20
+    assert (CHECKOUT / "docs" / "operations.md").read_text().count("| quartiles |") == 5
+
+
+@pytest.mark.tier("check")
+@pytest.mark.parametrize(
+    "page",
+    ["<!-- measured: store.md: Nothing that was measured -->\n<!-- end -->\n", "<!-- measured: every target -->\n"],
+    ids=["unknown table", "no end"],
+)
+def test_comment_that_names_no_table_is_refused(page: str) -> None:
+    with pytest.raises(ValueError, match="measured"):
+        measurements.insert_into(page)
+
+
+@pytest.mark.tier("check")
+def test_old_table_is_replaced() -> None:
+    page = "before\n<!-- measured: every target -->\n\n| old |\n\n<!-- end -->\nafter\n"
+    new = measurements.insert_into(page)
+
+    assert "old" not in new
+    assert new.startswith("before\n<!-- measured: every target -->\n\n### [")
+    assert new.endswith(" |\n\n<!-- end -->\nafter\n")
+    assert measurements.insert_into(new) == new
 
 
 def test_every_page_of_the_documentation_is_on_the_site(site: Path) -> None:
@@ -164,7 +249,6 @@ def test_the_site_has_every_target_of_every_benchmark(site: Path, pages: dict[Pa
         ("[no heading](answers.md#no-heading)", "no-heading"),
         ("[not on the site](/answers.md)", "/answers.md"),
         ("[beyond docs](../README.md#no-heading)", "no-heading"),
-        ("<!-- measured: store.md: Nothing that was measured -->", "Nothing that was measured"),
     ],
 )
 def test_what_leads_nowhere_is_not_built(wrong: str, complaint: str, copy: Path, tmp_path: Path) -> None:

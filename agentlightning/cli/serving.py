@@ -6,6 +6,7 @@ import argparse
 import gc
 import ipaddress
 import logging
+import re
 import socket
 import sys
 from collections.abc import Callable
@@ -120,6 +121,13 @@ def add_options(parser: Parser, port: int) -> None:
         help="the largest body, in MiB (default: %(default)s)",
     )
     parser.add_argument("--insecure", action="store_true", help="listen for other machines without a key")
+    parser.add_argument(
+        "--root-path",
+        metavar="PATH",
+        type=_root_path,
+        default="",
+        help="the path below which a proxy serves this, such as /agl; not needed if it sends X-Forwarded-Prefix",
+    )
     parser.add_argument("--version", action="version", version=f"agl {agentlightning.__version__}")
 
 
@@ -197,6 +205,13 @@ def _megabytes(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 4096")
 
 
+def _root_path(text: str) -> str:
+    path = text.rstrip("/")
+    if re.fullmatch(r"(?:/[A-Za-z0-9._~%-]+)*", path):
+        return path
+    raise argparse.ArgumentTypeError(f"{text!r} is not a path, such as /agl")
+
+
 def _serve(prog: str, options: Any, key: str | None, agentops: bool, announce: Callable[[str], None]) -> int:
     import uvicorn
 
@@ -236,6 +251,7 @@ def _serve(prog: str, options: Any, key: str | None, agentops: bool, announce: C
         is_own_name=is_loopback if key is None and is_loopback(options.host) else None,
         body_limit=options.max_body_mb << 20,
         agentops=agentops,
+        root_path=options.root_path,
         is_stopping=lambda: server.should_exit,
     )
     server = Server(

@@ -15,10 +15,12 @@ import agentlightning
 from agentlightning.server import errors
 from agentlightning.server.limits import ARRIVING_LIMIT, UNAUTHENTICATED_LIMIT, WAITING_LIMIT
 from agentlightning.server.middleware.api_key import LOGIN_PATHS, PUBLIC_PATHS, ApiKeyMiddleware
+from agentlightning.server.middleware.error_pages import ErrorPageMiddleware
 from agentlightning.server.middleware.head import HeadMiddleware
 from agentlightning.server.middleware.metrics import Metrics, MetricsMiddleware
 from agentlightning.server.middleware.origins import OriginMiddleware
 from agentlightning.server.middleware.request_body import ByteBudget, RequestBodyMiddleware
+from agentlightning.server.middleware.root_path import RootPathMiddleware
 from agentlightning.server.page import routes as page
 from agentlightning.server.routes import (
     about,
@@ -49,6 +51,7 @@ def create_app(
     is_own_name: Callable[[str], bool] | None = None,
     body_limit: int,
     agentops: bool = False,
+    root_path: str = "",
     is_stopping: Callable[[], bool] = lambda: False,
 ) -> FastAPI:
     """Create the store's application.
@@ -60,6 +63,7 @@ def create_app(
         is_own_name: tells whether the server answers to a host name; None if it answers to any.
         body_limit: largest body of a request, in bytes.
         agentops: also serve the AgentOps SDK's routes; needs PyJWT.
+        root_path: the path below which a proxy serves the store, without a slash at its end; empty without one.
         is_stopping: tells whether the server is shutting down; waits for rollouts then end at once.
 
     Raises:
@@ -105,6 +109,7 @@ def create_app(
             paths=(*PUBLIC_PATHS, *LOGIN_PATHS),
         )
     app.add_middleware(OriginMiddleware, allowed=cors_origins, is_own_name=is_own_name)
+    app.add_middleware(ErrorPageMiddleware)
     if cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -116,6 +121,7 @@ def create_app(
         )
     app.add_middleware(MetricsMiddleware, metrics=app.state.metrics)
     app.add_middleware(HeadMiddleware)
+    app.add_middleware(RootPathMiddleware, root_path=root_path)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 

@@ -6,13 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["IS_IT_CALLED", "NAME_IT", "Absence", "explain_absence"]
+__all__ = ["IS_IT_CALLED", "NAME_IT", "UNDER_WAY", "Absence", "explain_absence"]
 
 NAME_IT = "call http://HOST:PORT/rollout/ROLLOUT/v1, or send the header x-agl-rollout-id"
 IS_IT_CALLED = (
     "is this the store that AGL_STORE names where the server runs, and is the server called? `agl doctor --url` asks it"
 )
 WAITING = ("queuing", "requeuing")
+UNDER_WAY = ("preparing", "running")
+SECONDS_TO_BEGIN = 60.0
+"""How long an attempt may be without a call before that is worth explaining."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +27,13 @@ class Absence:
 
 
 def explain_absence(
-    of_rollout: Mapping[Any, int], *, has_any: bool, has_unassigned_calls: bool, has_losses: bool, status: str | None
+    of_rollout: Mapping[Any, int],
+    *,
+    has_any: bool,
+    has_unassigned_calls: bool,
+    has_losses: bool,
+    status: str | None,
+    seconds: float | None = None,
 ) -> Absence | None:
     """Explain why no generation of a rollout has finished; None where one has.
 
@@ -34,6 +43,7 @@ def explain_absence(
         has_unassigned_calls: whether some generation belongs to no rollout.
         has_losses: whether a sender reported that it lost a generation.
         status: the rollout's status in the queue; None where the queue does not have it.
+        seconds: how long its latest attempt has been under way; None if unknown.
     """
     if of_rollout["finished"]:
         return None
@@ -45,6 +55,8 @@ def explain_absence(
         )
     if status in WAITING:
         return Absence("it is waiting in the queue", "check that a runner is running, and that it asks this store")
+    if status in UNDER_WAY and seconds is not None and seconds < SECONDS_TO_BEGIN:
+        return Absence("it has just started", "wait for its first call to end")
     nothing = "no recorded call names this rollout"
     if has_losses:
         return Absence(f"{nothing}; some calls were lost, maybe its own", "look at which calls were lost, and when")

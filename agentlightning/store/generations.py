@@ -257,7 +257,7 @@ def _condition(connection: Connection, name: str, value: Any) -> ColumnElement[b
     if name == "status":
         return tables.generations.c.status == STATUSES.index(value)
     column = FILTERED[name]
-    if value is None:
+    if value is None or (name == "attempt_id" and value == ""):
         return column.is_(None)
     if name == "call_id":
         with suppress(InvalidRecord):

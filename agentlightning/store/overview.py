@@ -6,7 +6,7 @@ The caller owns the transaction.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -22,18 +22,23 @@ from sqlalchemy import (
     exists,
     func,
     literal,
+    null,
     or_,
     select,
     union_all,
 )
 
 from agentlightning.generation import STATUSES
+from agentlightning.store.absence import UNDER_WAY
 from agentlightning.store.rows import text_of
-from agentlightning.store.tables import generations, rollouts, spans, texts
+from agentlightning.store.tables import attempts, generations, rollouts, spans, texts
+from agentlightning.store.texts import known_keys
 
-__all__ = ["COLUMNS", "RECORDED", "Column", "Overview", "OverviewPage", "OverviewQuery", "page"]
+__all__ = ["COLUMNS", "RECORDED", "Column", "Overview", "OverviewPage", "OverviewQuery", "call_times", "page"]
 
-Column = Literal["rollout", "status", "calls", "prompt_tokens", "output_tokens", "reward", "started", "duration"]
+Column = Literal[
+    "rollout", "status", "calls", "prompt_tokens", "output_tokens", "reward", "queued", "started", "duration"
+]
 COLUMNS: tuple[Column, ...] = get_args(Column)
 
 RECORDED = "recorded"
@@ -47,14 +52,14 @@ class OverviewQuery:
     Attributes:
         search: text in the id or the input, ignoring the case of A to Z; empty for all rollouts.
         status: a status of the queue, or `RECORDED`; None for any.
-        sort_by: a column; nulls come last.
+        sort_by: a column; nulls come last. A rollout that was never queued is sorted by its first call in `queued`.
         limit, offset: size of the page, and rollouts to skip.
         now: seconds since the epoch; the duration of a rollout that has not ended is measured up to here.
     """
 
     search: str = ""
     status: str | None = None
-    sort_by: Column = "started"
+    sort_by: Column = "queued"
     descending: bool = True
     limit: int = 100
     offset: int = 0
@@ -69,8 +74,10 @@ class Overview:
         status: its status in the queue, or `RECORDED`.
         calls: number of its generations, of which `finished` have a complete answer.
         reward: its last reward; None where it has none.
-        started: seconds since the epoch.
-        duration: seconds until it ended, or until now.
+        queued: seconds since the epoch; None if it was never in the queue.
+        started: when its first attempt started, or its first call if it was never queued; None if none has.
+        attempt_started: when its latest attempt started; None if none is under way.
+        duration: seconds from `started` until it ended, or until now; None if it has not started.
         ended: whether it has ended.
     """
 
@@ -82,8 +89,10 @@ class Overview:
     prompt_tokens: int
     output_tokens: int
     reward: float | None
-    started: float
-    duration: float
+    queued: float | None
+    started: float | None
+    attempt_started: float | None
+    duration: float | None
     ended: bool
 
 
@@ -106,7 +115,7 @@ def page(connection: Connection, wanted: OverviewQuery) -> OverviewPage:
     unassigned_calls = connection.execute(counted).scalar_one()
     # If every call names a rollout, spans need not be searched.
     each = _all(wanted, by_spans=unassigned_calls > 0).subquery()
-    duration = func.coalesce(each.c.end_time, wanted.now) - each.c.start_time
+    duration = func.coalesce(each.c.end_time, wanted.now) - each.c.started
     rewards = _rewards()
     orders: Mapping[Column, ColumnElement[Any]] = {
         "rollout": each.c.rollout_id,
@@ -115,7 +124,8 @@ def page(connection: Connection, wanted: OverviewQuery) -> OverviewPage:
         "prompt_tokens": each.c.prompt_tokens,
         "output_tokens": each.c.output_tokens,
         "reward": rewards.c.reward,
-        "started": each.c.start_time,
+        "queued": func.coalesce(each.c.queued, each.c.started),
+        "started": each.c.started,
         "duration": duration,
     }
     order = orders[wanted.sort_by]
@@ -128,10 +138,17 @@ def page(connection: Connection, wanted: OverviewQuery) -> OverviewPage:
         .offset(wanted.offset)
     )
     found = connection.execute(query).all()
-    return OverviewPage([_overview(row) for row in found], found[0].total if found else 0, unassigned_calls)
+    # For the rows of this page alone: the index that sorts the table has only the ends of calls.
+    times = call_times(connection, [text_of(row.rollout_id) for row in found if row.status == RECORDED])
+    under_way = _attempt_starts(connection, [row.rollout_id for row in found if row.status in UNDER_WAY])
+    rows = [_overview(row, times.get(text_of(row.rollout_id)), under_way.get(row.rollout_id)) for row in found]
+    return OverviewPage(rows, found[0].total if found else 0, unassigned_calls)
 
 
-def _overview(row: Any) -> Overview:
+def _overview(row: Any, times: tuple[float, float] | None, attempt_started: float | None) -> Overview:
+    started, duration = row.started, row.duration
+    if times is not None:
+        started, duration = times[0], times[1] - times[0]
     return Overview(
         rollout_id=text_of(row.rollout_id),
         status=row.status,
@@ -141,29 +158,59 @@ def _overview(row: Any) -> Overview:
         prompt_tokens=row.prompt_tokens,
         output_tokens=row.output_tokens,
         reward=row.reward,
-        started=row.start_time,
+        queued=row.queued,
+        started=started,
+        attempt_started=attempt_started,
         # Start and end may come from different clocks, so the difference may be negative.
-        duration=max(row.duration, 0.0),
+        duration=None if duration is None else max(duration, 0.0),
         ended=row.end_time is not None,
     )
+
+
+def _attempt_starts(connection: Connection, rollout_ids: Sequence[str]) -> dict[str, float]:
+    """Map rollouts to the start of their latest attempt, in seconds since the epoch."""
+    is_latest = and_(attempts.c.rollout_key == rollouts.c.key, attempts.c.sequence_id == rollouts.c.attempts)
+    query = select(rollouts.c.rollout_id, attempts.c.start_time).select_from(rollouts.join(attempts, is_latest))
+    found = connection.execute(query.where(rollouts.c.rollout_id.in_(rollout_ids)))
+    return {row.rollout_id: row.start_time for row in found}
+
+
+def call_times(connection: Connection, rollout_ids: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """Map rollouts to the start of their first call and the end of their last one, in seconds since the epoch.
+
+    Only calls that name their rollout count; a rollout without such calls is left out.
+    """
+    keys = known_keys(connection, rollout_ids)
+    of_keys = {key: rollout_id for rollout_id, key in keys.items()}
+    times = (
+        func.min(func.coalesce(generations.c.started_at, generations.c.finished_at)),
+        func.max(generations.c.finished_at),
+    )
+    query = select(generations.c.rollout_key, *times).where(generations.c.rollout_key.in_(of_keys))
+    found = connection.execute(query.group_by(generations.c.rollout_key))
+    return {of_keys[key]: (started / 1e9, ended / 1e9) for key, started, ended in found}
 
 
 def _all(wanted: OverviewQuery, by_spans: bool) -> Select[Any]:
     """Select a row for each rollout that matches the filters."""
     calls = _calls(by_spans)
+    is_first = and_(attempts.c.rollout_key == rollouts.c.key, attempts.c.sequence_id == 1)
+    joined = rollouts.outerjoin(attempts, is_first)
     of_queue = select(
         rollouts.c.rollout_id,
         rollouts.c.status,
         rollouts.c.attempts,
-        rollouts.c.start_time,
+        rollouts.c.start_time.label("queued"),
+        attempts.c.start_time.label("started"),
         rollouts.c.end_time,
         *(func.coalesce(calls.c[name], 0).label(name) for name in _SUMS),
-    ).select_from(rollouts.outerjoin(calls, calls.c.rollout_id == rollouts.c.rollout_id))
+    ).select_from(joined.outerjoin(calls, calls.c.rollout_id == rollouts.c.rollout_id))
     recorded = select(
         calls.c.rollout_id,
         literal(RECORDED).label("status"),
         literal(0).label("attempts"),
-        calls.c.started.label("start_time"),
+        cast(null(), Double).label("queued"),
+        calls.c.started,
         calls.c.ended.label("end_time"),
         *(calls.c[name] for name in _SUMS),
     ).where(~exists().where(rollouts.c.rollout_id == calls.c.rollout_id))

@@ -51,11 +51,11 @@ _TEXT_KEYS = attrgetter(
 
 
 def repeated_texts(generation: Generation) -> Iterator[str | None]:
-    """Yield the texts of a generation that its rows refer to by keys."""
+    """Yield the texts of a generation that its rows refer to by keys; an empty attempt id is none."""
     yield generation.endpoint
     yield generation.model
     yield generation.rollout_id
-    yield generation.attempt_id
+    yield generation.attempt_id or None
     yield generation.session_id
     yield generation.sampling_params
     yield generation.logprobs_mode
@@ -99,7 +99,7 @@ def generation_row(
         keys[generation.endpoint],
         keys[generation.model],
         keys[generation.rollout_id],
-        keys[generation.attempt_id],
+        keys[generation.attempt_id or None],
         keys[generation.session_id],
         storable(generation.trace_id),
         generation.started_at,
@@ -151,7 +151,7 @@ def generation_of(
         endpoint=texts[row.endpoint_key],
         model=texts[row.model_key],
         rollout_id=texts[row.rollout_key],
-        attempt_id=texts[row.attempt_key],
+        attempt_id=texts[row.attempt_key] or None,
         session_id=texts[row.session_key],
         trace_id=text_of(row.trace_id),
         started_at=row.started_at,

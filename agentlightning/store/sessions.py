@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import ColumnElement, Connection, and_, bindparam, delete, exists, select, update
 
@@ -20,7 +20,7 @@ from agentlightning.store.database import insert_if_new
 from agentlightning.store.spans import NewSpan, next_sequence_ids
 from agentlightning.store.tables import sessions, span_sequences, spans
 
-__all__ = ["SessionPlace", "end", "find", "join", "latest", "spans_of"]
+__all__ = ["SessionPlace", "end", "find", "join", "latest", "outcome", "spans_of"]
 
 SessionPlace = tuple[str, str]
 """Ids of a rollout and of one of its attempts; the latter is empty where this store does not know the rollout."""
@@ -65,13 +65,7 @@ def end(connection: Connection, new: Sequence[NewSpan], own: dict[str, SessionPl
         found = rollouts.find(connection, rollout_id)
         # A span that was sent twice, or a state that was set since, changes nothing.
         if found is not None and found.attempt_id == attempt_id and found.attempt_status in ("preparing", "running"):
-            body = json.loads(each.body)
-            failed = attributes.has_failed(body["attributes"], body["status"]["status_code"])
-            if failed is None:
-                failed = _is_left_in_error(connection, each)
-            lifecycle.update_attempt(
-                connection, rollout_id, attempt_id, {"status": "failed" if failed else "succeeded"}
-            )
+            lifecycle.update_attempt(connection, rollout_id, attempt_id, {"status": _outcome(connection, each)})
 
 
 def find(connection: Connection, trace_id: str) -> Any | None:
@@ -82,6 +76,13 @@ def find(connection: Connection, trace_id: str) -> Any | None:
 def latest(connection: Connection, limit: int) -> Sequence[Any]:
     """Read the rows of the newest sessions, newest first."""
     return connection.execute(select(sessions).order_by(sessions.c.key.desc()).limit(limit)).all()
+
+
+def outcome(connection: Connection, trace_id: str) -> Literal["failed", "succeeded"] | None:
+    """Tell how a session ended; None if its root span, the last to end, has not arrived."""
+    query = select(spans).where(spans.c.trace_id == trace_id, spans.c.parent_id.is_(None))
+    root = connection.execute(query.order_by(spans.c.end_time.desc(), spans.c.key.desc()).limit(1)).first()
+    return None if root is None else _outcome(connection, root)
 
 
 def spans_of(connection: Connection, trace_id: str) -> Sequence[Any]:
@@ -126,7 +127,14 @@ def _own(connection: Connection, trace_id: str, project_id: str) -> SessionPlace
     return rollout_id, found.attempt_id
 
 
-def _is_left_in_error(connection: Connection, root: NewSpan) -> bool:
+def _outcome(connection: Connection, root: Any) -> Literal["failed", "succeeded"]:
+    """Tell how the session of this root span ended."""
+    body = json.loads(root.body)
+    failed = attributes.has_failed(body["attributes"], body["status"]["status_code"])
+    return "failed" if (_is_left_in_error(connection, root) if failed is None else failed) else "succeeded"
+
+
+def _is_left_in_error(connection: Connection, root: Any) -> bool:
     """Tell whether the last span to end before the root had failed: an exception ends the inner span first."""
     query = select(spans.c.body).where(spans.c.trace_id == root.trace_id, spans.c.span_id != root.span_id)
     last = connection.execute(query.order_by(spans.c.end_time.desc(), spans.c.key.desc()).limit(1)).scalar()

@@ -19,7 +19,7 @@ from agentlightning.store.database import in_parts, insert_if_new, insert_rows
 from agentlightning.store.documents import to_json
 from agentlightning.store.pages import Listing, Logic, contains, matching
 from agentlightning.store.rows import storable, text_of
-from agentlightning.store.tables import span_sequences, spans
+from agentlightning.store.tables import ATTEMPT_OF_SPAN, span_sequences, spans
 from agentlightning.triplet import Triplet
 
 __all__ = ["NewSpan", "add", "listing", "new_span", "next_sequence_ids", "outlines", "place_again", "span_json"]
@@ -239,9 +239,13 @@ def outlines(connection: Connection, rollout_id: str, limit: int, largest: int) 
         largest: bytes of a body; the body of a larger span is None. A database knows a value's length without reading
             the value.
     """
-    columns = [column for column in spans.c if column is not spans.c.body]
+    columns = [column for column in spans.c if column.name not in ("attempt_id", "body")]
     body = case((func.length(spans.c.body) <= largest, spans.c.body)).label("body")
-    query = select(*columns, body).where(spans.c.rollout_id == rollout_id).order_by(spans.c.sequence_id, spans.c.key)
+    query = (
+        select(*columns, ATTEMPT_OF_SPAN, body)
+        .where(spans.c.rollout_id == rollout_id)
+        .order_by(spans.c.sequence_id, spans.c.key)
+    )
     return connection.execute(query.limit(limit)).all()
 
 

@@ -25,9 +25,11 @@ from sqlalchemy import (
     SmallInteger,
     Table,
     Text,
+    func,
 )
 
 __all__ = [
+    "ATTEMPT_OF_SPAN",
     "CLEAR_STALE_END_TIMES",
     "attempts",
     "blocks",
@@ -246,6 +248,12 @@ spans = Table(
     # A JSON object of all other fields but rollout_id, attempt_id and sequence_id.
     Column("body", LargeBinary, nullable=False),
 )
+
+ATTEMPT_OF_SPAN = func.nullif(spans.c.attempt_id, "").label("attempt_id")
+"""The attempt of a span; null where none is known, as in `generations`.
+
+The column has an empty text there if the span has a rollout: in a unique index, null would be unequal to null.
+"""
 
 span_sequences = Table(
     "span_sequences",

@@ -11,7 +11,7 @@ from agentlightning.store.database import found, in_parts, insert_rows, next_key
 from agentlightning.store.rows import storable, text_of
 from agentlightning.store.tables import texts
 
-__all__ = ["key_of", "keys_of", "texts_of"]
+__all__ = ["key_of", "keys_of", "known_keys", "texts_of"]
 
 
 def keys_of(connection: Connection, wanted: Iterable[str | None]) -> dict[str | None, int | None]:
@@ -36,6 +36,12 @@ def keys_of(connection: Connection, wanted: Iterable[str | None]) -> dict[str | 
 def key_of(connection: Connection, text: str) -> int | None:
     """Return the key of a text; None for an unknown text."""
     return connection.execute(select(texts.c.key).where(texts.c.digest == _digest(text))).scalar()
+
+
+def known_keys(connection: Connection, wanted: Iterable[str]) -> dict[str, int]:
+    """Map texts to their keys; unknown texts are left out."""
+    digests = {_digest(text): text for text in wanted}
+    return {digests[digest]: key for digest, key in _known(connection, digests).items()}
 
 
 def texts_of(connection: Connection, keys: Iterable[int | None]) -> Mapping[int | None, str | None]:

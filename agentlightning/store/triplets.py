@@ -182,7 +182,7 @@ def _spans(connection: Connection, rollout_id: str, attempt_id: str | None) -> S
     # Spans have these ids unencoded, so no span has an id that a database cannot store.
     if any(text is not None and ("\0" in text or text.encode(errors="replace").decode() != text) for _, text in wanted):
         return []
-    columns = (_SPANS.key, _SPANS.attempt_id, _SPANS.sequence_id, _SPANS.is_numbered, _SPANS.span_id)
+    columns = (_SPANS.key, tables.ATTEMPT_OF_SPAN, _SPANS.sequence_id, _SPANS.is_numbered, _SPANS.span_id)
     columns += (_SPANS.start_time, _SPANS.end_time)
     # The body of a call's span may hold thousands of ids, so only the bodies of rewards are read.
     body = case((_SPANS.reward.is_not(None), _SPANS.body)).label("body")

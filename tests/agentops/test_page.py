@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -63,9 +64,46 @@ def test_session_page_shows_its_spans(sdk: SdkClient) -> None:
     page = shown(sdk.http, trace_id)
 
     rollout_id, attempt_id = sdk.place(trace_id)
-    for text in (trace_id, rollout_id, attempt_id, sdk.project_id, "succeeded", "no such city", "1.500 s"):
+    for text in (
+        trace_id,
+        rollout_id,
+        attempt_id,
+        sdk.project_id,
+        "succeeded",
+        "no such city",
+        "1.5\N{NO-BREAK SPACE}s",
+    ):
         assert text in page.text
     assert page.text.index("root.session") < page.text.index("agent") < page.text.index("tool")
+
+
+def test_session_of_a_rollout_that_was_never_queued_shows_how_it_ended(store: StoreServer, sdk: SdkClient) -> None:
+    trace_id, rollout_id, response_id = uuid.uuid4().hex, f"ro-{uuid.uuid4().hex}", f"chatcmpl-{uuid.uuid4().hex}"
+    called = replace(
+        FULL, id=new_id(), call_id=new_id(), response_id=response_id, rollout_id=rollout_id, attempt_id=None
+    )
+    with open_store(store.url) as opened:
+        opened.add([called])
+    named = attribute("agentlightning.rollout_id", "stringValue", rollout_id)
+    ended = attribute("agentops.session.end_state", "stringValue", "Success")
+    # The SDK tells the outcome by an attribute alone.
+    root = sdk.session(trace_id, named, ended, name="root.session", status={})
+    answered = [named, attribute("gen_ai.response.id", "stringValue", response_id)]
+    sdk.send(a_span(traceId=trace_id, parentSpanId=root["spanId"], name="chat", attributes=answered, status={}))
+    assert "running" in shown(sdk.http, trace_id).text
+    sdk.send(root)
+    page, listed = shown(sdk.http, trace_id), shown(sdk.http)
+
+    assert sdk.place(trace_id) == (rollout_id, "")
+    assert page.text.count("succeeded") == 2
+    assert "UNSET" not in page.text
+    assert "recorded by vLLM" in page.text
+    assert "not in this store" not in page.text + listed.text
+    assert f"{rollout_id}succeeded" in listed.text
+    # On the page of its rollout the call is below the span that names its answer, and the spans' outcomes are known.
+    rows = sdk.http.get("/rollout", params={"id": rollout_id}).text
+    assert re.findall(r'<li class="(\w+ d\d+)">', rows) == ["attempt d0", "span d1", "span d2", "generation d3"]
+    assert "Calls that name no attempt" in rows
 
 
 def test_recorded_model_call_shows_the_recording(store: StoreServer, sdk: SdkClient) -> None:

@@ -55,6 +55,7 @@ class Visit:
         url: the store's.
         key: what is typed where the browser asks for a user and a password.
         javascript: whether scripts are on.
+        timezone: the zone of its clock.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Visit:
         scheme: Scheme = "light",
         key: str | None = None,
         javascript: bool = True,
+        timezone: str = "UTC",
     ) -> None:
         self._url = url
         self.complaints: list[str] = []
@@ -76,7 +78,7 @@ class Visit:
             http_credentials={"username": "agl", "password": key} if key else None,
             java_script_enabled=javascript,
             locale="en-GB",
-            timezone_id="UTC",
+            timezone_id=timezone,
         )
         self._context.set_default_timeout(MILLISECONDS)
         self._context.on("console", self._saw_console)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["CHROMIUM", "FAKETIME", "POSTGRESQL", "Package", "skipped_parts"]
+__all__ = ["CHROMIUM", "FAKETIME", "NGINX", "POSTGRESQL", "Package", "skipped_parts"]
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,17 @@ def _chromium() -> Path | None:
     return Path(found) if found else None
 
 
+def _nginx() -> Path | None:
+    # Users other than root often have no /usr/sbin on their path.
+    found = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+    return Path(found) if found else None
+
+
 CHROMIUM = Package("chromium", "Chromium", "the page of agl store", _chromium)
 FAKETIME = Package("faketime", "libfaketime", "differing clocks", _libfaketime)
 POSTGRESQL = Package("postgresql", "PostgreSQL", "stores in PostgreSQL", _initdb)
-PACKAGES = (CHROMIUM, FAKETIME, POSTGRESQL)
+NGINX = Package("nginx", "nginx", "the page behind nginx", _nginx)
+PACKAGES = (CHROMIUM, FAKETIME, POSTGRESQL, NGINX)
 
 
 def skipped_parts() -> list[str]:

@@ -29,7 +29,7 @@ from agentlightning.sender import Sender, Vocabulary
 from agentlightning.store import generations, open_database, senders, spans, tables
 from agentlightning.store.attributes import ANNOTATION, RESPONSE, reward_attributes
 
-__all__ = ["LONG", "MODEL", "VOCABULARY", "Rollout", "fill", "long_generation", "tokens"]
+__all__ = ["LONG", "MODEL", "VOCABULARY", "Rollout", "end_time", "fill", "long_generation", "tokens"]
 
 MODEL = "Qwen/Qwen3-0.6B"
 LONG = "a rollout of one long answer"
@@ -263,7 +263,7 @@ def _row(rollout: Rollout) -> dict[str, Any]:
         "rollout_id": rollout.rollout_id,
         "input": json.dumps({"question": rollout.question}),
         "start_time": rollout.start_time,
-        "end_time": _end_time(rollout) if rollout.status in ENDED else None,
+        "end_time": end_time(rollout) if rollout.status in ENDED else None,
         "mode": "train",
         "status": rollout.status,
         "config": json.dumps(RolloutConfig(max_attempts=2, retry_condition=("timeout", "unresponsive")).as_dict()),
@@ -281,7 +281,7 @@ def _attempt_rows(key: int, rollout: Rollout) -> Iterator[dict[str, Any]]:
             "sequence_id": sequence_id,
             "attempt_id": rollout.attempt_id(sequence_id),
             "start_time": _start_time(rollout, sequence_id),
-            "end_time": _end_time(rollout) if has_ended else None,
+            "end_time": end_time(rollout) if has_ended else None,
             "status": status,
             "worker_id": f"runner-{rollout.number % 4}",
             "last_heartbeat_time": None if status == "preparing" else _start_time(rollout, sequence_id) + 1,
@@ -292,7 +292,8 @@ def _start_time(rollout: Rollout, sequence_id: int) -> float:
     return rollout.start_time + 0.25 + SECONDS_TO_TRY_AGAIN * (sequence_id - 1)
 
 
-def _end_time(rollout: Rollout) -> float:
+def end_time(rollout: Rollout) -> float:
+    """Return when a rollout has ended, in seconds since the epoch."""
     attempts = len(rollout.attempt_statuses)
     if not attempts:
         return rollout.start_time + 0.5
@@ -383,7 +384,7 @@ def _spans(rollout: Rollout) -> Iterator[spans.NewSpan]:
                 worked = finished + 0.01, finished + 0.02
                 yield _span(rollout, sequence_id, next(ids), agent, "calculator", worked, {"tool.name": "calculator"})
         if status in ("succeeded", "failed"):
-            end = _end_time(rollout)
+            end = end_time(rollout)
             began = _start_time(rollout, sequence_id)
             yield _span(rollout, sequence_id, agent, None, "agent", (began, end), {"question": rollout.question})
             given = reward_attributes(rollout.reward or 0.0, None)

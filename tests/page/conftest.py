@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from typing import Any
 
 import httpx
@@ -114,3 +115,8 @@ def end(trainer: httpx.Client, rollout: dict[str, Any]) -> None:
     """End a rollout's attempt as succeeded."""
     path = f"/v1/agl/rollouts/{rollout['rollout_id']}/attempts/{rollout['attempt']['attempt_id']}"
     trainer.post(path, json={"status": "succeeded"}).raise_for_status()
+
+
+def shown_time(seconds: float) -> str:
+    """Return a moment as the page shows it to a browser in UTC."""
+    return f"{datetime.fromtimestamp(seconds, timezone.utc):%Y-%m-%d\N{NO-BREAK SPACE}%H:%M:%S}"

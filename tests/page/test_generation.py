@@ -15,7 +15,7 @@ from agentlightning.generation import Generation
 from agentlightning.store import open_store
 from tests.common.browser import Visit
 from tests.common.generations import EMPTY, FULL
-from tests.common.rollouts import END, Rollout, tokens
+from tests.common.rollouts import END, START, Rollout, tokens
 from tests.page.conftest import LONG_IDS, Filled, Open
 from tests.server.process import StoreServer
 
@@ -136,6 +136,67 @@ def test_unfolded_prompt_shows_its_tokens(look: Open, recorded: Generation) -> N
     page.keyboard.press("ArrowRight")
     # The address names only tokens of the answer.
     assert "#" not in page.url
+
+
+def test_every_special_token_is_framed(look: Open, recorded: Generation) -> None:
+    page = look(f"/generation?id={recorded.id}")
+    assert recorded.prompt_token_ids is not None
+    page.get_by_text(f"{len(recorded.prompt_token_ids)} tokens", exact=True).click()
+    prompt = page.get_by_role("group", name="Prompt: ")
+    expect(prompt).to_be_visible()
+
+    for text in (START, END):
+        tokens_of_it = prompt.get_by_text(text, exact=True)
+        assert tokens_of_it.count() > 0
+        for each in tokens_of_it.all():
+            expect(each).to_have_css("outline-style", "dashed")
+    expect(prompt.get_by_text("calculator")).to_have_css("outline-style", "none")
+
+
+@pytest.mark.parametrize("size", ["phone", "desktop"])
+def test_description_is_shown_once_and_covers_nothing(look: Open, filled: Filled, size: str) -> None:
+    page = look(f"/generation?id={filled.long.id}", size=size)
+    described = page.locator(".description")
+    plot = page.get_by_role("img", name="Plot of logprobs")
+    # Before a token is chosen there is nothing to cover anything with.
+    expect(described).to_have_text([""])
+    assert described.evaluate("each => each.getBoundingClientRect().height") == 0
+    assert filled.long.prompt_token_ids is not None
+    page.get_by_text(f"{len(filled.long.prompt_token_ids)} tokens", exact=True).click()
+    page.get_by_role("group", name="Prompt: ").get_by_text("story").click()
+    expect(described.first).to_contain_text("story")
+    expect(described.last).to_have_text("")
+    plot.scroll_into_view_if_needed()
+    answer(page).locator(".t").nth(3).click()
+    # Of the two, only the last chosen is described.
+    expect(described.first).to_have_text("")
+    expect(described.last).to_contain_text("Token 3")
+    for step in range(12):
+        overlaps = page.evaluate(OVERLAPS)
+        assert not overlaps, step
+        page.mouse.wheel(0, 120)
+    # The chosen token itself is never behind its description.
+    answer(page).focus()
+    for _ in range(40):
+        page.keyboard.press("ArrowDown")
+    expect(highlighted(page)).to_be_in_viewport(ratio=1)
+    page.wait_for_function(f"!({COVERED})")
+    page.keyboard.press("Escape")
+    expect(described).to_have_text(["", ""])
+    third = answer(page).locator(".t").nth(3)
+    third.click()
+    expect(described.last).to_contain_text("Token 3")
+    third.click()
+    expect(described).to_have_text(["", ""])
+
+
+OVERLAPS = """() => {
+  const [bar, plot] = [[...document.querySelectorAll(".description")].at(-1), document.getElementById("plot")];
+  const [one, other] = [bar.getBoundingClientRect(), plot.getBoundingClientRect()];
+  return one.top < other.bottom && other.top < one.bottom;
+}"""
+COVERED = """[...document.querySelectorAll(".description")].at(-1).getBoundingClientRect().top <
+  document.querySelector(".chosen").getBoundingClientRect().bottom"""
 
 
 def test_part_of_a_character_is_shown_as_bytes(look: Open, rollout: Rollout) -> None:

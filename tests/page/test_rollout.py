@@ -3,24 +3,48 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from array import array
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 import httpx
 from playwright.sync_api import Locator, Page, expect
 
 from agentlightning.store import open_store
+from agentlightning.store.attributes import RESPONSE
 from tests.common.browser import Visit
-from tests.common.generations import generation
-from tests.common.rollouts import LONG
-from tests.page.conftest import Filled, Open, end, started
+from tests.common.clock import an_hour_ahead, standing_still
+from tests.common.generations import SECOND, generation
+from tests.common.rollouts import LONG, end_time, fill
+from tests.page.conftest import Filled, Open, end, shown_time, started
 from tests.server.process import StoreServer
+
+REWARD = "agentlightning.reward.0.value"
 
 
 def rows(page: Page) -> list[str]:
     """Return the texts of the timeline, from top to bottom."""
     return page.get_by_role("region", name="Timeline").get_by_role("listitem").all_inner_texts()
+
+
+def send_span(
+    trainer: httpx.Client, rollout_id: str, number: int, name: str, ended: int, attributes: dict[str, Any]
+) -> None:
+    """Send a span of a tenth of a second over OTLP, which names no attempt."""
+    named = {"agentlightning.rollout_id": {"stringValue": rollout_id}, **attributes}
+    span = {
+        "traceId": f"{number:032x}",
+        "spanId": f"{number:016x}",
+        "name": name,
+        "startTimeUnixNano": str(ended - SECOND // 10),
+        "endTimeUnixNano": str(ended),
+        "attributes": [{"key": key, "value": value} for key, value in named.items()],
+    }
+    trainer.post("/v1/traces", json={"resourceSpans": [{"scopeSpans": [{"spans": [span]}]}]}).raise_for_status()
 
 
 def calls(page: Page) -> Locator:
@@ -94,10 +118,80 @@ def test_queued_rollout_says_that_it_waits(look: Open, filled: Filled) -> None:
 
 
 def test_rollout_without_calls_names_possible_reasons(look: Open, filled: Filled) -> None:
-    page = look(f"/rollout?id={filled.rollout('preparing').rollout_id}")
+    page = look(f"/rollout?id={filled.rollout('cancelled').rollout_id}")
 
     expect(page.get_by_text("What to do")).to_be_visible()
     expect(page.get_by_text("no recorded call names")).to_contain_text("some calls were lost")
+
+
+def test_rollout_that_was_just_dequeued_is_just_started(visit: Callable[..., Visit], tmp_path: Path) -> None:
+    with StoreServer(tmp_path / "store.db", env=standing_still("2026-11-25 10:00:00")) as server:
+        with server.client() as trainer:
+            rollout_id = started(trainer, "Has it begun?")["rollout_id"]
+        page = visit(server).page
+        page.goto("/")
+        expect(page.get_by_role("row").filter(has_text=rollout_id)).to_contain_text("it has just started")
+        page.get_by_role("link", name=rollout_id).click()
+
+        expect(page.get_by_text("it has just started.")).to_be_visible()
+
+
+def test_rollout_without_calls_for_minutes_gives_a_reason(visit: Callable[..., Visit], tmp_path: Path) -> None:
+    rollouts = fill(str(tmp_path / "store.db"), 10)
+    rollout_id = next(each.rollout_id for each in rollouts if each.status == "preparing")
+    with StoreServer(tmp_path / "store.db", env=an_hour_ahead()) as server:
+        page = visit(server).page
+        page.goto(f"/rollout?id={rollout_id}")
+
+        expect(page.get_by_text("no recorded call names")).to_be_visible()
+
+
+def test_facts_tell_when_it_was_queued_and_started_and_how_long_it_took(look: Open, filled: Filled) -> None:
+    rollout = filled.rollout("failed")
+    page = look(f"/rollout?id={rollout.rollout_id}")
+
+    def fact(name: str) -> str:
+        return page.locator("dl.facts > div").filter(has_text=name).locator("dd").inner_text()
+
+    # The first of two attempts starts a quarter of a second after it was queued.
+    assert fact("Queued") == shown_time(rollout.start_time)
+    assert fact("Started") == shown_time(rollout.start_time + 0.25)
+    seconds = end_time(rollout) - rollout.start_time - 0.25
+    assert fact("Took") == f"{seconds:.1f}\N{NO-BREAK SPACE}s"
+
+
+def test_queued_rollout_has_not_started(look: Open, filled: Filled) -> None:
+    page = look(f"/rollout?id={filled.rollout('queuing').rollout_id}")
+    facts = page.locator("dl.facts")
+
+    expect(facts).to_contain_text(re.compile("Queued.*Started\\s*\N{EN DASH}.*Took\\s*\N{EN DASH}", re.DOTALL))
+
+
+def test_reward_over_otlp_stands_below_the_attempt_of_the_calls(
+    visit: Callable[..., Visit], living: StoreServer, trainer: httpx.Client
+) -> None:
+    rollout_id = f"never queued {time.time_ns()}"
+    ended = time.time_ns()
+    times = {"started_at": ended - SECOND // 2, "finished_at": ended}
+    call = generation(1, rollout_id=rollout_id, attempt_id=None, **times)
+    with open_store(living.url) as store:
+        store.add([call])
+    send_span(trainer, rollout_id, 1, "chat", ended, {RESPONSE: {"stringValue": call.response_id}})
+    send_span(trainer, rollout_id, 2, "reward", ended + SECOND, {REWARD: {"doubleValue": 1 / 396}})
+    page = visit(living).page
+    page.goto(f"/rollout?id={rollout_id}")
+
+    found = rows(page)
+    names = ["Calls that name no attempt", "chat", "/v1/chat/completions", "reward"]
+    assert [each for each, name in zip(found, names, strict=True) if not each.startswith(name)] == []
+    # The call stands below the span that names its answer.
+    expect(page.locator(".generation.d2")).to_have_count(1)
+    expect(page.get_by_text("reward 0.002525").first).to_be_visible()
+    # All digits on hover.
+    expect(page.get_by_title(str(1 / 396)).first).to_have_text("0.002525")
+    page.goto(f"/?q={quote(rollout_id)}")
+    [row] = page.get_by_role("row").filter(has_text=rollout_id).all()
+    expect(row).to_contain_text("500\N{NO-BREAK SPACE}ms")
 
 
 def test_rollout_with_answers_gives_no_reason(look: Open, filled: Filled) -> None:

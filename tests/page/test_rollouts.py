@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
+from zoneinfo import ZoneInfo
 
 import httpx
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
 from tests.common.browser import Visit
-from tests.common.rollouts import LONG
-from tests.page.conftest import COUNT, LONG_IDS, Filled, Open, end, started
+from tests.common.rollouts import LONG, end_time
+from tests.page.conftest import COUNT, LONG_IDS, Filled, Open, end, shown_time, started
 from tests.server.process import StoreServer
 
 
@@ -58,6 +60,69 @@ def test_row_shows_status_calls_reward_and_attempt(look: Open, filled: Filled) -
     expect(row(page, again.rollout_id)).to_contain_text("attempt 2")
     expect(row(page, LONG)).to_contain_text("recorded")
     expect(row(page, filled.rollout("running").rollout_id)).to_contain_text("so far")
+
+
+def test_columns_tell_when_a_rollout_was_queued_and_started_and_how_long_it_took(look: Open, filled: Filled) -> None:
+    page = look("/?sort=queued&order=asc&status=succeeded")
+    first = filled.rollouts[0]
+    [found] = [each for each in cells(page) if first.rollout_id in each[0]]
+
+    # An attempt starts a quarter of a second after it was queued.
+    seconds = end_time(first) - first.start_time - 0.25
+    assert found[6:] == [
+        shown_time(first.start_time),
+        shown_time(first.start_time + 0.25),
+        f"{seconds:.1f}\N{NO-BREAK SPACE}s",
+    ]
+    [waiting] = [each for each in cells(look("/")) if filled.rollout("queuing").rollout_id in each[0]]
+    assert waiting[7:] == ["\N{EN DASH}", "\N{EN DASH}"]
+
+
+@pytest.mark.parametrize("zone", ["Asia/Tokyo", "America/New_York"])
+def test_times_are_local_and_in_utc_on_hover(
+    visit: Callable[..., Visit], living: StoreServer, trainer: httpx.Client, zone: str
+) -> None:
+    new = started(trainer, "When was that?")
+    page = visit(living, timezone=zone).page
+    page.goto("/")
+    at = row(page, new["rollout_id"]).locator("time").first
+    local = datetime.fromtimestamp(new["start_time"], ZoneInfo(zone))
+
+    expect(at).to_have_text(f"{local:%Y-%m-%d\N{NO-BREAK SPACE}%H:%M:%S}")
+    utc = shown_time(new["start_time"]) + "\N{NO-BREAK SPACE}UTC"
+    expect(at).to_have_attribute("title", utc)
+    # Updates keep it so.
+    end(trainer, new)
+    expect(row(page, new["rollout_id"])).to_contain_text("succeeded")
+    expect(at).to_have_text(f"{local:%Y-%m-%d\N{NO-BREAK SPACE}%H:%M:%S}")
+    expect(at).to_have_attribute("title", utc)
+
+
+def test_times_without_scripts_say_that_they_are_utc(look: Open, filled: Filled) -> None:
+    page = look("/?sort=queued&order=asc", javascript=False)
+
+    expect(page.locator("time").first).to_have_text(shown_time(filled.rollouts[0].start_time) + "\N{NO-BREAK SPACE}UTC")
+
+
+def test_phone_shows_every_column_without_scrolling_sideways(look: Open, filled: Filled) -> None:
+    page = look("/", size="phone")
+    card = row(page, filled.rollout("succeeded").rollout_id)
+
+    assert table_is_as_wide_as_the_window(page)
+    cells_of_card = card.get_by_role("cell")
+    expect(cells_of_card).to_have_count(8)
+    for each in cells_of_card.all():
+        each.scroll_into_view_if_needed()
+        expect(each).to_be_in_viewport(ratio=1)
+    expect(page.get_by_role("columnheader", name="Calls")).to_be_visible()
+    page.get_by_role("columnheader", name="Calls").get_by_role("link").click()
+    expect(page.get_by_role("columnheader", name="Calls")).to_have_attribute("aria-sort", "descending")
+    assert table_is_as_wide_as_the_window(page)
+
+
+def table_is_as_wide_as_the_window(page: Page) -> bool:
+    """Tell whether the table shows all of itself, without scrolling sideways."""
+    return page.locator(".wide").evaluate("each => each.scrollWidth <= each.clientWidth")
 
 
 def test_rollout_without_answers_gives_its_reason(look: Open, filled: Filled) -> None:

@@ -15,6 +15,7 @@ from agentlightning.generation import Generation
 from agentlightning.store import open_database, senders, tables
 from tests.common.answers import fetch, post
 from tests.common.reference import tokenizer
+from tests.common.tiny_model import SPECIAL_TOKENS
 from tests.recording.server import RecordingServer
 from tests.recording.test_api_servers import FEW, ask_all, until_kept
 from tests.recording.test_endpoints import TALK
@@ -73,7 +74,10 @@ def test_each_id_stands_for_the_tokenizers_own_token(recording: RecordingServer)
         assert vocabulary is not None
         for token_ids in (prompt, *choices):
             assert [vocabulary.tokens[each] for each in token_ids] == tokenizer().convert_ids_to_tokens(token_ids)
-        assert vocabulary.special == {*tokenizer().all_special_ids}
+        # All that the tokenizer marks, also those that have no role, such as <|im_start|>.
+        marked = {number for number, token in tokenizer().added_tokens_decoder.items() if token.special}
+        assert len(marked) == len(SPECIAL_TOKENS)
+        assert vocabulary.special == marked
 
 
 def test_each_api_server_is_a_sender_and_all_have_one_vocabulary(

@@ -7,7 +7,7 @@ from contextlib import closing
 from typing import Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 from agentlightning.generation import Choice, Generation
 from agentlightning.rollout import NewRollout
@@ -57,7 +57,8 @@ def test_overview_of_a_recorded_rollout_lasts_from_its_first_to_its_last_call(ur
         store.add([call(number, "r", finished_at=START + number * SECOND) for number in (5, 2, 9)])
 
     assert rows_of(database) == [
-        Overview("r", "recorded", 0, 3, 3, 9, 15, None, START / SECOND + 2, 7.0, True),
+        # `call` starts half a second before it ends.
+        Overview("r", "recorded", 0, 3, 3, 9, 15, None, None, START / SECOND + 1.5, None, 7.5, True),
     ]
 
 
@@ -75,14 +76,41 @@ def test_unassigned_call_counts_for_the_rollout_whose_span_names_its_answer(url:
 
 def test_duration_of_an_unfinished_rollout_lasts_until_now(database: Database) -> None:
     with database.writing() as connection:
-        lifecycle.enqueue(connection, [NewRollout(1)])
+        lifecycle.start(connection, NewRollout(1), None)
     found = rows_of(database)[0]
+    assert found.started is not None
     later = NOW * 2
 
     with database.reading() as connection:
         assert overview.page(connection, OverviewQuery(now=later)).rollouts[0].duration == pytest.approx(
             later - found.started
         )
+
+
+def test_rollout_that_waits_has_not_started(database: Database) -> None:
+    with database.writing() as connection:
+        [rollout_id] = lifecycle.enqueue(connection, [NewRollout(1)])
+    [waiting] = rows_of(database)
+    with database.writing() as connection:
+        lifecycle.dequeue(connection, 1, None)
+        connection.execute(update(tables.rollouts).values(start_time=10.0))
+        connection.execute(update(tables.attempts).values(start_time=70.0, end_time=75.0))
+        connection.execute(update(tables.rollouts).values(end_time=75.0))
+    [ended] = rows_of(database)
+
+    assert (waiting.started, waiting.attempt_started, waiting.duration, waiting.ended) == (None, None, None, False)
+    assert waiting.queued is not None
+    assert (ended.rollout_id, ended.queued, ended.started, ended.duration) == (rollout_id, 10.0, 70.0, 5.0)
+
+
+def test_retried_rollout_started_with_its_first_attempt(url: str, database: Database) -> None:
+    start_again_after_failure(url)
+    with database.writing() as connection:
+        for sequence_id in (1, 2):
+            of_attempt = tables.attempts.c.sequence_id == sequence_id
+            connection.execute(update(tables.attempts).where(of_attempt).values(start_time=10.0 * sequence_id))
+
+    assert [(each.started, each.attempt_started) for each in rows_of(database)] == [(10.0, 20.0)]
 
 
 @pytest.fixture
@@ -197,6 +225,7 @@ def test_rollout_that_runs_again_has_not_ended(url: str, database: Database) -> 
 
     [found] = rows_of(database)
     assert (found.rollout_id, found.status, found.ended) == (rollout_id, "preparing", False)
+    assert found.started is not None
     assert found.duration == pytest.approx(max(NOW - found.started, 0))
     with database.writing() as connection:
         lifecycle.update_attempt(connection, rollout_id, "latest", {"status": "failed"})

@@ -35,7 +35,7 @@ async def show_sessions(
     values = await database.read(lambda connection: _session(connection, trace_id))
     if values is None:
         title = f"There is no session {trace_id!r}"
-        return page(request, "not_found.html", 404, title=title, text="Nothing in this store has this trace id.")
+        return page(request, "error.html", 404, title=title, text="Nothing in this store has this trace id.")
     return page(request, "session.html", **values)
 
 
@@ -68,6 +68,7 @@ def _in_tree(found: Sequence[TraceSpan]) -> list[tuple[int, TraceSpan]]:
 def _status(connection: Connection, session: Any) -> str:
     found = rollouts.find(connection, session.rollout_id)
     if found is None:
-        return "its rollout is not in this store"
+        # Only spans and calls name this rollout, so only the session's root span tells how it ended.
+        return sessions.outcome(connection, session.trace_id) or "running"
     # The rollout row has the status of its latest attempt alone.
     return found.attempt_status if found.attempt_id == session.attempt_id else "superseded by a later attempt"

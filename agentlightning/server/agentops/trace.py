@@ -12,6 +12,7 @@ from sqlalchemy import Connection
 
 from agentlightning.generation import Generation
 from agentlightning.store import generations, sessions
+from agentlightning.store.attributes import has_failed
 
 __all__ = ["ModelCall", "TraceSpan", "spans_of_trace", "token_totals"]
 
@@ -57,6 +58,12 @@ class TraceSpan:
         if self.row.start_time is None or self.row.end_time is None:
             return None
         return self.row.end_time - self.row.start_time
+
+    @property
+    def state(self) -> str:
+        """Its outcome, `failed` or `succeeded`, by its attributes or its status; empty if neither tells."""
+        failed = has_failed(self.attributes, self.body["status"]["status_code"])
+        return "" if failed is None else "failed" if failed else "succeeded"
 
 
 def spans_of_trace(connection: Connection, trace_id: str) -> list[TraceSpan]:

@@ -35,15 +35,17 @@ HEADERS = {
 }
 
 MINUTE, HOUR = 60, 3600
+REWARD_DIGITS = 4
 
 
 def page(request: Request, template: str, status: int = 200, /, **values: Any) -> HTMLResponse:
     """Render a template with these values.
 
-    Addresses on the page are relative, so that it works behind a proxy that serves it below another path.
+    Addresses on the page are relative, so that it works behind a proxy that serves it below another path. If that path
+    is known they begin with it, so that the page also works there without a slash at its end.
     """
-    path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
-    root = "../" * (path.count("/") - 1) or "./"
+    path, root_path = request.scope["path"], request.scope.get("root_path", "")
+    root = f"{root_path}/" if root_path else "../" * (path.count("/") - 1) or "./"
     has_sessions = hasattr(request.app.state, "clients")
     text = _environment.get_template(template).render(**values, path=path, root=root, has_sessions=has_sessions)
     # Unpaired surrogates cannot be encoded.
@@ -56,13 +58,13 @@ def _number(value: int) -> str:
 
 
 def _timestamp(seconds: float | None) -> Markup:
-    """Format seconds since the epoch as UTC."""
+    """Format seconds since the epoch as UTC; `page.js` makes local time of it, and shows UTC on hover."""
     if seconds is None:
         return Markup('<span class="none">\N{EN DASH}</span>')
     with suppress(ValueError, OverflowError, OSError):
         at = datetime.fromtimestamp(seconds, timezone.utc)
         return Markup('<time datetime="{}">{}</time>').format(
-            at.isoformat(timespec="milliseconds"), at.strftime("%Y-%m-%d\N{NO-BREAK SPACE}%H:%M:%S")
+            at.isoformat(timespec="milliseconds"), f"{at:%Y-%m-%d\N{NO-BREAK SPACE}%H:%M:%S}\N{NO-BREAK SPACE}UTC"
         )
     # Beyond the years that a calendar has.
     return escape(f"{seconds} s")
@@ -82,8 +84,16 @@ def _seconds(value: float | None) -> str:
     return f"{int(value // HOUR)}{space}h {int(value % HOUR // MINUTE)}{space}min"
 
 
-def _reward(value: float | None) -> str:
-    return "\N{EN DASH}" if value is None else f"{value:g}"
+def _reward(value: float | None) -> Markup:
+    """Format a reward with four digits, and all digits before the point; the exact value is shown on hover."""
+    if value is None:
+        return Markup("\N{EN DASH}")
+    digits = REWARD_DIGITS - 1 - math.floor(math.log10(abs(value))) if value else 0
+    rounded = round(value, max(digits, 0))
+    shown = f"{rounded:.15g}"
+    if rounded == value:
+        return escape(shown)
+    return Markup('<data value="{}" title="{}">{}</data>').format(repr(value), repr(value), shown)
 
 
 @pass_context

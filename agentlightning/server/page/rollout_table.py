@@ -1,9 +1,9 @@
-"""The table of rollouts, one page at a time, and the reason why a rollout has no data."""
+"""The table of rollouts, one page at a time; the times of a rollout, and the reason why it has no data."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -12,12 +12,14 @@ from pydantic import BaseModel
 from sqlalchemy import Connection
 
 from agentlightning.rollout import ROLLOUT_STATUSES
+from agentlightning.server.page.conversation import Call
 from agentlightning.server.schemas import Part
 from agentlightning.store import generations, overview
 from agentlightning.store.absence import Absence, explain_absence
 from agentlightning.store.overview import RECORDED, Column, Overview, OverviewQuery
+from agentlightning.store.rollouts import attempts_of
 
-__all__ = ["TableQuery", "absence_of", "table_of"]
+__all__ = ["TableQuery", "absence_of", "progress_of", "table_of"]
 
 ROWS_PER_PAGE = 100
 STATUSES = (*ROLLOUT_STATUSES, RECORDED)
@@ -28,8 +30,9 @@ COLUMNS: tuple[tuple[Column, str, bool], ...] = (
     ("prompt_tokens", "Prompt tokens", True),
     ("output_tokens", "Output tokens", True),
     ("reward", "Reward", True),
-    ("started", "Started (UTC)", False),
-    ("duration", "Duration", True),
+    ("queued", "Queued", False),
+    ("started", "Started", False),
+    ("duration", "Took", True),
 )
 """Each column's name, its heading, and whether it holds numbers."""
 
@@ -39,7 +42,7 @@ class TableQuery(BaseModel):
 
     q: Part = ""
     status: str = ""
-    sort: Column = "started"
+    sort: Column = "queued"
     order: Literal["asc", "desc"] = "desc"
     page: Annotated[int, Query(ge=1, le=1_000_000)] = 1
     live: Literal["on", "off"] = "on"
@@ -79,17 +82,61 @@ def table_of(connection: Connection, query: TableQuery) -> dict[str, Any]:
     }
 
 
-def absence_of(connection: Connection, rollout_id: str, status: str | None) -> Absence | None:
-    """Explain why a rollout has no finished generation; None if it has one."""
+def absence_of(connection: Connection, rollout_id: str, rollout: Any | None) -> Absence | None:
+    """Explain why a rollout has no finished generation; None if it has one.
+
+    Args:
+        rollout: its row with its latest attempt; None if it is known only from its calls and spans.
+    """
     counts = generations.tally(connection, {"rollout_id": rollout_id})
     has_unassigned_calls = generations.has_any(connection, {"rollout_id": None})
-    return explain_absence(counts, **_in_store(connection, has_unassigned_calls), status=status)
+    known = _in_store(connection, has_unassigned_calls)
+    if rollout is None:
+        return explain_absence(counts, **known, status=None)
+    return explain_absence(counts, **known, status=rollout.status, seconds=_seconds_since(rollout.attempt_start_time))
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """When a rollout was queued and started, in seconds since the epoch, and how many seconds it took.
+
+    Each is None if it has not happened; `took` lasts until now while the rollout is under way.
+    """
+
+    queued: float | None
+    started: float | None
+    took: float | None
+
+
+def progress_of(connection: Connection, rollout_id: str, rollout: Any | None, calls: Sequence[Call]) -> Progress:
+    """Return the times of a rollout, as the table has them.
+
+    Args:
+        rollout: its row; None if it is known only from its calls and spans.
+        calls: its generations.
+    """
+    if rollout is None:
+        found = overview.call_times(connection, [rollout_id]).get(rollout_id)
+        if found is None and calls:
+            found = min(each.started for each in calls), max(each.finished for each in calls)
+        return Progress(None, None, None) if found is None else Progress(None, found[0], found[1] - found[0])
+    attempts = attempts_of(connection, rollout.key)
+    if not attempts:
+        return Progress(rollout.start_time, None, None)
+    started = attempts[0].start_time
+    ended = time.time() if rollout.end_time is None else rollout.end_time
+    return Progress(rollout.start_time, started, max(ended - started, 0.0))
 
 
 def _absence(found: Overview, known: Mapping[str, bool]) -> Absence | None:
     if found.finished:
         return None
-    return explain_absence({"finished": 0, "aborted or failed": found.calls}, **known, status=found.status)
+    counts = {"finished": 0, "aborted or failed": found.calls}
+    return explain_absence(counts, **known, status=found.status, seconds=_seconds_since(found.attempt_started))
+
+
+def _seconds_since(start: float | None) -> float | None:
+    return None if start is None else time.time() - start
 
 
 def _in_store(connection: Connection, has_unassigned_calls: bool) -> dict[str, bool]:

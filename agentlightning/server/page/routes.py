@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Annotated, Any
 
-from fastapi import Query, Request, Response
+from fastapi import HTTPException, Query, Request, Response
 from fastapi.responses import FileResponse
 from sqlalchemy import Connection
 
@@ -13,7 +13,7 @@ from agentlightning.server.page.api_reference import ApiReference, api_reference
 from agentlightning.server.page.conversation import conversation_of, unassigned_calls
 from agentlightning.server.page.generation import choice_values, prompt_tokens
 from agentlightning.server.page.rendering import STATIC, page
-from agentlightning.server.page.rollout_table import TableQuery, absence_of, table_of
+from agentlightning.server.page.rollout_table import TableQuery, absence_of, progress_of, table_of
 from agentlightning.server.page.sender_table import sender_row
 from agentlightning.server.page.timeline import timeline_of
 from agentlightning.server.routes.common import Database, router
@@ -53,8 +53,16 @@ async def show_rollout(
         if found is None and not shown.rows:
             return None
         has_answers = any(call.status == "finished" for call in calls)
-        absence = None if has_answers else absence_of(connection, rollout_id, None if found is None else found.status)
-        return {"calls": calls, "more_calls": more_calls, "timeline": shown, "rollout": found, "absence": absence}
+        absence = None if has_answers else absence_of(connection, rollout_id, found)
+        progress = progress_of(connection, rollout_id, found, calls)
+        return {
+            "calls": calls,
+            "more_calls": more_calls,
+            "timeline": shown,
+            "rollout": found,
+            "absence": absence,
+            "progress": progress,
+        }
 
     found = await database.read(read)
     if found is None:
@@ -111,9 +119,9 @@ async def show_api_reference(request: Request) -> Response:
 async def show_file(version: str, name: str) -> Response:
     """Serve a script or stylesheet: always this release's, whichever version is in the address."""
     if name not in FILES:
-        return Response(status_code=404)
+        raise HTTPException(404)
     return FileResponse(FILES[name], headers={**CACHED, "X-Content-Type-Options": "nosniff"})
 
 
 def _not_found(request: Request, title: str, text: str) -> Response:
-    return page(request, "not_found.html", 404, title=title, text=text)
+    return page(request, "error.html", 404, title=title, text=text)

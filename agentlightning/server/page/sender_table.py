@@ -11,6 +11,7 @@ from agentlightning.store.senders import MINUTE, SenderReport
 __all__ = ["SenderRow", "sender_row"]
 
 MINUTES = 60
+SECONDS_PER_MINUTE = 60
 NANOSECONDS = 1e9
 
 
@@ -20,6 +21,7 @@ class SenderRow:
 
     Attributes:
         seen, started: seconds since the epoch.
+        age: seconds since the process started.
         silent: seconds since the sender was last heard from.
         generations, prompt_tokens, output_tokens, lost: counts of the last hour.
         lag, longest_lag: seconds from the end of a generation to its arrival; None without generations.
@@ -30,6 +32,7 @@ class SenderRow:
     sender: Sender
     seen: float
     started: float
+    age: float
     silent: float
     generations: int
     prompt_tokens: int
@@ -42,8 +45,8 @@ class SenderRow:
 
     @property
     def per_minute(self) -> float:
-        """Generations per minute, averaged over the hour."""
-        return self.generations / MINUTES
+        """Generations per minute since the process started, at most in the last hour; a part of a minute is a whole."""
+        return self.generations / min(max(self.age / SECONDS_PER_MINUTE, 1), MINUTES)
 
 
 def sender_row(seen: SenderReport, now: int) -> SenderRow:
@@ -57,6 +60,7 @@ def sender_row(seen: SenderReport, now: int) -> SenderRow:
         sender=seen.sender,
         seen=seen.seen_at / NANOSECONDS,
         started=seen.sender.started_at / NANOSECONDS,
+        age=max(now - seen.sender.started_at, 0) / NANOSECONDS,
         silent=max(now - seen.seen_at, 0) / NANOSECONDS,
         generations=total,
         prompt_tokens=sum(each.prompt_tokens for each in minutes),

@@ -65,8 +65,7 @@ class Identity:
             tokenizer = getattr(tokenizer, "tokenizer", None)
         # None with --skip-tokenizer-init.
         if tokenizer is not None:
-            # vLLM has computed both already.
-            self._model = self._model._replace(ids=tokenizer.get_vocab(), special=tokenizer.all_special_ids)
+            self._model = self._model._replace(ids=tokenizer.get_vocab(), special=_special_ids(tokenizer))
 
     def sender(self) -> Sender:
         """Return this process's `Sender`: an equal one until more is known. Only for the recorder's thread."""
@@ -86,6 +85,17 @@ class Identity:
             version=agentlightning.__version__,
             vllm=getattr(sys.modules.get("vllm"), "__version__", None),
         )
+
+
+def _special_ids(tokenizer: Any) -> set[int]:
+    """Return the ids of all tokens that a tokenizer marks as special.
+
+    `all_special_ids` of transformers has only those with a role, such as `eos_token`: `<|im_start|>` often has none.
+    Tokenizers of other packages, such as mistral_common, have no `added_tokens_decoder`.
+    """
+    added: Mapping[int, Any] = getattr(tokenizer, "added_tokens_decoder", None) or {}
+    marked = (number for number, token in added.items() if getattr(token, "special", False))
+    return {*tokenizer.all_special_ids, *marked}
 
 
 def _vocabulary(model: _Model) -> Vocabulary | None:

@@ -1,4 +1,4 @@
-// Select tokens by click or keys, and describe the selected one below; the address names the selection in the answer.
+// Select a token by click or keys, and describe it below its text; the address names the selection in the answer.
 const place = new Map(); // Each token's position in its text.
 
 function tokensOf(text) {
@@ -12,8 +12,14 @@ const logprobOf = (token) => {
   return text === undefined ? null : text === "-inf" ? -Infinity : Number(text);
 };
 
+// One token at a time: of the prompt or of the answer.
+function chooseNone() {
+  document.querySelector(".chosen")?.classList.remove("chosen");
+  for (const description of document.getElementsByClassName("description")) description.textContent = "";
+}
+
 function choose(text, token) {
-  text.querySelector(".chosen")?.classList.remove("chosen");
+  chooseNone();
   token.classList.add("chosen");
   const description = document.getElementById(`${text.id}-description`);
   const [id, logprob] = token.dataset.t.split(" ");
@@ -31,7 +37,9 @@ document.addEventListener("click", (event) => {
   if (!token) return;
   const text = token.closest(".tokens");
   tokensOf(text);
-  choose(text, token);
+  // Once more: its description goes, which lies over the text below on a small screen.
+  if (token.classList.contains("chosen")) chooseNone();
+  else choose(text, token);
 });
 
 // A block that comes into view may turn out larger than estimated, and push the token out of view again.
@@ -43,6 +51,7 @@ function show(token, frames = 10) {
 const STEPS = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: 20, ArrowUp: -20, Home: -Infinity, End: Infinity };
 
 document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") chooseNone();
   const text = event.target.closest?.(".tokens");
   if (!text || !(event.key in STEPS) || event.ctrlKey || event.metaKey || event.altKey) return;
   event.preventDefault();
