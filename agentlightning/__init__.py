@@ -22,6 +22,7 @@ import _agentlightning  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from agentlightning.completeness import Completeness, Shortfall
     from agentlightning.errors import (
         AgentLightningError,
         InvalidRecord,
@@ -40,6 +41,7 @@ __all__ = [
     "AgentLightningError",
     "Attempt",
     "Choice",
+    "Completeness",
     "Generation",
     "InvalidRecord",
     "NewRollout",
@@ -47,6 +49,7 @@ __all__ = [
     "Resources",
     "Rollout",
     "RolloutConfig",
+    "Shortfall",
     "Span",
     "Store",
     "StoreError",
@@ -64,6 +67,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
+    "agentlightning.completeness": ("Completeness", "Shortfall"),
     "agentlightning.errors": (
         *("AgentLightningError", "InvalidRecord", "NotFound"),
         *("StoreError", "StoreRefused", "StoreUnavailable"),
