@@ -48,7 +48,7 @@ def of_rollout(connection: Connection, rollout_id: str, attempt_id: str | None =
         attempt_id: `latest` for the latest; None for the rollout.
     """
     if attempt_id == "latest":
-        attempt_id = rollouts.attempt_id_of(connection, rollout_id, attempt_id)
+        attempt_id = rollouts.attempt_id_of(connection, rows.storable(rollout_id) or "", attempt_id)
         if attempt_id is None:
             return Completeness(None, False)
     status, started, end_time = _life(connection, rollout_id, attempt_id)

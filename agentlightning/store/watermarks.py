@@ -32,6 +32,7 @@ silent.
 NANOSECONDS = 1e9
 ALWAYS = float("inf")
 STARTED = "started"
+POSTGRESQL_STARTED = "SELECT extract(epoch FROM pg_postmaster_start_time())::float8"
 
 State = Literal["live", "silent", "ended"]
 
@@ -164,8 +165,7 @@ def _silent_before(connection: Connection, at: float) -> float:
     """Return the time before which the last report of a silent sender was."""
     started = connection.execute(select(_PROBES.written_at).where(_PROBES.name == STARTED)).scalar() or 0.0
     if not is_single_writer(connection):
-        query = "SELECT extract(epoch FROM pg_postmaster_start_time())::float8"
-        started = max(started, connection.exec_driver_sql(query).scalar_one())
+        started = max(started, connection.exec_driver_sql(POSTGRESQL_STARTED).scalar_one())
     if at - started >= SECONDS_UNTIL_SILENT:
         return at - SECONDS_UNTIL_SILENT
     # No sender could report while no store ran: those that were live when it stopped get their whole time again.
