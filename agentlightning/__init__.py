@@ -5,11 +5,12 @@ A runner takes rollouts from a store, and a trainer takes triplets (prompt ids, 
     import agentlightning as agl
 
     with agl.open_store("http://127.0.0.1:4747") as store:  # or the path of a file, or postgresql://
-        store.enqueue_rollout({"question": "Paris?"})
+        queued = store.enqueue_rollout({"question": "Paris?"})
         while rollout := store.dequeue_rollout(worker_id="runner-1"):  # None: the queue is empty
             answer = run_my_agent(base_url=rollout.base_url("http://localhost:8000"))
             rollout.reward(1.0)
             rollout.finish("succeeded")
+        store.wait_for_rollouts([queued.rollout_id], recorded=True)  # ended, and vLLM has written every call
         for triplet in store.triplets():
             print(triplet.prompt_token_ids, triplet.response_token_ids, triplet.reward)
 
