@@ -171,6 +171,7 @@ class Recorder:
         self._lost_calls: Counter[tuple[str | None, str | None, str]] = Counter()
         self._unconfirmed: list[LostCalls] = []
         self._closing = Event()
+        self._was_opened = Event()
         self._deadline = float("inf")
         self._counters = Counters()
         self._record_lock = Lock()
@@ -183,10 +184,17 @@ class Recorder:
         self._losses: list[Loss] = []
         self._silent_until: dict[str, float] = {}
 
-    def start(self) -> None:
-        """Start the thread, which opens the store. Idempotent; else the first `record` does it, and takes longer."""
+    def start(self, patience: float = 0.0) -> None:
+        """Start the thread, which opens the store. Idempotent; else the first `record` does it, and takes longer.
+
+        Args:
+            patience: seconds to wait at most until the store knows this process, or cannot be opened now. A store takes
+                a rollout for complete if it does not know the process that answered its calls.
+        """
         with self._record_lock:
             self._start_thread()
+        if patience:
+            self._was_opened.wait(patience)
 
     def _start_thread(self) -> None:
         if self._thread is None:
@@ -260,6 +268,7 @@ class Recorder:
 
     def _run(self) -> None:
         self._try_to_open()
+        self._was_opened.set()
         while not (self._closing.is_set() and self._queue.empty()):
             try:
                 self._write_batch()

@@ -675,6 +675,19 @@ def written_until(path: Path) -> float:
         return watermarks.recorded_until(connection)
 
 
+def test_a_process_that_was_started_with_patience_is_known_to_its_store(path: Path, tmp_path: Path) -> None:
+    recorder = Recorder(str(path), ROOMY, Registrar())
+    recorder.start(SECONDS)
+    assert counted(path) == {os.getpid(): 0}
+    recorder.close()
+
+    # A store that cannot be opened is not waited for: this would take a minute.
+    away = Recorder(str(tmp_path / "nowhere" / "generations.db"), ROOMY, Registrar())
+    away.start(SECONDS)
+    assert away.counters().trouble
+    away.close()
+
+
 def test_an_idle_process_reports_once_a_second(path: Path, reports: list[Progress]) -> None:
     recorder = Recorder(str(path), ROOMY, Registrar())
     recorder.start()

@@ -270,6 +270,8 @@ def test_a_report_of_an_unknown_sender_is_not_found(client: httpx.Client) -> Non
         ({"under_way": [{"rollout_id": 7, "attempt_id": None, "count": 1}]}, "rollout_id"),
         ({"under_way": [{"rollout_id": "a\0b", "attempt_id": None, "count": 1}]}, "rollout_id"),
         ({"under_way": [{"rollout_id": "r", "attempt_id": None, "count": 1}] * ((1 << 16) + 1)}, "under_way"),
+        ({"under_way": [{"rollout_id": "r", "attempt_id": None, "count": 2**31}]}, "count"),
+        ({"under_way": [{"rollout_id": "r", "attempt_id": None, "count": 0}]}, "count"),
         ({"lost": [{"id": "me", "rollout_id": None, "attempt_id": None, "count": 1, "reason": ""}]}, "id"),
         ({"has_ended": 1}, "has_ended"),
     ],

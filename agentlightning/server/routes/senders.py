@@ -37,6 +37,8 @@ Digest = Annotated[str, Path(pattern=_DIGEST, description="The SHA-256 of the JS
 # A model may be served under the path of a folder.
 Name = Annotated[str, StringConstraints(max_length=4096)]
 Integer = Annotated[Whole, Field(ge=-_INTEGER_LIMIT, lt=_INTEGER_LIMIT)]
+# Small enough that no sum of these is too large for a database.
+Count = Annotated[Whole, Field(ge=1, lt=2**31)]
 
 
 class Registration(Sent):
@@ -89,7 +91,7 @@ class UnfinishedCalls(Sent):
 
     rollout_id: Part | None
     attempt_id: Part | None
-    count: Integer
+    count: Count
 
 
 class LostCalls(Sent):
@@ -98,7 +100,7 @@ class LostCalls(Sent):
     id: Uuid
     rollout_id: Part | None
     attempt_id: Part | None
-    count: Integer
+    count: Count
     reason: Name
 
 

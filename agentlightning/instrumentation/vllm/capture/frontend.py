@@ -31,9 +31,21 @@ from agentlightning.instrumentation.vllm.capture.conversion import (
 from agentlightning.instrumentation.vllm.capture.session import session
 from agentlightning.patching import Patch, Where, Wrap
 
-__all__ = ["CAPTURE_PATCHES", "CLIENT_PATCHES", "PendingRequests", "end_all", "find_pending", "forget_all", "start"]
+__all__ = [
+    "CAPTURE_PATCHES",
+    "CLIENT_PATCHES",
+    "SECONDS_TO_REGISTER",
+    "PendingRequests",
+    "end_all",
+    "find_pending",
+    "forget_all",
+    "start",
+]
 
 logger = logging.getLogger("agentlightning")
+
+SECONDS_TO_REGISTER = 2.0
+"""The most that a server waits for its store before it serves: vLLM itself takes far longer to start."""
 
 # vLLM's object for one logprob that a client has asked for, with its text and its place in a dictionary.
 BYTES_PER_LOGPROB = 300
@@ -42,9 +54,13 @@ _pending: WeakKeyDictionary[Any, PendingRequests] = WeakKeyDictionary()
 _logprobs_modes: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 
 
-def start() -> None:
-    """Open the store before the first request needs it, so that an unusable store is reported when a server starts."""
-    session.recorder.start()
+def start(patience: float = 0.0) -> None:
+    """Open the store before the first request needs it, so that an unusable store is reported when a server starts.
+
+    Args:
+        patience: seconds to wait at most until the store knows this process.
+    """
+    session.recorder.start(patience)
     # Registered after the recorder's own exit handler, and so called before it: it still takes what is aborted here.
     atexit.unregister(end_all)
     atexit.register(end_all)
@@ -194,7 +210,7 @@ def wrap_client_init(init: Callable[..., Any]) -> Callable[..., Any]:
         contained("reading the logprobs' mode", _note_logprobs_mode, self, vllm_config)
         contained("reading which model is served", _note_engine, self, vllm_config)
         # Not with the first generation: run-batch may end right after that, before the store is open.
-        contained("opening the store", start)
+        contained("opening the store", start, SECONDS_TO_REGISTER)
 
     return init_and_note
 
