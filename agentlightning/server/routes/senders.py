@@ -38,7 +38,10 @@ Digest = Annotated[str, Path(pattern=_DIGEST, description="The SHA-256 of the JS
 Name = Annotated[str, StringConstraints(max_length=4096)]
 Integer = Annotated[Whole, Field(ge=-_INTEGER_LIMIT, lt=_INTEGER_LIMIT)]
 # Small enough that no sum of these is too large for a database.
-Count = Annotated[Whole, Field(ge=1, lt=2**31)]
+Count = Annotated[
+    # Given twice: the document has no limits of a number that may be written as 1.0.
+    Whole, Field(ge=1, lt=2**31, json_schema_extra={"minimum": 1, "maximum": 2**31 - 1})
+]
 
 
 class Registration(Sent):
