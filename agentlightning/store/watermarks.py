@@ -92,7 +92,13 @@ def report(connection: Connection, sender_key: int, progress: Progress) -> int:
     """
     at = _nanoseconds(connection)
     known = progress.store_time
-    difference = None if known is None else known.time - known.received_at
+    differences = [] if known is None else [known.time - known.received_at]
+    query = "SELECT watermark + clock_difference AS until FROM watermarks WHERE sender_key = ?"
+    before = run(connection, query, [sender_key]).scalar()
+    if before is not None:
+        # What was true stays so: an answer that took longer makes the difference smaller than the last one was.
+        differences.append(int(before) - progress.watermark)
+    difference = max(differences, default=None)
     under_way = to_json([(each.rollout_id, each.attempt_id, each.count) for each in progress.under_way])
     values = (at, progress.watermark, difference, progress.has_ended, rows.storable(under_way), sender_key)
     if not run(connection, _REPORT, values).rowcount:

@@ -146,6 +146,20 @@ def test_a_report_that_was_long_on_its_way_makes_no_watermark_too_late(store: ag
     assert are_written(store, rollout) == [False]
 
 
+def test_an_answer_that_took_long_takes_no_watermark_back(store: agl.Store) -> None:
+    process = Process(store)
+    process.report_all()
+    rollout = ended(store)
+    process.report_all()
+    assert are_written(store, rollout) == [True]
+
+    at = store.report_progress(process.sender.id, Progress(watermark=process.now(), store_time=process._store_time))
+    late = Progress(watermark=process.now(), store_time=StoreTime(at, process.now() + HOUR))
+    store.report_progress(process.sender.id, late)
+
+    assert are_written(store, rollout) == [True]
+
+
 def test_the_slowest_live_sender_is_waited_for(store: agl.Store) -> None:
     fast, slow = Process(store), Process(store, host="gpu-2", pid=8)
     slow.report_all()
