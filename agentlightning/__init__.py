@@ -5,11 +5,12 @@ A runner takes rollouts from a store, and a trainer takes triplets (prompt ids, 
     import agentlightning as agl
 
     with agl.open_store("http://127.0.0.1:4747") as store:  # or the path of a file, or postgresql://
-        store.enqueue_rollout({"question": "Paris?"})
+        queued = store.enqueue_rollout({"question": "Paris?"})
         while rollout := store.dequeue_rollout(worker_id="runner-1"):  # None: the queue is empty
             answer = run_my_agent(base_url=rollout.base_url("http://localhost:8000"))
             rollout.reward(1.0)
             rollout.finish("succeeded")
+        store.wait_for_rollouts([queued.rollout_id], recorded=True)  # ended, and vLLM has written every call
         for triplet in store.triplets():
             print(triplet.prompt_token_ids, triplet.response_token_ids, triplet.reward)
 
@@ -22,6 +23,7 @@ import _agentlightning  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from agentlightning.completeness import Completeness, Shortfall
     from agentlightning.errors import (
         AgentLightningError,
         InvalidRecord,
@@ -40,6 +42,7 @@ __all__ = [
     "AgentLightningError",
     "Attempt",
     "Choice",
+    "Completeness",
     "Generation",
     "InvalidRecord",
     "NewRollout",
@@ -47,6 +50,7 @@ __all__ = [
     "Resources",
     "Rollout",
     "RolloutConfig",
+    "Shortfall",
     "Span",
     "Store",
     "StoreError",
@@ -64,6 +68,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
+    "agentlightning.completeness": ("Completeness", "Shortfall"),
     "agentlightning.errors": (
         *("AgentLightningError", "InvalidRecord", "NotFound"),
         *("StoreError", "StoreRefused", "StoreUnavailable"),

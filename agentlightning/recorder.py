@@ -1,7 +1,8 @@
 """From an event loop to a store: a queue bounded in bytes, and one thread that writes. Knows no vLLM.
 
 `Recorder.record` takes microseconds, however long the generation. The thread does everything else: building the
-generation, packing, writing, waiting for a slow or unreachable store, and recording how many generations were lost.
+generation, packing, writing, waiting for a slow or unreachable store, recording how many generations were lost, and
+telling the store up to which moment all that had ended is written.
 """
 
 from __future__ import annotations
@@ -12,18 +13,20 @@ import os
 import random
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
 from threading import Event, Lock, Thread, local
+from typing import NamedTuple
 
-from agentlightning.errors import InvalidRecord, StoreRefused, StoreUnavailable
+from agentlightning.errors import InvalidRecord, NotFound, StoreRefused, StoreUnavailable
 from agentlightning.generation import Generation, Loss
-from agentlightning.sender import Sender
+from agentlightning.sender import LostCalls, Progress, Sender, StoreTime, UnfinishedCalls
 from agentlightning.store import Store, open_store
 
-__all__ = ["LOST", "NOT_BUILT", "QUEUE_FULL", "REFUSED", "STOPPED", "WRITE_SECONDS", "Counters", "Recorder"]
+__all__ = ["LOST", "NOT_BUILT", "QUEUE_FULL", "REFUSED", "STOPPED", "WRITE_SECONDS", "Counters", "Recorder", "Whose"]
 
 logger = logging.getLogger("agentlightning")
 
@@ -45,10 +48,33 @@ PATIENCE_SECONDS = 0.5
 SECONDS_BETWEEN_LOGS = 10.0
 # Delay before a failed registration is retried, unless the store is opened again before that.
 SECONDS_BETWEEN_REGISTRATIONS = 10.0
+# How often a store hears from this process when there is nothing to write.
+SECONDS_BETWEEN_REPORTS = 1.0
+# The most rollouts whose losses are named in one report; those of further ones are counted without a name.
+LOST_NAMES_LIMIT = 1 << 12
 # As long as a store on this host needs for a batch.
 SECONDS_TO_FORK = 1.0
 INHERITED: list[Store | None] = []
 """Connections inherited across fork: never use or close them."""
+
+
+Whose = tuple[str | None, str | None]
+"""The rollout and the attempt that a generation belongs to; None where its call named none."""
+
+
+_Queued = tuple[Callable[[], Generation], int, Callable[[], Whose]]
+"""A generation that waits to be written: the arguments of `Recorder.record`."""
+
+
+class _Mark(NamedTuple):
+    """A moment, queued behind everything that had ended by then, and the generations that were unfinished then."""
+
+    at: int
+    under_way: Sequence[UnfinishedCalls]
+
+
+def _of_nobody() -> Whose:
+    return None, None
 
 
 @dataclass(slots=True)
@@ -85,18 +111,23 @@ class Recorder:
         url: where the store is. The thread opens it, and opens it again after every failure.
         queue_bytes: how many bytes may wait, as counted by the callers of `record`.
         sender: returns what is known so far of this process. The thread calls it before each write, and registers the
-            result with each store that it opens, and again when the result changes.
+            result with each store that it opens, and again when the result changes. Without one, no progress is
+            reported.
         observe: called by the thread with the counters, after each write and each failure, and when the queue shrinks.
+        under_way: returns whose the generations are that are unfinished now. One that has ended is among them until it
+            has been given to `record`.
     """
 
     def __init__(
         self,
         url: str,
         queue_bytes: int,
-        sender: Callable[[], Sender | None] = lambda: None,
+        sender: Callable[[], Sender] | None = None,
         observe: Callable[[Counters], object] = lambda counters: None,
+        under_way: Callable[[], Iterable[Whose]] = tuple,
     ) -> None:
         self._url = url
+        self._under_way = under_way
         self._queue_bytes = queue_bytes
         self._sender = sender
         self._observe = observe
@@ -132,8 +163,15 @@ class Recorder:
         self._writer: Sender | None = None
         self._registered: Sender | None = None
         self._no_registration_until = 0.0
-        self._queue: SimpleQueue[tuple[Callable[[], Generation], int] | None] = SimpleQueue()
+        self._queue: SimpleQueue[_Queued | _Mark | None] = SimpleQueue()
+        self._clock = _Clock()
+        self._mark: _Mark | None = None
+        self._next_report = 0.0
+        self._store_time: StoreTime | None = None
+        self._lost_calls: Counter[tuple[str | None, str | None, str]] = Counter()
+        self._unconfirmed: list[LostCalls] = []
         self._closing = Event()
+        self._was_opened = Event()
         self._deadline = float("inf")
         self._counters = Counters()
         self._record_lock = Lock()
@@ -146,10 +184,17 @@ class Recorder:
         self._losses: list[Loss] = []
         self._silent_until: dict[str, float] = {}
 
-    def start(self) -> None:
-        """Start the thread, which opens the store. Idempotent; else the first `record` does it, and takes longer."""
+    def start(self, patience: float = 0.0) -> None:
+        """Start the thread, which opens the store. Idempotent; else the first `record` does it, and takes longer.
+
+        Args:
+            patience: seconds to wait at most until the store knows this process, or cannot be opened now. A store takes
+                a rollout for complete if it does not know the process that answered its calls.
+        """
         with self._record_lock:
             self._start_thread()
+        if patience:
+            self._was_opened.wait(patience)
 
     def _start_thread(self) -> None:
         if self._thread is None:
@@ -158,12 +203,13 @@ class Recorder:
             self._thread = thread
             atexit.register(self.close)
 
-    def record(self, build: Callable[[], Generation], nbytes: int) -> None:
+    def record(self, build: Callable[[], Generation], nbytes: int, whose: Callable[[], Whose] = _of_nobody) -> None:
         """Queue a generation for the store; never wait for the store, never raise. Thread-safe.
 
         Args:
             build: makes the generation, in the writing thread.
             nbytes: how many bytes it keeps alive until then.
+            whose: returns the rollout and the attempt that it belongs to; called only if it is lost.
         """
         # Held only for an addition, and to start the thread.
         with self._record_lock:
@@ -174,11 +220,11 @@ class Recorder:
                 waiting = self._bytes_in - self._bytes_out
                 # A generation larger than the queue is admitted when the queue is empty.
                 if waiting and waiting + nbytes > self._queue_bytes:
-                    self._reject()
+                    self._reject(whose)
                     return
                 self._start_thread()
                 self._bytes_in += nbytes
-                self._queue.put((build, nbytes))
+                self._queue.put((build, nbytes, whose))
             except Exception as error:
                 # No thread can be started while the interpreter is ending.
                 self._count_late(repr(error))
@@ -207,7 +253,8 @@ class Recorder:
                     self._bytes_in - self._bytes_out,
                 )
 
-    def _reject(self) -> None:
+    def _reject(self, whose: Callable[[], Whose]) -> None:
+        self._name_lost(QUEUE_FULL, [whose()])
         now = time.time_ns()
         self._rejected_at = (self._rejected_at[0] if self._rejected > self._rejected_in_losses else now, now)
         self._rejected += 1
@@ -221,12 +268,14 @@ class Recorder:
 
     def _run(self) -> None:
         self._try_to_open()
+        self._was_opened.set()
         while not (self._closing.is_set() and self._queue.empty()):
             try:
                 self._write_batch()
             except Exception as error:
                 self._log("batch", f"writing generations failed: {error!r}")
         self._write_losses()
+        self._report_the_end()
         with self._store_lock:
             self._close_store()
 
@@ -239,44 +288,75 @@ class Recorder:
             self._note_failed_write(error)
 
     def _write_batch(self) -> None:
-        """Wait for generations, and write those that have arrived."""
-        items = self._gather()
+        """Wait for generations, or until a report is due; write what has arrived, and report it."""
+        items, mark = self._gather()
         try:
             if items and time.monotonic() > self._deadline:
-                self._lose(STOPPED, len(items), ENDED)
+                self._lose(STOPPED, [whose() for _, _, whose in items], ENDED)
                 return
             if generations := self._build(items):
                 self._write(generations)
         finally:
-            self._bytes_out += sum(nbytes for _, nbytes in items)
+            self._bytes_out += sum(nbytes for _, nbytes, _ in items)
+            self._mark = mark or self._mark
             self._notify()
         self._write_losses()
+        # With more to write at once, a report each second is enough.
+        if self._queue.qsize() < BATCH_GENERATIONS or time.monotonic() >= self._next_report:
+            self._report()
 
-    def _gather(self) -> list[tuple[Callable[[], Generation], int]]:
-        items, nbytes = [], 0
-        try:
-            item = self._queue.get(timeout=LONGEST_PAUSE_SECONDS if self._losses else None)
+    def _gather(self) -> tuple[list[_Queued], _Mark | None]:
+        """Wait for generations; return those that have arrived, and the last moment before which all had ended."""
+        items: list[_Queued] = []
+        item, mark, nbytes = None, None, 0
+        with suppress(Empty):
+            item = self._queue.get(timeout=self._longest_wait())
             if self._queue.qsize() < BATCH_GENERATIONS and self._bytes_in - self._bytes_out < BATCH_BYTES:
                 self._closing.wait(GATHERING_SECONDS)
+        self._put_mark()
+        with suppress(Empty):
             while True:
+                if isinstance(item, _Mark):
+                    mark = item
                 # None only wakes this thread.
-                if item is not None:
+                elif item is not None:
                     items.append(item)
                     nbytes += item[1]
                 if len(items) == BATCH_GENERATIONS or nbytes >= BATCH_BYTES:
                     break
                 item = self._queue.get_nowait()
-        except Empty:
-            pass
-        return items
+        return items, mark
 
-    def _build(self, items: Iterable[tuple[Callable[[], Generation], int]]) -> list[Generation]:
+    def _longest_wait(self) -> float | None:
+        """Return how many seconds to wait for a generation; None if nothing else is to be done."""
+        waits = [LONGEST_PAUSE_SECONDS] if self._losses else []
+        if self._sender is not None:
+            waits.append(max(self._next_report - time.monotonic(), 0.0))
+        return min(waits, default=None)
+
+    def _put_mark(self) -> None:
+        """Queue this moment behind everything that has ended.
+
+        The moment comes before the look at what is unfinished, and that before the queue: a generation that is
+        neither in this look nor before the mark began after the moment.
+        """
+        if self._sender is None:
+            return
+        at = self._clock.now()
+        try:
+            counts = Counter(self._under_way())
+        except Exception as error:
+            self._log("under way", f"unfinished generations cannot be listed, so no progress is reported: {error!r}")
+        else:
+            self._queue.put(_Mark(at, [UnfinishedCalls(*whose, count) for whose, count in counts.items()]))
+
+    def _build(self, items: Iterable[_Queued]) -> list[Generation]:
         generations = []
-        for build, _ in items:
+        for build, _, whose in items:
             try:
                 generations.append(build())
             except Exception as error:
-                self._lose(NOT_BUILT, 1, repr(error))
+                self._lose(NOT_BUILT, [whose()], repr(error))
         return generations
 
     def _write(self, generations: list[Generation]) -> None:
@@ -295,13 +375,13 @@ class Recorder:
                 # Without reasons, the store refused the message as a whole.
                 refused = error.reasons or {generation.id for generation in generations}
                 kept = [generation for generation in generations if generation.id not in refused]
-                self._lose(REFUSED, len(generations) - len(kept), str(error))
+                self._lose(REFUSED, [_whose(each) for each in generations if each.id in refused], str(error))
                 self._count(kept, time.perf_counter() - started)
                 return
             except Exception as error:
                 # Our own error before the store was asked, so that it has none of them.
                 if len(generations) == 1:
-                    self._lose(REFUSED, 1, repr(error))
+                    self._lose(REFUSED, [_whose(each) for each in generations], repr(error))
                 else:
                     for generation in generations:
                         self._write([generation])
@@ -311,7 +391,7 @@ class Recorder:
                 return
             left = self._deadline - time.monotonic()
             if left <= 0:
-                self._lose(STOPPED, len(generations), ENDED)
+                self._lose(STOPPED, [_whose(each) for each in generations], ENDED)
                 return
             # Random, so that servers that lost the store together do not return together. SystemRandom, since a program
             # may have seeded the process's generator, and would draw other numbers after ours.
@@ -345,6 +425,52 @@ class Recorder:
             except Exception as error:
                 self._note_failed_write(error)
 
+    def _report(self, has_ended: bool = False) -> None:
+        """Tell the store how far this process has written. What fails is tried again with the next report."""
+        self._next_report = time.monotonic() + SECONDS_BETWEEN_REPORTS
+        with self._record_lock:
+            lost, self._lost_calls = self._lost_calls, Counter()
+        # Unchanged from here on: it is unknown whether a failed report has told them.
+        self._unconfirmed += [
+            LostCalls(rollout_id=rollout_id, attempt_id=attempt_id, count=count, reason=kind)
+            for (rollout_id, attempt_id, kind), count in lost.items()
+        ]
+        if self._mark is None:
+            return
+        try:
+            # Twice where the store's time is not known yet.
+            for _ in range(2):
+                with self._opened() as store:
+                    if self._writer is None or self._writer != self._registered:
+                        return
+                    known = self._store_time
+                    told = Progress(
+                        watermark=self._mark.at,
+                        store_time=known,
+                        under_way=self._mark.under_way,
+                        lost=self._unconfirmed,
+                        has_ended=has_ended,
+                    )
+                    at = store.report_progress(self._writer.id, told)
+                    self._store_time, self._unconfirmed = StoreTime(at, self._clock.now()), []
+                if known is not None:
+                    break
+        except StoreUnavailable as error:
+            self._note_failed_write(error, is_news=self._counters.trouble is None)
+        except NotFound:
+            # The store has lost its senders.
+            self._registered = None
+        except Exception as error:
+            self._log("progress", f"the store refuses to hear how far generations are written: {error}")
+        else:
+            self._note_success()
+
+    def _report_the_end(self) -> None:
+        """Tell the store that nothing follows, if it answers: a process that ends has no time to wait for it."""
+        if self._store is not None and self._mark is not None:
+            self._mark = _Mark(self._clock.now(), ())
+            self._report(has_ended=True)
+
     @contextmanager
     def _opened(self) -> Iterator[Store]:
         with self._store_lock:
@@ -360,9 +486,11 @@ class Recorder:
 
     def _register_sender(self, store: Store) -> None:
         # If registration fails (for one, a proxy may refuse large bodies), generations are still written.
+        if self._sender is None:
+            return
         try:
             self._writer = self._sender()
-            if self._writer in (None, self._registered) or time.monotonic() < self._no_registration_until:
+            if self._writer == self._registered or time.monotonic() < self._no_registration_until:
                 return
             store.register_sender(self._writer)
             self._registered = self._writer
@@ -371,17 +499,24 @@ class Recorder:
             failed = "this server could not be registered with its store, and will retry; generations are written"
             self._log("registration", f"{failed}: {error}")
 
-    def _note_failed_write(self, error: Exception) -> None:
-        """Note that the store could not be written; it is opened again for the next attempt."""
+    def _note_failed_write(self, error: Exception, is_news: bool = True) -> None:
+        """Note that the store could not be written; it is opened again for the next attempt.
+
+        Args:
+            is_news: log it. A server that is idle would log the same all night.
+        """
         self._counters.failed_writes += 1
         self._counters.trouble = str(error)
         self._notify()
-        self._log("store", f"the store cannot be written, so generations wait in memory and are retried: {error}")
+        if is_news:
+            self._log("store", f"the store cannot be written, so generations wait in memory and are retried: {error}")
         with self._store_lock:
             self._close_store()
 
     def _close_store(self) -> None:
         store, self._store, self._registered = self._store, None, None
+        # The next one may have another clock.
+        self._store_time = None
         if not self._closing.is_set():
             # There is time to register with the next one, which may be another store.
             self._no_registration_until = 0.0
@@ -397,12 +532,18 @@ class Recorder:
             counters.output_tokens += sum(len(choice.token_ids or ()) for choice in generation.choices)
         counters.writes[bisect_left(WRITE_SECONDS, seconds)] += 1
         counters.write_seconds += seconds
-        if counters.trouble is not None:
-            counters.trouble = None
-            logger.info("agentlightning: generations are written to the store again")
+        self._note_success()
         self._notify()
 
-    def _lose(self, kind: str, count: int, detail: str) -> None:
+    def _note_success(self) -> None:
+        if self._counters.trouble is not None:
+            self._counters.trouble = None
+            logger.info("agentlightning: generations are written to the store again")
+
+    def _lose(self, kind: str, whose: Sequence[Whose], detail: str) -> None:
+        count = len(whose)
+        with self._record_lock:
+            self._name_lost(kind, whose)
         self._counters.lost[kind] += count
         self._log(kind, f"generations lost so far ({kind}): {self._counters.lost[kind]}; the last because {detail}")
         now = time.time_ns()
@@ -410,6 +551,12 @@ class Recorder:
         loss.count += count
         loss.last_at = now
         self._notify()
+
+    def _name_lost(self, kind: str, whose: Iterable[Whose]) -> None:
+        for each in whose:
+            key = (*each, kind)
+            known = key in self._lost_calls or len(self._lost_calls) < LOST_NAMES_LIMIT
+            self._lost_calls[key if known else (None, None, kind)] += 1
 
     def _notify(self) -> None:
         try:
@@ -424,6 +571,20 @@ class Recorder:
         if now >= self._silent_until.get(kind, 0):
             self._silent_until[kind] = now + SECONDS_BETWEEN_LOGS
             logger.warning("agentlightning: %s", message)
+
+
+class _Clock:
+    """A clock that begins with the time of day and never jumps, in nanoseconds."""
+
+    def __init__(self) -> None:
+        self._ahead = time.time_ns() - time.monotonic_ns()
+
+    def now(self) -> int:
+        return self._ahead + time.monotonic_ns()
+
+
+def _whose(generation: Generation) -> Whose:
+    return generation.rollout_id, generation.attempt_id
 
 
 def _loss(count: int, reason: str, first_at: int, last_at: int) -> Loss:

@@ -1,4 +1,4 @@
-"""A process that records, and the vocabulary of the model that it serves. Knows no vLLM."""
+"""A process that records: its model's vocabulary, and how far it has written. Knows no vLLM."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from agentlightning.generation import new_id
 
-__all__ = ["ID_LIMIT", "PACKED_LIMIT", "Sender", "Vocabulary"]
+__all__ = ["ID_LIMIT", "PACKED_LIMIT", "LostCalls", "Progress", "Sender", "StoreTime", "UnfinishedCalls", "Vocabulary"]
 
 PACKED_LIMIT = 16 << 20
 """The most bytes of a compressed vocabulary. The largest known ones have 2 MiB."""
@@ -120,6 +120,70 @@ class Sender:
     vllm: str | None = None
     model: str | None = None
     vocabulary: Vocabulary | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class UnfinishedCalls:
+    """Generations of one attempt that a process has begun and not ended.
+
+    Attributes:
+        rollout_id, attempt_id: where they belong, as their calls said; None where these named none.
+        count: number of generations.
+    """
+
+    rollout_id: str | None
+    attempt_id: str | None
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LostCalls:
+    """Generations of one attempt that could not be stored.
+
+    Attributes:
+        id: a UUIDv7.
+        rollout_id, attempt_id: where they belong, as their calls said; None where these named none.
+        count: number of generations.
+        reason: one of `agentlightning.recorder.LOST`.
+    """
+
+    id: str = field(default_factory=new_id)
+    rollout_id: str | None
+    attempt_id: str | None
+    count: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoreTime:
+    """The time that a store answered with, in nanoseconds since the epoch.
+
+    Attributes:
+        time: by the store's clock, read before it answered.
+        received_at: by the sender's clock, read after the answer had arrived.
+    """
+
+    time: int
+    received_at: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a process has written what it records. Times are nanoseconds by its own clock, whatever that says.
+
+    Attributes:
+        watermark: every generation that had ended by then is stored, or counted as lost.
+        store_time: the store's last answer to such a report; None for the first report to a store.
+        under_way: the generations that were unfinished at the watermark.
+        lost: losses that the store has not confirmed yet.
+        has_ended: the process writes nothing after this.
+    """
+
+    watermark: int
+    store_time: StoreTime | None = None
+    under_way: Sequence[UnfinishedCalls] = ()
+    lost: Sequence[LostCalls] = ()
+    has_ended: bool = False
 
 
 def _compact(value: Any) -> bytes:

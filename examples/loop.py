@@ -32,7 +32,7 @@ import agentlightning as agl
 
 CACHE = Path(__file__).parents[1] / ".cache"
 TINY_MODEL, FILE = CACHE / "tiny-model", CACHE / "demo-rollout.db"
-ROLLOUTS, RUNNERS, CALLS, SECONDS = 20, 2, 2, 300
+ROLLOUTS, RUNNERS, SECONDS = 20, 2, 300
 
 # Small enough for two cores; with a GPU and a model of your own, leave these out.
 SMALL = ("--max-model-len=1024", "--enforce-eager", "--dtype=float32", f"--kv-cache-memory-bytes={256 << 20}")
@@ -98,24 +98,25 @@ def runner(store: agl.Store, vllm: str, model: str, worker_id: str) -> list[Run]
 
 
 def run(store: agl.Store, vllm: str, model: str, rollouts: int = ROLLOUTS) -> list[Run]:
-    """Queue the tasks, wait until the runners have done them, and return the runs in the order of the queue."""
+    """Queue the tasks, wait until the runners have done them, and return the runs in the order of the queue.
+
+    vLLM records a call a moment after it has answered, so the wait is also for the calls to be written.
+    """
     tasks = [{"question": f"What is {n} times {n + 1}?", "answer": n * (n + 1)} for n in range(1, rollouts + 1)]
     rollout_ids = [store.enqueue_rollout(task).rollout_id for task in tasks]
     print(f"queued:   {rollouts} rollouts, for {RUNNERS} runners", flush=True)
     with ThreadPoolExecutor(RUNNERS) as pool:
         work = [pool.submit(runner, store, vllm, model, f"runner-{n}") for n in range(1, RUNNERS + 1)]
-        ended = store.wait_for_rollouts(rollout_ids, timeout=SECONDS)
+        ended = store.wait_for_rollouts(rollout_ids, timeout=SECONDS, recorded=True)
         runs = [each for future in work for each in future.result()]
-    print(f"ended:    {sum(each.status == 'succeeded' for each in ended)} of {rollouts} succeeded", flush=True)
+    succeeded = sum(each.status == "succeeded" for each in ended)
+    found = {rollout_id: store.completeness(rollout_id) for rollout_id in rollout_ids}
+    complete = sum(each.complete for each in found.values())
+    print(f"ended:    {succeeded} of {rollouts} succeeded, {complete} with all of their calls", flush=True)
+    for rollout_id, each in found.items():
+        for reason in each.reasons():
+            print(f"          {rollout_id}: {reason}")
     return sorted(runs, key=lambda each: rollout_ids.index(each.rollout.rollout_id))
-
-
-def triplets(rollout: agl.Rollout) -> list[agl.Triplet]:
-    """Read the triplets of a rollout, waiting for calls that are still on their way: vLLM records after it answers."""
-    deadline = time.monotonic() + SECONDS
-    while len(found := list(rollout.triplets())) < CALLS and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return found
 
 
 def is_exact(run: Run, found: Sequence[agl.Triplet]) -> bool:
@@ -130,7 +131,7 @@ def table(runs: Sequence[Run]) -> bool:
     print("\n" + row.format("task", "runner", "tool", "calls", "prompt ids", "response ids", "reward"))
     exact = bool(runs)
     for each in runs:
-        found = triplets(each.rollout)
+        found = list(each.rollout.triplets())
         exact = exact and is_exact(each, found)
         prompts = " + ".join(str(len(triplet.prompt_token_ids or ())) for triplet in found)
         responses = " + ".join(str(len(triplet.response_token_ids or ())) for triplet in found)

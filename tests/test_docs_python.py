@@ -34,7 +34,7 @@ PRINTS = {
     "store.triplets(": r"^array\('i', \[1, 2, 3\]\) array\('i', \[1, 2\]\) ",
     "status().items()": r"^server applied $",
     "/queues/rollouts/dequeue": r"^ro-[\w-]+ succeeded$",
-    "store.wait_for_rollouts(": r"^ro-[\w-]+ succeeded$",
+    "in store.wait_for_rollouts(": r"^ro-[\w-]+ succeeded$",
 }
 """A line that a block with this code prints, as a pattern."""
 

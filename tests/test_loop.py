@@ -15,7 +15,7 @@ import pytest
 
 import agentlightning as agl
 from examples import loop
-from examples.loop import CALLS, ROLLOUTS, TOOLS, Run, is_exact, run, show, table, triplets
+from examples.loop import ROLLOUTS, TOOLS, Run, is_exact, run, show, table
 from tests.common.environments import CHECKOUT
 from tests.common.reference import tokenizer
 from tests.common.vllm import RemoteOpenAIServer
@@ -30,6 +30,7 @@ with StoreServer(pathlib.Path(sys.argv[1])) as store:
     show(store.process.wait, store.url, store.path)
 """
 FEWER_ROLLOUTS = 6
+CALLS = 2
 CTRL_C = b"\x03"
 
 
@@ -52,7 +53,7 @@ def runs(file: Path, nursery: Nursery, rollouts: int, thorough: bool) -> list[tu
         forked = nursery.server(file, *TOOLS, store=server.url, env={"AGL_LOGPROBS": "on"})
         with RemoteOpenAIServer(*TOOLS, env=env) if thorough else forked as vllm:
             done = run(store, vllm.url, vllm.model, rollouts)
-        found = [(each, triplets(each.rollout)) for each in done]
+        found = [(each, list(each.rollout.triplets())) for each in done]
         assert all(triplet.model == vllm.model for _, kept in found for triplet in kept)
         return found
 
@@ -126,7 +127,7 @@ def test_the_table_fits_into_80_columns(
     runs: list[tuple[Run, list[agl.Triplet]]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kept = {each.rollout.rollout_id: found for each, found in runs}
-    monkeypatch.setattr(loop, "triplets", lambda rollout: kept[rollout.rollout_id])
+    monkeypatch.setattr(agl.Rollout, "triplets", lambda rollout: iter(kept[rollout.rollout_id]))
 
     assert table([each for each, _ in runs])
     lines = capsys.readouterr().out.splitlines()

@@ -21,11 +21,11 @@ from threading import Event, Thread
 import pytest
 
 from agentlightning import recorder as recording
-from agentlightning.errors import InvalidRecord, StoreRefused, StoreUnavailable
+from agentlightning.errors import InvalidRecord, NotFound, StoreRefused, StoreUnavailable
 from agentlightning.generation import Generation
 from agentlightning.recorder import GATHERING_SECONDS, LOST, Recorder
-from agentlightning.sender import Sender
-from agentlightning.store import Store, open_database, open_store, senders
+from agentlightning.sender import Progress, Sender, UnfinishedCalls
+from agentlightning.store import Store, open_database, open_store, senders, watermarks
 from agentlightning.store.database_store import DatabaseStore
 from tests.common.generations import generation
 
@@ -652,6 +652,181 @@ def test_a_failed_registration_loses_no_generation_and_is_retried(
     assert len(attempts) == 3
     # Of those that were written once it had got through.
     assert 0 < counted(path)[os.getpid()] <= len(generations)
+
+
+@pytest.fixture
+def reports(monkeypatch: pytest.MonkeyPatch) -> list[Progress]:
+    """Return the reports that stores have accepted, in order."""
+    found: list[Progress] = []
+    report = DatabaseStore.report_progress
+
+    def note_and_report(self: DatabaseStore, sender_id: str, progress: Progress) -> int:
+        at = report(self, sender_id, progress)
+        found.append(progress)
+        return at
+
+    monkeypatch.setattr(DatabaseStore, "report_progress", note_and_report)
+    return found
+
+
+def written_until(path: Path) -> float:
+    """Return the moment, in seconds since the epoch, up to which all live senders have written."""
+    with closing(open_database(str(path))) as database, database.reading() as connection:
+        return watermarks.recorded_until(connection)
+
+
+def test_a_process_that_was_started_with_patience_is_known_to_its_store(path: Path, tmp_path: Path) -> None:
+    recorder = Recorder(str(path), ROOMY, Registrar())
+    recorder.start(SECONDS)
+    assert counted(path) == {os.getpid(): 0}
+    recorder.close()
+
+    # A store that cannot be opened is not waited for: this would take a minute.
+    away = Recorder(str(tmp_path / "nowhere" / "generations.db"), ROOMY, Registrar())
+    away.start(SECONDS)
+    assert away.counters().trouble
+    away.close()
+
+
+def test_an_idle_process_reports_once_a_second(path: Path, reports: list[Progress]) -> None:
+    recorder = Recorder(str(path), ROOMY, Registrar())
+    recorder.start()
+    until(lambda: len(reports) > 3)
+    recorder.close()
+
+    told = [each.watermark for each in reports]
+    assert told == sorted(told)
+    # The second at once: until the store's time is known, the first says nothing.
+    assert [each.store_time is None for each in reports[:3]] == [True, False, False]
+    assert [each.has_ended for each in reports] == [*[False] * (len(reports) - 1), True]
+    assert recorder.counters().failed_writes == 0
+
+
+def test_a_watermark_passes_a_generation_only_when_it_is_written(path: Path, reports: list[Progress]) -> None:
+    recorder, (first, second) = Recorder(str(path), ROOMY, Registrar()), some(2)
+    recorder.start()
+    until(lambda: reports)
+    building, go_on = Event(), Event()
+
+    def build() -> Generation:
+        building.set()
+        assert go_on.wait(SECONDS)
+        return second
+
+    record(recorder, [first])
+    recorder.record(build, NBYTES)
+    ended_at = time.time()
+    assert building.wait(SECONDS)
+    assert written_until(path) < ended_at
+    go_on.set()
+
+    until(lambda: written_until(path) > ended_at)
+    assert kept(path) == ids([first, second])
+    recorder.close()
+
+
+def test_a_watermark_waits_for_a_store_that_cannot_be_written(path: Path) -> None:
+    recorder = Recorder(str(path), ROOMY, Registrar())
+    recorder.start()
+    until(lambda: path.exists() and written_until(path) > 0)
+    with locked(path):
+        record(recorder, some(3))
+        ended_at = time.time()
+        until(lambda: recorder.counters().trouble)
+        assert written_until(path) < ended_at
+    until(lambda: written_until(path) > ended_at)
+
+    assert len(kept(path)) == 3
+    assert recorder.counters().trouble is None
+    recorder.close()
+
+
+@pytest.mark.parametrize("at_once", [10, 3 * recording.BATCH_GENERATIONS])
+def test_a_watermark_is_reported_with_what_is_written(
+    path: Path, reports: list[Progress], monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    # Nothing is told unless something is written.
+    monkeypatch.setattr(recording, "SECONDS_BETWEEN_REPORTS", 10 * SECONDS)
+    recorder = Recorder(str(path), ROOMY, Registrar())
+    recorder.start()
+    until(lambda: len(reports) == 2)
+
+    record(recorder, some(at_once))
+    ended_at = time.time()
+
+    until(lambda: written_until(path) > ended_at)
+    assert len(kept(path)) == at_once
+    recorder.close()
+
+
+def test_unfinished_generations_are_reported_by_rollout_and_attempt(path: Path, reports: list[Progress]) -> None:
+    under_way = [("r", "a"), ("r", None), ("r", "a"), (None, None)]
+    recorder = Recorder(str(path), ROOMY, Registrar(), under_way=lambda: under_way)
+    recorder.start()
+    until(lambda: reports)
+    recorder.close()
+
+    assert reports[0].under_way == [
+        UnfinishedCalls("r", "a", 2),
+        UnfinishedCalls("r", None, 1),
+        UnfinishedCalls(None, None, 1),
+    ]
+    assert (reports[-1].has_ended, reports[-1].under_way) == (True, ())
+
+
+def test_losses_are_reported_by_rollout_once(path: Path, reports: list[Progress]) -> None:
+    def fail() -> Generation:
+        raise LookupError("no such thing")
+
+    recorder, refused = Recorder(str(path), 2 * NBYTES, Registrar()), generation(7)
+    refused.id = "no UUID"
+    with locked(path):
+        recorder.record(fail, NBYTES, lambda: ("not built", "a"))
+        record(recorder, [refused])
+        for _ in range(3):
+            recorder.record(lambda: generation(1), NBYTES, lambda: ("full", None))
+    until(lambda: sum(len(each.lost) for each in reports) == 3)
+    recorder.close()
+
+    lost = {(each.rollout_id, each.attempt_id, each.count, each.reason) for told in reports for each in told.lost}
+    assert lost == {
+        ("not built", "a", 1, "not built"),
+        (refused.rollout_id, refused.attempt_id, 1, "refused"),
+        ("full", None, 3, "queue full"),
+    }
+
+
+def test_a_report_that_fails_is_repeated_and_loses_no_generation(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    errors: list[Exception] = [StoreUnavailable("away"), StoreRefused("no such route"), NotFound("who?")]
+    report = DatabaseStore.report_progress
+
+    def fail_at_first(self: DatabaseStore, sender_id: str, progress: Progress) -> int:
+        if errors:
+            raise errors.pop(0)
+        return report(self, sender_id, progress)
+
+    monkeypatch.setattr(DatabaseStore, "report_progress", fail_at_first)
+    recorder, generations = Recorder(str(path), ROOMY, Registrar()), some(3)
+    record(recorder, generations)
+    ended_at = time.time()
+    until(lambda: path.exists() and recorder.counters().generations == 3 and written_until(path) > ended_at)
+    recorder.close()
+
+    assert kept(path) == ids(generations)
+    assert recorder.counters().lost == dict.fromkeys(LOST, 0)
+    assert [message for message in caplog.messages if "refuses to hear" in message]
+
+
+def test_a_process_that_ends_says_so(path: Path) -> None:
+    recorder = Recorder(str(path), ROOMY, Registrar())
+    record(recorder, some(1))
+    recorder.close()
+
+    with closing(open_database(str(path))) as database, database.reading() as connection:
+        [found] = watermarks.all_of(connection)
+    assert (found.state, found.under_way) == ("ended", [])
 
 
 def record_one_by_one(recorder: Recorder, generations: Sequence[Generation]) -> None:

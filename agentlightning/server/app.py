@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, nullcontext
@@ -12,6 +13,7 @@ from fastapi.openapi.utils import get_openapi
 from starlette.middleware.cors import CORSMiddleware
 
 import agentlightning
+from agentlightning.errors import StoreRefused, StoreUnavailable
 from agentlightning.server import errors
 from agentlightning.server.limits import ARRIVING_LIMIT, UNAUTHENTICATED_LIMIT, WAITING_LIMIT
 from agentlightning.server.middleware.api_key import LOGIN_PATHS, PUBLIC_PATHS, ApiKeyMiddleware
@@ -34,9 +36,12 @@ from agentlightning.server.routes import (
     workers,
 )
 from agentlightning.server.transactions import Transactions
+from agentlightning.store import watermarks
 from agentlightning.store.database import Database
 
 __all__ = ["create_app"]
+
+logger = logging.getLogger("agentlightning.store")
 
 DESCRIPTION = """\
 A store of rollouts, attempts, spans, resources and workers, with the LightningStore interface of Agent Lightning 0.3,
@@ -73,6 +78,10 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.transactions = Transactions(database)
+        try:
+            await app.state.transactions.write(watermarks.note_start)
+        except (StoreUnavailable, StoreRefused) as error:
+            logger.warning("the start cannot be noted now, so senders may count as silent too early: %s", error)
         async with nullcontext() if clients is None else clients.watched():
             yield
         await app.state.transactions.close()

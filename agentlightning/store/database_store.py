@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from sqlalchemy import Connection
 
+from agentlightning.completeness import Completeness
 from agentlightning.errors import InvalidRecord, NotFound, StoreRefused, StoreUnavailable
 from agentlightning.generation import Generation, Loss, Status
 from agentlightning.rollout import (
-    FINISHED,
     Attempt,
     Mode,
     NewRollout,
@@ -26,7 +26,8 @@ from agentlightning.rollout import (
     record_from,
     with_ids,
 )
-from agentlightning.sender import Sender
+from agentlightning.sender import Progress, Sender
+from agentlightning.store import completeness as completeness_rows
 from agentlightning.store import generations as generation_rows
 from agentlightning.store import health, ingestion, lifecycle, pages, rollouts, senders, spans, workers
 from agentlightning.store import resources as resource_rows
@@ -121,14 +122,15 @@ class DatabaseStore(Store):
 
         return self._write(work)
 
-    def wait_for_rollouts(self, rollout_ids: Sequence[str], timeout: float | None = None) -> list[Rollout]:
+    def wait_for_rollouts(
+        self, rollout_ids: Sequence[str], timeout: float | None = None, *, recorded: bool = False
+    ) -> list[Rollout]:
         ends = None if timeout is None else time.monotonic() + timeout
         wanted = list(dict.fromkeys(rollout_ids))
         nap = SHORTEST_NAP
         while True:
-            statuses = self._read(lambda connection: rollouts.statuses(connection, wanted))
-            ended = [each for each in wanted if statuses.get(each) in FINISHED]
-            if len(ended) == len(statuses) or (ends is not None and time.monotonic() >= ends):
+            known, ended = self._read(lambda connection: completeness_rows.ended(connection, wanted, recorded))
+            if len(ended) == len(known) or (ends is not None and time.monotonic() >= ends):
                 break
             time.sleep(nap if ends is None else max(0.0, min(nap, ends - time.monotonic())))
             nap = min(2 * nap, LONGEST_NAP)
@@ -218,6 +220,9 @@ class DatabaseStore(Store):
     def register_sender(self, sender: Sender) -> None:
         self._database.write(lambda connection: senders.register(connection, sender))
 
+    def report_progress(self, sender_id: str, progress: Progress) -> int:
+        return self._database.write(lambda connection: senders.report_progress(connection, sender_id, progress))
+
     def add(self, generations: Sequence[Generation], sender_id: str | None = None) -> int:
         try:
             return self._database.write(lambda connection: generation_rows.add(connection, generations, sender_id))
@@ -257,6 +262,9 @@ class DatabaseStore(Store):
             with self._database.reading() as connection:
                 found = triplet_rows.of_rollout(connection, each, attempt_id)
             yield from found
+
+    def completeness(self, rollout_id: str, attempt_id: str | None = None) -> Completeness:
+        return self._read(lambda connection: completeness_rows.of_rollout(connection, rollout_id, attempt_id))
 
     def add_losses(self, losses: Sequence[Loss]) -> None:
         self._database.write(lambda connection: generation_rows.add_losses(connection, losses))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
 import msgspec
 
+from agentlightning.completeness import Completeness
 from agentlightning.errors import InvalidRecord, NotFound, StoreError, StoreRefused
 from agentlightning.generation import Generation, Loss, Status
 from agentlightning.rollout import (
@@ -27,7 +29,7 @@ from agentlightning.rollout import (
     record_from,
     with_ids,
 )
-from agentlightning.sender import Sender
+from agentlightning.sender import Progress, Sender
 from agentlightning.store import wire
 from agentlightning.store.chains import Recent
 from agentlightning.store.documents import to_json
@@ -144,7 +146,9 @@ class HttpStore(Store):
             raise NotFound(f"there is no rollout {rollout_id!r}")
         return found
 
-    def wait_for_rollouts(self, rollout_ids: Sequence[str], timeout: float | None = None) -> list[Rollout]:
+    def wait_for_rollouts(
+        self, rollout_ids: Sequence[str], timeout: float | None = None, *, recorded: bool = False
+    ) -> list[Rollout]:
         ends = None if timeout is None else time.monotonic() + timeout
         wanted = list(dict.fromkeys(rollout_ids))
         ended: list[Rollout] = []
@@ -154,7 +158,7 @@ class HttpStore(Store):
                 left = None if ends is None else max(ends - time.monotonic(), 0.0)
                 # In slices: a server that is stopped, and proxies, end requests that take long.
                 slice_ = SECONDS_OF_WAITING if left is None else min(left, SECONDS_OF_WAITING)
-                body = {"rollout_ids": some, "timeout": slice_}
+                body = {"rollout_ids": some, "timeout": slice_, "recorded": recorded}
                 found = self._records(Rollout, self._json("POST", "/waits/rollouts", body=body, repeatable=True))
                 if len(found) == len(some) or left == slice_:
                     break
@@ -253,6 +257,20 @@ class HttpStore(Store):
             route = f"/vocabularies/{vocabulary.digest.hex()}"
             self._http.ask("PUT", route, body=vocabulary.to_bytes(), kind="application/octet-stream")
 
+    def report_progress(self, sender_id: str, progress: Progress) -> int:
+        # An id that is not a UUID would be another route.
+        uuid_bytes(sender_id)
+        route, body = f"/senders/{sender_id}/progress", wire.without_surrogates(asdict(progress))
+        try:
+            answer = self._json("PUT", route, body=body)
+        except NotFound:
+            # The server has another database since the sender was registered.
+            if self._sender is None or self._sender.id != sender_id:
+                raise
+            self.register_sender(self._sender)
+            answer = self._json("PUT", route, body=body)
+        return self._field(answer, "time")
+
     def add(self, generations: Sequence[Generation], sender_id: str | None = None) -> int:
         new, refused = self._send(generations, sender_id)
         if refused:
@@ -289,6 +307,18 @@ class HttpStore(Store):
                 except (KeyError, TypeError, ValueError) as error:
                     raise self._http.strange() from error
                 yield found
+
+    def completeness(self, rollout_id: str, attempt_id: str | None = None) -> Completeness:
+        ids = {"rollout_id": rollout_id, "attempt_id": attempt_id}
+        # In the query, not in the path: an id may have a slash in it.
+        wanted = [(name, value) for name, value in ids.items() if value is not None]
+        try:
+            return Completeness.from_dict(self._json("GET", "/completeness", wanted))
+        except InvalidRecord:
+            # A text that is no id to the queue is the id of none of its rollouts.
+            return Completeness(None, False)
+        except (KeyError, TypeError) as error:
+            raise self._http.strange() from error
 
     def add_losses(self, losses: Sequence[Loss]) -> None:
         self._http.ask("POST", "/generations", body=wire.encode((), losses), repeatable=True)

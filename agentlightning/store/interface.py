@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
+from agentlightning.completeness import Completeness
 from agentlightning.generation import Generation, Loss, Status
 from agentlightning.rollout import (
     Attempt,
@@ -22,7 +23,7 @@ from agentlightning.rollout import (
     Worker,
     WorkerStatus,
 )
-from agentlightning.sender import Sender
+from agentlightning.sender import Progress, Sender
 from agentlightning.triplet import Triplet
 
 if TYPE_CHECKING:
@@ -206,14 +207,18 @@ class Store(AbstractContextManager["Store"], ABC):
         """
 
     @abstractmethod
-    def wait_for_rollouts(self, rollout_ids: Sequence[str], timeout: float | None = None) -> list[Rollout]:
+    def wait_for_rollouts(
+        self, rollout_ids: Sequence[str], timeout: float | None = None, *, recorded: bool = False
+    ) -> list[Rollout]:
         """Wait until rollouts have ended.
 
         Args:
             timeout: seconds; None waits until all have ended. Ids that the store does not know are not waited for.
+            recorded: wait also until every vLLM server that is alive has written all that had ended by then, so that
+                the calls of a rollout can be read. `completeness` tells whether any was lost.
 
         Returns:
-            The rollouts that have ended.
+            The rollouts that have ended; with `recorded`, those of them whose calls are written.
         """
 
     # Attempts.
@@ -357,6 +362,17 @@ class Store(AbstractContextManager["Store"], ABC):
         """
 
     @abstractmethod
+    def report_progress(self, sender_id: str, progress: Progress) -> int:
+        """Store how far a sender has written. Safe to repeat; the last call wins.
+
+        Returns:
+            The time by the store's clock, in nanoseconds since the epoch, for the `store_time` of the next report.
+
+        Raises:
+            NotFound: the sender is not registered.
+        """
+
+    @abstractmethod
     def add(self, generations: Sequence[Generation], sender_id: str | None = None) -> int:
         """Store generations; returns how many are new.
 
@@ -388,6 +404,14 @@ class Store(AbstractContextManager["Store"], ABC):
         """Iterate over the triplets of a rollout, of one of its attempts, or of all rollouts.
 
         Rollouts follow one another in the order of the first call that finished, each as it is when it is reached.
+        """
+
+    @abstractmethod
+    def completeness(self, rollout_id: str, attempt_id: str | None = None) -> Completeness:
+        """Tell whether a rollout, or one of its attempts, has ended and all of its calls are stored, or why not.
+
+        Args:
+            attempt_id: `latest` for the latest; None for the rollout.
         """
 
     @abstractmethod

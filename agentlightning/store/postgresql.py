@@ -42,6 +42,13 @@ MIGRATIONS: Mapping[int, Sequence[str]] = {
         "ALTER TABLE generations ADD COLUMN text_block BIGINT",
         "CREATE INDEX generations_by_ids_block ON generations (ids_block) WHERE ids_block IS NOT NULL",
         "CREATE INDEX generations_by_text_block ON generations (text_block) WHERE text_block IS NOT NULL",
+        """CREATE TABLE watermarks (sender_key BIGINT PRIMARY KEY, registered_at BIGINT NOT NULL,
+        reported_at BIGINT NOT NULL, watermark BIGINT, clock_difference BIGINT, has_ended BOOLEAN NOT NULL,
+        under_way TEXT COLLATE "C" NOT NULL)""",
+        """CREATE TABLE lost_calls (key BIGSERIAL PRIMARY KEY, id BYTEA NOT NULL UNIQUE, sender_key BIGINT NOT NULL,
+        rollout_id TEXT COLLATE "C", attempt_id TEXT COLLATE "C", count BIGINT NOT NULL,
+        reason TEXT COLLATE "C" NOT NULL)""",
+        "CREATE INDEX lost_calls_of_rollout ON lost_calls (rollout_id) WHERE rollout_id IS NOT NULL",
     ),
 }
 """Statements that turn the tables of a version into those of the next."""

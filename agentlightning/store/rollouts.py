@@ -91,12 +91,13 @@ def find_all(connection: Connection, rollout_ids: Sequence[str]) -> list[Any]:
     return [found[each] for each in rollout_ids if each in found]
 
 
-def statuses(connection: Connection, rollout_ids: Sequence[str]) -> dict[str, RolloutStatus]:
-    """Read the states of these rollouts; unknown ids are left out."""
-    found: dict[str, RolloutStatus] = {}
+def statuses(connection: Connection, rollout_ids: Sequence[str]) -> dict[str, tuple[RolloutStatus, float | None]]:
+    """Read the states of these rollouts, and when they ended; unknown ids are left out."""
+    found: dict[str, tuple[RolloutStatus, float | None]] = {}
+    columns = (rollouts.c.rollout_id, rollouts.c.status, rollouts.c.end_time)
     for some in in_parts(rollout_ids):
-        query = select(rollouts.c.rollout_id, rollouts.c.status).where(rollouts.c.rollout_id.in_(some))
-        found |= {row.rollout_id: row.status for row in connection.execute(query)}
+        query = select(*columns).where(rollouts.c.rollout_id.in_(some))
+        found |= {row.rollout_id: (row.status, row.end_time) for row in connection.execute(query)}
     return found
 
 

@@ -14,10 +14,10 @@ from typing import Any
 
 from sqlalchemy import Connection, select, update
 
-from agentlightning.errors import InvalidRecord
+from agentlightning.errors import InvalidRecord, NotFound
 from agentlightning.generation import Generation
-from agentlightning.sender import Sender, Vocabulary
-from agentlightning.store import rows, tables
+from agentlightning.sender import Progress, Sender, Vocabulary
+from agentlightning.store import rows, tables, watermarks
 from agentlightning.store.database import insert_if_new, run
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "recent",
     "register",
     "register_without_vocabulary",
+    "report_progress",
     "vocabulary",
     "vocabulary_digest_of",
     "vocabulary_of",
@@ -115,6 +116,23 @@ def register_without_vocabulary(connection: Connection, sender: Sender, vocabula
     }
     if not insert_if_new(connection, tables.senders, id=sender_id, **columns):
         connection.execute(update(tables.senders).where(_SENDERS.id == sender_id).values(**columns))
+    if (known := _find(connection, sender.id)) is not None:
+        watermarks.register(connection, known[0])
+
+
+def report_progress(connection: Connection, sender_id: str, progress: Progress) -> int:
+    """Store how far a sender has written; returns the store's time, in nanoseconds since the epoch.
+
+    Raises:
+        NotFound: the sender is not registered.
+        InvalidRecord: the id of a loss is not a UUID.
+    """
+    known = _find(connection, sender_id)
+    if known is None:
+        raise NotFound(f"the sender {sender_id!r} is not registered")
+    key, seen_at = known
+    _note_seen(connection, key, seen_at, time.time_ns())
+    return watermarks.report(connection, key, progress)
 
 
 def is_known(connection: Connection, sender_id: str | None) -> bool:
@@ -155,12 +173,7 @@ def count_generations(
         # The sender's clock is ahead of the store's.
         lags = [max(lag, 0) for lag in lags]
     run(connection, _COUNT, (key, minute, len(new), prompts, outputs, float(sum(lags)), float(max(lags))))
-    # At most once a second: a sender that writes all the time needs no update with every write.
-    if now - seen_at >= SECOND:
-        run(connection, "UPDATE senders SET seen_at = ? WHERE key = ?", (now, key))
-    if seen_at // MINUTE != minute:
-        old = _MINUTES.minute < minute - MINUTES_KEPT
-        connection.execute(tables.sender_minutes.delete().where(_MINUTES.sender_key == key, old))
+    _note_seen(connection, key, seen_at, now)
     return key
 
 
@@ -213,6 +226,16 @@ def _find(connection: Connection, sender_id: str | None) -> tuple[int, int] | No
             row = run(connection, query, [rows.uuid_bytes(sender_id)]).first()
             return None if row is None else (row.key, row.seen_at)
     return None
+
+
+def _note_seen(connection: Connection, key: int, seen_at: int, now: int) -> None:
+    """Note that a sender was heard from, and forget its minutes of yesterday."""
+    # At most once a second: a sender that writes all the time needs no update with every write.
+    if now - seen_at >= SECOND:
+        run(connection, "UPDATE senders SET seen_at = ? WHERE key = ?", (now, key))
+    if seen_at // MINUTE != now // MINUTE:
+        old = _MINUTES.minute < now // MINUTE - MINUTES_KEPT
+        connection.execute(tables.sender_minutes.delete().where(_MINUTES.sender_key == key, old))
 
 
 def _lost(connection: Connection, found: Sequence[Any], since: int) -> defaultdict[int, int]:

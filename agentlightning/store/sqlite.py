@@ -46,6 +46,13 @@ MIGRATIONS: Mapping[int, Sequence[str]] = {
         "ALTER TABLE generations ADD COLUMN text_block INTEGER",
         "CREATE INDEX generations_by_ids_block ON generations (ids_block) WHERE ids_block IS NOT NULL",
         "CREATE INDEX generations_by_text_block ON generations (text_block) WHERE text_block IS NOT NULL",
+        """CREATE TABLE watermarks (sender_key INTEGER NOT NULL, registered_at BIGINT NOT NULL,
+        reported_at BIGINT NOT NULL, watermark BIGINT, clock_difference BIGINT, has_ended BOOLEAN NOT NULL,
+        under_way TEXT NOT NULL, PRIMARY KEY (sender_key))""",
+        """CREATE TABLE lost_calls ("key" INTEGER NOT NULL, id BLOB NOT NULL, sender_key INTEGER NOT NULL,
+        rollout_id TEXT, attempt_id TEXT, count BIGINT NOT NULL, reason TEXT NOT NULL, PRIMARY KEY ("key"),
+        UNIQUE (id))""",
+        "CREATE INDEX lost_calls_of_rollout ON lost_calls (rollout_id) WHERE rollout_id IS NOT NULL",
     ),
 }
 """Statements that turn a file of a version into one of the next."""

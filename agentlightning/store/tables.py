@@ -36,6 +36,7 @@ __all__ = [
     "choices",
     "generations",
     "losses",
+    "lost_calls",
     "metadata",
     "probes",
     "resources",
@@ -49,6 +50,7 @@ __all__ = [
     "texts",
     "uploads",
     "vocabularies",
+    "watermarks",
     "workers",
 ]
 
@@ -330,6 +332,36 @@ secrets = Table(
 )
 """Secrets shared by all servers on this database."""
 
+watermarks = Table(
+    "watermarks",
+    metadata,
+    Column("sender_key", _Key, primary_key=True, autoincrement=False),
+    # When it registered, and when it was last heard from, by the store's clock, in nanoseconds since the epoch.
+    Column("registered_at", BigInteger, nullable=False),
+    Column("reported_at", BigInteger, nullable=False),
+    # By the sender's clock; null until its first report.
+    Column("watermark", BigInteger),
+    # Nanoseconds that the store's clock is ahead of the sender's, at least; null until its second report.
+    Column("clock_difference", BigInteger),
+    Column("has_ended", Boolean, nullable=False),
+    # JSON: [rollout_id, attempt_id, count] of the calls that were under way at the watermark.
+    Column("under_way", _Text, nullable=False),
+)
+"""How far each sender has written."""
+
+lost_calls = Table(
+    "lost_calls",
+    metadata,
+    Column("key", _Key, primary_key=True),
+    Column("id", LargeBinary, nullable=False, unique=True),
+    Column("sender_key", _Key, nullable=False),
+    Column("rollout_id", _Text),
+    Column("attempt_id", _Text),
+    Column("count", BigInteger, nullable=False),
+    Column("reason", _Text, nullable=False),
+)
+"""The calls among the losses, by rollout."""
+
 
 def _index(name: str, *columns: Column[Any], where: ColumnElement[bool] | None = None, unique: bool = False) -> None:
     Index(name, *columns, unique=unique, sqlite_where=where, postgresql_where=where)
@@ -368,6 +400,7 @@ _index_where_set(spans, "of_response", "response_id")
 _index("spans_with_reward", spans.c.rollout_id, spans.c.sequence_id, spans.c.reward, where=spans.c.reward.is_not(None))
 _index_where_set(uploads, "of_trace", "trace_id")
 _index("resources_by_time", resources.c.update_time)
+_index_where_set(lost_calls, "of_rollout", "rollout_id")
 
 CLEAR_STALE_END_TIMES = (
     "UPDATE rollouts SET end_time = NULL WHERE status NOT IN ('failed', 'succeeded', 'cancelled')",

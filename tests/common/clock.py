@@ -14,6 +14,11 @@ def an_hour_ahead() -> Mapping[str, str]:
     return _with_clock("+1h")
 
 
+def an_hour_behind() -> Mapping[str, str]:
+    """The environment of such a process."""
+    return _with_clock("-1h")
+
+
 def standing_still(moment: str) -> Mapping[str, str]:
     """The environment of a process for which it is always the same moment, `2026-11-25 10:00:00` in UTC for one."""
     return {**_with_clock(moment), "TZ": "UTC"}

@@ -71,6 +71,6 @@ def test_new_sender_appears(visit: Callable[..., Visit], tmp_path: Path) -> None
         page = visit(server).page
         page.goto("/")
         page.get_by_role("link", name="Senders").click()
-        expect(page.get_by_text("No server wrote here")).to_be_visible()
+        expect(page.get_by_text("No server was heard from")).to_be_visible()
         fill(str(server.path), 1)
         expect(page.get_by_role("rowheader")).to_contain_text("gpu-7")

@@ -225,3 +225,98 @@ def test_client_registers_no_sender_but_its_own(client_store: Store, client: htt
     assert client_store.add([generation(1)], stranger) == 1
 
     assert stranger not in {item["id"] for item in client.get("/v1/agl/senders").json()["items"]}
+
+
+def progress(client: httpx.Client, sender_id: str, **fields: Any) -> httpx.Response:
+    return client.put(f"/v1/agl/senders/{sender_id}/progress", json={"watermark": STARTED, **fields})
+
+
+def test_reports_of_a_sender_show_its_state_and_the_difference_of_the_clocks(client: httpx.Client) -> None:
+    each = sender()
+    put(client, each)
+    assert (report_of(client, each)["state"], report_of(client, each)["watermark"]) == ("live", None)
+
+    first = progress(client, each.id).json()["time"]
+    second = progress(
+        client,
+        each.id,
+        watermark=STARTED + 7,
+        store_time={"time": first, "received_at": STARTED + 5},
+        under_way=[{"rollout_id": "r", "attempt_id": None, "count": 2}],
+    )
+
+    assert second.status_code == 200
+    assert second.json()["time"] >= first
+    found = report_of(client, each)
+    assert (found["state"], found["watermark"], found["under_way"]) == ("live", STARTED + 7, 2)
+    assert found["clock_difference"] == first - STARTED - 5
+    progress(client, each.id, has_ended=True)
+    assert (report_of(client, each)["state"], report_of(client, each)["under_way"]) == ("ended", 0)
+
+
+def test_a_report_of_an_unknown_sender_is_not_found(client: httpx.Client) -> None:
+    answer = progress(client, new_id())
+
+    assert (answer.status_code, answer.headers[wire.ERROR_HEADER]) == (404, wire.NOT_FOUND)
+    assert "not registered" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"watermark": None}, "watermark"),
+        ({"watermark": 2**63}, "watermark"),
+        ({"store_time": {"time": 1}}, "received_at"),
+        ({"under_way": [{"rollout_id": 7, "attempt_id": None, "count": 1}]}, "rollout_id"),
+        ({"under_way": [{"rollout_id": "a\0b", "attempt_id": None, "count": 1}]}, "rollout_id"),
+        ({"under_way": [{"rollout_id": "r", "attempt_id": None, "count": 1}] * ((1 << 16) + 1)}, "under_way"),
+        ({"under_way": [{"rollout_id": "r", "attempt_id": None, "count": 2**31}]}, "count"),
+        ({"under_way": [{"rollout_id": "r", "attempt_id": None, "count": 0}]}, "count"),
+        ({"lost": [{"id": "me", "rollout_id": None, "attempt_id": None, "count": 1, "reason": ""}]}, "id"),
+        ({"has_ended": 1}, "has_ended"),
+    ],
+)
+def test_an_invalid_report_is_refused(client: httpx.Client, change: dict[str, Any], reason: str) -> None:
+    each = sender()
+    put(client, each)
+
+    answer = progress(client, each.id, **change)
+
+    assert answer.status_code == 422
+    assert reason in answer.json()["detail"]
+    assert report_of(client, each)["watermark"] is None
+
+
+def test_the_wait_for_recorded_rollouts_and_triplets_say_who_is_behind(tmp_path: Path) -> None:
+    with StoreServer(tmp_path / "store.db") as server, server.client() as client:
+        each = sender()
+        put(client, each)
+        rollout = client.post("/v1/agl/rollouts", json={"input": 1}).json()
+        rollout_id, attempt_id = rollout["rollout_id"], rollout["attempt"]["attempt_id"]
+        client.post(f"/v1/agl/rollouts/{rollout_id}/attempts/{attempt_id}", json={"status": "succeeded"})
+
+        def waited(recorded: bool) -> list[str]:
+            body = {"rollout_ids": [rollout_id], "timeout": 0, "recorded": recorded}
+            return [found["rollout_id"] for found in client.post("/v1/agl/waits/rollouts", json=body).json()]
+
+        def triplets(**headers: str) -> httpx.Response:
+            return client.get(f"/v1/agl/rollouts/{rollout_id}/attempts/{attempt_id}/triplets", headers=headers)
+
+        assert (waited(False), waited(True)) == ([rollout_id], [])
+        told = triplets().json()
+        assert (told["items"], told["complete"], told["status"], told["ended"]) == ([], False, "succeeded", True)
+        assert [(found["sender_id"], found["host"], found["seconds"]) for found in told["behind"]] == [
+            (each.id, each.host, None)
+        ]
+        assert triplets(Accept="application/jsonl").headers["X-AGL-Complete"] == "false"
+
+        progress(client, each.id, has_ended=True)
+
+        assert waited(True) == [rollout_id]
+        told = triplets().json()
+        empty = ("items", "under_way", "behind", "silent", "lost", "unrecorded")
+        assert told == {"complete": True, "status": "succeeded", "ended": True, **{name: [] for name in empty}}
+        assert triplets(Accept="application/jsonl").headers["X-AGL-Complete"] == "true"
+        asked = {"rollout_id": rollout_id}
+        assert client.get("/v1/agl/completeness", params=asked).json()["complete"] is True
+        assert client.get("/v1/agl/completeness").status_code == 422

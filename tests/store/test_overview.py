@@ -256,7 +256,7 @@ def test_migration_from_version_1_clears_stale_end_times(url: str) -> None:
             "UPDATE attempts SET end_time = 7",
             "ALTER TABLE spans DROP COLUMN is_numbered",
             "ALTER TABLE spans DROP COLUMN common_key",
-            "DROP TABLE probes",
+            *(f"DROP TABLE {name}" for name in ("probes", "watermarks", "lost_calls")),
             "PRAGMA user_version = 1" if "postgresql" not in url else "UPDATE version SET version = 1",
         ):
             connection.exec_driver_sql(statement)

@@ -122,7 +122,7 @@ def _set_up(app: Any, statuses: Statuses) -> None:
     _add_route(app, statuses)
     _add_middleware(app)
     if session.is_recording:
-        contained("opening the store", frontend.start)
+        contained("opening the store", frontend.start, frontend.SECONDS_TO_REGISTER)
 
 
 def _add_route(app: Any, statuses: Statuses) -> None:

@@ -15,7 +15,7 @@ from sqlalchemy import Connection
 
 from agentlightning import rollout as records
 from agentlightning.errors import NotFound
-from agentlightning.rollout import FINISHED, AttemptStatus, Mode, RolloutStatus
+from agentlightning.rollout import AttemptStatus, Mode, RolloutStatus
 from agentlightning.server import schemas
 from agentlightning.server.answers import Json, document, listed, raw
 from agentlightning.server.decoding import without_nan
@@ -23,7 +23,7 @@ from agentlightning.server.errors import sentence
 from agentlightning.server.limits import BATCH_LIMIT, DEQUEUE_LIMIT
 from agentlightning.server.routes.common import Database, errors, router
 from agentlightning.server.schemas import LEFT_OUT, Id, Logic, Page, Part, Seconds, Sent, Whole, example
-from agentlightning.store import lifecycle, rollouts
+from agentlightning.store import completeness, lifecycle, rollouts
 
 __all__ = ["routes"]
 
@@ -139,6 +139,10 @@ class WaitForRollouts(Sent):
 
     rollout_ids: list[Id] = Field(max_length=BATCH_LIMIT)
     timeout: float | None = Field(None, description="Seconds; null to wait until all have ended.")
+    recorded: bool = Field(
+        False,
+        description="Wait also until every vLLM server that is alive has written all that had ended by then.",
+    )
 
 
 class Attempt(BaseModel):
@@ -336,15 +340,15 @@ async def heartbeat(rollout_id: Id, attempt_id: Id, database: Database) -> Respo
 
 @routes.post("/waits/rollouts", response_model=list[Rollout], responses=errors())
 async def wait_for_rollouts(request: Request, body: WaitForRollouts, database: Database) -> Response:
-    """Wait until rollouts have ended, and return those that have."""
+    """Wait until rollouts have ended, and return those that have; with `recorded`, those whose calls are written."""
     ends = None if body.timeout is None else time.monotonic() + body.timeout
     wanted = list(dict.fromkeys(body.rollout_ids))
     nap = SHORTEST_NAP
     while True:
-        found = await database.read(lambda connection: rollouts.find_all(connection, wanted))
-        ended = [row for row in found if row.status in FINISHED]
-        if len(ended) == len(found) or (ends is not None and time.monotonic() >= ends):
-            return Json([_rollout(row, with_attempt=False) for row in ended])
+        known, ended = await database.read(lambda connection: completeness.ended(connection, wanted, body.recorded))
+        if len(ended) == len(known) or (ends is not None and time.monotonic() >= ends):
+            found = await database.read(lambda connection, ended=ended: rollouts.find_all(connection, ended))
+            return Json([_rollout(row, with_attempt=False) for row in found])
         if request.app.state.is_stopping():
             # Not those that have ended so far: a client without a timeout would take them for all.
             return sentence(503, "the store is being stopped", {"Retry-After": "1"})

@@ -14,13 +14,15 @@ from agentlightning.sender import PACKED_LIMIT
 from agentlightning.server.answers import Json
 from agentlightning.server.errors import sentence
 from agentlightning.server.routes.common import Database, errors, media_type, router, shown
-from agentlightning.server.schemas import Sent, Whole, example
-from agentlightning.store import senders
+from agentlightning.server.schemas import Part, Sent, Whole, example
+from agentlightning.store import senders, watermarks
+from agentlightning.store.watermarks import State, Watermark
 
 __all__ = ["routes"]
 
 HOUR = 3600 * 10**9
 BYTES = "application/octet-stream"
+UNFINISHED_LIMIT = 1 << 16
 
 routes = router("senders")
 
@@ -28,16 +30,18 @@ _HEX = "[0-9a-f]"
 _DIGEST = f"^{_HEX}{{64}}$"
 _INTEGER_LIMIT = 2**63
 
-SenderId = Annotated[
-    str,
-    Path(
-        pattern=f"^{_HEX}{{8}}-{_HEX}{{4}}-{_HEX}{{4}}-{_HEX}{{4}}-{_HEX}{{12}}$", description="The sender's own UUID."
-    ),
-]
+_UUID = f"^{_HEX}{{8}}-{_HEX}{{4}}-{_HEX}{{4}}-{_HEX}{{4}}-{_HEX}{{12}}$"
+SenderId = Annotated[str, Path(pattern=_UUID, description="The sender's own UUID.")]
+Uuid = Annotated[str, StringConstraints(pattern=_UUID)]
 Digest = Annotated[str, Path(pattern=_DIGEST, description="The SHA-256 of the JSON of a vocabulary.")]
 # A model may be served under the path of a folder.
 Name = Annotated[str, StringConstraints(max_length=4096)]
 Integer = Annotated[Whole, Field(ge=-_INTEGER_LIMIT, lt=_INTEGER_LIMIT)]
+# Small enough that no sum of these is too large for a database.
+Count = Annotated[
+    # Given twice: the document has no limits of a number that may be written as 1.0.
+    Whole, Field(ge=1, lt=2**31, json_schema_extra={"minimum": 1, "maximum": 2**31 - 1})
+]
 
 
 class Registration(Sent):
@@ -78,6 +82,65 @@ class Vocabulary(BaseModel):
     tokens: int = Field(description="Number of its ids.")
 
 
+class StoreTime(Sent):
+    """The time that the store answered with, and when its answer arrived by the sender's clock."""
+
+    time: Integer
+    received_at: Integer
+
+
+class UnfinishedCalls(Sent):
+    """Generations of one attempt that are under way; null ids where the calls named none."""
+
+    rollout_id: Part | None
+    attempt_id: Part | None
+    count: Count
+
+
+class LostCalls(Sent):
+    """Generations of one attempt that could not be stored."""
+
+    id: Uuid
+    rollout_id: Part | None
+    attempt_id: Part | None
+    count: Count
+    reason: Name
+
+
+class Progress(Sent):
+    """How far a sender has written what it records. Times are nanoseconds by its own clock, whatever that says."""
+
+    model_config = example(
+        watermark=1795454241500000000,
+        store_time={"time": 1795454240250000000, "received_at": 1795454240251000000},
+        under_way=[{"rollout_id": "ro-1", "attempt_id": "at-1", "count": 2}],
+        lost=[],
+        has_ended=False,
+    )
+
+    watermark: Integer = Field(description="All generations that had ended by then are stored, or counted as lost.")
+    store_time: StoreTime | None = Field(None, description="The answer to the last report; null for the first one.")
+    under_way: list[UnfinishedCalls] = Field([], max_length=UNFINISHED_LIMIT)
+    lost: list[LostCalls] = Field([], max_length=UNFINISHED_LIMIT, description="Losses, each stored once by its id.")
+    has_ended: bool = Field(False, description="The process writes nothing after this.")
+
+    def as_record(self) -> records.Progress:
+        found = self.model_dump()
+        known = found.pop("store_time")
+        return records.Progress(
+            store_time=None if known is None else records.StoreTime(**known),
+            under_way=[records.UnfinishedCalls(**each) for each in found.pop("under_way")],
+            lost=[records.LostCalls(**each) for each in found.pop("lost")],
+            **found,
+        )
+
+
+class Reported(BaseModel):
+    """Answer to a report of progress."""
+
+    time: int = Field(description="By the store's clock: the `store_time.time` of the next report.")
+
+
 class Minute(BaseModel):
     """Generations written within a minute."""
 
@@ -105,6 +168,12 @@ class Sender(BaseModel):
     )
     lag_max: float | None
     lost: int = Field(description="Generations that the sender reports it had to drop.")
+    state: State | None = Field(
+        description="`live` while it reports, `silent` if it stopped without a word, `ended` if it said that it ends."
+    )
+    watermark: int | None = Field(description="By its own clock: all that had ended by then is stored.")
+    clock_difference: int | None = Field(description="Nanoseconds that the store's clock is ahead of the sender's.")
+    under_way: int = Field(description="Generations that were unfinished at its watermark.")
 
 
 class Senders(BaseModel):
@@ -126,6 +195,14 @@ async def put_sender(sender_id: SenderId, registration: Registration, database: 
         return None if wanted is None else "known" if senders.has_vocabulary(connection, wanted) else "wanted"
 
     return Json({"vocabulary": await database.write(register)})
+
+
+@routes.put("/senders/{sender_id}/progress", response_model=Reported, responses=errors(404))
+async def put_progress(sender_id: SenderId, progress: Progress, database: Database) -> Response:
+    """Store up to which moment a sender has written everything that had ended, and which calls it answers now."""
+    reported = progress.as_record()
+    at = await database.write(lambda connection: senders.report_progress(connection, sender_id, reported))
+    return Json({"time": at})
 
 
 @routes.put(
@@ -156,8 +233,12 @@ async def put_vocabulary(digest: Digest, request: Request, database: Database) -
 async def query_senders(database: Database) -> Response:
     """List the processes that have sent generations in the last hour, how many, and how late."""
     since = time.time_ns() - HOUR
-    found = await database.read(lambda connection: senders.recent(connection, since))
-    return Json({"items": [_item(each) for each in found]})
+
+    def read(connection: Connection) -> list[dict[str, Any]]:
+        known = {each.sender_id: each for each in watermarks.all_of(connection)}
+        return [_item(each, known.get(each.sender.id)) for each in senders.recent(connection, since)]
+
+    return Json({"items": await database.read(read)})
 
 
 def _unpacked(body: bytes, digest: str) -> records.Vocabulary:
@@ -167,7 +248,7 @@ def _unpacked(body: bytes, digest: str) -> records.Vocabulary:
     return found
 
 
-def _item(seen: senders.SenderReport) -> dict[str, Any]:
+def _item(seen: senders.SenderReport, progress: Watermark | None) -> dict[str, Any]:
     sender, minutes = seen.sender, seen.minutes
     count = sum(each.generations for each in minutes)
     return {
@@ -187,4 +268,8 @@ def _item(seen: senders.SenderReport) -> dict[str, Any]:
         "lag_mean": sum(each.lag_sum for each in minutes) / count / 1e9 if count else None,
         "lag_max": max(each.lag_max for each in minutes) / 1e9 if count else None,
         "lost": seen.lost,
+        "state": None if progress is None else progress.state,
+        "watermark": None if progress is None else progress.watermark,
+        "clock_difference": None if progress is None else progress.clock_difference,
+        "under_way": 0 if progress is None else sum(each.count for each in progress.under_way),
     }

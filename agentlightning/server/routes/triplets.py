@@ -18,11 +18,13 @@ from agentlightning.server.routes.common import Database, errors, router
 from agentlightning.server.routes.spans import KeptSpan, span_item
 from agentlightning.server.schemas import Id, Sent, example
 from agentlightning.server.transactions import Transactions
-from agentlightning.store import ingestion, triplets
+from agentlightning.store import completeness, ingestion, triplets
 
 __all__ = ["items", "routes"]
 
 JSON_LINES = "application/jsonl"
+COMPLETE_HEADER = "X-AGL-Complete"
+"""A header of a rollout's triplets as JSON Lines, which have no other place for it."""
 
 routes = router("triplets")
 
@@ -75,8 +77,36 @@ class Triplet(BaseModel):
     weight_versions: list[WeightVersion] | None
 
 
-class Triplets(BaseModel):
-    """The triplets of a rollout, in order."""
+class Shortfall(BaseModel):
+    """A process that records, and what it has not stored. What does not apply is null."""
+
+    sender_id: str
+    host: str
+    pid: int
+    calls: int | None = Field(description="Number of generations.")
+    seconds: float | None = Field(description="How far it is behind the rollout's end, or how long it has been silent.")
+    reason: str | None = Field(description="Why calls are lost.")
+
+
+class Completeness(BaseModel):
+    """Whether a rollout, or an attempt, has ended and all of its calls are stored, or why not."""
+
+    complete: bool = Field(description="True if it has ended and nothing below is missing.")
+    status: str | None = Field(description="Null where the queue does not have it, so that its end is unknown.")
+    ended: bool
+    under_way: list[Shortfall] = Field(description="Calls of it that a server has begun and not ended.")
+    behind: list[Shortfall] = Field(description="Servers that may still have calls of it in their queues.")
+    silent: list[Shortfall] = Field(
+        description="Servers that ended or were cut off without a word while it ran: calls of it may be lost."
+    )
+    lost: list[Shortfall] = Field(
+        description="Calls of it that a server could not store, or had under way when it fell silent."
+    )
+    unrecorded: list[str] = Field(description="Answers that a span of it names and no recorded call has.")
+
+
+class Triplets(Completeness):
+    """The triplets of a rollout, in order, and whether all are there."""
 
     items: list[Triplet]
 
@@ -102,15 +132,33 @@ async def query_triplets(wanted: Annotated[QueryTriplets, Query()], database: Da
     return StreamingResponse(parts(), media_type=JSON_LINES)
 
 
+class QueryCompleteness(BaseModel):
+    """The rollout, and maybe one of its attempts."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    rollout_id: Id
+    attempt_id: Id | None = None
+
+
+@routes.get("/completeness", response_model=Completeness, responses=errors())
+async def get_completeness(wanted: Annotated[QueryCompleteness, Query()], database: Database) -> Response:
+    """Tell whether a rollout, or an attempt, has ended and all of its calls are stored, or why not."""
+    found = await database.read(
+        lambda connection: completeness.of_rollout(connection, wanted.rollout_id, wanted.attempt_id)
+    )
+    return Json(found.as_dict())
+
+
 @routes.get("/rollouts/{rollout_id}/triplets", response_model=Triplets, responses=_answers())
 async def get_triplets(rollout_id: Id, request: Request, database: Database) -> Response:
-    """Read the triplets of a rollout, in order; as JSON Lines if `Accept` names `application/jsonl`."""
+    """Read the triplets of a rollout, in order, and whether all are there; as JSON Lines for `application/jsonl`."""
     return await _answer(request, database, rollout_id, None)
 
 
 @routes.get("/rollouts/{rollout_id}/attempts/{attempt_id}/triplets", response_model=Triplets, responses=_answers())
 async def get_triplets_of_attempt(rollout_id: Id, attempt_id: Id, request: Request, database: Database) -> Response:
-    """Read the triplets of an attempt, `latest` or of this id, in order."""
+    """Read the triplets of an attempt, `latest` or of this id, in order, and whether all are there."""
     return await _answer(request, database, rollout_id, attempt_id)
 
 
@@ -132,17 +180,20 @@ async def add_reward(rollout_id: Id, attempt_id: Id, body: Reward, database: Dat
 async def _answer(request: Request, database: Transactions, rollout_id: str, attempt_id: str | None) -> Response:
     wants_lines = JSON_LINES in request.headers.get("accept", "")
 
-    def work(connection: Connection) -> bytes:
+    def work(connection: Connection) -> tuple[bytes, bool]:
         found = triplets.of_rollout(connection, rollout_id, attempt_id)
-        return _lines(found) if wants_lines else items(found)
+        told = completeness.of_rollout(connection, rollout_id, attempt_id)
+        return _lines(found) if wants_lines else items(found, **told.as_dict()), told.complete
 
-    answer = await database.read(work)
-    return Response(answer, media_type=JSON_LINES) if wants_lines else Json(answer)
+    answer, is_complete = await database.read(work)
+    if not wants_lines:
+        return Json(answer)
+    return Response(answer, media_type=JSON_LINES, headers={COMPLETE_HEADER: "true" if is_complete else "false"})
 
 
-def items(found: Iterable[triplet.Triplet]) -> bytes:
+def items(found: Iterable[triplet.Triplet], **more: Any) -> bytes:
     """Encode triplets as JSON, one by one: all of their numbers at once do not fit a CPU's cache (half as fast)."""
-    return encode({"items": [msgspec.Raw(encode(each.as_dict())) for each in found]})
+    return encode({"items": [msgspec.Raw(encode(each.as_dict())) for each in found], **more})
 
 
 def _lines(found: Iterable[triplet.Triplet]) -> bytes:

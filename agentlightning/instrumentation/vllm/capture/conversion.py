@@ -63,6 +63,11 @@ class CapturedRequest:
     unfinished: int = 0
     finished: list[FinishedChoice] = field(default_factory=list)
 
+    def whose(self) -> tuple[str | None, str | None]:
+        """Return the rollout and the attempt that it belongs to."""
+        context = self.context or _context_from_name(self)
+        return context.rollout_id, context.attempt_id
+
 
 def name_of(request: Any) -> str:
     """Return the id that the frontend gave a request: from 0.14 on, vLLM appends eight characters to it."""

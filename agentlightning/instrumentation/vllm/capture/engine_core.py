@@ -62,6 +62,9 @@ def _track(scheduler: Any, request: Any) -> None:
         )
         found = _unmarked[scheduler] = UnmarkedRequests(scheduler, _weights)
         session.identity.note_model(found.config)
+        session.follow(found)
+        # Not with the first generation: until then, the store would not know that there is anything to wait for.
+        session.recorder.start()
     found.track(request)
 
 

@@ -31,9 +31,21 @@ from agentlightning.instrumentation.vllm.capture.conversion import (
 from agentlightning.instrumentation.vllm.capture.session import session
 from agentlightning.patching import Patch, Where, Wrap
 
-__all__ = ["CAPTURE_PATCHES", "CLIENT_PATCHES", "PendingRequests", "end_all", "find_pending", "forget_all", "start"]
+__all__ = [
+    "CAPTURE_PATCHES",
+    "CLIENT_PATCHES",
+    "SECONDS_TO_REGISTER",
+    "PendingRequests",
+    "end_all",
+    "find_pending",
+    "forget_all",
+    "start",
+]
 
 logger = logging.getLogger("agentlightning")
+
+SECONDS_TO_REGISTER = 2.0
+"""The most that a server waits for its store before it serves: vLLM itself takes far longer to start."""
 
 # vLLM's object for one logprob that a client has asked for, with its text and its place in a dictionary.
 BYTES_PER_LOGPROB = 300
@@ -42,9 +54,13 @@ _pending: WeakKeyDictionary[Any, PendingRequests] = WeakKeyDictionary()
 _logprobs_modes: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 
 
-def start() -> None:
-    """Open the store before the first request needs it, so that an unusable store is reported when a server starts."""
-    session.recorder.start()
+def start(patience: float = 0.0) -> None:
+    """Open the store before the first request needs it, so that an unusable store is reported when a server starts.
+
+    Args:
+        patience: seconds to wait at most until the store knows this process.
+    """
+    session.recorder.start(patience)
     # Registered after the recorder's own exit handler, and so called before it: it still takes what is aborted here.
     atexit.unregister(end_all)
     atexit.register(end_all)
@@ -63,6 +79,7 @@ def _pending_of(processor: Any) -> PendingRequests:
     if found is None:
         start()
         found = _pending[processor] = PendingRequests(_record, _logprobs_modes.get(processor))
+        session.follow(found)
     return found
 
 
@@ -193,7 +210,7 @@ def wrap_client_init(init: Callable[..., Any]) -> Callable[..., Any]:
         contained("reading the logprobs' mode", _note_logprobs_mode, self, vllm_config)
         contained("reading which model is served", _note_engine, self, vllm_config)
         # Not with the first generation: run-batch may end right after that, before the store is open.
-        contained("opening the store", start)
+        contained("opening the store", start, SECONDS_TO_REGISTER)
 
     return init_and_note
 
@@ -209,6 +226,8 @@ def _note_engine(client: Any, vllm_config: Any) -> None:
 class PendingRequests:
     """The requests of one `OutputProcessor` that have not ended.
 
+    Each stays here until it is recorded: the writing thread takes what is neither here nor in its queue for written.
+
     Args:
         record: called with each captured request when all its choices have ended.
         logprobs_mode: the kind of the engine's logprobs, in vLLM's words.
@@ -222,6 +241,13 @@ class PendingRequests:
 
     def __len__(self) -> int:
         return len(self._requests)
+
+    def under_way(self) -> list[tuple[str | None, str | None]]:
+        """Return the rollout and the attempt of each; for the writing thread, while others change them."""
+        # Each of the two lists is made at once, as no other thread runs meanwhile.
+        requests, parents = list(self._requests.values()), list(self._parents.values())
+        captured = {id(each): each for each in (*(each for each, _ in requests), *parents)}
+        return [each.whose() for each in captured.values()]
 
     def add(self, state: Any, request: Any, parent: Any, context: RequestContext | None) -> None:
         """Follow a request that vLLM has just registered; with n > 1, vLLM makes it of `parent`."""
@@ -245,7 +271,12 @@ class PendingRequests:
         """Note that the engine is done with a request; `output` is its last `EngineCoreOutput`."""
         if output.request_id not in self._requests:
             return
-        captured, state = self._requests.pop(output.request_id)
+        try:
+            self._finish(output, *self._requests[output.request_id])
+        finally:
+            del self._requests[output.request_id]
+
+    def _finish(self, output: Any, captured: CapturedRequest, state: Any) -> None:
         last = _last_completion(state)
         if last is not None:
             choice = FinishedChoice(state, last.finish_reason, last.stop_reason, _routed_experts(state, last))
@@ -260,18 +291,25 @@ class PendingRequests:
 
     def end(self, request_ids: Iterable[str], finish_reason: str) -> None:
         """Note that these requests end early: their client is gone (`"abort"`), or the engine failed (`"error"`)."""
+        ended: dict[str, None] = {}
         closing: list[CapturedRequest] = []
-        for request_id in request_ids:
-            if request_id in self._requests:
-                captured, state = self._requests.pop(request_id)
+        try:
+            for request_id in request_ids:
+                if request_id in ended or request_id not in self._requests:
+                    continue
+                captured, state = self._requests[request_id]
+                ended[request_id] = None
                 captured.unfinished -= 1
                 experts = _routed_experts(state, None)
                 captured.finished.append(FinishedChoice(state, finish_reason, routed_experts=experts))
                 # With n > 1: a choice that vLLM has not registered yet will never come.
                 if not captured.unfinished:
                     closing.append(captured)
-        for captured in closing:
-            contained("recording a request that ended early", self._close, captured)
+            for captured in closing:
+                contained("recording a request that ended early", self._close, captured)
+        finally:
+            for request_id in ended:
+                del self._requests[request_id]
 
     def end_all(self, finish_reason: str) -> None:
         """Do the same for all requests."""
@@ -279,9 +317,11 @@ class PendingRequests:
 
     def _close(self, captured: CapturedRequest) -> None:
         parent = captured.finished[0].state.parent_req
-        if parent is not None:
-            self._parents.pop(parent.request_id, None)
-        self._record(captured)
+        try:
+            self._record(captured)
+        finally:
+            if parent is not None:
+                self._parents.pop(parent.request_id, None)
 
 
 def _record(captured: CapturedRequest) -> None:
@@ -290,7 +330,8 @@ def _record(captured: CapturedRequest) -> None:
         token_ids += len(choice.state.detokenizer.token_ids)
         more += _bytes_of(choice)
     keeps_text = session.settings.record_text
-    session.record(functools.partial(from_frontend, captured, time.time_ns(), keeps_text), token_ids, more)
+    build = functools.partial(from_frontend, captured, time.time_ns(), keeps_text)
+    session.record(build, token_ids, more, captured.whose)
 
 
 def _bytes_of(choice: FinishedChoice) -> int:

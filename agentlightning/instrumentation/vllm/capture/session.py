@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
+from weakref import WeakSet
 
 from agentlightning import settings
 from agentlightning.generation import Generation
 from agentlightning.instrumentation.vllm.capture.identity import Identity
 from agentlightning.instrumentation.vllm.capture.metrics import Metrics, Observer
-from agentlightning.recorder import Recorder
+from agentlightning.recorder import Recorder, Whose
 from agentlightning.settings import Settings
 
 __all__ = ["Session", "session"]
@@ -25,6 +26,14 @@ __all__ = ["Session", "session"]
 BYTES_PER_ID = 36
 # Everything else that a queued generation keeps alive.
 BYTES_PER_GENERATION = 2000
+
+
+class Unfinished(Protocol):
+    """Generations that have begun and not ended."""
+
+    def under_way(self) -> Iterable[Whose]:
+        """Return whose they are. Called by the writing thread while others change them."""
+        ...
 
 
 class Session:
@@ -45,6 +54,7 @@ class Session:
         self._recorders: dict[tuple[str, int], Recorder] = {}
         # Prometheus knows each name once, however many stores a process records to.
         self._metrics: Metrics | None = None
+        self._unfinished: WeakSet[Unfinished] = WeakSet()
         self._lock = threading.Lock()
 
     def begin_in_child(self) -> None:
@@ -86,20 +96,30 @@ class Session:
                 found = self._recorders.get((store, queue_bytes))
                 if found is None:
                     self._metrics = self._metrics or Metrics()
-                    found = Recorder(store, queue_bytes, self.identity.sender, Observer(self._metrics))
+                    found = Recorder(store, queue_bytes, self.identity.sender, Observer(self._metrics), self._under_way)
                     self._recorders[store, queue_bytes] = found
                 self._recorder = found
             return self._recorder
 
-    def record(self, build: Callable[[], Generation], token_ids: int, more_bytes: int = 0) -> None:
+    def follow(self, unfinished: Unfinished) -> None:
+        """Report these generations to the store as under way, for as long as the object lives."""
+        self._unfinished.add(unfinished)
+
+    def _under_way(self) -> list[Whose]:
+        return [whose for each in list(self._unfinished) for whose in each.under_way()]
+
+    def record(
+        self, build: Callable[[], Generation], token_ids: int, more_bytes: int, whose: Callable[[], Whose]
+    ) -> None:
         """Queue a generation for the store.
 
         Args:
             build: makes the generation, in the writing thread.
             token_ids: how many ids it keeps alive until then, as Python integers.
             more_bytes: what else it keeps alive, if that is much.
+            whose: returns its rollout and attempt.
         """
-        self.recorder.record(build, BYTES_PER_GENERATION + BYTES_PER_ID * token_ids + more_bytes)
+        self.recorder.record(build, BYTES_PER_GENERATION + BYTES_PER_ID * token_ids + more_bytes, whose)
 
     def report(self) -> dict[str, Any] | None:
         """Return the store's place and the recorder's counters, for the status; None if nothing is recorded."""

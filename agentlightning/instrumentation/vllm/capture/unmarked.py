@@ -96,6 +96,10 @@ class UnmarkedRequests:
     def __len__(self) -> int:
         return len(self._tracked)
 
+    def under_way(self) -> list[tuple[str | None, str | None]]:
+        """Return the rollout and the attempt of each; for the writing thread, while the engine's changes them."""
+        return [_whose(request_id) for request_id in list(self._tracked)]
+
     def track(self, request: Any) -> None:
         """Follow a request that the scheduler is about to get."""
         params = request.sampling_params
@@ -144,7 +148,13 @@ class UnmarkedRequests:
 
     def _end(self, tracked: TrackedRequest, finish_reason: str) -> None:
         request, tracked.request = tracked.request, None
-        del self._tracked[request.request_id]
+        try:
+            self._record(tracked, request, finish_reason)
+        finally:
+            # Not before: the writing thread takes what is neither here nor in its queue for written.
+            del self._tracked[request.request_id]
+
+    def _record(self, tracked: TrackedRequest, request: Any, finish_reason: str) -> None:
         tracked.finish_reason = finish_reason
         finished = FinishedRequest(
             request.request_id,
@@ -158,7 +168,12 @@ class UnmarkedRequests:
         more += sum(chunk.nbytes for chunk in tracked.routed_experts)
         keeps_text = session.settings.record_text
         build = functools.partial(_generation_of, tracked, finished, self.config, time.time_ns(), keeps_text)
-        session.record(build, ids, more)
+        session.record(build, ids, more, functools.partial(_whose, request.request_id))
+
+
+def _whose(request_id: str) -> tuple[str | None, str | None]:
+    name = request_names.parse(request_id, from_rust=_releases.uses_rust_frontend())
+    return name.rollout_id, name.attempt_id
 
 
 def _batches(outputs: Any) -> Iterable[Any]:

@@ -1,0 +1,128 @@
+"""Requests that are under way: each stays so until it is recorded, so that no moment passes in which nobody has it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from agentlightning.instrumentation.vllm._context import RequestContext
+from agentlightning.instrumentation.vllm.capture import unmarked as unmarked_module
+from agentlightning.instrumentation.vllm.capture.conversion import CapturedRequest
+from agentlightning.instrumentation.vllm.capture.frontend import PendingRequests
+from agentlightning.instrumentation.vllm.capture.session import Session
+from agentlightning.instrumentation.vllm.capture.unmarked import UnmarkedRequests
+
+pytestmark = pytest.mark.tier("check")
+
+Whose = tuple[str | None, str | None]
+
+
+def request(name: str) -> Any:
+    return SimpleNamespace(request_id=name, arrival_time=0.0, prompt_token_ids=[1], sampling_params=None)
+
+
+def state(parent: Any = None, index: int = 0) -> Any:
+    return SimpleNamespace(queue=SimpleNamespace(output=None), parent_req=parent, request_index=index)
+
+
+def output(name: str) -> Any:
+    return SimpleNamespace(request_id=name, finish_reason="stop", stop_reason=None)
+
+
+def context(number: int) -> RequestContext:
+    return RequestContext(rollout_id=f"r-{number}", attempt_id=f"a-{number}")
+
+
+class Frontend:
+    """Pending requests, and what was under way whenever one of them was recorded."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[Whose]] = []
+        self.pending = PendingRequests(self._record)
+
+    def _record(self, captured: CapturedRequest) -> None:
+        self.seen.append(self.pending.under_way())
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda pending: pending.finish(output("one")),
+        lambda pending: pending.end(["one", "one", "unknown"], "abort"),
+        lambda pending: pending.end_all("error"),
+    ],
+    ids=["finished", "aborted", "failed"],
+)
+def test_a_request_is_under_way_until_it_is_recorded(end: Callable[[PendingRequests], None]) -> None:
+    frontend = Frontend()
+    frontend.pending.add(state(), request("one"), None, context(1))
+    assert frontend.pending.under_way() == [("r-1", "a-1")]
+
+    end(frontend.pending)
+
+    assert frontend.seen == [[("r-1", "a-1")]]
+    assert frontend.pending.under_way() == []
+    assert len(frontend.pending) == 0
+
+
+def test_the_choices_of_a_request_are_under_way_as_one_until_the_last_is_recorded() -> None:
+    frontend, parent = Frontend(), SimpleNamespace(request_id="both", n=2, sampling_params=None)
+    for index in range(2):
+        frontend.pending.add(state(parent, index), request(f"{index}_both"), parent, context(1))
+    frontend.pending.add(state(), request("other"), None, None)
+    whose = [("r-1", "a-1"), (None, None)]
+    assert sorted(frontend.pending.under_way(), key=str) == sorted(whose, key=str)
+
+    frontend.pending.finish(output("0_both"))
+    assert len(frontend.pending.under_way()) == 2
+    frontend.pending.finish(output("1_both"))
+
+    assert [sorted(each, key=str) for each in frontend.seen] == [sorted(whose, key=str)]
+    assert frontend.pending.under_way() == [(None, None)]
+
+
+def test_a_request_that_cannot_be_recorded_is_not_under_way_for_ever() -> None:
+    def fail(captured: CapturedRequest) -> None:
+        raise LookupError
+
+    pending = PendingRequests(fail)
+    pending.add(state(), request("one"), None, context(1))
+
+    with pytest.raises(LookupError):
+        pending.finish(output("one"))
+
+    assert pending.under_way() == []
+
+
+def test_a_request_of_an_engine_core_is_under_way_until_it_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[list[Whose], Whose]] = []
+
+    def record(build: object, token_ids: int, more_bytes: int, whose: Callable[[], Whose]) -> None:
+        seen.append((unmarked.under_way(), whose()))
+
+    settings = SimpleNamespace(logprobs=False, record_text=True)
+    monkeypatch.setattr(unmarked_module, "session", SimpleNamespace(settings=settings, record=record))
+    monkeypatch.setattr("agentlightning.instrumentation.vllm._releases.uses_rust_frontend", lambda: True)
+    unmarked = UnmarkedRequests(SimpleNamespace())
+    known = request("chatcmpl-r-1.a-1-0123abcd")
+    unmarked.track(SimpleNamespace(**vars(known), output_token_ids=[2], lora_request=None))
+    assert unmarked.under_way() == [("r-1", "a-1")]
+
+    unmarked.end_all("abort")
+
+    assert seen == [([("r-1", "a-1")], ("r-1", "a-1"))]
+    assert unmarked.under_way() == []
+
+
+def test_all_that_a_session_follows_is_under_way() -> None:
+    session, first, second = Session(), Frontend(), Frontend()
+    for number, each in enumerate((first, second)):
+        session.follow(each.pending)
+        each.pending.add(state(), request("one"), None, context(number))
+
+    assert sorted(session._under_way(), key=str) == [("r-0", "a-0"), ("r-1", "a-1")]
+    del first.pending
+    assert session._under_way() == [("r-1", "a-1")]
