@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         AgentLightningError,
         InvalidRecord,
         NotFound,
+        RolloutUnderWay,
         StoreError,
         StoreRefused,
         StoreUnavailable,
@@ -47,6 +48,7 @@ __all__ = [
     "Resources",
     "Rollout",
     "RolloutConfig",
+    "RolloutUnderWay",
     "Span",
     "Store",
     "StoreError",
@@ -66,7 +68,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "agentlightning.errors": (
         *("AgentLightningError", "InvalidRecord", "NotFound"),
-        *("StoreError", "StoreRefused", "StoreUnavailable"),
+        *("RolloutUnderWay", "StoreError", "StoreRefused", "StoreUnavailable"),
     ),
     "agentlightning.generation": ("Choice", "Generation"),
     "agentlightning.instrumentation": ("instrument_vllm", "status", "uninstrument_vllm"),
