@@ -123,7 +123,7 @@ def _created(
     wanted = None if rollout_ids is None else {storable(each) for each in rollout_ids}
     for rollout_id, end_time in fetch(connection, query, statuses):
         if (wanted is None or rollout_id in wanted) and (before is None or (end_time or 0) < before):
-            yield text_of(rollout_id)
+            yield text_of(str(rollout_id))
 
 
 def _only_recorded(connection: Connection, rollout_ids: Sequence[str] | None, before: float | None) -> list[str]:

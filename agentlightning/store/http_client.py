@@ -144,8 +144,8 @@ class HttpClient:
             repeatable: a POST that changes nothing when it is processed twice; any other method always is.
 
         Raises:
-            StoreUnavailable, StoreRefused, InvalidRecord, NotFound, RolloutUnderWay: the answer is an error, or there is
-                none.
+            StoreUnavailable: there is no answer, or it is an error that may pass.
+            StoreRefused, InvalidRecord, NotFound, RolloutUnderWay: the answer is an error.
         """
         accept = f"{MEDIA_TYPE}, application/json"
         with self._answer(method, route, query, body, accept, kind, repeatable or method != "POST") as response:

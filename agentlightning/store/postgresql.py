@@ -170,8 +170,8 @@ class PostgresqlDatabase(Database):
     def space_advice(self) -> str | None:
         return (
             "PostgreSQL uses the freed space for what is written next, and has returned to the file system what was at "
-            f"the end of a table; to return all, run `agl prune --store '{self._name}' --vacuum`, which locks readers and "
-            "writers out, one table at a time"
+            f"the end of a table; to return all, run `agl prune --store '{self._name}' --vacuum`, which locks readers "
+            "and writers out, one table at a time"
         )
 
     def rewrite(self) -> None:

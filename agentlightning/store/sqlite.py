@@ -148,8 +148,8 @@ class SqliteDatabase(Database):
         if self._shrinks():
             return None
         return (
-            "the file was made by an older version, and keeps its size: freed space is used for what is written next; to "
-            f"return it now, and each time from then on, run `agl prune --store {self._path} --vacuum`, which locks "
+            "the file was made by an older version, and keeps its size: freed space is used for what is written next; "
+            f"to return it now, and each time from then on, run `agl prune --store {self._path} --vacuum`, which locks "
             "writers out until it is done, and needs about twice the final size on the disk meanwhile"
         )
 

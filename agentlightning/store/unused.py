@@ -41,17 +41,17 @@ _WITH_ANCESTORS = """
 # A block that a million prompts share has a million children: they are counted only as far as that can matter.
 _USES = """
     SELECT key, length(body),
-        (SELECT count(*) FROM (SELECT 1 FROM generations WHERE ids_block = blocks.key LIMIT {most}) AS some)
-        + (SELECT count(*) FROM (SELECT 1 FROM generations WHERE text_block = blocks.key LIMIT {most}) AS some),
-        (SELECT count(*) FROM (SELECT 1 FROM blocks AS after WHERE after.parent = blocks.key LIMIT 2) AS some)
+        (SELECT count(*) FROM (SELECT 1 FROM generations WHERE ids_block = blocks.key LIMIT {most}) AS counted)
+        + (SELECT count(*) FROM (SELECT 1 FROM generations WHERE text_block = blocks.key LIMIT {most}) AS counted),
+        (SELECT count(*) FROM (SELECT 1 FROM blocks AS child WHERE child.parent = blocks.key LIMIT 2) AS counted)
     FROM blocks WHERE key IN ({keys})
 """
-_CHILDREN = "SELECT count(*) FROM (SELECT 1 FROM blocks WHERE parent = ? LIMIT ?) AS some"
+_CHILDREN = "SELECT count(*) FROM (SELECT 1 FROM blocks WHERE parent = ? LIMIT ?) AS counted"
 _ORPHANS = """
     SELECT key FROM blocks WHERE key >= ? AND key < ?
     AND NOT EXISTS (SELECT 1 FROM generations WHERE ids_block = blocks.key)
     AND NOT EXISTS (SELECT 1 FROM generations WHERE text_block = blocks.key)
-    AND NOT EXISTS (SELECT 1 FROM blocks AS after WHERE after.parent = blocks.key)
+    AND NOT EXISTS (SELECT 1 FROM blocks AS child WHERE child.parent = blocks.key)
 """
 
 
