@@ -129,9 +129,7 @@ class SqliteDatabase(Database):
             )
 
     def shrink(self) -> Iterator[None]:
-        if not self._shrinks():
-            return
-        while True:
+        while self._shrinks():
             with self.writing() as connection:
                 ends = time.monotonic() + SECONDS_AT_ONCE
                 left = 1
