@@ -91,7 +91,9 @@ def test_file_of_an_older_version_keeps_its_size_until_it_is_rewritten(
 ) -> None:
     def add_long_ones() -> None:
         with open_store(str(path)) as store:
-            store.add([generation(n, prompt_token_ids=array("i", range(n, n + 50_000))) for n in range(20)])
+            store.add(
+                [generation(n, prompt_token_ids=array("i", range(n, n + 50_000)), finished_at=n) for n in range(20)]
+            )
 
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("PRAGMA auto_vacuum = NONE")

@@ -28,7 +28,7 @@ from agentlightning.sender import Sender, Vocabulary
 from agentlightning.store import Store, deletion, open_database, open_store, tables, unused, uploads
 from agentlightning.store.chains import FIRST, NEXT
 from agentlightning.store.database import Database
-from tests.common.generations import START, generation
+from tests.common.generations import SECOND, START, generation
 from tests.common.processes import SECONDS, fork
 from tests.store.conftest import EVERY_KIND, new_store_of
 
@@ -167,7 +167,8 @@ def test_estimate_says_what_is_deleted_and_changes_nothing(store: Store, databas
 def test_rollouts_are_selected_by_status_and_age(store: Store, database: Database) -> None:
     failed, succeeded = rollout_of(store, status="failed"), rollout_of(store)
     running = store.start_rollout("a task")
-    store.add([generation(1, rollout_id="recorded"), generation(2, rollout_id=running.rollout_id)])
+    calls = ((1, "recorded"), (2, running.rollout_id))
+    store.add([generation(n, rollout_id=each, finished_at=1_000 * SECOND) for n, each in calls])
 
     def selected(**wanted: Any) -> set[str]:
         return {*deletion.select(database, **wanted).rollout_ids}
@@ -175,8 +176,8 @@ def test_rollouts_are_selected_by_status_and_age(store: Store, database: Databas
     later = time.time() + 60
     assert selected(statuses=["failed"]) == {failed.rollout_id}
     assert selected(before=later) == {failed.rollout_id, succeeded.rollout_id, "recorded"}
-    assert selected(before=START / 1e9) == set()
-    assert selected(before=START / 1e9 + 3600) == {"recorded"}
+    assert selected(before=1_000) == set()
+    assert selected(before=1_001) == {"recorded"}
     assert selected(before=later, rollout_ids=["recorded", failed.rollout_id]) == {"recorded", failed.rollout_id}
     assert selected(before=later, statuses=["succeeded"]) == {succeeded.rollout_id}
 
@@ -184,14 +185,16 @@ def test_rollouts_are_selected_by_status_and_age(store: Store, database: Databas
 @IN_DATABASES
 def test_calls_without_a_rollout_are_deleted_by_age_unless_a_span_names_them(store: Store, database: Database) -> None:
     rollout = rollout_of(store, calls=1)
-    named, unnamed, young = (generation(n, rollout_id=None, attempt_id=None) for n in (1, 2, 10**6))
+    named, unnamed, young = (
+        generation(n, rollout_id=None, attempt_id=None, finished_at=n * 1_000 * SECOND) for n in (1, 2, 3)
+    )
     store.add([named, unnamed, young])
     assert rollout.attempt is not None
     of_answer = {"gen_ai.response.id": named.response_id}
     store.add_span(agl.Span("chat", rollout.rollout_id, rollout.attempt.attempt_id, attributes=of_answer))
     store.update_rollout(rollout.rollout_id, status="succeeded")
 
-    found = deleted(database, before=START / 1e9 + 3600)
+    found = deleted(database, before=2_500)
 
     assert (found["generations"], found["rollouts"]) == (1, 0)
     assert {each.id for each in store.generations(rollout_id=None)} == {named.id, young.id}
@@ -238,7 +241,7 @@ def test_what_a_killed_process_left_is_deleted(store: Store, database: Database)
 @IN_DATABASES
 def test_text_that_a_writer_uses_again_meanwhile_is_kept(store: Store, database: Database) -> None:
     store.add([generation(n, rollout_id="old" if n else "kept", model="old-model") for n in range(2)])
-    [*deletion.delete(database, deletion.select(database, rollout_ids=["old"]))]
+    list(deletion.delete(database, deletion.select(database, rollout_ids=["old"])))
 
     steps = unused.sweep(database)
     for number, _ in enumerate(steps):
@@ -254,7 +257,7 @@ def test_keys_that_sqlite_gives_again_mislead_nobody(store: Store, database: Dat
 
     for _ in unused.sweep(database):
         # The last row is deleted, and a new one gets its key, which was looked at.
-        [*deletion.delete(database, deletion.select(database, rollout_ids=["last"]))]
+        list(deletion.delete(database, deletion.select(database, rollout_ids=["last"])))
         store.add([generation(3, rollout_id="last", model="a model")])
 
     assert {(each.rollout_id, each.model) for each in store.generations()} == {
@@ -286,7 +289,7 @@ def test_vocabulary_goes_with_the_last_sender_that_has_generations(store: Store,
 def test_file_becomes_smaller_by_about_what_the_estimate_says(store: Store, database: Database) -> None:
     kept = rollout_of(store)
     gone = [rollout_of(store, calls=20, shared=n).rollout_id for n in range(FIRST_IDS, FIRST_IDS + 20)]
-    [*database.shrink()]
+    list(database.shrink())
     before = database.size()
     estimated = deletion.estimate(database, deletion.select(database, rollout_ids=gone))["bytes"]
 
@@ -405,8 +408,8 @@ def test_deletion_killed_at_any_moment_beside_writers_keeps_all_else_and_can_be_
         assert_whole(url, kept, written)
 
     with closing(open_database(url)) as database:
-        [*deletion.delete(database, deletion.Selection([f"old-{number}" for number in old]))]
-        [*deletion.finish(database)]
+        list(deletion.delete(database, deletion.Selection([f"old-{number}" for number in old])))
+        list(deletion.finish(database))
         after = counts(database)
     with open_store(url) as store:
         found = {each.id for each in store.generations()}

@@ -7,6 +7,7 @@ import time
 from array import array
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def new_store(request: pytest.FixtureRequest) -> Callable[[Path], str]:
 def old(database: Database, kept: list[Generation]) -> None:
     """Store generations as the former version did: whole."""
     with open_store_of(database) as store:
-        store.add([as_short(each) for each in kept])
+        store.add([replace(each, prompt_token_ids=None, prompt_text=None) for each in kept])
     with database.writing() as connection:
         for each in kept:
             whole = {
@@ -59,11 +60,6 @@ def open_store_of(database: Database) -> Store:
             """Leave the database to the test."""
 
     return Open(database)
-
-
-def as_short(each: Generation) -> Generation:
-    fields = {name: getattr(each, name) for name in Generation.__slots__}
-    return Generation(**fields | {"prompt_token_ids": None, "prompt_text": None})
 
 
 def prompts_of_every_length() -> list[Generation]:
@@ -108,7 +104,7 @@ def test_migrated_prompts_share_blocks_with_new_ones(store: Store, database: Dat
     old(database, kept[:3])
     store.add(kept[3:])
 
-    [*migration.migrate(database)]
+    list(migration.migrate(database))
 
     assert [*store.generations()] == kept
     with database.reading() as connection:
@@ -122,7 +118,7 @@ def test_generation_deleted_or_migrated_meanwhile_is_left_alone(store: Store, da
 
     steps = migration.migrate(database)
     next(steps)
-    [*migration.migrate(database)]
+    list(migration.migrate(database))
     with database.writing() as connection:
         connection.execute(tables.generations.delete().where(tables.generations.c.key > 30))
     after = state(database)
@@ -162,7 +158,7 @@ def test_migration_killed_at_any_moment_beside_writers_loses_nothing_and_can_be_
             written.append(acknowledged.recv())
         written += rest_of(acknowledged)
 
-    [*migration.migrate(database)]
+    list(migration.migrate(database))
 
     with open_store(url) as store:
         found = {each.id: each for each in store.generations()}
