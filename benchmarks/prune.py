@@ -21,10 +21,11 @@ from agentlightning.store.postgresql import PostgresqlDatabase
 from benchmarks.environments import interleaved
 from benchmarks.machine import BusyMeter
 from benchmarks.report import Part, Row, Section, Summary, Target, say
-from benchmarks.store import QUICK_ROUNDS, ROUNDS, WRITTEN, generation, some, write
+from benchmarks.store import WRITTEN, generation, some, write
 from tests.common.postgresql import MISSING, PostgresServer, programs
 
-KEPT, DELETED, QUICK = 5_000, 50_000, 5_000
+ROUNDS, QUICK_ROUNDS = 6, 3
+KEPT, DELETED, QUICK = 1_000, 6_000, 1_000
 """Generations."""
 IDS = 2_000
 WRITES, SECONDS_BETWEEN = 8, 0.02
