@@ -24,8 +24,8 @@ from benchmarks.report import Part, Row, Section, Summary, Target, say
 from benchmarks.store import WRITTEN, generation, some, write
 from tests.common.postgresql import MISSING, PostgresServer, programs
 
-ROUNDS, QUICK_ROUNDS = 6, 3
-KEPT, DELETED, QUICK = 1_000, 6_000, 1_000
+ROUNDS, QUICK_ROUNDS = 12, 4
+KEPT, DELETED, QUICK = 5_000, 50_000, 5_000
 """Generations."""
 IDS = 2_000
 WRITES, SECONDS_BETWEEN = 8, 0.02
