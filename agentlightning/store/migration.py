@@ -35,12 +35,10 @@ class Step:
     Attributes:
         seen: how many keys of generations were looked at.
         migrated: how many generations were changed.
-        bytes: that their rows became smaller by; what the blocks take is not subtracted.
     """
 
     seen: int
     migrated: int = 0
-    bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +48,6 @@ class _Whole:
     key: int
     ids: Chain[bytes] | None
     text: Chain[str] | None
-    size: int
 
 
 def count(database: Database) -> int:
@@ -84,7 +81,7 @@ def migrate(database: Database) -> Iterator[Step]:
             changed = database.write(lambda connection, found=found: _store(connection, found))
             took = time.monotonic() - began
             at_once = max(1, min(LONGEST_AT_ONCE, at_once * 2 if took < SECONDS_AT_ONCE / 2 else at_once // 2))
-        yield Step(end - last, changed, sum(each.size for each in found) if changed else 0)
+        yield Step(end - last, changed)
         if found and waits:
             time.sleep(SECONDS_BETWEEN)
         last = end
@@ -107,9 +104,8 @@ def _cut(connection: Connection, keys: Sequence[int]) -> list[_Whole]:
     for key, ids, text in fetch(connection, _BODIES.format(", ".join("?" * len(keys))), keys):
         of_ids = None if ids is None else IDS.cut(bytes(ids))
         of_text = None if text is None else TEXTS.cut(text_of(text))
-        in_blocks = sum(map(len, (*(of_ids.blocks if of_ids else ()), *(of_text.blocks if of_text else ()))))
-        if in_blocks:
-            found.append(_Whole(key, of_ids, of_text, in_blocks))
+        if any(chain is not None and chain.names for chain in (of_ids, of_text)):
+            found.append(_Whole(key, of_ids, of_text))
     return found
 
 
