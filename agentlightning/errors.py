@@ -6,7 +6,8 @@ AgentLightningError
     ├── StoreUnavailable    the store cannot be reached or written now; retrying may help
     ├── StoreRefused        the store cannot be used as configured; waiting does not help
     ├── InvalidRecord       a record cannot be stored; the others of the same call are
-    └── NotFound            no rollout, attempt or resources of that id
+    ├── NotFound            no rollout, attempt or resources of that id
+    └── RolloutUnderWay     a rollout that has not ended cannot be deleted
 ```
 
 Each message is one sentence that says what happened and, where there is something to do about it, what.
@@ -17,7 +18,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import islice
 
-__all__ = ["AgentLightningError", "InvalidRecord", "NotFound", "StoreError", "StoreRefused", "StoreUnavailable"]
+__all__ = [
+    "AgentLightningError",
+    "InvalidRecord",
+    "NotFound",
+    "RolloutUnderWay",
+    "StoreError",
+    "StoreRefused",
+    "StoreUnavailable",
+]
 
 REASONS_SHOWN = 3
 
@@ -79,3 +88,20 @@ class InvalidRecord(StoreError):
 
 class NotFound(StoreError):
     """No rollout, attempt or resources of that id."""
+
+
+class RolloutUnderWay(StoreError):
+    """A rollout that has not ended cannot be deleted; none of the same call is.
+
+    Args:
+        states: the states of such rollouts, by their ids; or the message.
+    """
+
+    def __init__(self, states: Mapping[str, str] | str) -> None:
+        if not isinstance(states, str):
+            shown = [f"{rollout_id[:100]!r} is {state}" for rollout_id, state in islice(states.items(), REASONS_SHOWN)]
+            if len(states) > REASONS_SHOWN:
+                shown.append(f"and {len(states) - REASONS_SHOWN} more")
+            advice = "wait until it has ended, or set its status to cancelled"
+            states = f"a rollout that is under way cannot be deleted: {', '.join(shown)}; {advice}"
+        super().__init__(states)

@@ -24,6 +24,7 @@ BENCHMARKS = (
     "lightning_store",
     "beyond",
     "page",
+    "prune",
 )
 RESULTS = Path(__file__).with_name("results")
 

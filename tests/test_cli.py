@@ -161,6 +161,8 @@ def test_agl_names_its_commands(arguments: tuple[str, ...]) -> None:
         "doctor",
         "export",
         "store",
+        "migrate",
+        "prune",
         "agentops",
     }
 

@@ -19,6 +19,8 @@ COMMANDS = {
     "doctor": ("agentlightning.cli.doctor", "check that it is on, here or on a server, and if not, say why"),
     "export": ("agentlightning.cli.export", "write recorded generations or triplets to a JSONL or Parquet file"),
     "store": ("agentlightning.cli.store", "serve a store of rollouts, spans and generations over HTTP"),
+    "migrate": ("agentlightning.cli.migrate", "store the prompts of an older version as what is new in each"),
+    "prune": ("agentlightning.cli.prune", "delete old rollouts, and give their space back"),
     "agentops": ("agentlightning.cli.agentops_server", "serve a store that also takes what the AgentOps SDK sends"),
 }
 """The module of each subcommand, which has `main(arguments) -> exit status`, and a description."""

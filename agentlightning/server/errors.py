@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from agentlightning.errors import InvalidRecord, NotFound, StoreRefused, StoreUnavailable
+from agentlightning.errors import InvalidRecord, NotFound, RolloutUnderWay, StoreRefused, StoreUnavailable
 from agentlightning.server.transactions import Busy
 from agentlightning.store.wire import ERROR_HEADER, NOT_FOUND
 
@@ -36,6 +36,7 @@ def add_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(ValidationError, _invalid)
     app.add_exception_handler(NotFound, _not_found)
+    app.add_exception_handler(RolloutUnderWay, _under_way)
     app.add_exception_handler(Busy, _busy)
     app.add_exception_handler(StoreUnavailable, _unavailable)
     app.add_exception_handler(StoreRefused, _unavailable)
@@ -81,6 +82,10 @@ async def _invalid(_: Request, error: Any) -> Response:
 
 async def _not_found(_: Request, error: Any) -> Response:
     return sentence(404, str(error), {ERROR_HEADER: NOT_FOUND})
+
+
+async def _under_way(_: Request, error: Any) -> Response:
+    return sentence(409, str(error))
 
 
 async def _busy(request: Request, error: Exception) -> Response:

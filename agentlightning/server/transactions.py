@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection
 
 from agentlightning.errors import StoreRefused, StoreUnavailable
-from agentlightning.store import lifecycle
+from agentlightning.store import deletion, lifecycle
 from agentlightning.store.database import Conflict, Database, savepoint
 
 __all__ = ["Busy", "Transactions"]
@@ -26,6 +27,8 @@ WRITES_AT_ONCE = 256
 WRITES_WAITING = 10_000
 READERS = 2
 SECONDS_BETWEEN_SWEEPS = 1.0
+SECONDS_BETWEEN_SEARCHES = 60.0
+"""At least so long between two searches for what deleted rollouts have left: each reads all rows."""
 
 logger = logging.getLogger("agentlightning.store")
 
@@ -60,7 +63,11 @@ class Transactions:
         self._readers = ThreadPoolExecutor(READERS, "agl-store-read")
         self._writer = threading.Thread(target=self._write_all, name="agl-store-write", daemon=True)
         self._writer.start()
+        # One deletes what deleted rollouts have left while the other deletes rollouts.
+        self._deleters = ThreadPoolExecutor(2, "agl-store-delete")
+        self._is_closing = self._has_deleted = False
         self._sweeper = asyncio.create_task(self._sweep())
+        self._finisher = asyncio.create_task(self._finish_deletions())
 
     @property
     def waiting(self) -> int:
@@ -99,6 +106,16 @@ class Transactions:
         self._writes.put(write)
         return await write.future
 
+    async def delete(self, rollout_id: str) -> bool:
+        """Delete a rollout that has ended; False where no record names it.
+
+        What nothing refers to any more is deleted later, for all deleted rollouts at once: that looks at all rows.
+
+        Raises:
+            RolloutUnderWay: it has not ended.
+        """
+        return await self._loop.run_in_executor(self._deleters, self._delete, rollout_id)
+
     async def run(self, work: Callable[[], T]) -> T:
         """Run `work`, which needs no database, in a thread, so that it does not block the event loop."""
         return await self._loop.run_in_executor(self._readers, work)
@@ -106,9 +123,12 @@ class Transactions:
     async def close(self) -> None:
         """Commit the writes that wait, and stop."""
         self._sweeper.cancel()
+        self._finisher.cancel()
+        self._is_closing = True
         self._writes.put(None)
         await self._loop.run_in_executor(None, self._writer.join)
         self._readers.shutdown()
+        await self._loop.run_in_executor(None, self._deleters.shutdown)
 
     def _read(self, work: Work[Any], looks_for_due: bool) -> tuple[bool, Any]:
         """Return whether an attempt is overdue, and the result of `work` if none is."""
@@ -116,6 +136,25 @@ class Transactions:
             if looks_for_due and lifecycle.is_anything_due(connection):
                 return True, None
             return False, work(connection)
+
+    def _delete(self, rollout_id: str) -> bool:
+        deleted = Counter[str]()
+        for some in deletion.delete(self._database, deletion.select(self._database, rollout_ids=[rollout_id])):
+            self._has_deleted = True
+            deleted += some
+        return bool(deleted)
+
+    def _finish_deletion(self) -> None:
+        if not self._has_deleted:
+            return
+        self._has_deleted = False
+        try:
+            for _ in deletion.finish(self._database):
+                if self._is_closing:
+                    return
+        except BaseException:
+            self._has_deleted = True
+            raise
 
     def _write_all(self) -> None:
         while (first := self._writes.get()) is not None:
@@ -193,3 +232,15 @@ class Transactions:
             except Exception:
                 # The loop continues: the next round may succeed.
                 logger.exception("overdue attempts cannot be ended")
+
+    async def _finish_deletions(self) -> None:
+        """Delete what nothing refers to any more after rollouts were deleted, and give its space back."""
+        while True:
+            await asyncio.sleep(SECONDS_BETWEEN_SEARCHES)
+            try:
+                await self._loop.run_in_executor(self._deleters, self._finish_deletion)
+            except (StoreUnavailable, StoreRefused) as error:
+                logger.warning("what deleted rollouts have left cannot be deleted now: %s", error)
+            except Exception:
+                # The loop continues: the next round may succeed.
+                logger.exception("what deleted rollouts have left cannot be deleted")

@@ -21,6 +21,7 @@ __all__ = [
     "NotCreated",
     "NotMigrated",
     "accept_to_read",
+    "fetch",
     "found",
     "in_parts",
     "insert_if_new",
@@ -80,8 +81,12 @@ class Database(ABC):
         """Open a read transaction: it sees the database as it is at its first query."""
 
     @abstractmethod
-    def writing(self) -> AbstractContextManager[Connection]:
-        """Open a write transaction: it is rolled back if the block raises."""
+    def writing(self, *, alone: bool = False) -> AbstractContextManager[Connection]:
+        """Open a write transaction: it is rolled back if the block raises.
+
+        Args:
+            alone: no other write transaction is open meanwhile, so that what nothing refers to may be deleted.
+        """
 
     @abstractmethod
     def explanation(self, error: Exception) -> Exception | None:
@@ -90,6 +95,25 @@ class Database(ABC):
     def tidy(self) -> None:
         """Release unused disk space, unless that would have to wait for other processes."""
         return
+
+    @abstractmethod
+    def size(self) -> int:
+        """Return the number of bytes that the database takes on its disk."""
+
+    @abstractmethod
+    def shrink(self) -> Iterator[None]:
+        """Return the space of deleted rows to the file system, as far as that is possible beside writers.
+
+        It is done in steps, one for each value: none of them keeps writers waiting for long.
+        """
+
+    @abstractmethod
+    def space_advice(self) -> str | None:
+        """Return a sentence on the space that `shrink` cannot return; None where it returns all."""
+
+    @abstractmethod
+    def rewrite(self) -> None:
+        """Write the whole database anew, without unused space. Keeps writers out until it is done."""
 
     @abstractmethod
     def close(self) -> None:
@@ -132,7 +156,7 @@ def accept_to_read(name: str, version: int, current: int) -> None:
     if version < current:
         raise NotMigrated(
             f"{name} was written by an older agentlightning (schema {version}, this one reads {current})",
-            f"run `agl store --store {name}` until it says that it serves: whoever writes there migrates it",
+            f"run `agl migrate --store {name}`, or start a server that writes there",
         )
 
 
@@ -147,12 +171,13 @@ def newer(name: str, version: int, current: int) -> StoreRefused:
 @contextmanager
 def transaction(connection: Connection, begin: str) -> Iterator[None]:
     """Run the block in a transaction that `begin` opens; commit it, or roll it back if the block raises."""
-    connection.exec_driver_sql(begin)
     try:
+        connection.exec_driver_sql(begin)
         yield
         connection.exec_driver_sql("COMMIT")
     except BaseException:
-        # SQLite has rolled it back itself if the disk is full, PostgreSQL if the connection is gone.
+        # SQLite has rolled it back itself if the disk is full, PostgreSQL if the connection is gone. Where it has not
+        # begun, since its locks are taken, there is nothing to roll back in SQLite; in PostgreSQL there is.
         with suppress(SQLAlchemyError):
             connection.exec_driver_sql("ROLLBACK")
         raise
@@ -206,6 +231,11 @@ def run(connection: Connection, statement: str, values: Sequence[Any]) -> Cursor
     if not is_single_writer(connection):
         statement = statement.replace("?", "%s")
     return connection.exec_driver_sql(statement, tuple(values))
+
+
+def fetch(connection: Connection, query: str, values: Sequence[Any]) -> Sequence[Any]:
+    """Read the rows of a query given as text, with a ? for each value."""
+    return run(connection, query, values).all()
 
 
 def found(

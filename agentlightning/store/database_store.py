@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -28,8 +29,8 @@ from agentlightning.rollout import (
 )
 from agentlightning.sender import Progress, Sender
 from agentlightning.store import completeness as completeness_rows
+from agentlightning.store import deletion, health, ingestion, lifecycle, pages, rollouts, senders, spans, workers
 from agentlightning.store import generations as generation_rows
-from agentlightning.store import health, ingestion, lifecycle, pages, rollouts, senders, spans, workers
 from agentlightning.store import resources as resource_rows
 from agentlightning.store import triplets as triplet_rows
 from agentlightning.store.database import Database
@@ -135,6 +136,14 @@ class DatabaseStore(Store):
             time.sleep(nap if ends is None else max(0.0, min(nap, ends - time.monotonic())))
             nap = min(2 * nap, LONGEST_NAP)
         return [self._rollout(row) for row in self._read(lambda connection: rollouts.find_all(connection, ended))]
+
+    def delete_rollouts(self, rollout_ids: Sequence[str]) -> int:
+        found = deletion.select(self._database, rollout_ids=rollout_ids)
+        deleted = sum(deletion.delete(self._database, found), Counter[str]())
+        if deleted:
+            for _ in deletion.finish(self._database):
+                pass
+        return deleted["rollouts"]
 
     def query_attempts(self, rollout_id: str, **listed: Unpack[Listed]) -> list[Attempt]:
         found = self._listed(rollouts.attempt_listing(rollout_id), {"sort_by": "sequence_id", **listed})

@@ -12,9 +12,10 @@ from urllib.parse import quote
 import msgspec
 
 from agentlightning.completeness import Completeness
-from agentlightning.errors import InvalidRecord, NotFound, StoreError, StoreRefused
+from agentlightning.errors import InvalidRecord, NotFound, RolloutUnderWay, StoreError, StoreRefused
 from agentlightning.generation import Generation, Loss, Status
 from agentlightning.rollout import (
+    FINISHED,
     Attempt,
     Mode,
     NewRollout,
@@ -168,6 +169,20 @@ class HttpStore(Store):
             ids = [each.rollout_id for each in found]
             ended += self.query_rollouts(rollout_id_in=ids) if ids else []
         return ended
+
+    def delete_rollouts(self, rollout_ids: Sequence[str]) -> int:
+        wanted = [*dict.fromkeys(rollout_ids)]
+        routes = [f"/rollouts/{_part(each, InvalidRecord)}" for each in wanted]
+        for start in range(0, len(wanted), ROLLOUTS_AT_ONCE):
+            found = self.query_rollouts(rollout_id_in=wanted[start : start + ROLLOUTS_AT_ONCE])
+            if states := {each.rollout_id: each.status for each in found if each.status not in FINISHED}:
+                raise RolloutUnderWay(states)
+        deleted = 0
+        for route in routes:
+            with suppress(NotFound):
+                self._http.ask("DELETE", route)
+                deleted += 1
+        return deleted
 
     def query_attempts(self, rollout_id: str, **listed: Unpack[Listed]) -> list[Attempt]:
         return self._records(Attempt, self._items(f"/rollouts/{_part(rollout_id)}/attempts/search", dict(listed)))

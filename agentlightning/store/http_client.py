@@ -18,7 +18,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError, LocationValueError, ProtocolError, SSLError
 
 from agentlightning import settings
-from agentlightning.errors import InvalidRecord, NotFound, StoreRefused, StoreUnavailable
+from agentlightning.errors import InvalidRecord, NotFound, RolloutUnderWay, StoreRefused, StoreUnavailable
 from agentlightning.store.wire import ERROR_HEADER, MEDIA_TYPE, NOT_FOUND
 
 __all__ = ["HttpClient", "StrangeAnswer", "TooLarge", "UnknownMediaType"]
@@ -144,7 +144,8 @@ class HttpClient:
             repeatable: a POST that changes nothing when it is processed twice; any other method always is.
 
         Raises:
-            StoreUnavailable, StoreRefused, InvalidRecord, NotFound: the answer is an error, or there is none.
+            StoreUnavailable: there is no answer, or it is an error that may pass.
+            StoreRefused, InvalidRecord, NotFound, RolloutUnderWay: the answer is an error.
         """
         accept = f"{MEDIA_TYPE}, application/json"
         with self._answer(method, route, query, body, accept, kind, repeatable or method != "POST") as response:
@@ -190,7 +191,7 @@ class HttpClient:
                 response = self._pool.urlopen(method, target, enforce_content_length=True, **request)
             is_read = False
             try:
-                if response.status not in (200, 201):
+                if response.status not in (200, 201, 204):
                     raise self._error(response, response.read())
                 yield response
                 is_read = True
@@ -228,6 +229,8 @@ class HttpClient:
             return InvalidRecord(said)
         if status == 404 and response.headers.get(ERROR_HEADER) == NOT_FOUND:
             return NotFound(said)
+        if status == 409 and is_ours:
+            return RolloutUnderWay(said)
         if status in (400, 408, 422, 429) or status >= 500:
             advice = None if is_ours else "a proxy before the store says so, or another server: see its log"
             happened = f"{self.shown} cannot be used now: {said}"

@@ -221,6 +221,21 @@ class Store(AbstractContextManager["Store"], ABC):
             The rollouts that have ended; with `recorded`, those of them whose calls are written.
         """
 
+    @abstractmethod
+    def delete_rollouts(self, rollout_ids: Sequence[str]) -> int:
+        """Delete rollouts that have ended: their attempts, spans and generations, and what only these refer to.
+
+        Generations and spans of rollouts that were never created here are deleted by the ids that they name. Writers
+        and readers go on meanwhile; they may see a part of a rollout that is being deleted. Once the rollouts are gone,
+        the store looks at all rows for what nothing refers to any more, so delete many rollouts at once.
+
+        Returns:
+            How many of them the store had. Repeating a call that was interrupted finishes it.
+
+        Raises:
+            RolloutUnderWay: some have not ended. The error names them, and none is deleted.
+        """
+
     # Attempts.
 
     @abstractmethod

@@ -54,6 +54,8 @@ MIGRATIONS: Mapping[int, Sequence[str]] = {
 """Statements that turn the tables of a version into those of the next."""
 # Held while the tables are created or migrated. Any number will do, as long as no other program uses it.
 ADVISORY_LOCK = int.from_bytes(b"AgL1", "big")
+WRITERS_LOCK = int.from_bytes(b"AgLw", "big")
+"""Advisory lock that each write transaction has: shared with others, unless it must be alone."""
 
 CONNECTIONS = 8
 # Options of libpq. Without them a connection to a vanished host would wait for TCP's timeout, a quarter of an hour.
@@ -150,10 +152,12 @@ class PostgresqlDatabase(Database):
     def reading(self) -> AbstractContextManager[Connection]:
         return self._transaction("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
 
-    def writing(self) -> AbstractContextManager[Connection]:
+    def writing(self, *, alone: bool = False) -> AbstractContextManager[Connection]:
         if self.is_read_only:
             raise StoreRefused(f"{self._name} was opened for reading only", "open it without read_only")
-        return self._transaction("BEGIN ISOLATION LEVEL READ COMMITTED")
+        # One message to the server. Taken before all other locks, so that it cannot be part of a deadlock.
+        take = "pg_advisory_xact_lock" if alone else "pg_advisory_xact_lock_shared"
+        return self._transaction(f"BEGIN ISOLATION LEVEL READ COMMITTED; SELECT {take}({WRITERS_LOCK})")
 
     def explanation(self, error: Exception) -> Exception | None:
         reason = error.orig if isinstance(error, DBAPIError) else error
@@ -185,6 +189,31 @@ class PostgresqlDatabase(Database):
                 # Includes a server that is read-only since another took its place: no value is at fault.
                 return self._unreachable(message)
         return None
+
+    def size(self) -> int:
+        query = (
+            "SELECT coalesce(sum(pg_total_relation_size(c.oid)), 0)::bigint FROM pg_class c WHERE c.relkind = 'r' AND "
+        )
+        with self.reading() as connection:
+            return connection.exec_driver_sql(f"{query} c.relnamespace = %s::regnamespace", (SCHEMA,)).scalar_one()
+
+    def shrink(self) -> Iterator[None]:
+        for table in tables.metadata.tables:
+            with self.explained(), self._engine.connect() as connection:
+                connection.exec_driver_sql(f"VACUUM {table}")
+            yield
+
+    def space_advice(self) -> str | None:
+        return (
+            "PostgreSQL uses the freed space for what is written next, and has returned to the file system what was at "
+            f"the end of a table; to return all, run `agl prune --store '{self._name}' --vacuum`, which locks readers "
+            "and writers out, one table at a time"
+        )
+
+    def rewrite(self) -> None:
+        for table in tables.metadata.tables:
+            with self.explained(), self._engine.connect() as connection:
+                connection.exec_driver_sql(f"VACUUM FULL {table}")
 
     def close(self) -> None:
         self._engine.dispose()

@@ -60,6 +60,12 @@ MIGRATIONS: Mapping[int, Sequence[str]] = {
 # It can be set only before the first page is written. With rows of some KiB, smaller pages waste more space.
 PAGE_BYTES = 16384
 ANOTHER_PATH = "give the path of another file"
+INCREMENTAL = 2
+"""`PRAGMA auto_vacuum` of a file that returns its unused pages to the file system when it is asked to."""
+PAGES_AT_ONCE = 64
+"""Pages that are returned at once: each may have to be moved."""
+SECONDS_AT_ONCE = 0.1
+"""Longest transaction that returns pages."""
 WAL_BYTES = 16 << 20
 """Size to which the WAL file shrinks once all of it has been copied to the database file."""
 
@@ -118,9 +124,10 @@ class SqliteDatabase(Database):
         return self._reading_a_snapshot() if self.is_read_only else self._transaction("BEGIN")
 
     @contextmanager
-    def writing(self) -> Iterator[Connection]:
+    def writing(self, *, alone: bool = False) -> Iterator[Connection]:
         if self.is_read_only:
             raise StoreRefused(f"{self._path} was opened for reading only", "open it without read_only")
+        # In a file, every writer is alone.
         if self._identity() != self._file:
             raise StoreUnavailable(f"{self._path} was replaced since it was opened")
         with self._transaction("BEGIN IMMEDIATE") as connection:
@@ -143,17 +150,65 @@ class SqliteDatabase(Database):
 
     def tidy(self) -> None:
         """Empty the WAL file, if a large transaction has left it large and no reader is in the way."""
-        if not self._has_large_wal():
-            return
-        with suppress(StoreUnavailable, StoreRefused), self.explained(), self._engine.connect() as connection:
-            connection.exec_driver_sql("PRAGMA busy_timeout = 0")
-            try:
-                connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
-            finally:
-                connection.exec_driver_sql(f"PRAGMA busy_timeout = {int(self._patience * 1000)}")
+        if self._has_large_wal():
+            with suppress(StoreUnavailable, StoreRefused):
+                self._checkpoint()
+
+    def size(self) -> int:
+        with self.explained():
+            return sum(
+                os.stat(f"{self._path}{end}").st_size for end in ("", "-wal") if os.path.exists(f"{self._path}{end}")
+            )
+
+    def shrink(self) -> Iterator[None]:
+        while self._shrinks():
+            with self.writing() as connection:
+                ends = time.monotonic() + SECONDS_AT_ONCE
+                left = 1
+                while left and time.monotonic() < ends:
+                    # It goes on only while its rows are fetched, although they have no values.
+                    connection.connection.cursor().execute(f"PRAGMA incremental_vacuum({PAGES_AT_ONCE})").fetchall()
+                    left = connection.exec_driver_sql("PRAGMA freelist_count").scalar_one()
+            yield
+            if not left:
+                break
+        self._checkpoint()
+
+    def space_advice(self) -> str | None:
+        if self._shrinks():
+            return None
+        return (
+            "the file was made by an older version, and keeps its size: freed space is used for what is written next; "
+            f"to return it now, and each time from then on, run `agl prune --store {self._path} --vacuum`, which locks "
+            "writers out until it is done, and needs about twice the final size on the disk meanwhile"
+        )
+
+    def rewrite(self) -> None:
+        with self.explained(), self._engine.connect() as connection:
+            connection.exec_driver_sql("PRAGMA auto_vacuum = INCREMENTAL")
+            connection.exec_driver_sql("VACUUM")
+        self._checkpoint()
 
     def close(self) -> None:
         self._engine.dispose()
+
+    def _shrinks(self) -> bool:
+        with self.reading() as connection:
+            return connection.exec_driver_sql("PRAGMA auto_vacuum").scalar_one() == INCREMENTAL
+
+    def _checkpoint(self) -> None:
+        """Copy the WAL file to the database file, as far as readers let it, and empty it.
+
+        Writers wait only for what is left after the first step.
+        """
+        with self.explained(), self._engine.connect() as connection:
+            connection.exec_driver_sql("PRAGMA busy_timeout = 0")
+            try:
+                for how in ("PASSIVE", "TRUNCATE"):
+                    with suppress(DBAPIError):
+                        connection.exec_driver_sql(f"PRAGMA wal_checkpoint({how})").fetchall()
+            finally:
+                connection.exec_driver_sql(f"PRAGMA busy_timeout = {int(self._patience * 1000)}")
 
     def _has_large_wal(self) -> bool:
         try:
@@ -181,6 +236,8 @@ class SqliteDatabase(Database):
         with transaction(connection, "BEGIN"):
             version = self._version(connection)
         connection.exec_driver_sql(f"PRAGMA page_size = {PAGE_BYTES}")
+        # As the size of pages, it has no effect on a file that has tables.
+        connection.exec_driver_sql("PRAGMA auto_vacuum = INCREMENTAL")
         self._enter_wal_mode(connection)
         if version == VERSION:
             return
@@ -311,3 +368,5 @@ def _configure(connection: sqlite3.Connection, _: object) -> None:
     # whole.
     connection.execute("PRAGMA synchronous = NORMAL")
     connection.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
+    # Debian's SQLite would overwrite deleted pages with zeros, and write a gigabyte to delete one.
+    connection.execute("PRAGMA secure_delete = FAST")

@@ -58,7 +58,7 @@ def foreign(path: Path) -> None:
     [
         (Path.touch, "has no store in it: a server that records there, or `agl store`, creates it"),
         (foreign, "belongs to another program: give the path of another file"),
-        (older, f"(schema {sqlite.VERSION - 1}, this one reads {sqlite.VERSION}): run `agl store --store"),
+        (older, f"(schema {sqlite.VERSION - 1}, this one reads {sqlite.VERSION}): run `agl migrate --store"),
         (store, None),
     ],
     ids=["empty", "of another program", "older", "store"],

@@ -168,7 +168,8 @@ def test_document_has_a_schema_for_every_answer(document: dict[str, Any]) -> Non
         for method, about in methods.items():
             assert about["description"], f"{method} {path}"
             for status, answer in about["responses"].items():
-                for content in answer["content"].values():
+                assert ("content" in answer) == (status != "204"), f"{method} {path} {status}"
+                for content in answer.get("content", {}).values():
                     assert content["schema"], f"{method} {path} {status}"
                 if int(status) >= 400:
                     assert answer["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/Error"}

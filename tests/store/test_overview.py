@@ -15,6 +15,7 @@ from agentlightning.store import lifecycle, open_database, open_store, overview,
 from agentlightning.store.database import Database
 from agentlightning.store.overview import COLUMNS, Overview, OverviewQuery
 from tests.common.generations import HOSTILE, SECOND, START, generation
+from tests.store.conftest import BACK_TO_VERSION_2
 from tests.store.test_triplets import of_call, of_reward
 
 pytestmark = pytest.mark.tier("check")
@@ -256,7 +257,8 @@ def test_migration_from_version_1_clears_stale_end_times(url: str) -> None:
             "UPDATE attempts SET end_time = 7",
             "ALTER TABLE spans DROP COLUMN is_numbered",
             "ALTER TABLE spans DROP COLUMN common_key",
-            *(f"DROP TABLE {name}" for name in ("probes", "watermarks", "lost_calls")),
+            "DROP TABLE probes",
+            *BACK_TO_VERSION_2,
             "PRAGMA user_version = 1" if "postgresql" not in url else "UPDATE version SET version = 1",
         ):
             connection.exec_driver_sql(statement)

@@ -351,7 +351,9 @@ def test_tables_of_an_older_version_are_refused_for_reading_and_unchanged(url: s
     open_store(url).close()
     query(url, f"UPDATE agentlightning.version SET version = {postgresql.VERSION - 1}")
 
-    with pytest.raises(StoreRefused, match=r"by an older \w+ \(schema \d, this one reads \d\): run `agl store --store"):
+    with pytest.raises(
+        StoreRefused, match=r"by an older \w+ \(schema \d, this one reads \d\): run `agl migrate --store"
+    ):
         open_store(url, read_only=True)
 
     assert query(url, "SELECT version FROM agentlightning.version") == (postgresql.VERSION - 1,)

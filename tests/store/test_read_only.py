@@ -198,7 +198,7 @@ def foreign(path: Path) -> None:
     ("make", "reason"),
     [
         (Path.touch, r"has no store in it: a server that records there, or `agl store`, creates it"),
-        (older, OLDER + r"run `agl store --store .*run\.db` until"),
+        (older, OLDER + r"run `agl migrate --store .*run\.db`, or"),
         (foreign, r"belongs to another program: give the path of another file"),
         (
             Path.mkdir,

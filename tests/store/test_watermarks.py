@@ -23,7 +23,7 @@ from agentlightning.store.database import Database
 from agentlightning.store.rows import uuid_bytes
 from tests.common.generations import HOSTILE, generation
 from tests.server.process import StoreServer
-from tests.store.conftest import EVERY_KIND, new_store_of
+from tests.store.conftest import BACK_TO_VERSION_2, EVERY_KIND, new_store_of
 
 pytestmark = pytest.mark.tier("check")
 
@@ -405,7 +405,7 @@ def test_a_sender_registers_again_where_the_store_has_lost_it(store: agl.Store, 
 def test_tables_are_the_same_after_a_migration(url: str, database: Database) -> None:
     if url.startswith("http"):
         pytest.skip("a server's database is one of the other two")
-    names = ("watermarks", "lost_calls")
+    names = ("blocks", "watermarks", "lost_calls")
     schema = None if "postgresql" not in url else "agentlightning"
 
     def described() -> Any:
@@ -423,8 +423,8 @@ def test_tables_are_the_same_after_a_migration(url: str, database: Database) -> 
 
     fresh = described()
     with database.writing() as connection:
-        for name in names:
-            connection.exec_driver_sql(f"DROP TABLE {name}")
+        for statement in BACK_TO_VERSION_2:
+            connection.exec_driver_sql(statement)
         older = "PRAGMA user_version = 2" if schema is None else "UPDATE version SET version = 2"
         connection.exec_driver_sql(older)
 

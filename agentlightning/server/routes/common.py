@@ -124,6 +124,7 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
         401: "The key is missing or wrong.",
         403: "A page of another origin, which is not let ask, would change something.",
         404: "There is none of this id.",
+        409: "The rollout has not ended.",
         413: "The body is too large.",
         415: "The body is of a kind, or packed in a way, that is not known.",
         421: "A server without a key was asked by a name that is not the machine's own.",

@@ -286,6 +286,14 @@ async def update_rollout(rollout_id: Id, body: ChangeRollout, database: Database
     return Json(_rollout(await database.write(work), with_attempt=False))
 
 
+@routes.delete("/rollouts/{rollout_id}", status_code=204, response_class=Response, responses=errors(404, 409))
+async def delete_rollout(rollout_id: Id, database: Database) -> Response:
+    """Delete a rollout that has ended, with its attempts, spans and generations, and what only these refer to."""
+    if not await database.delete(rollout_id):
+        raise NotFound(f"there is no rollout {rollout_id!r}")
+    return Response(status_code=204)
+
+
 @routes.post("/rollouts/{rollout_id}/attempts", status_code=201, response_model=AttemptedRollout, responses=errors(404))
 async def start_attempt(
     rollout_id: Id, database: Database, body: Annotated[StartAttempt | None, Body()] = None

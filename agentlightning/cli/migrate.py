@@ -1,0 +1,47 @@
+"""`agl migrate`: cut prompts that an older version stored whole into shared blocks."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from tqdm import tqdm
+
+from agentlightning.cli.upkeep import add_options, human_bytes, run
+from agentlightning.store import migration
+from agentlightning.store.database import Database
+
+__all__ = ["main"]
+
+DESCRIPTION = """\
+Store prompts that an older version wrote whole as blocks that they share with other prompts, as new ones are stored."""
+EPILOG = """\
+Servers may go on reading and writing: each step is a short transaction. It may be stopped at any time; the next run
+continues. A store without such prompts is left unchanged."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `agl migrate` and return its exit status."""
+    parser = argparse.ArgumentParser(prog="agl migrate", description=DESCRIPTION, epilog=EPILOG)
+    add_options(parser)
+    options = parser.parse_args(arguments)
+    return run(parser.prog, options, _migrate)
+
+
+def _migrate(database: Database) -> tuple[dict[str, object], str]:
+    before = database.size()
+    migrated = 0
+    # disable=None: no progress bar unless stderr is a terminal.
+    with tqdm(total=migration.count(database), unit=" generations", disable=None) as bar:
+        for step in migration.migrate(database):
+            migrated += step.migrated
+            bar.update(step.seen)
+    if migrated:
+        for _ in database.shrink():
+            pass
+    after, advice = database.size(), database.space_advice()
+    found = {"migrated": migrated, "size_before": before, "size_after": after, "advice": advice if migrated else None}
+    if not migrated:
+        return found, "No prompt is stored whole that could be shared: nothing to do."
+    text = f"{migrated} generations migrated; the store took {human_bytes(before)}, and takes {human_bytes(after)}."
+    return found, text if advice is None else f"{text}\n{advice[0].upper()}{advice[1:]}."
