@@ -22,7 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("instrumentation",),
     ("recorder",),
     ("store",),
-    ("triplet", "rollout", "sender"),
+    ("triplet", "trajectory", "rollout", "sender"),
     ("generation", "errors"),
     ("_startup",),
     ("importhook", "patching"),
