@@ -27,7 +27,7 @@ __all__ = [
     "DRIFTS",
     "FLAGS",
     "Answer",
-    "Attempt",
+    "AttemptCalls",
     "Call",
     "Drift",
     "Flag",
@@ -109,7 +109,7 @@ class Call:
 
 
 @dataclass(slots=True, kw_only=True)
-class Attempt:
+class AttemptCalls:
     """The calls of one attempt, and what is known of it. An unknown field is None.
 
     Attributes:
@@ -338,7 +338,7 @@ def group_of(input: Any, metadata: Mapping[str, Any] | None) -> str | None:  # n
     return hashlib.sha256(canonical.encode(errors="replace")).hexdigest()[:32]
 
 
-def merge(attempt: Attempt, **options: Unpack[MergeOptions]) -> Merged:
+def merge(attempt: AttemptCalls, **options: Unpack[MergeOptions]) -> Merged:
     """Merge the calls of an attempt into rows. The result does not depend on the order of the calls.
 
     - A call's parent is the call whose prompt and answer are the longest exact prefix of its prompt. If several calls
@@ -622,7 +622,7 @@ def _last_first(nodes: Iterable[_Node]) -> list[_Node]:
 class _Maker:
     """Make the rows of an attempt from its paths."""
 
-    def __init__(self, attempt: Attempt, paths: Sequence[Path], is_missing: bool) -> None:
+    def __init__(self, attempt: AttemptCalls, paths: Sequence[Path], is_missing: bool) -> None:
         self._attempt = attempt
         self._paths = paths
         self._is_missing = is_missing
