@@ -37,8 +37,10 @@ __all__ = [
     "Parent",
     "Reason",
     "Trajectory",
+    "check_options",
     "group_of",
     "merge",
+    "was_sampled_with",
 ]
 
 Drift = Literal["fork", "realign", "trajectory", "transition"]
@@ -351,7 +353,7 @@ def merge(attempt: AttemptCalls, **options: Unpack[MergeOptions]) -> Merged:
     Raises:
         ValueError: an option has a value that makes no sense; the message is a sentence.
     """
-    _check(options)
+    check_options(options)
     left_out: list[LeftOut] = []
     nodes = _nodes(attempt.calls, left_out)
     limit = options.get("drift_limit", DRIFT_LIMIT) if options.get("drift") == "realign" else 0
@@ -370,6 +372,46 @@ def merge(attempt: AttemptCalls, **options: Unpack[MergeOptions]) -> Merged:
     rows = maker.rows(options, left_out)
     left_out.sort(key=lambda each: (each.generation_id, each.index))
     return Merged(rows, left_out)
+
+
+def check_options(options: MergeOptions) -> None:
+    """Check the values of options.
+
+    Raises:
+        ValueError: one makes no sense; the message is a sentence.
+    """
+    drift: Any = options.get("drift", "fork")
+    if drift not in DRIFTS:
+        raise ValueError(f"drift: {drift!r} is not one of {', '.join(DRIFTS)}")
+    for name in ("drift_limit", "max_length", "max_prompt_length", "max_response_length", "max_staleness"):
+        if (value := options.get(name)) is not None and value < 0:
+            raise ValueError(f"{name}: must not be negative, as {value} is")
+    if options.get("max_staleness") is not None:
+        version = options.get("weight_version")
+        if version is None or _integer(version) is None:
+            raise ValueError("max_staleness: needs a weight_version that is an integer, to count from")
+
+
+def was_sampled_with(
+    versions: Iterable[tuple[str, int, int]] | None, count: int, wanted: str, max_staleness: int | None = None
+) -> bool:
+    """Tell whether the first ids of an answer are all known to be sampled with a version of the weights.
+
+    Args:
+        versions: `(version, start, end)`, as in a `Choice`.
+        count: number of ids.
+        max_staleness: integer versions that are up to so many smaller count, too.
+    """
+    known = 0
+    for start, end, version in sorted((start, end, version) for version, start, end in versions or ()):
+        if start > known or known >= count:
+            break
+        if version != wanted:
+            behind = _integer(version)
+            if max_staleness is None or behind is None or not 0 <= (_integer(wanted) or 0) - behind <= max_staleness:
+                return False
+        known = max(known, end)
+    return known >= count
 
 
 @dataclass(slots=True, eq=False)
@@ -663,7 +705,10 @@ class _Maker:
         ):
             return False
         wanted = options.get("weight_version")
-        return wanted is None or all(_is_of(node, end, wanted, options.get("max_staleness")) for node, end in path)
+        staleness = options.get("max_staleness")
+        return wanted is None or all(
+            was_sampled_with(node.call.weight_versions, end - node.start, wanted, staleness) for node, end in path
+        )
 
     def _trained(self, chosen: Iterable[int], lengths: Mapping[int, int]) -> dict[int, int]:
         """Return the row that trains each call: the first one that has all of its answer, or else the most of it."""
@@ -746,41 +791,12 @@ class _Maker:
         return None
 
 
-def _check(options: MergeOptions) -> None:
-    drift: Any = options.get("drift", "fork")
-    if drift not in DRIFTS:
-        raise ValueError(f"drift: {drift!r} is not one of {', '.join(DRIFTS)}")
-    for name in ("drift_limit", "max_length", "max_prompt_length", "max_response_length", "max_staleness"):
-        if (value := options.get(name)) is not None and value < 0:
-            raise ValueError(f"{name}: must not be negative, as {value} is")
-    if options.get("max_staleness") is not None:
-        version = options.get("weight_version")
-        if version is None or _integer(version) is None:
-            raise ValueError("max_staleness: needs a weight_version that is an integer, to count from")
-
-
 def _length(path: Path, options: MergeOptions) -> int:
     """Return how many ids of a row are kept."""
     start, stop = path[0][0].start, path[-1][1]
     if start > options.get("max_prompt_length", start):
         return 0
     return min(stop, options.get("max_length", stop), start + options.get("max_response_length", stop))
-
-
-def _is_of(node: _Node, end: int, wanted: str, staleness: int | None) -> bool:
-    """Tell whether each id of an answer was sampled with the version, or one that is not older than allowed."""
-    count = end - node.start
-    ranges = sorted((first, last, version) for version, first, last in node.call.weight_versions or ())
-    known = 0
-    for first, last, version in ranges:
-        if first > known or known >= count:
-            break
-        if version != wanted:
-            behind = _integer(version)
-            if staleness is None or behind is None or not 0 <= (_integer(wanted) or 0) - behind <= staleness:
-                return False
-        known = max(known, last)
-    return known >= count
 
 
 def _integer(version: str) -> int | None:

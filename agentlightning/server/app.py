@@ -27,6 +27,7 @@ from agentlightning.server.routes import (
     rollouts,
     senders,
     spans,
+    trajectories,
     triplets,
     workers,
 )
@@ -126,6 +127,7 @@ _ROUTES = (
     senders.routes,
     rollouts.routes,
     triplets.routes,
+    trajectories.routes,
     workers.routes,
     resources.routes,
     about.interface,
