@@ -1,4 +1,4 @@
-"""`agl export`: write generations or triplets of a store to a file."""
+"""`agl export`: write generations, triplets or trajectories of a store to files."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ from tqdm import tqdm
 
 import agentlightning
 from agentlightning import settings
-from agentlightning.cli import formats
+from agentlightning.cli import destinations, formats
 from agentlightning.cli.formats import MissingPackage
 from agentlightning.errors import StoreRefused, StoreUnavailable
 from agentlightning.generation import STATUSES
 from agentlightning.store import Filters, Store, open_store
+from agentlightning.trajectory import DRIFTS, MergeOptions, check_options
 
-DESCRIPTION = "Write recorded generations to a file, in the order in which they finished, or the triplets of rollouts."
+DESCRIPTION = """\
+Write recorded generations to a file, in the order in which they finished, or the triplets or trajectories of
+rollouts."""
 EPILOG = """\
 Times are ISO 8601, local unless they have an offset: 2026-11-24, 2026-11-24T10:30, 2026-11-24T10:30:00Z. FILE appears
 once it is complete, and only its owner can read it."""
@@ -33,7 +36,13 @@ once it is complete, and only its owner can read it."""
 INTERRUPTED = 128 + signal.SIGINT
 OUTPUT_CLOSED = 128 + signal.SIGPIPE
 WRITERS = {"jsonl": formats.write_jsonl, "parquet": formats.write_parquet}
-FILTERS_OF_TRIPLETS = ("rollout_id", "attempt_id")
+OF_ROLLOUTS = ("rollout_id", "attempt_id", "since")
+FILTERS: dict[str, tuple[str, ...]] = {
+    "generations": (*Filters.__annotations__,),
+    "triplets": (*OF_ROLLOUTS, "status", "min_reward", "weight_version"),
+    "trajectories": (*OF_ROLLOUTS, *MergeOptions.__annotations__),
+}
+KINDS = {"generations": formats.GENERATIONS, "triplets": formats.TRIPLETS, "trajectories": formats.TRAJECTORIES}
 _DATE = re.compile(r"\d{4}-\d\d-\d\d")
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
@@ -43,21 +52,33 @@ def main(arguments: Sequence[str]) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     filters: Any = {
-        name: value for name in Filters.__annotations__ if (value := getattr(options, name, None)) is not None
+        name: value
+        for names in FILTERS.values()
+        for name in names
+        if (value := getattr(options, name, None)) is not None
     }
-    others = [f"--{name.removesuffix('_id')}" for name in filters if name not in FILTERS_OF_TRIPLETS]
-    if options.what == "triplets" and others:
-        parser.error(f"triplets can be filtered by --rollout and --attempt only, not by {', '.join(others)}")
+    others = [
+        f"--{name.removesuffix('_id').replace('_', '-')}" for name in filters if name not in FILTERS[options.what]
+    ]
+    if others:
+        parser.error(f"{options.what} cannot be filtered by {', '.join(others)}")
+    if options.what == "trajectories":
+        try:
+            check_options(filters)
+        except ValueError as error:
+            parser.error(str(error))
+    if options.rows_per_file is not None and options.output == "-":
+        parser.error("--rows-per-file writes several files: name a folder with -o")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with open_store(options.store, create=False) as store, _output(options.output) as file:
-            if options.what == "triplets":
-                kind, found, total = formats.TRIPLETS, store.triplets(**filters), None
-            else:
-                kind, found, total = formats.GENERATIONS, store.generations(**filters), _total(store, filters)
+        if options.rows_per_file is not None:
+            destinations.check_folder(options.output)
+        with open_store(options.store, create=False) as store:
+            found: Iterator[Any] = getattr(store, options.what)(**filters)
+            total = _total(store, filters) if options.what == "generations" else None
             # disable=None: no progress bar unless stderr is a terminal.
             with tqdm(found, total=total, unit=f" {options.what}", disable=None) as records:
-                WRITERS[options.format](file, iter(records), kind)
+                _write(options, iter(records))
     except BrokenPipeError:
         # Python flushes stdout when it exits, and would report the same error again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -70,6 +91,19 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _write(options: Any, records: Iterator[Any]) -> None:
+    """Write the records to one file, or to several."""
+
+    def write(file: IO[bytes], some: Iterator[Any]) -> None:
+        WRITERS[options.format](file, some, KINDS[options.what])
+
+    if options.rows_per_file is not None:
+        destinations.write_parts(options.output, options.format, options.rows_per_file, records, _output, write)
+        return
+    with _output(options.output) as file:
+        write(file, records)
+
+
 def _total(store: Store, filters: Filters) -> int:
     return sum(store.tally(**filters).values())
 
@@ -80,11 +114,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--store", metavar="URL", default=store, required=not store, help="the store to read (default: AGL_STORE)"
     )
-    what = "calls of vLLM, or calls of rollouts with their rewards (default: %(default)s)"
-    parser.add_argument("--what", choices=("generations", "triplets"), default="generations", help=what)
+    what = "calls of vLLM, calls of rollouts with their rewards, or these merged to rows (default: %(default)s)"
+    parser.add_argument("--what", choices=(*FILTERS,), default="generations", help=what)
     parser.add_argument("--format", choices=("jsonl", "parquet"), default="jsonl", help="(default: %(default)s)")
     parser.add_argument(
-        "-o", "--output", metavar="FILE", default="-", help="the file to write; - is stdout (default: -)"
+        "-o",
+        "--output",
+        metavar="FILE",
+        default="-",
+        help="the file to write, or s3://BUCKET/KEY; - is stdout (default: -)",
+    )
+    parser.add_argument(
+        "--rows-per-file", metavar="N", type=_positive, help="write files of so many rows into the folder FILE"
     )
     parser.add_argument("--rollout", metavar="ID", dest="rollout_id", help="only this rollout's")
     parser.add_argument("--attempt", metavar="ID", dest="attempt_id", help="only this attempt's")
@@ -93,8 +134,28 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--status", choices=STATUSES, help="only those with this status")
     parser.add_argument("--since", metavar="TIME", type=_nanoseconds, help="only those that finished then or later")
     parser.add_argument("--until", metavar="TIME", type=_nanoseconds, help="only those that finished before")
+    rows = parser.add_argument_group("triplets and trajectories")
+    rows.add_argument("--min-reward", metavar="R", type=float, help="only those with at least this reward")
+    version = "only those of which every sampled id is known to be of this version of the weights"
+    rows.add_argument("--weight-version", metavar="VERSION", help=version)
+    merging = parser.add_argument_group("trajectories", "docs/trajectories.md explains them.")
+    merging.add_argument("--drift", choices=DRIFTS, help="what becomes of a prompt that breaks its context")
+    merging.add_argument("--drift-limit", metavar="N", type=int, help="most ids that --drift realign overwrites")
+    staleness = "integer versions that are up to N smaller than --weight-version count, too"
+    merging.add_argument("--max-staleness", metavar="N", type=int, help=staleness)
+    complete = "only rows that are not aborted, truncated or cut, and miss no call"
+    merging.add_argument("--complete", action="store_true", default=None, help=complete)
+    merging.add_argument("--max-length", metavar="N", type=int, help="cut rows to so many ids")
+    merging.add_argument("--max-prompt-length", metavar="N", type=int, help="leave out rows with a longer prompt")
+    merging.add_argument("--max-response-length", metavar="N", type=int, help="cut what follows the prompt to N ids")
     parser.add_argument("--version", action="version", version=f"agl {agentlightning.__version__}")
     return parser
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
 
 
 def _nanoseconds(text: str) -> int:
@@ -120,6 +181,10 @@ def _parsed(text: str) -> datetime:
 @contextmanager
 def _output(name: str) -> Iterator[IO[bytes]]:
     """Open the output. A file gets its name, and replaces an older one, when the block ends without an error."""
+    if destinations.is_object(name):
+        with destinations.opened_object(name) as file:
+            yield file
+        return
     if name == "-":
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()

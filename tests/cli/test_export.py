@@ -505,8 +505,8 @@ def test_a_folder_that_is_not_there_is_named(store: Path) -> None:
         (("--store", "a.db", "--status", "asleep"), "asleep"),
         (("--store", "a.db", "--what", "spans"), "spans"),
         (
-            ("--store", "a.db", "--what", "triplets", "--session", "s", "--since", "2026-11-24"),
-            "triplets can be filtered by --rollout and --attempt only, not by --session, --since",
+            ("--store", "a.db", "--what", "triplets", "--session", "s", "--until", "2026-11-24"),
+            "triplets cannot be filtered by --session, --until",
         ),
     ],
 )
