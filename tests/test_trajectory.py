@@ -513,12 +513,13 @@ def test_rows_have_the_ids_of_their_calls_each_trained_in_its_own_context(
             assert row.logprobs is not None
             if span.is_trained:
                 inside |= {*range(span.start, span.end)}
-                assert row.logprobs[span.start : span.end] == (of_span.logprobs or [])[: span.end - span.start]
+                assert row.logprobs[span.start : span.end] == (of_span.logprobs or array("f"))[: span.end - span.start]
             if drift != "realign":
                 assert span.end - span.start == len(answer)
             else:
                 assert len(answer) - (span.end - span.start) <= limit
         assert {at for at, each in enumerate(row.response_mask) if each} == inside
+        assert row.logprobs is not None
         assert all(not row.logprobs[at] for at in {*range(len(row.token_ids))} - inside)
 
 

@@ -50,7 +50,8 @@ LINE = (call(1, [1, 2], [3, 4]), call(2, [1, 2, 3, 4, 5], [6]))
 def test_calls_of_an_attempt_are_one_row_with_all_that_is_known(store: Store) -> None:
     started = store.start_rollout({"question": "Paris?"}, metadata={"split": 1})
     assert started.attempt is not None
-    ids = {"rollout_id": started.rollout_id, "attempt_id": started.attempt.attempt_id}
+    rollout_id, attempt_id = started.rollout_id, started.attempt.attempt_id
+    ids = {"rollout_id": rollout_id, "attempt_id": attempt_id}
     experts = RoutedExperts((3, 1, 1), array("h", [7, 8, 9]))
     first = call(1, [1, 2], [3, 4], **ids, logprobs_mode="raw_logprobs")
     first.choices[0].routed_experts = experts
@@ -59,8 +60,8 @@ def test_calls_of_an_attempt_are_one_row_with_all_that_is_known(store: Store) ->
     # In the order of arrival, the last call is the first.
     store.add([last])
     store.add([first])
-    store.add_reward(*ids.values(), 0.25, first.id)
-    store.add_reward(*ids.values(), 1.0)
+    store.add_reward(rollout_id, attempt_id, 0.25, first.id)
+    store.add_reward(rollout_id, attempt_id, 1.0)
 
     (row,) = started.trajectories()
 
@@ -70,7 +71,7 @@ def test_calls_of_an_attempt_are_one_row_with_all_that_is_known(store: Store) ->
     assert (row.prompt_length, row.index, row.count, row.parent) == (2, 0, 1, None)
     assert [(each.generation_id, each.start, each.end) for each in row.spans] == [(first.id, 2, 4), (last.id, 5, 6)]
     assert (row.reward, row.rewards) == (1.0, [(3, 0.25), (5, 1.0)])
-    assert (row.rollout_id, row.attempt_id, row.model) == (*ids.values(), "tiny-model")
+    assert (row.rollout_id, row.attempt_id, row.model) == (rollout_id, attempt_id, "tiny-model")
     assert row.weight_versions == [("1", 2, 4), ("2", 5, 6)]
     assert row.routed_experts == RoutedExperts((5, 1, 1), array("h", [7, 8, 9, 5, 6]))
     assert (row.logprobs_mode, row.temperature) == ("raw_logprobs", 0.7)
@@ -126,7 +127,7 @@ def test_calls_without_an_attempt_belong_to_the_only_one(store: Store) -> None:
 def test_a_missing_call_flags_the_rows_of_its_attempt(store: Store) -> None:
     rollout = store.start_rollout(None)
     assert rollout.attempt is not None
-    ids = {"rollout_id": rollout.rollout_id, "attempt_id": rollout.attempt.attempt_id}
+    ids: dict[str, Any] = {"rollout_id": rollout.rollout_id, "attempt_id": rollout.attempt.attempt_id}
     store.add([call(1, [1, 2], [3], **ids)])
     store.add_span(Span("openai.chat.completion", **ids, attributes={"gen_ai.response.id": "elsewhere"}))
 
