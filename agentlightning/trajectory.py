@@ -13,9 +13,11 @@ import hashlib
 import json
 import math
 from array import array
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, get_args
 
 from agentlightning.generation import RoutedExperts, Status
@@ -362,8 +364,7 @@ def merge(attempt: AttemptCalls, **options: Unpack[MergeOptions]) -> Merged:
         by_model[node.call.model].append(node)
     roots: list[_Node] = []
     for some in by_model.values():
-        prompts = _prompts(some)
-        _link(prompts, limit)
+        prompts = _link(some, limit)
         for prompt in prompts:
             left_out += [_left_out(node.call, "retried") for node in prompt.resolve()]
         roots += [node for prompt in prompts if prompt.parent is None for node in prompt.nodes]
@@ -419,19 +420,17 @@ class _Node:
     """A call with an answer, in the tree.
 
     Attributes:
-        stop: number of ids of prompt and answer.
+        ids: its prompt and answer, as bytes, which compare and slice at the speed of memory.
+        start, stop: number of ids of the prompt, and of both.
         children: the prompts that continue it.
     """
 
     call: Call
-    answer: array[int]
+    ids: bytes
+    start: int
+    stop: int
     prompt: _Prompt = field(init=False)
-    stop: int = 0
     children: list[_Prompt] = field(default_factory=list["_Prompt"])
-
-    @property
-    def start(self) -> int:
-        return self.stop - len(self.answer)
 
     @property
     def order(self) -> tuple[int, str, int]:
@@ -443,14 +442,12 @@ class _Prompt:
     """Calls with the same prompt.
 
     Attributes:
-        ids: the prompt, as bytes: they compare, hash and slice at the speed of memory.
         parent: the call that it continues.
         shared: number of ids of it that are its parent's prompt and answer; less than all of them if it is realigned.
         broken: a call whose prompt it begins with, but whose answer it only begins to repeat.
         agrees: number of its ids that agree with that call.
     """
 
-    ids: bytes
     nodes: list[_Node]
     parent: _Node | None = None
     shared: int = 0
@@ -489,8 +486,8 @@ def _nodes(calls: Iterable[Call], left_out: list[LeftOut]) -> list[_Node]:
         elif not call.response_token_ids:
             left_out.append(_left_out(call, "empty_answer"))
         else:
-            stop = len(call.prompt_token_ids) + len(call.response_token_ids)
-            found.append(_Node(call, call.response_token_ids, stop=stop))
+            prompt, answer = call.prompt_token_ids, call.response_token_ids
+            found.append(_Node(call, b"".join((prompt, answer)), len(prompt), len(prompt) + len(answer)))
     found.sort(key=lambda node: node.order)
     return found
 
@@ -499,28 +496,19 @@ def _left_out(call: Call, reason: Reason) -> LeftOut:
     return LeftOut(call.generation_id, call.index, reason, _finite(call.reward))
 
 
-def _prompts(nodes: Iterable[_Node]) -> list[_Prompt]:
-    by_ids: dict[bytes, _Prompt] = {}
-    for node in nodes:
-        ids = (node.call.prompt_token_ids or array("i")).tobytes()
-        prompt = by_ids.setdefault(ids, _Prompt(ids, []))
-        prompt.nodes.append(node)
-        node.prompt = prompt
-    return [*by_ids.values()]
-
-
 @dataclass(slots=True, eq=False)
 class _Prefix:
     """A prefix of the sequence that is looked at: a prompt, or prompt and answer, or both.
 
     Attributes:
+        length: number of ids.
         contexts: calls of which it is prompt and answer.
         context: the longest prefix up to this one that has such calls.
         shorter: the longest prefix below this one that is a prompt.
-        reach: bytes of the longest prompt and answer among the calls of all prompts up to this one.
+        reach: length of the longest prompt and answer among the calls of all prompts up to this one.
     """
 
-    ids: bytes
+    length: int
     context: _Prefix | None
     shorter: _Prefix | None
     reach: int
@@ -528,31 +516,36 @@ class _Prefix:
     prompt: _Prompt | None = None
 
 
-def _link(prompts: Sequence[_Prompt], limit: int) -> None:
-    """Find the parent of each prompt.
+def _link(nodes: Iterable[_Node], limit: int) -> list[_Prompt]:
+    """Group calls by their prompts, and find the parent of each prompt.
 
-    In the order of their bytes, the prefixes of a sequence stand before it, so that a stack holds all of them.
+    In the order of their bytes, the prefixes of a sequence stand before it. A stack holds all of them: those that are
+    longer than what a sequence and the one before it have in common are taken off.
 
     Args:
         limit: most ids by which an answer may differ at its end, for its prompt to be realigned.
     """
-    items: list[tuple[bytes, _Node | _Prompt]] = []
-    for prompt in prompts:
-        items += [(prompt.ids + node.answer.tobytes(), node) for node in prompt.nodes]
-    # Behind all answers: the sort is stable, and a prompt may be equal to its parent's prompt and answer.
-    items += [(prompt.ids, prompt) for prompt in prompts]
-    items.sort(key=lambda item: item[0])
+    in_order = sorted(nodes, key=lambda node: node.ids)
+    agree = [-1, *(_common(*pair, 0) for pair in pairwise(in_order))]
+    prompts = _prompts(in_order, agree)
+    # Each prefix stands at the first sequence that begins with it, the shorter first; of equal ones, answers first.
+    items: list[tuple[int, int, bool, _Node | _Prompt]] = []
+    items += [(first, length, True, prompt) for (first, length), prompt in prompts.items()]
+    first = 0
+    for position, node in enumerate(in_order):
+        if agree[position] != node.stop:
+            first = position
+        items.append((first, node.stop, False, node))
+    items.sort(key=lambda item: item[:3])
     stack: list[_Prefix] = []
-    for ids, item in items:
-        while stack and not ids.startswith(stack[-1].ids):
+    looked_at = -1
+    for first, length, _, item in items:
+        while looked_at != first and stack and stack[-1].length > agree[first]:
             stack.pop()
-        below = stack[-1] if stack else None
-        if below is None or len(below.ids) < len(ids):
-            if below is None:
-                prefix = _Prefix(ids, None, None, 0)
-            else:
-                prefix = _Prefix(ids, below.context, below if below.prompt else below.shorter, below.reach)
-            stack.append(prefix)
+        looked_at = first
+        if not stack or stack[-1].length < length:
+            below = stack[-1] if stack else _Prefix(-1, None, None, 0)
+            stack.append(_Prefix(length, below.context, below if below.prompt else below.shorter, below.reach))
         prefix = stack[-1]
         if isinstance(item, _Node):
             prefix.contexts.append(item)
@@ -560,7 +553,29 @@ def _link(prompts: Sequence[_Prompt], limit: int) -> None:
         else:
             _place(item, prefix, limit)
             prefix.prompt = item
-            prefix.reach = max(prefix.reach, *(node.stop * ID_BYTES for node in item.nodes))
+            prefix.reach = max(prefix.reach, *(node.stop for node in item.nodes))
+    return [*prompts.values()]
+
+
+def _prompts(in_order: Sequence[_Node], agree: Sequence[int]) -> dict[tuple[int, int], _Prompt]:
+    """Group calls by their prompts: by the position of the first sequence that begins with it, and by length.
+
+    Args:
+        agree: for each sequence, how many ids it has in common with the one before.
+    """
+    found: dict[tuple[int, int], _Prompt] = {}
+    # The positions up to this one behind which all sequences agree further, and how far those there do.
+    positions, common = list[int](), list[int]()
+    for position, node in enumerate(in_order):
+        while common and common[-1] >= agree[position]:
+            common.pop()
+            positions.pop()
+        common.append(agree[position])
+        positions.append(position)
+        first = positions[bisect_left(common, node.start) - 1]
+        node.prompt = found.setdefault((first, node.start), _Prompt([]))
+        node.prompt.nodes.append(node)
+    return found
 
 
 def _place(prompt: _Prompt, prefix: _Prefix, limit: int) -> None:
@@ -570,26 +585,26 @@ def _place(prompt: _Prompt, prefix: _Prefix, limit: int) -> None:
         prefix: the prompt's own, with those below it.
     """
     exact = prefix.context
-    best = len(exact.ids) if exact else 0
+    best = exact.length if exact else 0
     found: list[_Node] = []
     other = prefix.shorter
     while other is not None and other.prompt is not None and other.reach > best:
         for node in other.prompt.nodes:
-            if node.stop * ID_BYTES > best:
-                agrees = len(other.ids) + _common(prompt.ids, len(other.ids), node.answer)
+            if node.stop > best:
+                agrees = min(_common(node, prompt.nodes[0], other.length), prefix.length)
                 if agrees > best:
                     found, best = [node], agrees
                 elif agrees == best and found:
                     found.append(node)
         other = other.shorter
     if found:
-        prompt.broken, prompt.agrees = found[0], best // ID_BYTES
+        prompt.broken, prompt.agrees = found[0], best
         ends = [node for node in found if node.start < prompt.agrees and node.stop - prompt.agrees <= limit]
         if ends:
             prompt.is_realigned = _adopt(prompt, ends, prompt.agrees)
             return
     if exact:
-        _adopt(prompt, exact.contexts, len(exact.ids) // ID_BYTES)
+        _adopt(prompt, exact.contexts, exact.length)
 
 
 def _adopt(prompt: _Prompt, candidates: Sequence[_Node], shared: int) -> bool:
@@ -622,17 +637,18 @@ def _differ(one: _Node, other: _Node, shared: int) -> bool:
     )
 
 
-def _common(ids: bytes, start: int, answer: array[int]) -> int:
-    """Count the bytes of whole ids by which an answer agrees with a sequence from `start` on."""
-    given = answer.tobytes()
-    low, high = 0, min(len(given), len(ids) - start) // ID_BYTES
+def _common(one: _Node, other: _Node, low: int) -> int:
+    """Count the ids by which two sequences begin equally, of which `low` are known to be equal."""
+    if other.ids.startswith(one.ids):
+        return one.stop
+    high = min(one.stop, other.stop)
     while low < high:
         middle = (low + high + 1) // 2
-        if ids.startswith(given[low * ID_BYTES : middle * ID_BYTES], start + low * ID_BYTES):
+        if one.ids.startswith(other.ids[low * ID_BYTES : middle * ID_BYTES], low * ID_BYTES):
             low = middle
         else:
             high = middle - 1
-    return low * ID_BYTES
+    return low
 
 
 Path = list[tuple[_Node, int]]
@@ -723,8 +739,7 @@ class _Maker:
     def _row(self, index: int, length: int, trained: set[int]) -> Trajectory:
         path = self._paths[index]
         last = path[-1][0]
-        ids = array("i", last.prompt.ids)
-        ids.extend(last.answer)
+        ids = array("i", last.ids)
         flags: set[Flag] = {"missing_call"} if self._is_missing else set()
         if length < len(ids):
             flags.add("cut")
@@ -739,7 +754,7 @@ class _Maker:
             spans.append(_answer(node, end, id(node) in trained))
             if id(node) in trained:
                 mask[start:end] = array("b", b"\1" * (end - start))
-                has_logprobs &= call.logprobs is not None and len(call.logprobs) == len(node.answer)
+                has_logprobs &= call.logprobs is not None and len(call.logprobs) == node.stop - start
                 if call.logprobs is not None and has_logprobs:
                     logprobs[start:end] = call.logprobs[: end - start]
         answers = [each for each in spans if each.is_trained]
