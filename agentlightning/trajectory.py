@@ -17,6 +17,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, get_args
 
@@ -761,7 +762,8 @@ class _Maker:
         versions = _versions(inside)
         if len({version for version, _, _ in versions}) > 1:
             flags.add("mixed_weights")
-        if len({json.dumps(each.sampling) for each in spans}) > 1 or len({each.logprobs_mode for each in spans}) > 1:
+        sampled = [(each.sampling, each.logprobs_mode) for each in spans]
+        if any(each != sampled[0] for each in sampled):
             flags.add("mixed_sampling")
         if _finite(self._attempt.reward) != self._attempt.reward:
             flags.add("bad_reward")
@@ -836,6 +838,7 @@ def _flags_of(node: _Node) -> Iterator[Flag]:
 
 def _answer(node: _Node, end: int, is_trained: bool) -> Answer:
     call = node.call
+    sampling = _sampling(call.sampling_params)
     return Answer(
         call.generation_id,
         call.index,
@@ -846,10 +849,11 @@ def _answer(node: _Node, end: int, is_trained: bool) -> Answer:
         call.finish_reason,
         _finite(call.reward),
         call.logprobs_mode,
-        _sampling(call.sampling_params),
+        sampling and {**sampling},
     )
 
 
+@lru_cache(1_000)
 def _sampling(params: str | None) -> dict[str, float] | None:
     """Return the parameters that change the distribution that ids are drawn from."""
     try:

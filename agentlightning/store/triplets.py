@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from sqlalchemy import Column, Connection, case, func, or_, select
+from sqlalchemy import Column, Connection, bindparam, case, func, or_, select
 
 from agentlightning.errors import NotFound
 from agentlightning.generation import STATUSES
@@ -45,6 +45,19 @@ Texts = Mapping[int | None, str | None]
 SPAN = "span_id"
 
 _SPANS, _GENERATIONS, _CHOICES = tables.spans.c, tables.generations.c, tables.choices.c
+
+# Made once: SQLAlchemy takes longer to build a statement than SQLite takes to execute it.
+_SPANS_OF_ROLLOUT = (
+    select(
+        *(_SPANS.key, _SPANS.attempt_id, _SPANS.sequence_id, _SPANS.is_numbered, _SPANS.span_id),
+        *(_SPANS.start_time, _SPANS.end_time, _SPANS.response_id, _SPANS.reward),
+        # The body of a call's span may hold thousands of ids, so only the bodies of rewards are read.
+        case((_SPANS.reward.is_not(None), _SPANS.body)).label("body"),
+    )
+    .where(_SPANS.rollout_id == bindparam("rollout"))
+    .where(or_(_SPANS.response_id.is_not(None), _SPANS.reward.is_not(None)))
+)
+_SPANS_OF_ATTEMPT = _SPANS_OF_ROLLOUT.where(_SPANS.attempt_id == bindparam("attempt"))
 
 
 @dataclass(slots=True)
@@ -286,20 +299,14 @@ def _all_of(
 
 def _spans(connection: Connection, rollout_id: str, attempt_id: str | None) -> Sequence[Any]:
     """List the spans of a rollout that name an answer or give a reward, in the order in which they ended."""
-    wanted = [(_SPANS.rollout_id, rollout_id), (_SPANS.attempt_id, attempt_id)]
+    wanted = {"rollout": rollout_id, "attempt": attempt_id}
     # Spans have these ids unencoded, so no span has an id that a database cannot store.
-    if any(text is not None and ("\0" in text or text.encode(errors="replace").decode() != text) for _, text in wanted):
+    if any(
+        text is not None and ("\0" in text or text.encode(errors="replace").decode() != text)
+        for text in wanted.values()
+    ):
         return []
-    columns = (_SPANS.key, _SPANS.attempt_id, _SPANS.sequence_id, _SPANS.is_numbered, _SPANS.span_id)
-    columns += (_SPANS.start_time, _SPANS.end_time)
-    # The body of a call's span may hold thousands of ids, so only the bodies of rewards are read.
-    body = case((_SPANS.reward.is_not(None), _SPANS.body)).label("body")
-    query = (
-        select(*columns, _SPANS.response_id, _SPANS.reward, body)
-        .where(*(column == text for column, text in wanted if text is not None))
-        .where(or_(_SPANS.response_id.is_not(None), _SPANS.reward.is_not(None)))
-    )
-    return _in_time(connection.execute(query).all())
+    return _in_time(connection.execute(_SPANS_OF_ROLLOUT if attempt_id is None else _SPANS_OF_ATTEMPT, wanted).all())
 
 
 def _in_time(spans: Iterable[Any]) -> list[Any]:
