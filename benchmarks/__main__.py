@@ -22,6 +22,7 @@ BENCHMARKS = (
     "lightning_store",
     "beyond",
     "page",
+    "trajectories",
 )
 RESULTS = Path(__file__).with_name("results")
 
