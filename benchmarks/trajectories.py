@@ -25,18 +25,21 @@ QUICK_ROUNDS = 6
 CALLS, IDS = 50, 32_000
 FEW, MANY, BRANCHES = 100, 1_000, 8
 ANSWER = 64
+VOCABULARY = range(100_000)
 ROLLOUTS, QUICK_ROLLOUTS, CALLS_OF_A_ROLLOUT = 10_000, 500, 10
 BATCH = 1_000
 MEGABYTES = 300
 SAMPLING = '{"temperature":0.7,"top_p":0.95}'
 
 EXPORT = """\
-import json, resource, sys, time
+import json, pathlib, re, sys, time
 from agentlightning.cli.export import main
 started = time.perf_counter()
 status = main(sys.argv[1:])
 took = time.perf_counter() - started
-print(json.dumps([status, took, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
+# Of this process alone; what getrusage says begins with the memory of the process that started it.
+most = re.search(r"VmHWM:\\s+(\\d+) kB", pathlib.Path("/proc/self/status").read_text())[1]
+print(json.dumps([status, took, int(most) / 1024]))
 """
 
 
@@ -60,8 +63,8 @@ def conversation(calls: int, ids: int, first: int = 0) -> Iterator[tuple[array[i
     context = array("i", [first])
     for number in range(1, calls + 1):
         length = number * ids // calls - len(context) - ANSWER
-        prompt = context + array("i", (draw.randrange(100_000) for _ in range(length)))
-        answer = array("i", (draw.randrange(100_000) for _ in range(ANSWER)))
+        prompt = context + array("i", draw.choices(VOCABULARY, k=length))
+        answer = array("i", draw.choices(VOCABULARY, k=ANSWER))
         yield prompt, answer
         context = prompt + answer
 
