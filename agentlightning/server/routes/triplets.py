@@ -104,7 +104,7 @@ def _answers(**content: Any) -> dict[int | str, dict[str, Any]]:
     return {200: {"description": "Triplets.", "content": {**lines, **content}}, **errors()}
 
 
-@routes.get("/triplets", response_class=Response, responses=_answers())
+@routes.get("/triplets", response_class=Response, responses={**_answers(), **errors(404)})
 async def query_triplets(wanted: Annotated[QueryTriplets, Query()], database: Database) -> Response:
     """Read the triplets of all rollouts, one rollout after the other, or of one, as JSON Lines."""
     filters = wanted.filters()
