@@ -81,8 +81,10 @@ def store(tmp_path: Path) -> Path:
     path = tmp_path / "store.db"
     with open_store(str(path)) as store:
         store.add(
-            generation(number, choices=[Choice(token_ids=array("i", [number]), finish_reason="stop")])
-            for number in range(30)
+            [
+                generation(number, choices=[Choice(token_ids=array("i", [number]), finish_reason="stop")])
+                for number in range(30)
+            ]
         )
     return path
 

@@ -108,7 +108,7 @@ def test_a_long_export_is_written_in_parts_that_datasets_reads_as_one(store: Pat
 
     names = sorted(path.name for path in folder.iterdir())
     assert names == [f"part-00000.{kind}", f"part-00001.{kind}"]
-    loader = {"jsonl": "json"}.get(kind, kind)
+    loader = "json" if kind == "jsonl" else "parquet"
     found: Any = datasets.load_dataset(
         loader, data_files=str(folder / f"*.{kind}"), split="train", cache_dir=str(tmp_path / "cache")
     )

@@ -231,17 +231,19 @@ def test_a_drifted_end_is_realigned_and_has_the_logprobs_of_its_context(server: 
 def test_an_unled_conversation_of_ids_is_one_row(server: RecordingServer, rollout: str) -> None:
     """An agent that sends ids back as they were never breaks a prefix, whatever random weights say."""
     client = openai.OpenAI(base_url=f"{server.url}/rollout/{rollout}/attempt/a/v1", api_key="none", max_retries=0)
-    context: list[int] = tokenizer()("one two three").input_ids
-    mask = [0] * len(context)
+    asked: list[int] = tokenizer()("one two three").input_ids
+    context: list[int] = []
+    mask: list[int] = []
     with_ids: Any = {"return_token_ids": True}
     for _ in range(4):
+        context, mask = [*context, *asked], [*mask, *[0] * len(asked)]
         said: Any = client.completions.create(
             model=server.model, prompt=context, max_tokens=7, temperature=1, seed=1, extra_body=with_ids
         )
-        answer, asked = said.choices[0].token_ids, tokenizer()(" and then?").input_ids
-        context, mask = [*context, *answer, *asked], [*mask, *[1] * len(answer), *[0] * len(asked)]
+        answer = said.choices[0].token_ids
+        context, mask = [*context, *answer], [*mask, *[1] * len(answer)]
     (row,) = rows_of(server, rollout, 4)
 
-    assert row.token_ids.tolist() == context[: -len(asked)]
-    assert row.response_mask.tolist() == mask[: -len(asked)]
+    assert row.token_ids.tolist() == context
+    assert row.response_mask.tolist() == mask
     check_logprobs([row])
