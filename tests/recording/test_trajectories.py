@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import quote
 
 import openai
 import pytest
@@ -17,9 +18,7 @@ from tests.recording.nursery import Nursery
 from tests.recording.server import RecordingServer, until
 
 TOLERANCE = 1e-3
-NEVER_ENDING = 900
-
-Message = dict[str, str]
+NEVER_ENDING = 500
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +28,15 @@ def server(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield server
 
 
+def base_url(server: RecordingServer, rollout: str) -> str:
+    return f"{server.url}/rollout/{quote(rollout)}/attempt/a/v1"
+
+
 class Agent:
     """An agent that keeps its history, as most do: as text, which is rendered and tokenised again for each call."""
 
     def __init__(self, server: RecordingServer, rollout: str, system: str) -> None:
-        base_url = f"{server.url}/rollout/{rollout}/attempt/a/v1"
-        self.client = openai.OpenAI(base_url=base_url, api_key="none", max_retries=0, timeout=120)
+        self.client = openai.OpenAI(base_url=base_url(server, rollout), api_key="none", max_retries=0, timeout=120)
         self.model = server.model
         self.messages: list[Any] = [{"role": "system", "content": system}]
 
@@ -104,8 +106,7 @@ def check_logprobs(rows: Sequence[Trajectory]) -> None:
 def test_the_loop_with_a_tool_has_a_row_for_each_call_since_its_template_moves_the_tools(
     server: RecordingServer, rollout: str
 ) -> None:
-    base_url = f"{server.url}/rollout/{rollout}/attempt/a/v1"
-    _, (first, second) = loop.agent(base_url, server.model, "What is 2 times 3?")
+    _, (first, second) = loop.agent(base_url(server, rollout), server.model, "What is 2 times 3?")
 
     rows = rows_of(server, rollout, 2)
 
@@ -230,7 +231,7 @@ def test_a_drifted_end_is_realigned_and_has_the_logprobs_of_its_context(server: 
 
 def test_an_unled_conversation_of_ids_is_one_row(server: RecordingServer, rollout: str) -> None:
     """An agent that sends ids back as they were never breaks a prefix, whatever random weights say."""
-    client = openai.OpenAI(base_url=f"{server.url}/rollout/{rollout}/attempt/a/v1", api_key="none", max_retries=0)
+    client = openai.OpenAI(base_url=base_url(server, rollout), api_key="none", max_retries=0)
     asked: list[int] = tokenizer()("one two three").input_ids
     context: list[int] = []
     mask: list[int] = []
