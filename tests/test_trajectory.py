@@ -72,6 +72,22 @@ def test_a_conversation_is_one_row() -> None:
     assert row.logprobs.tolist() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("steps", "rows"),
+    [
+        # rLLM's tests of its conversion for Tinker: one step, two and three that extend each other, two that do not,
+        # and two that do before one that does not. SkyRL's prefix-aware merging has the same rule.
+        ([("pqr", "AB")], [("pqrAB", "...^^")]),
+        ([("pq", "AB"), ("pqABr", "CD")], [("pqABrCD", "..^^.^^")]),
+        ([("pq", "AB"), ("pqABr", "CD"), ("pqABrCDs", "EF")], [("pqABrCDsEF", "..^^.^^.^^")]),
+        ([("pqr", "AB"), ("xyz", "CD")], [("pqrAB", "...^^"), ("xyzCD", "...^^")]),
+        ([("pq", "AB"), ("pqABr", "CD"), ("xyz", "EF")], [("pqABrCD", "..^^.^^"), ("xyzEF", "...^^")]),
+    ],
+)
+def test_what_trainers_merge_is_merged_alike(steps: list[tuple[str, str]], rows: list[tuple[str, str]]) -> None:
+    assert rows_of(*(call(chr(ord("a") + number), *step) for number, step in enumerate(steps))) == rows
+
+
 def test_sub_agents_are_rows_of_their_own() -> None:
     one, other = call("d", "xsub", "GH"), call("e", "ysub", "IJ")
     more = call("f", "ysubIJv", "KL")
