@@ -209,6 +209,17 @@ def test_a_wholly_different_answer_is_never_realigned() -> None:
     assert rows_of(*calls, drift="realign", drift_limit=100) == [("pqAB", "..^^"), ("pqXYtCD", ".....^^")]
 
 
+def test_retries_of_which_each_could_have_drifted_are_ambiguous_if_it_makes_a_difference() -> None:
+    prompt = call("c", "pqABXt", "EF")
+
+    def flags(reward: float | None) -> list[str]:
+        retries = call("a", "pq", "ABC", reward=reward), call("b", "pq", "ABD")
+        return [*merged(*retries, prompt, drift="realign").rows[-1].flags]
+
+    assert flags(None) == ["drifted"]
+    assert flags(1.0) == ["ambiguous", "drifted"]
+
+
 def test_an_answer_that_is_whole_in_another_row_is_trained_there() -> None:
     calls = call("a", "pq", "AB"), call("b", "pqAXt", "CD"), call("c", "pqABt", "EF")
 
