@@ -1,4 +1,8 @@
-"""The rows of agents that call a real vLLM: what each row is stands here by hand, and transformers has its logprobs."""
+"""The rows of agents that call a real vLLM: what each row is stands here by hand, and transformers has its logprobs.
+
+vLLM's logprobs of an answer that is led to a text are those of what its grammar lets through, so they are compared where no
+answer is led.
+"""
 
 from __future__ import annotations
 
@@ -120,7 +124,6 @@ def test_the_loop_with_a_tool_has_a_row_for_each_call_since_its_template_moves_t
     # The template has the tools behind the conversation: the second prompt breaks the first before its end.
     assert [row.parent for row in rows] == [None, None]
     assert [row.prompt_length for row in rows] == [len(first.prompt_token_ids), len(second.prompt_token_ids)]
-    check_logprobs(rows)
 
 
 def test_sub_agents_in_parallel_have_rows_of_their_own(server: RecordingServer, rollout: str) -> None:
@@ -151,7 +154,6 @@ def test_sub_agents_in_parallel_have_rows_of_their_own(server: RecordingServer, 
         (1, 3, None, []),
         (2, 3, None, []),
     ]
-    check_logprobs(rows)
 
 
 def test_a_compaction_begins_a_row(server: RecordingServer, rollout: str) -> None:
@@ -168,7 +170,6 @@ def test_a_compaction_begins_a_row(server: RecordingServer, rollout: str) -> Non
         f"{turn('system', 'Summary: 1 and 2.')}{turn('user', 'three')}{answered('3')}",
     ]
     assert [(row.parent, row.flags, row.left_out) for row in rows] == [(None, [], []), (None, [], [])]
-    check_logprobs(rows)
 
 
 def test_a_retry_after_a_hang_up_takes_the_place_of_the_call(server: RecordingServer, rollout: str) -> None:
@@ -187,7 +188,6 @@ def test_a_retry_after_a_hang_up_takes_the_place_of_the_call(server: RecordingSe
     assert [(each.generation_id, each.reason in ("retried", "empty_answer")) for each in row.left_out] == [
         (aborted.id, True)
     ]
-    check_logprobs([row])
 
 
 def test_an_edited_history_is_a_branch_with_a_flag(server: RecordingServer, rollout: str) -> None:
@@ -208,10 +208,9 @@ def test_an_edited_history_is_a_branch_with_a_flag(server: RecordingServer, roll
     assert [row.flags for row in rows] == [[], ["drifted"]]
     assert rows[1].parent is not None
     assert (rows[1].parent.index, rows[1].parent.position) == (0, rows[0].prompt_length)
-    check_logprobs(rows)
 
 
-def test_a_drifted_end_is_realigned_and_has_the_logprobs_of_its_context(server: RecordingServer, rollout: str) -> None:
+def test_a_drifted_end_is_realigned(server: RecordingServer, rollout: str) -> None:
     agent = Agent(server, rollout, "You are cut.")
     # The agent drops the last digit that the model said, and what ended its turn stays.
     agent.ask("one", "12")
@@ -226,7 +225,6 @@ def test_a_drifted_end_is_realigned_and_has_the_logprobs_of_its_context(server: 
     assert [shown(each) for each in forked] == [f"{begins}[12<|im_end|>]", f"{begins}1{rest}{answered('2')}"]
     assert shown(row) == f"{begins}[1]{rest}{answered('2')}"
     assert (row.flags, forked[1].flags) == (["drifted"], ["drifted"])
-    check_logprobs([*forked, row])
 
 
 def test_an_unled_conversation_of_ids_is_one_row(server: RecordingServer, rollout: str) -> None:
