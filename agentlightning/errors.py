@@ -27,7 +27,17 @@ class AgentLightningError(Exception):
 
 
 class StoreError(AgentLightningError):
-    """Base of all errors of a store."""
+    """Base of all errors of a store. Its text is what happened and, after a colon, the advice.
+
+    Attributes:
+        happened: what happened, without the advice.
+        advice: what to do about it; None where nothing helps but what the message says already.
+    """
+
+    def __init__(self, happened: str, advice: str | None = None) -> None:
+        super().__init__(f"{happened}: {advice}" if advice else happened)
+        self.happened = happened
+        self.advice = advice
 
 
 class StoreUnavailable(StoreError):
@@ -37,8 +47,8 @@ class StoreUnavailable(StoreError):
         retry_after: seconds to wait before the next attempt, as the store asks for; None where it does not say.
     """
 
-    def __init__(self, message: str, retry_after: float | None = None) -> None:
-        super().__init__(message)
+    def __init__(self, happened: str, advice: str | None = None, *, retry_after: float | None = None) -> None:
+        super().__init__(happened, advice)
         self.retry_after = retry_after
 
 

@@ -121,14 +121,19 @@ def read(variable: str) -> str:
     return value.lower() if VARIABLES[variable].values else value
 
 
-def complaint(variable: str) -> str | None:
-    """Say in one sentence what is wrong with a variable's value; None if it is valid or not set."""
+def objection(variable: str) -> str | None:
+    """Say what is wrong with a variable's value, as a clause; None if it is valid or not set."""
     value, allowed = read(variable), VARIABLES[variable]
     if not value or allowed.allows(value):
         return None
-    shown = repr(without_secrets(os.environ[variable]))
-    instead = f"the default {allowed.default!r} is used" if allowed.default else "it is ignored"
-    return f"{variable}={shown} is {allowed.objection}; {instead}"
+    return f"{variable}={without_secrets(os.environ[variable])!r} is {allowed.objection}"
+
+
+def complaint(variable: str) -> str | None:
+    """Say in one sentence what is wrong with a variable's value, and what is used instead; None if it is valid."""
+    wrong, default = objection(variable), VARIABLES[variable].default
+    instead = f"the default {default!r} is used" if default else "it is ignored"
+    return wrong and f"{wrong}; {instead}"
 
 
 def without_secrets(url: str) -> str:

@@ -16,6 +16,7 @@ BENCHMARKS = (
     "serving",
     "step",
     "store",
+    "blocks",
     "recording",
     "logprobs",
     "gpu",

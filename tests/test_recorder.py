@@ -59,7 +59,7 @@ def until(holds: Callable[[], object]) -> None:
 
 
 def kept(path: Path) -> list[str]:
-    with open_store(str(path), create=False) as store:
+    with open_store(str(path), read_only=True) as store:
         return [each.id for each in store.generations()]
 
 
@@ -400,7 +400,7 @@ def pausing(monkeypatch: pytest.MonkeyPatch) -> Event:
 def test_a_store_that_asked_for_a_long_pause_is_asked_again_before_the_end(
     path: Path, busy: list[StoreUnavailable], pausing: Event
 ) -> None:
-    busy += [StoreUnavailable("busy", 3_600.0)] * 3
+    busy += [StoreUnavailable("busy", retry_after=3_600.0)] * 3
     recorder, generations = Recorder(str(path), ROOMY), some(5)
     record(recorder, generations)
     assert pausing.wait(SECONDS)
@@ -415,7 +415,7 @@ def test_a_store_that_asked_for_a_long_pause_is_asked_again_before_the_end(
 def test_generations_unwritten_during_a_long_pause_are_recorded_as_lost(
     path: Path, busy: list[StoreUnavailable], pausing: Event
 ) -> None:
-    busy += [StoreUnavailable("busy", 3_600.0)] * 10_000
+    busy += [StoreUnavailable("busy", retry_after=3_600.0)] * 10_000
     recorder = Recorder(str(path), ROOMY)
     record(recorder, some(5))
     assert pausing.wait(SECONDS)
@@ -703,7 +703,11 @@ def test_a_forked_process_is_another_sender(path: Path) -> None:
 
 def test_retries_respect_the_stores_delay_and_are_spread_out(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test does not wait: the pauses are noted instead."""
-    reasons = [StoreUnavailable("busy"), StoreUnavailable("busy", 7.0), *(StoreUnavailable("away") for _ in range(9))]
+    reasons = [
+        StoreUnavailable("busy"),
+        StoreUnavailable("busy", retry_after=7.0),
+        *(StoreUnavailable("away") for _ in range(9)),
+    ]
     waits: list[float] = []
 
     class Noted(Event):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import agentlightning
+from agentlightning import instrumentation, settings
 from agentlightning.doctor import (
     Finding,
     Mark,
@@ -21,15 +22,18 @@ from agentlightning.doctor import (
     recording,
     server,
 )
-from agentlightning.settings import without_secrets
+from agentlightning.doctor.vllm import missing_vllm
 
 WIDTH = 80
 COLOURS = {Mark.OK: "32", Mark.NOTE: "33", Mark.PROBLEM: "31;1"}
 DESCRIPTION = "Say whether answers will carry token ids and be recorded, and if not, why and what to do."
 EPILOG = """\
-Without --url it checks the environment that it runs in, and imports vLLM as a server would, in a process of its own.
-With --url it asks a running server, with --store it reads what was recorded. The exit status is 0 when all is well, 1
-when there is a problem."""
+Without --url and --store it checks the environment that it runs in, and whether the store of AGL_STORE can be used,
+within seconds; then it imports vLLM as a server would, in a process of its own, which takes ten to sixty more.
+With --url it asks a running server, with --store it reads what was recorded. It writes to no store. The exit status is
+0 when all is well, 1 when there is a problem."""
+IMPORTING = "importing vLLM as a server would (ten to sixty seconds) ..."
+NOT_IMPORTED = Finding("patches", Mark.NOTE, "not tried: that needs an import of vLLM, which --quick leaves out")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -40,18 +44,18 @@ def main(arguments: Sequence[str]) -> int:
         title = f"the server at {options.url}"
         report, findings = _examine("server", lambda: server.read(options.url, options.api_key), server.findings)
     elif options.store is not None:
-        title = f"the store at {without_secrets(options.store)}"
+        title = f"the store at {settings.without_secrets(options.store)}"
         report, findings = _examine("store", lambda: recording.read(options.store, options.rollout), recording.findings)
     else:
         title = f"{sys.executable} (Python {sys.version.split()[0]})"
-        findings = list(_local())
+        findings = _local(options)
     if options.json:
-        answer = {"ok": all_is_well(findings), "findings": [finding.as_dict() for finding in findings]}
-        text = json.dumps(answer | report, indent=2)
+        found = list(findings)
+        answer = {"ok": all_is_well(found), "findings": [finding.as_dict() for finding in found]}
+        sys.stdout.write(f"{json.dumps(answer | report, indent=2)}\n")
     else:
-        text = "\n".join(_lines(title, findings, colours=_is_terminal(sys.stdout)))
-    sys.stdout.write(f"{text}\n")
-    return 0 if all_is_well(findings) else 1
+        found = _tell(title, findings)
+    return 0 if all_is_well(found) else 1
 
 
 def _examine(
@@ -79,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--url", metavar="http://HOST:PORT", help="ask this server instead")
     instead.add_argument("--store", metavar="URL", help="look into this store instead")
+    instead.add_argument("--quick", action="store_true", help="leave out the import of vLLM")
     parser.add_argument("--rollout", metavar="ID", help="say why the store has no data of this rollout")
     parser.add_argument(
         "--api-key",
@@ -91,26 +96,44 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _local() -> Iterator[Finding]:
+def _local(options: argparse.Namespace) -> Iterator[Finding]:
+    """Check this environment, the slowest checks last."""
     yield from environment.findings()
-    waiting = _is_terminal(sys.stderr)
-    if waiting:
-        sys.stderr.write("importing vLLM as a server would (ten to sixty seconds) ...")
-        sys.stderr.flush()
-    yield from patches.findings()
-    if waiting:
-        sys.stderr.write("\r\033[K")
+    yield from patches.installed()
+    yield from recording.destination()
+    if options.quick:
+        yield NOT_IMPORTED
+    elif missing_vllm() is None:
+        # Not in JSON: only a user who waits has to be told.
+        if not options.json:
+            _print(["", IMPORTING, ""])
+        yield from patches.findings()
 
 
-def _lines(title: str, findings: Sequence[Finding], colours: bool) -> Iterator[str]:
-    yield from _wrapped(f"agl doctor {agentlightning.__version__}: {title}", WIDTH)
-    yield ""
-    width = max(len(finding.subject) for finding in findings)
+def _tell(title: str, findings: Iterable[Finding]) -> list[Finding]:
+    """Print each finding as soon as it is found, and return them all."""
+    found: list[Finding] = []
+    colours = _is_terminal(sys.stdout)
+    _print([*_wrapped(f"agl doctor {agentlightning.__version__}: {title}", WIDTH), ""])
+    subjects = [finding.subject for finding in findings] if isinstance(findings, list) else _subjects()
+    width = max(map(len, subjects))
     for finding in findings:
-        yield from _block(finding, width, colours)
-    yield ""
-    problems = sum(finding.mark is Mark.PROBLEM for finding in findings)
-    yield "All is well." if not problems else f"{problems} problem{'s' if problems > 1 else ''}."
+        _print(_block(finding, width, colours))
+        found.append(finding)
+    problems = sum(finding.mark is Mark.PROBLEM for finding in found)
+    _print(["", "All is well." if not problems else f"{problems} problem{'s' if problems > 1 else ''}."])
+    return found
+
+
+def _subjects() -> list[str]:
+    """Return the subjects that findings on this environment may have; they set the width of the first column."""
+    return [environment.PTH, *instrumentation.status(), *filter(settings.read, settings.VARIABLES)]
+
+
+def _print(lines: Iterable[str]) -> None:
+    sys.stdout.writelines(f"{line}\n" for line in lines)
+    # A pipe would keep them until all is over.
+    sys.stdout.flush()
 
 
 def _block(finding: Finding, width: int, colours: bool) -> Iterator[str]:

@@ -73,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if options.rows_per_file is not None:
             destinations.check_folder(options.output)
-        with open_store(options.store, create=False) as store:
+        with open_store(options.store, read_only=True) as store:
             found: Iterator[Any] = getattr(store, options.what)(**filters)
             total = _total(store, filters) if options.what == "generations" else None
             # disable=None: no progress bar unless stderr is a terminal.

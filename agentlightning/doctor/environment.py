@@ -15,7 +15,7 @@ from _agentlightning import INSTRUMENT_OFF
 from agentlightning import settings
 from agentlightning.doctor import Finding, Mark
 
-__all__ = ["findings", "interpreter"]
+__all__ = ["PTH", "findings", "interpreter"]
 
 NAME = "agentlightning"
 PTH = f"{NAME}.pth"
@@ -227,5 +227,6 @@ def _variables() -> Iterator[Finding]:
             yield Finding(variable, Mark.NOTE, f"{there}: `vllm serve` needs it, `agl vllm serve` sets it")
         elif variable == "AGL_RETURN_TOKEN_IDS" and value == "none":
             yield Finding(variable, Mark.NOTE, "none: answers carry ids only where a request asks for them")
-        elif value:
+        # Whether a store can be used is a check of its own.
+        elif value and variable != "AGL_STORE":
             yield Finding(variable, Mark.OK, "set" if allowed.secret else settings.without_secrets(value))

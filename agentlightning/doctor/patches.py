@@ -18,7 +18,7 @@ from agentlightning.doctor.vllm import missing_vllm
 from agentlightning.importhook import locate
 from agentlightning.instrumentation.vllm import _releases
 
-__all__ = ["findings", "patch_findings", "release_findings"]
+__all__ = ["findings", "installed", "patch_findings", "release_findings"]
 
 PROBE_SECONDS = 600
 # Importing this package with the variable on arms the process. That must not hide whether Python arms it by itself.
@@ -31,15 +31,34 @@ write_outcome(sys.argv[1])
 """
 
 
-def findings() -> Iterator[Finding]:
-    """Check the vLLM of this interpreter. Takes as long as importing vLLM does."""
+def installed() -> Iterator[Finding]:
+    """Check the vLLM of this interpreter, as far as that needs no import of it."""
     missing = missing_vllm()
     if missing:
         text, _, advice = missing.partition("; ")
         yield Finding("vLLM", Mark.PROBLEM, text, advice)
         return
+    where = _folder()
+    owners = _owners(where)
+    if len(owners) > 1:
+        yield Finding(
+            "vLLM",
+            Mark.PROBLEM,
+            f"{' and '.join(owners)} are installed over each other in {where}",
+            "uninstall them all, and install one",
+        )
+    else:
+        yield Finding("vLLM", Mark.OK, f"{', '.join(owners) or 'of no distribution'}, in {where}")
+    yield from _bypasses()
+
+
+def findings() -> Iterator[Finding]:
+    """Import the vLLM of this interpreter as a server would, in another process, and check what became of the patches.
+
+    Takes as long as importing vLLM does, which has to be installed.
+    """
     outcome = _probed()
-    yield _version(outcome)
+    yield _imported(outcome)
     patches, not_imported = outcome.get("patches", {}), outcome.get("not_imported", {})
     yield from release_findings(outcome.get("version"), patches)
     yield from patch_findings(patches)
@@ -55,7 +74,6 @@ def findings() -> Iterator[Finding]:
         )
     if outcome.get("finders_ahead"):
         yield _finders(outcome["finders_ahead"], all(patch["state"] == "applied" for patch in patches.values()))
-    yield from _bypasses()
 
 
 def patch_findings(patches: Mapping[str, Mapping[str, str | None]]) -> Iterator[Finding]:
@@ -142,25 +160,20 @@ def _probed() -> dict[str, Any]:
         return {"error": f"importing it ended the process with status {ran.returncode}: {last}"}
 
 
-def _version(outcome: Mapping[str, Any]) -> Finding:
-    vllm = locate("vllm")
-    where = os.path.dirname(vllm.origin) if vllm is not None and vllm.origin else "nowhere"
-    owners = _owners(Path(where))
+def _imported(outcome: Mapping[str, Any]) -> Finding:
     if "error" in outcome:
         return Finding(
             "vLLM",
             Mark.PROBLEM,
-            f"the vLLM in {where} ({', '.join(owners) or 'of no distribution'}) cannot be imported: {outcome['error']}",
+            f"it cannot be imported: {outcome['error']}",
             f"see the whole error: {sys.executable} -c 'import vllm'",
         )
-    if len(owners) > 1:
-        return Finding(
-            "vLLM",
-            Mark.PROBLEM,
-            f"{' and '.join(owners)} are installed over each other in {where}",
-            "uninstall them all, and install one",
-        )
-    return Finding("vLLM", Mark.OK, f"{outcome['version']} ({', '.join(owners) or 'of no distribution'}), in {where}")
+    return Finding("vLLM", Mark.OK, f"{outcome['version']} can be imported")
+
+
+def _folder() -> Path:
+    vllm = locate("vllm")
+    return Path(vllm.origin if vllm is not None and vllm.origin else "").parent
 
 
 def _owners(folder: Path) -> list[str]:
@@ -169,7 +182,9 @@ def _owners(folder: Path) -> list[str]:
     return sorted(
         f"{distribution.metadata['Name']} {distribution.version}"
         for distribution in distributions()
-        if any(
+        # Searching a list of files as text takes a hundredth of the time of parsing it.
+        if "vllm/__init__.py" in (distribution.read_text("RECORD") or "")
+        and any(
             file.parts == ("vllm", "__init__.py") and Path(str(distribution.locate_file(file))).resolve() == init
             for file in distribution.files or ()
         )

@@ -1,4 +1,4 @@
-"""The generations of a store, and why it has none for a rollout."""
+"""The store: whether a server can record there, the generations that it has, and why it has none for a rollout."""
 
 from __future__ import annotations
 
@@ -6,19 +6,35 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
 from typing import Any
 
+from agentlightning import settings
 from agentlightning.doctor import Finding, Mark, Unreachable
 from agentlightning.errors import StoreRefused, StoreUnavailable
 from agentlightning.recorder import QUEUE_FULL, STOPPED
-from agentlightning.store import open_store
+from agentlightning.store import open_store, try_to_record
 from agentlightning.store.absence import IS_IT_CALLED, NAME_IT, explain_absence
 
-__all__ = ["findings", "read"]
+__all__ = ["destination", "findings", "read"]
 
 ADVICE = {
     QUEUE_FULL: "give the store a faster disk, or the server a larger AGL_QUEUE_MB",
     STOPPED: "give the store a faster disk: it was behind when the server ended",
 }
 """Advice for losses that are not bugs."""
+
+
+LATER = "look into the store's own log, and try again"
+"""Advice for a store that answers, and says no more than that it cannot be used."""
+
+
+def destination() -> Iterator[Finding]:
+    """Check that a server could record where `AGL_STORE` says, as far as that needs no writing."""
+    url = settings.read("AGL_STORE")
+    if not url or settings.complaint("AGL_STORE"):
+        return
+    try:
+        yield Finding("AGL_STORE", Mark.OK, try_to_record(url))
+    except (StoreRefused, StoreUnavailable) as reason:
+        yield Finding("AGL_STORE", Mark.PROBLEM, reason.happened, reason.advice or LATER)
 
 
 def read(url: str, rollout_id: str | None) -> dict[str, Any]:
@@ -29,7 +45,7 @@ def read(url: str, rollout_id: str | None) -> dict[str, Any]:
         Unreachable: there is no store at `url`, or it cannot be read.
     """
     try:
-        with open_store(url, create=False) as store:
+        with open_store(url, read_only=True) as store:
             lost: dict[str, dict[str, int]] = {}
             for loss in store.losses():
                 so_far = lost.setdefault(loss.reason.partition(":")[0], {"count": 0, "last_at": 0})
@@ -47,12 +63,8 @@ def read(url: str, rollout_id: str | None) -> dict[str, Any]:
                     "status": getattr(store.get_rollout_by_id(rollout_id), "status", None),
                 }
             return report
-    except StoreRefused as reason:
-        raise Unreachable(str(reason), "use the AGL_STORE of the server") from reason
-    except StoreUnavailable as reason:
-        is_served = url.startswith(("http://", "https://"))
-        advice = "is `agl store` running there?" if is_served else f"a server creates it when it starts: {IS_IT_CALLED}"
-        raise Unreachable(str(reason), advice) from reason
+    except (StoreRefused, StoreUnavailable) as reason:
+        raise Unreachable(reason.happened, reason.advice or LATER) from reason
 
 
 def findings(report: Mapping[str, Any]) -> Iterator[Finding]:

@@ -18,12 +18,16 @@ from agentlightning.errors import StoreRefused, StoreUnavailable
 __all__ = [
     "Conflict",
     "Database",
+    "NotCreated",
+    "NotMigrated",
+    "accept_to_read",
     "found",
     "in_parts",
     "insert_if_new",
     "insert_rows",
     "insert_valid",
     "is_single_writer",
+    "newer",
     "next_keys",
     "now",
     "run",
@@ -43,12 +47,33 @@ class Conflict(StoreUnavailable):
     """Write conflict, rolled back; retry immediately."""
 
 
+class NotCreated(StoreUnavailable):
+    """There is no store at this place yet: a writer would create it."""
+
+
+class NotMigrated(StoreRefused):
+    """An older version wrote the store: a writer would migrate it."""
+
+
 class Database(ABC):
     """A database with the tables of this version. Safe for several threads, not across a fork.
 
     Whatever is done with its connections raises `StoreUnavailable`, `StoreRefused`, or `InvalidRecord` where a value is
     the reason.
+
+    Attributes:
+        is_read_only: True if it was opened for reading only; `writing` then raises `StoreRefused`.
     """
+
+    is_read_only: bool
+
+    @abstractmethod
+    def __init__(self, place: str, read_only: bool, patience: float) -> None: ...
+
+    @classmethod
+    @abstractmethod
+    def try_to_record(cls, place: str, patience: float) -> str:
+        """See `agentlightning.store.try_to_record`."""
 
     @abstractmethod
     def reading(self) -> AbstractContextManager[Connection]:
@@ -88,6 +113,35 @@ class Database(ABC):
                 return work(connection)
         with self.writing() as connection:
             return work(connection)
+
+
+def accept_to_read(name: str, version: int, current: int) -> None:
+    """Accept the tables of the current version for reading.
+
+    Args:
+        name: the place of the database, as it may be shown.
+        version: the version of its tables; 0 where there are none.
+        current: the version that this package reads.
+
+    Raises:
+        NotCreated: there are no tables.
+        NotMigrated: they are older: a reader changes nothing, so it cannot migrate them.
+    """
+    if version == 0:
+        raise NotCreated(f"{name} has no store in it", "a server that records there, or `agl store`, creates it")
+    if version < current:
+        raise NotMigrated(
+            f"{name} was written by an older agentlightning (schema {version}, this one reads {current})",
+            f"run `agl store --store {name}` until it says that it serves: whoever writes there migrates it",
+        )
+
+
+def newer(name: str, version: int, current: int) -> StoreRefused:
+    """Make the error for tables that a newer version of this package has written."""
+    return StoreRefused(
+        f"{name} was written by a newer agentlightning (schema {version}, this one knows {current})",
+        "upgrade agentlightning, or give another store",
+    )
 
 
 @contextmanager
@@ -260,7 +314,8 @@ def insert_valid(
     return first + second, [*refused, *more]
 
 
-def in_parts(values: Sequence[T]) -> Iterator[Sequence[T]]:
-    """Split values into parts that fit into one statement."""
-    for start in range(0, len(values), VARIABLES_AT_ONCE):
-        yield values[start : start + VARIABLES_AT_ONCE]
+def in_parts(values: Sequence[T], variables: int = 1) -> Iterator[Sequence[T]]:
+    """Split values, each of so many variables, into parts that fit into one statement."""
+    length = VARIABLES_AT_ONCE // variables
+    for start in range(0, len(values), length):
+        yield values[start : start + length]

@@ -64,7 +64,7 @@ class DatabaseStore(Store):
     """A store in a database.
 
     Attempts that have timed out are ended before anything is read or written, so no caller sees one that should have
-    ended.
+    ended; except of a database that is opened for reading only, which shows what it has.
 
     Args:
         database: is closed with the store.
@@ -237,14 +237,14 @@ class DatabaseStore(Store):
             raise
         except Exception:
             # One of them is at fault. It is isolated in a second transaction, which keeps the usual one fast.
-            new, reasons = self._database.write(
+            added = self._database.write(
                 lambda connection: generation_rows.add_valid(
                     connection, generations, sender_id, self._database.explanation
                 )
             )
-        if reasons:
-            raise InvalidRecord(reasons, new)
-        return new
+        if added.refused:
+            raise InvalidRecord(added.refused, added.new)
+        return added.new
 
     def generations(self, **filters: Unpack[Filters]) -> Iterator[Generation]:
         end = None
@@ -305,7 +305,7 @@ class DatabaseStore(Store):
 
     def _read(self, work: Callable[[Connection], T]) -> T:
         with self._database.reading() as connection:
-            if not lifecycle.is_anything_due(connection):
+            if self._database.is_read_only or not lifecycle.is_anything_due(connection):
                 return work(connection)
         try:
             return self._write(work)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, NamedTuple, TypeVar
 
@@ -13,10 +14,13 @@ from sqlalchemy import ColumnElement, Connection, Table, false, func, select, tu
 
 from agentlightning.errors import InvalidRecord
 from agentlightning.generation import STATUSES, Generation, Loss, Status
-from agentlightning.store import Filters, rows, senders, tables, texts
+from agentlightning.store import Filters, blocks, prompts, rows, senders, tables, texts
+from agentlightning.store.blocks import Lacking
+from agentlightning.store.chains import Prompt
 from agentlightning.store.database import found, in_parts, insert_rows, insert_valid, next_keys
 
 __all__ = [
+    "Added",
     "Cursor",
     "add",
     "add_losses",
@@ -25,6 +29,7 @@ __all__ = [
     "has_any",
     "has_losses",
     "key_of",
+    "keys_of_blocks",
     "latest",
     "losses",
     "page",
@@ -46,6 +51,23 @@ Record = TypeVar("Record", Generation, Loss)
 logger = logging.getLogger("agentlightning.store")
 
 
+@dataclass(slots=True)
+class Added:
+    """The fate of generations that were to be stored.
+
+    Attributes:
+        new: how many are new.
+        refused: the reason by the id of each that no store can hold.
+        lacking: ids of those whose prompts continue blocks that are not there.
+        blocks: keys of the blocks that the prompts of the others arrived with, by the ids of the generations.
+    """
+
+    new: int = 0
+    refused: dict[str, str] = field(default_factory=dict)
+    lacking: list[str] = field(default_factory=list)
+    blocks: dict[str, tuple[list[int], list[int]]] = field(default_factory=dict)
+
+
 class Cursor(NamedTuple):
     """Position of a generation in the order in which all are read."""
 
@@ -53,20 +75,28 @@ class Cursor(NamedTuple):
     key: int
 
 
-def add(connection: Connection, generations: Sequence[Generation], sender_id: str | None = None) -> int:
+def add(
+    connection: Connection,
+    generations: Sequence[Generation],
+    sender_id: str | None = None,
+    cut: Mapping[str, Prompt] | None = None,
+) -> int:
     """Store generations; returns how many are new. One whose id is known already is left unchanged.
 
     Args:
         sender_id: who recorded them; an unknown sender counts as none.
+        cut: the prompts that arrived in blocks, by the ids of their generations.
 
     Raises:
         InvalidRecord, ValueError: one of them cannot be stored by any store.
+        Lacking: prompts continue blocks that are not there.
     """
     new = _unknown(connection, tables.generations, generations)
-    counts = [rows.token_counts(generation) for generation in new]
+    stored = prompts.add(connection, new, cut)
+    counts = [(prompt[0], rows.output_tokens(each)) for prompt, each in zip(stored, new, strict=True)]
     sender_key = senders.count_generations(connection, sender_id, new, counts, time.time_ns())
     keys = texts.keys_of(connection, {text for generation in new for text in rows.repeated_texts(generation)})
-    numbered = list(zip(new, counts, next_keys(connection, tables.generations, len(new)), strict=True))
+    numbered = list(zip(new, stored, next_keys(connection, tables.generations, len(new)), strict=True))
     insert_rows(connection, tables.generations, [rows.generation_row(*each, keys, sender_key) for each in numbered])
     choices = ((choice, key) for generation, _, key in numbered for choice in generation.choices)
     insert_rows(connection, tables.choices, [rows.choice_row(*each, keys) for each in choices])
@@ -78,23 +108,37 @@ def add_valid(
     generations: Sequence[Generation],
     sender_id: str | None,
     explain: Callable[[Exception], Exception | None],
-) -> tuple[int, dict[str, str]]:
+    cut: Mapping[str, Prompt] | None = None,
+) -> Added:
     """Store the generations that can be stored.
 
     Args:
         explain: `Database.explanation`.
-
-    Returns:
-        How many are new, and the reason by the id of each that cannot be stored.
+        cut: as for `add`.
 
     Raises:
         StoreUnavailable, StoreRefused: the database is the reason; then none is stored.
     """
-    new, refused = insert_valid(connection, generations, lambda some: add(connection, some, sender_id), explain)
-    for _, error in refused:
+    new, failed = insert_valid(connection, generations, lambda some: add(connection, some, sender_id, cut), explain)
+    refused: dict[str, str] = {}
+    lacking: list[str] = []
+    for each, error in failed:
+        if isinstance(error, Lacking):
+            lacking.append(each.id)
+            continue
         if not isinstance(error, (InvalidRecord, ValueError)):
             logger.error("a generation cannot be stored", exc_info=error)
-    return new, {str(each.id): str(error) or type(error).__name__ for each, error in refused}
+        refused[str(each.id)] = str(error) or type(error).__name__
+    stored = {name: prompt for name, prompt in (cut or {}).items() if name not in refused and name not in lacking}
+    return Added(new, refused, lacking, keys_of_blocks(connection, stored))
+
+
+def keys_of_blocks(connection: Connection, cut: Mapping[str, Prompt]) -> dict[str, tuple[list[int], list[int]]]:
+    """Return the keys of the blocks in prompts that were added, for the ids and the text of each."""
+    return {
+        name: (blocks.keys_of(connection, prompt.ids), blocks.keys_of(connection, prompt.text))
+        for name, prompt in cut.items()
+    }
 
 
 def page(
@@ -184,7 +228,11 @@ def _generations_of(connection: Connection, found: Sequence[Any]) -> list[Genera
     choices = connection.execute(query).all()
     known = texts.texts_of(connection, rows.text_keys(found, choices))
     of_each = {key: list(group) for key, group in groupby(choices, lambda choice: choice.generation_key)}
-    return [rows.generation_of(row, of_each.get(row.key, ()), known) for row in found]
+    ids, whole = prompts.ids_of(connection, found), prompts.texts_of(connection, found)
+    return [
+        rows.generation_of(row, of_each.get(row.key, ()), known, prompt)
+        for row, prompt in zip(found, zip(ids, whole, strict=True), strict=True)
+    ]
 
 
 def _unknown(connection: Connection, table: Table, records: Iterable[Record]) -> list[Record]:

@@ -29,8 +29,9 @@ from agentlightning.rollout import (
 )
 from agentlightning.sender import Sender
 from agentlightning.store import wire
+from agentlightning.store.chains import Recent
 from agentlightning.store.documents import to_json
-from agentlightning.store.http_client import HttpClient, StrangeAnswer, TooLarge
+from agentlightning.store.http_client import HttpClient, StrangeAnswer, TooLarge, UnknownMediaType
 from agentlightning.store.interface import (
     AttemptChanges,
     Filters,
@@ -42,7 +43,7 @@ from agentlightning.store.interface import (
     TripletFilters,
 )
 from agentlightning.store.rows import uuid_bytes
-from agentlightning.store.wire import Refusal
+from agentlightning.store.wire import IN_BLOCKS, Refusal
 from agentlightning.trajectory import Trajectory, check_options
 from agentlightning.triplet import Triplet
 
@@ -62,6 +63,8 @@ class _Added(msgspec.Struct):
     new: int
     refused: list[Refusal]
     sender: Literal["known", "unknown"] | None = None
+    blocks: dict[str, tuple[list[int], list[int]]] = {}
+    lacking: list[str] = []
 
 
 class _Registered(msgspec.Struct):
@@ -83,11 +86,15 @@ class HttpStore(Store):
     def __init__(self, url: str) -> None:
         self._http = HttpClient(url)
         self._sender: Sender | None = None
+        self._blocks = Recent()
+        self._takes_blocks = True
         try:
-            if self._json("GET", "/health") != {"status": "ok"}:
-                raise StoreRefused(f"{self._http.shown} is not an agl store")
-        except StrangeAnswer as error:
-            raise StoreRefused(f"{self._http.shown} is not an agl store") from error
+            is_ours = self._json("GET", "/health") == {"status": "ok"}
+        except StrangeAnswer:
+            is_ours = False
+        if not is_ours:
+            advice = "give the URL that `agl store` printed when it started"
+            raise StoreRefused(f"{self._http.shown} is not an agl store", advice)
 
     def enqueue_rollouts(self, new: Sequence[NewRollout]) -> list[Rollout]:
         body = {"rollouts": [_new_fields(each) for each in new]}
@@ -342,16 +349,45 @@ class HttpStore(Store):
         return first + second, [*refused, *more]
 
     def _post(self, generations: Sequence[Generation], sender_id: str | None) -> tuple[int, list[Refusal]]:
-        try:
-            body = wire.encode(generations, sender_id=sender_id)
-        except InvalidRecord as error:
-            raise TooLarge(str(error)) from error
-        answer = self._read(self._http.ask("POST", "/generations", body=body, repeatable=True), _Added)
+        answer = self._post_message(generations, sender_id, self._blocks)
+        new, refused = answer.new, answer.refused
+        if answer.lacking:
+            # The store has another database, or these blocks were deleted: all of them are sent.
+            wanted = frozenset(answer.lacking)
+            again = [generation for generation in generations if generation.id in wanted]
+            answer = self._post_message(again, sender_id, Recent())
+            if answer.lacking:
+                raise self._http.strange()
+            new, refused = new + answer.new, [*refused, *answer.refused]
         if answer.sender == "unknown" and self._sender is not None and self._sender.id == sender_id:
             # The server has another database since the sender was registered.
             with suppress(StoreError):
                 self.register_sender(self._sender)
-        return answer.new, answer.refused
+        return new, refused
+
+    def _post_message(self, generations: Sequence[Generation], sender_id: str | None, recent: Recent) -> _Added:
+        """Send one message, in blocks unless the server is too old for them, and keep what the store has since."""
+        try:
+            if not self._takes_blocks:
+                return self._post_whole(generations, sender_id)
+            body, sent = wire.encode_in_blocks(generations, sender_id, recent)
+        except InvalidRecord as error:
+            raise TooLarge(str(error)) from error
+        try:
+            answer = self._http.ask("POST", "/generations", body=body, kind=IN_BLOCKS, repeatable=True)
+        except UnknownMediaType:
+            self._takes_blocks = False
+            return self._post_whole(generations, sender_id)
+        added: _Added = self._read(answer, _Added)
+        for generation_id, keys_of_each in added.blocks.items():
+            for names, keys in zip(sent.get(generation_id, ()), keys_of_each, strict=False):
+                for name, key in zip(names, keys, strict=False):
+                    self._blocks.put(name, key)
+        return added
+
+    def _post_whole(self, generations: Sequence[Generation], sender_id: str | None) -> _Added:
+        body = wire.encode(generations, sender_id=sender_id)
+        return self._read(self._http.ask("POST", "/generations", body=body, repeatable=True), _Added)
 
     def _json(
         self, method: str, route: str, query: Sequence[tuple[str, str]] = (), body: Any = None, repeatable: bool = False

@@ -21,7 +21,7 @@ from agentlightning import settings
 from agentlightning.errors import InvalidRecord, NotFound, StoreRefused, StoreUnavailable
 from agentlightning.store.wire import ERROR_HEADER, MEDIA_TYPE, NOT_FOUND
 
-__all__ = ["HttpClient", "StrangeAnswer", "TooLarge"]
+__all__ = ["HttpClient", "StrangeAnswer", "TooLarge", "UnknownMediaType"]
 
 ROUTES = "/v1/agl"
 LINES = "application/jsonl"
@@ -39,6 +39,10 @@ CLOSED = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 
 class TooLarge(InvalidRecord):
     """More than fits into one message, or a value that no message can hold."""
+
+
+class UnknownMediaType(StoreRefused):
+    """An `agl store` that does not know this kind of body, as one of an earlier version does not."""
 
 
 class StrangeAnswer(StoreUnavailable):
@@ -200,9 +204,13 @@ class HttpClient:
         except (OSError, HTTPError) as error:
             cause = _cause(error)
             if isinstance(cause, ssl.SSLCertVerificationError):
-                raise StoreRefused(f"{self.shown} has no trusted certificate: {cause.verify_message}") from error
+                advice = "let SSL_CERT_FILE name the certificate of the authority that signed its own"
+                raise StoreRefused(
+                    f"{self.shown} has no trusted certificate ({cause.verify_message})", advice
+                ) from error
             told = str(cause)[:200] or type(cause).__name__
-            raise StoreUnavailable(f"{self.shown} cannot be reached: {told}") from error
+            advice = "is `agl store` running there, and can this machine reach it?"
+            raise StoreUnavailable(f"{self.shown} cannot be reached: {told}", advice) from error
 
     def _error(self, response: Any, answer: bytes) -> Exception:
         """Translate an error answer."""
@@ -221,21 +229,25 @@ class HttpClient:
         if status == 404 and response.headers.get(ERROR_HEADER) == NOT_FOUND:
             return NotFound(said)
         if status in (400, 408, 422, 429) or status >= 500:
-            return StoreUnavailable(f"{self.shown} cannot be used now: {said}", _retry_after(response))
+            advice = None if is_ours else "a proxy before the store says so, or another server: see its log"
+            happened = f"{self.shown} cannot be used now: {said}"
+            return StoreUnavailable(happened, advice, retry_after=_retry_after(response))
         if status in (401, 403):
             advice = "set AGL_STORE_KEY to its key, or put that into the URL: http://agl:KEY@HOST:PORT"
-            return StoreRefused(f"{self.shown} does not accept this key: {advice}")
+            return StoreRefused(f"{self.shown} does not accept this key", advice)
         if status == 421:
-            return StoreRefused(f"{self.shown} does not answer under this host name: {said}")
+            return StoreRefused(f"{self.shown} does not answer under this host name", said)
         if 300 <= status < 400:
             place = settings.without_secrets(response.headers.get("Location", "another URL"))
-            return StoreRefused(f"{self.shown} redirects to {place[:200]}: give the URL of the store itself")
+            return StoreRefused(f"{self.shown} redirects to {place[:200]}", "give the URL of the store itself")
+        if status == 415 and is_ours:
+            return UnknownMediaType(said)
         advice = "give the URL of an agl store, with the same version of agentlightning on both sides"
-        return StoreRefused(f"{self.shown} does not accept this version's requests ({said}): {advice}")
+        return StoreRefused(f"{self.shown} does not accept this version's requests ({said})", advice)
 
     def _malformed(self) -> StoreRefused:
         form = "http(s)://HOST:PORT, or http(s)://agl:KEY@HOST:PORT with %-escapes for / ? # @ in the key"
-        return StoreRefused(f"{self.shown} is not the URL of an agl store: write {form}")
+        return StoreRefused(f"{self.shown} is not the URL of an agl store", f"write {form}")
 
 
 def _lines_of(response: Any) -> Iterator[bytes]:
@@ -251,7 +263,7 @@ def _authorization(key: str | None) -> Mapping[str, Any]:
     if key is None:
         return {}
     if any(character < " " or character == "\x7f" for character in key):
-        raise StoreRefused("the store's key contains a line break or another control character: set another key")
+        raise StoreRefused("the store's key contains a line break or another control character", "set another key")
     return {"Authorization": b"Bearer " + key.encode("utf-8", "surrogateescape")}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 
 import psycopg
 from psycopg import errors
@@ -15,13 +15,15 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from agentlightning.errors import InvalidRecord, StoreRefused, StoreUnavailable
 from agentlightning.settings import without_secrets
 from agentlightning.store import tables
-from agentlightning.store.database import Conflict, Database, transaction
+from agentlightning.store.blocks import RECENT
+from agentlightning.store.chains import Recent
+from agentlightning.store.database import Conflict, Database, accept_to_read, newer, transaction
 
 __all__ = ["PostgresqlDatabase"]
 
 SCHEMA = "agentlightning"
 """Schema of the tables, so that the database may hold other programs' tables, too."""
-VERSION = 2
+VERSION = 3
 """Version of the tables, which the table `agentlightning.version` holds."""
 MIGRATIONS: Mapping[int, Sequence[str]] = {
     1: (
@@ -29,6 +31,17 @@ MIGRATIONS: Mapping[int, Sequence[str]] = {
         "ALTER TABLE spans ADD COLUMN common_key BIGINT",
         'CREATE TABLE probes (name TEXT COLLATE "C" PRIMARY KEY, written_at DOUBLE PRECISION NOT NULL)',
         *tables.CLEAR_STALE_END_TIMES,
+    ),
+    2: (
+        (
+            "CREATE TABLE blocks (key BIGSERIAL NOT NULL, depth INTEGER NOT NULL, parent BIGINT NOT NULL, "
+            "name BYTEA NOT NULL, body BYTEA NOT NULL, PRIMARY KEY (key))"
+        ),
+        "CREATE UNIQUE INDEX blocks_by_parent ON blocks (parent, name)",
+        "ALTER TABLE generations ADD COLUMN ids_block BIGINT",
+        "ALTER TABLE generations ADD COLUMN text_block BIGINT",
+        "CREATE INDEX generations_by_ids_block ON generations (ids_block) WHERE ids_block IS NOT NULL",
+        "CREATE INDEX generations_by_text_block ON generations (text_block) WHERE text_block IS NOT NULL",
     ),
 }
 """Statements that turn the tables of a version into those of the next."""
@@ -46,10 +59,21 @@ OPTIONS = {
     "tcp_user_timeout": "10000",
 }
 
+# A store is mostly read at a terminal, where a person waits.
+OPTIONS_TO_READ = {"connect_timeout": "3"}
+FORM = "write it as postgresql://USER:PASSWORD@HOST:PORT/DATABASE"
+
 # Caused by other writers: a deadlock, or an id that another writer has inserted since this one looked for it.
 CONFLICTS = (errors.DeadlockDetected, errors.SerializationFailure)
-IDS = ("generations_id_key", "losses_id_key")
-KEYS = ("generations_pkey", "losses_pkey", "texts_pkey")
+IDS = ("generations_id_key", "losses_id_key", "blocks_by_parent")
+KEYS = ("generations_pkey", "losses_pkey", "texts_pkey", "blocks_pkey")
+# Parts of the messages with which a login fails, and what to do.
+LOGIN_REFUSALS = {
+    "password authentication failed": "correct the user and the password in the URL",
+    "no password": "put the password into the URL: postgresql://USER:PASSWORD@HOST:PORT/DATABASE",
+    "no pg_hba.conf entry": "let PostgreSQL's pg_hba.conf admit this user from this machine",
+    "does not exist": "create what is missing, or correct the URL",
+}
 # The database, or the permission to use it, is at fault.
 REFUSALS = (
     errors.InvalidAuthorizationSpecification,
@@ -64,27 +88,30 @@ class PostgresqlDatabase(Database):
     """The tables in the database that a URL names.
 
     Args:
-        url: a URL for libpq, `postgresql://USER:PASSWORD@HOST:PORT/DATABASE`, options included.
-        create: create the tables where there are none.
+        place: a URL for libpq, `postgresql://USER:PASSWORD@HOST:PORT/DATABASE`, options included.
+        read_only: neither create tables nor migrate them, and read in read-only transactions.
         patience: seconds that a statement waits for the lock of another transaction.
     """
 
-    def __init__(self, url: str, create: bool, patience: float) -> None:
-        self._name = without_secrets(url)
+    def __init__(self, place: str, read_only: bool, patience: float) -> None:
+        self._name = without_secrets(place)
         self._patience = patience
+        self.is_read_only = read_only
         try:
-            parsed = make_url(url).set(drivername="postgresql+psycopg")
+            parsed = make_url(place).set(drivername="postgresql+psycopg")
         except (ArgumentError, ValueError) as error:
-            raise StoreRefused(f"{self._name} is not a database URL: {error}") from error
+            raise StoreRefused(f"{self._name} is not a database URL ({error})", FORM) from error
         if not parsed.database:
-            raise StoreRefused(f"{self._name} names no database: write it as postgresql://USER:PASSWORD@HOST/DATABASE")
+            raise StoreRefused(f"{self._name} names no database", FORM)
         # Options in the URL take precedence.
-        options = {name: value for name, value in OPTIONS.items() if name not in parsed.query}
+        usual = OPTIONS | OPTIONS_TO_READ if read_only else OPTIONS
+        options = {name: value for name, value in usual.items() if name not in parsed.query}
         self._engine = create_engine(
             parsed,
             # This class begins and ends its transactions itself.
             isolation_level="AUTOCOMMIT",
             connect_args=options,
+            execution_options={RECENT: Recent()},
             # Rows go to the driver unchanged, as tuples.
             paramstyle="format",
             pool_size=CONNECTIONS,
@@ -95,15 +122,30 @@ class PostgresqlDatabase(Database):
         )
         event.listen(self._engine, "connect", self._configure)
         try:
-            self._prepare(create)
+            if read_only:
+                with self.reading() as connection:
+                    self._check_encoding(connection)
+                    self._accept(connection, self._version(connection))
+            else:
+                self._prepare()
         except BaseException:
             self.close()
             raise
+
+    @classmethod
+    def try_to_record(cls, place: str, patience: float) -> str:
+        name = without_secrets(place)
+        with closing(_Trial(place, True, patience)) as found:
+            if found.version == VERSION:
+                return f"{name} can be written"
+            return f"a server {'migrates' if found.version else 'creates'} its tables in {name} when it starts"
 
     def reading(self) -> AbstractContextManager[Connection]:
         return self._transaction("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
 
     def writing(self) -> AbstractContextManager[Connection]:
+        if self.is_read_only:
+            raise StoreRefused(f"{self._name} was opened for reading only", "open it without read_only")
         return self._transaction("BEGIN ISOLATION LEVEL READ COMMITTED")
 
     def explanation(self, error: Exception) -> Exception | None:
@@ -115,12 +157,13 @@ class PostgresqlDatabase(Database):
             case errors.UniqueViolation() if reason.diag.constraint_name in KEYS:
                 # Keys come from a sequence, which a copy of the database may have left behind.
                 return StoreRefused(
-                    f"{self._name} assigns keys that are already in use, as a copy without sequences does: {message}"
+                    f"{self._name} assigns keys that are already in use, as a copy without sequences does: {message}",
+                    "set its sequences to the highest keys of their tables",
                 )
             case _ if isinstance(reason, CONFLICTS):
                 return Conflict(f"{self._name}: {message}")
             case _ if isinstance(reason, REFUSALS):
-                return StoreRefused(f"{self._name} cannot be used: {message}")
+                return StoreRefused(f"{self._name} cannot be used: {message}", _advice_on_refusal(reason))
             case errors.ProgramLimitExceeded() | psycopg.DataError() | psycopg.IntegrityError():
                 # ProgramLimitExceeded: a value is too long for an index, such as an id of some KiB.
                 return InvalidRecord(message)
@@ -141,36 +184,42 @@ class PostgresqlDatabase(Database):
 
     def _unreachable(self, message: str) -> StoreUnavailable | StoreRefused:
         """Classify an error by its message: psycopg gives errors that precede the login no code."""
-        for refusal in ("password authentication failed", "does not exist", "no pg_hba.conf entry", "no password"):
+        for refusal, advice in LOGIN_REFUSALS.items():
             if refusal in message:
-                return StoreRefused(f"{self._name} cannot be used: {message}")
-        return StoreUnavailable(f"{self._name} cannot be used now: {message}")
+                return StoreRefused(f"{self._name} cannot be used: {message}", advice)
+        if "read-only" in message:
+            advice = "give the URL of the primary server, or of one that may be written"
+        elif "could not translate host name" in message or "getaddrinfo" in message or "resolve" in message:
+            advice = "correct the host's name in the URL"
+        else:
+            advice = "is PostgreSQL running there, and does it let this machine in?"
+        return StoreUnavailable(f"{self._name} cannot be used now: {message}", advice)
 
     def _configure(self, connection: psycopg.Connection, _: object) -> None:
         connection.execute(f"SET search_path TO {SCHEMA}")
         milliseconds = max(1, int(self._patience * 1000))
         connection.execute("SELECT set_config('lock_timeout', %s, false)", (str(milliseconds),))
 
-    def _prepare(self, create: bool) -> None:
+    def _check_encoding(self, connection: Connection) -> None:
+        encoding = connection.exec_driver_sql("SHOW server_encoding").scalar_one()
+        if encoding != "UTF8":
+            raise StoreRefused(
+                f"{self._name} has the encoding {encoding}, which cannot hold every text",
+                "give a database whose encoding is UTF8",
+            )
+
+    def _accept(self, connection: Connection, version: int) -> None:
+        accept_to_read(self._name, version, VERSION)
+
+    def _prepare(self) -> None:
         """Create the tables, or migrate them; refuse those of another program."""
         with self.writing() as connection:
-            encoding = connection.exec_driver_sql("SHOW server_encoding").scalar_one()
-            if encoding != "UTF8":
-                raise StoreRefused(
-                    f"{self._name} has the encoding {encoding}, which cannot hold every text: it has to be UTF8"
-                )
+            self._check_encoding(connection)
             connection.exec_driver_sql("SELECT pg_advisory_xact_lock(%s)", (ADVISORY_LOCK,))
             version = self._version(connection)
             if version == VERSION:
                 return
-            if version > VERSION:
-                raise StoreRefused(
-                    f"{self._name} was written by a newer agentlightning (schema {version}, this one knows {VERSION}): "
-                    "upgrade agentlightning, or give another database"
-                )
             if version == 0:
-                if not create:
-                    raise StoreUnavailable(f"{self._name} has no store in it")
                 connection.exec_driver_sql(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}")
                 tables.metadata.create_all(connection, checkfirst=False)
                 connection.exec_driver_sql("CREATE TABLE version (version integer NOT NULL)")
@@ -184,13 +233,55 @@ class PostgresqlDatabase(Database):
         """Return the version of the tables; 0 where there are none."""
         query = "SELECT table_name FROM information_schema.tables WHERE table_schema = %s"
         found = set(connection.exec_driver_sql(query, (SCHEMA,)).scalars())
-        if "version" in found:
-            return connection.exec_driver_sql("SELECT version FROM version").scalar_one()
-        if found:
-            raise StoreRefused(f"the schema {SCHEMA} of {self._name} has tables of another program")
-        return 0
+        if not found:
+            return 0
+        if "version" not in found:
+            raise StoreRefused(
+                f"the schema {SCHEMA} of {self._name} has tables of another program", "give another database"
+            )
+        version = connection.exec_driver_sql("SELECT version FROM version").scalar_one()
+        if version > VERSION:
+            raise newer(self._name, version, VERSION)
+        return version
 
     @contextmanager
     def _transaction(self, begin: str) -> Iterator[Connection]:
         with self.explained(), self._engine.connect() as connection, transaction(connection, begin):
             yield connection
+
+
+class _Trial(PostgresqlDatabase):
+    """A database as a server that would record there finds it.
+
+    Attributes:
+        version: the version of its tables; 0 where there are none.
+    """
+
+    def _accept(self, connection: Connection, version: int) -> None:
+        self.version = version
+        query = "SELECT pg_is_in_recovery() OR current_setting('default_transaction_read_only')::boolean"
+        if connection.exec_driver_sql(query).scalar_one():
+            raise StoreUnavailable(f"{self._name} only reads, as a standby does", "give the URL of the primary server")
+        if version:
+            needed = [table.name for table in tables.metadata.sorted_tables]
+            query = "SELECT has_table_privilege(%s, 'INSERT')"
+            needed = [each for each in needed if not connection.exec_driver_sql(query, (each,)).scalar_one()]
+            if needed:
+                self._refuse(f"INSERT on {SCHEMA}.{needed[0]}", f"GRANT ALL ON ALL TABLES IN SCHEMA {SCHEMA}")
+            return
+        query = "SELECT has_database_privilege(current_database(), 'CREATE')"
+        if not connection.exec_driver_sql(query).scalar_one():
+            self._refuse("CREATE on the database", "GRANT CREATE ON DATABASE")
+
+    def _refuse(self, right: str, grant: str) -> None:
+        raise StoreRefused(f"{self._name} cannot be written: its user lacks {right}", f"let an owner run: {grant} ...")
+
+
+def _advice_on_refusal(error: object) -> str:
+    if isinstance(error, errors.InsufficientPrivilege):
+        return f"let an owner grant this user the rights on the schema {SCHEMA}, or CREATE on the database"
+    if isinstance(error, errors.InvalidAuthorizationSpecification):
+        return "correct the user and the password in the URL"
+    if isinstance(error, errors.InvalidCatalogName):
+        return "create the database, or correct its name in the URL"
+    return "give another database: the tables of this one were changed by another program"

@@ -24,11 +24,11 @@ __all__ = [
     "generation_row",
     "loss_of",
     "loss_row",
+    "output_tokens",
     "repeated_texts",
     "storable",
     "text_keys",
     "text_of",
-    "token_counts",
     "uuid_bytes",
     "uuid_text",
     "versions_of",
@@ -69,18 +69,14 @@ def text_keys(generations: Iterable[Any], choices: Iterable[Any]) -> set[int | N
     return {*of_generations, *(choice.finish_reason_key for choice in choices)}
 
 
-def token_counts(generation: Generation) -> tuple[int, int]:
-    """Count the ids of a generation's prompt, and of all its choices."""
-    outputs = 0
-    for choice in generation.choices:
-        if choice.token_ids is not None:
-            outputs += len(choice.token_ids)
-    return len(generation.prompt_token_ids or ()), outputs
+def output_tokens(generation: Generation) -> int:
+    """Count the ids of all choices."""
+    return sum([len(choice.token_ids) for choice in generation.choices if choice.token_ids is not None])
 
 
 def generation_row(
     generation: Generation,
-    counts: tuple[int, int],
+    prompt: tuple[int, bytes | None, str | None, int | None, int | None],
     key: int,
     keys: Mapping[str | None, int | None],
     sender_key: int | None,
@@ -88,7 +84,7 @@ def generation_row(
     """Make the row of `generations`.
 
     Args:
-        counts: its `token_counts`.
+        prompt: as `prompts.add` has stored it, in the columns' order.
         keys: maps its `repeated_texts` to their keys, and None to None.
 
     Raises:
@@ -114,9 +110,9 @@ def generation_row(
         keys[generation.logprobs_mode],
         generation.cached_tokens,
         sender_key,
-        *counts,
-        bytes_of(generation.prompt_token_ids),
-        storable(generation.prompt_text),
+        prompt[0],
+        output_tokens(generation),
+        *prompt[1:],
     )
 
 
@@ -135,8 +131,18 @@ def choice_row(choice: Choice, generation_key: int, keys: Mapping[str | None, in
     )
 
 
-def generation_of(row: Any, choices: Iterable[Any], texts: Mapping[int | None, str | None]) -> Generation:
-    """Read a generation from its rows; `texts` maps the keys of repeated texts to them, and None to None."""
+def generation_of(
+    row: Any,
+    choices: Iterable[Any],
+    texts: Mapping[int | None, str | None],
+    prompt: tuple[array[int] | None, str | None],
+) -> Generation:
+    """Read a generation from its rows.
+
+    Args:
+        texts: maps the keys of repeated texts to them, and None to None.
+        prompt: the ids and the text of the prompt.
+    """
     return Generation(
         id=uuid_text(row.id),
         call_id=None if row.call_id is None else uuid_text(row.call_id),
@@ -152,8 +158,8 @@ def generation_of(row: Any, choices: Iterable[Any], texts: Mapping[int | None, s
         first_token_at=row.first_token_at,
         finished_at=row.finished_at,
         status=STATUSES[row.status],
-        prompt_token_ids=array_of("i", row.prompt_token_ids),
-        prompt_text=text_of(row.prompt_text),
+        prompt_token_ids=prompt[0],
+        prompt_text=prompt[1],
         sampling_params=texts[row.sampling_params_key],
         logprobs_mode=texts[row.logprobs_mode_key],
         cached_tokens=row.cached_tokens,

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
+import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from sqlalchemy import URL, Connection, create_engine, event
+from sqlalchemy import URL, Connection, NullPool, create_engine, event
 from sqlalchemy.exc import DBAPIError
 
 from agentlightning.errors import InvalidRecord, StoreRefused, StoreUnavailable
 from agentlightning.store import tables
-from agentlightning.store.database import Database, transaction
+from agentlightning.store.blocks import RECENT
+from agentlightning.store.chains import Recent
+from agentlightning.store.database import Database, accept_to_read, newer, transaction
 from agentlightning.store.filesystem import network_file_system
+from agentlightning.store.snapshot import connect
 
 __all__ = ["SqliteDatabase"]
 
 APPLICATION_ID = int.from_bytes(b"AgL1", "big")
 """`PRAGMA application_id` of the files of agentlightning."""
-VERSION = 2
+VERSION = 3
 """Version of the schema, which `PRAGMA user_version` holds."""
 MIGRATIONS: Mapping[int, Sequence[str]] = {
     1: (
@@ -30,11 +36,23 @@ MIGRATIONS: Mapping[int, Sequence[str]] = {
         "CREATE TABLE probes (name TEXT NOT NULL, written_at DOUBLE NOT NULL, PRIMARY KEY (name))",
         *tables.CLEAR_STALE_END_TIMES,
     ),
+    2: (
+        (
+            "CREATE TABLE blocks (key INTEGER NOT NULL, depth INTEGER NOT NULL, parent INTEGER NOT NULL, "
+            "name BLOB NOT NULL, body BLOB NOT NULL, PRIMARY KEY (key))"
+        ),
+        "CREATE UNIQUE INDEX blocks_by_parent ON blocks (parent, name)",
+        "ALTER TABLE generations ADD COLUMN ids_block INTEGER",
+        "ALTER TABLE generations ADD COLUMN text_block INTEGER",
+        "CREATE INDEX generations_by_ids_block ON generations (ids_block) WHERE ids_block IS NOT NULL",
+        "CREATE INDEX generations_by_text_block ON generations (text_block) WHERE text_block IS NOT NULL",
+    ),
 }
 """Statements that turn a file of a version into one of the next."""
 
 # It can be set only before the first page is written. With rows of some KiB, smaller pages waste more space.
 PAGE_BYTES = 16384
+ANOTHER_PATH = "give the path of another file"
 WAL_BYTES = 16 << 20
 """Size to which the WAL file shrinks once all of it has been copied to the database file."""
 
@@ -42,39 +60,60 @@ WAL_BYTES = 16 << 20
 class SqliteDatabase(Database):
     """A file in WAL mode: readers never wait, and writers wait only for each other."""
 
-    def __init__(self, path: str, create: bool, patience: float) -> None:
-        if path in ("", ":memory:"):
-            raise StoreRefused("a SQLite store needs the path of a file")
-        self._path = Path(path).expanduser().absolute()
-        if network := network_file_system(self._path):
-            raise StoreRefused(
-                f"{self._path} is on a network file system ({network}), where SQLite's locks and shared memory do "
-                "not work: give a path on a local disk"
-            )
+    def __init__(self, place: str, read_only: bool, patience: float) -> None:
+        self._path = _local_path(place)
         self._patience = patience
-        if create:
+        self.is_read_only = read_only
+        if not read_only:
             self._make_file()
         self._file = self._identity()
+        options: dict[str, Any] = {"connect_args": {"timeout": patience}}
+        if read_only:
+            # A connection for each transaction: how the file is to be read depends on who else has it open.
+            options = {"creator": lambda: connect(self._path, patience), "poolclass": NullPool}
         self._engine = create_engine(
             URL.create("sqlite", database=str(self._path)),
             # This class begins and ends its transactions itself; Python's sqlite3 would guess.
             isolation_level="AUTOCOMMIT",
-            connect_args={"timeout": patience},
+            execution_options={RECENT: Recent()},
             pool_reset_on_return=None,
+            **options,
         )
-        event.listen(self._engine, "connect", _configure)
         try:
-            with self.explained(), self._engine.connect() as connection:
-                self._prepare(connection)
+            if read_only:
+                with self.reading() as connection:
+                    self._accept(self._version(connection))
+            else:
+                event.listen(self._engine, "connect", _configure)
+                with self.explained(), self._engine.connect() as connection:
+                    self._prepare(connection)
         except BaseException:
             self.close()
             raise
 
+    @classmethod
+    def try_to_record(cls, place: str, patience: float) -> str:
+        file = _local_path(place)
+        if not os.path.lexists(file):
+            if not os.path.isdir(file.parent):
+                raise StoreUnavailable(*_not_opened(file, FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))))
+            _require_writable(file, file.parent)
+            return f"a server creates {file} when it starts"
+        with closing(_Trial(place, True, patience)) as found:
+            # SQLite keeps two more files beside it while it is open.
+            _require_writable(file, file, file.parent)
+            if found.version == VERSION:
+                return f"{file} can be written"
+            does = f"migrates {file}" if found.version else f"creates its tables in {file}"
+            return f"a server {does} when it starts"
+
     def reading(self) -> AbstractContextManager[Connection]:
-        return self._transaction("BEGIN")
+        return self._reading_a_snapshot() if self.is_read_only else self._transaction("BEGIN")
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
+        if self.is_read_only:
+            raise StoreRefused(f"{self._path} was opened for reading only", "open it without read_only")
         if self._identity() != self._file:
             raise StoreUnavailable(f"{self._path} was replaced since it was opened")
         with self._transaction("BEGIN IMMEDIATE") as connection:
@@ -84,15 +123,15 @@ class SqliteDatabase(Database):
     def explanation(self, error: Exception) -> Exception | None:
         reason = error.orig if isinstance(error, DBAPIError) else error
         if isinstance(reason, OSError):
-            return StoreUnavailable(f"{self._path} cannot be opened: {reason.strerror}")
+            return StoreUnavailable(*_not_opened(self._path, reason))
         if isinstance(reason, OverflowError):
             return InvalidRecord(f"SQLite cannot store this number: {reason}")
         if isinstance(reason, UnicodeEncodeError):
             return InvalidRecord(f"SQLite cannot store this text: {reason.reason}")
         if isinstance(reason, sqlite3.OperationalError):
-            return StoreUnavailable(f"{self._path} cannot be used now: {reason}")
+            return StoreUnavailable(f"{self._path} cannot be used now: {reason}", _advice_on(self._path, str(reason)))
         if type(reason) is sqlite3.DatabaseError:
-            return StoreRefused(f"{self._path} is not a SQLite file, or is damaged: {reason}")
+            return StoreRefused(f"{self._path} is not a SQLite file, or is damaged: {reason}", ANOTHER_PATH)
         return InvalidRecord(f"{reason}") if isinstance(reason, sqlite3.Error) else None
 
     def tidy(self) -> None:
@@ -123,7 +162,12 @@ class SqliteDatabase(Database):
     def _identity(self) -> tuple[int, int]:
         with self.explained():
             found = os.stat(self._path)
-            return found.st_dev, found.st_ino
+        if stat.S_ISDIR(found.st_mode):
+            example = self._path / "run.db"
+            raise StoreRefused(f"{self._path} is a folder", f"give the path of a file in it, such as {example}")
+        if not stat.S_ISREG(found.st_mode):
+            raise StoreRefused(f"{self._path} is not a file", ANOTHER_PATH)
+        return found.st_dev, found.st_ino
 
     def _prepare(self, connection: Connection) -> None:
         """Create the schema, or migrate it; refuse another program's file, and leave it unchanged."""
@@ -153,13 +197,13 @@ class SqliteDatabase(Database):
         if (application_id, version, objects) == (0, 0, 0):
             return 0
         if application_id != APPLICATION_ID:
-            raise StoreRefused(f"{self._path} belongs to another program")
+            raise StoreRefused(f"{self._path} belongs to another program", ANOTHER_PATH)
         if version > VERSION:
-            raise StoreRefused(
-                f"{self._path} was written by a newer agentlightning (schema {version}, this one knows {VERSION}): "
-                "upgrade agentlightning, or give another path"
-            )
+            raise newer(str(self._path), version, VERSION)
         return version
+
+    def _accept(self, version: int) -> None:
+        accept_to_read(str(self._path), version, VERSION)
 
     def _enter_wal_mode(self, connection: Connection) -> None:
         deadline = time.monotonic() + self._patience
@@ -174,9 +218,85 @@ class SqliteDatabase(Database):
             time.sleep(0.01)
 
     @contextmanager
+    def _reading_a_snapshot(self) -> Iterator[Connection]:
+        with self.explained(), self._engine.connect() as connection:
+            opened: Any = connection.connection.driver_connection
+            changed = StoreUnavailable(f"{self._path} was written while it was read", "run it again")
+            try:
+                with transaction(connection, "BEGIN"):
+                    yield connection
+            except DBAPIError as error:
+                # Data of which half is from before another process's write looks damaged.
+                if not opened.snapshot.is_intact():
+                    raise changed from error
+                raise
+            if not opened.snapshot.is_intact():
+                raise changed
+
+    @contextmanager
     def _transaction(self, begin: str) -> Iterator[Connection]:
         with self.explained(), self._engine.connect() as connection, transaction(connection, begin):
             yield connection
+
+
+class _Trial(SqliteDatabase):
+    """A file as a server that would record there finds it.
+
+    Attributes:
+        version: the version of its schema; 0 for an empty file.
+    """
+
+    def _accept(self, version: int) -> None:
+        self.version = version
+
+
+def _require_writable(file: Path, *needed: Path) -> None:
+    for each in needed:
+        if not os.access(each, os.R_OK | os.W_OK):
+            raise StoreUnavailable(
+                f"{file} cannot be written: this user may not write {each}",
+                f"change its permissions, or {ANOTHER_PATH}",
+            )
+
+
+def _local_path(path: str) -> Path:
+    """Return the absolute path of a file, which need not exist.
+
+    Raises:
+        StoreRefused: it is none, or on a network file system.
+    """
+    if path in ("", ":memory:"):
+        raise StoreRefused("a SQLite store needs the path of a file", "write it like /data/run.db")
+    file = Path(path).expanduser().absolute()
+    if network := network_file_system(file):
+        raise StoreRefused(
+            f"{file} is on a network file system ({network}), where SQLite's locks and shared memory do not work",
+            "give a path on a local disk",
+        )
+    return file
+
+
+def _not_opened(path: Path, error: OSError) -> tuple[str, str]:
+    """Return what happened when a file was opened, and what to do about it."""
+    happened = f"{path} cannot be opened: {error.strerror}"
+    if isinstance(error, FileNotFoundError) and not path.parent.is_dir():
+        return f"{happened}, since there is no folder {path.parent}", f"create the folder, or {ANOTHER_PATH}"
+    if isinstance(error, FileNotFoundError):
+        return happened, "check the path: a server that records there, or `agl store`, creates the file"
+    if isinstance(error, PermissionError):
+        return happened, f"change the permissions of {path} or of a folder above it, or {ANOTHER_PATH}"
+    return happened, ANOTHER_PATH
+
+
+def _advice_on(path: Path, message: str) -> str | None:
+    """Return what to do about an error that SQLite gives the code of every operation."""
+    if "locked" in message:
+        return "another process is writing it: try again"
+    if "full" in message:
+        return f"free some space where {path} is, or {ANOTHER_PATH}"
+    if "readonly" in message or "unable to open" in message:
+        return f"change the permissions of {path} or of its folder, or {ANOTHER_PATH}"
+    return None
 
 
 def _configure(connection: sqlite3.Connection, _: object) -> None:

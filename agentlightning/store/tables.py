@@ -2,7 +2,7 @@
 
 The tables of generations are laid out to be small: ids are binary, a repeated text is stored once and referred to by a
 number, and each index has the columns that its query needs and no more. Token ids are little-endian int32, logprobs
-little-endian float32.
+little-endian float32; of long prompts, blocks are shared with whatever begins alike (`store.blocks`).
 
 The tables of rollouts, attempts, spans, resources and workers have columns for what is searched or changed, and JSON
 for what is returned as it arrived. Their times are seconds since the epoch, as in the LightningStore interface.
@@ -30,6 +30,7 @@ from sqlalchemy import (
 __all__ = [
     "CLEAR_STALE_END_TIMES",
     "attempts",
+    "blocks",
     "choices",
     "generations",
     "losses",
@@ -70,6 +71,19 @@ In `generations` and `choices`, columns whose names end in `_key` refer to them,
 `generation_key`; so does `spans.common_key`.
 """
 
+blocks = Table(
+    "blocks",
+    metadata,
+    Column("key", _Key, primary_key=True),
+    # How many blocks there are up to this one.
+    Column("depth", Integer, nullable=False),
+    # Key of the block before it; 0 where there is none.
+    Column("parent", _Key, nullable=False),
+    Column("name", LargeBinary, nullable=False),
+    Column("body", LargeBinary, nullable=False),
+)
+"""Parts of the prompts' ids and texts, as `store.blocks` makes them."""
+
 generations = Table(
     "generations",
     metadata,
@@ -97,8 +111,12 @@ generations = Table(
     # The numbers of ids, the output's of all choices, so that counting need not read the ids.
     Column("prompt_tokens", Integer, nullable=False),
     Column("output_tokens", Integer, nullable=False),
+    # The whole, or what follows the last of its blocks, ids packed as these are.
     Column("prompt_token_ids", LargeBinary),
     Column("prompt_text", _Text),
+    # Key of the last block of the ids and of the text; null where there is none.
+    Column("ids_block", _Key),
+    Column("text_block", _Key),
 )
 
 choices = Table(
@@ -325,6 +343,10 @@ _index_where_set(generations, "by_response", "response_id")
 _BY_TIME = ("finished_at", "key", "status", "model_key", "rollout_key", "attempt_key")
 _index("generations_by_time", *(generations.c[column] for column in _BY_TIME))
 _index("losses_by_time", losses.c.last_at)
+_index("blocks_by_parent", blocks.c.parent, blocks.c.name, unique=True)
+# By these, a block is known to be in use.
+_index_where_set(generations, "by_ids_block", "ids_block")
+_index_where_set(generations, "by_text_block", "text_block")
 
 _index_where_set(rollouts, "queued", "queued_at", "key")
 _index("rollouts_by_status", rollouts.c.status)

@@ -13,9 +13,9 @@ from typing import Any
 from sqlalchemy import Connection
 
 from agentlightning.generation import STATUSES
-from agentlightning.store import rows, tables, texts
+from agentlightning.store import prompts, rows, tables, texts
 from agentlightning.store.interface import TrajectoryOptions
-from agentlightning.store.triplets import RolloutCalls, calls_of, choices_of
+from agentlightning.store.triplets import PROMPT, RolloutCalls, calls_of, choices_of
 from agentlightning.trajectory import AttemptCalls, Call, LeftOut, Merged, MergeOptions, Trajectory, merge
 
 __all__ = ["attempts_of", "merge_all"]
@@ -33,7 +33,7 @@ def attempts_of(connection: Connection, rollout_id: str, attempt_id: str | None 
     Args:
         attempt_id: `latest` for the latest; None for all.
     """
-    columns = (_GENERATIONS.prompt_token_ids, _GENERATIONS.logprobs_mode_key, _GENERATIONS.sampling_params_key)
+    columns = (*PROMPT, _GENERATIONS.logprobs_mode_key, _GENERATIONS.sampling_params_key)
     found = calls_of(connection, rollout_id, attempt_id, columns)
     if found is None:
         return []
@@ -76,8 +76,7 @@ def _attempt(
     choices = choices_of(connection, [row.key for row in generations], _CHOICES.routed_experts)
     reasons = texts.texts_of(connection, {each.finish_reason_key for some in choices.values() for each in some})
     made: list[Call] = []
-    for row in generations:
-        prompt_token_ids = rows.array_of("i", row.prompt_token_ids)
+    for row, prompt_token_ids in zip(generations, prompts.ids_of(connection, generations), strict=True):
         for choice in choices.get(row.key, (None,)):
             call = Call(
                 generation_id=rows.uuid_text(row.id),

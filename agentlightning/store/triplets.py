@@ -19,7 +19,7 @@ from sqlalchemy import Column, Connection, bindparam, case, func, or_, select
 from agentlightning.errors import NotFound
 from agentlightning.generation import STATUSES
 from agentlightning.store import generations as kept
-from agentlightning.store import rollouts, rows, tables, texts
+from agentlightning.store import prompts, rollouts, rows, tables, texts
 from agentlightning.store.attributes import GENERATION, OUTCOME, RESPONSE, links
 from agentlightning.store.database import in_parts
 from agentlightning.store.interface import TripletFilters
@@ -27,6 +27,7 @@ from agentlightning.trajectory import was_sampled_with
 from agentlightning.triplet import Triplet
 
 __all__ = [
+    "PROMPT",
     "GenerationPosition",
     "RolloutCalls",
     "calls_of",
@@ -45,6 +46,8 @@ Texts = Mapping[int | None, str | None]
 SPAN = "span_id"
 
 _SPANS, _GENERATIONS, _CHOICES = tables.spans.c, tables.generations.c, tables.choices.c
+PROMPT = (_GENERATIONS.prompt_token_ids, _GENERATIONS.ids_block)
+"""The columns of which `prompts.ids_of` makes the ids of a prompt."""
 
 # Made once: SQLAlchemy takes longer to build a statement than SQLite takes to execute it.
 _SPANS_OF_ROLLOUT = (
@@ -169,7 +172,7 @@ def of_rollout(
         attempt_id: `latest` for the latest; None for all.
         filters: which triplets; no filter changes what a triplet has.
     """
-    found = calls_of(connection, rollout_id, attempt_id, (_GENERATIONS.prompt_token_ids,))
+    found = calls_of(connection, rollout_id, attempt_id, PROMPT)
     return [] if found is None else _triplets(connection, rollout_id, found, filters or {})
 
 
@@ -273,7 +276,7 @@ def of_responses(connection: Connection, response_ids: Iterable[str]) -> dict[st
     """
     answers = _keys_of(connection, {rows.storable(each) or "" for each in response_ids})
     last = [calls[0][-1] for calls in answers.values() if len(calls) == 1]
-    generations = _generations(connection, last, (_GENERATIONS.prompt_token_ids,))
+    generations = _generations(connection, last, PROMPT)
     known = texts.texts_of(connection, {row.model_key for row in generations})
     calls = [_Call([row], [], None) for row in generations]
     found: dict[str, Triplet] = {}
@@ -566,8 +569,8 @@ def _triplets(
     reasons = texts.texts_of(connection, {each.finish_reason_key for some in choices.values() for each in some})
     given, metadata = found.input, found.metadata
     triplets: list[Triplet] = []
-    for call, row in generations:
-        prompt_token_ids = rows.array_of("i", row.prompt_token_ids)
+    ids = prompts.ids_of(connection, [row for _, row in generations])
+    for (call, row), prompt_token_ids in zip(generations, ids, strict=True):
         for choice in choices.get(row.key, (None,)):
             response_token_ids = rows.array_of("i", choice.token_ids) if choice else None
             versions = rows.versions_of(choice.weight_versions) if choice else None

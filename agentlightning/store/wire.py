@@ -1,4 +1,7 @@
-"""Generations on their way to an `agl store` and back: `application/vnd.agl.generations.v1+msgpack`.
+"""Generations on their way to an `agl store` and back, in two versions of a message.
+
+`application/vnd.agl.generations.v1+msgpack` has whole prompts; `application/vnd.agl.generations.v2+msgpack`, which is
+for the way to the store alone, has what is new in them.
 
 A message is a MessagePack map: `generations`, an array; `losses`, an array; `next`, the cursor of the next page; and
 `sender`, the id of the process that recorded the generations. Empty entries may be absent.
@@ -7,38 +10,48 @@ Generations, choices and losses are arrays of all their fields, in the order of 
 unknown is nil. Token ids are bytes of little-endian int32; logprobs of little-endian float32; routed experts of their
 shape, three little-endian uint32, followed by int16. All other fields are plain MessagePack.
 
+In version 2, the ids and the text of a prompt are arrays (`store.chains` has what blocks are): the key and the name of
+a block that the store is assumed to have, 0 and no bytes where there is none; the blocks after it, those of ids packed;
+the name of the last of these, from which the store sees that it has put the right ones together; and the rest. A block
+may be one that came earlier in the same message; then its key is 0.
+
 A change of the format gets another version, so that no field is taken for another.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import Annotated, Any, AnyStr, TypeVar
 
 import msgspec
 from msgspec.structs import asdict
 
 from agentlightning.errors import InvalidRecord
 from agentlightning.generation import Choice, Generation, Loss, RoutedExperts, field_types
+from agentlightning.store.chains import IDS, TEXTS, Chain, Kind, Prompt, Recent
 from agentlightning.store.rows import array_of, bytes_of, experts_bytes, experts_of
 
 __all__ = [
     "ERROR_HEADER",
+    "IN_BLOCKS",
     "MEDIA_TYPE",
     "NOT_FOUND",
     "Envelope",
     "Refusal",
+    "Sent",
     "decode",
     "decode_each",
     "encode",
+    "encode_in_blocks",
     "without_surrogates",
 ]
 
 MEDIA_TYPE = "application/vnd.agl.generations.v1+msgpack"
+IN_BLOCKS = "application/vnd.agl.generations.v2+msgpack"
 ERROR_HEADER = "X-AGL-Error"
 """A header of every error of `agl store`: any FastAPI application on the way answers `{"detail": "..."}`, too."""
 NOT_FOUND = "not-found"
@@ -47,14 +60,25 @@ NOT_FOUND = "not-found"
 T = TypeVar("T")
 
 
+Sent = dict[str, tuple[Sequence[bytes], Sequence[bytes]]]
+"""The names of the blocks that were sent for the ids and for the text of each generation, by its id."""
+
+
 @dataclass(slots=True)
 class Envelope:
-    """Content of a message; `next` is None on the last page, `sender` where it is unknown."""
+    """Content of a message.
+
+    Attributes:
+        next: None on the last page.
+        sender: None where it is unknown.
+        prompts: those that arrived in blocks, by the ids of their generations, which have none.
+    """
 
     generations: list[Generation] = field(default_factory=list)
     losses: list[Loss] = field(default_factory=list)
     next: str | None = None
     sender: str | None = None
+    prompts: dict[str, Prompt] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +109,32 @@ _Generation = _message_type(Generation, choices=list[_Choice])
 _Loss = _message_type(Loss)
 
 
-class _Message(msgspec.Struct, forbid_unknown_fields=True):
-    generations: list[_Generation] = []  # pyright: ignore[reportInvalidTypeForm]
-    losses: list[_Loss] = []  # pyright: ignore[reportInvalidTypeForm]
-    next: str | None = None
-    sender: str | None = None
+class _Cut(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+    """A content in blocks."""
+
+    after_key: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+    after: bytes
+    blocks: list[bytes]
+    last: bytes
+
+
+class _CutIds(_Cut, array_like=True, forbid_unknown_fields=True):
+    rest: bytes
+
+
+class _CutText(_Cut, array_like=True, forbid_unknown_fields=True):
+    rest: str
+
+
+_GenerationInBlocks = _message_type(
+    Generation, prompt_token_ids=_CutIds | None, prompt_text=_CutText | None, choices=list[_Choice]
+)
+
+
+def _whole_message(generation: Any) -> Any:
+    fields = [("generations", list[generation], []), ("losses", list[_Loss], [])]
+    texts = [(name, str | None, None) for name in ("next", "sender")]
+    return msgspec.defstruct("_Message", [*fields, *texts], forbid_unknown_fields=True)
 
 
 class _Unread(msgspec.Struct, forbid_unknown_fields=True):
@@ -102,9 +147,10 @@ class _Unread(msgspec.Struct, forbid_unknown_fields=True):
 
 
 _encoder = msgspec.msgpack.Encoder()
-_messages = msgspec.msgpack.Decoder(_Message)
 _unread = msgspec.msgpack.Decoder(_Unread)
-_generations = msgspec.msgpack.Decoder(_Generation)
+_VERSIONS = {MEDIA_TYPE: _Generation, IN_BLOCKS: _GenerationInBlocks}
+_messages = {version: msgspec.msgpack.Decoder(_whole_message(kind)) for version, kind in _VERSIONS.items()}
+_generations = {version: msgspec.msgpack.Decoder(kind) for version, kind in _VERSIONS.items()}
 
 
 def encode(
@@ -122,13 +168,54 @@ def encode(
     Raises:
         InvalidRecord: a number or another value that no message can hold.
     """
-    try:
-        message = {
+    return _encoded(
+        lambda: {
             "generations": [_fields_of(generation) for generation in generations],
             "losses": [_loss_fields(loss) for loss in losses],
             "next": cursor,
             "sender": sender_id,
         }
+    )
+
+
+def encode_in_blocks(generations: Sequence[Generation], sender_id: str | None, recent: Recent) -> tuple[bytes, Sent]:
+    """Encode a message of version 2.
+
+    Args:
+        recent: blocks that the store is assumed to have, with their keys there.
+
+    Returns:
+        The message, and which blocks it has.
+
+    Raises:
+        InvalidRecord: a number or another value that no message can hold.
+    """
+    sent: Sent = {}
+    in_message: set[bytes] = set()
+
+    def packed(kind: Kind[AnyStr], whole: Chain[AnyStr] | None) -> tuple[list[Any] | None, Sequence[bytes]]:
+        if whole is None:
+            return None, ()
+        chain = whole.continued(in_message, recent)
+        in_message.update(chain.names)
+        blocks = [kind.pack(block) for block in chain.blocks]
+        return [chain.after_key, chain.after or b"", blocks, chain.last or b"", chain.rest], chain.names
+
+    def fields_of(generation: Generation) -> list[Any]:
+        fields = _fields_of(generation)
+        prompt = Prompt.of(generation, recent)
+        fields[_PROMPT], of_ids = packed(IDS, prompt.ids)
+        fields[_TEXT], of_text = packed(TEXTS, prompt.text)
+        sent[generation.id] = of_ids, of_text
+        return fields
+
+    message = _encoded(lambda: {"generations": [fields_of(each) for each in generations], "sender": sender_id})
+    return message, sent
+
+
+def _encoded(message: Callable[[], Any]) -> bytes:
+    try:
+        message = message()
         try:
             return _encoder.encode(message)
         except UnicodeEncodeError:
@@ -154,35 +241,73 @@ def _length(array: bytes) -> int:
     return int.from_bytes(array[1 : {0xDC: 3, 0xDD: 5}.get(head, 1)], "big")
 
 
-def decode(body: bytes) -> Envelope:
+def decode(body: bytes, version: str = MEDIA_TYPE) -> Envelope:
     """Decode a message.
+
+    Args:
+        version: its media type.
 
     Raises:
         ValueError: it is malformed or cut off, or one of its values is invalid.
     """
-    message = _read(_messages, body)
-    generations = [_generation_of(found) for found in message.generations]
-    return Envelope(generations, _losses_of(message.losses), message.next, message.sender)
+    message = _read(_messages[version], body)
+    found = Envelope([], _losses_of(message.losses), message.next, message.sender)
+    for each in message.generations:
+        _take(found, each)
+    return found
 
 
-def decode_each(body: bytes) -> tuple[Envelope, list[Refusal]]:
+def decode_each(body: bytes, version: str = MEDIA_TYPE) -> tuple[Envelope, list[Refusal]]:
     """Decode a message without its invalid generations, which are returned apart.
+
+    Args:
+        version: its media type.
 
     Raises:
         ValueError: it is malformed or cut off.
     """
     try:
-        return decode(body), []
+        return decode(body, version), []
     except ValueError:
         # The error is in the message or in one generation: told apart below, where it costs more time.
         message = _read(_unread, body)
-    generations, refused = [], []
+    found, refused = Envelope([], _losses_of(message.losses), message.next, message.sender), list[Refusal]()
     for position, raw in enumerate(message.generations):
         try:
-            generations.append(_generation_of(_read(_generations, raw)))
+            _take(found, _read(_generations[version], raw))
         except ValueError as error:
             refused.append(Refusal(_id_of(raw, position), str(error)))
-    return Envelope(generations, _losses_of(message.losses), message.next, message.sender), refused
+    return found, refused
+
+
+def _take(envelope: Envelope, found: Any) -> None:
+    """Add a generation to the content of a message."""
+    fields = asdict(found)
+    fields["choices"] = [_choice_of(choice) for choice in found.choices]
+    if isinstance(found, _GenerationInBlocks):
+        ids, text = found.prompt_token_ids, found.prompt_text
+        prompt = Prompt(_chain_of(IDS, ids, "prompt_token_ids"), _chain_of(TEXTS, text, "prompt_text"))
+        fields |= {"prompt_token_ids": None, "prompt_text": None}
+        envelope.prompts[found.id] = prompt
+    else:
+        fields["prompt_token_ids"] = array_of("i", found.prompt_token_ids)
+    envelope.generations.append(Generation(**fields))
+
+
+def _chain_of(kind: Kind[Any], found: Any, name: str) -> Chain[Any] | None:
+    """Check what arrived in blocks: as long as they are cut, and named for their content."""
+    if found is None:
+        return None
+    after = found.after or None
+    try:
+        blocks = kind.blocks_of(found.blocks, is_first=after is None)
+        kind.check_rest(found.rest, is_whole=after is None and not blocks)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    chain = Chain(found.rest, blocks, [*kind.names(blocks, after)], after, found.after_key)
+    if (chain.last or b"") != found.last:
+        raise ValueError(f"{name}: the name of the last block, {found.last.hex()}, is not that of its content")
+    return chain
 
 
 def without_surrogates(value: Any) -> Any:
@@ -215,7 +340,7 @@ def _id_of(raw: msgspec.Raw, position: int) -> str:
 _generation_fields = attrgetter(*_Generation.__struct_fields__)
 _choice_fields = attrgetter(*_Choice.__struct_fields__)
 _loss_fields = attrgetter(*_Loss.__struct_fields__)
-_PROMPT, _CHOICES = map(_Generation.__struct_fields__.index, ("prompt_token_ids", "choices"))
+_PROMPT, _TEXT, _CHOICES = map(_Generation.__struct_fields__.index, ("prompt_token_ids", "prompt_text", "choices"))
 _IDS, _LOGPROBS, _EXPERTS = map(_Choice.__struct_fields__.index, ("token_ids", "logprobs", "routed_experts"))
 
 
@@ -232,13 +357,6 @@ def _fields_of_choice(choice: Choice) -> list[Any]:
     found[_LOGPROBS] = bytes_of(choice.logprobs)
     found[_EXPERTS] = experts_bytes(choice.routed_experts)
     return found
-
-
-def _generation_of(found: Any) -> Generation:
-    fields = asdict(found)
-    fields["prompt_token_ids"] = array_of("i", found.prompt_token_ids)
-    fields["choices"] = [_choice_of(choice) for choice in found.choices]
-    return Generation(**fields)
 
 
 def _choice_of(found: Any) -> Choice:

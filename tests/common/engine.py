@@ -30,7 +30,7 @@ def kept(path: Path, recorder: Recorder | None = None) -> list[Generation]:
     while recorder.counters().queue_bytes:
         time.sleep(0.01)
     recorder.close()
-    with open_store(str(path), create=False) as store:
+    with open_store(str(path), read_only=True) as store:
         return [*store.generations()]
 
 

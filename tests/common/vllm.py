@@ -135,6 +135,11 @@ class RemoteOpenAIServer:
         """What the server has printed so far."""
         return self._log.read_text(errors="replace")
 
+    @property
+    def our_lines(self) -> list[str]:
+        """The lines of its log that name us."""
+        return [line for line in self.log.splitlines() if "agentlightning: " in line]
+
     def client(self) -> openai.OpenAI:
         """A client for this server; it never retries, so that no test is passed on the second try."""
         import openai

@@ -6,6 +6,7 @@ import os
 import pty
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +14,7 @@ from agentlightning import __version__
 from tests.common.environments import Environment
 from tests.doctor.command import SECONDS, agl_doctor, doctor, variables
 
-WAITING = "importing vLLM as a server would"
+IMPORTING = "importing vLLM as a server would (ten to sixty seconds) ..."
 
 
 def on_a_terminal(environment: Environment, *arguments: str, which: str = "stdout", **changes: str) -> str:
@@ -69,17 +70,40 @@ def test_colours_are_for_terminals_alone(environment: Environment) -> None:
     assert "\033" not in on_a_terminal(environment, TERM="dumb")
 
 
-@pytest.mark.parametrize("arguments", [(), ("--json",)])
-def test_waiting_is_explained_on_a_terminals_stderr_alone(environment: Environment, arguments: tuple[str, ...]) -> None:
-    piped = doctor(environment, *arguments)
+def test_all_that_needs_no_vllm_is_shown_before_vllm_is_imported(environment: Environment, tmp_path: Path) -> None:
+    vllm = environment.site_packages / "vllm" / "__init__.py"
+    opened = tmp_path / "opened"
+    os.mkfifo(opened)
+    # Opening it waits for the other side.
+    vllm.write_text(f"open({str(opened)!r}).close()\n{vllm.read_text()}")
 
-    shown = on_a_terminal(environment, *arguments, which="stderr")
+    with subprocess.Popen(
+        agl_doctor(environment), env=variables(AGL_STORE=str(tmp_path / "run.db")), stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        first = " ".join(" ".join(iter(process.stdout.readline, f"{IMPORTING}\n")).split())
+        opened.open("w").close()
+        rest = " ".join(process.stdout.read().split())
 
-    # And taken away again.
-    assert WAITING in shown
-    assert shown.endswith("\r\033[K")
-    assert piped.stderr == ""
-    assert WAITING not in piped.stdout
+    assert process.returncode == 0, rest
+    for finding in ("package", "agentlightning.pth", "vLLM", "AGL_STORE"):
+        assert f"ok {finding} " in first
+    assert "ok chat applied" in rest
+    assert "applied" not in first
+
+
+@pytest.mark.parametrize("arguments", [("--quick",), ("--quick", "--json")])
+def test_quick_imports_no_vllm(environment: Environment, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    vllm = environment.site_packages / "vllm" / "__init__.py"
+    imported = tmp_path / "imported"
+    vllm.write_text(f"open({str(imported)!r}, 'w')\n{vllm.read_text()}")
+
+    said = doctor(environment, *arguments)
+
+    assert said.status == 0, said.stdout
+    assert not imported.exists()
+    assert "not tried: that needs an import of vLLM, which --quick leaves out" in said.text
+    assert IMPORTING not in said.stdout + said.stderr
 
 
 def test_json_is_for_programs(environment: Environment) -> None:
@@ -121,7 +145,7 @@ def test_help_tells_the_options_and_what_the_exit_status_means(environment: Envi
 
     assert (said.status, said.stderr) == (0, "")
     assert said.text.startswith("usage: agl doctor ")
-    assert all(option in said.text for option in ("--url", "--api-key", "--json", "VLLM_API_KEY"))
+    assert all(option in said.text for option in ("--quick", "--url", "--api-key", "--json", "VLLM_API_KEY"))
     assert "The exit status is 0 when all is well, 1 when there is a problem." in said.text
     assert "secret" not in said.text
 

@@ -145,7 +145,7 @@ def test_a_store_that_is_not_there_is_a_problem_and_is_not_made(pristine: Enviro
     answer = doctor(pristine, "--store", str(path))
 
     assert answer.status == 1
-    assert f"problem store {path} cannot be opened: No such file or directory" in answer.text
+    assert f"problem store {path} cannot be opened: No such file or directory -> check the path" in answer.text
     assert not path.exists()
 
 
@@ -156,7 +156,7 @@ def test_a_file_that_is_none_of_ours_is_a_problem(pristine: Environment, path: P
 
     assert answer.status == 1
     assert f"problem store {path} is not a SQLite file, or is damaged" in answer.text
-    assert "-> use the AGL_STORE of the server" in answer.text
+    assert "-> give the path of another file" in answer.text
 
 
 def test_no_password_is_shown(pristine: Environment) -> None:

@@ -45,7 +45,7 @@ class RecordingServer(RemoteOpenAIServer):
     def kept(self, **filters: Unpack[Filters]) -> list[Generation]:
         """Return the generations in its store now."""
         try:
-            with open_store(self.store, create=False) as store:
+            with open_store(self.store, read_only=True) as store:
                 return [*store.generations(**filters)]
         except StoreUnavailable:
             return []

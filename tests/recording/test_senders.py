@@ -22,7 +22,7 @@ from tests.recording.test_endpoints import TALK
 
 @contextmanager
 def reading(server: RecordingServer) -> Iterator[Connection]:
-    with closing(open_database(server.store, create=False)) as database, database.reading() as connection:
+    with closing(open_database(server.store, read_only=True)) as database, database.reading() as connection:
         yield connection
 
 

@@ -35,7 +35,7 @@ def kept(server: RemoteOpenAIServer, response_id: str) -> list[Generation]:
 
     def found() -> list[Generation]:
         try:
-            with open_store(server.env["AGL_STORE"], create=False) as store:
+            with open_store(server.env["AGL_STORE"], read_only=True) as store:
                 return [*store.generations(response_id=response_id)]
         except StoreUnavailable:
             return []

@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -20,9 +20,10 @@ import pytest
 import uvicorn
 
 from agentlightning.errors import StoreUnavailable
-from agentlightning.generation import Choice, Loss
+from agentlightning.generation import Choice, Generation, Loss
 from agentlightning.server import app as application
 from agentlightning.store import open_database, open_store, wire
+from agentlightning.store.chains import Recent
 from tests.common.generations import EMPTY, FULL, SECOND, START, generation
 from tests.server.process import SECONDS, StoreServer
 
@@ -350,3 +351,61 @@ def test_body_larger_than_the_backlog_limit_is_stored_alone(tmp_path: Path, monk
     with Served(tmp_path / "store.db").running() as url, open_store(url) as store:
         assert store.add([kept]) == 1
         assert [*store.generations()] == [kept]
+
+
+IN_BLOCKS = {"Content-Type": wire.IN_BLOCKS}
+LONG = generation(1, prompt_token_ids=array("i", range(2000)), prompt_text="größe " * 2000)
+WRONG = {
+    "another name": (lambda cut: cut.__setitem__(3, b"sixteen bytes..."), "is not that of its content"),
+    "another content": (lambda cut: cut[2].__setitem__(0, bytes(3073)), "is not that of its content"),
+    "a short block": (lambda cut: cut[2].__setitem__(1, cut[2][1][:-4]), "block 1 has a length of "),
+    "a long block": (lambda cut: cut[2].__setitem__(1, bytes(1 << 16)), "block 1 has a length of "),
+    "a long rest": (lambda cut: cut.__setitem__(4, bytes(1024)), "which makes another block"),
+    "half an id": (lambda cut: cut.__setitem__(4, bytes(3)), "3 bytes are no token ids"),
+    "a key that is none": (lambda cut: cut.__setitem__(0, -1), "cannot be read"),
+}
+
+
+def in_blocks(*kept: Generation) -> Any:
+    """Return the message as the lists that MessagePack makes of it."""
+    return msgspec.msgpack.decode(wire.encode_in_blocks(kept, None, Recent())[0])
+
+
+@pytest.mark.parametrize(("change", "reason"), WRONG.values(), ids=[*WRONG])
+def test_prompt_whose_blocks_are_wrong_is_refused_and_the_rest_kept(
+    client: httpx.Client, change: Callable[[list[Any]], object], reason: str
+) -> None:
+    message = in_blocks(LONG, generation(2))
+    prompt_token_ids = Generation.__slots__.index("prompt_token_ids")
+    change(message["generations"][0][prompt_token_ids])
+
+    answer = client.post(ROUTE, content=msgspec.msgpack.encode(message), headers=IN_BLOCKS).json()
+
+    assert answer["new"] == 1
+    ((refused,),) = [[each for each in answer["refused"] if each["id"] == LONG.id]]
+    assert reason in refused["reason"]
+
+
+def test_prompt_that_continues_an_unknown_block_is_named(client: httpx.Client) -> None:
+    message = in_blocks(LONG, generation(2))
+    for name in ("prompt_token_ids", "prompt_text"):
+        cut = message["generations"][0][Generation.__slots__.index(name)]
+        cut[:4] = [7, b"sixteen bytes...", [], b"sixteen bytes..."]
+
+    answer = client.post(ROUTE, content=msgspec.msgpack.encode(message), headers=IN_BLOCKS).json()
+
+    assert (answer["new"], answer["refused"], answer["lacking"]) == (1, [], [LONG.id])
+    assert client.get(f"{ROUTE}/{LONG.id}").status_code == 404
+
+
+def test_message_that_names_very_many_blocks_is_answered(client: httpx.Client) -> None:
+    """Name a million blocks: each is one that the store does not have."""
+    prompt = Generation.__slots__.index("prompt_token_ids")
+    kept = [generation(number) for number in range(1000)]
+    message = in_blocks(*kept)
+    for number, each in enumerate(message["generations"]):
+        each[prompt] = [number + 1, number.to_bytes(16, "big"), [], number.to_bytes(16, "big"), b""]
+
+    answer = client.post(ROUTE, content=msgspec.msgpack.encode(message), headers=IN_BLOCKS).json()
+
+    assert (answer["new"], len(answer["lacking"])) == (0, 1000)

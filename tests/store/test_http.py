@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ import pytest
 from agentlightning.errors import InvalidRecord, StoreRefused, StoreUnavailable
 from agentlightning.generation import Generation, Loss
 from agentlightning.recorder import Recorder
-from agentlightning.store import Store, http_client, open_database, open_store
+from agentlightning.store import Store, http_client, open_database, open_store, wire
 from tests.common.generations import FULL, generation
 from tests.server.process import StoreServer
 from tests.store.conftest import emptied
@@ -131,7 +132,7 @@ def test_add_of_more_bytes_than_a_message_holds_is_split(store: Store) -> None:
 
 
 def test_add_of_an_oversized_generation_names_it_and_the_option(store: Store) -> None:
-    kept, large = generation(1), generation(2, prompt=5_000_000)
+    kept, large = generation(1), generation(2, prompt=6_000_000)
 
     reason = rf"^{large.id}: the body is larger than 16 MiB \(agl store --max-body-mb\)"
     with pytest.raises(InvalidRecord, match=reason):
@@ -618,3 +619,110 @@ def test_server_killed_often_keeps_acknowledged_generations_once_and_complete(tm
     assert {each.id: each for each in kept} == acknowledged
     assert set(Counter(each.id for each in kept).values()) == {1}
     assert all(client.failures for client in clients)
+
+
+def growing(calls: int, growth: int) -> list[Generation]:
+    """Make the calls of a conversation, each with its text."""
+    return [
+        generation(n, prompt_token_ids=array("i", range(growth * (n + 1))), prompt_text="word " * growth * (n + 1))
+        for n in range(calls)
+    ]
+
+
+def counted(between: Between) -> list[int]:
+    """Count the bytes of each message of generations that passes."""
+    lengths: list[int] = []
+
+    def forward(handler: _Handler, body: bytes) -> None:
+        if handler.path.endswith("/generations") and handler.command == "POST":
+            lengths.append(len(body))
+        status, headers, answer = handler.forwarded(body)
+        handler.answer(status, answer, **headers)
+
+    between.answered = forward
+    return lengths
+
+
+def test_conversation_sends_what_is_new_in_each_call(between: Between) -> None:
+    kept = growing(calls=40, growth=512)
+    lengths = counted(between)
+    with open_store(between.url) as store:
+        for each in kept:
+            store.add([each])
+
+        assert [*store.generations()] == kept
+    # A call has two blocks of ids that are new, packed, and some three of text; the whole of the last one is 184 kB.
+    assert len(lengths) == len(kept)
+    assert max(lengths) < 12_000
+
+
+def test_calls_of_one_message_share_what_is_new(between: Between) -> None:
+    kept = growing(calls=40, growth=512)
+    lengths = counted(between)
+    with open_store(between.url) as store:
+        store.add(kept)
+
+        assert [*store.generations()] == kept
+    assert sum(lengths) < 40 * 12_000
+
+
+def test_store_that_lost_its_blocks_gets_them_again(between: Between, server: StoreServer) -> None:
+    first, *others = growing(calls=4, growth=2048)
+    lengths = counted(between)
+    with open_store(between.url) as store:
+        store.add([first])
+        emptied(server)
+        store.add(others)
+
+        assert [*store.generations()] == others
+        # The blocks are sent once more, and not again.
+        assert len(lengths) == 3
+        store.add([generation(9, prompt_token_ids=others[-1].prompt_token_ids)])
+        assert lengths[3] < 2_000
+
+
+def test_conversation_goes_on_after_the_store_was_restarted(tmp_path: Path) -> None:
+    first, *others = growing(calls=4, growth=2048)
+    with StoreServer(tmp_path / "store.db") as server, Between(server) as between:
+        thread = threading.Thread(target=between.serve_forever)
+        thread.start()
+        lengths = counted(between)
+        with open_store(between.url) as store:
+            store.add([first])
+            server.stop()
+            server.start()
+            store.add(others)
+
+            assert [*store.generations()] == [first, *others]
+        between.shutdown()
+        thread.join()
+    assert len(lengths) == 2
+
+
+def test_server_of_an_earlier_version_gets_whole_prompts(between: Between) -> None:
+    kept = growing(calls=3, growth=2048)
+
+    def refuse(handler: _Handler, body: bytes) -> None:
+        if handler.headers["Content-Type"] == wire.IN_BLOCKS:
+            handler.answer(415, b'{"detail": "generations have another content type"}', **{"X-AGL-Error": "415"})
+            return
+        status, headers, answer = handler.forwarded(body)
+        handler.answer(status, answer, **headers)
+
+    between.answered = refuse
+    with open_store(between.url) as store:
+        store.add(kept[:2])
+        store.add(kept[2:])
+
+        assert [*store.generations()] == kept
+
+
+def test_refused_generation_takes_no_block_of_others_with_it(store: Store) -> None:
+    first, second, third = growing(calls=3, growth=2048)
+    first.id = "not a UUID"
+
+    with pytest.raises(InvalidRecord) as refused:
+        store.add([first, second, third])
+
+    assert [*refused.value.reasons] == [first.id]
+    assert [*store.generations()] == [second, third]

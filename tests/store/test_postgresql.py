@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import signal
 import socket
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from threading import Barrier, Event
@@ -19,7 +21,9 @@ from sqlalchemy.exc import DBAPIError
 
 from agentlightning.errors import InvalidRecord, StoreRefused, StoreUnavailable
 from agentlightning.generation import Generation
-from agentlightning.store import open_store, postgresql
+from agentlightning.rollout import RolloutConfig
+from agentlightning.settings import without_secrets
+from agentlightning.store import open_store, postgresql, try_to_record
 from tests.common.generations import FULL, generation
 from tests.common.postgresql import PostgresServer
 from tests.common.processes import SECONDS, fork, together
@@ -77,9 +81,9 @@ def test_schema_of_another_program_is_refused_and_unchanged(url: str) -> None:
     assert query(url, "SELECT count(*) FROM information_schema.tables WHERE table_schema = 'agentlightning'") == (1,)
 
 
-def test_open_without_create_makes_no_tables(url: str) -> None:
+def test_open_for_reading_makes_no_tables(url: str) -> None:
     with pytest.raises(StoreUnavailable, match="has no store in it"):
-        open_store(url, create=False)
+        open_store(url, read_only=True)
 
     assert query(url, "SELECT count(*) FROM information_schema.tables WHERE table_schema = 'agentlightning'") == (0,)
 
@@ -162,7 +166,9 @@ def test_open_of_an_invalid_database_gives_the_reason(url: str, postgresql: Post
 def test_database_with_a_limited_encoding_is_refused(postgresql: PostgresServer) -> None:
     query(postgresql.url("postgres"), "CREATE DATABASE latin ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0")
 
-    with pytest.raises(StoreRefused, match="has the encoding LATIN1, which cannot hold every text: it has to be UTF8"):
+    with pytest.raises(
+        StoreRefused, match=r"has the encoding LATIN1, which cannot hold every text: give a database .* UTF8"
+    ):
         open_store(postgresql.url("latin"))
 
 
@@ -221,7 +227,7 @@ def test_read_only_server_is_unavailable(url: str) -> None:
         store.add([generation(1)])
     database = url.rpartition("/")[2]
     query(url, f"ALTER DATABASE {database} SET default_transaction_read_only TO on")
-    with open_store(url, create=False) as store:
+    with open_store(url) as store:
         with pytest.raises(StoreUnavailable, match="cannot be used now: ") as refused:
             store.add([generation(2)])
         assert isinstance(reason(refused), errors.ReadOnlySqlTransaction)
@@ -313,3 +319,99 @@ def test_postgresql_killed_at_any_moment_keeps_acknowledged_generations_once_and
     for each in found.values():
         number = int(str(each.response_id).removeprefix("chatcmpl-"), 16)
         assert each == generation(number, prompt=5_000, id=each.id, call_id=each.call_id)
+
+
+def as_user(url: str, name: str, *grants: str) -> str:
+    """Create a user with these rights; return the URL that logs in as that user."""
+    query(url, f"CREATE USER {name}")
+    for grant in grants:
+        query(url, f"GRANT {grant} TO {name}")
+    return url.replace("//agl@", f"//{name}@")
+
+
+def drop(url: str, name: str) -> None:
+    query(url, f"DROP OWNED BY {name}")
+    query(url, f"DROP USER {name}")
+
+
+def test_read_only_store_changes_nothing(url: str) -> None:
+    with open_store(url) as store:
+        store.add([FULL])
+        store.start_rollout({}, config=RolloutConfig(timeout_seconds=1e-9))
+
+    with open_store(url, read_only=True) as store:
+        assert [*store.generations()] == [FULL]
+        assert [each.status for each in store.query_rollouts()] == ["preparing"]
+        with pytest.raises(StoreRefused, match="was opened for reading only: open it without read_only"):
+            store.add([generation(1)])
+        assert store.statistics()["total_generations"] == 1
+
+
+def test_tables_of_an_older_version_are_refused_for_reading_and_unchanged(url: str) -> None:
+    open_store(url).close()
+    query(url, f"UPDATE agentlightning.version SET version = {postgresql.VERSION - 1}")
+
+    with pytest.raises(StoreRefused, match=r"by an older \w+ \(schema \d, this one reads \d\): run `agl store --store"):
+        open_store(url, read_only=True)
+
+    assert query(url, "SELECT version FROM agentlightning.version") == (postgresql.VERSION - 1,)
+
+
+def test_user_who_may_only_read_reads(url: str) -> None:
+    with open_store(url) as store:
+        store.add([FULL])
+    reader = as_user(url, "reader", "USAGE ON SCHEMA agentlightning", "SELECT ON ALL TABLES IN SCHEMA agentlightning")
+    try:
+        with open_store(reader, read_only=True) as store:
+            assert [*store.generations()] == [FULL]
+        with pytest.raises(
+            StoreRefused, match=r"its user lacks INSERT on agentlightning\.\w+: let an owner run: GRANT"
+        ):
+            try_to_record(reader)
+    finally:
+        drop(url, "reader")
+
+
+def test_trial_says_what_a_server_would_do_and_does_not_do_it(url: str) -> None:
+    assert try_to_record(url) == f"a server creates its tables in {without_secrets(url)} when it starts"
+    assert query(url, "SELECT count(*) FROM pg_namespace WHERE nspname = 'agentlightning'") == (0,)
+
+    open_store(url).close()
+    assert try_to_record(url) == f"{without_secrets(url)} can be written"
+
+    query(url, "UPDATE agentlightning.version SET version = 1")
+    assert try_to_record(url) == f"a server migrates its tables in {without_secrets(url)} when it starts"
+    assert query(url, "SELECT version FROM agentlightning.version") == (1,)
+
+
+def test_trial_of_a_database_in_which_nothing_may_be_created_gives_the_right(url: str) -> None:
+    stranger = as_user(url, "stranger")
+    try:
+        with pytest.raises(StoreRefused, match="its user lacks CREATE on the database: let an owner run: GRANT CREATE"):
+            try_to_record(stranger)
+    finally:
+        drop(url, "stranger")
+
+
+def test_trial_of_a_server_that_only_reads_names_the_primary(url: str) -> None:
+    with pytest.raises(StoreUnavailable, match="only reads, as a standby does: give the URL of the primary server"):
+        try_to_record(f"{url}?options=-cdefault_transaction_read_only%3Don")
+
+
+@pytest.mark.parametrize(
+    ("change", "advice"),
+    [
+        (lambda url: f"{url}_missing", "create what is missing, or correct the URL"),
+        (lambda url: url.replace("//agl@", "//nobody@"), "create what is missing, or correct the URL"),
+        (lambda url: re.sub(r":\d+/", ":1/", url), "is PostgreSQL running there, and does it let this machine in?"),
+        (lambda url: url.replace("127.0.0.1", "no.such.host.invalid"), "correct the host's name in the URL"),
+    ],
+    ids=["no database", "no user", "not running", "no host"],
+)
+def test_database_that_cannot_be_reached_has_fitting_advice(
+    url: str, change: Callable[[str], str], advice: str
+) -> None:
+    with pytest.raises((StoreRefused, StoreUnavailable)) as refused:
+        open_store(change(url), read_only=True)
+
+    assert refused.value.advice == advice, str(refused.value)

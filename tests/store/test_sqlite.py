@@ -126,15 +126,18 @@ def test_open_without_sqlalchemy_gives_the_install_command(tmp_path: Path) -> No
     assert not (tmp_path / "a.db").exists()
 
 
-def test_open_without_create_makes_no_file(path: Path) -> None:
+def test_open_for_reading_makes_no_file(path: Path) -> None:
     with pytest.raises(StoreUnavailable, match=f"{path} cannot be opened: {NOT_THERE}"):
-        open_store(str(path), create=False)
+        open_store(str(path), read_only=True)
 
     assert not path.exists()
 
 
 def test_open_in_a_missing_folder_gives_the_path(tmp_path: Path) -> None:
-    with pytest.raises(StoreUnavailable, match=rf"missing/a\.db cannot be opened: {NOT_THERE}"):
+    with pytest.raises(
+        StoreUnavailable,
+        match=rf"missing/a\.db cannot be opened: {NOT_THERE}, since there is no folder {tmp_path}/missing: create",
+    ):
         open_store(str(tmp_path / "missing" / "a.db"))
 
 
@@ -277,7 +280,7 @@ def test_network_file_system_is_refused_with_the_reason(
 
     # None of these folders exists, so an accepted path fails later.
     with pytest.raises((StoreRefused, StoreUnavailable)) as refused:
-        open_store(path, create=False)
+        open_store(path, read_only=True)
 
     if kind is None:
         assert NOT_THERE in str(refused.value)

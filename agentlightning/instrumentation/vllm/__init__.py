@@ -4,6 +4,7 @@ The public verbs are here; the rest by folder and module:
 
 - `_patches`: the table of patch sets; `_releases`: where each target lives in which release
 - `_strict`, `_status`, `_shutdown`: before, while and after a server serves
+- `_logging`: our log lines among vLLM's
 - `_context`: the HTTP request that an engine request belongs to; `_isolation`: keeps our exceptions away from clients
 - `endpoints`: ids in the answers; `capture`: what is recorded
 """

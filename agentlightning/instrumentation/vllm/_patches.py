@@ -13,7 +13,7 @@ from types import ModuleType
 
 from agentlightning import settings
 from agentlightning.importhook import ImportHook, finders_ahead, is_executing, locate, when_imported
-from agentlightning.instrumentation.vllm import _releases, _shutdown, _status, _strict
+from agentlightning.instrumentation.vllm import _logging, _releases, _shutdown, _status, _strict
 from agentlightning.instrumentation.vllm.capture import calls, engine_core, frontend, marks
 from agentlightning.instrumentation.vllm.capture.session import session
 from agentlightning.instrumentation.vllm.endpoints import batch, chat, completions, generate, messages, responses
@@ -77,9 +77,7 @@ def apply_all() -> bool:
             return False
         _armed = True
         session.begin()
-    # A library that vLLM brings along (model_hosting_container_standards) lets nothing below an error through the root.
-    if logger.level == logging.NOTSET:
-        logger.setLevel(logging.WARNING)
+    _logging.log_through_vllm()
     # Not under the lock: registering waits for a thread that is importing the module, which may be about to arm too.
     for patch_set in PATCH_SETS:
         for module in patch_set.modules:

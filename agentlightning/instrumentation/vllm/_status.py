@@ -1,9 +1,12 @@
-"""Set up a server's app: the middleware that opens request contexts, and `GET /v1/agl/status`."""
+"""Set up a server's app: the middleware that opens request contexts, and `GET /v1/agl/status`; log what is on."""
 
 from __future__ import annotations
 
+import logging
+import multiprocessing
 import os
 import platform
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,12 +16,27 @@ from agentlightning.instrumentation.vllm._context import RequestContextMiddlewar
 from agentlightning.instrumentation.vllm._isolation import contained, failures
 from agentlightning.instrumentation.vllm.capture import frontend
 from agentlightning.instrumentation.vllm.capture.session import session
-from agentlightning.patching import Patch, Status, Wrap
+from agentlightning.patching import Patch, State, Status, Wrap
+from agentlightning.store import place_of
 
 __all__ = ["STATUS_ROUTE", "app_patches", "server_patches"]
 
 # Below /v1, which vLLM's own key guards, and which is all that it has guarded in every release.
 STATUS_ROUTE = "/v1/agl/status"
+
+CARRIED = {
+    "all": "answers carry prompt and response ids",
+    "response": "answers carry response ids",
+    "none": "answers carry ids only where a request asks for them",
+}
+OTHER_STATES = {
+    # The engine core has a process of its own.
+    State.PENDING: "left to other processes",
+    State.FAILED: "failed",
+    State.NOT_FOR_THIS_RELEASE: "not for this release",
+}
+
+logger = logging.getLogger("agentlightning")
 
 Statuses = Callable[[], Mapping[str, Status]]
 
@@ -50,6 +68,7 @@ def server_patches(statuses: Statuses) -> tuple[Patch, ...]:
     def wrap(serve_http: Callable[..., Any]) -> Callable[..., Any]:
         async def set_up_and_serve_http(app: Any, *args: Any, **kwargs: Any) -> Any:
             contained("setting up an app", _set_up, app, statuses)
+            contained("saying what is on", _announce, statuses)
             try:
                 return await serve_http(app, *args, **kwargs)
             finally:
@@ -60,6 +79,41 @@ def server_patches(statuses: Statuses) -> tuple[Patch, ...]:
         return set_up_and_serve_http
 
     return (Wrap("serve_http", ("app",), wrap),)
+
+
+def _announce(statuses: Statuses) -> None:
+    """Log one line for each server: what is patched, what answers carry, and where they are recorded."""
+    # vLLM names the processes of one server that has several.
+    if re.fullmatch(r"ApiServer_[1-9]\d*", multiprocessing.current_process().name):
+        return
+    import vllm
+
+    logger.info(
+        "agentlightning: release %s is on in vLLM %s; %s; %s; %s",
+        *(agentlightning.__version__, getattr(vllm, "__version__", "of unknown version")),
+        *(_patched(statuses()), CARRIED[session.settings.return_token_ids], _recorded()),
+    )
+
+
+def _patched(statuses: Mapping[str, Status]) -> str:
+    """Count the patch sets by their states, and name those that are not applied."""
+    found: dict[State, list[str]] = {}
+    for name, status in statuses.items():
+        found.setdefault(status.state, []).append(name)
+    others = [
+        f"{len(names)} {OTHER_STATES[state]} ({', '.join(names)})"
+        for state, names in found.items()
+        if state is not State.APPLIED
+    ]
+    return ", ".join([f"{len(found.get(State.APPLIED, ()))} patch sets applied", *others])
+
+
+def _recorded() -> str:
+    store = session.settings.store
+    if store is None:
+        return "nothing is recorded, since AGL_STORE is not set"
+    trouble = session.recorder.counters().trouble
+    return f"records to {place_of(store)}" if trouble is None else f"records once its store can be used: {trouble}"
 
 
 def _set_up(app: Any, statuses: Statuses) -> None:

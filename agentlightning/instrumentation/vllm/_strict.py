@@ -1,4 +1,5 @@
-"""`AGL_INSTRUMENT=strict`: refuse a server that cannot be patched completely. Also: report what no patch can change.
+"""`AGL_INSTRUMENT=strict`: refuse a server that cannot be patched completely, or cannot record as it was told to.
+Also: report what no patch can change.
 
 A server is checked when its arguments have been read, before a model is loaded, and again before it serves: the first
 check knows what `vllm serve` would start, the second also covers servers that are started in other ways.
@@ -6,15 +7,18 @@ check knows what `vllm serve` would start, the second also covers servers that a
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 from agentlightning import settings
+from agentlightning.errors import StoreRefused, StoreUnavailable
 from agentlightning.instrumentation.vllm import _releases
 from agentlightning.instrumentation.vllm.capture.session import session
 from agentlightning.patching import Patch, Wrap
+from agentlightning.store import open_store
 
 __all__ = ["app_patches", "argument_patches", "check_grpc", "limits", "refuse", "server_patches"]
 
@@ -50,7 +54,7 @@ def app_patches(failures: Failures) -> tuple[Patch, ...]:
     def wrap(build_app: Callable[..., Any]) -> Callable[..., Any]:
         def check_and_build_app(args: Any, *others: Any, **options: Any) -> Any:
             if settings.instrument() == "strict":
-                refuse(failures())
+                refuse([*_troubles_with_settings(), *failures()])
             return build_app(args, *others, **options)
 
         return check_and_build_app
@@ -65,7 +69,7 @@ def server_patches(failures: Failures) -> tuple[Patch, ...]:
         async def check_and_serve_http(app: Any, *args: Any, **kwargs: Any) -> Any:
             limited = limits(app)
             if settings.instrument() == "strict":
-                refuse([*limited, *failures()])
+                refuse([*limited, *_troubles_with_settings(), *failures()])
             for limit in limited:
                 logger.warning("agentlightning: %s", limit)
             return await serve_http(app, *args, **kwargs)
@@ -96,9 +100,27 @@ def refuse(reasons: Sequence[str]) -> None:
 def _check_arguments(args: Any, failures: Failures) -> None:
     unpatchable = _unpatchable(args)
     if settings.instrument() == "strict":
-        refuse([*unpatchable, *failures()])
+        refuse([*unpatchable, *_troubles_with_settings(), *failures()])
     for reason in unpatchable:
         logger.warning("agentlightning: %s", reason)
+
+
+def _troubles_with_settings() -> list[str]:
+    """Return a sentence for each variable that has an invalid value, or if nothing can be recorded at `AGL_STORE`."""
+    wrong = [each for each in map(settings.objection, settings.VARIABLES) if each]
+    store = session.settings.store
+    trouble = _trouble_with_store(store) if store else None
+    return [*wrong, *([trouble] if trouble else [])]
+
+
+@functools.cache
+def _trouble_with_store(url: str) -> str | None:
+    """Open the store as the recorder will, once in each process; say why that fails."""
+    try:
+        open_store(url).close()
+    except (StoreRefused, StoreUnavailable) as error:
+        return f"nothing can be recorded: {error}"
+    return None
 
 
 def _unpatchable(args: Any) -> list[str]:

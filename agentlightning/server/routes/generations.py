@@ -5,13 +5,14 @@ Times are nanoseconds since the epoch, as vLLM servers send them.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
 import msgspec
 from fastapi import Query, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from sqlalchemy import Connection
 
 from agentlightning import generation as records
 from agentlightning.errors import StoreRefused, StoreUnavailable
@@ -24,7 +25,7 @@ from agentlightning.server.schemas import Id, Nanoseconds
 from agentlightning.server.transactions import Transactions
 from agentlightning.store import Filters, generations, senders, wire
 from agentlightning.store.generations import Cursor
-from agentlightning.store.wire import MEDIA_TYPE, Refusal
+from agentlightning.store.wire import IN_BLOCKS, MEDIA_TYPE, Envelope, Refusal
 
 __all__ = ["routes"]
 
@@ -35,7 +36,7 @@ GENERATIONS_AT_ONCE = 64
 routes = router("generations")
 
 BINARY = {"schema": {"type": "string", "format": "binary"}}
-MESSAGE = {"requestBody": {"required": True, "content": {MEDIA_TYPE: BINARY}}}
+MESSAGE = {"requestBody": {"required": True, "content": {MEDIA_TYPE: BINARY, IN_BLOCKS: BINARY}}}
 FOUND = {
     "description": "A page as JSON or as a message; or, as lines of JSON, all from the cursor on, whatever the limit.",
     "content": {MEDIA_TYPE: BINARY, **{kind: {"schema": {"type": "string"}} for kind in LINES}},
@@ -133,6 +134,12 @@ class Added(BaseModel):
     sender: Literal["known", "unknown"] | None = Field(
         None, description="Absent if the message names no sender. An unknown sender should register."
     )
+    blocks: dict[str, tuple[list[int], list[int]]] | None = Field(
+        None, description="The keys of the blocks in the message, for the ids and the text of each generation's prompt."
+    )
+    lacking: list[str] | None = Field(
+        None, description="Generations that continue blocks which the store does not have: to be sent with all blocks."
+    )
 
 
 class Tally(BaseModel):
@@ -159,42 +166,50 @@ class Losses(BaseModel):
 async def add_generations(request: Request, database: Database) -> Response:
     """Store generations and reports of losses, each once; those that cannot be stored are named in the answer."""
     content_type = media_type(request)
-    if content_type != MEDIA_TYPE:
-        return sentence(415, f"generations have the content type {MEDIA_TYPE}; this body has {shown(content_type)}")
+    if content_type not in (MEDIA_TYPE, IN_BLOCKS):
+        wanted = f"{MEDIA_TYPE} or {IN_BLOCKS}"
+        return sentence(415, f"generations have the content type {wanted}; this body has {shown(content_type)}")
     body = await request.body()
     if wire.count(body) > BATCH_LIMIT:
         return sentence(413, f"the body has more than {BATCH_LIMIT} generations and losses")
     try:
-        message, refused = await database.run(lambda: wire.decode_each(body))
+        message, refused = await database.run(lambda: wire.decode_each(body, content_type))
     except ValueError as error:
         return sentence(400, f"the body {error}")
-    new, invalid = await _store(database, message.generations, message.sender)
+    added = await _store(database, message)
     if message.losses:
         await database.write(lambda connection: generations.add_losses(connection, message.losses))
-    refused += [Refusal(generation_id, reason) for generation_id, reason in invalid.items()]
-    answer: dict[str, Any] = {"new": new, "refused": refused}
+    refused += [Refusal(generation_id, reason) for generation_id, reason in added.refused.items()]
+    answer: dict[str, Any] = {"new": added.new, "refused": refused}
+    if content_type == IN_BLOCKS:
+        answer |= {"blocks": added.blocks, "lacking": added.lacking}
     if message.sender is not None:
         known = await database.read(lambda connection: senders.is_known(connection, message.sender))
         answer["sender"] = "known" if known else "unknown"
-    return Json(answer, 201 if new else 200)
+    return Json(answer, 201 if added.new else 200)
 
 
-async def _store(
-    database: Transactions, new: Sequence[records.Generation], sender_id: str | None
-) -> tuple[int, dict[str, str]]:
-    """Store generations; returns how many are new, and the reason by the id of each that cannot be stored."""
+async def _store(database: Transactions, message: Envelope) -> generations.Added:
+    """Store the generations of a message that can be stored."""
+    new, prompts, sender_id = message.generations, message.prompts, message.sender
     if not new:
-        return 0, {}
+        return generations.Added()
+
+    def add(connection: Connection) -> generations.Added:
+        how_many = generations.add(connection, new, sender_id, prompts)
+        return generations.Added(how_many, blocks=generations.keys_of_blocks(connection, prompts))
+
+    def add_valid(connection: Connection) -> generations.Added:
+        return generations.add_valid(connection, new, sender_id, database.explanation, prompts)
+
     try:
-        return await database.write(lambda connection: generations.add(connection, new, sender_id)), {}
+        return await database.write(add)
     except (StoreUnavailable, StoreRefused):
         raise
     except Exception:
         # One of them is at fault, whatever the error: a sender would repeat it for ever, and all that follows would
         # wait. It is isolated in a second transaction, which keeps the usual one fast.
-        return await database.write(
-            lambda connection: generations.add_valid(connection, new, sender_id, database.explanation)
-        )
+        return await database.write(add_valid)
 
 
 @routes.get("/generations", response_model=GenerationPage, responses={**errors(), 200: FOUND})

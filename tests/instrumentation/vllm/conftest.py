@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,10 @@ from agentlightning.instrumentation.vllm.capture.session import session
 def clean_process() -> Iterator[None]:
     """Read the settings anew, and afterwards forget failures and request: forked tests inherit this process's state."""
     session.begin()
+    logger = logging.getLogger("agentlightning")
+    # A logger that a program has configured stays as it is, and pytest hears it.
+    logger.handlers = [logging.NullHandler()]
     yield
+    logger.handlers = []
     _isolation.failures.clear()
     _context.set_current(None)

@@ -192,6 +192,26 @@ def test_a_frontend_without_python_is_refused(argument: str | None, rust: str, r
     assert reasons(refused) == [reason]
 
 
+@pytest.mark.parametrize("way", [VLLM_SERVE, API_SERVER], ids=["vllm serve", "python -m"])
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        ({"AGL_STORE": "/nonexist/x.db"}, "nothing can be recorded: /nonexist/x.db cannot be opened: "),
+        ({"AGL_STORE": "mysql://me:secret@host/runs"}, "AGL_STORE='mysql://***@host/runs' is neither the path of a "),
+        ({"AGL_RETURN_TOKEN_IDS": "some"}, "AGL_RETURN_TOKEN_IDS='some' is not one of all, response, none"),
+    ],
+    ids=["store that cannot be opened", "no store", "not a value"],
+)
+def test_a_server_that_could_not_do_what_its_variables_say_is_refused(
+    variables: Mapping[str, str], reason: str, way: tuple[str, ...], tmp_path: Path
+) -> None:
+    made_up_vllm(tmp_path)
+
+    [given] = reasons(python(tmp_path, *way, **variables))
+
+    assert given.startswith(reason)
+
+
 def test_a_headless_server_is_not_checked(tmp_path: Path) -> None:
     made_up_vllm(tmp_path, edits={"create_chat_completion": "chat"})
 
