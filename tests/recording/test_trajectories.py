@@ -1,7 +1,7 @@
 """The rows of agents that call a real vLLM: what each row is stands here by hand, and transformers has its logprobs.
 
-vLLM's logprobs of an answer that is led to a text are those of what its grammar lets through, so they are compared where
-no answer is led.
+vLLM's logprobs of an answer that is led to a text are those of what its grammar lets through. So they are compared
+where no answer is led.
 """
 
 from __future__ import annotations
