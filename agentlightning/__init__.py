@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from agentlightning.instrumentation import instrument_vllm, status, uninstrument_vllm
     from agentlightning.rollout import Attempt, NewRollout, Resources, Rollout, RolloutConfig, Span, Worker
     from agentlightning.store import Store, open_store
+    from agentlightning.trajectory import Trajectory
     from agentlightning.triplet import Triplet
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "StoreError",
     "StoreRefused",
     "StoreUnavailable",
+    "Trajectory",
     "Triplet",
     "Worker",
     "__version__",
@@ -79,6 +81,7 @@ _HOMES = {
     "agentlightning.instrumentation": ("instrument_vllm", "status", "uninstrument_vllm"),
     "agentlightning.rollout": ("Attempt", "NewRollout", "Resources", "Rollout", "RolloutConfig", "Span", "Worker"),
     "agentlightning.store": ("Store", "open_store"),
+    "agentlightning.trajectory": ("Trajectory",),
     "agentlightning.triplet": ("Triplet",),
 }
 

@@ -17,8 +17,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 from urllib.parse import quote
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from agentlightning.generation import Generation
     from agentlightning.store import Store
+    from agentlightning.store.interface import TrajectoryOptions, TripletFilters
+    from agentlightning.trajectory import Trajectory
     from agentlightning.triplet import Triplet
 
 __all__ = [
@@ -149,9 +153,13 @@ class Attempt(_Portable):
         changed = _store_of(self).update_attempt(self.rollout_id, self.attempt_id, status=status)
         self.status, self.end_time = changed.status, changed.end_time
 
-    def triplets(self) -> Iterator[Triplet]:
-        """Iterate over the triplets of this attempt, in order."""
-        return _store_of(self).triplets(self.rollout_id, self.attempt_id)
+    def triplets(self, **filters: Unpack[TripletFilters]) -> Iterator[Triplet]:
+        """Iterate over the triplets of this attempt, in order; see `Store.triplets`."""
+        return _store_of(self).triplets(self.rollout_id, self.attempt_id, **filters)
+
+    def trajectories(self, **options: Unpack[TrajectoryOptions]) -> Iterator[Trajectory]:
+        """Iterate over the trajectories of this attempt, in order; see `Store.trajectories`."""
+        return _store_of(self).trajectories(self.rollout_id, self.attempt_id, **options)
 
 
 @dataclass(slots=True)
@@ -205,9 +213,13 @@ class Rollout(_Portable):
         if current is not None:
             self.status, self.end_time = current.status, current.end_time
 
-    def triplets(self) -> Iterator[Triplet]:
-        """Iterate over the triplets of this rollout, in order."""
-        return _store_of(self).triplets(self.rollout_id)
+    def triplets(self, **filters: Unpack[TripletFilters]) -> Iterator[Triplet]:
+        """Iterate over the triplets of this rollout, in order; see `Store.triplets`."""
+        return _store_of(self).triplets(self.rollout_id, **filters)
+
+    def trajectories(self, **options: Unpack[TrajectoryOptions]) -> Iterator[Trajectory]:
+        """Iterate over the trajectories of this rollout, in order; see `Store.trajectories`."""
+        return _store_of(self).trajectories(self.rollout_id, **options)
 
     def generations(self) -> Iterator[Generation]:
         """Iterate over the generations that were recorded under this rollout's id, in the order they finished."""

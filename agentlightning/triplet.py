@@ -24,12 +24,14 @@ class Triplet:
         attempt_id: the attempt that a span of the rollout, or else the call, names.
         index: position of the choice in the generation.
         status: status of the generation: `finished`, `aborted` or `error`.
+        finish_reason: vLLM's word for why the answer ended: `stop`, `length`, `abort`, ...
         model: the name that the client asked for.
         prompt_token_ids, response_token_ids: the ids that went into the model, and those that it sampled; `array('i')`.
         logprobs: one for each of `response_token_ids`; `array('f')`.
         reward: the call's reward, by the rules of `agentlightning.store.triplets.of_rollout`.
         span_id: the first span of the rollout that names the answer.
         weight_versions: `(version, start, end)`, as in a `Choice`.
+        input, metadata: those of the rollout; None if it was only recorded.
     """
 
     generation_id: str
@@ -38,6 +40,7 @@ class Triplet:
     attempt_id: str | None
     index: int
     status: Status
+    finish_reason: str | None
     model: str | None
     prompt_token_ids: array[int] | None
     response_token_ids: array[int] | None
@@ -45,6 +48,8 @@ class Triplet:
     reward: float | None
     span_id: str | None
     weight_versions: list[tuple[str, int, int]] | None
+    input: Any = None
+    metadata: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields for JSON, with lists in the place of arrays, and each weight version as a dictionary."""

@@ -25,6 +25,7 @@ BENCHMARKS = (
     "beyond",
     "page",
     "prune",
+    "trajectories",
 )
 RESULTS = Path(__file__).with_name("results")
 

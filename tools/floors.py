@@ -22,7 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("instrumentation",),
     ("recorder",),
     ("store",),
-    ("triplet", "rollout", "sender", "completeness"),
+    ("triplet", "trajectory", "rollout", "sender", "completeness"),
     ("generation", "errors"),
     ("_startup",),
     ("importhook", "patching"),

@@ -1,4 +1,4 @@
-"""File formats of generations and triplets: JSON Lines and Parquet."""
+"""File formats of generations, triplets and trajectories: JSON Lines and Parquet."""
 
 from __future__ import annotations
 
@@ -11,9 +11,19 @@ from itertools import islice
 from typing import IO, Any
 
 from agentlightning.generation import Generation
+from agentlightning.trajectory import SAMPLING, Trajectory
 from agentlightning.triplet import VERSION, Triplet
 
-__all__ = ["GENERATIONS", "TRIPLETS", "Kind", "MissingPackage", "import_pyarrow", "write_jsonl", "write_parquet"]
+__all__ = [
+    "GENERATIONS",
+    "TRAJECTORIES",
+    "TRIPLETS",
+    "Kind",
+    "MissingPackage",
+    "import_pyarrow",
+    "write_jsonl",
+    "write_parquet",
+]
 
 ROWS_AT_ONCE = 16
 ROW_GROUP_BYTES = 16 << 20
@@ -116,7 +126,7 @@ def _generation_schema(pyarrow: Any) -> Any:
             "finish_reason": text,
             "stop_reason": text,
             "weight_versions": _versions(pyarrow),
-            "routed_experts": pyarrow.list_(pyarrow.list_(pyarrow.list_(pyarrow.int16()))),
+            "routed_experts": _experts(pyarrow),
         }
     )
     others = {
@@ -126,6 +136,54 @@ def _generation_schema(pyarrow: Any) -> Any:
         "choices": pyarrow.list_(choice),
     }
     return pyarrow.schema({name: others.get(name, text) for name in Generation.__slots__})
+
+
+def _triplet_row(triplet: Triplet) -> dict[str, Any]:
+    return _with_json_texts(triplet.as_dict())
+
+
+def _trajectory_row(trajectory: Trajectory) -> dict[str, Any]:
+    return _with_json_texts(trajectory.as_dict())
+
+
+def _with_json_texts(row: dict[str, Any]) -> dict[str, Any]:
+    """Write what may have any shape as JSON, so that all rows have one shape."""
+    for name in ("input", "metadata"):
+        if row[name] is not None:
+            row[name] = json.dumps(row[name], ensure_ascii=False)
+    return row
+
+
+def _trajectory_schema(pyarrow: Any) -> Any:
+    text, int32, float64 = pyarrow.string(), pyarrow.int32(), pyarrow.float64()
+    sampling = pyarrow.struct(dict.fromkeys(SAMPLING, float64))
+    call = {"generation_id": text, "index": int32}
+    span = {
+        **call,
+        "start": int32,
+        "end": int32,
+        "is_trained": pyarrow.bool_(),
+        **dict.fromkeys(("status", "finish_reason"), text),
+        "reward": float64,
+        "logprobs_mode": text,
+        "sampling": sampling,
+    }
+    others = {
+        **dict.fromkeys(("index", "count", "prompt_length"), int32),
+        "parent": pyarrow.struct({"index": int32, "position": int32}),
+        "token_ids": pyarrow.list_(int32),
+        "response_mask": pyarrow.list_(pyarrow.int8()),
+        "logprobs": pyarrow.list_(pyarrow.float32()),
+        "spans": pyarrow.list_(pyarrow.struct(span)),
+        "reward": float64,
+        "rewards": pyarrow.list_(pyarrow.struct({"position": int32, "reward": float64})),
+        "weight_versions": _versions(pyarrow),
+        "routed_experts": _experts(pyarrow),
+        "temperature": float64,
+        "flags": pyarrow.list_(text),
+        "left_out": pyarrow.list_(pyarrow.struct({**call, "reason": text, "reward": float64})),
+    }
+    return pyarrow.schema({name: others.get(name, text) for name in Trajectory.__slots__})
 
 
 def _triplet_schema(pyarrow: Any) -> Any:
@@ -145,5 +203,10 @@ def _versions(pyarrow: Any) -> Any:
     return pyarrow.list_(pyarrow.struct(dict(zip(VERSION, (pyarrow.string(), *[pyarrow.int32()] * 2), strict=True))))
 
 
+def _experts(pyarrow: Any) -> Any:
+    return pyarrow.list_(pyarrow.list_(pyarrow.list_(pyarrow.int16())))
+
+
 GENERATIONS = Kind(_generation_row, _generation_schema)
-TRIPLETS = Kind(Triplet.as_dict, _triplet_schema)
+TRIPLETS = Kind(_triplet_row, _triplet_schema)
+TRAJECTORIES = Kind(_trajectory_row, _trajectory_schema)

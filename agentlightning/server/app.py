@@ -32,6 +32,7 @@ from agentlightning.server.routes import (
     rollouts,
     senders,
     spans,
+    trajectories,
     triplets,
     workers,
 )
@@ -143,6 +144,7 @@ _ROUTES = (
     senders.routes,
     rollouts.routes,
     triplets.routes,
+    trajectories.routes,
     workers.routes,
     resources.routes,
     about.interface,

@@ -8,13 +8,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, S
 
 from agentlightning.server.limits import ID_LIMIT, NUMBER_LIMIT, PAGE_LIMIT
 
-__all__ = ["LEFT_OUT", "Id", "Logic", "Page", "Part", "Query", "Seconds", "Sent", "Whole", "example"]
+__all__ = ["LEFT_OUT", "Id", "Logic", "Nanoseconds", "Page", "Part", "Query", "Seconds", "Sent", "Whole", "example"]
 
 # Not every database can hold a NUL in a text.
 _WITHOUT_NUL = r"^[^\x00]*$"
 Id = Annotated[str, StringConstraints(min_length=1, max_length=ID_LIMIT, pattern=_WITHOUT_NUL)]
 Part = Annotated[str, StringConstraints(max_length=ID_LIMIT, pattern=_WITHOUT_NUL)]
 Seconds = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
+Nanoseconds = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+"""A time since the epoch."""
 # In JSON, 1.0 and 1 are the same number.
 Whole = Annotated[
     int, BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value)

@@ -32,11 +32,23 @@ from agentlightning.store import completeness as completeness_rows
 from agentlightning.store import deletion, health, ingestion, lifecycle, pages, rollouts, senders, spans, workers
 from agentlightning.store import generations as generation_rows
 from agentlightning.store import resources as resource_rows
+from agentlightning.store import trajectories as trajectory_rows
 from agentlightning.store import triplets as triplet_rows
 from agentlightning.store.database import Database
-from agentlightning.store.interface import AttemptChanges, Filters, Listed, RolloutChanges, SpanFilters, Store
+from agentlightning.store.interface import (
+    AttemptChanges,
+    Filters,
+    Listed,
+    RolloutChanges,
+    RolloutPage,
+    SpanFilters,
+    Store,
+    TrajectoryOptions,
+    TripletFilters,
+)
 from agentlightning.store.pages import Listing
 from agentlightning.store.rows import storable
+from agentlightning.trajectory import AttemptCalls, Trajectory, check_options
 from agentlightning.triplet import Triplet
 
 if TYPE_CHECKING:
@@ -262,15 +274,37 @@ class DatabaseStore(Store):
         with self._database.reading() as connection:
             return generation_rows.tally(connection, filters)
 
-    def triplets(self, rollout_id: str | None = None, attempt_id: str | None = None) -> Iterator[Triplet]:
-        rollout_ids = [] if rollout_id is None else [rollout_id]
-        if rollout_id is None:
+    def triplets(
+        self, rollout_id: str | None = None, attempt_id: str | None = None, **filters: Unpack[TripletFilters]
+    ) -> Iterator[Triplet]:
+        for each in self._rollouts_of(rollout_id, filters):
             with self._database.reading() as connection:
-                rollout_ids = triplet_rows.rollouts_of(connection)
-        for each in rollout_ids:
-            with self._database.reading() as connection:
-                found = triplet_rows.of_rollout(connection, each, attempt_id)
+                found = triplet_rows.of_rollout(connection, each, attempt_id, filters)
             yield from found
+
+    def trajectories(
+        self, rollout_id: str | None = None, attempt_id: str | None = None, **options: Unpack[TrajectoryOptions]
+    ) -> Iterator[Trajectory]:
+        check_options(options)
+        return self._trajectories(rollout_id, attempt_id, options)
+
+    def _trajectories(
+        self, rollout_id: str | None, attempt_id: str | None, options: TrajectoryOptions
+    ) -> Iterator[Trajectory]:
+        def read(rollout_id: str) -> list[AttemptCalls]:
+            with self._database.reading() as connection:
+                return trajectory_rows.attempts_of(connection, rollout_id, attempt_id)
+
+        for each in self._rollouts_of(rollout_id, options):
+            yield from trajectory_rows.merge_all(read(each), options)[0]
+
+    def _rollouts_of(self, rollout_id: str | None, page: RolloutPage) -> list[str]:
+        if rollout_id is not None:
+            return [rollout_id]
+        with self._database.reading() as connection:
+            return triplet_rows.rollouts_of(
+                connection, since=page.get("since"), after=page.get("after"), limit=page.get("limit")
+            )
 
     def completeness(self, rollout_id: str, attempt_id: str | None = None) -> Completeness:
         return self._read(lambda connection: completeness_rows.of_rollout(connection, rollout_id, attempt_id))

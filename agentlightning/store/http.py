@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from urllib.parse import quote
 
 import msgspec
@@ -35,15 +35,27 @@ from agentlightning.store import wire
 from agentlightning.store.chains import Recent
 from agentlightning.store.documents import to_json
 from agentlightning.store.http_client import HttpClient, StrangeAnswer, TooLarge, UnknownMediaType
-from agentlightning.store.interface import AttemptChanges, Filters, Listed, RolloutChanges, SpanFilters, Store
+from agentlightning.store.interface import (
+    AttemptChanges,
+    Filters,
+    Listed,
+    RolloutChanges,
+    SpanFilters,
+    Store,
+    TrajectoryOptions,
+    TripletFilters,
+)
 from agentlightning.store.rows import uuid_bytes
 from agentlightning.store.wire import IN_BLOCKS, Refusal
+from agentlightning.trajectory import Trajectory, check_options
 from agentlightning.triplet import Triplet
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["HttpStore"]
+
+Row = TypeVar("Row", Triplet, Trajectory)
 
 GENERATIONS_AT_ONCE = 64
 ROLLOUTS_AT_ONCE = 1_000
@@ -306,19 +318,39 @@ class HttpStore(Store):
         answer = self._http.ask("GET", "/generations/tally", list(_query(filters)))
         return self._read(answer, dict[Status, int])
 
-    def triplets(self, rollout_id: str | None = None, attempt_id: str | None = None) -> Iterator[Triplet]:
-        ids = {"rollout_id": rollout_id, "attempt_id": attempt_id}
+    def triplets(
+        self, rollout_id: str | None = None, attempt_id: str | None = None, **filters: Unpack[TripletFilters]
+    ) -> Iterator[Triplet]:
+        return self._rows("/triplets", rollout_id, attempt_id, filters, Triplet.from_dict)
+
+    def trajectories(
+        self, rollout_id: str | None = None, attempt_id: str | None = None, **options: Unpack[TrajectoryOptions]
+    ) -> Iterator[Trajectory]:
+        check_options(options)
+        return self._rows("/trajectories", rollout_id, attempt_id, options, Trajectory.from_dict)
+
+    def _rows(
+        self,
+        route: str,
+        rollout_id: str | None,
+        attempt_id: str | None,
+        filters: Mapping[str, Any],
+        row_from: Callable[[dict[str, Any]], Row],
+    ) -> Iterator[Row]:
         # In the query, not in the path: an id may have a slash in it.
-        wanted = [(name, value) for name, value in ids.items() if value is not None]
+        wanted = {"rollout_id": rollout_id, "attempt_id": attempt_id, **filters}
+        query = [(name, _text(value)) for name, value in wanted.items() if value is not None]
         with ExitStack() as stack:
             try:
-                lines = stack.enter_context(self._http.lines("/triplets", wanted))
+                lines = stack.enter_context(self._http.lines(route, query))
             except InvalidRecord:
+                if filters:
+                    raise
                 # A text that is no id to the queue is the id of none of its rollouts.
                 return
             for line in lines:
                 try:
-                    found = Triplet.from_dict(self._read(line, dict[str, Any]))
+                    found = row_from(self._read(line, dict[str, Any]))
                 except (KeyError, TypeError, ValueError) as error:
                     raise self._http.strange() from error
                 yield found
@@ -451,6 +483,10 @@ def _new_fields(new: NewRollout) -> dict[str, Any]:
         "config": new.config.as_dict(),
         "metadata": dict(new.metadata),
     }
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _part(text: str, error: type[StoreError] = NotFound) -> str:

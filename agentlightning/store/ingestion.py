@@ -40,6 +40,7 @@ def add_reward(
     """Reward an attempt or one of its calls, by the span that `emit_reward` of Agent Lightning 0.3 would make.
 
     Args:
+        rollout_id: a rollout that was created here, or one that has only been recorded.
         attempt_id: `latest` for the latest.
         generation_id: the call; None for the last call of the attempt, whichever that is when triplets are read.
 
@@ -51,7 +52,10 @@ def add_reward(
         raise InvalidRecord(f"value: a reward must be a finite number, not {value}")
     found = rollouts.attempt_id_of(connection, rollout_id, attempt_id)
     if found is None or not lifecycle.heartbeat(connection, rollout_id, found):
-        raise NotFound(f"there is no attempt {attempt_id!r} of a rollout {rollout_id!r}")
+        is_created = rollouts.find(connection, rollout_id) is not None
+        found = None if is_created else triplets.recorded_attempt(connection, rollout_id, attempt_id)
+        if found is None:
+            raise NotFound(f"there is no attempt {attempt_id!r} of a rollout {rollout_id!r}")
     if generation_id is not None and not triplets.has_call(connection, rollout_id, generation_id):
         raise NotFound(f"there is no generation {generation_id!r} of the rollout {rollout_id!r}")
     at = now(connection)

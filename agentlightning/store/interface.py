@@ -24,12 +24,23 @@ from agentlightning.rollout import (
     WorkerStatus,
 )
 from agentlightning.sender import Progress, Sender
+from agentlightning.trajectory import MergeOptions, Trajectory
 from agentlightning.triplet import Triplet
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["AttemptChanges", "Filters", "Listed", "RolloutChanges", "SpanFilters", "Store"]
+__all__ = [
+    "AttemptChanges",
+    "Filters",
+    "Listed",
+    "RolloutChanges",
+    "RolloutPage",
+    "SpanFilters",
+    "Store",
+    "TrajectoryOptions",
+    "TripletFilters",
+]
 
 
 class Filters(TypedDict, total=False):
@@ -47,6 +58,39 @@ class Filters(TypedDict, total=False):
     since: int
     until: int
     status: Status
+
+
+class RolloutPage(TypedDict, total=False):
+    """Which rollouts to read, of all. They follow one another in the order of the first call of each that finished.
+
+    Attributes:
+        since: only those of which a call finished at this time or later; nanoseconds since the epoch.
+        after: only those that follow this rollout.
+        limit: most rollouts to read.
+    """
+
+    since: int
+    after: str
+    limit: int
+
+
+class TripletFilters(RolloutPage, total=False):
+    """Triplets to select: those that match all filters.
+
+    Attributes:
+        since: those of calls that finished at this time or later; nanoseconds since the epoch.
+        status: those of generations with this status.
+        min_reward: those whose reward is at least this.
+        weight_version: those of which every sampled id is known to be of this version of the weights.
+    """
+
+    status: Status
+    min_reward: float
+    weight_version: str
+
+
+class TrajectoryOptions(RolloutPage, MergeOptions, total=False):
+    """Which rollouts to read, how their calls become rows, and which rows to select."""
 
 
 class Listed(TypedDict, total=False):
@@ -305,7 +349,9 @@ class Store(AbstractContextManager["Store"], ABC):
         """Reward an attempt or one of its calls. Of several rewards for the same, the last counts.
 
         Args:
-            attempt_id: `latest` for the latest.
+            rollout_id: a rollout that was created here, or one that has only been recorded.
+            attempt_id: `latest` for the latest. Of a rollout that has only been recorded, that is the attempt of the
+                call that finished last, even if that call names none.
             generation_id: the call; None for the last call of the attempt, whichever that is when triplets are read.
 
         Returns:
@@ -415,10 +461,35 @@ class Store(AbstractContextManager["Store"], ABC):
         """Count the generations that match the filters, by status; every status is a key."""
 
     @abstractmethod
-    def triplets(self, rollout_id: str | None = None, attempt_id: str | None = None) -> Iterator[Triplet]:
+    def triplets(
+        self, rollout_id: str | None = None, attempt_id: str | None = None, **filters: Unpack[TripletFilters]
+    ) -> Iterator[Triplet]:
         """Iterate over the triplets of a rollout, of one of its attempts, or of all rollouts.
 
         Rollouts follow one another in the order of the first call that finished, each as it is when it is reached.
+
+        Args:
+            attempt_id: `latest` for the latest.
+
+        Raises:
+            NotFound: there is no call of the rollout `after`.
+        """
+
+    @abstractmethod
+    def trajectories(
+        self, rollout_id: str | None = None, attempt_id: str | None = None, **options: Unpack[TrajectoryOptions]
+    ) -> Iterator[Trajectory]:
+        """Iterate over the trajectories of a rollout, of one of its attempts, or of all rollouts.
+
+        Rollouts follow one another as those of `triplets` do. An attempt that has calls, but none with ids, has no
+        trajectory: the store logs a warning that says why.
+
+        Args:
+            attempt_id: `latest` for the latest.
+
+        Raises:
+            ValueError: an option has a value that makes no sense.
+            NotFound: there is no call of the rollout `after`.
         """
 
     @abstractmethod

@@ -235,9 +235,10 @@ class SqliteDatabase(Database):
         """Create the schema, or migrate it; refuse another program's file, and leave it unchanged."""
         with transaction(connection, "BEGIN"):
             version = self._version(connection)
-        connection.exec_driver_sql(f"PRAGMA page_size = {PAGE_BYTES}")
-        # As the size of pages, it has no effect on a file that has tables.
-        connection.exec_driver_sql("PRAGMA auto_vacuum = INCREMENTAL")
+        if version == 0:
+            # On a file that has tables neither has an effect, but the second would wait for its writers.
+            connection.exec_driver_sql(f"PRAGMA page_size = {PAGE_BYTES}")
+            connection.exec_driver_sql("PRAGMA auto_vacuum = INCREMENTAL")
         self._enter_wal_mode(connection)
         if version == VERSION:
             return

@@ -14,16 +14,31 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from sqlalchemy import Column, Connection, case, func, or_, select
+from sqlalchemy import Column, Connection, bindparam, case, func, or_, select
 
+from agentlightning.errors import NotFound
 from agentlightning.generation import STATUSES
 from agentlightning.store import generations as kept
 from agentlightning.store import prompts, rollouts, rows, tables, texts
 from agentlightning.store.attributes import GENERATION, OUTCOME, RESPONSE, links
 from agentlightning.store.database import in_parts
+from agentlightning.store.interface import TripletFilters
+from agentlightning.trajectory import was_sampled_with
 from agentlightning.triplet import Triplet
 
-__all__ = ["GenerationPosition", "has_call", "of_responses", "of_rollout", "positions_of", "rollouts_of"]
+__all__ = [
+    "PROMPT",
+    "GenerationPosition",
+    "RolloutCalls",
+    "calls_of",
+    "choices_of",
+    "has_call",
+    "of_responses",
+    "of_rollout",
+    "positions_of",
+    "recorded_attempt",
+    "rollouts_of",
+]
 
 Texts = Mapping[int | None, str | None]
 
@@ -31,7 +46,21 @@ Texts = Mapping[int | None, str | None]
 SPAN = "span_id"
 
 _SPANS, _GENERATIONS, _CHOICES = tables.spans.c, tables.generations.c, tables.choices.c
-_PROMPT = (_GENERATIONS.prompt_token_ids, _GENERATIONS.ids_block)
+PROMPT = (_GENERATIONS.prompt_token_ids, _GENERATIONS.ids_block)
+"""The columns of which `prompts.ids_of` makes the ids of a prompt."""
+
+# Made once: SQLAlchemy takes longer to build a statement than SQLite takes to execute it.
+_SPANS_OF_ROLLOUT = (
+    select(
+        *(_SPANS.key, tables.ATTEMPT_OF_SPAN, _SPANS.sequence_id, _SPANS.is_numbered, _SPANS.span_id),
+        *(_SPANS.start_time, _SPANS.end_time, _SPANS.response_id, _SPANS.reward),
+        # The body of a call's span may hold thousands of ids, so only the bodies of rewards are read.
+        case((_SPANS.reward.is_not(None), _SPANS.body)).label("body"),
+    )
+    .where(_SPANS.rollout_id == bindparam("rollout"))
+    .where(or_(_SPANS.response_id.is_not(None), _SPANS.reward.is_not(None)))
+)
+_SPANS_OF_ATTEMPT = _SPANS_OF_ROLLOUT.where(_SPANS.attempt_id == bindparam("attempt"))
 
 
 @dataclass(slots=True)
@@ -74,7 +103,44 @@ class GenerationPosition:
     reward: float | None
 
 
-def of_rollout(connection: Connection, rollout_id: str, attempt_id: str | None = None) -> list[Triplet]:
+@dataclass(frozen=True, slots=True)
+class RolloutCalls:
+    """The calls of a rollout, or of one of its attempts, in order, without their choices.
+
+    Attributes:
+        rollout: the row of the rollout; None if it was only recorded.
+        texts: by the keys in the rows of generations.
+        rewards: by the keys of generations.
+        given: rewards in the order in which they were given, each with the attributes of its span, posted ones last.
+    """
+
+    calls: list[_Call]
+    rollout: Any
+    texts: Texts
+    rewards: Mapping[int, float]
+    given: Sequence[tuple[Mapping[str, Any], Any]]
+
+    @property
+    def input(self) -> Any:
+        return None if self.rollout is None else json.loads(self.rollout.input)
+
+    @property
+    def metadata(self) -> Any:
+        return None if self.rollout is None or self.rollout.metadata is None else json.loads(self.rollout.metadata)
+
+    def final_reward(self, attempt_id: str | None) -> float | None:
+        """Return the reward of an attempt: the outcome that was posted last, or else the reward that was given last."""
+        found = [
+            (known.get(OUTCOME) is True, position, span.reward)
+            for position, (known, span) in enumerate(self.given)
+            if not attempt_id or not span.attempt_id or span.attempt_id == attempt_id
+        ]
+        return max(found)[2] if found else None
+
+
+def of_rollout(
+    connection: Connection, rollout_id: str, attempt_id: str | None = None, filters: TripletFilters | None = None
+) -> list[Triplet]:
     """List the triplets of a rollout, or of one of its attempts: one for each choice of each generation of its calls.
 
     A generation without choices has one triplet.
@@ -101,23 +167,60 @@ def of_rollout(connection: Connection, rollout_id: str, attempt_id: str | None =
     precedence over one in a span of the agent, since their clocks differ. Of several generations of a call the last
     gets the reward, with all of its choices. A reward is left out if it belongs to a missing call, or if its links
     lead to no call or only to an answer that several calls share.
+
+    Args:
+        attempt_id: `latest` for the latest; None for all.
+        filters: which triplets; no filter changes what a triplet has.
+    """
+    found = calls_of(connection, rollout_id, attempt_id, PROMPT)
+    return [] if found is None else _triplets(connection, rollout_id, found, filters or {})
+
+
+def calls_of(
+    connection: Connection, rollout_id: str, attempt_id: str | None, more: Sequence[Column[Any]]
+) -> RolloutCalls | None:
+    """Find the calls of a rollout by the rules of `of_rollout`.
+
+    Args:
+        attempt_id: `latest` for the latest; None for all.
+        more: columns of generations to read besides those that the rules need.
+
+    Returns:
+        The calls; None where the latest attempt is asked for, and there is none.
     """
     if attempt_id == "latest" and (attempt_id := rollouts.attempt_id_of(connection, rollout_id, attempt_id)) is None:
-        return []
-    calls, known, rewards = _all_of(connection, rollout_id, attempt_id, _PROMPT)
-    return _triplets(connection, rollout_id, calls, known, rewards)
+        return None
+    return _all_of(connection, rollout_id, attempt_id, more)
 
 
 def positions_of(connection: Connection, rollout_id: str) -> list[GenerationPosition]:
     """List the generations of a rollout's calls, in the order of its triplets, without their contents."""
-    calls, _, rewards = _all_of(connection, rollout_id, None, ())
+    found = _all_of(connection, rollout_id, None, ())
     return [
         GenerationPosition(
-            rows.uuid_text(row.id), call.attempt_id, call.span.span_id if call.span else None, rewards.get(row.key)
+            rows.uuid_text(row.id),
+            call.attempt_id,
+            call.span.span_id if call.span else None,
+            found.rewards.get(row.key),
         )
-        for call in calls
+        for call in found.calls
         for row in call.generations
     ]
+
+
+def recorded_attempt(connection: Connection, rollout_id: str, attempt_id: str | None) -> str | None:
+    """Find an attempt of a rollout among its calls, by the rules of `of_rollout`.
+
+    Args:
+        attempt_id: `latest`, an empty id and None stand for the attempt of the call that finished last.
+
+    Returns:
+        Its id, which is empty where that call names none; None where there is no such call.
+    """
+    is_named = bool(attempt_id) and attempt_id != "latest"
+    calls = [call for call in _all_of(connection, rollout_id, None, ()).calls if call.generations]
+    found = [call for call in calls if not is_named or call.attempt_id == attempt_id]
+    return max(found, key=lambda call: call.finished_at).attempt_id or "" if found else None
 
 
 def has_call(connection: Connection, rollout_id: str, generation_id: str) -> bool:
@@ -126,26 +229,44 @@ def has_call(connection: Connection, rollout_id: str, generation_id: str) -> boo
     return kept.key_of(connection, generation_id) in keys
 
 
-def rollouts_of(connection: Connection) -> list[str]:
+def rollouts_of(
+    connection: Connection, *, since: int | None = None, after: str | None = None, limit: int | None = None
+) -> list[str]:
     """List the ids of the rollouts that have calls, in the order in which the first call of each finished.
 
     Some may turn out to have none: their spans name an answer that several calls of other rollouts share.
+
+    Args:
+        since: only those of which a call finished at this time or later; nanoseconds since the epoch.
+        after: only those that follow this rollout.
+        limit: most rollouts to list; None for all.
+
+    Raises:
+        NotFound: there is no call of the rollout `after`.
     """
-    first = func.min(_GENERATIONS.finished_at)
-    recorded = select(_GENERATIONS.rollout_key, first).where(_GENERATIONS.rollout_key.is_not(None))
-    moments: dict[int, int] = dict(connection.execute(recorded.group_by(_GENERATIONS.rollout_key)).all())
-    known = texts.texts_of(connection, moments)
-    found = {known[key] or "": moment for key, moment in moments.items()}
+    first, last = func.min(_GENERATIONS.finished_at), func.max(_GENERATIONS.finished_at)
+    recorded = select(_GENERATIONS.rollout_key, first, last).where(_GENERATIONS.rollout_key.is_not(None))
+    moments = connection.execute(recorded.group_by(_GENERATIONS.rollout_key)).all()
+    known = texts.texts_of(connection, {key for key, _, _ in moments})
+    found = {known[key] or "": (begins, ends) for key, begins, ends in moments}
     joined = (
-        select(_SPANS.rollout_id, first)
+        select(_SPANS.rollout_id, first, last)
         .join_from(tables.spans, tables.generations, _SPANS.response_id == _GENERATIONS.response_id)
         .where(_SPANS.response_id.is_not(None))
         .group_by(_SPANS.rollout_id)
     )
-    for rollout_id, moment in connection.execute(joined):
+    for rollout_id, begins, ends in connection.execute(joined):
         if rollout_id is not None:
-            found[rollout_id] = min(moment, found.get(rollout_id, moment))
-    return sorted(found, key=lambda each: (found[each], each))
+            others = found.get(rollout_id, (begins, ends))
+            found[rollout_id] = min(begins, others[0]), max(ends, others[1])
+    in_order = sorted(found, key=lambda each: (found[each][0], each))
+    if after is not None:
+        if after not in found:
+            raise NotFound(f"after: no call of a rollout {after[:100]!r} is recorded")
+        in_order = in_order[in_order.index(after) + 1 :]
+    if since is not None:
+        in_order = [each for each in in_order if found[each][1] >= since]
+    return in_order[:limit]
 
 
 def of_responses(connection: Connection, response_ids: Iterable[str]) -> dict[str, Triplet]:
@@ -155,43 +276,40 @@ def of_responses(connection: Connection, response_ids: Iterable[str]) -> dict[st
     """
     answers = _keys_of(connection, {rows.storable(each) or "" for each in response_ids})
     last = [calls[0][-1] for calls in answers.values() if len(calls) == 1]
-    generations = _generations(connection, last, _PROMPT)
+    generations = _generations(connection, last, PROMPT)
     known = texts.texts_of(connection, {row.model_key for row in generations})
     calls = [_Call([row], [], None) for row in generations]
     found: dict[str, Triplet] = {}
-    for triplet in _triplets(connection, None, calls, known, {}):
+    for triplet in _triplets(connection, None, RolloutCalls(calls, None, known, {}, ()), {}):
         found.setdefault(triplet.response_id or "", triplet)
     return found
 
 
 def _all_of(
     connection: Connection, rollout_id: str, attempt_id: str | None, more: Sequence[Column[Any]]
-) -> tuple[list[_Call], Texts, dict[int, float]]:
-    """Return the calls in order, the texts of their keys, and the rewards by the keys of generations."""
+) -> RolloutCalls:
     spans = _spans(connection, rollout_id, attempt_id)
     keys, shared = _keys(connection, rollout_id, attempt_id, spans)
     generations = _generations(connection, keys, more)
-    known = texts.texts_of(connection, {key for row in generations for key in (row.model_key, row.attempt_key)})
+    named = [column.name for column in (_GENERATIONS.model_key, _GENERATIONS.attempt_key, *more)]
+    text_keys = [name for name in named if name.endswith("_key")]
+    known = texts.texts_of(connection, {getattr(row, name) for row in generations for name in text_keys})
     calls = _in_order(_calls(generations, spans, shared, known), spans)
-    return calls, known, _rewards(calls, spans)
+    given = _given(spans)
+    rollout = rollouts.find(connection, rows.storable(rollout_id) or "")
+    return RolloutCalls(calls, rollout, known, _rewards(calls, given), given)
 
 
 def _spans(connection: Connection, rollout_id: str, attempt_id: str | None) -> Sequence[Any]:
     """List the spans of a rollout that name an answer or give a reward, in the order in which they ended."""
-    wanted = [(_SPANS.rollout_id, rollout_id), (_SPANS.attempt_id, attempt_id)]
+    wanted = {"rollout": rollout_id, "attempt": attempt_id}
     # Spans have these ids unencoded, so no span has an id that a database cannot store.
-    if any(text is not None and ("\0" in text or text.encode(errors="replace").decode() != text) for _, text in wanted):
+    if any(
+        text is not None and ("\0" in text or text.encode(errors="replace").decode() != text)
+        for text in wanted.values()
+    ):
         return []
-    columns = (_SPANS.key, tables.ATTEMPT_OF_SPAN, _SPANS.sequence_id, _SPANS.is_numbered, _SPANS.span_id)
-    columns += (_SPANS.start_time, _SPANS.end_time)
-    # The body of a call's span may hold thousands of ids, so only the bodies of rewards are read.
-    body = case((_SPANS.reward.is_not(None), _SPANS.body)).label("body")
-    query = (
-        select(*columns, _SPANS.response_id, _SPANS.reward, body)
-        .where(*(column == text for column, text in wanted if text is not None))
-        .where(or_(_SPANS.response_id.is_not(None), _SPANS.reward.is_not(None)))
-    )
-    return _in_time(connection.execute(query).all())
+    return _in_time(connection.execute(_SPANS_OF_ROLLOUT if attempt_id is None else _SPANS_OF_ATTEMPT, wanted).all())
 
 
 def _in_time(spans: Iterable[Any]) -> list[Any]:
@@ -345,7 +463,16 @@ def _in_order(calls: Iterable[_Call], spans: Iterable[Any]) -> list[_Call]:
     return _merged(spanned, moments, others, lambda call: call.finished_at)
 
 
-def _rewards(calls: Sequence[_Call], spans: Iterable[Any]) -> dict[int, float]:
+def _given(spans: Iterable[Any]) -> list[tuple[dict[str, Any], Any]]:
+    """List the spans of rewards, each behind its attributes, in the order in which they were given.
+
+    Posted rewards come last, so that they win: their times are by the store's clock, not by the agent's.
+    """
+    given = [(json.loads(span.body)["attributes"], span) for span in spans if span.reward is not None]
+    return sorted(given, key=lambda each: OUTCOME in each[0] or GENERATION in each[0])
+
+
+def _rewards(calls: Sequence[_Call], given: Iterable[tuple[dict[str, Any], Any]]) -> dict[int, float]:
     """Map the keys of generations to their rewards, by the rules of `of_rollout`."""
     generations = {rows.uuid_text(row.id): row.key for call in calls for row in call.generations}
     how_many = Counter(call.response_id for call in calls)
@@ -353,9 +480,7 @@ def _rewards(calls: Sequence[_Call], spans: Iterable[Any]) -> dict[int, float]:
     linked |= {(SPAN, span.span_id): call for call in calls for span in call.spans}
     ahead = _seconds_ahead(calls)
     found: dict[int, float] = {}
-    given = [(json.loads(span.body)["attributes"], span) for span in spans if span.reward is not None]
-    # Posted rewards come last, so that they win: their times are by the store's clock, not by the agent's.
-    for known, span in sorted(given, key=lambda each: OUTCOME in each[0] or GENERATION in each[0]):
+    for known, span in given:
         if GENERATION in known:
             key = generations.get(str(known[GENERATION]))
         else:
@@ -428,15 +553,30 @@ def _ahead(calls: Iterable[_Call]) -> float:
 
 
 def _triplets(
-    connection: Connection, rollout_id: str | None, calls: Iterable[_Call], known: Texts, rewards: Mapping[int, float]
+    connection: Connection, rollout_id: str | None, found: RolloutCalls, filters: TripletFilters
 ) -> list[Triplet]:
-    generations = [(call, row) for call in calls for row in call.generations]
-    choices = _choices(connection, [row.key for _, row in generations])
+    since, status, min_reward = filters.get("since"), filters.get("status"), filters.get("min_reward")
+    version = filters.get("weight_version")
+    generations = [
+        (call, row)
+        for call in found.calls
+        for row in call.generations
+        if (since is None or row.finished_at >= since)
+        and (status is None or STATUSES[row.status] == status)
+        and (min_reward is None or found.rewards.get(row.key, float("-inf")) >= min_reward)
+    ]
+    choices = choices_of(connection, [row.key for _, row in generations])
+    reasons = texts.texts_of(connection, {each.finish_reason_key for some in choices.values() for each in some})
+    given, metadata = found.input, found.metadata
+    triplets: list[Triplet] = []
     ids = prompts.ids_of(connection, [row for _, row in generations])
-    found: list[Triplet] = []
     for (call, row), prompt_token_ids in zip(generations, ids, strict=True):
         for choice in choices.get(row.key, (None,)):
-            found.append(
+            response_token_ids = rows.array_of("i", choice.token_ids) if choice else None
+            versions = rows.versions_of(choice.weight_versions) if choice else None
+            if version is not None and not was_sampled_with(versions, len(response_token_ids or ()), version):
+                continue
+            triplets.append(
                 Triplet(
                     generation_id=rows.uuid_text(row.id),
                     response_id=rows.text_of(row.response_id),
@@ -444,22 +584,35 @@ def _triplets(
                     attempt_id=call.attempt_id,
                     index=choice.index if choice else 0,
                     status=STATUSES[row.status],
-                    model=known[row.model_key],
+                    finish_reason=reasons[choice.finish_reason_key] if choice else None,
+                    model=found.texts[row.model_key],
                     prompt_token_ids=prompt_token_ids,
-                    response_token_ids=rows.array_of("i", choice.token_ids) if choice else None,
+                    response_token_ids=response_token_ids,
                     logprobs=rows.array_of("f", choice.logprobs) if choice else None,
-                    reward=rewards.get(row.key),
+                    reward=found.rewards.get(row.key),
                     span_id=call.span.span_id if call.span else None,
-                    weight_versions=rows.versions_of(choice.weight_versions) if choice else None,
+                    weight_versions=versions,
+                    input=given,
+                    metadata=metadata,
                 )
             )
-    return found
+    return triplets
 
 
-def _choices(connection: Connection, keys: Sequence[int]) -> dict[int, list[Any]]:
-    """Map the keys of generations to the rows of their choices, without texts."""
+def choices_of(connection: Connection, keys: Sequence[int], *more: Column[Any]) -> dict[int, list[Any]]:
+    """Map the keys of generations to the rows of their choices, without texts.
+
+    Args:
+        more: columns to read besides those of triplets.
+    """
     query = select(
-        _CHOICES.generation_key, _CHOICES.index, _CHOICES.token_ids, _CHOICES.logprobs, _CHOICES.weight_versions
+        _CHOICES.generation_key,
+        _CHOICES.index,
+        _CHOICES.token_ids,
+        _CHOICES.logprobs,
+        _CHOICES.finish_reason_key,
+        _CHOICES.weight_versions,
+        *more,
     ).order_by(_CHOICES.generation_key, _CHOICES.index)
     found: defaultdict[int, list[Any]] = defaultdict(list)
     for some in in_parts(keys):

@@ -588,8 +588,8 @@ def test_nothing_that_matches_makes_an_empty_file_and_says_what_is_there(
         (("--store", "a.db", "--status", "asleep"), "asleep"),
         (("--store", "a.db", "--what", "spans"), "spans"),
         (
-            ("--store", "a.db", "--what", "triplets", "--session", "s", "--since", "2026-11-24"),
-            "triplets can be filtered by --rollout and --attempt only, not by --session, --since",
+            ("--store", "a.db", "--what", "triplets", "--session", "s", "--until", "2026-11-24"),
+            "triplets cannot be filtered by --session, --until",
         ),
     ],
 )

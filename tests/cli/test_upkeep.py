@@ -24,7 +24,7 @@ def path(tmp_path: Path) -> Path:
     """Make a store with two rollouts that were only recorded, long ago, and one under way."""
     path = tmp_path / "store.db"
     with open_store(str(path)) as store:
-        long = array("i", range(FIRST))
+        long = array("i", range(10 * FIRST))
         store.add([generation(n, rollout_id=f"ro-{n % 2}", prompt_token_ids=long, finished_at=n) for n in range(4)])
     return path
 
@@ -52,9 +52,9 @@ def test_prune_says_in_words_what_it_did(path: Path, capsys: pytest.CaptureFixtu
     wanted = ["prune", "--store", str(path), "--rollout", "ro-0", "--rollout", "ro-1"]
 
     assert main([*wanted, "--dry-run"]) == 0
-    assert capsys.readouterr().out.startswith("Would delete 2 rollouts, 4 generations, 13 blocks: about ")
+    assert capsys.readouterr().out.startswith("Would delete 2 rollouts, 4 generations, 157 blocks: about ")
     assert main(wanted) == 0
-    assert capsys.readouterr().out.startswith("Deleted 2 rollouts, 4 generations, 13 blocks, ")
+    assert capsys.readouterr().out.startswith("Deleted 2 rollouts, 4 generations, 157 blocks, ")
     assert main(wanted) == 0
     assert capsys.readouterr().out.startswith("Deleted nothing; ")
 
@@ -132,7 +132,7 @@ def test_missing_store_is_an_error_in_a_sentence(
 
 
 def test_migrate_changes_a_former_store_once(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    whole = array("i", range(FIRST))
+    whole = array("i", range(10 * FIRST))
     with open_store(str(path)) as store:
         before = [*store.generations()]
     with closing(sqlite3.connect(path)) as connection, connection:

@@ -376,7 +376,7 @@ def test_prompt_whose_blocks_are_wrong_is_refused_and_the_rest_kept(
     client: httpx.Client, change: Callable[[list[Any]], object], reason: str
 ) -> None:
     message = in_blocks(LONG, generation(2))
-    prompt_token_ids = Generation.__slots__.index("prompt_token_ids")
+    prompt_token_ids = [*Generation.__slots__].index("prompt_token_ids")
     change(message["generations"][0][prompt_token_ids])
 
     answer = client.post(ROUTE, content=msgspec.msgpack.encode(message), headers=IN_BLOCKS).json()
@@ -389,7 +389,7 @@ def test_prompt_whose_blocks_are_wrong_is_refused_and_the_rest_kept(
 def test_prompt_that_continues_an_unknown_block_is_named(client: httpx.Client) -> None:
     message = in_blocks(LONG, generation(2))
     for name in ("prompt_token_ids", "prompt_text"):
-        cut = message["generations"][0][Generation.__slots__.index(name)]
+        cut = message["generations"][0][[*Generation.__slots__].index(name)]
         cut[:4] = [7, b"sixteen bytes...", [], b"sixteen bytes..."]
 
     answer = client.post(ROUTE, content=msgspec.msgpack.encode(message), headers=IN_BLOCKS).json()
@@ -400,7 +400,7 @@ def test_prompt_that_continues_an_unknown_block_is_named(client: httpx.Client) -
 
 def test_message_that_names_very_many_blocks_is_answered(client: httpx.Client) -> None:
     """Name a million blocks: each is one that the store does not have."""
-    prompt = Generation.__slots__.index("prompt_token_ids")
+    prompt = [*Generation.__slots__].index("prompt_token_ids")
     kept = [generation(number) for number in range(1000)]
     message = in_blocks(*kept)
     for number, each in enumerate(message["generations"]):

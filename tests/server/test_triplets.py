@@ -93,6 +93,7 @@ def test_triplets_of_a_rollout_are_its_calls_with_rewards(client: httpx.Client, 
             "attempt_id": attempt_id,
             "index": 0,
             "status": "aborted",
+            "finish_reason": None,
             "model": "tiny-model",
             "prompt_token_ids": list(each.prompt_token_ids or ()),
             "response_token_ids": [7, 8],
@@ -100,6 +101,8 @@ def test_triplets_of_a_rollout_are_its_calls_with_rewards(client: httpx.Client, 
             "reward": value,
             "span_id": span["span_id"],
             "weight_versions": [{"version": "v1", "start": 0, "end": 2}],
+            "input": 1,
+            "metadata": {},
         }
         for each, value, span in zip((second, first), (None, 1.0), spans, strict=False)
     ]

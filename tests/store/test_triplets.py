@@ -115,6 +115,7 @@ def test_triplet_has_the_ids_of_its_call_and_the_reward(store: Store, database: 
             attempt_id="a",
             index=0,
             status="finished",
+            finish_reason=None,
             model="größe",
             prompt_token_ids=kept.prompt_token_ids,
             response_token_ids=array("i", [7, 8]),

@@ -21,7 +21,7 @@ from agentlightning.server.answers import Json, encode
 from agentlightning.server.errors import sentence
 from agentlightning.server.limits import BATCH_LIMIT
 from agentlightning.server.routes.common import Database, errors, media_type, router, shown
-from agentlightning.server.schemas import Id
+from agentlightning.server.schemas import Id, Nanoseconds
 from agentlightning.server.transactions import Transactions
 from agentlightning.store import Filters, generations, senders, wire
 from agentlightning.store.generations import Cursor
@@ -41,8 +41,6 @@ FOUND = {
     "description": "A page as JSON or as a message; or, as lines of JSON, all from the cursor on, whatever the limit.",
     "content": {MEDIA_TYPE: BINARY, **{kind: {"schema": {"type": "string"}} for kind in LINES}},
 }
-
-Nanoseconds = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
 class GenerationFilters(BaseModel):

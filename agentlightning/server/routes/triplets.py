@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import msgspec
 from fastapi import Query, Request, Response
-from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection
 
@@ -15,14 +14,15 @@ from agentlightning import triplet
 from agentlightning.generation import Status
 from agentlightning.server.answers import Json, encode
 from agentlightning.server.routes.common import Database, errors, router
+from agentlightning.server.routes.lines import JSON_LINES, RolloutPage, lines_of_rollouts, wants_lines
 from agentlightning.server.routes.spans import KeptSpan, span_item
-from agentlightning.server.schemas import Id, Sent, example
+from agentlightning.server.schemas import Id, Nanoseconds, Sent, example
 from agentlightning.server.transactions import Transactions
 from agentlightning.store import completeness, ingestion, triplets
+from agentlightning.store.interface import TripletFilters
 
 __all__ = ["items", "routes"]
 
-JSON_LINES = "application/jsonl"
 COMPLETE_HEADER = "X-AGL-Complete"
 """A header of a rollout's triplets as JSON Lines, which have no other place for it."""
 
@@ -41,14 +41,29 @@ class Reward(Sent):
     )
 
 
-class QueryTriplets(BaseModel):
-    """Filters of triplets; all without filters."""
+class SomeTriplets(BaseModel):
+    """Filters of triplets: those that match all of them."""
 
     # A misspelt filter would match everything.
     model_config = ConfigDict(extra="forbid")
 
-    rollout_id: Id | None = None
-    attempt_id: Id | None = None
+    status: Status | None = Field(None, description="Only those of generations with this status.")
+    min_reward: float | None = Field(None, allow_inf_nan=False, description="Only those with at least this reward.")
+    weight_version: str | None = Field(
+        None, description="Only those of which every sampled id is known to be of this version of the weights."
+    )
+    since: Nanoseconds | None = Field(None, description="Only those of calls that finished at this time or later.")
+
+    def filters(self) -> TripletFilters:
+        """Return the filters of the store."""
+        given: Any = {
+            name: value for name in TripletFilters.__annotations__ if (value := getattr(self, name, None)) is not None
+        }
+        return given
+
+
+class QueryTriplets(SomeTriplets, RolloutPage):
+    """Filters of triplets, and which rollouts to read; all without filters."""
 
 
 class WeightVersion(BaseModel):
@@ -68,6 +83,7 @@ class Triplet(BaseModel):
     attempt_id: str | None
     index: int = Field(description="Position of the choice in its generation.")
     status: Status
+    finish_reason: str | None = Field(description="vLLM's word for why the answer ended: `stop`, `length`, ...")
     model: str | None
     prompt_token_ids: list[int] | None
     response_token_ids: list[int] | None
@@ -75,6 +91,8 @@ class Triplet(BaseModel):
     reward: float | None
     span_id: str | None = Field(description="The first span of the rollout that names the answer.")
     weight_versions: list[WeightVersion] | None
+    input: Any = Field(description="The rollout's; null if it was only recorded.")
+    metadata: dict[str, Any] | None = Field(description="The rollout's; null if it was only recorded.")
 
 
 class Shortfall(BaseModel):
@@ -117,19 +135,17 @@ def _answers(**content: Any) -> dict[int | str, dict[str, Any]]:
     return {200: {"description": "Triplets.", "content": {**lines, **content}}, **errors()}
 
 
-@routes.get("/triplets", response_class=Response, responses=_answers())
+@routes.get("/triplets", response_class=Response, responses={**_answers(), **errors(404)})
 async def query_triplets(wanted: Annotated[QueryTriplets, Query()], database: Database) -> Response:
     """Read the triplets of all rollouts, one rollout after the other, or of one, as JSON Lines."""
-    one = wanted.rollout_id
-    rollout_ids = await database.read(triplets.rollouts_of) if one is None else [one]
+    filters = wanted.filters()
 
-    async def parts() -> AsyncIterator[bytes]:
-        for each in rollout_ids:
-            yield await database.read(
-                lambda connection, each=each: _lines(triplets.of_rollout(connection, each, wanted.attempt_id))
-            )
+    async def lines(rollout_id: str) -> bytes:
+        return await database.read(
+            lambda connection: _lines(triplets.of_rollout(connection, rollout_id, wanted.attempt_id, filters))
+        )
 
-    return StreamingResponse(parts(), media_type=JSON_LINES)
+    return await lines_of_rollouts(database, wanted, lines)
 
 
 class QueryCompleteness(BaseModel):
@@ -151,15 +167,19 @@ async def get_completeness(wanted: Annotated[QueryCompleteness, Query()], databa
 
 
 @routes.get("/rollouts/{rollout_id}/triplets", response_model=Triplets, responses=_answers())
-async def get_triplets(rollout_id: Id, request: Request, database: Database) -> Response:
+async def get_triplets(
+    rollout_id: Id, wanted: Annotated[SomeTriplets, Query()], request: Request, database: Database
+) -> Response:
     """Read the triplets of a rollout, in order, and whether all are there; as JSON Lines for `application/jsonl`."""
-    return await _answer(request, database, rollout_id, None)
+    return await _answer(request, database, rollout_id, None, wanted)
 
 
 @routes.get("/rollouts/{rollout_id}/attempts/{attempt_id}/triplets", response_model=Triplets, responses=_answers())
-async def get_triplets_of_attempt(rollout_id: Id, attempt_id: Id, request: Request, database: Database) -> Response:
+async def get_triplets_of_attempt(
+    rollout_id: Id, attempt_id: Id, wanted: Annotated[SomeTriplets, Query()], request: Request, database: Database
+) -> Response:
     """Read the triplets of an attempt, `latest` or of this id, in order, and whether all are there."""
-    return await _answer(request, database, rollout_id, attempt_id)
+    return await _answer(request, database, rollout_id, attempt_id, wanted)
 
 
 @routes.post(
@@ -169,24 +189,38 @@ async def get_triplets_of_attempt(rollout_id: Id, attempt_id: Id, request: Reque
     responses=errors(404),
 )
 async def add_reward(rollout_id: Id, attempt_id: Id, body: Reward, database: Database) -> Response:
-    """Reward an attempt, `latest` or of this id, or one of its calls. Of several rewards the last counts."""
+    """Reward an attempt, `latest` or of this id, or one of its calls. Of several rewards the last counts.
 
+    The rollout may have been created here, or only recorded.
+    """
+    return await _reward(rollout_id, attempt_id, body, database)
+
+
+@routes.post("/rollouts/{rollout_id}/reward", status_code=201, response_model=KeptSpan, responses=errors(404))
+async def add_reward_of_rollout(rollout_id: Id, body: Reward, database: Database) -> Response:
+    """Reward the latest attempt of a rollout, or one of its calls."""
+    return await _reward(rollout_id, "latest", body, database)
+
+
+async def _reward(rollout_id: str, attempt_id: str, body: Reward, database: Transactions) -> Response:
     def work(connection: Connection) -> Any:
         return ingestion.add_reward(connection, rollout_id, attempt_id, body.value, body.generation_id)
 
     return Json(span_item(await database.write(work)), 201)
 
 
-async def _answer(request: Request, database: Transactions, rollout_id: str, attempt_id: str | None) -> Response:
-    wants_lines = JSON_LINES in request.headers.get("accept", "")
+async def _answer(
+    request: Request, database: Transactions, rollout_id: str, attempt_id: str | None, wanted: SomeTriplets
+) -> Response:
+    as_lines, filters = wants_lines(request), wanted.filters()
 
     def work(connection: Connection) -> tuple[bytes, bool]:
-        found = triplets.of_rollout(connection, rollout_id, attempt_id)
+        found = triplets.of_rollout(connection, rollout_id, attempt_id, filters)
         told = completeness.of_rollout(connection, rollout_id, attempt_id)
-        return _lines(found) if wants_lines else items(found, **told.as_dict()), told.complete
+        return _lines(found) if as_lines else items(found, **told.as_dict()), told.complete
 
     answer, is_complete = await database.read(work)
-    if not wants_lines:
+    if not as_lines:
         return Json(answer)
     return Response(answer, media_type=JSON_LINES, headers={COMPLETE_HEADER: "true" if is_complete else "false"})
 

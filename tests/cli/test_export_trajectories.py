@@ -1,0 +1,162 @@
+"""`agl export --what trajectories`: rows for trainers, in files and folders that others open."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow.parquet
+import pytest
+
+from agentlightning.cli import export
+from agentlightning.generation import Choice, Generation, RoutedExperts
+from agentlightning.store import open_store
+from tests.common.generations import START, generation
+
+pytestmark = pytest.mark.tier("check")
+
+
+def call(rollout: int, turn: int, prompt: list[int], answer: list[int], **fields: Any) -> Generation:
+    choice = Choice(
+        token_ids=array("i", answer),
+        logprobs=array("f", [-0.5] * len(answer)),
+        finish_reason="stop",
+        weight_versions=[("7", 0, len(answer))],
+        routed_experts=RoutedExperts((1, 1, 1), array("h", [3])) if rollout == 0 else None,
+    )
+    ids = {"rollout_id": f"r{rollout}", "attempt_id": "a"}
+    usual = {**ids, "prompt_token_ids": array("i", prompt), "choices": [choice]}
+    return generation(2 * rollout + turn, **{**usual, **fields})
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """Make a store of five rollouts of two calls, of which the last is aborted, and one that was created."""
+    path = tmp_path / "store.db"
+    with open_store(str(path)) as store:
+        for number in range(5):
+            status: Any = "aborted" if number == 4 else "finished"
+            store.add([call(number, 0, [1, 2], [3]), call(number, 1, [1, 2, 3, 4], [5, 6], status=status)])
+            store.add_reward(f"r{number}", "a", number / 4)
+        created = store.start_rollout({"question": "Paris?"}, metadata={"group": "g"})
+        store.add([call(9, 0, [1], [2], rollout_id=created.rollout_id, finished_at=START + 10**12)])
+    return path
+
+
+def exported(store: Path, *options: str | Path) -> int:
+    return export.main(["--store", str(store), "--what", "trajectories", *map(str, options)])
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_jsonl_and_parquet_have_the_same_rows(store: Path, tmp_path: Path) -> None:
+    as_lines, as_table = tmp_path / "rows.jsonl", tmp_path / "rows.parquet"
+
+    assert exported(store, "-o", as_lines) == exported(store, "--format", "parquet", "-o", as_table) == 0
+
+    rows = lines(as_lines)
+    table = pyarrow.parquet.read_table(as_table)
+    assert table.to_pylist() == rows
+    assert [row["response_mask"] for row in rows] == [[0, 0, 1, 0, 1, 1]] * 5 + [[0, 1]]
+    assert [row["reward"] for row in rows] == [0.0, 0.25, 0.5, 0.75, 1.0, None]
+    assert [row["input"] for row in rows] == [None] * 5 + ['{"question": "Paris?"}']
+    assert rows[5]["group"] == "g"
+    assert rows[0]["routed_experts"] == [[[3]]]
+    assert table.schema.field("token_ids").type == pyarrow.list_(pyarrow.int32())
+    assert table.schema.field("response_mask").type == pyarrow.list_(pyarrow.int8())
+
+
+@pytest.mark.parametrize(
+    ("options", "rollouts"),
+    [
+        (("--rollout", "r2"), ["r2"]),
+        (("--status", "finished", "--min-reward", "0.5"), ["r2", "r3"]),
+        (("--complete", "--min-reward", "0.75"), ["r3"]),
+        (("--weight-version", "9", "--max-staleness", "2", "--rollout", "r1"), ["r1"]),
+        (("--weight-version", "9"), []),
+        (("--drift", "transition", "--rollout", "r0"), ["r0", "r0"]),
+        (("--max-prompt-length", "1", "--min-reward", "0"), []),
+    ],
+)
+def test_options_choose_rows(store: Path, tmp_path: Path, options: tuple[str, ...], rollouts: list[str]) -> None:
+    assert exported(store, *options, "-o", tmp_path / "rows.jsonl") == 0
+
+    assert [row["rollout_id"] for row in lines(tmp_path / "rows.jsonl")] == rollouts
+
+
+def test_lengths_cut_rows(store: Path, tmp_path: Path) -> None:
+    cut = ("--rollout", "r0", "--max-length", "5", "--drift", "realign", "--drift-limit", "1")
+
+    assert exported(store, *cut, "--max-response-length", "9", "-o", tmp_path / "rows.jsonl") == 0
+
+    (row,) = lines(tmp_path / "rows.jsonl")
+    assert (row["token_ids"], row["flags"]) == ([1, 2, 3, 4, 5], ["cut"])
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_long_export_is_written_in_parts_that_datasets_reads_as_one(store: Path, tmp_path: Path, kind: Any) -> None:
+    folder = tmp_path / "rows"
+
+    assert (
+        exported(store, "--rows-per-file", "3", "--complete", "--min-reward", "0", "--format", kind, "-o", folder) == 0
+    )
+
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == [f"part-00000.{kind}", f"part-00001.{kind}"]
+    loader = "json" if kind == "jsonl" else "parquet"
+    found: Any = datasets.load_dataset(
+        loader, data_files=str(folder / f"*.{kind}"), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    assert found["rollout_id"][:] == ["r0", "r1", "r2", "r3"]
+
+
+def test_as_many_rows_as_fit_a_file_make_one_part(store: Path, tmp_path: Path) -> None:
+    assert exported(store, "--rows-per-file", "6", "-o", tmp_path / "rows") == 0
+    assert exported(store, "--rows-per-file", "6", "--rollout", "nobody", "-o", tmp_path / "none") == 0
+
+    assert [path.name for path in (tmp_path / "rows").iterdir()] == ["part-00000.jsonl"]
+    assert [path.read_text() for path in (tmp_path / "none").iterdir()] == [""]
+
+
+def test_a_folder_with_files_is_refused_before_anything_is_read(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exported(store, "--rows-per-file", "1", "-o", store) == 1
+    assert "not a folder" in capsys.readouterr().err
+    assert exported(store, "--rows-per-file", "1", "-o", tmp_path) == 1
+    assert "has files already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--session", "s"), "trajectories cannot be filtered by --session"),
+        (("--rows-per-file", "2"), "name a folder with -o"),
+        (("--rows-per-file", "0", "-o", "x"), "must be at least 1, not 0"),
+        (("--rows-per-file", "many", "-o", "x"), "invalid _positive value: 'many'"),
+        (("--max-length", "-1"), "max_length: must not be negative"),
+        (("--max-staleness", "1"), "max_staleness: needs a weight_version"),
+        (("--drift", "guess"), "invalid choice: 'guess'"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(
+    store: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], reason: str
+) -> None:
+    with pytest.raises(SystemExit):
+        exported(store, *options)
+
+    assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("url", ["ftp://host/rows.jsonl", "s3://"])
+def test_an_unknown_object_store_is_refused_with_a_sentence(
+    store: Path, capsys: pytest.CaptureFixture[str], url: str
+) -> None:
+    assert exported(store, "-o", url) == 1
+
+    assert f"agl export: {url} cannot be written" in capsys.readouterr().err

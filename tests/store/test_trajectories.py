@@ -1,0 +1,238 @@
+"""Tests of trajectories, of filters of triplets, and of rewards of recorded rollouts, in stores of every kind."""
+
+from __future__ import annotations
+
+import json
+import logging
+from array import array
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentlightning.errors import NotFound
+from agentlightning.generation import Choice, Generation, RoutedExperts
+from agentlightning.rollout import Span
+from agentlightning.store import Store
+from agentlightning.trajectory import Trajectory, group_of
+from tests.common.generations import START, generation
+from tests.store.conftest import EVERY_KIND, new_store_of
+
+pytestmark = pytest.mark.tier("check")
+
+
+@pytest.fixture(scope="session", params=EVERY_KIND)
+def new_store(request: pytest.FixtureRequest) -> Callable[[Path], str]:
+    return new_store_of(request.param, request)
+
+
+def call(number: int, prompt: list[int], answer: list[int] | None, **fields: Any) -> Generation:
+    """Make call N of the attempt `a` of the rollout `r`."""
+    logprobs = None if answer is None else array("f", [-0.5] * len(answer))
+    choice = Choice(
+        token_ids=None if answer is None else array("i", answer),
+        logprobs=logprobs,
+        finish_reason="stop",
+        weight_versions=None if answer is None else [(f"{number}", 0, len(answer))],
+    )
+    usual: dict[str, Any] = {"rollout_id": "r", "attempt_id": "a", "response_id": f"answer-{number}"}
+    return generation(number, **{**usual, "prompt_token_ids": array("i", prompt), "choices": [choice], **fields})
+
+
+def rows(found: Iterator[Trajectory]) -> list[tuple[str | None, list[int], list[int]]]:
+    return [(each.rollout_id, each.token_ids.tolist(), each.response_mask.tolist()) for each in found]
+
+
+LINE = (call(1, [1, 2], [3, 4]), call(2, [1, 2, 3, 4, 5], [6]))
+
+
+def test_calls_of_an_attempt_are_one_row_with_all_that_is_known(store: Store) -> None:
+    started = store.start_rollout({"question": "Paris?"}, metadata={"split": 1})
+    assert started.attempt is not None
+    rollout_id, attempt_id = started.rollout_id, started.attempt.attempt_id
+    ids = {"rollout_id": rollout_id, "attempt_id": attempt_id}
+    experts = RoutedExperts((3, 1, 1), array("h", [7, 8, 9]))
+    first = call(1, [1, 2], [3, 4], **ids, logprobs_mode="raw_logprobs")
+    first.choices[0].routed_experts = experts
+    last = call(2, [1, 2, 3, 4, 5], [6], **ids, logprobs_mode="raw_logprobs")
+    last.choices[0].routed_experts = RoutedExperts((5, 1, 1), array("h", [1, 1, 1, 5, 6]))
+    # In the order of arrival, the last call is the first.
+    store.add([last])
+    store.add([first])
+    store.add_reward(rollout_id, attempt_id, 0.25, first.id)
+    store.add_reward(rollout_id, attempt_id, 1.0)
+
+    (row,) = started.trajectories()
+
+    assert row.token_ids == array("i", [1, 2, 3, 4, 5, 6])
+    assert row.response_mask == array("b", [0, 0, 1, 1, 0, 1])
+    assert row.logprobs == array("f", [0, 0, -0.5, -0.5, 0, -0.5])
+    assert (row.prompt_length, row.index, row.count, row.parent) == (2, 0, 1, None)
+    assert [(each.generation_id, each.start, each.end) for each in row.spans] == [(first.id, 2, 4), (last.id, 5, 6)]
+    assert (row.reward, row.rewards) == (1.0, [(3, 0.25), (5, 1.0)])
+    assert (row.rollout_id, row.attempt_id, row.model) == (rollout_id, attempt_id, "tiny-model")
+    assert row.weight_versions == [("1", 2, 4), ("2", 5, 6)]
+    assert row.routed_experts == RoutedExperts((5, 1, 1), array("h", [7, 8, 9, 5, 6]))
+    assert (row.logprobs_mode, row.temperature) == ("raw_logprobs", 0.7)
+    assert row.spans[0].sampling is not None
+    assert row.spans[0].sampling["top_p"] == 0.95
+    assert row.flags == ["mixed_weights"]
+    assert (row.input, row.metadata) == ({"question": "Paris?"}, {"split": 1})
+    assert row.group == group_of({"question": "Paris?"}, None)
+    assert [*started.attempt.trajectories()] == [*store.trajectories()] == [row]
+
+
+def test_options_reach_the_merging(store: Store) -> None:
+    store.add([LINE[0], call(2, [1, 2, 3, 4, 5], [6, 7]), call(3, [1, 2, 3, 4, 5, 6, 9], [8])])
+
+    assert [each[2] for each in rows(store.trajectories("r"))] == [[0, 0, 1, 1, 0, 1, 1], [0] * 7 + [1]]
+    assert [each[2] for each in rows(store.trajectories("r", drift="realign"))] == [[0, 0, 1, 1, 0, 1, 0, 1]]
+    assert len([*store.trajectories("r", drift="transition")]) == 3
+    assert len([*store.trajectories("r", complete=True, max_length=7)]) == 1
+    assert [*store.trajectories("r", min_reward=0.0)] == []
+
+
+def test_attempts_have_rows_and_rewards_of_their_own(store: Store) -> None:
+    rollout = store.start_rollout(None)
+    assert rollout.attempt is not None
+    attempts = [rollout.attempt.attempt_id]
+    again = store.start_attempt(rollout.rollout_id).attempt
+    assert again is not None
+    attempts.append(again.attempt_id)
+    for number, attempt_id in enumerate(attempts):
+        store.add([call(number, [1, 2], [3], rollout_id=rollout.rollout_id, attempt_id=attempt_id)])
+        store.add_reward(rollout.rollout_id, attempt_id, float(number))
+
+    found = [*store.trajectories(rollout.rollout_id)]
+
+    assert [(each.attempt_id, each.reward, each.count) for each in found] == [
+        (attempts[0], 0.0, 1),
+        (attempts[1], 1, 1),
+    ]
+    assert [each.attempt_id for each in store.trajectories(rollout.rollout_id, "latest")] == attempts[1:]
+    assert [each.attempt_id for each in store.trajectories(rollout.rollout_id, attempts[0])] == attempts[:1]
+
+
+def test_calls_without_an_attempt_belong_to_the_only_one(store: Store) -> None:
+    store.add([LINE[0], call(2, [1, 2, 3, 4, 5], [6], attempt_id=None)])
+    store.add([call(3, [1], [2], rollout_id="s"), call(4, [1, 2, 3], [4], rollout_id="s", attempt_id="b")])
+    store.add([call(5, [1, 2, 3, 4], [5], rollout_id="s", attempt_id=None)])
+
+    assert [(each.attempt_id, len(each.spans)) for each in store.trajectories("r")] == [("a", 2)]
+    found = [(each.attempt_id, len(each.spans)) for each in store.trajectories("s")]
+    assert found == [("a", 1), ("b", 1), (None, 1)]
+
+
+def test_a_missing_call_flags_the_rows_of_its_attempt(store: Store) -> None:
+    rollout = store.start_rollout(None)
+    assert rollout.attempt is not None
+    ids: dict[str, Any] = {"rollout_id": rollout.rollout_id, "attempt_id": rollout.attempt.attempt_id}
+    store.add([call(1, [1, 2], [3], **ids)])
+    store.add_span(Span("openai.chat.completion", **ids, attributes={"gen_ai.response.id": "elsewhere"}))
+
+    assert [each.flags for each in store.trajectories(rollout.rollout_id)] == [["missing_call"]]
+
+
+def test_an_attempt_without_rows_is_logged_with_the_reason(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    store.add([call(1, [1, 2], None), call(2, [1, 2], [])])
+    with caplog.at_level(logging.WARNING, "agentlightning.store"):
+        assert [*store.trajectories("r")] == []
+
+    if "database" in type(store).__module__:
+        assert "has calls, but no trajectory: 1 empty_answer, 1 without_ids" in caplog.text
+
+
+def test_unknown_rollouts_and_attempts_have_no_rows(store: Store) -> None:
+    store.add(LINE)
+
+    for found in (("s",), ("r", "b"), ("r", "latest"), ("a/b",), ("",)):
+        assert [*store.trajectories(*found)] == []
+        assert [*store.triplets(*found)] == []
+
+
+@pytest.mark.parametrize("options", [{"drift": "guess"}, {"max_length": -1}, {"max_staleness": 1}])
+def test_senseless_options_are_refused(store: Store, options: Any) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        store.trajectories(**options)
+
+
+def of_many(store: Store) -> None:
+    for number in range(4):
+        ids = {"rollout_id": f"r{number}", "attempt_id": "a"}
+        status: Any = "aborted" if number == 1 else "finished"
+        store.add([call(2 * number, [1, 2], [3], **ids), call(2 * number + 1, [1, 2, 3], [4], **ids, status=status)])
+
+
+@pytest.mark.parametrize("what", ["trajectories", "triplets"])
+def test_all_rollouts_are_read_in_pages(store: Store, what: str) -> None:
+    of_many(store)
+    read: Any = getattr(store, what)
+
+    def named(**page: Any) -> list[str]:
+        return [*dict.fromkeys(each.rollout_id for each in read(**page))]
+
+    assert named() == ["r0", "r1", "r2", "r3"]
+    assert named(limit=2) == ["r0", "r1"]
+    assert named(limit=2, after="r1") == ["r2", "r3"]
+    assert named(after="r3") == []
+    assert named(since=START + 4 * 10**9) == ["r2", "r3"]
+    assert named(since=START + 4 * 10**9, after="r2") == ["r3"]
+    with pytest.raises(NotFound, match="'nobody'"):
+        named(after="nobody")
+
+
+def test_triplets_are_filtered(store: Store) -> None:
+    of_many(store)
+    last = next(each for each in store.generations(rollout_id="r0") if each.response_id == "answer-1")
+    store.add_reward("r0", "a", 0.5, last.id)
+
+    def named(**filters: Any) -> list[str | None]:
+        return [each.response_id for each in store.triplets(**filters)]
+
+    assert named(status="aborted") == ["answer-3"]
+    assert named(min_reward=0.5) == ["answer-1"]
+    assert named(min_reward=0.6) == []
+    assert named(weight_version="4") == ["answer-4"]
+    assert named(rollout_id="r2", since=START + 5 * 10**9) == ["answer-5"]
+
+
+def test_triplets_have_the_finish_reason_and_what_the_rollout_is(store: Store) -> None:
+    rollout = store.start_rollout([1], metadata={"k": "v"})
+    first = call(1, [1], [2], rollout_id=rollout.rollout_id)
+    store.add([first, call(2, [1], None, rollout_id="only recorded", choices=[])])
+
+    (known,) = store.triplets(rollout.rollout_id)
+    (recorded,) = store.triplets("only recorded")
+
+    assert (known.finish_reason, known.input, known.metadata) == ("stop", [1], {"k": "v"})
+    assert (recorded.finish_reason, recorded.input, recorded.metadata) == (None, None, None)
+
+
+def test_a_rollout_that_was_only_recorded_is_rewarded(store: Store) -> None:
+    store.add([*LINE, call(3, [9], [9], rollout_id="s", attempt_id=None)])
+
+    store.add_reward("r", "latest", 0.25)
+    store.add_reward("r", "a", 0.5, LINE[0].id)
+    store.add_reward("s", "latest", 1.0)
+
+    assert [each.reward for each in store.triplets("r")] == [0.5, 0.25]
+    assert [(each.reward, each.rewards) for each in store.trajectories("r")] == [(0.25, [(3, 0.5), (5, 0.25)])]
+    assert [each.reward for each in store.triplets("s")] == [1.0]
+    assert store.get_rollout_by_id("r") is None
+
+
+def test_a_reward_for_an_attempt_that_was_neither_created_nor_recorded_is_not_found(store: Store) -> None:
+    store.add(LINE)
+    created = store.start_rollout(None)
+
+    for rollout_id, attempt_id in (("r", "b"), ("s", "latest"), (created.rollout_id, "a")):
+        with pytest.raises(NotFound):
+            store.add_reward(rollout_id, attempt_id, 1.0)
+
+
+def test_rows_are_json(store: Store) -> None:
+    store.add(LINE)
+    (row,) = store.trajectories("r")
+
+    assert Trajectory.from_dict(json.loads(json.dumps(row.as_dict()))) == row
