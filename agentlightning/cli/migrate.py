@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
+import time
 from collections.abc import Sequence
 
 from tqdm import tqdm
 
+from agentlightning.cli.arguments import Parser
 from agentlightning.cli.upkeep import add_options, human_bytes, run
 from agentlightning.store import migration
 from agentlightning.store.database import Database
@@ -22,10 +23,9 @@ continues. A store without such prompts is left unchanged."""
 
 def main(arguments: Sequence[str]) -> int:
     """Run `agl migrate` and return its exit status."""
-    parser = argparse.ArgumentParser(prog="agl migrate", description=DESCRIPTION, epilog=EPILOG)
+    parser = Parser(prog="agl migrate", description=DESCRIPTION, epilog=EPILOG)
     add_options(parser)
-    options = parser.parse_args(arguments)
-    return run(parser.prog, options, _migrate)
+    return run(parser, parser.parse_args(arguments), _migrate)
 
 
 def _migrate(database: Database) -> tuple[dict[str, object], str]:
@@ -38,7 +38,7 @@ def _migrate(database: Database) -> tuple[dict[str, object], str]:
             bar.update(step.seen)
     if migrated:
         for _ in database.shrink():
-            pass
+            time.sleep(migration.SECONDS_BETWEEN)
     after, advice = database.size(), database.space_advice()
     found = {"migrated": migrated, "size_before": before, "size_after": after, "advice": advice if migrated else None}
     if not migrated:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
+from agentlightning.cli.arguments import Parser
 from agentlightning.cli.upkeep import add_options, human_bytes, run
 from agentlightning.rollout import FINISHED
 from agentlightning.store import deletion
@@ -33,11 +34,11 @@ def main(arguments: Sequence[str]) -> int:
     """Run `agl prune` and return its exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    return run(parser.prog, options, lambda database: _prune(database, options))
+    return run(parser, options, lambda database: _prune(database, options), read_only=options.dry_run)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="agl prune", description=DESCRIPTION, epilog=EPILOG)
+    parser = Parser(prog="agl prune", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("--older-than", metavar="AGE", type=_age, help="only those that ended longer ago, such as 7d")
     parser.add_argument("--rollout", metavar="ID", action="append", help="only this rollout; may be repeated")
     parser.add_argument(

@@ -26,17 +26,27 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that both commands have."""
     store = settings.read("AGL_STORE")
     about = "the path of a SQLite file, or postgresql://... (default: AGL_STORE)"
-    parser.add_argument("--store", metavar="URL", default=store, required=not store, help=about)
+    parser.add_argument("--store", metavar="URL", default=store, help=about)
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     parser.add_argument("--version", action="version", version=f"agl {agentlightning.__version__}")
 
 
-def run(program: str, options: argparse.Namespace, work: Callable[[Database], tuple[Mapping[str, Any], str]]) -> int:
+def run(
+    parser: argparse.ArgumentParser,
+    options: argparse.Namespace,
+    work: Callable[[Database], tuple[Mapping[str, Any], str]],
+    *,
+    read_only: bool = False,
+) -> int:
     """Work on the database, print the result, and return the exit status.
 
     Args:
         work: returns the result as JSON and as a text.
+        read_only: change nothing, not even the tables of an older version.
     """
+    program = parser.prog
+    if not options.store:
+        parser.error("which store? Give --store, or set AGL_STORE")
     if options.store.startswith(("http://", "https://")):
         sys.stderr.write(
             f"{program}: {settings.without_secrets(options.store)} is an agl store, and this works on the database "
@@ -45,7 +55,7 @@ def run(program: str, options: argparse.Namespace, work: Callable[[Database], tu
         return 1
     interruption.install(program, "interrupted; the store is whole, and the same command goes on from here")
     try:
-        with closing(_open(options.store)) as database, interruption.unwinding():
+        with closing(_open(options.store, read_only)) as database, interruption.unwinding():
             found, text = work(database)
     except (RolloutUnderWay, StoreRefused, StoreUnavailable) as reason:
         sys.stderr.write(f"{program}: {reason}\n")
@@ -54,8 +64,10 @@ def run(program: str, options: argparse.Namespace, work: Callable[[Database], tu
     return 0
 
 
-def _open(url: str) -> Database:
-    """Open a store to write to, but create none."""
+def _open(url: str, read_only: bool) -> Database:
+    """Open a store, but create none."""
+    if read_only:
+        return open_database(url, read_only=True, patience=PATIENCE)
     with suppress(NotMigrated):
         open_database(url, read_only=True, patience=PATIENCE).close()
     return open_database(url, patience=PATIENCE)

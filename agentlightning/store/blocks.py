@@ -15,7 +15,7 @@ from sqlalchemy import Connection
 from agentlightning.errors import StoreError
 from agentlightning.store import tables
 from agentlightning.store.chains import Chain, Kind, Recent
-from agentlightning.store.database import in_parts, insert_rows, next_keys, run
+from agentlightning.store.database import in_parts, insert_rows, is_single_writer, next_keys, run
 
 __all__ = ["RECENT", "Lacking", "Stored", "add", "contents", "keys_of", "recent_of"]
 
@@ -108,7 +108,10 @@ def contents(connection: Connection, kind: Kind[Any], keys: Iterable[int | None]
     blocks: dict[int, bytes] = {}
     for some in in_parts(wanted):
         for key, parent, body in _rows(connection, _WITH_ANCESTORS.format(", ".join("?" * len(some))), some):
-            parents[key], blocks[key] = parent, kind.unpack(bytes(body))
+            try:
+                parents[key], blocks[key] = parent, kind.unpack(bytes(body))
+            except ValueError:
+                logger.exception("the store is damaged: block %d cannot be read", key)
     found: dict[int | None, bytes] = {}
     # Ascending, so that what a content continues is put together before it.
     for key in wanted:
@@ -229,4 +232,7 @@ def _add_new(
                 found = known[name] = Stored(next(keys), before.depth + 1)
                 rows.append((found.key, found.depth, before.key, name, pack(walk.blocks[position])))
             before = found
+    if not is_single_writer(connection):
+        # Two writers that insert the same blocks in different orders would deadlock.
+        rows.sort(key=lambda row: row[3])
     insert_rows(connection, tables.blocks, rows)

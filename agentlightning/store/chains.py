@@ -26,6 +26,8 @@ FIRST, NEXT = 4096, 1024
 NAME_BYTES = 16
 # Of a block of a text: what it becomes is bounded before it is looked at.
 MOST_BYTES = 4 * FIRST + 1
+MOST_BLOCKS = 1 << 15
+"""Blocks of one content in a message: of eight million ids."""
 RECENT_BLOCKS = 1 << 15
 RECENT_LENGTH = 32 << 20
 
@@ -114,7 +116,7 @@ class Kind(Generic[AnyStr]):
     """A kind of content, whose blocks are shared only with those of its kind.
 
     Args:
-        seed: stands in a name for the block before the first.
+        seed: a byte with which the names of its blocks begin, and which stands for the block before the first.
         encode: makes bytes of a part of a content.
         measure: returns the length of bytes as `FIRST` and `NEXT` count it; raises ValueError for what is no content.
         pack, unpack: shorten a block for the database, and restore it.
@@ -159,11 +161,15 @@ class Kind(Generic[AnyStr]):
         Raises:
             ValueError: one is longer or shorter than blocks are cut.
         """
-        blocks = [self.unpack(each) for each in packed]
-        for position, block in enumerate(blocks):
+        if len(packed) > MOST_BLOCKS:
+            raise ValueError(f"{len(packed)} blocks, which is more than {MOST_BLOCKS}")
+        blocks: list[bytes] = []
+        for position, each in enumerate(packed):
+            block = self.unpack(each)
             wanted = FIRST if is_first and not position else NEXT
             if (length := self._measure(block)) != wanted:
                 raise ValueError(f"block {position} has a length of {length}, not {wanted}")
+            blocks.append(block)
         return blocks
 
     def check_rest(self, rest: AnyStr, *, is_whole: bool) -> None:
@@ -180,7 +186,7 @@ class Kind(Generic[AnyStr]):
         """Name blocks that follow each other, the first of them the block `after`."""
         name = after or self.seed
         for block in blocks:
-            name = sha256(name + block).digest()[:NAME_BYTES]
+            name = self.seed + sha256(name + block).digest()[: NAME_BYTES - 1]
             yield name
 
 
@@ -289,9 +295,9 @@ def _characters(text: bytes) -> int:
     return len(text.decode())
 
 
-IDS: Kind[bytes] = Kind(b"ids", _unchanged, _bytes_of_ids, _pack_ids, _unpack_ids)
+IDS: Kind[bytes] = Kind(b"i", _unchanged, _bytes_of_ids, _pack_ids, _unpack_ids)
 """Token ids, as bytes of little-endian int32."""
-TEXTS: Kind[str] = Kind(b"text", _encoded, _characters, _pack_text, _unpack_text)
+TEXTS: Kind[str] = Kind(b"t", _encoded, _characters, _pack_text, _unpack_text)
 """Texts. Halves of surrogate pairs become question marks, as in `rows.storable`."""
 
 

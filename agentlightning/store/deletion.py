@@ -75,11 +75,13 @@ class Selection:
 
     Attributes:
         rollout_ids: those of rollouts, created or only recorded.
-        unassigned_before: nanoseconds since the epoch; calls that name no rollout go, too, if they finished before.
+        before: seconds since the epoch: only what ended before then goes; None for any time.
+        takes_unassigned: calls and spans that name no rollout go, too, if they are older.
     """
 
     rollout_ids: Sequence[str]
-    unassigned_before: int | None = None
+    before: float | None = None
+    takes_unassigned: bool = False
 
 
 def select(
@@ -99,7 +101,8 @@ def select(
     Raises:
         RolloutUnderWay: some of `rollout_ids` have not ended.
     """
-    database.write(lambda connection: lifecycle.expire(connection) if lifecycle.is_anything_due(connection) else [])
+    if not database.is_read_only:
+        database.write(lambda connection: lifecycle.expire(connection) if lifecycle.is_anything_due(connection) else [])
     with database.reading() as connection:
         if rollout_ids is not None:
             states = rollouts.statuses(connection, [storable(each) or "" for each in rollout_ids])
@@ -107,8 +110,7 @@ def select(
         found = [*_created(connection, rollout_ids, statuses or FINISHED, before)]
         if statuses is None:
             found += _only_recorded(connection, rollout_ids, before)
-    is_by_age = rollout_ids is None and statuses is None and before is not None
-    return Selection(found, int((before or 0) * SECOND) if is_by_age else None)
+    return Selection(found, before, takes_unassigned=rollout_ids is None and statuses is None and before is not None)
 
 
 def _refuse(states: dict[str, str]) -> None:
@@ -119,10 +121,15 @@ def _refuse(states: dict[str, str]) -> None:
 def _created(
     connection: Connection, rollout_ids: Sequence[str] | None, statuses: Sequence[str], before: float | None
 ) -> Iterator[str]:
+    if rollout_ids is not None:
+        names = {storable(each) or "": each for each in rollout_ids}
+        for stored, (status, end_time) in rollouts.statuses(connection, [*names]).items():
+            if status in statuses and (before is None or (end_time or 0) < before):
+                yield names[stored]
+        return
     query = f"SELECT rollout_id, end_time FROM rollouts WHERE status IN ({', '.join('?' * len(statuses))})"
-    wanted = None if rollout_ids is None else {storable(each) for each in rollout_ids}
     for rollout_id, end_time in fetch(connection, query, statuses):
-        if (wanted is None or rollout_id in wanted) and (before is None or (end_time or 0) < before):
+        if before is None or (end_time or 0) < before:
             yield text_of(str(rollout_id))
 
 
@@ -175,11 +182,15 @@ def delete(database: Database, selection: Selection) -> Iterator[Counter[str]]:
         RolloutUnderWay: some run again since they were selected; all others are deleted.
     """
     under_way: dict[str, str] = {}
-    yield from _in_transactions(database, [partial(_delete_some, each, under_way) for each in selection.rollout_ids])
-    if selection.unassigned_before is not None:
+    before = selection.before
+    yield from _in_transactions(
+        database, [partial(_delete_some, each, before, under_way) for each in selection.rollout_ids]
+    )
+    if selection.takes_unassigned:
+        moment = int((before or 0) * SECOND)
         for query, delete_these in ((_UNASSIGNED_CALLS, _delete_calls), (_UNASSIGNED_SPANS, _delete_lone_spans)):
-            for keys in _keys(database, query, selection.unassigned_before):
-                yield from _in_transactions(database, [partial(delete_these, keys)])
+            for keys in _keys(database, query, moment):
+                yield from _in_transactions(database, [partial(delete_these, keys, moment)])
     _refuse(under_way)
 
 
@@ -226,9 +237,14 @@ def finish(database: Database) -> Iterator[Counter[str]]:
         time.sleep(SECONDS_BETWEEN)
 
 
-def _delete_some(rollout_id: str, under_way: dict[str, str], connection: Connection) -> tuple[Counter[str], bool]:
+def _delete_some(
+    rollout_id: str, before: float | None, under_way: dict[str, str], connection: Connection
+) -> tuple[Counter[str], bool]:
     """Delete a part of a rollout, which includes the rollout itself only if nothing else is left."""
     row = rollouts.find(connection, storable(rollout_id) or "", to_change=True)
+    if row is None and before is not None and not _is_recorded(connection, rollout_id, before):
+        # Its id is in use again, or all of it is gone.
+        return Counter(), True
     if row is not None and row.status not in FINISHED:
         under_way[rollout_id] = row.status
         return Counter(), True
@@ -253,17 +269,22 @@ def _delete_some(rollout_id: str, under_way: dict[str, str], connection: Connect
     return deleted, True
 
 
-def _delete_calls(keys: list[int], connection: Connection) -> tuple[Counter[str], bool]:
-    """Delete some of these calls, which name no rollout, unless a span names them since."""
+def _delete_calls(keys: list[int], before: int, connection: Connection) -> tuple[Counter[str], bool]:
+    """Delete some of these calls, which name no rollout, unless a span names them since.
+
+    Their age is looked at again: SQLite gives the keys of deleted rows to new ones.
+    """
     some = [keys.pop() for _ in range(min(len(keys), GENERATIONS_AT_ONCE))]
-    which = f"key IN ({', '.join('?' * len(some))}) AND {_IS_UNASSIGNED}"
-    return _delete_generations(connection, which, some), not keys
+    which = f"key IN ({', '.join('?' * len(some))}) AND finished_at < ? AND {_IS_UNASSIGNED}"
+    return _delete_generations(connection, which, [*some, before]), not keys
 
 
-def _delete_lone_spans(keys: list[int], connection: Connection) -> tuple[Counter[str], bool]:
-    """Delete some of these spans, unless they have a rollout since."""
+def _delete_lone_spans(keys: list[int], before: int, connection: Connection) -> tuple[Counter[str], bool]:
+    """Delete some of these spans, unless they have a rollout since, or their key is that of a newer one."""
     some = [keys.pop() for _ in range(min(len(keys), SPANS_AT_ONCE))]
-    return _delete_spans(connection, f"key IN ({', '.join('?' * len(some))}) AND rollout_id IS NULL", some), not keys
+    is_old = "1e9 * coalesce(end_time, start_time, 0) < ?"
+    which = f"key IN ({', '.join('?' * len(some))}) AND {is_old} AND rollout_id IS NULL"
+    return _delete_spans(connection, which, [*some, before]), not keys
 
 
 def _delete_generations(connection: Connection, which: str, values: Sequence[Any]) -> Counter[str]:
@@ -329,12 +350,13 @@ def estimate(database: Database, selection: Selection) -> Counter[str]:
             if _is_plain(rollout_id):
                 named = "SELECT response_id FROM spans WHERE rollout_id = ? AND response_id IS NOT NULL"
                 add_generations(connection, f"rollout_key IS NULL AND response_id IN ({named})", (rollout_id,))
-    if selection.unassigned_before is not None:
-        for keys in _keys(database, _UNASSIGNED_CALLS, selection.unassigned_before):
+    if selection.takes_unassigned:
+        moment = int((selection.before or 0) * SECOND)
+        for keys in _keys(database, _UNASSIGNED_CALLS, moment):
             for some in in_parts(keys):
                 with database.reading() as connection:
                     add_generations(connection, f"key IN ({', '.join('?' * len(some))})", some)
-        for keys in _keys(database, _UNASSIGNED_SPANS, selection.unassigned_before):
+        for keys in _keys(database, _UNASSIGNED_SPANS, moment):
             counted["spans"] += len(keys)
     with database.reading() as connection:
         gone = unused_blocks(connection, going, going)

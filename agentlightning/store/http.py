@@ -376,39 +376,58 @@ class HttpStore(Store):
     def close(self) -> None:
         self._http.close()
 
-    def _send(self, generations: Sequence[Generation], sender_id: str | None) -> tuple[int, list[Refusal]]:
-        """Send generations; returns how many are new, and those that were refused."""
+    def _send(
+        self, generations: Sequence[Generation], sender_id: str | None, recent: Recent | None = None
+    ) -> tuple[int, list[Refusal]]:
+        """Send generations; returns how many are new, and those that were refused.
+
+        Args:
+            recent: blocks that the store is assumed to have; None for those of earlier answers.
+        """
         if not generations:
             return 0, []
         try:
-            return self._post(generations, sender_id)
+            answer = self._post(generations, sender_id, self._blocks if recent is None else recent)
         except TooLarge as error:
             if len(generations) == 1:
                 return 0, [Refusal(str(generations[0].id), str(error))]
         except InvalidRecord as error:
             # The store refused the message, not one of its generations.
             return 0, [Refusal(str(each.id), str(error)) for each in generations]
+        else:
+            return self._send_lacking(generations, sender_id, answer, was_whole=recent is not None)
         middle = len(generations) // 2
-        first, refused = self._send(generations[:middle], sender_id)
-        second, more = self._send(generations[middle:], sender_id)
+        first, refused = self._send(generations[:middle], sender_id, recent)
+        second, more = self._send(generations[middle:], sender_id, recent)
         return first + second, [*refused, *more]
 
-    def _post(self, generations: Sequence[Generation], sender_id: str | None) -> tuple[int, list[Refusal]]:
-        answer = self._post_message(generations, sender_id, self._blocks)
+    def _send_lacking(
+        self, generations: Sequence[Generation], sender_id: str | None, answer: _Added, was_whole: bool
+    ) -> tuple[int, list[Refusal]]:
+        """Send those of which the store lacks blocks again, with all of their blocks; returns what `_send` does.
+
+        The store has another database, or the blocks were deleted.
+
+        Args:
+            was_whole: all blocks were sent already: they go on after a generation that was refused.
+        """
         new, refused = answer.new, answer.refused
-        if answer.lacking:
-            # The store has another database, or these blocks were deleted: all of them are sent.
-            wanted = frozenset(answer.lacking)
-            again = [generation for generation in generations if generation.id in wanted]
-            answer = self._post_message(again, sender_id, Recent())
-            if answer.lacking:
-                raise self._http.strange()
-            new, refused = new + answer.new, [*refused, *answer.refused]
+        lacking = frozenset(answer.lacking)
+        again = [generation for generation in generations if generation.id in lacking]
+        if was_whole and len(again) == len(generations) == 1:
+            raise self._http.strange()
+        for part in [[each] for each in again] if was_whole else [again]:
+            more, more_refused = self._send(part, sender_id, Recent())
+            new, refused = new + more, [*refused, *more_refused]
+        return new, refused
+
+    def _post(self, generations: Sequence[Generation], sender_id: str | None, recent: Recent) -> _Added:
+        answer = self._post_message(generations, sender_id, recent)
         if answer.sender == "unknown" and self._sender is not None and self._sender.id == sender_id:
             # The server has another database since the sender was registered.
             with suppress(StoreError):
                 self.register_sender(self._sender)
-        return new, refused
+        return answer
 
     def _post_message(self, generations: Sequence[Generation], sender_id: str | None, recent: Recent) -> _Added:
         """Send one message, in blocks unless the server is too old for them, and keep what the store has since."""

@@ -23,8 +23,8 @@ SECONDS_BETWEEN = 0.11
 KEYS_AT_ONCE = 5_000
 
 _IS_WHOLE = "ids_block IS NULL AND text_block IS NULL"
-_BODIES = "SELECT key, prompt_token_ids, prompt_text FROM generations WHERE key IN ({})"
-_CHANGE = "UPDATE generations SET prompt_token_ids = ?, prompt_text = ?, ids_block = ?, text_block = ? WHERE key = ?"
+_BODIES = "SELECT id, prompt_token_ids, prompt_text FROM generations WHERE key IN ({})"
+_CHANGE = "UPDATE generations SET prompt_token_ids = ?, prompt_text = ?, ids_block = ?, text_block = ? WHERE id = ?"
 NOTHING: Chain[Any] = Chain(b"")
 
 
@@ -43,9 +43,9 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class _Whole:
-    """A generation whose prompt is to be cut."""
+    """A generation whose prompt is to be cut, by its id: SQLite gives the keys of deleted rows again."""
 
-    key: int
+    id: bytes
     ids: Chain[bytes] | None
     text: Chain[str] | None
 
@@ -101,26 +101,26 @@ def _cut(connection: Connection, keys: Sequence[int]) -> list[_Whole]:
     if not keys:
         return []
     found: list[_Whole] = []
-    for key, ids, text in fetch(connection, _BODIES.format(", ".join("?" * len(keys))), keys):
+    for generation_id, ids, text in fetch(connection, _BODIES.format(", ".join("?" * len(keys))), keys):
         of_ids = None if ids is None else IDS.cut(bytes(ids))
         of_text = None if text is None else TEXTS.cut(text_of(text))
         if any(chain is not None and chain.names for chain in (of_ids, of_text)):
-            found.append(_Whole(key, of_ids, of_text))
+            found.append(_Whole(bytes(generation_id), of_ids, of_text))
     return found
 
 
 def _store(connection: Connection, found: Sequence[_Whole]) -> int:
     """Store the blocks of prompts that are still stored whole; returns how many these are."""
-    query = f"SELECT key FROM generations WHERE {_IS_WHOLE} AND key IN ({', '.join('?' * len(found))})"
+    query = f"SELECT id FROM generations WHERE {_IS_WHOLE} AND id IN ({', '.join('?' * len(found))})"
     if not is_single_writer(connection):
         # In their order, so that two migrations cannot wait for each other.
         query += " ORDER BY key FOR UPDATE"
-    whole = {*run(connection, query, [each.key for each in found]).scalars()}
-    chosen = [each for each in found if each.key in whole]
+    whole = {bytes(each) for each in run(connection, query, [each.id for each in found]).scalars()}
+    chosen = [each for each in found if each.id in whole]
     of_ids = blocks.add(connection, IDS, [each.ids or NOTHING for each in chosen])
     of_texts = blocks.add(connection, TEXTS, [each.text or NOTHING for each in chosen])
     for each, ids, text in zip(chosen, of_ids, of_texts, strict=True):
-        rest = None if each.ids is None else each.ids.rest
+        rest = None if each.ids is None else IDS.pack(each.ids.rest) if ids.key else each.ids.rest
         text_rest = None if each.text is None else storable(each.text.rest)
-        run(connection, _CHANGE, (rest, text_rest, ids.key or None, text.key or None, each.key))
+        run(connection, _CHANGE, (rest, text_rest, ids.key or None, text.key or None, each.id))
     return len(chosen)

@@ -90,7 +90,8 @@ def texts_of(connection: Connection, rows: Sequence[Any]) -> list[str | None]:
     for row in rows:
         rest = text_of(row.prompt_text)
         whole = _whole(known, row.text_block, None if rest is None else rest.encode())
-        found.append(None if whole is None else whole.decode())
+        # Never an error: it would keep all others of its page from being read.
+        found.append(None if whole is None else whole.decode(errors="replace"))
     return found
 
 

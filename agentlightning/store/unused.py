@@ -96,7 +96,9 @@ def unused_blocks(
         gone[key] = use
         if use.parent:
             lost[use.parent] += 1
-            heappush(waiting, -use.parent)
+            # Its other children have higher keys than it, so that all are counted before it is looked at.
+            if lost[use.parent] == 1:
+                heappush(waiting, -use.parent)
     return gone
 
 

@@ -43,6 +43,7 @@ __all__ = [
     "Envelope",
     "Refusal",
     "Sent",
+    "TooMuch",
     "decode",
     "decode_each",
     "encode",
@@ -52,6 +53,8 @@ __all__ = [
 
 MEDIA_TYPE = "application/vnd.agl.generations.v1+msgpack"
 IN_BLOCKS = "application/vnd.agl.generations.v2+msgpack"
+MOST_UNPACKED = 256 << 20
+"""Bytes that the blocks of one message may become. Texts are compressed, and a few bytes can stand for many."""
 ERROR_HEADER = "X-AGL-Error"
 """A header of every error of `agl store`: any FastAPI application on the way answers `{"detail": "..."}`, too."""
 NOT_FOUND = "not-found"
@@ -72,6 +75,7 @@ class Envelope:
         next: None on the last page.
         sender: None where it is unknown.
         prompts: those that arrived in blocks, by the ids of their generations, which have none.
+        unpacked: bytes of the blocks of these.
     """
 
     generations: list[Generation] = field(default_factory=list)
@@ -79,6 +83,11 @@ class Envelope:
     next: str | None = None
     sender: str | None = None
     prompts: dict[str, Prompt] = field(default_factory=dict)
+    unpacked: int = 0
+
+
+class TooMuch(Exception):
+    """A message that becomes more than fits into memory: its sender should send it in parts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +258,7 @@ def decode(body: bytes, version: str = MEDIA_TYPE) -> Envelope:
 
     Raises:
         ValueError: it is malformed or cut off, or one of its values is invalid.
+        TooMuch: its prompts do not fit into memory.
     """
     message = _read(_messages[version], body)
     found = Envelope([], _losses_of(message.losses), message.next, message.sender)
@@ -265,6 +275,7 @@ def decode_each(body: bytes, version: str = MEDIA_TYPE) -> tuple[Envelope, list[
 
     Raises:
         ValueError: it is malformed or cut off.
+        TooMuch: its prompts do not fit into memory.
     """
     try:
         return decode(body, version), []
@@ -282,11 +293,17 @@ def decode_each(body: bytes, version: str = MEDIA_TYPE) -> tuple[Envelope, list[
 
 def _take(envelope: Envelope, found: Any) -> None:
     """Add a generation to the content of a message."""
+    if found.id in envelope.prompts:
+        # The same once more: the first is kept, whose blocks the second continues.
+        return
     fields = asdict(found)
     fields["choices"] = [_choice_of(choice) for choice in found.choices]
     if isinstance(found, _GenerationInBlocks):
         ids, text = found.prompt_token_ids, found.prompt_text
         prompt = Prompt(_chain_of(IDS, ids, "prompt_token_ids"), _chain_of(TEXTS, text, "prompt_text"))
+        envelope.unpacked += sum(len(block) for chain in (prompt.ids, prompt.text) if chain for block in chain.blocks)
+        if envelope.unpacked > MOST_UNPACKED:
+            raise TooMuch(f"the prompts of this message are more than {MOST_UNPACKED >> 20} MiB")
         fields |= {"prompt_token_ids": None, "prompt_text": None}
         envelope.prompts[found.id] = prompt
     else:
@@ -300,6 +317,8 @@ def _chain_of(kind: Kind[Any], found: Any, name: str) -> Chain[Any] | None:
         return None
     after = found.after or None
     try:
+        if after is not None and not after.startswith(kind.seed):
+            raise ValueError(f"the block {after.hex()} is one of another kind")
         blocks = kind.blocks_of(found.blocks, is_first=after is None)
         kind.check_rest(found.rest, is_whole=after is None and not blocks)
     except ValueError as error:

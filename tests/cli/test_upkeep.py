@@ -143,3 +143,27 @@ def test_migrate_changes_a_former_store_once(path: Path, capsys: pytest.CaptureF
     assert "nothing to do" in capsys.readouterr().out
     with open_store(str(path)) as store:
         assert [*store.generations()] == before
+
+
+def test_dry_run_leaves_a_store_of_an_older_version_as_it_is(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA user_version = 2")
+    before = path.read_bytes()
+
+    assert main(["prune", "--store", str(path), "--older-than", "7d", "--dry-run"]) == 1
+
+    assert "was written by an older agentlightning" in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("command", ["prune", "migrate"])
+def test_without_a_store_it_says_how_to_name_one(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AGL_STORE", raising=False)
+
+    with pytest.raises(SystemExit) as ended:
+        main([command])
+
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(f"agl {command}: which store? Give --store, or set AGL_STORE\n")

@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ import pytest
 import uvicorn
 
 from agentlightning.errors import StoreUnavailable
-from agentlightning.generation import Choice, Generation, Loss
+from agentlightning.generation import Choice, Generation, Loss, new_id
 from agentlightning.server import app as application
 from agentlightning.store import open_database, open_store, wire
-from agentlightning.store.chains import Recent
+from agentlightning.store.chains import FIRST, NEXT, Recent
 from tests.common.generations import EMPTY, FULL, SECOND, START, generation
 from tests.server.process import SECONDS, StoreServer
 
@@ -388,9 +389,9 @@ def test_prompt_whose_blocks_are_wrong_is_refused_and_the_rest_kept(
 
 def test_prompt_that_continues_an_unknown_block_is_named(client: httpx.Client) -> None:
     message = in_blocks(LONG, generation(2))
-    for name in ("prompt_token_ids", "prompt_text"):
+    for name, block in (("prompt_token_ids", b"i: sixteen bytes"), ("prompt_text", b"t: sixteen bytes")):
         cut = message["generations"][0][[*Generation.__slots__].index(name)]
-        cut[:4] = [7, b"sixteen bytes...", [], b"sixteen bytes..."]
+        cut[:4] = [7, block, [], block]
 
     answer = client.post(ROUTE, content=msgspec.msgpack.encode(message), headers=IN_BLOCKS).json()
 
@@ -399,13 +400,49 @@ def test_prompt_that_continues_an_unknown_block_is_named(client: httpx.Client) -
 
 
 def test_message_that_names_very_many_blocks_is_answered(client: httpx.Client) -> None:
-    """Name a million blocks: each is one that the store does not have."""
+    """Name as many blocks as a message may have generations: the store has none of them."""
     prompt = [*Generation.__slots__].index("prompt_token_ids")
     kept = [generation(number) for number in range(1000)]
     message = in_blocks(*kept)
     for number, each in enumerate(message["generations"]):
-        each[prompt] = [number + 1, number.to_bytes(16, "big"), [], number.to_bytes(16, "big"), b""]
+        block = b"i" + number.to_bytes(15, "big")
+        each[prompt] = [number + 1, block, [], block, b""]
 
     answer = client.post(ROUTE, content=msgspec.msgpack.encode(message), headers=IN_BLOCKS).json()
 
     assert (answer["new"], len(answer["lacking"])) == (0, 1000)
+
+
+def test_text_that_continues_a_block_of_ids_is_refused(client: httpx.Client) -> None:
+    message = in_blocks(LONG, replace(LONG, id=new_id()))
+    fields = [[*Generation.__slots__].index(name) for name in ("prompt_token_ids", "prompt_text")]
+    ids = message["generations"][0][fields[0]]
+    message["generations"][1][fields[1]] = [0, ids[3], [], ids[3], "hello"]
+
+    answer = client.post(ROUTE, content=msgspec.msgpack.encode(message), headers=IN_BLOCKS).json()
+
+    assert (answer["new"], answer["lacking"]) == (1, [])
+    assert "is one of another kind" in answer["refused"][0]["reason"]
+    assert len(client.get(ROUTE).json()["items"]) == 1
+
+
+def test_prompt_of_very_many_blocks_is_refused_and_the_rest_kept(client: httpx.Client) -> None:
+    """Send a million empty blocks: none is unpacked."""
+    message = in_blocks(generation(1), generation(2))
+    message["generations"][0][[*Generation.__slots__].index("prompt_text")] = [0, b"", [b""] * 1_000_000, b"", ""]
+
+    answer = client.post(ROUTE, content=msgspec.msgpack.encode(message), headers=IN_BLOCKS).json()
+
+    assert answer["new"] == 1
+    assert "1000000 blocks, which is more than" in answer["refused"][0]["reason"]
+
+
+def test_message_that_becomes_very_large_is_to_be_sent_in_parts(client: httpx.Client) -> None:
+    """Send texts that are compressed to a hundredth: 320 MiB in three messages' worth of bytes."""
+    text = "\N{GRINNING FACE}" * (FIRST + NEXT * 20_000)
+    body, _ = wire.encode_in_blocks([generation(n, prompt_text=f"{n}{text}") for n in range(4)], None, Recent())
+
+    answer = client.post(ROUTE, content=body, headers=IN_BLOCKS)
+
+    assert len(body) < 8_000_000
+    assert (answer.status_code, answer.json()["detail"]) == (413, "the prompts of this message are more than 256 MiB")

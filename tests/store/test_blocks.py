@@ -259,3 +259,14 @@ def test_contents_of_a_conversation_are_cut_as_if_each_came_alone() -> None:
         chain, alone = recent.cut(TEXTS, text, place % 3), TEXTS.cut(text)
 
         assert (chain.names, chain.rest, [*chain.blocks]) == (alone.names, alone.rest, [*alone.blocks])
+
+
+def test_text_whose_blocks_are_not_text_is_read_without_an_error(
+    store: Store, database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.add([called(1, range(5000), "a" * 5000), called(2, range(10))])
+    with database.writing() as connection:
+        connection.execute(tables.blocks.update().values(body=b"neither"))
+
+    assert [found.prompt_text for found in store.generations()] == [None, None]
+    assert "cannot be read" in caplog.text

@@ -438,3 +438,28 @@ def assert_whole(url: str, kept: Iterable[int], written: Iterable[int]) -> None:
         [wanted] = [call for call in conversation(number // 10, each.rollout_id or "") if call.id == each.id]
         assert each == wanted
     assert found.keys() >= {call.id for number in (*kept, *written) for call in conversation(number, "")}
+
+
+def test_calls_that_a_rollout_got_since_it_was_selected_are_kept(store: Store, database: Database) -> None:
+    store.add([generation(1, rollout_id="eval", finished_at=1)])
+    found = deletion.select(database, before=time.time() - 60)
+    store.add([generation(2, rollout_id="eval", finished_at=time.time_ns())])
+
+    deleted = sum(deletion.delete(database, found), Counter[str]())
+
+    assert deleted["generations"] == 0
+    assert len([*store.generations()]) == 2
+
+
+def test_call_that_has_the_key_of_a_deleted_one_is_kept(store: Store, database: Database) -> None:
+    """Delete an old call after its key was read, and write another: SQLite gives its key again."""
+    store.add([generation(1, rollout_id=None, attempt_id=None, finished_at=1)])
+    found = deletion.select(database, before=time.time() - 60)
+    work = deletion.delete(database, found)
+    with database.writing() as connection:
+        for table in (tables.choices, tables.generations):
+            connection.execute(table.delete())
+    store.add([generation(2, rollout_id=None, attempt_id=None, finished_at=time.time_ns())])
+
+    assert sum(work, Counter[str]())["generations"] == 0
+    assert len([*store.generations()]) == 1

@@ -726,3 +726,26 @@ def test_refused_generation_takes_no_block_of_others_with_it(store: Store) -> No
 
     assert [*refused.value.reasons] == [first.id]
     assert [*store.generations()] == [second, third]
+
+
+def test_generation_that_is_in_a_batch_twice_is_stored_once(store: Store) -> None:
+    [kept] = growing(calls=1, growth=2048)
+
+    assert store.add([kept, kept]) == 1
+
+    assert [*store.generations()] == [kept]
+
+
+def test_generation_after_a_refused_one_of_its_conversation_is_stored_though_the_store_lost_its_blocks(
+    store: Store, server: StoreServer
+) -> None:
+    first, second, third = growing(calls=3, growth=2048)
+    store.add([first])
+    emptied(server)
+    second.cached_tokens = 1 << 63
+
+    with pytest.raises(InvalidRecord) as refused:
+        store.add([second, third])
+
+    assert [*refused.value.reasons] == [second.id]
+    assert [*store.generations()] == [third]

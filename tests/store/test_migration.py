@@ -168,3 +168,26 @@ def test_migration_killed_at_any_moment_beside_writers_loses_nothing_and_can_be_
         table = tables.generations
         whole = select(func.count()).where(table.c.ids_block.is_(None), table.c.prompt_tokens >= FIRST_IDS)
         assert connection.execute(whole).scalar_one() == 0
+
+
+def test_migration_leaves_a_generation_alone_that_has_the_key_of_a_deleted_one(
+    url: str, store: Store, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Delete the last generation after its prompt was read, and write another: SQLite gives its key again."""
+    kept, gone, new = generation(1), generation(2, prompt_token_ids=array("i", range(2000))), generation(3)
+    old(database, [kept, gone])
+    cut = migration._cut  # pyright: ignore[reportPrivateUsage]
+
+    def cut_and_replace(connection: Any, keys: Any) -> Any:
+        found = cut(connection, keys)
+        with closing(open_database(url)) as other, other.writing() as writing:
+            last = writing.execute(select(func.max(tables.generations.c.key))).scalar_one()
+            writing.execute(tables.choices.delete().where(tables.choices.c.generation_key == last))
+            writing.execute(tables.generations.delete().where(tables.generations.c.key == last))
+        store.add([new])
+        return found
+
+    monkeypatch.setattr(migration, "_cut", cut_and_replace)
+    assert sum(step.migrated for step in migration.migrate(database)) == 0
+
+    assert [each.prompt_token_ids for each in store.generations()] == [kept.prompt_token_ids, new.prompt_token_ids]

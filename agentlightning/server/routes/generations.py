@@ -174,6 +174,8 @@ async def add_generations(request: Request, database: Database) -> Response:
         return sentence(413, f"the body has more than {BATCH_LIMIT} generations and losses")
     try:
         message, refused = await database.run(lambda: wire.decode_each(body, content_type))
+    except wire.TooMuch as error:
+        return sentence(413, str(error))
     except ValueError as error:
         return sentence(400, f"the body {error}")
     added = await _store(database, message)
