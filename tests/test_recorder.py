@@ -654,6 +654,19 @@ def test_a_failed_registration_loses_no_generation_and_is_retried(
     assert 0 < counted(path)[os.getpid()] <= len(generations)
 
 
+def test_a_sender_whose_vocabulary_is_refused_reports(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse_vocabulary(self: DatabaseStore, sender: Sender) -> None:
+        self._database.write(lambda connection: senders.register_without_vocabulary(connection, sender, None))
+        raise InvalidRecord("a proxy accepts no body as large")
+
+    monkeypatch.setattr(DatabaseStore, "register_sender", refuse_vocabulary)
+    recorder = Recorder(str(path), ROOMY, Registrar())
+    recorder.start()
+
+    until(lambda: path.exists() and 0 < written_until(path) < float("inf"))
+    recorder.close()
+
+
 @pytest.fixture
 def reports(monkeypatch: pytest.MonkeyPatch) -> list[Progress]:
     """Return the reports that stores have accepted, in order."""

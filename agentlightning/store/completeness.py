@@ -12,10 +12,12 @@ from agentlightning.completeness import Completeness, Shortfall
 from agentlightning.rollout import FINISHED
 from agentlightning.sender import UnfinishedCalls
 from agentlightning.store import rollouts, rows, tables, watermarks
-from agentlightning.store.watermarks import SECONDS_UNTIL_SILENT, Watermark
+from agentlightning.store.watermarks import Watermark
 
-__all__ = ["FELL_SILENT", "ended", "of_rollout"]
+__all__ = ["FELL_SILENT", "SECONDS_A_SILENT_SERVER_COUNTS", "ended", "of_rollout"]
 
+SECONDS_A_SILENT_SERVER_COUNTS = 900.0
+"""How long after its last report a silent sender may still answer: cut off from its store, it keeps calls in memory."""
 FELL_SILENT = "it fell silent while it answered"
 UNDER_WAY = ("preparing", "running")
 
@@ -95,7 +97,7 @@ def _may_have_lost(each: Watermark, started: float | None, end_time: float | Non
     if started is None:
         return False
     first = each.registered_at if each.recorded_until is None else each.recorded_until
-    last = each.reported_at + SECONDS_UNTIL_SILENT
+    last = each.reported_at + SECONDS_A_SILENT_SERVER_COUNTS
     return started < last and (end_time is None or end_time > first)
 
 

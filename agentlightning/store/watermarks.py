@@ -92,10 +92,11 @@ def report(connection: Connection, sender_key: int, progress: Progress) -> int:
     """
     at = _nanoseconds(connection)
     known = progress.store_time
-    differences = [] if known is None else [known.time - known.received_at]
+    # A time to come is from before the store's clock was set back: it would make the watermark too late.
+    differences = [] if known is None or known.time > at else [known.time - known.received_at]
     query = "SELECT watermark + clock_difference AS until FROM watermarks WHERE sender_key = ?"
     before = run(connection, query, [sender_key]).scalar()
-    if before is not None:
+    if before is not None and before <= at:
         # What was true stays so: an answer that took longer makes the difference smaller than the last one was.
         differences.append(int(before) - progress.watermark)
     difference = max(differences, default=None)

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 import agentlightning as agl
-from agentlightning.store import watermarks
+from agentlightning.store import completeness, watermarks
 from tests.common.clock import an_hour_ahead, an_hour_behind
 from tests.common.postgresql import PostgresServer
 from tests.recording.load import Load, endless
@@ -110,6 +110,7 @@ def test_calls_of_a_killed_server_are_lost_by_name_and_those_of_another_are_not(
     nursery: Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(watermarks, "SECONDS_UNTIL_SILENT", FEW_SECONDS)
+    monkeypatch.setattr(completeness, "SECONDS_A_SILENT_SERVER_COUNTS", FEW_SECONDS)
     path = tmp_path / "generations.db"
     with (
         nursery.server(path) as server,

@@ -18,7 +18,7 @@ from agentlightning.generation import new_id
 from agentlightning.rollout import RolloutConfig, Span
 from agentlightning.sender import LostCalls, Progress, Sender, StoreTime, UnfinishedCalls
 from agentlightning.store import open_database, tables, watermarks
-from agentlightning.store.completeness import FELL_SILENT
+from agentlightning.store.completeness import FELL_SILENT, SECONDS_A_SILENT_SERVER_COUNTS
 from agentlightning.store.database import Database
 from agentlightning.store.rows import uuid_bytes
 from tests.common.generations import HOSTILE, generation
@@ -160,6 +160,24 @@ def test_an_answer_that_took_long_takes_no_watermark_back(store: agl.Store) -> N
     assert are_written(store, rollout) == [True]
 
 
+def test_a_store_whose_clock_is_set_back_waits_for_the_watermark(store: agl.Store, database: Database) -> None:
+    process = Process(store)
+    process.report_all()
+    before = process.now()
+    # The clock is set back by an hour: all that the store noted, and all that it answered, is an hour ahead now.
+    let_time_pass(database, process.sender, -HOUR / SECOND)
+    assert process._store_time is not None
+    process._store_time = StoreTime(process._store_time.time + HOUR, process._store_time.received_at)
+    rollout = ended(store)
+
+    process.report(before)
+    assert are_written(store, rollout) == [False]
+    process.report(before)
+    assert are_written(store, rollout) == [False]
+    process.report()
+    assert are_written(store, rollout) == [True]
+
+
 def test_the_slowest_live_sender_is_waited_for(store: agl.Store) -> None:
     fast, slow = Process(store), Process(store, host="gpu-2", pid=8)
     slow.report_all()
@@ -256,7 +274,7 @@ def test_a_rollout_before_or_after_the_life_of_a_silent_sender_is_complete(
     process = Process(store)
     process.report_all()
     with database.writing() as connection:
-        last = int(time.time() - 10 * watermarks.SECONDS_UNTIL_SILENT) * SECOND
+        last = int(time.time() - 2 * SECONDS_A_SILENT_SERVER_COUNTS) * SECOND
         values = {"registered_at": last, "reported_at": last, "watermark": last, "clock_difference": 0}
         connection.execute(update(tables.watermarks).values(**values))
         connection.execute(update(tables.rollouts).values(start_time=last / SECOND - 2, end_time=last / SECOND - 1))
@@ -267,6 +285,23 @@ def test_a_rollout_before_or_after_the_life_of_a_silent_sender_is_complete(
     with database.writing() as connection:
         connection.execute(update(tables.rollouts).values(end_time=last / SECOND + 1))
     assert store.completeness(before.rollout_id).silent
+
+
+@pytest.mark.usefixtures("runs_for_long")
+def test_a_rollout_that_starts_after_a_sender_was_cut_off_may_have_lost_calls(
+    store: agl.Store, database: Database
+) -> None:
+    process = Process(store)
+    process.report_all()
+    let_time_pass(database, process.sender, watermarks.SECONDS_UNTIL_SILENT + 1)
+    rollout = ended(store)
+
+    assert are_written(store, rollout) == [True]
+    assert [each.sender_id for each in store.completeness(rollout.rollout_id).silent] == [process.sender.id]
+
+    let_time_pass(database, process.sender, SECONDS_A_SILENT_SERVER_COUNTS)
+
+    assert store.completeness(rollout.rollout_id).complete
 
 
 @pytest.mark.usefixtures("runs_for_long")
