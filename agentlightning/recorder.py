@@ -17,9 +17,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from queue import Empty, SimpleQueue
 from threading import Event, Lock, Thread, local
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from agentlightning.errors import InvalidRecord, NotFound, StoreRefused, StoreUnavailable
 from agentlightning.generation import Generation, Loss
@@ -46,12 +47,17 @@ LONGEST_PAUSE_SECONDS = 2.0
 # Short, so that the thread learns in time that the process is ending.
 PATIENCE_SECONDS = 0.5
 SECONDS_BETWEEN_LOGS = 10.0
-# Delay before a failed registration is retried, unless the store is opened again before that.
+# Delay before a failed registration is retried, unless the store is opened again before that; ten times as long after
+# another failure.
 SECONDS_BETWEEN_REGISTRATIONS = 10.0
 # How often a store hears from this process when there is nothing to write.
 SECONDS_BETWEEN_REPORTS = 1.0
-# The most rollouts whose losses are named in one report; those of further ones are counted without a name.
-LOST_NAMES_LIMIT = 1 << 12
+# The most rollouts whose losses wait to be reported by name; those of further ones are counted without a name.
+LOST_NAMES_LIMIT = 1 << 16
+# The most losses in one report: half of what an `agl store` accepts.
+LOSSES_AT_ONCE = 1 << 15
+# As much as a generation keeps alive that is queued only to be counted as lost.
+NBYTES_OF_A_LOSS = 1000
 # As long as a store on this host needs for a batch.
 SECONDS_TO_FORK = 1.0
 INHERITED: list[Store | None] = []
@@ -163,6 +169,7 @@ class Recorder:
         self._writer: Sender | None = None
         self._registered: Sender | None = None
         self._no_registration_until = 0.0
+        self._registration_failures = 0
         self._queue: SimpleQueue[_Queued | _Mark | None] = SimpleQueue()
         self._clock = _Clock()
         self._mark: _Mark | None = None
@@ -170,8 +177,10 @@ class Recorder:
         self._store_time: StoreTime | None = None
         self._lost_calls: Counter[tuple[str | None, str | None, str]] = Counter()
         self._unconfirmed: list[LostCalls] = []
+        self._reported_until = 0
         self._closing = Event()
         self._was_opened = Event()
+        self._wait_until: float | None = None
         self._deadline = float("inf")
         self._counters = Counters()
         self._record_lock = Lock()
@@ -183,18 +192,21 @@ class Recorder:
         self._new_losses: dict[str, Loss] = {}
         self._losses: list[Loss] = []
         self._silent_until: dict[str, float] = {}
+        self._logged: dict[str, str] = {}
 
     def start(self, patience: float = 0.0) -> None:
         """Start the thread, which opens the store. Idempotent; else the first `record` does it, and takes longer.
 
         Args:
             patience: seconds to wait at most until the store knows this process, or cannot be opened now. A store takes
-                a rollout for complete if it does not know the process that answered its calls.
+                a rollout for complete if it does not know the process that answered its calls. They count from the
+                first call that gives any, however many follow.
         """
         with self._record_lock:
             self._start_thread()
         if patience:
-            self._was_opened.wait(patience)
+            self._wait_until = self._wait_until or time.monotonic() + patience
+            self._was_opened.wait(max(self._wait_until - time.monotonic(), 0.0))
 
     def _start_thread(self) -> None:
         if self._thread is None:
@@ -229,6 +241,18 @@ class Recorder:
                 # No thread can be started while the interpreter is ending.
                 self._count_late(repr(error))
 
+    def note_lost(self, whose: Callable[[], Whose], error: Exception) -> None:
+        """Count a generation as lost that our code failed to record; never raise. Thread-safe.
+
+        It goes through the queue, so that no watermark passes it before its loss is reported.
+
+        Args:
+            whose: returns the rollout and the attempt that it belongs to.
+            error: the reason.
+        """
+        # Without the error itself, whose traceback keeps much alive.
+        self.record(partial(_fail, repr(error)), NBYTES_OF_A_LOSS, whose)
+
     def counters(self) -> Counters:
         """Return a snapshot of the counters."""
         mine = self._counters
@@ -245,8 +269,10 @@ class Recorder:
         self._closing.set()
         if self._thread is not None:
             self._queue.put(None)
-            self._thread.join(timeout)
-            if self._thread.is_alive():
+            waits = self._bytes_in > self._bytes_out
+            # With nothing to write, only the last report is missing.
+            self._thread.join(timeout if waits else min(timeout, 2 * PATIENCE_SECONDS))
+            if waits and self._thread.is_alive():
                 logger.error(
                     "agentlightning: the store does not answer, so about %d bytes of generations are lost: the process "
                     "ends without writing them",
@@ -254,7 +280,7 @@ class Recorder:
                 )
 
     def _reject(self, whose: Callable[[], Whose]) -> None:
-        self._name_lost(QUEUE_FULL, [whose()])
+        self._name_lost(QUEUE_FULL, [_whose_of(whose)])
         now = time.time_ns()
         self._rejected_at = (self._rejected_at[0] if self._rejected > self._rejected_in_losses else now, now)
         self._rejected += 1
@@ -272,6 +298,7 @@ class Recorder:
         while not (self._closing.is_set() and self._queue.empty()):
             try:
                 self._write_batch()
+                self._forget_log("batch")
             except Exception as error:
                 self._log("batch", f"writing generations failed: {error!r}")
         self._write_losses()
@@ -292,7 +319,7 @@ class Recorder:
         items, mark = self._gather()
         try:
             if items and time.monotonic() > self._deadline:
-                self._lose(STOPPED, [whose() for _, _, whose in items], ENDED)
+                self._lose(STOPPED, [_whose_of(whose) for _, _, whose in items], ENDED)
                 return
             if generations := self._build(items):
                 self._write(generations)
@@ -348,6 +375,7 @@ class Recorder:
         except Exception as error:
             self._log("under way", f"unfinished generations cannot be listed, so no progress is reported: {error!r}")
         else:
+            self._forget_log("under way")
             self._queue.put(_Mark(at, [UnfinishedCalls(*whose, count) for whose, count in counts.items()]))
 
     def _build(self, items: Iterable[_Queued]) -> list[Generation]:
@@ -356,7 +384,7 @@ class Recorder:
             try:
                 generations.append(build())
             except Exception as error:
-                self._lose(NOT_BUILT, [whose()], repr(error))
+                self._lose(NOT_BUILT, [_whose_of(whose)], repr(error))
         return generations
 
     def _write(self, generations: list[Generation]) -> None:
@@ -438,24 +466,27 @@ class Recorder:
         if self._mark is None:
             return
         try:
-            # Twice where the store's time is not known yet.
-            for _ in range(2):
+            # Twice where the store's time is not known yet, and once more for every further part of the losses.
+            while True:
                 with self._opened() as store:
                     # Also if its registration was refused, as a proxy refuses a large vocabulary: the store may know it
                     # without, and takes a rollout for complete whose calls a sender has not reported on.
                     if self._writer is None:
                         return
-                    known = self._store_time
+                    known, lost = self._store_time, self._unconfirmed[:LOSSES_AT_ONCE]
+                    is_last = len(lost) == len(self._unconfirmed)
                     told = Progress(
-                        watermark=self._mark.at,
+                        # The moment passes only with the last of the losses before it.
+                        watermark=self._mark.at if is_last else self._reported_until,
                         store_time=known,
                         under_way=self._mark.under_way,
-                        lost=self._unconfirmed,
-                        has_ended=has_ended,
+                        lost=lost,
+                        has_ended=has_ended and is_last,
                     )
                     at = store.report_progress(self._writer.id, told)
-                    self._store_time, self._unconfirmed = StoreTime(at, self._clock.now()), []
-                if known is not None:
+                    self._store_time, self._reported_until = StoreTime(at, self._clock.now()), told.watermark
+                    del self._unconfirmed[: len(lost)]
+                if known is not None and is_last:
                     break
         except StoreUnavailable as error:
             self._note_failed_write(error, is_news=self._counters.trouble is None)
@@ -465,11 +496,20 @@ class Recorder:
         except Exception as error:
             self._log("progress", f"the store refuses to hear how far generations are written: {error}")
         else:
+            self._forget_log("progress")
             self._note_success()
 
     def _report_the_end(self) -> None:
         """Tell the store that nothing follows, if it answers: a process that ends has no time to wait for it."""
         if self._store is not None and self._mark is not None:
+            try:
+                unfinished = list(self._under_way())
+            except Exception as error:
+                # Without a last word, the store takes this process for killed, and trusts in nothing that it answers.
+                self._log("under way", f"unfinished generations cannot be listed, so no end is reported: {error!r}")
+                return
+            with self._record_lock:
+                self._name_lost(STOPPED, unfinished)
             self._mark = _Mark(self._clock.now(), ())
             self._report(has_ended=True)
 
@@ -496,8 +536,12 @@ class Recorder:
                 return
             store.register_sender(self._writer)
             self._registered = self._writer
+            self._registration_failures = 0
+            self._forget_log("registration")
         except Exception as error:
-            self._no_registration_until = time.monotonic() + SECONDS_BETWEEN_REGISTRATIONS
+            self._registration_failures += 1
+            pause = SECONDS_BETWEEN_REGISTRATIONS * (1 if self._registration_failures == 1 else 10)
+            self._no_registration_until = time.monotonic() + pause
             failed = "this server could not be registered with its store, and will retry; generations are written"
             self._log("registration", f"{failed}: {error}")
 
@@ -540,6 +584,7 @@ class Recorder:
     def _note_success(self) -> None:
         if self._counters.trouble is not None:
             self._counters.trouble = None
+            self._forget_log("store")
             logger.info("agentlightning: generations are written to the store again")
 
     def _lose(self, kind: str, whose: Sequence[Whose], detail: str) -> None:
@@ -557,22 +602,29 @@ class Recorder:
     def _name_lost(self, kind: str, whose: Iterable[Whose]) -> None:
         for each in whose:
             key = (*each, kind)
-            known = key in self._lost_calls or len(self._lost_calls) < LOST_NAMES_LIMIT
+            names = len(self._lost_calls) + len(self._unconfirmed)
+            known = key in self._lost_calls or names < LOST_NAMES_LIMIT
             self._lost_calls[key if known else (None, None, kind)] += 1
 
     def _notify(self) -> None:
         try:
             self._observe(self.counters())
+            self._forget_log("observe")
         except Exception as error:
             # This may run between two attempts to write, which must go on.
             self._log("observe", f"the metrics of recorded generations could not be updated: {error!r}")
 
     def _log(self, kind: str, message: str) -> None:
-        """Log a message, but each kind at most once every `SECONDS_BETWEEN_LOGS`."""
+        """Log a message, but each kind at most once every `SECONDS_BETWEEN_LOGS`, and none twice in a row."""
         now = time.monotonic()
-        if now >= self._silent_until.get(kind, 0):
+        if message != self._logged.get(kind) and now >= self._silent_until.get(kind, 0):
             self._silent_until[kind] = now + SECONDS_BETWEEN_LOGS
+            self._logged[kind] = message
             logger.warning("agentlightning: %s", message)
+
+    def _forget_log(self, kind: str) -> None:
+        """Note that what was logged works again: if it fails once more, that is news."""
+        self._logged.pop(kind, None)
 
 
 class _Clock:
@@ -583,6 +635,18 @@ class _Clock:
 
     def now(self) -> int:
         return self._ahead + time.monotonic_ns()
+
+
+def _fail(reason: str) -> NoReturn:
+    raise RuntimeError(reason)
+
+
+def _whose_of(whose: Callable[[], Whose]) -> Whose:
+    """Return whose a lost generation is; no rollout's if that cannot be told, so that it is counted in any case."""
+    try:
+        return whose()
+    except Exception:
+        return _of_nobody()
 
 
 def _whose(generation: Generation) -> Whose:

@@ -809,6 +809,130 @@ def test_losses_are_reported_by_rollout_once(path: Path, reports: list[Progress]
     }
 
 
+def test_more_losses_than_a_report_takes_are_all_named_before_the_moment_passes(
+    path: Path, reports: list[Progress], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recording, "LOSSES_AT_ONCE", 1000)
+    names = [f"r-{number}" for number in range(4500)]
+    recorder = Recorder(str(path), NBYTES, Registrar())
+    with locked(path):
+        record(recorder, some(1))
+        for name in names:
+            recorder.record(lambda: generation(1), NBYTES, lambda name=name: (name, None))
+    recorder.close()
+
+    assert [each.rollout_id for told in reports for each in told.lost] == names
+    parts = [told for told in reports if told.lost]
+    assert [len(told.lost) for told in parts] == [1000, 1000, 1000, 1000, 500]
+    assert max(told.watermark for told in parts[:-1]) < parts[-1].watermark
+    assert not any(told.has_ended for told in parts[:-1])
+
+
+def nobody() -> tuple[str, str]:
+    raise LookupError("no such request")
+
+
+def test_calls_that_our_code_fails_to_record_are_lost_by_name(path: Path, reports: list[Progress]) -> None:
+    recorder = Recorder(str(path), ROOMY, Registrar())
+    recorder.note_lost(lambda: ("r", "a"), LookupError("no detokenizer"))
+    recorder.note_lost(nobody, LookupError("no detokenizer"))
+    generations = some(1)
+    record(recorder, generations)
+    recorder.close()
+
+    lost = {(each.rollout_id, each.attempt_id, each.reason) for told in reports for each in told.lost}
+    assert lost == {("r", "a", "not built"), (None, None, "not built")}
+    assert recorder.counters().lost["not built"] == 2
+    assert kept(path) == ids(generations)
+    with open_store(str(path), read_only=True) as store:
+        assert sum(each.count for each in store.losses()) == 2
+
+
+def test_calls_under_way_at_the_end_are_lost_by_name(path: Path, reports: list[Progress]) -> None:
+    recorder = Recorder(str(path), ROOMY, Registrar(), under_way=lambda: [("r", "a"), ("r", "a")])
+    recorder.start()
+    until(lambda: reports)
+    recorder.close()
+
+    assert reports[-1].has_ended
+    [lost] = reports[-1].lost
+    assert (lost.rollout_id, lost.attempt_id, lost.count, lost.reason) == ("r", "a", 2, "stopped")
+
+
+def test_a_process_that_cannot_list_what_is_under_way_does_not_say_that_it_ends(
+    path: Path, reports: list[Progress]
+) -> None:
+    lists: list[list[tuple[str, str]]] = [[]]
+    recorder = Recorder(str(path), ROOMY, Registrar(), under_way=lambda: lists[0])
+    recorder.start()
+    until(lambda: reports)
+    lists.clear()
+    recorder.close()
+
+    assert not reports[-1].has_ended
+
+
+def test_starting_twice_waits_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float | None] = []
+
+    class Noted(Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            waits.append(timeout)
+            return True
+
+    recorder = Recorder(str(path), ROOMY)
+    monkeypatch.setattr(recorder, "_was_opened", Noted())
+    for patience in (SECONDS, 100 * SECONDS):
+        recorder.start(patience)
+    recorder.close()
+
+    assert [each is not None and 0 < each <= SECONDS for each in waits] == [True, True]
+
+
+def test_a_store_that_refuses_reports_is_logged_once_until_it_accepts_one(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # The first that is accepted is repeated at once.
+    answers = [False, False, False, True, True, False, False]
+    report = DatabaseStore.report_progress
+
+    def answer(self: DatabaseStore, sender_id: str, progress: Progress) -> int:
+        if answers and not answers.pop(0):
+            raise StoreRefused("no such route")
+        return report(self, sender_id, progress)
+
+    monkeypatch.setattr(DatabaseStore, "report_progress", answer)
+    monkeypatch.setattr(recording, "SECONDS_BETWEEN_LOGS", 0)
+    monkeypatch.setattr(recording, "SECONDS_BETWEEN_REPORTS", 0.01)
+    recorder = Recorder(str(path), ROOMY, Registrar())
+    recorder.start()
+    until(lambda: not answers)
+    recorder.close()
+
+    assert len([message for message in caplog.messages if "refuses to hear" in message]) == 2
+
+
+def test_an_idle_process_whose_store_hangs_ends_without_naming_a_loss(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    opening, go_on = Event(), Event()
+
+    def hang(*arguments: str, **options: float) -> Store:
+        opening.set()
+        assert go_on.wait(SECONDS)
+        return open_store(*arguments, **options)
+
+    monkeypatch.setattr(recording, "open_store", hang)
+    recorder = Recorder(str(path), ROOMY, Registrar())
+    recorder.start()
+    assert opening.wait(SECONDS)
+    recorder.close(0.01)
+    assert caplog.messages == []
+
+    go_on.set()
+    recorder.close(SECONDS)
+
+
 def test_a_report_that_fails_is_repeated_and_loses_no_generation(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

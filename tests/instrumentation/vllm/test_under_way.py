@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from agentlightning.instrumentation.vllm._context import RequestContext
+from agentlightning.instrumentation.vllm.capture import frontend as frontend_module
 from agentlightning.instrumentation.vllm.capture import unmarked as unmarked_module
 from agentlightning.instrumentation.vllm.capture.conversion import CapturedRequest
 from agentlightning.instrumentation.vllm.capture.frontend import PendingRequests
@@ -95,6 +97,88 @@ def test_a_request_that_cannot_be_recorded_is_not_under_way_for_ever() -> None:
         pending.finish(output("one"))
 
     assert pending.under_way() == []
+
+
+def finish_one(pending: PendingRequests) -> None:
+    pending.finish(output("one"))
+
+
+def abort_all(pending: PendingRequests) -> None:
+    pending.end_all("abort")
+
+
+def lose_all(pending: PendingRequests) -> None:
+    pending.lose_all(LookupError("no such thing"))
+
+
+@pytest.mark.parametrize("cannot", ["record", "read"])
+@pytest.mark.parametrize("end", [finish_one, abort_all, lose_all])
+def test_a_request_that_cannot_be_recorded_is_lost_before_it_is_not_under_way(
+    end: Callable[[PendingRequests], None], cannot: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost: list[tuple[Whose, list[Whose], str]] = []
+
+    def fail(*args: object) -> None:
+        raise LookupError("no such thing")
+
+    if cannot == "read":
+        monkeypatch.setattr(frontend_module, "_routed_experts", fail)
+    pending = PendingRequests(
+        fail, note_lost=lambda captured, error: lost.append((captured.whose(), pending.under_way(), repr(error)))
+    )
+    parent = SimpleNamespace(request_id="both", n=2, sampling_params=None)
+    pending.add(state(parent), request("one"), parent, context(1))
+    pending.add(state(parent, 1), request("two"), parent, context(1))
+
+    with contextlib.suppress(LookupError):
+        end(pending)
+    with contextlib.suppress(LookupError):
+        pending.finish(output("two"))
+
+    assert lost[0] == (("r-1", "a-1"), [("r-1", "a-1")], "LookupError('no such thing')")
+    assert {whose for whose, _, _ in lost} == {("r-1", "a-1")}
+    assert pending.under_way() == []
+
+
+def test_a_request_of_an_engine_core_that_cannot_be_recorded_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost: list[tuple[Whose, list[Whose]]] = []
+
+    def fail(*args: object) -> None:
+        raise LookupError
+
+    recorder = SimpleNamespace(note_lost=lambda whose, error: lost.append((whose(), unmarked.under_way())))
+    settings = SimpleNamespace(logprobs=False, record_text=True)
+    monkeypatch.setattr(unmarked_module, "session", SimpleNamespace(settings=settings, record=fail, recorder=recorder))
+    monkeypatch.setattr("agentlightning.instrumentation.vllm._releases.uses_rust_frontend", lambda: True)
+    unmarked = UnmarkedRequests(SimpleNamespace())
+    known = request("chatcmpl-r-1.a-1-0123abcd")
+    unmarked.track(SimpleNamespace(**vars(known), output_token_ids=[2], lora_request=None))
+
+    unmarked.end_all("abort")
+
+    assert lost == [(("r-1", "a-1"), [("r-1", "a-1")])]
+    assert unmarked.under_way() == []
+
+
+def test_unfinished_requests_are_lost_when_the_patches_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost: list[Whose] = []
+    pending = PendingRequests(lambda captured: None, note_lost=lambda captured, error: lost.append(captured.whose()))
+    pending.add(state(), request("one"), None, context(1))
+    monkeypatch.setattr(frontend_module, "_pending", {object(): pending})
+
+    frontend_module.forget_all()
+
+    assert (lost, pending.under_way()) == ([("r-1", "a-1")], [])
+
+
+def test_a_forked_child_has_nothing_of_its_parent_under_way() -> None:
+    session, frontend = Session(), Frontend()
+    session.follow(frontend.pending)
+    frontend.pending.add(state(), request("one"), None, context(1))
+
+    session.begin_in_child()
+
+    assert session._under_way() == []
 
 
 def test_a_request_of_an_engine_core_is_under_way_until_it_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:

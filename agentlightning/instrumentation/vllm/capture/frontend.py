@@ -44,8 +44,8 @@ __all__ = [
 
 logger = logging.getLogger("agentlightning")
 
-SECONDS_TO_REGISTER = 2.0
-"""The most that a server waits for its store before it serves: vLLM itself takes far longer to start."""
+SECONDS_TO_REGISTER = 1.0
+"""The most that a server waits for its store before it serves, in all: vLLM itself takes far longer to start."""
 
 # vLLM's object for one logprob that a client has asked for, with its text and its place in a dictionary.
 BYTES_PER_LOGPROB = 300
@@ -78,7 +78,7 @@ def _pending_of(processor: Any) -> PendingRequests:
     found = _pending.get(processor)
     if found is None:
         start()
-        found = _pending[processor] = PendingRequests(_record, _logprobs_modes.get(processor))
+        found = _pending[processor] = PendingRequests(_record, _logprobs_modes.get(processor), _note_lost)
         session.follow(found)
     return found
 
@@ -96,6 +96,8 @@ def forget_all() -> None:
         logger.warning(
             "agentlightning: %d unfinished requests are not recorded, since the patches were removed meanwhile", count
         )
+    for pending in list(_pending.values()):
+        contained("counting unfinished requests as lost", pending.lose_all, RuntimeError("the patches were removed"))
     _pending.clear()
 
 
@@ -208,9 +210,10 @@ def wrap_client_init(init: Callable[..., Any]) -> Callable[..., Any]:
     def init_and_note(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         init(self, vllm_config, *args, **kwargs)
         contained("reading the logprobs' mode", _note_logprobs_mode, self, vllm_config)
-        contained("reading which model is served", _note_engine, self, vllm_config)
-        # Not with the first generation: run-batch may end right after that, before the store is open.
+        # Not with the first generation: run-batch may end right after that, before the store is open. Before the model
+        # is known, whose vocabulary may take a second to read: it follows.
         contained("opening the store", start, SECONDS_TO_REGISTER)
+        contained("reading which model is served", _note_engine, self, vllm_config)
 
     return init_and_note
 
@@ -231,10 +234,17 @@ class PendingRequests:
     Args:
         record: called with each captured request when all its choices have ended.
         logprobs_mode: the kind of the engine's logprobs, in vLLM's words.
+        note_lost: called with each captured request that our code fails to record, and the reason.
     """
 
-    def __init__(self, record: Callable[[CapturedRequest], object], logprobs_mode: str | None = None) -> None:
+    def __init__(
+        self,
+        record: Callable[[CapturedRequest], object],
+        logprobs_mode: str | None = None,
+        note_lost: Callable[[CapturedRequest, Exception], object] = lambda captured, error: None,
+    ) -> None:
         self._record = record
+        self._note_lost = note_lost
         self._logprobs_mode = logprobs_mode
         self._requests: dict[str, tuple[CapturedRequest, Any]] = {}
         self._parents: dict[str, CapturedRequest] = {}
@@ -271,8 +281,14 @@ class PendingRequests:
         """Note that the engine is done with a request; `output` is its last `EngineCoreOutput`."""
         if output.request_id not in self._requests:
             return
+        captured, state = self._requests[output.request_id]
         try:
-            self._finish(output, *self._requests[output.request_id])
+            self._finish(output, captured, state)
+        except Exception as error:
+            self._note_lost(captured, error)
+            # A choice is missing, so the request would stay under way for ever.
+            self._forget_parent(state)
+            raise
         finally:
             del self._requests[output.request_id]
 
@@ -305,8 +321,13 @@ class PendingRequests:
                 # With n > 1: a choice that vLLM has not registered yet will never come.
                 if not captured.unfinished:
                     closing.append(captured)
+        except Exception as error:
+            for captured in {id(each): each for each, _ in map(self._requests.__getitem__, ended)}.values():
+                self._note_lost(captured, error)
+            raise
+        else:
             for captured in closing:
-                contained("recording a request that ended early", self._close, captured)
+                contained("recording a request that ended early", self._close_or_lose, captured)
         finally:
             for request_id in ended:
                 del self._requests[request_id]
@@ -315,13 +336,30 @@ class PendingRequests:
         """Do the same for all requests."""
         self.end(list(self._requests), finish_reason)
 
+    def lose_all(self, error: Exception) -> None:
+        """Count all requests as lost, for this reason, and forget them."""
+        requests = {id(captured): captured for captured, _ in self._requests.values()}
+        for captured in requests.values():
+            self._note_lost(captured, error)
+        self._requests.clear()
+        self._parents.clear()
+
     def _close(self, captured: CapturedRequest) -> None:
-        parent = captured.finished[0].state.parent_req
         try:
             self._record(captured)
         finally:
-            if parent is not None:
-                self._parents.pop(parent.request_id, None)
+            self._forget_parent(captured.finished[0].state)
+
+    def _close_or_lose(self, captured: CapturedRequest) -> None:
+        try:
+            self._close(captured)
+        except Exception as error:
+            self._note_lost(captured, error)
+            raise
+
+    def _forget_parent(self, state: Any) -> None:
+        if state.parent_req is not None:
+            self._parents.pop(state.parent_req.request_id, None)
 
 
 def _record(captured: CapturedRequest) -> None:
@@ -332,6 +370,10 @@ def _record(captured: CapturedRequest) -> None:
     keeps_text = session.settings.record_text
     build = functools.partial(from_frontend, captured, time.time_ns(), keeps_text)
     session.record(build, token_ids, more, captured.whose)
+
+
+def _note_lost(captured: CapturedRequest, error: Exception) -> None:
+    session.recorder.note_lost(captured.whose, error)
 
 
 def _bytes_of(choice: FinishedChoice) -> int:

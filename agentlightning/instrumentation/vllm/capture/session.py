@@ -58,11 +58,12 @@ class Session:
         self._lock = threading.Lock()
 
     def begin_in_child(self) -> None:
-        """Forget the settings in a forked child: a launcher may set other variables there.
+        """Forget the settings in a forked child, where a launcher may set other variables, and the parent's requests.
 
         The lock is replaced: another thread of the parent may have held it.
         """
         self._lock = threading.Lock()
+        self._unfinished = WeakSet()
         self._settings = self._recorder = None
 
     def begin(self) -> None:

@@ -150,6 +150,9 @@ class UnmarkedRequests:
         request, tracked.request = tracked.request, None
         try:
             self._record(tracked, request, finish_reason)
+        except Exception as error:
+            session.recorder.note_lost(functools.partial(_whose, request.request_id), error)
+            raise
         finally:
             # Not before: the writing thread takes what is neither here nor in its queue for written.
             del self._tracked[request.request_id]
