@@ -300,8 +300,9 @@ class _Trial(PostgresqlDatabase):
             raise StoreUnavailable(f"{self._name} only reads, as a standby does", "give the URL of the primary server")
         if version:
             needed = [table.name for table in tables.metadata.sorted_tables]
-            query = "SELECT has_table_privilege(%s, 'INSERT')"
-            needed = [each for each in needed if not connection.exec_driver_sql(query, (each,)).scalar_one()]
+            # An older version lacks some of the tables, for which this is NULL.
+            query = "SELECT has_table_privilege(to_regclass(%s), 'INSERT')"
+            needed = [each for each in needed if connection.exec_driver_sql(query, (each,)).scalar_one() is False]
             if needed:
                 self._refuse(f"INSERT on {SCHEMA}.{needed[0]}", f"GRANT ALL ON ALL TABLES IN SCHEMA {SCHEMA}")
             return

@@ -1,5 +1,7 @@
 """A SQLite file in WAL mode, read without writing a byte: neither to it, nor to the files that SQLite keeps beside it.
 
+With one exception: SQLite leaves an empty `-wal` file if the last writer closes the file while a reader connects to it.
+
 An ordinary connection creates `-wal` and `-shm` files, even one that only reads (https://sqlite.org/wal.html#readonly),
 and one that reads only cannot remove them again.
 """

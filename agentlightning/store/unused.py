@@ -305,12 +305,19 @@ def _mark_new(connection: Connection, marking: _Marking) -> bool:
 
 
 def _delete_senders(database: Database, marking: _Marking) -> Iterator[Counter[str]]:
-    """Delete senders without generations that have not been seen for long, and the vocabularies of none."""
+    """Delete senders without generations that have not been seen for long, and the vocabularies of none.
+
+    One that has lost calls, or did not say that it ends, is kept: rollouts are not complete because of it.
+    """
     with database.writing(alone=True) as connection:
         if not _mark_new(connection, marking):
             return
         before = time.time_ns() - SENDER_KEPT
-        old = run(connection, "SELECT key FROM senders WHERE seen_at < ?", (before,)).scalars().all()
+        query = """
+            SELECT key FROM senders WHERE seen_at < ? AND key NOT IN (SELECT sender_key FROM lost_calls)
+            AND key NOT IN (SELECT sender_key FROM watermarks WHERE NOT has_ended)
+        """
+        old = run(connection, query, (before,)).scalars().all()
         gone = [key for key in old if key not in marking.senders]
         for table in ("sender_minutes", "watermarks"):
             delete_keys(connection, table, gone, "sender_key")

@@ -24,7 +24,7 @@ from sqlalchemy import func, select
 
 import agentlightning as agl
 from agentlightning.generation import Choice, Generation
-from agentlightning.sender import Sender, Vocabulary
+from agentlightning.sender import LostCalls, Progress, Sender, Vocabulary
 from agentlightning.store import Store, deletion, open_database, open_store, tables, unused, uploads
 from agentlightning.store.chains import FIRST, NEXT
 from agentlightning.store.database import Database
@@ -273,6 +273,7 @@ def test_vocabulary_goes_with_the_last_sender_that_has_generations(store: Store,
     senders = [Sender(**about, vocabulary=Vocabulary([f"token {n}"], frozenset())) for n in range(3)]
     for n, each in enumerate(senders):
         store.register_sender(each)
+        store.report_progress(each.id, Progress(watermark=1, has_ended=True))
         if n < 2:
             store.add([generation(n, rollout_id=f"ro-{n}")], each.id)
     with database.writing() as connection:
@@ -284,6 +285,28 @@ def test_vocabulary_goes_with_the_last_sender_that_has_generations(store: Store,
     assert (found["senders"], found["vocabularies"]) == (1, 1)
     with database.reading() as connection:
         assert connection.execute(select(func.count()).select_from(tables.vocabularies)).scalar_one() == 2
+
+
+@IN_DATABASES
+def test_senders_that_make_rollouts_incomplete_stay(store: Store, database: Database) -> None:
+    about: Any = {"host": "gpu-1", "started_at": START, "version": "1"}
+    ended, lossy, silent = (Sender(**about, pid=pid) for pid in range(3))
+    for each in (ended, lossy, silent):
+        store.register_sender(each)
+    rollout = store.start_rollout(1)
+    lost = LostCalls(rollout_id=rollout.rollout_id, attempt_id=None, count=1, reason="stopped")
+    store.report_progress(ended.id, Progress(watermark=1, has_ended=True))
+    store.report_progress(lossy.id, Progress(watermark=1, has_ended=True, lost=[lost]))
+    with database.writing() as connection:
+        connection.execute(tables.senders.update().values(seen_at=1))
+        connection.execute(tables.watermarks.update().values(reported_at=1))
+
+    found = list(unused.sweep(database))
+
+    assert sum(each["senders"] for each in found) == 1
+    with database.reading() as connection:
+        assert [*connection.execute(select(tables.senders.c.pid)).scalars()] == [1, 2]
+    assert [each.pid for each in store.completeness(rollout.rollout_id).lost] == [1]
 
 
 @pytest.mark.parametrize("new_store", ["sqlite"], indirect=True)

@@ -381,6 +381,7 @@ def test_trial_says_what_a_server_would_do_and_does_not_do_it(url: str) -> None:
     open_store(url).close()
     assert try_to_record(url) == f"{without_secrets(url)} can be written"
 
+    query(url, "DROP TABLE agentlightning.blocks")
     query(url, "UPDATE agentlightning.version SET version = 1")
     assert try_to_record(url) == f"a server migrates its tables in {without_secrets(url)} when it starts"
     assert query(url, "SELECT version FROM agentlightning.version") == (1,)
