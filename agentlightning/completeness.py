@@ -42,7 +42,8 @@ class Completeness:
         ended: whether it has ended.
         under_way: calls of it that a server has begun and not ended.
         behind: servers that may still have calls of it in their queues.
-        silent: servers that ended or were cut off without a word while it ran, so that calls of it may be lost.
+        silent: servers that ended or were cut off without a word while it ran, or up to 15 minutes before, so that
+            calls of it may be lost.
         lost: calls of it that a server could not store, or had under way when it fell silent.
         unrecorded: answers that a span of it names and no recorded call has: the call was lost, or another server
             answered it.

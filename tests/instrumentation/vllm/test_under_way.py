@@ -210,3 +210,14 @@ def test_all_that_a_session_follows_is_under_way() -> None:
     assert sorted(session._under_way(), key=str) == [("r-0", "a-0"), ("r-1", "a-1")]
     del first.pending
     assert session._under_way() == [("r-1", "a-1")]
+
+
+def test_a_client_opens_the_store_before_it_reads_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[str] = []
+    monkeypatch.setattr(frontend_module, "start", lambda patience: steps.append("store"))
+    for name in ("_note_logprobs_mode", "_note_engine"):
+        monkeypatch.setattr(frontend_module, name, lambda client, config, name=name: steps.append(name))
+
+    frontend_module.wrap_client_init(lambda self, config: steps.append("init"))(object(), None)
+
+    assert steps == ["init", "_note_logprobs_mode", "store", "_note_engine"]
