@@ -27,7 +27,10 @@ def test_help_wraps_to_the_terminal(command: str | None, columns: int) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("exprot",), "agl: unknown command 'exprot'; the commands are vllm, doctor, export, store, agentops"),
+        (
+            ("exprot",),
+            "agl: unknown command 'exprot'; the commands are vllm, doctor, export, store, migrate, prune, agentops",
+        ),
         (("export", "--rolout", "a"), "agl export: unrecognized arguments: --rolout a"),
         (("doctor", "--rollout", "a"), "agl doctor: --rollout needs --store"),
         (("store", "--port", "http"), "agl store: argument --port: 'http' is not a port; ports go from 0 to 65535"),

@@ -161,5 +161,6 @@ def test_arguments_that_it_does_not_know_end_it_with_status_2(
     said = doctor(environment, *arguments)
 
     assert (said.status, said.stdout) == (2, "")
-    assert said.stderr.startswith("usage: agl doctor ")
+    assert said.stderr.startswith("agl doctor: ")
+    assert said.stderr.endswith("\nsee agl doctor --help\n")
     assert arguments[0] in said.stderr

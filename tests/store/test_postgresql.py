@@ -157,7 +157,8 @@ def test_open_of_an_invalid_database_gives_the_reason(url: str, postgresql: Post
     nothing = postgresql.url("there_is_no_such_database")
     with pytest.raises(StoreRefused, match="/there_is_no_such_database cannot be used: "):
         open_store(nothing)
-    with pytest.raises(StoreRefused, match="names no database: write it as postgresql://USER:PASSWORD@HOST/DATABASE"):
+    reason = "names no database: write it as postgresql://USER:PASSWORD@HOST:PORT/DATABASE"
+    with pytest.raises(StoreRefused, match=reason):
         open_store("postgresql://127.0.0.1")
     with pytest.raises(StoreRefused, match=r"\*\*\*@127.0.0.1:x/db is not a database URL"):
         open_store("postgresql://agl:secret@127.0.0.1:x/db")

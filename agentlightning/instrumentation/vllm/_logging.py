@@ -16,14 +16,14 @@ __all__ = ["log_through_vllm"]
 logger = logging.getLogger("agentlightning")
 
 LOGGER_MODULE = "vllm.logger"
-"""The module that configures vLLM's logging for the first time when it is imported, in every release."""
+"""The module that makes vLLM's logger: older releases configure it when they import this, 0.32 when it has arguments."""
 
 
 def log_through_vllm() -> None:
-    """Make our logger a child of vLLM's as soon as vLLM has configured its own. Idempotent.
+    """Make our logger a child of vLLM's as soon as vLLM has one. Idempotent.
 
-    A logger that the program has configured itself stays as it is. So does ours where vLLM configures none
-    (`VLLM_CONFIGURE_LOGGING=0`).
+    A logger that the program has configured itself stays as it is. Where vLLM configures none
+    (`VLLM_CONFIGURE_LOGGING=0`), its lines and ours go to the root.
     """
     if logger.level != logging.NOTSET or logger.handlers:
         return
@@ -33,7 +33,5 @@ def log_through_vllm() -> None:
 
 
 def _become_child(_: ModuleType) -> None:
-    vllms = logging.getLogger("vllm")
-    if vllms.handlers:
-        logger.parent = vllms
-        logger.setLevel(logging.NOTSET)
+    logger.parent = logging.getLogger("vllm")
+    logger.setLevel(logging.NOTSET)

@@ -184,7 +184,7 @@ class Image:
 
 def test_prompt_embeddings_count_for_the_queue(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    monkeypatch.setattr(session, "record", lambda build, ids, more: sizes.append(more))
+    monkeypatch.setattr(session, "record", lambda build, ids, more, whose: sizes.append(more))
     # Few: threads of torch's own do not outlive a fork, and who works on many waits for them.
     embeds = torch.zeros(10, 64)
     engine.add("embedded", None, prompt_embeds=embeds)
