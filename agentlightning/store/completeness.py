@@ -14,7 +14,7 @@ from agentlightning.sender import UnfinishedCalls
 from agentlightning.store import rollouts, rows, tables, watermarks
 from agentlightning.store.watermarks import Watermark
 
-__all__ = ["FELL_SILENT", "SECONDS_A_SILENT_SERVER_COUNTS", "ended", "of_rollout"]
+__all__ = ["FELL_SILENT", "SECONDS_A_SILENT_SERVER_COUNTS", "ended", "lost_calls", "of_rollout"]
 
 SECONDS_A_SILENT_SERVER_COUNTS = 900.0
 """How long after its last report a silent sender may still answer: cut off from its store, it keeps calls in memory."""
@@ -71,6 +71,23 @@ def of_rollout(connection: Connection, rollout_id: str, attempt_id: str | None =
                 found.silent.append(_shortfall(each, seconds=each.silent_for))
     found.lost.extend(_losses(connection, rollout_id, attempt_id, senders))
     found.unrecorded.extend(_unrecorded(connection, rollout_id, attempt_id))
+    return found
+
+
+def lost_calls(connection: Connection, rollout_id: str) -> Counter[str | None]:
+    """Count the lost calls of a rollout by attempt; those that name no attempt, which may be of any, by None.
+
+    Lost are those that their sender reports, and those that a sender was answering when it fell silent.
+    """
+    query = select(_LOST.attempt_id, _LOST["count"]).where(_LOST.rollout_id == rows.storable(rollout_id))
+    found: Counter[str | None] = Counter()
+    for attempt_id, count in connection.execute(query):
+        found[rows.text_of(attempt_id)] += count
+    for sender in watermarks.all_of(connection):
+        if sender.state == "silent":
+            for each in sender.under_way:
+                if each.rollout_id == rollout_id:
+                    found[each.attempt_id] += each.count
     return found
 
 

@@ -61,7 +61,7 @@ class Filters(TypedDict, total=False):
 
 
 class RolloutPage(TypedDict, total=False):
-    """Which rollouts to read, of all. They follow one another in the order of the first call of each that finished.
+    """Which rollouts to read, of all. They follow one another in the order in which the first call of each arrived.
 
     Attributes:
         since: only those of which a call finished at this time or later; nanoseconds since the epoch.

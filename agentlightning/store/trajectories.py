@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from agentlightning.generation import STATUSES
-from agentlightning.store import prompts, rows, tables, texts
+from agentlightning.store import completeness, prompts, rollouts, rows, tables, texts
 from agentlightning.store.interface import TrajectoryOptions
 from agentlightning.store.triplets import PROMPT, RolloutCalls, calls_of, choices_of
 from agentlightning.trajectory import AttemptCalls, Call, LeftOut, Merged, MergeOptions, Trajectory, merge
@@ -28,21 +28,37 @@ logger = logging.getLogger("agentlightning.store")
 def attempts_of(connection: Connection, rollout_id: str, attempt_id: str | None = None) -> list[AttemptCalls]:
     """Read the calls of a rollout's attempts, by the rules of triplets.
 
-    Calls that name no attempt belong to the rollout's attempt, if its calls name exactly one, or else together.
+    Calls that name no attempt belong to the rollout's attempt, if its calls name exactly one, or else together. An
+    attempt of which the store only knows that calls are missing is listed without calls.
 
     Args:
         attempt_id: `latest` for the latest; None for all.
     """
-    columns = (*PROMPT, _GENERATIONS.logprobs_mode_key, _GENERATIONS.sampling_params_key)
-    found = calls_of(connection, rollout_id, attempt_id, columns)
-    if found is None:
+    if attempt_id == "latest" and (attempt_id := rollouts.attempt_id_of(connection, rollout_id, attempt_id)) is None:
         return []
+    columns = (*PROMPT, _GENERATIONS.logprobs_mode_key, _GENERATIONS.sampling_params_key)
+    # Calls of other attempts say whether those that name none belong to this one, so all are read.
+    found = calls_of(connection, rollout_id, None, columns)
     named = {call.attempt_id for call in found.calls if call.attempt_id}
     only = named.pop() if len(named) == 1 else None
     attempts: defaultdict[str | None, list[Any]] = defaultdict(list)
     for call in found.calls:
         attempts[call.attempt_id or only].append(call)
-    return [_attempt(connection, rollout_id, each, calls, found) for each, calls in attempts.items()]
+    lost = completeness.lost_calls(connection, rollout_id)
+    for each in filter(None, lost):
+        attempts[each] += ()
+    if lost and not attempts:
+        attempts[None] = []
+    return [
+        _attempt(connection, rollout_id, each, calls, found, _lost_of(each, lost, len(attempts)))
+        for each, calls in attempts.items()
+        if attempt_id is None or each == attempt_id
+    ]
+
+
+def _lost_of(attempt_id: str | None, lost: Counter[str | None], attempts: int) -> int:
+    """Count the lost calls that may be of an attempt, or of the calls that name none."""
+    return lost.total() if attempts == 1 else sum(lost[each] for each in {attempt_id, None})
 
 
 def merge_all(attempts: Iterable[AttemptCalls], options: TrajectoryOptions) -> tuple[list[Trajectory], list[LeftOut]]:
@@ -55,7 +71,8 @@ def merge_all(attempts: Iterable[AttemptCalls], options: TrajectoryOptions) -> t
     found, left_out = list[Trajectory](), list[LeftOut]()
     for attempt in attempts:
         merged = merge(attempt, **how)
-        if merged.left_out and not merged.rows:
+        is_empty = not merged.rows and len(merged.left_out) == len(attempt.calls)
+        if is_empty and (attempt.calls or attempt.missing):
             logger.warning("%s", _without_rows(attempt, merged))
         found += merged.rows
         left_out += merged.left_out
@@ -64,13 +81,20 @@ def merge_all(attempts: Iterable[AttemptCalls], options: TrajectoryOptions) -> t
 
 def _without_rows(attempt: AttemptCalls, merged: Merged) -> str:
     reasons = Counter(each.reason for each in merged.left_out)
+    if attempt.missing:
+        reasons["missing"] = attempt.missing
     counts = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
     of_attempt = f"attempt {attempt.attempt_id!r} of rollout {attempt.rollout_id!r}"
     return f"{of_attempt} has calls, but no trajectory: {counts}; docs/trajectories.md explains these reasons"
 
 
 def _attempt(
-    connection: Connection, rollout_id: str, attempt_id: str | None, calls: Iterable[Any], found: RolloutCalls
+    connection: Connection,
+    rollout_id: str,
+    attempt_id: str | None,
+    calls: Iterable[Any],
+    found: RolloutCalls,
+    lost: int,
 ) -> AttemptCalls:
     generations = [row for call in calls for row in call.generations]
     choices = choices_of(connection, [row.key for row in generations], _CHOICES.routed_experts)
@@ -92,6 +116,9 @@ def _attempt(
             if choice is not None:
                 call.index = choice.index
                 call.finish_reason = reasons[choice.finish_reason_key]
+                if call.status == "aborted" and call.finish_reason not in (None, "abort", "error"):
+                    # The status is the generation's: this choice had ended by itself before another was aborted.
+                    call.status = "finished"
                 call.response_token_ids = rows.array_of("i", choice.token_ids)
                 call.logprobs = rows.array_of("f", choice.logprobs)
                 call.weight_versions = rows.versions_of(choice.weight_versions)
@@ -102,7 +129,8 @@ def _attempt(
         rollout_id=rollout_id,
         attempt_id=attempt_id,
         reward=found.final_reward(attempt_id),
-        missing=sum(not call.generations for call in calls),
+        # A lost call may be one that a span names, so the larger number is the one that is certain.
+        missing=max(lost, sum(not call.generations for call in calls)),
         input=found.input,
         metadata=found.metadata,
     )

@@ -129,11 +129,19 @@ class RolloutCalls:
         return None if self.rollout is None or self.rollout.metadata is None else json.loads(self.rollout.metadata)
 
     def final_reward(self, attempt_id: str | None) -> float | None:
-        """Return the reward of an attempt: the outcome that was posted last, or else the reward that was given last."""
+        """Return the reward of an attempt: the outcome that was posted last, or else the reward that was given last.
+
+        Args:
+            attempt_id: None for the calls that name no attempt. A reward of the only attempt that the rollout's calls
+                and rewards name is theirs, too; with several attempts, a reward of one of them is not.
+        """
+        of_calls, of_rewards = {call.attempt_id for call in self.calls}, {span.attempt_id for _, span in self.given}
+        named = {each for each in of_calls | of_rewards if each}
+        wanted = {attempt_id} if attempt_id else named if len(named) == 1 else set[str]()
         found = [
             (known.get(OUTCOME) is True, position, span.reward)
             for position, (known, span) in enumerate(self.given)
-            if not attempt_id or not span.attempt_id or span.attempt_id == attempt_id
+            if not span.attempt_id or span.attempt_id in wanted
         ]
         return max(found)[2] if found else None
 
@@ -172,30 +180,35 @@ def of_rollout(
         attempt_id: `latest` for the latest; None for all.
         filters: which triplets; no filter changes what a triplet has.
     """
-    found = calls_of(connection, rollout_id, attempt_id, PROMPT)
-    return [] if found is None else _triplets(connection, rollout_id, found, filters or {})
+    if attempt_id == "latest" and (attempt_id := rollouts.attempt_id_of(connection, rollout_id, attempt_id)) is None:
+        return []
+    return _triplets(connection, rollout_id, calls_of(connection, rollout_id, attempt_id, PROMPT), filters or {})
 
 
 def calls_of(
     connection: Connection, rollout_id: str, attempt_id: str | None, more: Sequence[Column[Any]]
-) -> RolloutCalls | None:
+) -> RolloutCalls:
     """Find the calls of a rollout by the rules of `of_rollout`.
 
     Args:
-        attempt_id: `latest` for the latest; None for all.
+        attempt_id: None for all attempts.
         more: columns of generations to read besides those that the rules need.
-
-    Returns:
-        The calls; None where the latest attempt is asked for, and there is none.
     """
-    if attempt_id == "latest" and (attempt_id := rollouts.attempt_id_of(connection, rollout_id, attempt_id)) is None:
-        return None
-    return _all_of(connection, rollout_id, attempt_id, more)
+    spans = _spans(connection, rollout_id, attempt_id)
+    keys, shared = _keys(connection, rollout_id, attempt_id, spans)
+    generations = _generations(connection, keys, more)
+    named = [column.name for column in (_GENERATIONS.model_key, _GENERATIONS.attempt_key, *more)]
+    text_keys = [name for name in named if name.endswith("_key")]
+    known = texts.texts_of(connection, {getattr(row, name) for row in generations for name in text_keys})
+    calls = _in_order(_calls(generations, spans, shared, known), spans)
+    given = _given(spans)
+    rollout = rollouts.find(connection, rows.storable(rollout_id) or "")
+    return RolloutCalls(calls, rollout, known, _rewards(calls, given), given)
 
 
 def positions_of(connection: Connection, rollout_id: str) -> list[GenerationPosition]:
     """List the generations of a rollout's calls, in the order of its triplets, without their contents."""
-    found = _all_of(connection, rollout_id, None, ())
+    found = calls_of(connection, rollout_id, None, ())
     return [
         GenerationPosition(
             rows.uuid_text(row.id),
@@ -218,7 +231,7 @@ def recorded_attempt(connection: Connection, rollout_id: str, attempt_id: str | 
         Its id, which is empty where that call names none; None where there is no such call.
     """
     is_named = bool(attempt_id) and attempt_id != "latest"
-    calls = [call for call in _all_of(connection, rollout_id, None, ()).calls if call.generations]
+    calls = [call for call in calls_of(connection, rollout_id, None, ()).calls if call.generations]
     found = [call for call in calls if not is_named or call.attempt_id == attempt_id]
     return max(found, key=lambda call: call.finished_at).attempt_id or "" if found else None
 
@@ -232,9 +245,10 @@ def has_call(connection: Connection, rollout_id: str, generation_id: str) -> boo
 def rollouts_of(
     connection: Connection, *, since: int | None = None, after: str | None = None, limit: int | None = None
 ) -> list[str]:
-    """List the ids of the rollouts that have calls, in the order in which the first call of each finished.
+    """List the ids of the rollouts that have calls, in the order in which the first call of each arrived.
 
-    Some may turn out to have none: their spans name an answer that several calls of other rollouts share.
+    In this order, a call that arrives late stands behind the rollouts that were listed before. Some rollouts may turn
+    out to have none: their spans name an answer that several calls of other rollouts share.
 
     Args:
         since: only those of which a call finished at this time or later; nanoseconds since the epoch.
@@ -244,7 +258,7 @@ def rollouts_of(
     Raises:
         NotFound: there is no call of the rollout `after`.
     """
-    first, last = func.min(_GENERATIONS.finished_at), func.max(_GENERATIONS.finished_at)
+    first, last = func.min(_GENERATIONS.key), func.max(_GENERATIONS.finished_at)
     recorded = select(_GENERATIONS.rollout_key, first, last).where(_GENERATIONS.rollout_key.is_not(None))
     moments = connection.execute(recorded.group_by(_GENERATIONS.rollout_key)).all()
     known = texts.texts_of(connection, {key for key, _, _ in moments})
@@ -283,21 +297,6 @@ def of_responses(connection: Connection, response_ids: Iterable[str]) -> dict[st
     for triplet in _triplets(connection, None, RolloutCalls(calls, None, known, {}, ()), {}):
         found.setdefault(triplet.response_id or "", triplet)
     return found
-
-
-def _all_of(
-    connection: Connection, rollout_id: str, attempt_id: str | None, more: Sequence[Column[Any]]
-) -> RolloutCalls:
-    spans = _spans(connection, rollout_id, attempt_id)
-    keys, shared = _keys(connection, rollout_id, attempt_id, spans)
-    generations = _generations(connection, keys, more)
-    named = [column.name for column in (_GENERATIONS.model_key, _GENERATIONS.attempt_key, *more)]
-    text_keys = [name for name in named if name.endswith("_key")]
-    known = texts.texts_of(connection, {getattr(row, name) for row in generations for name in text_keys})
-    calls = _in_order(_calls(generations, spans, shared, known), spans)
-    given = _given(spans)
-    rollout = rollouts.find(connection, rows.storable(rollout_id) or "")
-    return RolloutCalls(calls, rollout, known, _rewards(calls, given), given)
 
 
 def _spans(connection: Connection, rollout_id: str, attempt_id: str | None) -> Sequence[Any]:

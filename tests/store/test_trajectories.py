@@ -14,6 +14,7 @@ import pytest
 from agentlightning.errors import NotFound
 from agentlightning.generation import Choice, Generation, RoutedExperts
 from agentlightning.rollout import Span
+from agentlightning.sender import LostCalls, Progress, Sender
 from agentlightning.store import Store
 from agentlightning.trajectory import Trajectory, group_of
 from tests.common.generations import START, generation
@@ -143,6 +144,91 @@ def test_an_attempt_without_rows_is_logged_with_the_reason(store: Store, caplog:
         assert "has calls, but no trajectory: 1 empty_answer, 1 without_ids" in caplog.text
 
 
+def lose(store: Store, rollout_id: str, attempt_id: str | None, count: int) -> None:
+    """Report, as a server does, that calls of an attempt could not be stored."""
+    sender = Sender(host="gpu-1", pid=7, started_at=1, version="0.1.0")
+    store.register_sender(sender)
+    lost = LostCalls(rollout_id=rollout_id, attempt_id=attempt_id, count=count, reason="queue_full")
+    store.report_progress(sender.id, Progress(watermark=1, store_time=None, lost=[lost]))
+
+
+@pytest.mark.parametrize(
+    ("attempt_id", "flagged"), [("a", ["a"]), ("b", ["b"]), (None, ["a", "b"])], ids=["one", "other", "any"]
+)
+def test_a_lost_call_flags_the_rows_of_its_attempt(store: Store, attempt_id: str | None, flagged: list[str]) -> None:
+    store.add([*LINE, call(3, [7], [8], attempt_id="b")])
+    lose(store, "r", attempt_id, 3)
+
+    found = {each.attempt_id: each.flags for each in store.trajectories("r") if "missing_call" in each.flags}
+    assert [*found] == flagged
+    assert {each.attempt_id for each in store.trajectories("r", complete=True)} == {"a", "b"} - {*flagged}
+    assert ["missing_call" in each.flags for each in store.trajectories("r", "a")] == ["a" in flagged]
+
+
+def test_an_attempt_whose_calls_are_all_missing_is_logged(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    rollout = store.start_rollout(None)
+    assert rollout.attempt is not None
+    ids: dict[str, Any] = {"rollout_id": rollout.rollout_id, "attempt_id": rollout.attempt.attempt_id}
+    store.add_span(Span("openai.chat.completion", **ids, attributes={"gen_ai.response.id": "elsewhere"}))
+    lose(store, "r", "a", 3)
+    with caplog.at_level(logging.WARNING, "agentlightning.store"):
+        assert [*store.trajectories("r"), *store.trajectories(rollout.rollout_id)] == []
+
+    if "database" in type(store).__module__:
+        assert "attempt 'a' of rollout 'r' has calls, but no trajectory: 3 missing" in caplog.text
+        assert f"of rollout {rollout.rollout_id!r} has calls, but no trajectory: 1 missing" in caplog.text
+
+
+def test_rows_that_a_filter_leaves_out_are_not_logged(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    store.add([*LINE, call(3, [1, 2], [])])
+    with caplog.at_level(logging.WARNING, "agentlightning.store"):
+        assert [*store.trajectories("r", min_reward=2.0)] == []
+
+    assert "no trajectory" not in caplog.text
+
+
+def test_an_attempt_has_the_rows_that_it_has_among_all_of_its_rollout(store: Store) -> None:
+    rollout = store.start_rollout(None)
+    assert rollout.attempt is not None
+    ids: dict[str, Any] = {"rollout_id": rollout.rollout_id, "attempt_id": rollout.attempt.attempt_id}
+    store.add([call(1, [1], [2], **{**ids, "attempt_id": None}), call(2, [1, 2, 3], [4], **ids)])
+
+    found = [*store.trajectories(rollout.rollout_id)]
+
+    assert [row.response_mask.tolist() for row in found] == [[0, 1, 0, 1]]
+    for attempt_id in (rollout.attempt.attempt_id, "latest"):
+        assert [*store.trajectories(rollout.rollout_id, attempt_id)] == found
+
+
+def test_calls_without_an_attempt_take_the_reward_of_none_of_several(store: Store) -> None:
+    for number, rollout_id in enumerate(("r", "s")):
+        named = [call(3 * number + 1, [1], [2], rollout_id=rollout_id, attempt_id="a1")]
+        if rollout_id == "r":
+            named.append(call(3 * number + 2, [3], [4], rollout_id=rollout_id, attempt_id="a2"))
+        store.add([*named, call(3 * number + 3, [5], [6], rollout_id=rollout_id, attempt_id=None)])
+        for each, reward in zip(named, (1.0, 0.0), strict=False):
+            store.add_reward(rollout_id, each.attempt_id or "", reward)
+
+    assert [(each.attempt_id, each.reward) for each in store.trajectories("r")] == [
+        ("a1", 1.0),
+        ("a2", 0.0),
+        (None, None),
+    ]
+    assert [(each.attempt_id, each.reward) for each in store.trajectories("s")] == [("a1", 1.0), ("a1", 1.0)]
+
+
+def test_a_choice_that_ended_by_itself_is_finished_though_another_was_aborted(store: Store) -> None:
+    choices = [
+        Choice(token_ids=array("i", [3]), finish_reason="stop"),
+        Choice(index=1, token_ids=array("i", [4]), finish_reason="abort"),
+    ]
+    store.add([call(1, [1, 2], [3], choices=choices, status="aborted")])
+
+    found = [*store.trajectories("r")]
+    assert [(each.spans[0].status, each.flags) for each in found] == [("finished", []), ("aborted", ["aborted"])]
+    assert [each.index for each in store.trajectories("r", complete=True)] == [0]
+
+
 def test_unknown_rollouts_and_attempts_have_no_rows(store: Store) -> None:
     store.add(LINE)
 
@@ -180,6 +266,18 @@ def test_all_rollouts_are_read_in_pages(store: Store, what: str) -> None:
     assert named(since=START + 4 * 10**9, after="r2") == ["r3"]
     with pytest.raises(NotFound, match="'nobody'"):
         named(after="nobody")
+
+
+def test_a_call_that_finished_early_and_arrives_late_moves_no_rollout(store: Store) -> None:
+    of_many(store)
+    first = [*dict.fromkeys(each.rollout_id for each in store.trajectories(limit=2))]
+
+    # It finished before all others.
+    store.add([call(9, [7], [8], rollout_id="r2", finished_at=START - 10**9)])
+    store.add([call(10, [7], [8], rollout_id="late", finished_at=START - 2 * 10**9)])
+
+    rest = [*dict.fromkeys(each.rollout_id for each in store.trajectories(after=first[-1] or ""))]
+    assert (first, rest) == (["r0", "r1"], ["r2", "r3", "late"])
 
 
 def test_triplets_are_filtered(store: Store) -> None:

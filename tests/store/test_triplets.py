@@ -443,16 +443,16 @@ def test_unknown_rollout_has_no_triplets(store: Store, database: Database) -> No
     assert [*store.triplets("of an answer that is not there")] == []
 
 
-def test_triplets_of_all_rollouts_are_in_the_order_of_their_first_call(store: Store, database: Database) -> None:
+def test_triplets_of_all_rollouts_are_in_the_order_of_arrival(store: Store, database: Database) -> None:
     store.add([call(n, rollout_id=("third", "first", "second", None)[n % 4], finished_at=n) for n in (9, 6, 5, 3, 4)])
     keep(database, of_call(1, rollout_id="joined", answer=3), of_call(2, rollout_id=None, attempt_id=None, answer=4))
 
     assert [(each.rollout_id, each.response_id) for each in store.triplets()] == [
-        ("joined", "answer-3"),
-        ("third", "answer-4"),
         ("first", "answer-5"),
         ("first", "answer-9"),
         ("second", "answer-6"),
+        ("joined", "answer-3"),
+        ("third", "answer-4"),
     ]
 
 
