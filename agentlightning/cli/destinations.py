@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from agentlightning.cli.formats import MissingPackage
 
-__all__ = ["check_folder", "is_object", "opened_object", "write_parts"]
+__all__ = ["check_folder", "check_object", "is_object", "opened_object", "write_parts"]
 
 COPIED_AT_ONCE = 8 << 20
 ADVICE = "give a folder that does not exist, or is empty"
@@ -24,20 +24,45 @@ def is_object(name: str) -> bool:
     return "://" in name
 
 
+def check_object(url: str, force: bool) -> None:
+    """Check that an object can be written, before the work for it begins.
+
+    Args:
+        force: replace it if it exists.
+
+    Raises:
+        MissingPackage: pyarrow is not installed.
+        OSError: it exists, its bucket does not, or the store refuses to answer.
+    """
+    filesystem, path = _filesystem(url)
+    name, _, _ = url.partition("?")
+    if name.endswith("/"):
+        raise OSError(f"{name} is a folder: name an object in it, or give --rows-per-file")
+    bucket = path.partition("/")[0] or "/"
+    try:
+        has_bucket = filesystem.get_file_info(bucket).type != _import_filesystems().FileType.NotFound
+    except OSError as error:
+        raise OSError(f"{name} cannot be written: {error}") from error
+    if not has_bucket:
+        raise FileNotFoundError(f"{name} cannot be written: there is no bucket {bucket}")
+    _refuse_to_replace(filesystem, path, name, force)
+
+
 @contextmanager
-def opened_object(url: str) -> Iterator[IO[bytes]]:
-    """Open an object for writing. It appears, and replaces an older one, when the block ends without an error.
+def opened_object(url: str, force: bool) -> Iterator[IO[bytes]]:
+    """Open an object that `check_object` has passed. It appears when the block ends without an error.
 
     It is written to a temporary file first: an upload that is abandoned half-way would leave half an object.
 
     Raises:
         MissingPackage: pyarrow is not installed.
-        OSError: the object cannot be written, or there is no such kind of store.
+        OSError: the object cannot be written, or has come into being meanwhile.
     """
     filesystem, path = _filesystem(url)
     with tempfile.TemporaryFile() as file:
         yield file
         file.seek(0)
+        _refuse_to_replace(filesystem, path, url.partition("?")[0], force)
         with filesystem.open_output_stream(path) as stream:
             shutil.copyfileobj(file, stream, COPIED_AT_ONCE)
 
@@ -83,8 +108,19 @@ def write_parts(
         first = list(islice(records, 1))
         if not first and number:
             return
-        with opened(f"{folder.rstrip('/')}/part-{number:05}.{suffix}") as file:
+        with opened(_part(folder, f"part-{number:05}.{suffix}")) as file:
             write(file, chain(first, islice(records, rows_per_file - 1)))
+
+
+def _part(folder: str, name: str) -> str:
+    """Return the path or URL of a file in a folder; the options of an object store stand behind it, as its query."""
+    base, mark, query = folder.partition("?") if is_object(folder) else (folder, "", "")
+    return f"{base.rstrip('/')}/{name}{mark}{query}"
+
+
+def _refuse_to_replace(filesystem: Any, path: str, name: str, force: bool) -> None:
+    if not force and filesystem.get_file_info(path).is_file:
+        raise FileExistsError(f"{name} exists: give --force to replace it, or another -o")
 
 
 def _filesystem(url: str) -> tuple[Any, str]:

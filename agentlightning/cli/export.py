@@ -74,9 +74,11 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if options.rows_per_file is not None:
             destinations.check_folder(options.output)
-        elif not destinations.is_object(options.output):
+        elif destinations.is_object(options.output):
+            destinations.check_object(options.output, options.force)
+        else:
             output_file.check(options.output, options.force)
-        if options.format == "parquet" or destinations.is_object(options.output):
+        if options.format == "parquet":
             formats.import_pyarrow()
         with open_store(options.store, read_only=True) as store, interruption.unwinding():
             said = _export(store, options, filters)
@@ -101,7 +103,7 @@ def _export(store: Store, options: Any, filters: Any) -> str:
 
     def opened(name: str) -> AbstractContextManager[IO[bytes]]:
         if destinations.is_object(name):
-            return destinations.opened_object(name)
+            return destinations.opened_object(name, options.force)
         return output_file.opened(name, options.force)
 
     found: Iterator[Any] = getattr(store, options.what)(**filters)

@@ -136,5 +136,21 @@ def test_a_bucket_that_is_not_there_is_named(store: Path, bucket: str, capsys: p
     assert exported(store, "-o", "s3://nowhere-at-all/rows.jsonl") == 1
 
     error = capsys.readouterr().err
-    assert error.startswith("agl export: ")
-    assert "nowhere-at-all" in error
+    assert error.startswith("agl export: s3://nowhere-at-all/rows.jsonl cannot be written: ")
+    assert "no bucket nowhere-at-all" in error
+
+
+def test_an_object_is_replaced_only_by_force(store: Path, bucket: str, capsys: pytest.CaptureFixture[str]) -> None:
+    url = f"s3://{bucket}/rows.jsonl"
+    assert exported(store, "-o", url) == 0
+    capsys.readouterr()
+
+    assert exported(store, "-o", url) == 1
+    assert f"{url} exists: give --force to replace it" in capsys.readouterr().err
+    assert exported(store, "--force", "-o", url) == 0
+
+
+def test_parts_are_written_where_the_url_has_options(store: Path, bucket: str) -> None:
+    assert exported(store, "--rows-per-file", "16", "-o", f"s3://{bucket}/run?region=us-east-1") == 0
+
+    assert sorted(objects(bucket)) == [f"{bucket}/run/part-00000.jsonl", f"{bucket}/run/part-00001.jsonl"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from array import array
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ def call(rollout: int, turn: int, prompt: list[int], answer: list[int], **fields
     choice = Choice(
         token_ids=array("i", answer),
         logprobs=array("f", [-0.5] * len(answer)),
-        finish_reason="stop",
+        finish_reason="abort" if fields.get("status") == "aborted" else "stop",
         weight_versions=[("7", 0, len(answer))],
         routed_experts=RoutedExperts((1, 1, 1), array("h", [3])) if rollout == 0 else None,
     )
@@ -151,6 +152,70 @@ def test_options_that_make_no_sense_are_refused(
         exported(store, *options)
 
     assert reason in capsys.readouterr().err
+
+
+def test_an_object_is_replaced_only_by_force(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    url = path.as_uri()
+    assert exported(store, "-o", url) == 0
+    written = path.read_text()
+    capsys.readouterr()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(export, "open_store", lambda *_, **__: pytest.fail("the store was opened"))
+        assert exported(store, "--rollout", "r0", "-o", url) == 1
+    assert f"agl export: {url} exists: give --force to replace it, or another -o" in capsys.readouterr().err
+    assert path.read_text() == written
+
+    assert exported(store, "--rollout", "r0", "--force", "-o", url) == 0
+    assert path.read_text() == written.splitlines(keepends=True)[0]
+
+
+def test_an_object_that_appears_meanwhile_is_not_replaced(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+
+    def write(*_: Any) -> int:
+        path.write_text("of another export")
+        return 1
+
+    monkeypatch.setitem(export.WRITERS, "jsonl", write)
+
+    assert exported(store, "-o", path.as_uri()) == 1
+    assert "exists: give --force" in capsys.readouterr().err
+    assert path.read_text() == "of another export"
+
+
+def test_each_part_has_its_own_object_where_the_url_has_options(store: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+
+    assert exported(store, "--rows-per-file", "2", "-o", f"{folder.as_uri()}?use_mmap=true") == 0
+
+    parts = sorted(folder.iterdir())
+    assert [path.name for path in parts] == [f"part-0000{number}.jsonl" for number in range(3)]
+    assert [len(lines(path)) for path in parts] == [2, 2, 2]
+
+
+def test_an_object_needs_a_name_of_its_own(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exported(store, "-o", f"{tmp_path.as_uri()}/") == 1
+
+    assert "is a folder: name an object in it, or give --rows-per-file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [(), ("--format", "parquet"), ("--rows-per-file", "2")])
+def test_an_object_store_without_pyarrow_says_what_to_install(
+    store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], more: tuple[str, ...]
+) -> None:
+    # An entry of None is a module that cannot be imported.
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+
+    assert exported(store, *more, "-o", "s3://bucket/rows") == 1
+
+    assert "an object store needs pyarrow: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("url", ["ftp://host/rows.jsonl", "s3://"])
