@@ -69,7 +69,7 @@ Reason = Literal["without_ids", "empty_answer", "retried", "too_long"]
 ID_BYTES = 4
 DRIFT_LIMIT = 8
 # Fields of vLLM's SamplingParams, which a recorded call leaves out where they have these defaults.
-SAMPLING: Mapping[str, float] = {
+SAMPLING: Mapping[str, Any] = {
     "temperature": 1.0,
     "top_p": 1.0,
     "top_k": 0,
@@ -77,6 +77,10 @@ SAMPLING: Mapping[str, float] = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
     "repetition_penalty": 1.0,
+    "min_tokens": 0,
+    "logit_bias": None,
+    "allowed_token_ids": None,
+    "bad_words": None,
 }
 
 
@@ -156,7 +160,7 @@ class Answer:
     finish_reason: str | None
     reward: float | None
     logprobs_mode: str | None
-    sampling: dict[str, float] | None
+    sampling: dict[str, Any] | None
 
 
 @dataclass(slots=True, frozen=True)
@@ -217,7 +221,7 @@ class Trajectory:
             `mixed_sampling`); a call of the attempt has no ids here (`missing_call`); a prompt differs from an answer
             that it repeats (`drifted`); ids were cut off by a limit of the caller (`cut`); a reward is infinite or not
             a number, and therefore None (`bad_reward`).
-        left_out: calls of the attempt that are in no row.
+        left_out: calls of the attempt that are in no row; the first of its rows that are returned has them.
         input, metadata: those of the rollout.
         group: equal for all rollouts of one task; see `group_of`.
     """
@@ -589,14 +593,23 @@ def _place(prompt: _Prompt, prefix: _Prefix, limit: int) -> None:
     best = exact.length if exact else 0
     found: list[_Node] = []
     other = prefix.shorter
+    ids = prompt.nodes[0].ids[: prefix.length * ID_BYTES]
     while other is not None and other.prompt is not None and other.reach > best:
-        for node in other.prompt.nodes:
-            if node.stop > best:
-                agrees = min(_common(node, prompt.nodes[0], other.length), prefix.length)
-                if agrees > best:
-                    found, best = [node], agrees
-                elif agrees == best and found:
-                    found.append(node)
+        # They are in the order of their bytes, so those that agree furthest stand together where the prompt would.
+        nodes = other.prompt.nodes
+        at = bisect_left(nodes, ids, key=_ids_of)
+        agrees = max(
+            min(_common(node, prompt.nodes[0], other.length), prefix.length) for node in nodes[max(at - 1, 0) : at + 1]
+        )
+        if agrees > best or (agrees == best and found):
+            shared = ids[: agrees * ID_BYTES]
+            first = bisect_left(nodes, shared, key=_ids_of)
+            last = first + 1
+            # All of them are only needed to realign.
+            while limit and last < len(nodes) and nodes[last].ids.startswith(shared):
+                last += 1
+            found = (found if agrees == best else []) + nodes[first:last]
+            best = agrees
         other = other.shorter
     if found:
         prompt.broken, prompt.agrees = found[0], best
@@ -606,6 +619,10 @@ def _place(prompt: _Prompt, prefix: _Prefix, limit: int) -> None:
             return
     if exact:
         _adopt(prompt, exact.contexts, exact.length)
+
+
+def _ids_of(node: _Node) -> bytes:
+    return node.ids
 
 
 def _adopt(prompt: _Prompt, candidates: Sequence[_Node], shared: int) -> bool:
@@ -629,12 +646,14 @@ def _differ(one: _Node, other: _Node, shared: int) -> bool:
     """Tell whether it makes a difference to rows which of two calls is continued."""
     if one is other or _same_call(one, other):
         # Choices with the same ids: each of them is a row, whichever goes on.
-        return False
+        return one.ids != other.ids
     return (
         one.prompt is not other.prompt
         or one.stop != other.stop
         or one.call.reward != other.call.reward
         or one.call.weight_versions != other.call.weight_versions
+        or one.call.logprobs_mode != other.call.logprobs_mode
+        or _sampling(one.call.sampling_params) != _sampling(other.call.sampling_params)
     )
 
 
@@ -687,9 +706,11 @@ class _Maker:
         self._is_missing = is_missing
         self._group = group_of(attempt.input, attempt.metadata)
         self._first: dict[int, int] = {}
+        self._first_of_prompt: dict[int, int] = {}
         for index, path in enumerate(paths):
             for node, _ in path:
                 self._first.setdefault(id(node), index)
+                self._first_of_prompt.setdefault(id(node.prompt), index)
 
     def rows(self, options: MergeOptions, left_out: list[LeftOut]) -> list[Trajectory]:
         """Make the rows that the options let through; calls that are cut off as a whole are added to `left_out`."""
@@ -703,8 +724,9 @@ class _Maker:
                 found.append(self._row(index, lengths[index], here))
         cut = {id(node): node for index in chosen for node, _ in self._paths[index] if id(node) not in trained}
         left_out += [_left_out(node.call, "too_long") for node in cut.values()]
-        for row in found:
-            row.left_out = left_out
+        if found:
+            # Given to each row, they would be as many copies as there are rows.
+            found[0].left_out = left_out
         return found
 
     def _is_wanted(self, path: Path, options: MergeOptions) -> bool:
@@ -796,16 +818,19 @@ class _Maker:
         """Find the row that a row branched from: the one with the last call before which both are the same."""
         for node, end in reversed(self._paths[index]):
             if (row := self._first[id(node)]) < index:
-                return Parent(row, end)
+                return Parent(row, min(end, self._end(row, node)))
             broken = node.prompt.broken
             if broken is not None and not node.prompt.is_realigned:
                 row = self._first.get(id(broken), index)
                 if row != index:
-                    return Parent(row, node.prompt.agrees)
-            row = min(self._first[id(each)] for each in node.prompt.nodes)
-            if row < index:
+                    return Parent(row, min(node.prompt.agrees, self._end(row, broken)))
+            if (row := self._first_of_prompt[id(node.prompt)]) < index:
                 return Parent(row, node.start)
         return None
+
+    def _end(self, index: int, node: _Node) -> int:
+        """Return where an answer ends in a row; a row that was realigned has another end than its answer had."""
+        return next(end for each, end in self._paths[index] if each is node)
 
 
 def _length(path: Path, options: MergeOptions) -> int:
@@ -854,7 +879,7 @@ def _answer(node: _Node, end: int, is_trained: bool) -> Answer:
 
 
 @lru_cache(1_000)
-def _sampling(params: str | None) -> dict[str, float] | None:
+def _sampling(params: str | None) -> dict[str, Any] | None:
     """Return the parameters that change the distribution that ids are drawn from."""
     try:
         found: Any = None if params is None else json.loads(params)
@@ -879,12 +904,15 @@ def _versions(path: Iterable[tuple[_Node, int]]) -> list[tuple[str, int, int]]:
 def _experts(path: Sequence[tuple[_Node, int]], length: int) -> RoutedExperts | None:
     """Merge the experts of a row: for each position those of the first call that had it."""
     each = [(node.call.routed_experts, end) for node, end in path]
-    if not each or each[0][0] is None:
+    shape = next((known.shape for known, _ in each if known is not None), None)
+    if shape is None:
         return None
-    _, layers, experts = each[0][0].shape
+    _, layers, experts = shape
     width, ids = layers * experts, array("h")
     for position, (known, end) in enumerate(each):
-        if known is None or known.shape[1:] != (layers, experts):
+        if known is None:
+            continue
+        if known.shape[1:] != (layers, experts):
             return None
         # A call has none for its last id, which was never fed to the model, where the next one has.
         end = length if position == len(each) - 1 else end

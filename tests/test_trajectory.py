@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies
 
+from agentlightning import trajectory
 from agentlightning.generation import RoutedExperts
 from agentlightning.trajectory import AttemptCalls, Call, LeftOut, Merged, Parent, Trajectory, group_of, merge
 
@@ -220,6 +221,24 @@ def test_retries_of_which_each_could_have_drifted_are_ambiguous_if_it_makes_a_di
     assert flags(1.0) == ["ambiguous", "drifted"]
 
 
+def test_choices_of_one_call_of_which_each_could_have_drifted_are_ambiguous() -> None:
+    choices = call("a", "p", "ABC"), call("a", "p", "ABXX", index=1)
+
+    rows = merged(*choices, call("b", "pABt", "D"), drift="realign").rows
+
+    assert shown(rows) == [("pABC", ".^^^"), ("pABXX", ".^^^^"), ("pABtD", "....^")]
+    assert rows[2].flags == ["ambiguous", "drifted"]
+
+
+def test_a_row_branches_where_a_realigned_row_leaves_it() -> None:
+    first, short = call("a", "p", "ABCDEFGHIJ"), call("b", "pABCDEFGHt", "X")
+    row, other = merged(first, short, call("c", "pABCDEFGHIu", "Y"), drift="realign").rows
+
+    assert shown([row, other]) == [("pABCDEFGHtX", "..........^"), ("pABCDEFGHIuY", ".^^^^^^^^^.^")]
+    assert other.parent == Parent(0, 9)
+    assert row.token_ids[:9] == other.token_ids[:9]
+
+
 def test_an_answer_that_is_whole_in_another_row_is_trained_there() -> None:
     calls = call("a", "pq", "AB"), call("b", "pqAXt", "CD"), call("c", "pqABt", "EF")
 
@@ -277,6 +296,56 @@ def test_weights_sampling_and_experts_are_merged_by_position() -> None:
     assert row.routed_experts is not None
     assert row.routed_experts.shape == (6, 1, 2)
     assert row.routed_experts.ids.tolist() == [ord("a")] * 6 + [ord("b")] * 6
+
+
+def test_experts_are_kept_from_the_calls_that_have_them() -> None:
+    known = call("b", "pqABt", "CD", routed_experts=RoutedExperts((6, 1, 1), array("h", range(6))))
+    other = call("c", "pqABtCDu", "EF", routed_experts=RoutedExperts((9, 2, 1), array("h", range(18))))
+
+    def experts(*calls: Call) -> RoutedExperts | None:
+        (row,) = merged(*calls).rows
+        return row.routed_experts
+
+    assert experts(LINE[0], known, LINE[2]) == experts(LINE[0], known) == known.routed_experts
+    assert experts(*LINE) is None
+    assert experts(LINE[0], known, other) is None
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"temperature": 0.1}, {"temperature": 1.5}),
+        ({"logit_bias": {"5": 2.0}}, {}),
+        ({"allowed_token_ids": [1, 2]}, {"allowed_token_ids": [1]}),
+        ({"min_tokens": 2}, {}),
+        ({"bad_words": ["no"]}, {}),
+    ],
+)
+def test_a_tie_of_retries_with_other_sampling_is_ambiguous(one: dict[str, Any], other: dict[str, Any]) -> None:
+    def flags(*params: dict[str, Any]) -> list[list[str]]:
+        retries = [
+            call(name, "p", "A", sampling_params=json.dumps(each)) for name, each in zip("ab", params, strict=True)
+        ]
+        return [[*row.flags] for row in merged(*retries, call("c", "pAt", "B", sampling_params=json.dumps(one))).rows]
+
+    assert "ambiguous" in flags(one, other)[-1]
+    assert flags(one, one) == [[]]
+
+
+def test_a_tie_of_retries_with_other_logprobs_is_ambiguous() -> None:
+    retries = call("a", "p", "A", logprobs_mode="raw_logprobs"), call("b", "p", "A", logprobs_mode="processed_logprobs")
+
+    assert "ambiguous" in merged(*retries, call("c", "pAt", "B")).rows[-1].flags
+
+
+def test_sampling_parameters_that_are_lists_mix_a_row() -> None:
+    banned = call("b", "pqABt", "CD", sampling_params=json.dumps({"bad_words": ["no"], "logit_bias": {"5": 1.0}}))
+
+    (row,) = merged(call("a", "pq", "AB", sampling_params="{}"), banned).rows
+
+    assert row.flags == ["mixed_sampling"]
+    assert row.spans[1].sampling is not None
+    assert (row.spans[1].sampling["bad_words"], row.spans[1].sampling["logit_bias"]) == (["no"], {"5": 1.0})
 
 
 def test_an_unknown_logprob_leaves_the_row_without_logprobs() -> None:
@@ -436,6 +505,49 @@ def test_many_calls_are_merged_without_recursion_or_quadratic_work() -> None:
 
     assert [len(row.token_ids) for row in found.rows] == [3_001, 3]
     assert len(found.left_out) == 19_999
+    assert [len(row.left_out) for row in found.rows] == [19_999, 0]
+
+
+def test_many_rows_of_one_prompt_are_made_without_quadratic_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    count, prompt = 5_000, array("i", [1])
+    compared = 0
+
+    def compare(*arguments: Any) -> int:
+        nonlocal compared
+        compared += 1
+        return common(*arguments)
+
+    common: Any = getattr(trajectory, "_common")  # noqa: B009 -- it is private
+    monkeypatch.setattr(trajectory, "_common", compare)
+    choices = [
+        Call(generation_id="c", index=number, prompt_token_ids=prompt, response_token_ids=array("i", [number]))
+        for number in range(count)
+    ]
+    # Each of these prompts breaks an answer of its own among equally long ones, and all of those at their first id.
+    answers = [
+        Call(
+            generation_id="d",
+            index=number,
+            prompt_token_ids=array("i", [2]),
+            response_token_ids=array("i", [3, number, 0]),
+        )
+        for number in range(count)
+    ]
+    drifted = [
+        Call(
+            generation_id=f"e{number}",
+            prompt_token_ids=array("i", [2, 3, number, 1]),
+            response_token_ids=array("i", [4]),
+        )
+        for number in range(count)
+    ]
+
+    found = merge(AttemptCalls(calls=[*choices, *answers, *drifted]))
+
+    assert compared < 10 * count
+    assert len(found.rows) == 3 * count
+    assert found.left_out == []
+    assert Counter(each.parent.position for each in found.rows if each.parent) == {1: 2 * (count - 1), 3: count}
 
 
 def test_a_row_is_restored_from_json() -> None:
@@ -526,7 +638,9 @@ def test_rows_have_the_ids_of_their_calls_each_trained_in_its_own_context(
     calls: list[Call], drift: Any, limit: int
 ) -> None:
     known = by_id(calls)
-    for row in rows_and_left_out(calls, drift=drift, drift_limit=limit).rows:
+    rows = rows_and_left_out(calls, drift=drift, drift_limit=limit).rows
+    by_index = {row.index: row for row in rows}
+    for row in rows:
         last = known[row.spans[-1].generation_id, row.spans[-1].index]
         assert row.token_ids == (last.prompt_token_ids or array("i")) + (last.response_token_ids or array("i"))
         assert row.prompt_length == row.spans[0].start
@@ -546,6 +660,9 @@ def test_rows_have_the_ids_of_their_calls_each_trained_in_its_own_context(
             else:
                 assert len(answer) - (span.end - span.start) <= limit
         assert {at for at, each in enumerate(row.response_mask) if each} == inside
+        if row.parent is not None:
+            parent = by_index[row.parent.index]
+            assert parent.token_ids[: row.parent.position] == row.token_ids[: row.parent.position]
         assert row.logprobs is not None
         assert all(not row.logprobs[at] for at in {*range(len(row.token_ids))} - inside)
 

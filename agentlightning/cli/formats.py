@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import IO, Any
@@ -26,7 +26,11 @@ __all__ = [
 ]
 
 ROWS_AT_ONCE = 16
+# A routed expert is an element of nested lists until it is in a batch: these are some 100 MB.
+VALUES_AT_ONCE = 4 << 20
 ROW_GROUP_BYTES = 16 << 20
+# Sampling parameters that are lists or objects.
+OF_ANY_SHAPE = ("logit_bias", "allowed_token_ids", "bad_words")
 
 
 class MissingPackage(Exception):
@@ -85,7 +89,7 @@ def write_parquet(file: IO[bytes], records: Iterator[Any], kind: Kind) -> int:
     schema = kind.schema(pyarrow)
     with writer_class(file, schema, compression="zstd") as writer:
         group: list[Any] = []
-        while rows := [kind.row(record) for record in islice(records, ROWS_AT_ONCE)]:
+        while rows := _some(records, kind):
             count += len(rows)
             group.append(pyarrow.RecordBatch.from_pylist(rows, schema))
             if sum(batch.nbytes for batch in group) >= ROW_GROUP_BYTES:
@@ -93,6 +97,25 @@ def write_parquet(file: IO[bytes], records: Iterator[Any], kind: Kind) -> int:
                 group = []
         writer.write_table(pyarrow.Table.from_batches(group, schema))
     return count
+
+
+def _some(records: Iterator[Any], kind: Kind) -> list[dict[str, Any]]:
+    """Convert the next records to rows: as many as are in memory at once."""
+    rows: list[dict[str, Any]] = []
+    values = 0
+    for record in islice(records, ROWS_AT_ONCE):
+        rows.append(kind.row(record))
+        values += _experts_in(record)
+        if values >= VALUES_AT_ONCE:
+            break
+    return rows
+
+
+def _experts_in(record: Any) -> int:
+    """Count the routed experts of a record, which has many times as many of them as ids."""
+    holders = record.choices if isinstance(record, Generation) else [record]
+    known = (getattr(each, "routed_experts", None) for each in holders)
+    return sum(len(each.ids) for each in known if each is not None)
 
 
 def _finite(value: Any) -> Any:
@@ -143,20 +166,28 @@ def _triplet_row(triplet: Triplet) -> dict[str, Any]:
 
 
 def _trajectory_row(trajectory: Trajectory) -> dict[str, Any]:
-    return _with_json_texts(trajectory.as_dict())
+    row = trajectory.as_dict()
+    for span in row["spans"]:
+        if span["sampling"] is not None:
+            _as_json_texts(span["sampling"], OF_ANY_SHAPE)
+    return _with_json_texts(row)
 
 
 def _with_json_texts(row: dict[str, Any]) -> dict[str, Any]:
     """Write what may have any shape as JSON, so that all rows have one shape."""
-    for name in ("input", "metadata"):
+    _as_json_texts(row, ("input", "metadata"))
+    return row
+
+
+def _as_json_texts(row: dict[str, Any], names: Iterable[str]) -> None:
+    for name in names:
         if row[name] is not None:
             row[name] = json.dumps(row[name], ensure_ascii=False)
-    return row
 
 
 def _trajectory_schema(pyarrow: Any) -> Any:
     text, int32, float64 = pyarrow.string(), pyarrow.int32(), pyarrow.float64()
-    sampling = pyarrow.struct(dict.fromkeys(SAMPLING, float64))
+    sampling = pyarrow.struct({name: text if name in OF_ANY_SHAPE else float64 for name in SAMPLING})
     call = {"generation_id": text, "index": int32}
     span = {
         **call,

@@ -12,7 +12,7 @@ import datasets
 import pyarrow.parquet
 import pytest
 
-from agentlightning.cli import export
+from agentlightning.cli import export, formats
 from agentlightning.generation import Choice, Generation, RoutedExperts
 from agentlightning.store import open_store
 from tests.common.generations import START, generation
@@ -70,6 +70,46 @@ def test_jsonl_and_parquet_have_the_same_rows(store: Path, tmp_path: Path) -> No
     assert rows[0]["routed_experts"] == [[[3]]]
     assert table.schema.field("token_ids").type == pyarrow.list_(pyarrow.int32())
     assert table.schema.field("response_mask").type == pyarrow.list_(pyarrow.int8())
+
+
+def test_parameters_of_any_shape_are_json_texts(tmp_path: Path) -> None:
+    path, as_lines, as_table = (tmp_path / name for name in ("store.db", "rows.jsonl", "rows.parquet"))
+    params = {"logit_bias": {"5": 1.5}, "allowed_token_ids": [5, 6], "bad_words": ["no"], "min_tokens": 2}
+    with open_store(str(path)) as store:
+        store.add(
+            [call(0, 0, [1], [2], sampling_params=json.dumps(params)), call(1, 0, [1], [2], sampling_params="{}")]
+        )
+
+    assert exported(path, "-o", as_lines) == exported(path, "--format", "parquet", "-o", as_table) == 0
+
+    rows = lines(as_lines)
+    assert pyarrow.parquet.read_table(as_table).to_pylist() == rows
+    known, usual = (row["spans"][0]["sampling"] for row in rows)
+    assert (json.loads(known["logit_bias"]), json.loads(known["allowed_token_ids"])) == ({"5": 1.5}, [5, 6])
+    assert (json.loads(known["bad_words"]), known["min_tokens"]) == (["no"], 2)
+    assert [usual[name] for name in params] == [None, None, None, 0]
+
+
+def test_fewer_rows_are_in_memory_at_once_where_experts_are_many(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(formats, "VALUES_AT_ONCE", 1)
+    sizes: list[int] = []
+    from_pylist = pyarrow.RecordBatch.from_pylist
+
+    class Batch:
+        @staticmethod
+        def from_pylist(rows: list[Any], schema: Any) -> Any:
+            sizes.append(len(rows))
+            return from_pylist(rows, schema)
+
+    monkeypatch.setattr(pyarrow, "RecordBatch", Batch)
+
+    for what in ("trajectories", "generations"):
+        assert exported(store, "--what", what, "--format", "parquet", "-o", tmp_path / f"{what}.parquet") == 0
+
+    # The calls of the first rollout have experts: one row, or two generations.
+    assert sizes == [1, 5, 1, 1, 9]
 
 
 @pytest.mark.parametrize(

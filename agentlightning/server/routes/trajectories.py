@@ -89,7 +89,7 @@ class Answer(BaseModel):
     finish_reason: str | None
     reward: float | None
     logprobs_mode: str | None
-    sampling: dict[str, float] | None
+    sampling: dict[str, Any] | None
 
 
 class Reward(BaseModel):
