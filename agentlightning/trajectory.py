@@ -148,7 +148,7 @@ class Answer:
         is_trained: whether it is trained in this row, and so has a mask of 1; otherwise it is in another row, too.
         reward: the call's own.
         logprobs_mode: the kind of its logprobs, in vLLM's words: `raw_logprobs`, ...
-        sampling: the parameters that change the distribution that ids are drawn from, by vLLM's names.
+        sampling: the parameters that change the distribution that ids are drawn from, by vLLM's names; see `SAMPLING`.
     """
 
     generation_id: str
@@ -902,7 +902,7 @@ def _versions(path: Iterable[tuple[_Node, int]]) -> list[tuple[str, int, int]]:
 
 
 def _experts(path: Sequence[tuple[_Node, int]], length: int) -> RoutedExperts | None:
-    """Merge the experts of a row: for each position those of the first call that had it."""
+    """Merge the experts of a row: for each position those of the first call that has them."""
     each = [(node.call.routed_experts, end) for node, end in path]
     shape = next((known.shape for known, _ in each if known is not None), None)
     if shape is None:

@@ -139,7 +139,9 @@ class Trajectory(BaseModel):
     logprobs_mode: str | None
     temperature: float | None
     flags: list[Flag] = Field(description="Why the row is to be looked at twice.")
-    left_out: list[LeftOut] = Field(description="Calls of the attempt that are in no row.")
+    left_out: list[LeftOut] = Field(
+        description="Calls of the attempt that are in no row; the first of its rows that are returned has them."
+    )
     input: Any = Field(description="The rollout's; null if it was only recorded.")
     metadata: dict[str, Any] | None = Field(description="The rollout's; null if it was only recorded.")
     group: str | None = Field(description="Equal for all rollouts of one task.")
