@@ -240,6 +240,22 @@ def test_a_sender_that_said_that_it_ends_is_not_waited_for(store: agl.Store) -> 
 
 
 @pytest.mark.usefixtures("runs_for_long")
+def test_calls_of_a_sender_that_fell_silent_are_missing_in_trajectories(store: agl.Store, database: Database) -> None:
+    process = Process(store)
+    store.add([generation(1, rollout_id=each, attempt_id="a") for each in ("r", "s")])
+    process.report_all(under_way=[UnfinishedCalls("r", "a", 2)])
+
+    def flags() -> list[list[str]]:
+        return [[flag for flag in row.flags if flag == "missing_call"] for row in store.trajectories()]
+
+    before = flags()
+    let_time_pass(database, process.sender, watermarks.SECONDS_UNTIL_SILENT)
+
+    assert before == [[], []]
+    assert flags() == [["missing_call"], []]
+
+
+@pytest.mark.usefixtures("runs_for_long")
 def test_a_sender_that_fell_silent_is_not_waited_for_and_its_calls_are_lost_by_name(
     store: agl.Store, database: Database
 ) -> None:
