@@ -16,7 +16,7 @@ __all__ = ["log_through_vllm"]
 logger = logging.getLogger("agentlightning")
 
 LOGGER_MODULE = "vllm.logger"
-"""The module that makes vLLM's logger: older releases configure it when they import this, 0.32 when it has arguments."""
+"""The module that makes vLLM's logger: older releases configure it at its import, 0.32 when arguments are read."""
 
 
 def log_through_vllm() -> None:
