@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 Drift = Literal["fork", "realign", "trajectory", "transition"]
-"""What becomes of a prompt that breaks the context that it should extend; see `MergeOptions`."""
+"""Treatment of a prompt that breaks the context that it should extend; see `MergeOptions`."""
 DRIFTS: tuple[Drift, ...] = get_args(Drift)
 Flag = Literal[
     "aborted",

@@ -1,4 +1,4 @@
-"""What prompts cost that begin alike: bytes on disk and on the wire, and CPU, beside prompts that are kept whole.
+"""The cost of prompts that begin alike: bytes on disk and on the wire, and CPU, beside prompts that are kept whole.
 
 No vLLM runs here. Ids are drawn as a vocabulary of 150,000 has them, so that nothing can be shared by chance.
 """

@@ -1,4 +1,4 @@
-"""What deleting costs: writers beside `agl prune`, and what each write pays so that space can be returned."""
+"""The cost of deleting: writers beside `agl prune`, and what each write pays so that space can be returned."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def measure(quick: bool) -> Part:
 
 
 def in_sqlite(folder: Path, rounds: int) -> Section:
-    """What it costs to write a file that can become smaller."""
+    """Measure writing a file that can become smaller."""
 
     def keeping(path: Path) -> float:
         with closing(sqlite3.connect(path)) as connection:
@@ -85,7 +85,7 @@ def in_sqlite(folder: Path, rounds: int) -> Section:
 
 
 def in_postgresql(server: PostgresServer, rounds: int) -> Section:
-    """What the lock costs that each write transaction takes."""
+    """Measure the lock that each write transaction takes."""
 
     def plain(self: PostgresqlDatabase, *, alone: bool = False) -> AbstractContextManager[Connection]:
         return self._transaction("BEGIN ISOLATION LEVEL READ COMMITTED")

@@ -55,7 +55,7 @@ class Lacking(StoreError):
 
 
 class Stored(NamedTuple):
-    """Where the blocks of a content are.
+    """Place of a content's blocks.
 
     Attributes:
         key: of the last one; 0 where there are none.

@@ -27,7 +27,7 @@ __all__ = ["ESTIMATED", "KINDS", "Selection", "delete", "estimate", "finish", "s
 KINDS = ("rollouts", "attempts", "generations", "spans", "uploads", "blocks", "texts", "senders", "vocabularies")
 """The kinds of records that are counted, besides `bytes`."""
 ESTIMATED = KINDS[:6]
-"""Those that `estimate` counts."""
+"""Kinds that `estimate` counts."""
 
 SECONDS_AT_ONCE = 0.1
 """Longest work of a transaction, except for the last part in it."""

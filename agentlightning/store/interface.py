@@ -61,7 +61,7 @@ class Filters(TypedDict, total=False):
 
 
 class RolloutPage(TypedDict, total=False):
-    """Which rollouts to read, of all. They follow one another in the order in which the first call of each arrived.
+    """Page of all rollouts to read. They follow one another in the order in which the first call of each arrived.
 
     Attributes:
         since: only those of which a call finished at this time or later; nanoseconds since the epoch.
@@ -90,7 +90,7 @@ class TripletFilters(RolloutPage, total=False):
 
 
 class TrajectoryOptions(RolloutPage, MergeOptions, total=False):
-    """Which rollouts to read, how their calls become rows, and which rows to select."""
+    """Filters of rollouts, the way in which their calls become rows, and filters of rows."""
 
 
 class Listed(TypedDict, total=False):

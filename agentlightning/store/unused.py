@@ -1,4 +1,4 @@
-"""What no row refers to any more: blocks of prompts, repeated texts, senders and vocabularies.
+"""Deletion of what no row refers to any more: blocks of prompts, repeated texts, senders and vocabularies.
 
 It is deleted in write transactions that have no other beside them (`Database.writing(alone=True)`): a writer that has
 found a block or a text refers to it before its own transaction ends.

@@ -22,7 +22,7 @@ NEXT = "x-agl-next"
 
 
 class RolloutPage(BaseModel):
-    """Which rollouts to read; all without filters."""
+    """Filters of rollouts to read; without any, all."""
 
     rollout_id: Id | None = None
     attempt_id: Id | None = None

@@ -67,7 +67,7 @@ class TrajectoryQuery(BaseModel):
 
 
 class QueryTrajectories(TrajectoryQuery, RolloutPage):
-    """Which rollouts to read, how their calls become rows, and which rows to select."""
+    """Filters of rollouts, the way in which their calls become rows, and filters of rows."""
 
 
 class Parent(BaseModel):
