@@ -466,7 +466,8 @@ class Store(AbstractContextManager["Store"], ABC):
     ) -> Iterator[Triplet]:
         """Iterate over the triplets of a rollout, of one of its attempts, or of all rollouts.
 
-        Rollouts follow one another in the order of the first call that finished, each as it is when it is reached.
+        Rollouts follow one another in the order in which the first call of each arrived. Each is read as it is when it
+        is reached.
 
         Args:
             attempt_id: `latest` for the latest.
