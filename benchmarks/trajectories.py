@@ -1,4 +1,4 @@
-"""What it costs to merge calls to rows: against reading them, with the number of calls, and in an export."""
+"""The cost of merging calls to rows: against reading them, with the number of calls, and in an export."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ SERVED = re.compile(r"vllm serve ([\w.-]+/[\w.-]+)")
 ASKED = re.compile(r"\"model\": \"([^\"]+)\"|model=\"([^\"]+)\"")
 SERVERS = re.compile(r"^(?:agl store|.*vllm serve \S+)$", re.MULTILINE)
 MADE_BEFORE = ("pip ", "make ")
-"""What begins the blocks that set up the environment, which the tests have."""
+"""Beginnings of the blocks that set up the environment, which the tests have."""
 SECONDS = 120
 
 

@@ -67,7 +67,7 @@ ERRORS = {
 }
 """The commonest errors: the arguments of `agl`, and a heading for each."""
 BARE = ("vllm serve Qwen/Qwen3-0.6B", "agentops")
-"""Those that happen where packages are missing."""
+"""Errors that happen where packages are missing."""
 
 
 def page() -> str:

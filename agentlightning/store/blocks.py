@@ -15,7 +15,7 @@ from sqlalchemy import Connection
 from agentlightning.errors import StoreError
 from agentlightning.store import tables
 from agentlightning.store.chains import Chain, Kind, Recent
-from agentlightning.store.database import in_parts, insert_rows, is_single_writer, next_keys, run
+from agentlightning.store.database import fetch, in_parts, insert_rows, is_single_writer, next_keys
 
 __all__ = ["RECENT", "Lacking", "Stored", "add", "contents", "keys_of", "recent_of"]
 
@@ -107,7 +107,7 @@ def contents(connection: Connection, kind: Kind[Any], keys: Iterable[int | None]
     parents: dict[int, int] = {}
     blocks: dict[int, bytes] = {}
     for some in in_parts(wanted):
-        for key, parent, body in _rows(connection, _WITH_ANCESTORS.format(", ".join("?" * len(some))), some):
+        for key, parent, body in fetch(connection, _WITH_ANCESTORS.format(", ".join("?" * len(some))), some):
             try:
                 parents[key], blocks[key] = parent, kind.unpack(bytes(body))
             except ValueError:
@@ -124,10 +124,6 @@ def contents(connection: Connection, kind: Kind[Any], keys: Iterable[int | None]
             continue
         found[key] = b"".join((found.get(at, b""), *reversed(parts)))
     return found
-
-
-def _rows(connection: Connection, query: str, values: Sequence[Any]) -> Iterable[Any]:
-    return run(connection, query, values)
 
 
 class _Walk:
@@ -180,7 +176,7 @@ def _assumed(connection: Connection, recent: Recent, chains: Iterable[Chain[Any]
     found: dict[bytes, Stored] = {}
     for some in in_parts([*assumed]):
         query = f"SELECT key, depth, name FROM blocks WHERE key IN ({', '.join('?' * len(some))})"
-        for key, depth, name in _rows(connection, query, some):
+        for key, depth, name in fetch(connection, query, some):
             if assumed[key] == bytes(name):
                 found[bytes(name)] = Stored(key, depth)
     return found
@@ -209,7 +205,7 @@ def _find_more(connection: Connection, walks: Sequence[_Walk], known: dict[bytes
         found = len(known)
         for some in in_parts(wanted, variables=2):
             query = _CHILDREN.format(", ".join(["(?, ?)"] * len(some)))
-            for key, depth, name in _rows(connection, query, [value for pair in some for value in pair]):
+            for key, depth, name in fetch(connection, query, [value for pair in some for value in pair]):
                 known[bytes(name)] = Stored(key, depth)
         if len(known) == found:
             return

@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from sqlalchemy import Connection
 
-from agentlightning.store import blocks
-from agentlightning.store.chains import FIRST, IDS, TEXTS, Chain
+from agentlightning.store import prompts
+from agentlightning.store.chains import FIRST, IDS, TEXTS, Prompt
 from agentlightning.store.database import Database, fetch, is_single_writer, run
-from agentlightning.store.rows import storable, text_of
+from agentlightning.store.rows import text_of
 
 __all__ = ["Step", "count", "migrate"]
 
@@ -25,7 +24,6 @@ KEYS_AT_ONCE = 5_000
 _IS_WHOLE = "ids_block IS NULL AND text_block IS NULL"
 _BODIES = "SELECT id, prompt_token_ids, prompt_text FROM generations WHERE key IN ({})"
 _CHANGE = "UPDATE generations SET prompt_token_ids = ?, prompt_text = ?, ids_block = ?, text_block = ? WHERE id = ?"
-NOTHING: Chain[Any] = Chain(b"")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +44,7 @@ class _Whole:
     """A generation whose prompt is to be cut, by its id: SQLite gives the keys of deleted rows again."""
 
     id: bytes
-    ids: Chain[bytes] | None
-    text: Chain[str] | None
+    prompt: Prompt
 
 
 def count(database: Database) -> int:
@@ -105,7 +102,7 @@ def _cut(connection: Connection, keys: Sequence[int]) -> list[_Whole]:
         of_ids = None if ids is None else IDS.cut(bytes(ids))
         of_text = None if text is None else TEXTS.cut(text_of(text))
         if any(chain is not None and chain.names for chain in (of_ids, of_text)):
-            found.append(_Whole(bytes(generation_id), of_ids, of_text))
+            found.append(_Whole(bytes(generation_id), Prompt(of_ids, of_text)))
     return found
 
 
@@ -117,10 +114,6 @@ def _store(connection: Connection, found: Sequence[_Whole]) -> int:
         query += " ORDER BY key FOR UPDATE"
     whole = {bytes(each) for each in run(connection, query, [each.id for each in found]).scalars()}
     chosen = [each for each in found if each.id in whole]
-    of_ids = blocks.add(connection, IDS, [each.ids or NOTHING for each in chosen])
-    of_texts = blocks.add(connection, TEXTS, [each.text or NOTHING for each in chosen])
-    for each, ids, text in zip(chosen, of_ids, of_texts, strict=True):
-        rest = None if each.ids is None else IDS.pack(each.ids.rest) if ids.key else each.ids.rest
-        text_rest = None if each.text is None else storable(each.text.rest)
-        run(connection, _CHANGE, (rest, text_rest, ids.key or None, text.key or None, each.id))
+    for each, (_, *columns) in zip(chosen, prompts.add_cut(connection, [each.prompt for each in chosen]), strict=True):
+        run(connection, _CHANGE, (*columns, each.id))
     return len(chosen)

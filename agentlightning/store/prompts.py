@@ -13,7 +13,7 @@ from agentlightning.store import blocks
 from agentlightning.store.chains import FIRST, IDS, NEXT, TEXTS, Chain, Prompt
 from agentlightning.store.rows import array_of, bytes_of, storable, text_of
 
-__all__ = ["StoredPrompt", "add", "ids_of", "texts_of"]
+__all__ = ["StoredPrompt", "add", "add_cut", "ids_of", "texts_of"]
 
 BYTES_OF_AN_ID = 4
 NOTHING: Chain[Any] = Chain(b"")
@@ -48,11 +48,20 @@ def add(
             long.append((len(stored), prompt))
         stored.append((len(ids or ()), bytes_of(ids), storable(text), None, None) if prompt is None else UNKNOWN)
     if long:
-        ids_of_each = blocks.add(connection, IDS, [prompt.ids or NOTHING for _, prompt in long])
-        text_of_each = blocks.add(connection, TEXTS, [prompt.text or NOTHING for _, prompt in long])
-        for (position, prompt), of_ids, of_text in zip(long, ids_of_each, text_of_each, strict=True):
-            stored[position] = _stored(prompt, of_ids, of_text)
+        for (position, _), found in zip(long, add_cut(connection, [prompt for _, prompt in long]), strict=True):
+            stored[position] = found
     return stored
+
+
+def add_cut(connection: Connection, prompts: Sequence[Prompt]) -> list[StoredPrompt]:
+    """Store the blocks of prompts that are cut already.
+
+    Raises:
+        Lacking: blocks that prompts continue are not there.
+    """
+    ids = blocks.add(connection, IDS, [prompt.ids or NOTHING for prompt in prompts])
+    texts = blocks.add(connection, TEXTS, [prompt.text or NOTHING for prompt in prompts])
+    return [_stored(*each) for each in zip(prompts, ids, texts, strict=True)]
 
 
 def _stored(prompt: Prompt, ids: blocks.Stored, text: blocks.Stored) -> StoredPrompt:

@@ -1,4 +1,4 @@
-"""What every command does with `--help` and with a wrong argument."""
+"""Tests of `--help` and of wrong arguments, for every command."""
 
 from __future__ import annotations
 

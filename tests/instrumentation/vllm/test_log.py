@@ -1,4 +1,4 @@
-"""What a server's log says of us: one line when it starts, and warnings, each among vLLM's lines and in their form."""
+"""Tests of our lines in a server's log: one when it starts, and warnings, each among vLLM's lines and in their form."""
 
 from __future__ import annotations
 

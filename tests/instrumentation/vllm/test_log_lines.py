@@ -1,4 +1,4 @@
-"""Where our log lines go: to vLLM's handlers, or to those of the program. On a made-up vLLM, which starts at once."""
+"""Tests of where our log lines go, to vLLM's handlers or the program's, on a made-up vLLM, which starts at once."""
 
 from __future__ import annotations
 
