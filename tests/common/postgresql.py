@@ -70,7 +70,14 @@ class PostgresServer:
         """Start it, and wait until it lets clients in."""
         # Processes are killed here, not machines: what was written outlives them, and need not be on a disk. Killed, it
         # would else bring each of a thousand files there before it starts again.
-        settings = (f"-p{self.port}", f"-k{self.folder}", "-clisten_addresses=127.0.0.1", "-cfsync=off")
+        # With hundreds of databases, autovacuum would start several processes a second, beside the tests.
+        settings = (
+            f"-p{self.port}",
+            f"-k{self.folder}",
+            "-clisten_addresses=127.0.0.1",
+            "-cfsync=off",
+            "-cautovacuum=off",
+        )
         command = [self._programs / "postgres", f"-D{self.folder}/data", *settings]
         self.process = subprocess.Popen(
             command, cwd=self.folder, stdout=self._log, stderr=self._log, start_new_session=True, **self._user
@@ -94,7 +101,10 @@ class PostgresServer:
     def kill(self) -> None:
         """SIGKILL, for each of its processes."""
         try:
-            processes = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
+            postmaster = psutil.Process(self.process.pid)
+            # Stopped, it starts no process that this list would lack, and that would write on into its folder.
+            postmaster.suspend()
+            processes = [postmaster, *postmaster.children(recursive=True)]
         except psutil.NoSuchProcess:
             return
         for process in processes:
