@@ -56,7 +56,7 @@ def compare(
         before, after = _outcome(without, test), _outcome(instrumented, test)
         if before == after:
             comparison.same[test] = before
-        elif reason := next((known[end] for end in known if test.partition("[")[0].endswith(end)), None):
+        elif reason := next((known[end] for end in known if test.endswith(end)), None):
             comparison.known[test] = ([before], [after], reason)
         else:
             differing[file_of(test)].append(test)
