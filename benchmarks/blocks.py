@@ -10,7 +10,7 @@ import tempfile
 import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
@@ -19,7 +19,8 @@ from agentlightning.store import chains, open_store, prompts, wire
 from benchmarks.environments import interleaved
 from benchmarks.machine import BusyMeter
 from benchmarks.report import Part, Row, Section, Summary, Target, say
-from benchmarks.store import generation
+from benchmarks.store import generation, write
+from tests.common.postgresql import MISSING, PostgresServer, programs
 
 ROUNDS, QUICK_ROUNDS = 15, 4
 VOCABULARY = 150_000
@@ -30,6 +31,8 @@ SHARED, NEW = 31_000, 1_000
 COPIES = 20
 LETTERS_OF_AN_ID = 4
 BATCH = 20
+WRITTEN, PROMPT = 2_000, 512
+OTHERS, QUICK_OTHERS, SHORT = 1_000_000, 100_000, 16
 
 Calls = Sequence[Generation]
 
@@ -37,10 +40,23 @@ Calls = Sequence[Generation]
 def measure(quick: bool) -> Part:
     """Everything, in files that are gone afterwards."""
     rounds = QUICK_ROUNDS if quick else ROUNDS
-    busy = BusyMeter()
-    with busy.running(), tempfile.TemporaryDirectory(prefix="agl-bench-") as name:
+    busy, installed = BusyMeter(), programs()
+    with (
+        busy.running(),
+        tempfile.TemporaryDirectory(prefix="agl-bench-") as name,
+        PostgresServer(installed) if installed else nullcontext() as postgresql,
+    ):
         folder = Path(name)
-        sections = [size(folder), sent(), writing(folder, rounds), reading(folder, rounds)]
+        if postgresql is None:
+            say(MISSING)
+        sections = [
+            size(folder),
+            sent(),
+            writing(folder, rounds),
+            throughput(folder, postgresql, rounds),
+            reading(folder, rounds),
+            among_others(folder, rounds, QUICK_OTHERS if quick else OTHERS),
+        ]
     return Part("Prompts that begin alike", "", sections, busy.share_of_others())
 
 
@@ -172,6 +188,48 @@ def cpu(work: Callable[[], object]) -> float:
     started = time.thread_time_ns()
     work()
     return (time.thread_time_ns() - started) / 1e3
+
+
+def throughput(folder: Path, postgresql: PostgresServer | None, rounds: int) -> Section:
+    """Rows of the generations a second that one writer adds, beside the same with whole prompts."""
+    calls = [kept(number, drawn(PROMPT, number), drawn(OUTPUT, number)) for number in range(WRITTEN)]
+    rows = []
+    for kind in ("SQLite", "PostgreSQL") if postgresql else ("SQLite",):
+        measured: dict[str, list[float]] = {"whole": [], "blocks": []}
+        for number, way in enumerate(interleaved(list(measured), rounds, f"writing to {kind}, timed")):
+            path = folder / f"throughput-{number}.db"
+            url = postgresql.new_database() if postgresql and kind == "PostgreSQL" else path
+            with whole_prompts() if way == "whole" else nullcontext():
+                measured[way].append(WRITTEN / write(url, calls))
+            path.unlink(missing_ok=True)
+        rows.append(Row.of(kind, measured["blocks"], measured["whole"], Target(0.95, at_least=True)))
+    about = f"{WRITTEN:,} generations of {PROMPT} and {OUTPUT} ids that share nothing; a ratio is to whole prompts."
+    return Section("Generations written", "a second", about, rows)
+
+
+def among_others(folder: Path, rounds: int, others: int) -> Section:
+    """Row of the time to read a conversation of a store with many other generations, beside whole prompts."""
+    calls = [each for number in range(COPIES) for each in long_rollout(number)]
+    paths = {way: folder / f"among-{way}.db" for way in ("whole", "blocks")}
+    for way, path in paths.items():
+        say(f"writing {others:,} other generations ({way})")
+        with whole_prompts() if way == "whole" else nullcontext(), open_store(str(path)) as store:
+            for first in range(COPIES, COPIES + others, 1_000):
+                numbers = range(first, first + 1_000)
+                store.add([generation(number * CALLS_OF_EACH, range(SHORT), range(SHORT)) for number in numbers])
+            for first in range(0, len(calls), BATCH):
+                store.add(calls[first : first + BATCH])
+    measured: dict[str, list[float]] = {way: [] for way in paths}
+    for number, way in enumerate(interleaved(list(paths), rounds, "reading one rollout of many, timed")):
+        with open_store(str(paths[way])) as store:
+            rollout = calls[number % COPIES * CALLS].rollout_id
+            started = time.perf_counter()
+            found = sum(len(each.prompt_token_ids or ()) for each in store.generations(rollout_id=rollout))
+            measured[way].append((time.perf_counter() - started) * 1e3)
+            assert found == sum(len(each.prompt_token_ids or ()) for each in calls[:CALLS])
+    label = f"{CALLS} calls to {LENGTH:,} ids, among {others:,} generations"
+    row = Row.of(label, measured["blocks"], measured["whole"], Target(1.2))
+    return Section("One rollout read from a large store", "ms", "A ratio is to the same with whole prompts.", [row])
 
 
 def reading(folder: Path, rounds: int) -> Section:
