@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from agentlightning.instrumentation.vllm import _releases
 from agentlightning.instrumentation.vllm._isolation import contained
 from agentlightning.instrumentation.vllm.capture import logprobs, marks
 from agentlightning.instrumentation.vllm.capture.session import session
@@ -143,13 +144,25 @@ def _end_all(finish_reason: str) -> None:
 
 
 def wrap_init(init: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `EngineCore.__init__`, after which the engine core names the weights that it begins with."""
+    """Wrap `EngineCore.__init__`, after which the engine core names the weights that it begins with.
 
-    def init_and_note_weights(self: Any, *args: Any, **kwargs: Any) -> None:
+    Behind the Rust frontend it also registers with the store: with its first request, whoever waits for the recorded
+    calls of a rollout could ask the store before it knows that there is anything to wait for.
+    """
+
+    def init_and_begin(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
-        contained("reading the first weights' version", lambda: _note_weights(self.get_weight_version()))
+        if hasattr(self, "get_weight_version"):
+            contained("reading the first weights' version", lambda: _note_weights(self.get_weight_version()))
+        if _releases.uses_rust_frontend():
+            contained("registering with the store", _register, self.vllm_config)
 
-    return init_and_note_weights
+    return init_and_begin
+
+
+def _register(vllm_config: Any) -> None:
+    session.identity.note_model(vllm_config.model_config)
+    session.recorder.start()
 
 
 def wrap_set_weight_version(set_weight_version: Callable[..., Any]) -> Callable[..., Any]:
@@ -181,7 +194,7 @@ def _has_weight_versions(module: ModuleType) -> bool:
 CORE_PATCHES: tuple[Patch, ...] = (
     Where(_records, Wrap("EngineCoreProc._send_engine_dead", (), wrap_end("error"))),
     Where(_records, Wrap("EngineCore.shutdown", (), wrap_end("abort"))),
-    Where(_has_weight_versions, Wrap("EngineCore.__init__", (), wrap_init)),
+    Where(_records, Wrap("EngineCore.__init__", (), wrap_init)),
     Where(_has_weight_versions, Wrap("EngineCore.set_weight_version", ("weight_version",), wrap_set_weight_version)),
 )
 SCHEDULER_PATCHES: tuple[Patch, ...] = (
