@@ -463,6 +463,7 @@ def assert_whole(url: str, kept: Iterable[int], written: Iterable[int]) -> None:
     assert found.keys() >= {call.id for number in (*kept, *written) for call in conversation(number, "")}
 
 
+@IN_DATABASES
 def test_calls_that_a_rollout_got_since_it_was_selected_are_kept(store: Store, database: Database) -> None:
     store.add([generation(1, rollout_id="eval", finished_at=1)])
     found = deletion.select(database, before=time.time() - 60)
@@ -474,6 +475,7 @@ def test_calls_that_a_rollout_got_since_it_was_selected_are_kept(store: Store, d
     assert len([*store.generations()]) == 2
 
 
+@IN_DATABASES
 def test_call_that_has_the_key_of_a_deleted_one_is_kept(store: Store, database: Database) -> None:
     """Delete an old call after its key was read, and write another: SQLite gives its key again."""
     store.add([generation(1, rollout_id=None, attempt_id=None, finished_at=1)])
