@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from playwright.sync_api import Browser, ConsoleMessage, Dialog, Request, WebError, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Dialog, Request, WebError, expect, sync_playwright
 
 from tests.common.debian import CHROMIUM
 
@@ -39,6 +39,7 @@ def program() -> str | None:
 @contextmanager
 def chromium(program: str) -> Iterator[Browser]:
     """A browser without a window, from entering the context to leaving it."""
+    expect.set_options(timeout=MILLISECONDS)
     with sync_playwright() as playwright, playwright.chromium.launch(executable_path=program, args=_ARGUMENTS) as found:
         yield found
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page
 
 from agentlightning.generation import Generation
-from tests.common.browser import MILLISECONDS, MISSING, Visit, chromium, program
+from tests.common.browser import MISSING, Visit, chromium, program
 from tests.common.rollouts import Rollout, fill, long_generation
 from tests.server.process import StoreServer
 
@@ -32,7 +32,6 @@ def browser() -> Iterator[Browser]:
     found = program()
     if found is None:
         pytest.skip(MISSING)
-    expect.set_options(timeout=MILLISECONDS)
     with chromium(found) as browser:
         yield browser
 
