@@ -8,11 +8,15 @@ from array import array
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_type_hints
 
-__all__ = ["STATUSES", "Choice", "Generation", "Loss", "RoutedExperts", "Status", "field_types", "new_id"]
+__all__ = ["STATUSES", "VIAS", "Choice", "Generation", "Loss", "RoutedExperts", "Status", "Via", "field_types", "new_id"]
 
 Status = Literal["finished", "aborted", "error"]
 """How a generation ended: by itself, because no client was waiting any more, or because the engine failed."""
 STATUSES: tuple[Status, ...] = get_args(Status)
+Via = Literal["http", "router", "process", "grpc", "engine"]
+"""How a request came: over HTTP, over HTTP through a router, from a program in vLLM's own process, over gRPC, or to an
+engine core from a frontend that is not instrumented."""
+VIAS: tuple[Via, ...] = get_args(Via)
 
 
 def new_id(at: int | None = None) -> str:
@@ -92,6 +96,10 @@ class Generation:
         model: the name that the client asked for.
         rollout_id, attempt_id, session_id: where the generation belongs, according to the call.
         trace_id: W3C trace id, 32 hexadecimal digits.
+        agent_id, parent_agent_id: which of the rollout's agents called, and the one that had started it.
+        purpose: what the agent called for: `main`, `sub-agent`, `compaction`, `review`, `title`, or any other text.
+        retry: how often the client's SDK had tried this call before.
+        via: how the request came: `http`, `router`, `process`, `grpc` or `engine`; see `Via`.
         started_at, first_token_at, finished_at: nanoseconds since the epoch.
         status: `finished`, `aborted` or `error`.
         prompt_token_ids: the ids that went into the model; `array('i')`.
@@ -112,6 +120,11 @@ class Generation:
     attempt_id: str | None = None
     session_id: str | None = None
     trace_id: str | None = None
+    agent_id: str | None = None
+    parent_agent_id: str | None = None
+    purpose: str | None = None
+    retry: int | None = None
+    via: Via | None = None
     started_at: int | None = None
     first_token_at: int | None = None
     finished_at: int

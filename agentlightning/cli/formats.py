@@ -155,7 +155,7 @@ def _generation_schema(pyarrow: Any) -> Any:
     others = {
         **dict.fromkeys(("started_at", "first_token_at", "finished_at"), int64),
         "prompt_token_ids": ids,
-        "cached_tokens": int32,
+        **dict.fromkeys(("retry", "cached_tokens"), int32),
         "choices": pyarrow.list_(choice),
     }
     return pyarrow.schema({name: others.get(name, text) for name in Generation.__slots__})

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 from sqlalchemy import ColumnElement, Connection, Table, false, func, select, tuple_
 
 from agentlightning.errors import InvalidRecord
-from agentlightning.generation import STATUSES, Generation, Loss, Status
+from agentlightning.generation import STATUSES, VIAS, Generation, Loss, Status
 from agentlightning.store import Filters, blocks, prompts, rows, senders, tables, texts
 from agentlightning.store.blocks import Lacking
 from agentlightning.store.chains import Prompt
@@ -43,6 +43,11 @@ FILTERED = {
     "call_id": tables.generations.c.call_id,
     "response_id": tables.generations.c.response_id,
     "model": tables.generations.c.model_key,
+    "agent_id": tables.generations.c.agent_key,
+    "parent_agent_id": tables.generations.c.parent_agent_key,
+    "purpose": tables.generations.c.purpose_key,
+    "retry": tables.generations.c.retry,
+    "via": tables.generations.c.via,
 }
 IN_ORDER = (tables.generations.c.finished_at, tables.generations.c.key)
 
@@ -265,5 +270,9 @@ def _condition(connection: Connection, name: str, value: Any) -> ColumnElement[b
         return false()
     if name == "response_id":
         return column == rows.storable(value)
+    if name == "retry":
+        return column == value
+    if name == "via":
+        return column == VIAS.index(value)
     key = texts.key_of(connection, value)
     return false() if key is None else column == key

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from agentlightning.completeness import Completeness
-from agentlightning.generation import Generation, Loss, Status
+from agentlightning.generation import Generation, Loss, Status, Via
 from agentlightning.rollout import (
     Attempt,
     AttemptStatus,
@@ -55,6 +55,11 @@ class Filters(TypedDict, total=False):
     call_id: str | None
     response_id: str | None
     model: str | None
+    agent_id: str | None
+    parent_agent_id: str | None
+    purpose: str | None
+    retry: int | None
+    via: Via | None
     since: int
     until: int
     status: Status

@@ -23,7 +23,7 @@ __all__ = ["PostgresqlDatabase"]
 
 SCHEMA = "agentlightning"
 """Schema of the tables, so that the database may hold other programs' tables, too."""
-VERSION = 3
+VERSION = 4
 """Version of the tables, which the table `agentlightning.version` holds."""
 MIGRATIONS: Mapping[int, Sequence[str]] = {
     1: (
@@ -49,6 +49,13 @@ MIGRATIONS: Mapping[int, Sequence[str]] = {
         rollout_id TEXT COLLATE "C", attempt_id TEXT COLLATE "C", count BIGINT NOT NULL,
         reason TEXT COLLATE "C" NOT NULL)""",
         "CREATE INDEX lost_calls_of_rollout ON lost_calls (rollout_id) WHERE rollout_id IS NOT NULL",
+    ),
+    3: (
+        "ALTER TABLE generations ADD COLUMN agent_key BIGINT",
+        "ALTER TABLE generations ADD COLUMN parent_agent_key BIGINT",
+        "ALTER TABLE generations ADD COLUMN purpose_key BIGINT",
+        "ALTER TABLE generations ADD COLUMN retry BIGINT",
+        "ALTER TABLE generations ADD COLUMN via SMALLINT",
     ),
 }
 """Statements that turn the tables of a version into those of the next."""

@@ -12,7 +12,7 @@ from operator import attrgetter
 from typing import Any, TypeVar
 
 from agentlightning.errors import InvalidRecord
-from agentlightning.generation import STATUSES, Choice, Generation, Loss, RoutedExperts
+from agentlightning.generation import STATUSES, VIAS, Choice, Generation, Loss, RoutedExperts
 
 __all__ = [
     "array_of",
@@ -45,6 +45,9 @@ _TEXT_KEYS = attrgetter(
     "rollout_key",
     "attempt_key",
     "session_key",
+    "agent_key",
+    "parent_agent_key",
+    "purpose_key",
     "sampling_params_key",
     "logprobs_mode_key",
 )
@@ -57,6 +60,9 @@ def repeated_texts(generation: Generation) -> Iterator[str | None]:
     yield generation.rollout_id
     yield generation.attempt_id or None
     yield generation.session_id
+    yield generation.agent_id
+    yield generation.parent_agent_id
+    yield generation.purpose
     yield generation.sampling_params
     yield generation.logprobs_mode
     for choice in generation.choices:
@@ -113,6 +119,11 @@ def generation_row(
         prompt[0],
         output_tokens(generation),
         *prompt[1:],
+        keys[generation.agent_id],
+        keys[generation.parent_agent_id],
+        keys[generation.purpose],
+        generation.retry,
+        None if generation.via is None else VIAS.index(generation.via),
     )
 
 
@@ -154,6 +165,11 @@ def generation_of(
         attempt_id=texts[row.attempt_key] or None,
         session_id=texts[row.session_key],
         trace_id=text_of(row.trace_id),
+        agent_id=texts[row.agent_key],
+        parent_agent_id=texts[row.parent_agent_key],
+        purpose=texts[row.purpose_key],
+        retry=row.retry,
+        via=None if row.via is None else VIAS[row.via],
         started_at=row.started_at,
         first_token_at=row.first_token_at,
         finished_at=row.finished_at,

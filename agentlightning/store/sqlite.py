@@ -27,7 +27,7 @@ __all__ = ["SqliteDatabase"]
 
 APPLICATION_ID = int.from_bytes(b"AgL1", "big")
 """`PRAGMA application_id` of the files of agentlightning."""
-VERSION = 3
+VERSION = 4
 """Version of the schema, which `PRAGMA user_version` holds."""
 MIGRATIONS: Mapping[int, Sequence[str]] = {
     1: (
@@ -53,6 +53,13 @@ MIGRATIONS: Mapping[int, Sequence[str]] = {
         rollout_id TEXT, attempt_id TEXT, count BIGINT NOT NULL, reason TEXT NOT NULL, PRIMARY KEY ("key"),
         UNIQUE (id))""",
         "CREATE INDEX lost_calls_of_rollout ON lost_calls (rollout_id) WHERE rollout_id IS NOT NULL",
+    ),
+    3: (
+        "ALTER TABLE generations ADD COLUMN agent_key INTEGER",
+        "ALTER TABLE generations ADD COLUMN parent_agent_key INTEGER",
+        "ALTER TABLE generations ADD COLUMN purpose_key INTEGER",
+        "ALTER TABLE generations ADD COLUMN retry BIGINT",
+        "ALTER TABLE generations ADD COLUMN via SMALLINT",
     ),
 }
 """Statements that turn a file of a version into one of the next."""

@@ -121,6 +121,12 @@ generations = Table(
     # Key of the last block of the ids and of the text; null where there is none.
     Column("ids_block", _Key),
     Column("text_block", _Key),
+    Column("agent_key", _Key),
+    Column("parent_agent_key", _Key),
+    Column("purpose_key", _Key),
+    Column("retry", BigInteger),
+    # Its position among `VIAS`.
+    Column("via", SmallInteger),
 )
 
 choices = Table(

@@ -27,6 +27,7 @@ SENDER_KEPT = 7 * 24 * 3600 * 10**9
 
 _TEXT_KEYS = (
     *("endpoint_key", "model_key", "rollout_key", "attempt_key", "session_key"),
+    *("agent_key", "parent_agent_key", "purpose_key"),
     *("sampling_params_key", "logprobs_mode_key"),
 )
 # With each block, those before it.

@@ -1,7 +1,8 @@
 """Generations on their way to an `agl store` and back, in two versions of a message.
 
-`application/vnd.agl.generations.v1+msgpack` has whole prompts; `application/vnd.agl.generations.v2+msgpack`, which is
-for the way to the store alone, has what is new in them.
+`application/vnd.agl.generations.v3+msgpack` has whole prompts; `application/vnd.agl.generations.v4+msgpack`, which is
+for the way to the store alone, has what is new in them. Versions 1 and 2 were the same without `agent_id` and what
+follows it.
 
 A message is a MessagePack map: `generations`, an array; `losses`, an array; `next`, the cursor of the next page; and
 `sender`, the id of the process that recorded the generations. Empty entries may be absent.
@@ -10,7 +11,7 @@ Generations, choices and losses are arrays of all their fields, in the order of 
 unknown is nil. Token ids are bytes of little-endian int32; logprobs of little-endian float32; routed experts of their
 shape, three little-endian uint32, followed by int16. All other fields are plain MessagePack.
 
-In version 2, the ids and the text of a prompt are arrays (`store.chains` has what blocks are): the key and the name of
+In version 4, the ids and the text of a prompt are arrays (`store.chains` has what blocks are): the key and the name of
 a block that the store is assumed to have, 0 and no bytes where there is none; the blocks after it, those of ids packed;
 the name of the last of these, from which the store sees that it has put the right ones together; and the rest. A block
 may be one that came earlier in the same message; then its key is 0.
@@ -51,8 +52,8 @@ __all__ = [
     "without_surrogates",
 ]
 
-MEDIA_TYPE = "application/vnd.agl.generations.v1+msgpack"
-IN_BLOCKS = "application/vnd.agl.generations.v2+msgpack"
+MEDIA_TYPE = "application/vnd.agl.generations.v3+msgpack"
+IN_BLOCKS = "application/vnd.agl.generations.v4+msgpack"
 MOST_UNPACKED = 256 << 20
 """Bytes that the blocks of one message may become. Texts are compressed, and a few bytes can stand for many."""
 ERROR_HEADER = "X-AGL-Error"
@@ -188,7 +189,7 @@ def encode(
 
 
 def encode_in_blocks(generations: Sequence[Generation], sender_id: str | None, recent: Recent) -> tuple[bytes, Sent]:
-    """Encode a message of version 2.
+    """Encode a message of version 4.
 
     Args:
         recent: blocks that the store is assumed to have, with their keys there.

@@ -1,10 +1,11 @@
-"""The rollout of a generation: an agent names it by its base URL or by headers."""
+"""The rollout and the agent of a generation, as its URL, headers, body or key name them."""
 
 from __future__ import annotations
 
 import http.client
 import json
 import sqlite3
+import uuid
 from collections.abc import Callable
 from contextlib import closing
 from typing import Any
@@ -122,6 +123,94 @@ def test_the_first_source_that_names_a_rollout_decides_alone(recording: Recordin
         {(f"{rollout} c", "3")},
         {(f"{rollout} d", None)},
     ]
+
+
+@pytest.mark.parametrize("header", ["x-request-id", "x-correlation-id"])
+@CLIENTS
+def test_id_of_a_request_names_the_rollout_and_stays_the_answers(
+    recording: RecordingServer, rollout: str, ask: Ask, header: str
+) -> None:
+    sent = f"agl/{quote(rollout, safe='')}/a%2Fb/planner/{uuid.uuid4()}"
+    ask(recording, "", {header: sent})
+
+    kept = recording.recorded(rollout_id=rollout)
+    assert {(each.attempt_id, each.agent_id, each.via) for each in kept} == {("a/b", "planner", "http")}
+    if header == "x-request-id" and ask is not response:
+        # vLLM makes its ids of this header, as without this package.
+        assert all(sent in each.request_id for each in kept)
+
+
+def test_user_of_a_chat_names_the_rollout(recording: RecordingServer, rollout: str) -> None:
+    client = openai_client(recording, "", {})
+    user = f"agl/{quote(rollout, safe='')}/2/x"
+    client.chat.completions.create(model=recording.model, messages=TALK, max_tokens=2, user=user)
+    client.responses.create(model=recording.model, input="one", max_output_tokens=2, user=user)
+    client.completions.create(model=recording.model, prompt="one", max_tokens=2, user=user)
+
+    kept = recording.recorded(rollout_id=rollout, attempt_id="2")
+    assert {each.endpoint for each in kept} == {"/v1/chat/completions", "/v1/responses", "/v1/completions"}
+
+
+@pytest.mark.parametrize("ask", [chat, response, message], ids=lambda ask: ask.__name__)
+def test_key_names_the_rollout_and_opens_the_door(recording: RecordingServer, rollout: str, ask: Ask) -> None:
+    key = f"none@rollout={quote(rollout, safe='')},attempt=at-1,agent=planner"
+    ask(recording, "", {"Authorization": f"Bearer {key}"})
+
+    kept = recording.recorded(rollout_id=rollout)
+    assert {(each.attempt_id, each.agent_id) for each in kept} == {("at-1", "planner")}
+    assert "@rollout=" not in recording.log
+
+
+def test_wrong_key_with_a_rollout_is_refused(recording: RecordingServer, rollout: str) -> None:
+    for key in ("", "another", "nonE", "none@rollout=x,", "@rollout=none", "none,"):
+        headers = {"Authorization": f"Bearer {key}@rollout={quote(rollout, safe='')}", "X-Api-Key": "none@rollout=x"}
+        with pytest.raises(openai.AuthenticationError):
+            chat(recording, "", headers)
+
+    assert recording.recorded(rollout_id=rollout) == []
+
+
+def test_conflicting_names_are_counted_and_the_first_counts(recording: RecordingServer, rollout: str) -> None:
+    def conflicts() -> int:
+        return fetch(recording, "/v1/agl/status")["counters"]["conflicting_names"].get("x-request-id", 0)
+
+    before, metric = conflicts(), 'agentlightning_conflicting_names_total{carrier="x-request-id"}'
+    chat(recording, "", {"x-agl-rollout-id": rollout, "x-request-id": "agl/another/x"})
+
+    assert len(recording.recorded(rollout_id=rollout)) == 1
+    assert conflicts() == before + 1
+    assert recording.metrics()[metric] == before + 1
+
+
+@pytest.mark.parametrize(
+    ("headers", "fields"),
+    [
+        (
+            {"x-agl-agent-id": "a", "x-agl-parent-agent-id": "p", "x-agl-purpose": "review"},
+            ("a", "p", "review", None),
+        ),
+        ({"x-claude-code-agent-id": "a", "X-Stainless-Retry-Count": "2"}, ("a", None, None, 2)),
+        ({"x-session-id": "child", "x-parent-session-id": "p"}, ("child", "p", None, None)),
+        ({"x-codex-turn-metadata": '{"thread_id": "t", "request_kind": "turn"}'}, ("t", None, "main", None)),
+    ],
+    ids=["ours", "claude", "opencode", "codex"],
+)
+def test_agent_and_purpose_are_recorded(
+    recording: RecordingServer, rollout: str, headers: dict[str, str], fields: tuple[Any, ...]
+) -> None:
+    body = recording.body(prompt="one", max_tokens=1)
+    sent = {"Authorization": "Bearer none", "x-agl-rollout-id": quote(rollout), **headers}
+    httpx.post(f"{recording.url}/v1/completions", json=body, headers=sent, timeout=120).raise_for_status()
+
+    (kept,) = recording.recorded(rollout_id=quote(rollout))
+    assert (kept.agent_id, kept.parent_agent_id, kept.purpose, kept.retry) == fields
+    assert recording.kept(rollout_id=kept.rollout_id, agent_id=fields[0], purpose=fields[2]) == [kept]
+
+
+def test_call_that_a_proxy_forwarded_came_through_a_router(recording: RecordingServer, rollout: str) -> None:
+    chat(recording, f"/rollout/{quote(rollout)}", {"X-Forwarded-For": "10.0.0.1"})
+
+    assert {each.via for each in recording.recorded(rollout_id=rollout)} == {"router"}
 
 
 @pytest.mark.parametrize("header", ["x-session-id", "x-claude-code-session-id"])

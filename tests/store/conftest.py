@@ -22,12 +22,18 @@ EVERY_KIND = [
 """The kinds of stores: a file, a PostgreSQL database, and an `agl store`."""
 
 
+BACK_TO_VERSION_3 = tuple(
+    f"ALTER TABLE generations DROP COLUMN {name}"
+    for name in ("agent_key", "parent_agent_key", "purpose_key", "retry", "via")
+)
+"""Statements that give a database of version 4 the tables of version 3."""
 BACK_TO_VERSION_2 = (
+    *BACK_TO_VERSION_3,
     *(f"DROP INDEX generations_by_{name}" for name in ("ids_block", "text_block")),
     *(f"ALTER TABLE generations DROP COLUMN {name}" for name in ("ids_block", "text_block")),
     *(f"DROP TABLE {name}" for name in ("blocks", "watermarks", "lost_calls")),
 )
-"""Statements that give a database of version 3 the tables of version 2."""
+"""Statements that give a database of version 4 the tables of version 2."""
 
 
 def new_store_of(kind: str, request: pytest.FixtureRequest) -> Callable[[Path], str]:

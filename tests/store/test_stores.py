@@ -18,6 +18,8 @@ from tests.store.conftest import EVERY_KIND, new_store_of
 
 pytestmark = pytest.mark.tier("check")
 
+TEXTS = ("rollout_id", "attempt_id", "session_id", "response_id", "model", "agent_id", "parent_agent_id", "purpose")
+
 
 @pytest.fixture(scope="session", params=EVERY_KIND)
 def new_store(request: pytest.FixtureRequest) -> Callable[[Path], str]:
@@ -92,6 +94,15 @@ def test_generations_are_read_in_the_order_in_which_they_finished(store: Store) 
         ({"model": "another model"}, (8,)),
         ({"model": "another model", "rollout_id": "rollout-1"}, ()),
         ({"status": "aborted"}, (9, 10)),
+        ({"agent_id": "an agent"}, (11, 12)),
+        ({"agent_id": "an agent", "purpose": "title"}, (12,)),
+        ({"parent_agent_id": "its parent"}, (11,)),
+        ({"purpose": None, "rollout_id": "rollout-1"}, (10, 11, *range(13, 20))),
+        ({"retry": 0}, (13,)),
+        ({"retry": 2}, (14,)),
+        ({"via": "router"}, (15,)),
+        ({"via": "process"}, ()),
+        ({"via": None, "rollout_id": "rollout-1"}, (*range(10, 15), *range(16, 20))),
         ({"status": "aborted", "rollout_id": "rollout-1"}, (10,)),
         ({"since": START + 28 * SECOND}, (28, 29)),
         ({"until": START + 2 * SECOND}, (0, 1)),
@@ -108,6 +119,9 @@ def test_filters_select_generations_that_match_all_of_them(
     kept[6].call_id = kept[7].call_id = "01a20c2a-865d-7b56-9503-9601311bea6e"
     kept[8].model = "another model"
     kept[9].status = kept[10].status = "aborted"
+    kept[11].agent_id = kept[12].agent_id = "an agent"
+    kept[11].parent_agent_id, kept[12].purpose = "its parent", "title"
+    kept[13].retry, kept[14].retry, kept[15].via = 0, 2, "router"
     store.add(kept)
     if filters.get("rollout_id") is None:
         wanted = [kept[number].id for number in numbers]
@@ -135,11 +149,11 @@ def test_unknown_filter_is_an_error(store: Store) -> None:
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_ids_are_stored_and_found(store: Store, text: str) -> None:
-    names = dict.fromkeys(("rollout_id", "attempt_id", "session_id", "response_id", "model", "request_id"), text)
+    names = dict.fromkeys((*TEXTS, "request_id"), text)
     kept, other = generation(1, **names), generation(2)
     store.add([kept, other])
 
-    for name in ("rollout_id", "attempt_id", "session_id", "response_id", "model"):
+    for name in TEXTS:
         assert ids(store, **{name: text}) == [kept.id]
     # An empty attempt id is the same as none.
     assert [*store.generations()] == [replace(kept, attempt_id=text or None), other]

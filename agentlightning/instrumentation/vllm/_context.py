@@ -8,8 +8,7 @@ request, or in one that this task has started.
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, MutableMapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, MutableMapping
 from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -17,6 +16,8 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from agentlightning.generation import new_id
+from agentlightning.instrumentation.vllm import _carriers
+from agentlightning.instrumentation.vllm._carriers import Caller, is_id
 from agentlightning.instrumentation.vllm._isolation import contained
 
 __all__ = [
@@ -27,8 +28,6 @@ __all__ = [
     "RolloutPrefix",
     "collect_engine_requests",
     "current",
-    "ignored_ids",
-    "is_id",
     "run_in",
     "set_current",
 ]
@@ -37,16 +36,8 @@ Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Any, Send], Awaitable[None]]
 
-MAX_ID_LENGTH = 256
-
-ignored_ids: Counter[str] = Counter()
-"""Number of ignored ids, by source: longer than 256 characters, or with a forbidden character."""
-
 # On the path as it was sent: an encoded slash is part of an id, not the end of it.
 _PREFIX = re.compile(rb"/rollout/(?P<rollout>[^/]+)(?:/attempt/(?P<attempt>[^/]+))?(?P<rest>/.*)", re.DOTALL)
-# Ids end up in paths, shells and queries of the people who read them. U+FFFD stands for bytes that were not UTF-8.
-_NOT_IN_IDS = re.compile(r"""[\x00-\x1f\x7f-\x9f\ufffd"'`\\]|(?:^|/)\.\.(?:/|$)""")
-_SESSION_HEADERS = (b"x-session-id", b"x-claude-code-session-id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +74,10 @@ class RolloutPrefix(NamedTuple):
 
 
 @dataclass(slots=True)
-class RequestContext:
+class RequestContext(Caller):
     """An HTTP request: what it says about itself, and its requests to the engine if an endpoint collects them.
 
     Attributes:
-        rollout_id, attempt_id, session_id, trace_id, request_id: from its path or its headers.
         endpoint: the path of its route.
         model: the one that it asks for, or else the server's.
         base_id: the part that the ids of its answer and of its engine requests share.
@@ -97,11 +87,6 @@ class RequestContext:
         collects: whether `engine_requests` are wanted.
     """
 
-    rollout_id: str | None = None
-    attempt_id: str | None = None
-    session_id: str | None = None
-    trace_id: str | None = None
-    request_id: str | None = None
     endpoint: str | None = None
     model: str | None = None
     base_id: str | None = None
@@ -171,10 +156,10 @@ async def _stream_in(context: RequestContext, stream: AsyncGenerator[Any, None])
 
 
 class RequestContextMiddleware:
-    """ASGI: open a `RequestContext` for each request, and remove `/rollout/{id}[/attempt/{id}]` from its path.
+    """ASGI: open a `RequestContext` for each request, and remove what names its rollout from its path and its API key.
 
-    It must be outermost, so that whatever guards a path sees the path that is routed. A malformed prefix stays, and
-    vLLM answers as to any unknown path.
+    It must be outermost, so that whatever guards a path sees the path that is routed, and the key that the server
+    knows. A malformed prefix stays, and vLLM answers as to any unknown path; so does a malformed end of a key.
 
     Attributes:
         app: the application behind it.
@@ -196,14 +181,17 @@ class RequestContextMiddleware:
 
 
 def _read_scope(scope: Scope) -> tuple[Scope, RequestContext]:
-    """Return the scope without a prefix, and the context that prefix and headers describe."""
+    """Return the scope without what names a rollout in its path or key, and the context that it describes."""
     context = RequestContext()
     # A cheap test first, since this runs for every request.
     if "/rollout/" in scope["path"]:
         scope = _without_prefix(scope, context)
+    headers, in_key = _carriers.without_name(scope.get("headers", ()))
+    if in_key is not None:
+        scope = {**scope, "headers": headers}
     context.scope = scope
     context.endpoint = scope["path"].removeprefix(scope.get("root_path", ""))
-    _read_headers(dict(scope.get("headers", ())), context)
+    _carriers.read_headers(dict(headers), in_key, context)
     return scope, context
 
 
@@ -219,6 +207,7 @@ def _without_prefix(scope: Scope, context: RequestContext) -> Scope:
     if not all(is_id(part) for part in ids if part):
         return scope
     context.rollout_id, context.attempt_id = ids
+    context.carrier = "path"
     context.prefix = RolloutPrefix(before.decode(), path[len(before) : -len(match["rest"])].decode("latin-1"))
     rest = before + match["rest"]
     # Decoded once, as the server decodes it: "path" is what is guarded and what is routed.
@@ -278,53 +267,3 @@ def _addresses(scope: Scope) -> tuple[str, ...]:
 def _decoded(part: bytes) -> str:
     # Most parts have nothing to decode, and this runs for every request.
     return unquote(part) if b"%" in part or not part.isascii() else part.decode()
-
-
-def _read_headers(headers: dict[bytes, bytes], context: RequestContext) -> None:
-    # The first source that names a rollout decides alone: an attempt belongs to the rollout beside it.
-    if context.rollout_id is None:
-        context.rollout_id = _header(headers, b"x-agl-rollout-id")
-        context.attempt_id = _header(headers, b"x-agl-attempt-id")
-    if context.rollout_id is None and b"baggage" in headers:
-        members = dict(_baggage(headers[b"baggage"].decode("utf-8", "replace")))
-        context.rollout_id = _valid_id("baggage", members.get("agentlightning.rollout_id"))
-        context.attempt_id = _valid_id("baggage", members.get("agentlightning.attempt_id"))
-    context.session_id = next(filter(None, (_header(headers, name) for name in _SESSION_HEADERS)), None)
-    context.request_id = _header(headers, b"x-request-id")
-    if b"traceparent" in headers:
-        context.trace_id = _trace_id(headers[b"traceparent"].decode("latin-1"))
-        if context.trace_id is None:
-            ignored_ids["traceparent"] += 1
-
-
-def _header(headers: dict[bytes, bytes], name: bytes) -> str | None:
-    value = headers.get(name)
-    return None if value is None else _valid_id(name.decode(), value.decode("utf-8", "replace").strip())
-
-
-def _valid_id(source: str, value: str | None) -> str | None:
-    if not value:
-        return None
-    if is_id(value):
-        return value
-    ignored_ids[source] += 1
-    return None
-
-
-def is_id(value: str) -> bool:
-    """Tell whether a value can be the id of a rollout, an attempt or a session."""
-    return len(value) <= MAX_ID_LENGTH and not _NOT_IN_IDS.search(value)
-
-
-def _baggage(header: str) -> Iterator[tuple[str, str]]:
-    """Yield the members of a W3C baggage header, without their properties (https://www.w3.org/TR/baggage/)."""
-    for member in header.split(","):
-        key, equals, value = member.partition(";")[0].partition("=")
-        if equals:
-            yield key.strip(), unquote(value.strip())
-
-
-def _trace_id(header: str) -> str | None:
-    """Return the trace id of a W3C traceparent header (https://www.w3.org/TR/trace-context/); None if it is invalid."""
-    match = re.match(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}", header.strip())
-    return match[1] if match and set(match[1]) != {"0"} else None

@@ -12,7 +12,8 @@ from typing import Any
 
 import agentlightning
 from agentlightning.instrumentation.vllm import _strict
-from agentlightning.instrumentation.vllm._context import RequestContextMiddleware, ignored_ids
+from agentlightning.instrumentation.vllm._carriers import conflicting_names, ignored_ids
+from agentlightning.instrumentation.vllm._context import RequestContextMiddleware
 from agentlightning.instrumentation.vllm._isolation import contained, failures
 from agentlightning.instrumentation.vllm.capture import frontend
 from agentlightning.instrumentation.vllm.capture.session import session
@@ -160,7 +161,11 @@ def _report(app: Any, statuses: Mapping[str, Status]) -> dict[str, Any]:
             "AGL_LOGPROBS": "on" if settings.logprobs else "off",
         },
         "patches": {name: status.as_dict() for name, status in statuses.items()},
-        "counters": {"failures": dict(failures), "ignored_ids": dict(ignored_ids)},
+        "counters": {
+            "failures": dict(failures),
+            "ignored_ids": dict(ignored_ids),
+            "conflicting_names": dict(conflicting_names),
+        },
         "limits": _strict.limits(app),
         "recording": session.report(),
     }

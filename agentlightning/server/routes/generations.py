@@ -16,7 +16,7 @@ from sqlalchemy import Connection
 
 from agentlightning import generation as records
 from agentlightning.errors import StoreRefused, StoreUnavailable
-from agentlightning.generation import Status, field_types
+from agentlightning.generation import Status, Via, field_types
 from agentlightning.server.answers import Json, encode
 from agentlightning.server.errors import sentence
 from agentlightning.server.limits import BATCH_LIMIT
@@ -43,6 +43,12 @@ FOUND = {
 }
 
 
+NullableFilter = Literal[
+    *("rollout_id", "attempt_id", "session_id", "call_id", "response_id", "model"),
+    *("agent_id", "parent_agent_id", "purpose", "retry", "via"),
+]
+
+
 class GenerationFilters(BaseModel):
     """Filters of generations: those that match all of them."""
 
@@ -55,12 +61,15 @@ class GenerationFilters(BaseModel):
     call_id: str | None = None
     response_id: str | None = None
     model: str | None = None
+    agent_id: str | None = None
+    parent_agent_id: str | None = None
+    purpose: str | None = None
+    retry: int | None = Field(None, ge=0, le=2**63 - 1)
+    via: Via | None = None
     status: Status | None = None
     since: Nanoseconds | None = Field(None, description="Only those that finished at this time or later.")
     until: Nanoseconds | None = Field(None, description="Only those that finished before this time.")
-    without: list[Literal["rollout_id", "attempt_id", "session_id", "call_id", "response_id", "model"]] = Field(
-        [], description="Only those without these ids."
-    )
+    without: list[NullableFilter] = Field([], description="Only those without these ids.")
 
     @model_validator(mode="after")
     def _not_with_and_without(self) -> GenerationFilters:

@@ -45,7 +45,7 @@ def test_the_status_describes_the_server_and_its_patches(armed: RemoteOpenAIServ
         "api_servers": 1,
         "switches": {"AGL_INSTRUMENT": "on", "AGL_RETURN_TOKEN_IDS": "all", "AGL_LOGPROBS": "off"},
         "patches": WHOLE,
-        "counters": {"failures": {}, "ignored_ids": {}},
+        "counters": {"failures": {}, "ignored_ids": {}, "conflicting_names": {}},
         "limits": [],
         "recording": None,
     }

@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from agentlightning.instrumentation.vllm import _context
+from agentlightning.instrumentation.vllm._carriers import read_user
 from agentlightning.instrumentation.vllm._context import RequestContext
 from agentlightning.instrumentation.vllm._isolation import contained
 from agentlightning.instrumentation.vllm.capture.session import session
@@ -55,6 +56,7 @@ def _note(context: RequestContext, serving: Any, request: Any) -> None:
     # An endpoint that is built upon this one has set them already.
     context.model = context.model or getattr(request, "model", None) or serving.models.base_model_paths[0].name
     context.base_id = context.base_id or _base_id(context, request)
+    read_user(getattr(request, "user", None), context)
     if context.text_limit is None:
         context.text_limit = _text_limit(serving, request)
 

@@ -9,8 +9,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from agentlightning.generation import Choice, Generation, RoutedExperts, Status
+from agentlightning.generation import Choice, Generation, RoutedExperts, Status, Via
 from agentlightning.instrumentation.vllm import _releases
+from agentlightning.instrumentation.vllm._carriers import is_forwarded
 from agentlightning.instrumentation.vllm._context import RequestContext
 from agentlightning.instrumentation.vllm.capture import logprobs, request_names
 
@@ -101,6 +102,11 @@ def from_frontend(captured: CapturedRequest, finished_at: int, keeps_text: bool)
         attempt_id=context.attempt_id,
         session_id=context.session_id,
         trace_id=context.trace_id,
+        agent_id=context.agent_id,
+        parent_agent_id=context.parent_agent_id,
+        purpose=context.purpose,
+        retry=context.retry,
+        via=_via(context),
         started_at=int(captured.arrived_at * 1e9),
         first_token_at=_first_token_at(state),
         finished_at=finished_at,
@@ -127,8 +133,15 @@ def _context_from_name(captured: CapturedRequest) -> RequestContext:
     """Describe a request that came by no HTTP request: over gRPC its id names the rollout."""
     context = RequestContext()
     if _releases.serves_grpc():
-        context.rollout_id, context.attempt_id = request_names.parse_client_id(captured.name)
+        context.rollout_id, context.attempt_id, context.agent_id = request_names.parse_client_id(captured.name)
     return context
+
+
+def _via(context: RequestContext) -> Via:
+    """Return how a request came."""
+    if context.scope is not None:
+        return "router" if is_forwarded(context.scope.get("headers", ())) else "http"
+    return "grpc" if _releases.serves_grpc() else "process"
 
 
 def _choice(finished: FinishedChoice, keeps_text: bool) -> Choice:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from agentlightning.instrumentation.vllm._carriers import conflicting_names
 from agentlightning.recorder import LOST, WRITE_SECONDS, Counters
 
 __all__ = ["Metrics", "Observer"]
@@ -45,6 +46,10 @@ class Metrics:
         self._queue_bytes: Any = Gauge(
             "agentlightning_queue_bytes", "What waits in memory for the store.", multiprocess_mode="livesum"
         )
+        self._conflicts: Any = Counter(
+            "agentlightning_conflicting_names", "Calls that also named another rollout, by the carrier.", ["carrier"]
+        )
+        self._counted = conflicting_names.copy()
         self._writes: Any = Histogram(
             "agentlightning_write_seconds", "How long the store took to write a batch.", buckets=WRITE_SECONDS
         )
@@ -61,6 +66,10 @@ class Metrics:
         self._tokens.labels("output").inc(now.output_tokens - before.output_tokens)
         for reason, count in now.lost.items():
             self._lost.labels(reason).inc(count - before.lost[reason])
+        found = conflicting_names.copy()
+        for carrier, count in (found - self._counted).items():
+            self._conflicts.labels(carrier).inc(count)
+        self._counted = found
         self._queue_bytes.set(sum(observer.seen.queue_bytes for observer in self.observers))
         if sum(now.writes) > sum(before.writes):
             self._writes.observe(now.write_seconds - before.write_seconds)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from agentlightning.instrumentation.vllm._context import is_id
+from agentlightning.instrumentation.vllm._carriers import RolloutName, is_id, parse_name
 
 __all__ = ["RequestName", "parse", "parse_client_id"]
 
@@ -33,7 +33,7 @@ class RequestName(NamedTuple):
         request_id: the engine's id without what was added to the frontend's.
         response_id: the `id` of the answer.
         endpoint: the route's path.
-        rollout_id, attempt_id: from `X-Request-Id: ROLLOUT` or `ROLLOUT.ATTEMPT`, as the client sent it.
+        rollout_id, attempt_id, agent_id: from `X-Request-Id`, as the client sent it.
         choice: the choice's number among the `n` of one request.
     """
 
@@ -42,6 +42,7 @@ class RequestName(NamedTuple):
     endpoint: str | None = None
     rollout_id: str | None = None
     attempt_id: str | None = None
+    agent_id: str | None = None
     choice: int = 0
 
 
@@ -58,13 +59,17 @@ def parse(request_id: str, from_rust: bool) -> RequestName:
     response = name
     if match["kind"] == "cmpl" and not from_rust:
         response, client = _NUMBER.sub("", name), _NUMBER.sub("", client)
-    rollout, attempt = parse_client_id(client)
-    return RequestName(name, response, ENDPOINTS.get(match["kind"]), rollout, attempt, int(match["index"] or 0))
+    return RequestName(
+        name, response, ENDPOINTS.get(match["kind"]), *parse_client_id(client), choice=int(match["index"] or 0)
+    )
 
 
-def parse_client_id(client: str) -> tuple[str | None, str | None]:
-    """Return the rollout and the attempt that a client's own id names: `ROLLOUT`, or `ROLLOUT.ATTEMPT`."""
+def parse_client_id(client: str) -> RolloutName:
+    """Return what a client's own id names: `ROLLOUT`, `ROLLOUT.ATTEMPT`, or what `parse_name` reads."""
+    named = parse_name(client)
+    if named is not None:
+        return named if all(is_id(each) for each in named if each) else RolloutName()
     if _RANDOM.fullmatch(client) or not is_id(client):
-        return None, None
+        return RolloutName()
     rollout, _, attempt = client.rpartition(".")
-    return (rollout, attempt) if rollout and attempt else (client, None)
+    return RolloutName(rollout, attempt) if rollout and attempt else RolloutName(client)

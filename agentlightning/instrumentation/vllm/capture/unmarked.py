@@ -197,6 +197,8 @@ def _generation_of(
         model=served_name(config) if finished.lora_request is None else finished.lora_request.lora_name,
         rollout_id=name.rollout_id,
         attempt_id=name.attempt_id,
+        agent_id=name.agent_id,
+        via="engine",
         started_at=int(finished.arrived_at * 1e9),
         first_token_at=tracked.first_token_at,
         finished_at=finished_at,

@@ -1,0 +1,317 @@
+"""Who called, as an HTTP request says it: its rollout, and the agent and the purpose of the call.
+
+A carrier brings a rollout's id: the path, headers, the body's `user`, or the API key. `docs/recording.md` has their
+order. `SOURCES` is the one table of what agents say of themselves: which header becomes which field. Headers that are
+not in it are ignored.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from urllib.parse import unquote
+
+__all__ = [
+    "Caller",
+    "RolloutName",
+    "conflicting_names",
+    "ignored_ids",
+    "is_forwarded",
+    "is_id",
+    "parse_name",
+    "read_headers",
+    "read_user",
+    "without_name",
+]
+
+MAX_ID_LENGTH = 256
+LARGEST_RETRY = 2**31 - 1
+
+ignored_ids: Counter[str] = Counter()
+"""Number of ignored ids, by source: longer than 256 characters, or with a forbidden character."""
+conflicting_names: Counter[str] = Counter()
+"""Number of calls of which two carriers named different rollouts or attempts, by the carrier that was not followed."""
+
+# Ids end up in paths, shells and queries of the people who read them. U+FFFD stands for bytes that were not UTF-8.
+_NOT_IN_IDS = re.compile(r"""[\x00-\x1f\x7f-\x9f\ufffd"'`\\]|(?:^|/)\.\.(?:/|$)""")
+# Values are percent-encoded, so that they can hold the characters that end them.
+_IN_KEY = re.compile(rb"@rollout=([^,@\s]+)(?:,attempt=([^,@\s]+))?(?:,agent=([^,@\s]+))?\Z")
+_IN_TEXT = re.compile(r"agl/([^/]+)(?:/([^/]+)(?=/)(?:/([^/]+)(?=/))?)?(?:/.*)?", re.DOTALL)
+
+_UTF_8 = ("utf-8", "replace")
+_KEY_HEADERS = (b"authorization", b"x-api-key")
+_TEXT_HEADERS = (b"x-request-id", b"x-correlation-id")
+_FORWARDING_HEADERS = (
+    *(b"forwarded", b"via", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto", b"x-real-ip"),
+    *(b"x-envoy-external-address", b"x-litellm-call-id"),
+)
+
+
+@dataclass(slots=True)
+class Caller:
+    """What a request says of who called. An unknown field is None.
+
+    Attributes:
+        rollout_id, attempt_id: from the first carrier that names a rollout.
+        session_id, agent_id, parent_agent_id, purpose, retry: as in a `Generation`.
+        trace_id: of the W3C `traceparent`.
+        carrier: the one that named the rollout: `path`, a header's name, `key` or `user`.
+    """
+
+    rollout_id: str | None = None
+    attempt_id: str | None = None
+    session_id: str | None = None
+    agent_id: str | None = None
+    parent_agent_id: str | None = None
+    purpose: str | None = None
+    retry: int | None = None
+    trace_id: str | None = None
+    carrier: str | None = None
+
+
+class RolloutName(NamedTuple):
+    """A rollout, and one of its attempts and agents; None where a carrier names none."""
+
+    rollout_id: str | None = None
+    attempt_id: str | None = None
+    agent_id: str | None = None
+
+
+class Source(NamedTuple):
+    """A header that says something of the caller.
+
+    Attributes:
+        header: its name, in lower case.
+        member: the member of its baggage or of its JSON object; None for its whole value.
+        beside: another header without which it says something else.
+        unless: a value that says less than the sources after it.
+    """
+
+    header: bytes
+    member: str | None = None
+    beside: bytes | None = None
+    unless: str | None = None
+
+
+_CODEX = b"x-codex-turn-metadata"
+SOURCES: Mapping[str, Sequence[Source]] = {
+    "session_id": (
+        Source(b"x-session-id"),
+        Source(b"x-claude-code-session-id"),
+        Source(b"session-id"),
+        Source(_CODEX, "session_id"),
+        Source(b"x-opencode-session"),
+    ),
+    "agent_id": (
+        Source(b"x-agl-agent-id"),
+        Source(b"baggage", "agentlightning.agent_id"),
+        Source(b"x-claude-code-agent-id"),
+        Source(b"thread-id"),
+        Source(_CODEX, "thread_id"),
+        # A sub-agent of opencode is a session of its own.
+        Source(b"x-session-id", beside=b"x-parent-session-id"),
+        Source(b"x-session-affinity", beside=b"x-parent-session-id"),
+    ),
+    "parent_agent_id": (
+        Source(b"x-agl-parent-agent-id"),
+        Source(b"baggage", "agentlightning.parent_agent_id"),
+        Source(b"x-claude-code-parent-agent-id"),
+        Source(b"x-codex-parent-thread-id"),
+        Source(_CODEX, "parent_thread_id"),
+        Source(b"x-parent-session-id"),
+    ),
+    "purpose": (
+        Source(b"x-agl-purpose"),
+        Source(b"baggage", "agentlightning.purpose"),
+        Source(b"x-claude-code-request-class"),
+        Source(_CODEX, "request_kind", unless="turn"),
+        Source(b"x-openai-subagent"),
+        Source(_CODEX, "subagent_kind"),
+        Source(_CODEX, "request_kind"),
+    ),
+    "retry": (Source(b"x-stainless-retry-count"),),
+}
+"""For each field the headers that say it: ours, and those that agents and SDKs send by themselves. The first counts."""
+_SAME_PURPOSE = {
+    "turn": "main",
+    "subagent": "sub-agent",
+    "collab_spawn": "sub-agent",
+    "thread_spawn": "sub-agent",
+    "compact": "compaction",
+}
+"""The agents' words for a purpose that has a word here."""
+
+
+def is_id(value: str) -> bool:
+    """Tell whether a value can be the id of a rollout, an attempt, a session or an agent."""
+    return len(value) <= MAX_ID_LENGTH and not _NOT_IN_IDS.search(value)
+
+
+def parse_name(text: str) -> RolloutName | None:
+    """Parse `agl/ROLLOUT[/ATTEMPT[/AGENT]]/anything`; None for any other text. Each id is percent-encoded."""
+    match = _IN_TEXT.fullmatch(text)
+    return None if match is None else RolloutName(*(part and unquote(part) for part in match.groups()))
+
+
+def without_name(headers: Iterable[tuple[bytes, bytes]]) -> tuple[list[tuple[bytes, bytes]], RolloutName | None]:
+    """Return the headers with API keys as the server knows them, and what the first of these keys had named.
+
+    A key may end in `@rollout=ROLLOUT[,attempt=ATTEMPT][,agent=AGENT]`. Any other end is part of the key.
+    """
+    found: list[tuple[bytes, bytes]] = []
+    named = None
+    for name, value in headers:
+        match = _IN_KEY.search(value) if name in _KEY_HEADERS else None
+        if match is not None:
+            value = value[: match.start()]
+            named = named or RolloutName(*(part and unquote(part.decode(*_UTF_8)) for part in match.groups()))
+        found.append((name, value))
+    return found, named
+
+
+def read_headers(headers: Mapping[bytes, bytes], in_key: RolloutName | None, caller: Caller) -> None:
+    """Note what headers say of the caller, who may have been named in the path.
+
+    Args:
+        headers: by their names in lower case, without what an API key had named.
+        in_key: what the API key had named.
+    """
+    reader = _Reader(headers)
+    agent = None
+    for carrier, named in _names(headers, in_key, reader):
+        agent = agent or _follow(caller, carrier, named)
+    for field in ("session_id", "agent_id", "parent_agent_id"):
+        setattr(caller, field, next(reader.values(field), None))
+    caller.agent_id = caller.agent_id or agent
+    purpose = next(reader.values("purpose"), None)
+    caller.purpose = _SAME_PURPOSE.get(purpose, purpose) if purpose else None
+    caller.retry = next((int(each) for each in reader.values("retry") if _is_count(each)), None)
+    if b"traceparent" in headers:
+        caller.trace_id = _trace_id(headers[b"traceparent"].decode("latin-1"))
+        if caller.trace_id is None:
+            ignored_ids["traceparent"] += 1
+
+
+def read_user(user: Any, caller: Caller) -> None:
+    """Note what the `user` of a request's body names: it comes after all headers, and before the API key."""
+    named = parse_name(user) if isinstance(user, str) else None
+    if named is None:
+        return
+    if caller.carrier == "key":
+        earlier = RolloutName(caller.rollout_id, caller.attempt_id)
+        caller.rollout_id = caller.attempt_id = caller.carrier = None
+        agent = _follow(caller, "user", named)
+        _follow(caller, "key", earlier)
+    else:
+        agent = _follow(caller, "user", named)
+    caller.agent_id = caller.agent_id or agent
+
+
+def is_forwarded(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Tell whether a proxy or a router says that it has forwarded the request."""
+    return any(name in _FORWARDING_HEADERS for name, _ in headers)
+
+
+def _names(
+    headers: Mapping[bytes, bytes], in_key: RolloutName | None, reader: _Reader
+) -> Iterator[tuple[str, RolloutName]]:
+    """Yield what each carrier among the headers names, in the documented order."""
+    yield "x-agl-rollout-id", RolloutName(reader.value(b"x-agl-rollout-id"), reader.value(b"x-agl-attempt-id"))
+    if b"baggage" in headers:
+        ids = (reader.value(b"baggage", f"agentlightning.{name}") for name in ("rollout_id", "attempt_id"))
+        yield "baggage", RolloutName(*ids)
+    for name in _TEXT_HEADERS:
+        named = parse_name(headers[name].decode(*_UTF_8)) if name in headers else None
+        if named is not None:
+            yield name.decode(), named
+    if in_key is not None:
+        yield "key", in_key
+
+
+def _follow(caller: Caller, carrier: str, named: RolloutName) -> str | None:
+    """Take a rollout from the first carrier that names one; returns the agent that it names beside it."""
+    rollout, attempt, agent = (_valid_id(carrier, value) for value in named)
+    if caller.rollout_id is None:
+        if rollout is not None:
+            # An attempt belongs to the rollout beside it.
+            caller.rollout_id, caller.attempt_id, caller.carrier = rollout, attempt, carrier
+            return agent
+        caller.attempt_id = caller.attempt_id or attempt
+    elif rollout is not None and (
+        rollout != caller.rollout_id or (attempt and caller.attempt_id and attempt != caller.attempt_id)
+    ):
+        conflicting_names[carrier] += 1
+    return None
+
+
+def _is_count(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 11 and int(text) <= LARGEST_RETRY
+
+
+class _Reader:
+    """Reads values of headers, each header once."""
+
+    def __init__(self, headers: Mapping[bytes, bytes]) -> None:
+        self._headers = headers
+        self._members: dict[bytes, Mapping[str, Any]] = {}
+        self._values: dict[tuple[bytes, str | None], str | None] = {}
+
+    def values(self, field: str) -> Iterator[str]:
+        """Yield what the sources of a field say, in their order."""
+        for header, member, beside, unless in SOURCES[field]:
+            if header in self._headers and (beside is None or beside in self._headers):
+                value = self.value(header, member)
+                if value is not None and value != unless:
+                    yield value
+
+    def value(self, header: bytes, member: str | None = None) -> str | None:
+        """Return the value of a header, or of a member of it; None where it has none that is valid."""
+        if header not in self._headers:
+            return None
+        which = header, member
+        # An invalid id counts once, whatever it could have been.
+        if which not in self._values:
+            self._values[which] = _valid_id(header.decode(), self._text(header, member))
+        return self._values[which]
+
+    def _text(self, header: bytes, member: str | None) -> str | None:
+        text = self._headers[header].decode(*_UTF_8)
+        if member is None:
+            return text.strip()
+        if header not in self._members:
+            self._members[header] = _baggage(text) if header == b"baggage" else _json_object(text)
+        value = self._members[header].get(member)
+        return value if isinstance(value, str) else None
+
+
+def _valid_id(source: str, value: str | None) -> str | None:
+    if not value:
+        return None
+    if is_id(value):
+        return value
+    ignored_ids[source] += 1
+    return None
+
+
+def _baggage(header: str) -> Mapping[str, str]:
+    """Return the members of a W3C baggage header, without their properties (https://www.w3.org/TR/baggage/)."""
+    members = (member.partition(";")[0].partition("=") for member in header.split(","))
+    return {key.strip(): unquote(value.strip()) for key, equals, value in members if equals}
+
+
+def _json_object(header: str) -> Mapping[str, Any]:
+    try:
+        found = json.loads(header)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _trace_id(header: str) -> str | None:
+    """Return the trace id of a W3C traceparent header (https://www.w3.org/TR/trace-context/); None if it is invalid."""
+    match = re.match(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}", header.strip())
+    return match[1] if match and set(match[1]) != {"0"} else None

@@ -1,0 +1,235 @@
+"""Who called, as headers, keys and ids of requests say it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from agentlightning.instrumentation.vllm import _carriers
+from agentlightning.instrumentation.vllm._carriers import Caller, RolloutName, parse_name, without_name
+from agentlightning.instrumentation.vllm.capture import request_names
+
+pytestmark = pytest.mark.tier("check")
+
+CODEX_SUBAGENT = {
+    "session-id": "s",
+    "thread-id": "child",
+    "x-codex-parent-thread-id": "s",
+    "x-openai-subagent": "collab_spawn",
+    "x-codex-turn-metadata": json.dumps({"thread_id": "child", "parent_thread_id": "s", "request_kind": "turn"}),
+}
+
+
+def caller_of(headers: dict[str, str], **path: Any) -> Caller:
+    """Return what a request with these headers says, of which the path has named these fields."""
+    sent = [(name.encode(), value.encode()) for name, value in headers.items()]
+    found, in_key = without_name(sent)
+    caller = Caller(**path)
+    _carriers.read_headers(dict(found), in_key, caller)
+    return caller
+
+
+def said(headers: dict[str, str], **path: Any) -> dict[str, Any]:
+    caller = caller_of(headers, **path)
+    return {
+        name: value for name in Caller.__slots__ if name != "carrier" and (value := getattr(caller, name)) is not None
+    }
+
+
+@pytest.mark.parametrize(
+    ("headers", "fields"),
+    [
+        (
+            {"x-agl-agent-id": "a", "x-agl-parent-agent-id": "p", "x-agl-purpose": "any text"},
+            {"agent_id": "a", "parent_agent_id": "p", "purpose": "any text"},
+        ),
+        (
+            {
+                "baggage": "agentlightning.agent_id=a%20b,agentlightning.parent_agent_id=p;x=1,"
+                "agentlightning.purpose=title,other=z"
+            },
+            {"agent_id": "a b", "parent_agent_id": "p", "purpose": "title"},
+        ),
+        (
+            {"x-claude-code-session-id": "s", "x-claude-code-agent-id": "a", "x-stainless-retry-count": "0"},
+            {"session_id": "s", "agent_id": "a", "retry": 0},
+        ),
+        (
+            {"x-claude-code-parent-agent-id": "p", "x-claude-code-request-class": "subagent"},
+            {"parent_agent_id": "p", "purpose": "sub-agent"},
+        ),
+        ({"x-claude-code-request-class": "compaction"}, {"purpose": "compaction"}),
+        (
+            CODEX_SUBAGENT,
+            {"session_id": "s", "agent_id": "child", "parent_agent_id": "s", "purpose": "sub-agent"},
+        ),
+        (
+            {"x-codex-turn-metadata": '{"session_id": "s", "thread_id": "t", "request_kind": "turn", "n": 1}'},
+            {"session_id": "s", "agent_id": "t", "purpose": "main"},
+        ),
+        (
+            {**CODEX_SUBAGENT, "x-codex-turn-metadata": '{"request_kind": "compaction"}'},
+            {"session_id": "s", "agent_id": "child", "parent_agent_id": "s", "purpose": "compaction"},
+        ),
+        ({"x-session-id": "s", "x-session-affinity": "s"}, {"session_id": "s"}),
+        (
+            {"x-session-id": "child", "x-session-affinity": "child", "x-parent-session-id": "s"},
+            {"session_id": "child", "agent_id": "child", "parent_agent_id": "s"},
+        ),
+        ({"x-agl-agent-id": "ours", "x-claude-code-agent-id": "its own"}, {"agent_id": "ours"}),
+        ({"x-agl-purpose": "main", "x-openai-subagent": "review"}, {"purpose": "main"}),
+        (
+            {"x-openai-subagent": "review", "x-codex-turn-metadata": '{"request_kind": "turn"}'},
+            {"purpose": "review"},
+        ),
+        ({"x-agent": "a", "x-claude-code-agent-type": "Explore", "user-agent": "opencode/1"}, {}),
+    ],
+)
+def test_headers_of_agents_say_who_called(headers: dict[str, str], fields: dict[str, Any]) -> None:
+    assert said(headers) == fields
+
+
+@pytest.mark.parametrize("value", ["", "-1", "1.5", "one", "²", "99999999999", "9" * 5000])
+def test_retry_that_is_no_count_is_unknown(value: str) -> None:
+    assert said({"x-stainless-retry-count": value}) == {}
+
+
+@pytest.mark.parametrize(
+    "value", ["", "{", "null", "[1]", '{"thread_id": 7}', "[" * 100_000, '{"thread_id": {"a": 1}}', "\x7f"]
+)
+def test_metadata_that_is_no_object_of_texts_says_nothing(value: str) -> None:
+    assert said({"x-codex-turn-metadata": value}) == {}
+
+
+def test_invalid_names_are_ignored_and_each_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ignored = _carriers.ignored_ids.copy()
+    bad = "x" * 257
+    assert said({"x-session-id": bad, "x-parent-session-id": bad, "x-agl-purpose": "'"}) == {}
+
+    assert _carriers.ignored_ids - ignored == {"x-session-id": 1, "x-parent-session-id": 1, "x-agl-purpose": 1}
+
+
+NAMES = {
+    "agl/ro-1": ("ro-1",),
+    "agl/ro-1/": ("ro-1",),
+    "agl/ro-1/anything": ("ro-1",),
+    "agl/ro-1/at-1/": ("ro-1", "at-1"),
+    "agl/ro-1/at-1/0197": ("ro-1", "at-1"),
+    "agl/ro-1/at-1/planner/": ("ro-1", "at-1", "planner"),
+    "agl/ro-1/at-1/planner/a/b/c\n": ("ro-1", "at-1", "planner"),
+    "agl/a%2Fb/%25/x": ("a/b", "%"),
+    "agl/ro-1//x": ("ro-1",),
+}
+NO_NAMES = ["", "agl", "agl/", "agl//x", "AGL/ro-1/x", "xagl/ro-1/x", " agl/ro-1", "ro-1", "chatcmpl-agl/ro-1"]
+
+
+@pytest.mark.parametrize(("text", "names"), NAMES.items())
+def test_id_of_a_request_names_rollout_attempt_and_agent(text: str, names: tuple[str, ...]) -> None:
+    assert parse_name(text) == RolloutName(*names)
+    fields = dict(zip(("rollout_id", "attempt_id", "agent_id"), names, strict=False))
+    if "\n" not in text:
+        assert said({"x-request-id": text}) == said({"x-correlation-id": text}) == fields
+        assert request_names.parse_client_id(text) == RolloutName(*names)
+
+
+@pytest.mark.parametrize("text", NO_NAMES)
+def test_other_ids_of_requests_name_nothing(text: str) -> None:
+    assert parse_name(text) is None
+    assert said({"x-request-id": text, "x-correlation-id": text}) == {}
+
+
+KEYS = {
+    "KEY@rollout=ro-1": ("KEY", ("ro-1",)),
+    "@rollout=ro-1,attempt=at-1": ("", ("ro-1", "at-1")),
+    "KEY@rollout=ro-1,agent=planner": ("KEY", ("ro-1", None, "planner")),
+    "K@Y@rollout=a%2Cb%40c,attempt=at-1,agent=%C3%A9": ("K@Y", ("a,b@c", "at-1", "é")),
+    "KEY@rollout=x@rollout=ro-1": ("KEY@rollout=x", ("ro-1",)),
+}
+WHOLE_KEYS = [
+    "KEY",
+    "KEY@rollout=",
+    "KEY@rollout=a,",
+    "KEY@rollout=a,attempt=",
+    "KEY@rollout=a,agent=c,attempt=b",
+    "KEY@rollout=a,other=b",
+    "KEY@rollout=a b",
+    "KEY@ROLLOUT=a",
+    "KEY@attempt=a",
+    "@rollout=a@b",
+]
+
+
+@pytest.mark.parametrize(("header", "scheme"), [("authorization", "Bearer "), ("x-api-key", "")])
+@pytest.mark.parametrize(("sent", "key", "names"), [(sent, *found) for sent, found in KEYS.items()])
+def test_end_of_a_key_names_the_rollout_and_is_removed(
+    sent: str, key: str, names: tuple[Any, ...], header: str, scheme: str
+) -> None:
+    found, named = without_name([(b"host", b"x@rollout=no"), (header.encode(), f"{scheme}{sent}".encode())])
+
+    assert found == [(b"host", b"x@rollout=no"), (header.encode(), f"{scheme}{key}".encode())]
+    assert named == RolloutName(*names)
+
+
+@pytest.mark.parametrize("key", WHOLE_KEYS)
+def test_any_other_end_is_a_part_of_the_key(key: str) -> None:
+    sent = [(b"authorization", f"Bearer {key}".encode())]
+
+    assert without_name(sent) == (sent, None)
+
+
+IN_ORDER = {
+    "x-agl-rollout-id": "x-agl-rollout-id",
+    "baggage": "agentlightning.rollout_id={}",
+    "x-request-id": "agl/{}/x",
+    "x-correlation-id": "agl/{}/x",
+    "key": "none@rollout={}",
+}
+"""The carriers in a request's head, in the documented order, with what stands in each."""
+
+
+def test_first_carrier_counts_and_each_other_name_is_a_conflict() -> None:
+    carriers = list(IN_ORDER)
+    for first in range(len(carriers)):
+        before = _carriers.conflicting_names.copy()
+        headers = {
+            "authorization" if name == "key" else name: value.format(name)
+            for name, value in list(IN_ORDER.items())[first:]
+        }
+        caller = caller_of(headers)
+        _carriers.read_user("agl/user/x", caller)
+
+        follows = "user" if carriers[first] == "key" else carriers[first]
+        assert (caller.rollout_id, caller.carrier) == (follows, follows)
+        assert _carriers.conflicting_names - before == dict.fromkeys({*carriers[first:], "user"} - {follows}, 1)
+
+
+def test_path_comes_first_and_equal_names_are_no_conflict() -> None:
+    before = _carriers.conflicting_names.copy()
+    headers = {"x-agl-rollout-id": "r", "x-request-id": "agl/r/1/x", "authorization": "Bearer k@rollout=other"}
+
+    assert said(headers, rollout_id="r", attempt_id="1", carrier="path") == {"rollout_id": "r", "attempt_id": "1"}
+    assert _carriers.conflicting_names - before == {"key": 1}
+
+
+def test_attempts_of_one_rollout_that_differ_are_a_conflict() -> None:
+    before = _carriers.conflicting_names.copy()
+
+    assert said({"x-request-id": "agl/r/1/x", "authorization": "k@rollout=r,attempt=2"})["attempt_id"] == "1"
+    assert _carriers.conflicting_names - before == {"key": 1}
+
+
+def test_agents_own_headers_name_it_before_the_key_does() -> None:
+    key = {"authorization": "Bearer k@rollout=r,attempt=1,agent=planner"}
+
+    assert said(key)["agent_id"] == "planner"
+    assert said({**key, "x-claude-code-agent-id": "child"})["agent_id"] == "child"
+
+
+@pytest.mark.parametrize("user", [None, 7, "", "somebody", {"agl/r": 1}])
+def test_users_that_are_no_name_name_nothing(user: Any) -> None:
+    caller = Caller()
+    _carriers.read_user(user, caller)
+
+    assert caller == Caller()
