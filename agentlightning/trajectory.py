@@ -92,6 +92,7 @@ class Call:
         generation_id, index: the generation, and the position of the choice in it. Together they are unique.
         call_id: the HTTP call; generations that share it are no retries of one another. None: the generation's own.
         finished_at: nanoseconds since the epoch, by the clock of vLLM's host.
+        agent_id, parent_agent_id, purpose, retry: as in a `Generation`.
         prompt_token_ids, response_token_ids: the ids that went into the model, and those that it sampled; `array('i')`.
         logprobs: one for each of `response_token_ids`; `array('f')`.
         reward: the call's own.
@@ -107,6 +108,10 @@ class Call:
     status: Status = "finished"
     finish_reason: str | None = None
     model: str | None = None
+    agent_id: str | None = None
+    parent_agent_id: str | None = None
+    purpose: str | None = None
+    retry: int | None = None
     prompt_token_ids: array[int] | None = None
     response_token_ids: array[int] | None = None
     logprobs: array[float] | None = None
@@ -211,6 +216,9 @@ class Trajectory:
         rewards: `(position, reward)` of each trained answer that has a reward of its own; the position is that of its
             last id.
         model: the name that the client asked for. Calls of two models are never in one row.
+        agent_id: the agent of its calls. Calls of two agents are never in one row, nor is one that names no agent in
+            the row of one that does.
+        parent_agent_id, purpose: those of all calls; None where they differ, or one is unknown.
         weight_versions: `(version, start, end)`: the weights that these positions were sampled with.
         routed_experts: those of the first ids, as far as they are known without a gap.
         logprobs_mode, temperature: those of all trained answers; None where they differ, or one is unknown.
@@ -239,6 +247,9 @@ class Trajectory:
     reward: float | None
     rewards: list[tuple[int, float]]
     model: str | None
+    agent_id: str | None
+    parent_agent_id: str | None
+    purpose: str | None
     weight_versions: list[tuple[str, int, int]] | None
     routed_experts: RoutedExperts | None
     logprobs_mode: str | None
@@ -303,6 +314,8 @@ class MergeOptions(TypedDict, total=False):
         drift_limit: most ids that `realign` overwrites; 8 by default.
         status: rows whose calls all have this status.
         model: rows of this model.
+        agent_id: rows of this agent.
+        parent_agent_id, purpose, retry: rows whose calls all say this of their callers.
         min_reward: rows whose reward is at least this.
         weight_version: rows of which every sampled id is known to be of this version.
         max_staleness: with `weight_version`, which must be an integer: versions up to so many smaller count, too.
@@ -316,6 +329,10 @@ class MergeOptions(TypedDict, total=False):
     drift_limit: int
     status: Status
     model: str
+    agent_id: str
+    parent_agent_id: str
+    purpose: str
+    retry: int
     min_reward: float
     weight_version: str
     max_staleness: int
@@ -354,6 +371,7 @@ def merge(attempt: AttemptCalls, **options: Unpack[MergeOptions]) -> Merged:
       are that, and choosing another one would make other rows, none is chosen, and the row is `ambiguous`.
     - Calls with the same prompt are retries: those that were continued are kept. If none was, the last one that ended
       by itself is kept, or else the last, and the row is `retried`.
+    - Calls of two models, or of two agents, are never in one row.
     - Each path from a root to a leaf is a row, ordered by when calls finished: first the whole tree of the first root.
       Each choice is a branch. An answer that several rows share is trained in the first one that has all of it.
 
@@ -364,11 +382,11 @@ def merge(attempt: AttemptCalls, **options: Unpack[MergeOptions]) -> Merged:
     left_out: list[LeftOut] = []
     nodes = _nodes(attempt.calls, left_out)
     limit = options.get("drift_limit", DRIFT_LIMIT) if options.get("drift") == "realign" else 0
-    by_model: defaultdict[str | None, list[_Node]] = defaultdict(list)
+    by_origin: defaultdict[tuple[str | None, str | None], list[_Node]] = defaultdict(list)
     for node in nodes:
-        by_model[node.call.model].append(node)
+        by_origin[node.call.model, node.call.agent_id].append(node)
     roots: list[_Node] = []
-    for some in by_model.values():
+    for some in by_origin.values():
         prompts = _link(some, limit)
         for prompt in prompts:
             left_out += [_left_out(node.call, "retried") for node in prompt.resolve()]
@@ -737,6 +755,9 @@ class _Maker:
             return False
         if status is not None and any(node.call.status != status for node, _ in path):
             return False
+        for name in ("agent_id", "parent_agent_id", "purpose", "retry"):
+            if name in options and any(getattr(node.call, name) != options[name] for node, _ in path):
+                return False
         if options.get("complete") and (
             self._is_missing
             or _length(path, options) < path[-1][1]
@@ -803,6 +824,9 @@ class _Maker:
             reward=_finite(self._attempt.reward),
             rewards=[(each.end - 1, each.reward) for each in answers if each.reward is not None],
             model=last.call.model,
+            agent_id=last.call.agent_id,
+            parent_agent_id=_only(node.call.parent_agent_id for node, _ in path),
+            purpose=_only(node.call.purpose for node, _ in path),
             weight_versions=versions or None,
             routed_experts=_experts(inside, len(ids)),
             logprobs_mode=_only(each.logprobs_mode for each in answers),

@@ -22,6 +22,7 @@ class Triplet:
         response_id: the `id` of the answer that the client saw.
         rollout_id: the rollout that the call belongs to.
         attempt_id: the attempt that a span of the rollout, or else the call, names.
+        agent_id, parent_agent_id, purpose, retry: as in a `Generation`.
         index: position of the choice in the generation.
         status: status of the generation: `finished`, `aborted` or `error`.
         finish_reason: vLLM's word for why the answer ended: `stop`, `length`, `abort`, ...
@@ -38,6 +39,10 @@ class Triplet:
     response_id: str | None
     rollout_id: str | None
     attempt_id: str | None
+    agent_id: str | None
+    parent_agent_id: str | None
+    purpose: str | None
+    retry: int | None
     index: int
     status: Status
     finish_reason: str | None

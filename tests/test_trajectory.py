@@ -262,6 +262,33 @@ def test_calls_of_two_models_are_never_in_one_row() -> None:
     assert rows_of(LINE[0], other, LINE[2], model="judge") == [("pqABtCD", ".....^^")]
 
 
+def test_calls_of_two_agents_are_never_in_one_row() -> None:
+    child = {"agent_id": "child", "parent_agent_id": "main", "purpose": "sub-agent"}
+    calls = (
+        call("a", "pq", "AB", agent_id="main", purpose="main"),
+        call("b", "pqABt", "CD", **child),
+        call("c", "pqABtCDu", "EF", agent_id="main", purpose="compaction"),
+        call("d", "pqABtCDv", "GH", **child, retry=1),
+        call("e", "pqABtCDvGHw", "IJ"),
+    )
+    rows = merged(*calls).rows
+
+    assert shown(rows) == [
+        ("pqABtCDuEF", "..^^....^^"),
+        ("pqABtCDvGH", ".....^^.^^"),
+        ("pqABtCDvGHwIJ", "...........^^"),
+    ]
+    assert [(row.agent_id, row.parent_agent_id, row.purpose) for row in rows] == [
+        ("main", None, None),
+        ("child", "main", "sub-agent"),
+        (None, None, None),
+    ]
+    for filters in ({"agent_id": "child"}, {"parent_agent_id": "main"}, {"purpose": "sub-agent"}):
+        assert shown(merged(*calls, **filters).rows) == shown(rows[1:2])
+    assert merged(*calls, retry=1).rows == []
+    assert shown(merged(*calls, retry=1, drift="transition").rows) == [("pqABtCDvGH", "........^^")]
+
+
 def test_flags_say_how_answers_ended() -> None:
     cut_off = call("b", "pqABt", "CD", finish_reason="length")
     hung_up = call("c", "pqABtCDu", "EF", status="aborted", finish_reason="abort")
@@ -599,6 +626,7 @@ def attempts(draw: strategies.DrawFn) -> list[Call]:
                     finished_at=draw(strategies.integers(0, 3)),
                     status=draw(strategies.sampled_from(["finished", "finished", "aborted"])),
                     model=draw(strategies.sampled_from(["m", "m", "m", "n"])) if index == 0 else calls[-1].model,
+                    agent_id=draw(strategies.sampled_from([None, None, "a", "b"])) if index == 0 else calls[-1].agent_id,
                     prompt_token_ids=array("i", prompt),
                     response_token_ids=answer,
                     logprobs=array("f", [-1.0 - number] * len(answer)),
@@ -650,7 +678,7 @@ def test_rows_have_the_ids_of_their_calls_each_trained_in_its_own_context(
             answer = of_span.response_token_ids or array("i")
             assert row.token_ids[: span.start] == of_span.prompt_token_ids
             assert row.token_ids[span.start : span.end] == answer[: span.end - span.start]
-            assert row.model == of_span.model
+            assert (row.model, row.agent_id) == (of_span.model, of_span.agent_id)
             assert row.logprobs is not None
             if span.is_trained:
                 inside |= {*range(span.start, span.end)}

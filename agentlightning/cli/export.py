@@ -21,7 +21,7 @@ from agentlightning.cli.arguments import Parser
 from agentlightning.cli.formats import MissingPackage
 from agentlightning.cli.output_file import STDOUT, CannotWrite
 from agentlightning.errors import StoreRefused, StoreUnavailable
-from agentlightning.generation import STATUSES
+from agentlightning.generation import STATUSES, VIAS
 from agentlightning.store import Filters, Store, open_store
 from agentlightning.trajectory import DRIFTS, MergeOptions, check_options
 
@@ -34,10 +34,11 @@ once it is complete, and only its owner can read it. On stderr it says how many 
 
 OUTPUT_CLOSED = 128 + signal.SIGPIPE
 WRITERS = {"jsonl": formats.write_jsonl, "parquet": formats.write_parquet}
+CALLER = ("agent_id", "parent_agent_id", "purpose", "retry")
 OF_ROLLOUTS = ("rollout_id", "attempt_id", "since")
 FILTERS: dict[str, tuple[str, ...]] = {
     "generations": (*Filters.__annotations__,),
-    "triplets": (*OF_ROLLOUTS, "status", "min_reward", "weight_version"),
+    "triplets": (*OF_ROLLOUTS, *CALLER, "status", "min_reward", "weight_version"),
     "trajectories": (*OF_ROLLOUTS, *MergeOptions.__annotations__),
 }
 KINDS = {"generations": formats.GENERATIONS, "triplets": formats.TRIPLETS, "trajectories": formats.TRAJECTORIES}
@@ -148,6 +149,11 @@ def _parser() -> Parser:
     parser.add_argument("--rollout", metavar="ID", dest="rollout_id", help="only this rollout's")
     parser.add_argument("--attempt", metavar="ID", dest="attempt_id", help="only this attempt's")
     parser.add_argument("--session", metavar="ID", dest="session_id", help="only this session's")
+    parser.add_argument("--agent", metavar="ID", dest="agent_id", help="only this agent's")
+    parser.add_argument("--parent-agent", metavar="ID", dest="parent_agent_id", help="only those of its sub-agents")
+    parser.add_argument("--purpose", metavar="TEXT", help="only those with this purpose: main, title, ...")
+    parser.add_argument("--retry", metavar="N", type=int, help="only those that a client had tried N times before")
+    parser.add_argument("--via", choices=VIAS, help="only those that came this way")
     parser.add_argument("--model", metavar="NAME", help="only this model's")
     parser.add_argument("--status", choices=STATUSES, help="only those with this status")
     parser.add_argument("--since", metavar="TIME", type=_nanoseconds, help="only those that finished then or later")

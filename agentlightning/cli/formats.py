@@ -220,7 +220,7 @@ def _trajectory_schema(pyarrow: Any) -> Any:
 def _triplet_schema(pyarrow: Any) -> Any:
     ids = pyarrow.list_(pyarrow.int32())
     others = {
-        "index": pyarrow.int32(),
+        **dict.fromkeys(("index", "retry"), pyarrow.int32()),
         "prompt_token_ids": ids,
         "response_token_ids": ids,
         "logprobs": pyarrow.list_(pyarrow.float32()),

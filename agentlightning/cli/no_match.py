@@ -12,7 +12,15 @@ from agentlightning.store import Filters, Store
 
 __all__ = ["explain"]
 
-NOUNS = {"rollout_id": "rollout", "attempt_id": "attempt", "session_id": "session", "model": "model"}
+NOUNS = {
+    "rollout_id": "rollout",
+    "attempt_id": "attempt",
+    "session_id": "session",
+    "model": "model",
+    "agent_id": "agent",
+    "parent_agent_id": "parent agent",
+    "purpose": "purpose",
+}
 TIMES = ("since", "until")
 NANOSECONDS = 1_000_000_000
 LOOKED_AT = 100

@@ -8,7 +8,20 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, S
 
 from agentlightning.server.limits import ID_LIMIT, NUMBER_LIMIT, PAGE_LIMIT
 
-__all__ = ["LEFT_OUT", "Id", "Logic", "Nanoseconds", "Page", "Part", "Query", "Seconds", "Sent", "Whole", "example"]
+__all__ = [
+    "LEFT_OUT",
+    "CallerFilters",
+    "Id",
+    "Logic",
+    "Nanoseconds",
+    "Page",
+    "Part",
+    "Query",
+    "Seconds",
+    "Sent",
+    "Whole",
+    "example",
+]
 
 # Not every database can hold a NUL in a text.
 _WITHOUT_NUL = r"^[^\x00]*$"
@@ -42,6 +55,17 @@ class Sent(BaseModel):
     """A JSON body, in which `true` and `"1"` are not numbers."""
 
     model_config = ConfigDict(strict=True)
+
+
+class CallerFilters(BaseModel):
+    """Filters by what calls say of their callers."""
+
+    agent_id: str | None = Field(None, description="Only those of this agent.")
+    parent_agent_id: str | None = Field(None, description="Only those of agents that this one has started.")
+    purpose: str | None = Field(None, description="Only those with this purpose, such as `main` or `title`.")
+    retry: int | None = Field(
+        None, ge=0, le=NUMBER_LIMIT, description="Only those that the client's SDK had tried so often before."
+    )
 
 
 Item = TypeVar("Item")

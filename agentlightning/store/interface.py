@@ -87,11 +87,16 @@ class TripletFilters(RolloutPage, total=False):
         status: those of generations with this status.
         min_reward: those whose reward is at least this.
         weight_version: those of which every sampled id is known to be of this version of the weights.
+        agent_id, parent_agent_id, purpose, retry: those of generations that say this of their callers.
     """
 
     status: Status
     min_reward: float
     weight_version: str
+    agent_id: str
+    parent_agent_id: str
+    purpose: str
+    retry: int
 
 
 class TrajectoryOptions(RolloutPage, MergeOptions, total=False):

@@ -15,7 +15,7 @@ from sqlalchemy import Connection
 from agentlightning.generation import STATUSES
 from agentlightning.store import completeness, prompts, rollouts, rows, tables, texts
 from agentlightning.store.interface import TrajectoryOptions
-from agentlightning.store.triplets import PROMPT, RolloutCalls, calls_of, choices_of
+from agentlightning.store.triplets import CALLER, PROMPT, RolloutCalls, caller_of, calls_of, choices_of
 from agentlightning.trajectory import AttemptCalls, Call, LeftOut, Merged, MergeOptions, Trajectory, merge
 
 __all__ = ["attempts_of", "merge_all"]
@@ -36,7 +36,7 @@ def attempts_of(connection: Connection, rollout_id: str, attempt_id: str | None 
     """
     if attempt_id == "latest" and (attempt_id := rollouts.attempt_id_of(connection, rollout_id, attempt_id)) is None:
         return []
-    columns = (*PROMPT, _GENERATIONS.logprobs_mode_key, _GENERATIONS.sampling_params_key)
+    columns = (*PROMPT, *CALLER, _GENERATIONS.logprobs_mode_key, _GENERATIONS.sampling_params_key)
     # Calls of other attempts say whether those that name none belong to this one, so all are read.
     found = calls_of(connection, rollout_id, None, columns)
     named = {call.attempt_id for call in found.calls if call.attempt_id}
@@ -108,6 +108,7 @@ def _attempt(
                 finished_at=row.finished_at,
                 status=STATUSES[row.status],
                 model=found.texts[row.model_key],
+                **caller_of(row, found.texts),
                 prompt_token_ids=prompt_token_ids,
                 reward=found.rewards.get(row.key),
                 logprobs_mode=found.texts[row.logprobs_mode_key],

@@ -27,9 +27,11 @@ from agentlightning.trajectory import was_sampled_with
 from agentlightning.triplet import Triplet
 
 __all__ = [
+    "CALLER",
     "PROMPT",
     "GenerationPosition",
     "RolloutCalls",
+    "caller_of",
     "calls_of",
     "choices_of",
     "has_call",
@@ -46,6 +48,8 @@ Texts = Mapping[int | None, str | None]
 SPAN = "span_id"
 
 _SPANS, _GENERATIONS, _CHOICES = tables.spans.c, tables.generations.c, tables.choices.c
+CALLER = (_GENERATIONS.agent_key, _GENERATIONS.parent_agent_key, _GENERATIONS.purpose_key, _GENERATIONS.retry)
+"""The columns of which `caller_of` makes what a call says of its caller."""
 PROMPT = (_GENERATIONS.prompt_token_ids, _GENERATIONS.ids_block)
 """The columns of which `prompts.ids_of` makes the ids of a prompt."""
 
@@ -182,7 +186,7 @@ def of_rollout(
     """
     if attempt_id == "latest" and (attempt_id := rollouts.attempt_id_of(connection, rollout_id, attempt_id)) is None:
         return []
-    return _triplets(connection, rollout_id, calls_of(connection, rollout_id, attempt_id, PROMPT), filters or {})
+    return _triplets(connection, rollout_id, calls_of(connection, rollout_id, attempt_id, (*PROMPT, *CALLER)), filters or {})
 
 
 def calls_of(
@@ -290,8 +294,8 @@ def of_responses(connection: Connection, response_ids: Iterable[str]) -> dict[st
     """
     answers = _keys_of(connection, {rows.storable(each) or "" for each in response_ids})
     last = [calls[0][-1] for calls in answers.values() if len(calls) == 1]
-    generations = _generations(connection, last, PROMPT)
-    known = texts.texts_of(connection, {row.model_key for row in generations})
+    generations = _generations(connection, last, (*PROMPT, *CALLER))
+    known = texts.texts_of(connection, {key for row in generations for key in (row.model_key, *_caller_keys(row))})
     calls = [_Call([row], [], None) for row in generations]
     found: dict[str, Triplet] = {}
     for triplet in _triplets(connection, None, RolloutCalls(calls, None, known, {}, ()), {}):
@@ -563,6 +567,7 @@ def _triplets(
         if (since is None or row.finished_at >= since)
         and (status is None or STATUSES[row.status] == status)
         and (min_reward is None or found.rewards.get(row.key, float("-inf")) >= min_reward)
+        and all(filters.get(name, value) == value for name, value in caller_of(row, found.texts).items())
     ]
     choices = choices_of(connection, [row.key for _, row in generations])
     reasons = texts.texts_of(connection, {each.finish_reason_key for some in choices.values() for each in some})
@@ -581,6 +586,7 @@ def _triplets(
                     response_id=rows.text_of(row.response_id),
                     rollout_id=rollout_id,
                     attempt_id=call.attempt_id,
+                    **caller_of(row, found.texts),
                     index=choice.index if choice else 0,
                     status=STATUSES[row.status],
                     finish_reason=reasons[choice.finish_reason_key] if choice else None,
@@ -596,6 +602,21 @@ def _triplets(
                 )
             )
     return triplets
+
+
+def caller_of(row: Any, known: Texts) -> dict[str, Any]:
+    """Return what a generation says of its caller, by the names of its fields."""
+    agent, parent, purpose = _caller_keys(row)
+    return {
+        "agent_id": known[agent],
+        "parent_agent_id": known[parent],
+        "purpose": known[purpose],
+        "retry": row.retry,
+    }
+
+
+def _caller_keys(row: Any) -> tuple[int | None, int | None, int | None]:
+    return row.agent_key, row.parent_agent_key, row.purpose_key
 
 
 def choices_of(connection: Connection, keys: Sequence[int], *more: Column[Any]) -> dict[int, list[Any]]:

@@ -336,7 +336,7 @@ def test_parquet_has_a_row_for_each_triplet_with_its_fields_and_ids_as_int32(rew
     ids = "list<element: int32>"
     assert types == {
         **dict.fromkeys(types, "string"),
-        "index": "int32",
+        **dict.fromkeys(("index", "retry"), "int32"),
         "prompt_token_ids": ids,
         "response_token_ids": ids,
         "logprobs": "list<element: float>",

@@ -103,7 +103,8 @@ def named(*numbers: int) -> list[str]:
 def test_triplet_has_the_ids_of_its_call_and_the_reward(store: Store, database: Database) -> None:
     versions = [("v1", 0, 2), ("v2", 2, 5)]
     choice = Choice(token_ids=array("i", [7, 8]), logprobs=array("f", [-0.5, -1.5]), weight_versions=versions)
-    kept = call(1, choices=[choice], prompt_text="long", model="größe")
+    caller: dict[str, Any] = {"agent_id": "child", "parent_agent_id": "main", "purpose": "review", "retry": 1}
+    kept = call(1, choices=[choice], prompt_text="long", model="größe", **caller)
     store.add([kept])
     keep(database, of_call(1), of_reward(2, 0.5))
 
@@ -113,6 +114,7 @@ def test_triplet_has_the_ids_of_its_call_and_the_reward(store: Store, database: 
             response_id="answer-1",
             rollout_id="r",
             attempt_id="a",
+            **caller,
             index=0,
             status="finished",
             finish_reason=None,
@@ -125,6 +127,23 @@ def test_triplet_has_the_ids_of_its_call_and_the_reward(store: Store, database: 
             weight_versions=versions,
         )
     ]
+
+
+def test_triplets_of_an_agent_or_a_purpose_are_selected(store: Store) -> None:
+    callers: list[dict[str, Any]] = [
+        {},
+        {"agent_id": "child", "parent_agent_id": "main", "purpose": "review"},
+        {"agent_id": "child", "retry": 2},
+    ]
+    store.add([call(number, **caller) for number, caller in enumerate(callers, 1)])
+
+    def found(**filters: Any) -> list[str | None]:
+        return [each.response_id for each in store.triplets("r", **filters)]
+
+    assert found(agent_id="child") == named(2, 3)
+    assert found(parent_agent_id="main") == found(purpose="review", agent_id="child") == named(2)
+    assert found(retry=2) == named(3)
+    assert found(agent_id="another") == found(retry=0) == []
 
 
 def test_triplet_round_trips_through_json(store: Store) -> None:

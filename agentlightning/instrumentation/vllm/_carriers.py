@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 __all__ = [
+    "SOURCES",
     "Caller",
     "RolloutName",
     "conflicting_names",
@@ -228,6 +229,9 @@ def _names(
         named = parse_name(headers[name].decode(*_UTF_8)) if name in headers else None
         if named is not None:
             yield name.decode(), named
+        elif name == b"x-request-id":
+            # It names a rollout where no Python answers, so what could not is counted here, too.
+            reader.value(name)
     if in_key is not None:
         yield "key", in_key
 

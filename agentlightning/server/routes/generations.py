@@ -21,7 +21,7 @@ from agentlightning.server.answers import Json, encode
 from agentlightning.server.errors import sentence
 from agentlightning.server.limits import BATCH_LIMIT
 from agentlightning.server.routes.common import Database, errors, media_type, router, shown
-from agentlightning.server.schemas import Id, Nanoseconds
+from agentlightning.server.schemas import CallerFilters, Id, Nanoseconds
 from agentlightning.server.transactions import Transactions
 from agentlightning.store import Filters, generations, senders, wire
 from agentlightning.store.generations import Cursor
@@ -49,7 +49,7 @@ NullableFilter = Literal[
 ]
 
 
-class GenerationFilters(BaseModel):
+class GenerationFilters(CallerFilters):
     """Filters of generations: those that match all of them."""
 
     # A misspelt filter would match everything.
@@ -61,10 +61,6 @@ class GenerationFilters(BaseModel):
     call_id: str | None = None
     response_id: str | None = None
     model: str | None = None
-    agent_id: str | None = None
-    parent_agent_id: str | None = None
-    purpose: str | None = None
-    retry: int | None = Field(None, ge=0, le=2**63 - 1)
     via: Via | None = None
     status: Status | None = None
     since: Nanoseconds | None = Field(None, description="Only those that finished at this time or later.")

@@ -15,7 +15,7 @@ from agentlightning.server.answers import Json, encode
 from agentlightning.server.limits import NUMBER_LIMIT
 from agentlightning.server.routes.common import Database, errors, router
 from agentlightning.server.routes.lines import JSON_LINES, RolloutPage, lines_of_rollouts, wants_lines
-from agentlightning.server.schemas import Id
+from agentlightning.server.schemas import CallerFilters, Id
 from agentlightning.server.transactions import Transactions
 from agentlightning.store import trajectories
 from agentlightning.store.interface import TrajectoryOptions
@@ -28,7 +28,7 @@ routes = router("trajectories")
 Count = Annotated[int, Field(ge=0, le=NUMBER_LIMIT)]
 
 
-class TrajectoryQuery(BaseModel):
+class TrajectoryQuery(CallerFilters):
     """How calls become rows, and which rows to select."""
 
     # A misspelt filter would match everything.
@@ -134,6 +134,9 @@ class Trajectory(BaseModel):
     reward: float | None = Field(description="The attempt's final reward.")
     rewards: list[Reward]
     model: str | None
+    agent_id: str | None = Field(description="The agent of its calls.")
+    parent_agent_id: str | None
+    purpose: str | None = Field(description="That of all calls; null where they differ, or one is unknown.")
     weight_versions: list[WeightVersion] | None
     routed_experts: list[list[list[int]]] | None
     logprobs_mode: str | None

@@ -16,7 +16,7 @@ from agentlightning.server.answers import Json, encode
 from agentlightning.server.routes.common import Database, errors, router
 from agentlightning.server.routes.lines import JSON_LINES, RolloutPage, lines_of_rollouts, wants_lines
 from agentlightning.server.routes.spans import KeptSpan, span_item
-from agentlightning.server.schemas import Id, Nanoseconds, Sent, example
+from agentlightning.server.schemas import CallerFilters, Id, Nanoseconds, Sent, example
 from agentlightning.server.transactions import Transactions
 from agentlightning.store import completeness, ingestion, triplets
 from agentlightning.store.interface import TripletFilters
@@ -41,7 +41,7 @@ class Reward(Sent):
     )
 
 
-class SomeTriplets(BaseModel):
+class SomeTriplets(CallerFilters):
     """Filters of triplets: those that match all of them."""
 
     # A misspelt filter would match everything.
@@ -81,6 +81,10 @@ class Triplet(BaseModel):
     response_id: str | None = Field(description="The `id` of the answer that the client saw.")
     rollout_id: str
     attempt_id: str | None
+    agent_id: str | None
+    parent_agent_id: str | None
+    purpose: str | None
+    retry: int | None
     index: int = Field(description="Position of the choice in its generation.")
     status: Status
     finish_reason: str | None = Field(description="vLLM's word for why the answer ended: `stop`, `length`, ...")

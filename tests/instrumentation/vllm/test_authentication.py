@@ -172,6 +172,49 @@ HEADERS = [
     b"Transfer-Encoding: chunked\r\nContent-Length: 4\r\n",
 ]
 
+KEYS = [
+    b"Authorization: Bearer none",
+    b"Authorization: bearer none",
+    b"Authorization: Bearer",
+    b"Authorization: Bearer ",
+    b"Authorization: Bearer another",
+    b"Authorization: Bearer nonE",
+    b"Authorization: Bearer nonenone",
+    b"Authorization: none",
+    b"Authorization: Basic none",
+    b"Authorization: Bearer  none",
+    b"Authorization: Bearer \xff",
+    b"Authorization: Bearer x\r\nAuthorization: Bearer none",
+    b"Authorization: Bearer none\r\nAuthorization: Bearer x",
+    b"X-Api-Key: none",
+]
+NAMES = [
+    b"@rollout=x",
+    b"@rollout=none",
+    b"@rollout=x,attempt=1,agent=%C3%A9",
+    b"@rollout=%00%0d%0aAuthorization:%20Bearer%20none",
+    b"@rollout=../../v1/models",
+    b"@rollout=" + b"x" * 257,
+    b"@rollout=\xff",
+    b"@rollout='%22;--",
+]
+"""Ends of keys that name a rollout, some by an id that is none: they are taken off all the same."""
+NO_NAMES = [
+    b"@rollout=",
+    b"@rollout=x,",
+    b"@rollout=x,other=1",
+    b"@rollout=x,agent=1,attempt=2",
+    b"@rollout=x y",
+    b"@rollout=x@",
+    b"@rollout=x\t,attempt=1",
+    b"@Rollout=x",
+    b"@rollout",
+    b"@rollout=x,attempt=1,attempt=none",
+    b"rollout=x",
+    b"%40rollout=x",
+]
+"""Ends of keys that resemble these, and are a part of the key."""
+
 
 @pytest.fixture(scope="module")
 def guarded_without_us() -> Iterator[RemoteOpenAIServer]:
@@ -213,6 +256,30 @@ def test_a_target_without_a_path_is_answered_alike(
     requests = [request(b"GET", target) for target in WITHOUT_A_SLASH]
 
     assert answers(guarded, requests) == answers(guarded_without_us, requests)
+
+
+def test_key_that_names_a_rollout_opens_what_the_key_alone_opens(guarded: RemoteOpenAIServer) -> None:
+    paths = [b"/v1/models", b"/rollout/x/v1/models", b"/v1/responses/resp_1", b"/health"]
+    asked = [*itertools.product(paths, [b"", WEBSOCKET], KEYS)]
+
+    def requests(end: bytes) -> list[bytes]:
+        return [request(b"GET", path, b"%s%s\r\n%s" % (key, end, upgrade)) for path, upgrade, key in asked]
+
+    answered = answers(guarded, [each for end in (b"", *NAMES, *NO_NAMES) for each in requests(end)])
+    alone = [answered[each] for each in requests(b"")]
+    assert {"200", "401"} < {*alone}
+    for end in NAMES:
+        assert [answered[each] for each in requests(end)] == alone, end
+    unguarded = [each if path == b"/health" else None for (path, _, _), each in zip(asked, alone, strict=True)]
+    for end in NO_NAMES:
+        found = [answered[each] for each in requests(end)]
+        # Of two keys, the first counts, and the end stands behind the second.
+        pairs = zip(asked, found, alone, unguarded, strict=True)
+        for (_, _, key), said, before, open_to_all in pairs:
+            if b"\r\n" not in key:
+                assert said == (open_to_all or ("403" if before == "403" else "401")), (end, key)
+            else:
+                assert said == before, (end, key)
 
 
 def test_our_route_is_guarded_as_vllms_own(guarded: RemoteOpenAIServer) -> None:

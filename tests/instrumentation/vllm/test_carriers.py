@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
 
 from agentlightning.instrumentation.vllm import _carriers
-from agentlightning.instrumentation.vllm._carriers import Caller, RolloutName, parse_name, without_name
+from agentlightning.instrumentation.vllm._carriers import SOURCES, Caller, RolloutName, parse_name, without_name
 from agentlightning.instrumentation.vllm.capture import request_names
+from tests.common.environments import CHECKOUT
 
 pytestmark = pytest.mark.tier("check")
 
@@ -89,6 +91,14 @@ def said(headers: dict[str, str], **path: Any) -> dict[str, Any]:
 )
 def test_headers_of_agents_say_who_called(headers: dict[str, str], fields: dict[str, Any]) -> None:
     assert said(headers) == fields
+
+
+def test_documented_headers_are_those_that_are_read() -> None:
+    page = (CHECKOUT / "docs" / "recording.md").read_text()
+    rows = {field: next(line for line in page.splitlines() if line.startswith(f"| `{field}` |")) for field in SOURCES}
+    for field, sources in SOURCES.items():
+        headers = re.findall(r"`(?:agentlightning\.\w+` of `)?([\w-]+)(?:\.\w+)?`(?: beside `[\w-]+`)?", rows[field])
+        assert [each for each in headers[1:] if each != "turn"] == [source.header.decode() for source in sources]
 
 
 @pytest.mark.parametrize("value", ["", "-1", "1.5", "one", "²", "99999999999", "9" * 5000])
