@@ -8,7 +8,18 @@ from array import array
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_type_hints
 
-__all__ = ["STATUSES", "VIAS", "Choice", "Generation", "Loss", "RoutedExperts", "Status", "Via", "field_types", "new_id"]
+__all__ = [
+    "STATUSES",
+    "VIAS",
+    "Choice",
+    "Generation",
+    "Loss",
+    "RoutedExperts",
+    "Status",
+    "Via",
+    "field_types",
+    "new_id",
+]
 
 Status = Literal["finished", "aborted", "error"]
 """How a generation ended: by itself, because no client was waiting any more, or because the engine failed."""

@@ -19,7 +19,7 @@ import pytest
 import agentlightning
 from agentlightning.importhook import locate
 from tests.common.made_up_vllm import made_up_vllm
-from tools.lock import tests_constraints
+from tools.lock import constraints_of_tests
 
 # Each way with each program in the largest tier; otherwise each way and each program once.
 PAIRS = pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (sys.executable, "-m", "venv", "--without-pip", folder),
         (*pip, "install", "--disable-pip-version-check", "-q", "--no-deps", CHECKOUT),
     ):
-        result = run(*command, **tests_constraints())
+        result = run(*command, **constraints_of_tests())
         assert result.returncode == 0, result.stderr
     return folder
 

@@ -626,7 +626,9 @@ def attempts(draw: strategies.DrawFn) -> list[Call]:
                     finished_at=draw(strategies.integers(0, 3)),
                     status=draw(strategies.sampled_from(["finished", "finished", "aborted"])),
                     model=draw(strategies.sampled_from(["m", "m", "m", "n"])) if index == 0 else calls[-1].model,
-                    agent_id=draw(strategies.sampled_from([None, None, "a", "b"])) if index == 0 else calls[-1].agent_id,
+                    agent_id=draw(strategies.sampled_from([None, None, "a", "b"]))
+                    if index == 0
+                    else calls[-1].agent_id,
                     prompt_token_ids=array("i", prompt),
                     response_token_ids=answer,
                     logprobs=array("f", [-1.0 - number] * len(answer)),

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from datetime import date, datetime, timezone
 from pathlib import Path
 
-__all__ = ["ENVIRONMENT", "Lock", "as_lines", "is_newest", "mark", "newest", "tests_constraints"]
+__all__ = ["ENVIRONMENT", "Lock", "as_lines", "constraints_of_tests", "is_newest", "mark", "newest"]
 
 FOLDER = Path(__file__).parent / "locks"
 HEADER = """\
@@ -105,7 +105,7 @@ def is_newest() -> bool:
     return made_with.exists() and made_with.read_text().startswith(_NEWEST)
 
 
-def tests_constraints() -> Mapping[str, str]:
+def constraints_of_tests() -> Mapping[str, str]:
     """Environment variables with which pip and uv install no other versions than those of the tests' environment."""
     if is_newest():
         return {}

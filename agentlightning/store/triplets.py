@@ -186,7 +186,9 @@ def of_rollout(
     """
     if attempt_id == "latest" and (attempt_id := rollouts.attempt_id_of(connection, rollout_id, attempt_id)) is None:
         return []
-    return _triplets(connection, rollout_id, calls_of(connection, rollout_id, attempt_id, (*PROMPT, *CALLER)), filters or {})
+    return _triplets(
+        connection, rollout_id, calls_of(connection, rollout_id, attempt_id, (*PROMPT, *CALLER)), filters or {}
+    )
 
 
 def calls_of(

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tools.lock import tests_constraints
+from tools.lock import constraints_of_tests
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -26,7 +26,7 @@ def run(*command: str | Path, **variables: str) -> str:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("AGL_", "PYTHON"))}
     result = subprocess.run(
         command,
-        env={**inherited, **tests_constraints(), **variables},
+        env={**inherited, **constraints_of_tests(), **variables},
         # Not the checkout, which `-c` and `-m` would import from.
         cwd=sys.prefix,
         stdout=subprocess.PIPE,

@@ -16,7 +16,7 @@ from tests.common.reference import greedy
 from tests.common.tiny_model import tiny_model
 from tests.common.vllm import PLAIN, RemoteOpenAIServer, run
 from tests.processes.every_endpoint import prompt_token_ids
-from tools.lock import tests_constraints
+from tools.lock import constraints_of_tests
 
 pytestmark = pytest.mark.tier("all")
 
@@ -57,7 +57,7 @@ def grpc_packages(tmp_path_factory: pytest.TempPathFactory) -> str:
     """
     folder = tmp_path_factory.mktemp("grpc")
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", "install")
-    subprocess.run([*pip, "--target", folder, *PACKAGES], env={**os.environ, **tests_constraints()}, check=True)
+    subprocess.run([*pip, "--target", folder, *PACKAGES], env={**os.environ, **constraints_of_tests()}, check=True)
     return str(folder)
 
 
