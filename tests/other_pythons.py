@@ -62,7 +62,9 @@ def counts(output: str) -> dict[str, int]:
 
 def run_tests(version: str, python: Path) -> tuple[dict[str, int], bool]:
     """Run the tests on this interpreter; returns the counts, and whether all passed."""
-    command = [python, "-m", "pytest", "--tier=test", "--numprocesses=2", "-k", "not postgresql", *PATHS]
+    # Without vLLM, `agl doctor` has nothing to say but that.
+    left_out = "not postgresql and not doctor"
+    command = [python, "-m", "pytest", "--tier=test", "--numprocesses=2", "-k", left_out, *PATHS]
     say(f"Python {version}: the tests that need no vLLM")
     with subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.PIPE, text=True) as tests:
         assert tests.stdout is not None
