@@ -19,6 +19,7 @@ from agentlightning.doctor import (
     Mark,
     Unreachable,
     all_is_well,
+    carriers,
     environment,
     patches,
     recording,
@@ -32,8 +33,9 @@ DESCRIPTION = "Say whether answers will carry token ids and be recorded, and if 
 EPILOG = """\
 Without --url and --store it checks the environment that it runs in, and whether the store of AGL_STORE can be used,
 within seconds; then it imports vLLM as a server would, in a process of its own, which takes ten to sixty more.
-With --url it asks a running server, with --store it reads what was recorded. It writes to no store. The exit status is
-0 when all is well, 1 when there is a problem."""
+With --url it asks a running server, maybe behind a router, and makes one call of one token with each way to name a
+rollout, to see which of them arrive; with --store it reads what was recorded. It writes to no store. The exit status
+is 0 when all is well, 1 when there is a problem."""
 IMPORTING = "importing vLLM as a server would (ten to sixty seconds) ..."
 NOT_IMPORTED = Finding("patches", Mark.NOTE, "not tried: that needs an import of vLLM, which --quick leaves out")
 
@@ -45,6 +47,9 @@ def main(arguments: Sequence[str]) -> int:
     if options.url is not None:
         title = f"the server at {options.url}"
         report, findings = _examine("server", lambda: server.read(options.url, options.api_key), server.findings)
+        report["carriers"] = carriers.read(options.url, options.api_key)
+        arrived = [*carriers.findings(report["carriers"])]
+        findings = [*(server.BEHIND_ROUTER if arrived and not report["server"] else findings), *arrived]
     elif options.store is not None:
         title = f"the store at {settings.without_secrets(options.store)}"
         report, findings = _examine("store", lambda: recording.read(options.store, options.rollout), recording.findings)

@@ -9,6 +9,7 @@ from typing import Any
 from agentlightning import settings
 from agentlightning.doctor import Finding, Mark, Unreachable
 from agentlightning.errors import StoreRefused, StoreUnavailable
+from agentlightning.generation import Via
 from agentlightning.recorder import QUEUE_FULL, STOPPED
 from agentlightning.store import open_store, try_to_record
 from agentlightning.store.absence import IS_IT_CALLED, NAME_IT, explain_absence
@@ -21,6 +22,25 @@ ADVICE = {
 }
 """Advice for losses that are not bugs."""
 
+
+UNNAMED: Mapping[Via | None, tuple[str, str]] = {
+    "http": ("over HTTP", NAME_IT),
+    "router": (
+        "through a router or a proxy",
+        "use a way to name it that arrives: `agl doctor --url http://ROUTER` tries each, docs/routers.md lists them",
+    ),
+    "process": (
+        "from a program in vLLM's own process",
+        "let the program name it, as docs/recording.md says, or ignore what is no agent's",
+    ),
+    "grpc": ("over gRPC", "make the request's id ROLLOUT, ROLLOUT.ATTEMPT, or agl/ROLLOUT/ATTEMPT/anything"),
+    "engine": (
+        "from a frontend that is not instrumented, such as vLLM's Rust frontend",
+        "send X-Request-Id: ROLLOUT or ROLLOUT.ATTEMPT, which is all that reaches the engine core",
+    ),
+    None: ("in a way that an older version did not record", NAME_IT),
+}
+"""How calls without a rollout came, and what to do so that they have one."""
 
 LATER = "look into the store's own log, and try again"
 """Advice for a store that answers, and says no more than that it cannot be used."""
@@ -54,6 +74,11 @@ def read(url: str, rollout_id: str | None) -> dict[str, Any]:
             report: dict[str, Any] = {
                 "generations": store.tally(),
                 "without_rollout": sum(store.tally(rollout_id=None).values()),
+                "without_rollout_by_way": {
+                    via or "unknown": count
+                    for via in UNNAMED
+                    if (count := sum(store.tally(rollout_id=None, via=via).values()))
+                },
                 "lost": lost,
             }
             if rollout_id is not None:
@@ -69,16 +94,19 @@ def read(url: str, rollout_id: str | None) -> dict[str, Any]:
 
 def findings(report: Mapping[str, Any]) -> Iterator[Finding]:
     """Explain the report of a store."""
-    total, without_rollout = sum(report["generations"].values()), report["without_rollout"]
+    total = sum(report["generations"].values())
     if "rollout_id" in report:
         yield _of_rollout(report, total)
     if total:
         yield Finding("generations", Mark.OK, _counted(report["generations"]))
     elif not report["lost"]:
         yield Finding("generations", Mark.PROBLEM, "none: no server that records here was ever called", IS_IT_CALLED)
-    if without_rollout:
-        every = "all of them" if without_rollout == total else f"{without_rollout} of them"
-        yield Finding("no rollout", Mark.NOTE, f"{every} belong to no rollout, since their calls named none: {NAME_IT}")
+    for way, count in report["without_rollout_by_way"].items():
+        how, advice = UNNAMED[None if way == "unknown" else way]
+        every = "all of them" if count == total else f"{count} of them"
+        yield Finding(
+            "no rollout", Mark.NOTE, f"{every} belong to no rollout: their calls came {how}, and named none", advice
+        )
     for reason, loss in report["lost"].items():
         when = datetime.fromtimestamp(loss["last_at"] / 1e9, timezone.utc).isoformat(" ", "seconds")
         text = f"{loss['count']} could not be kept, the last at {when}: {reason}"

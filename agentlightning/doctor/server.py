@@ -13,7 +13,7 @@ from agentlightning.doctor import Finding, Mark, Unreachable
 from agentlightning.doctor.patches import patch_findings, release_findings
 from agentlightning.instrumentation.vllm._status import STATUS_ROUTE
 
-__all__ = ["findings", "read"]
+__all__ = ["BEHIND_ROUTER", "findings", "read"]
 
 SECONDS = 30
 REPORTED = (
@@ -28,6 +28,16 @@ REPORTED = (
     "limits",
     "recording",
 )
+
+BEHIND_ROUTER = (
+    Finding(
+        "server",
+        Mark.NOTE,
+        f"instrumented, and behind a router that does not let {STATUS_ROUTE} through",
+        "ask each server behind it for more",
+    ),
+)
+"""Findings on a server whose status cannot be read, though it answers as an instrumented one."""
 
 
 def read(url: str, api_key: str | None) -> dict[str, Any]:

@@ -82,6 +82,30 @@ def test_called_without_naming_the_rollout(said: Any) -> None:
     assert "note no rollout 3 of them belong to no rollout" in answer.text
 
 
+@pytest.mark.parametrize(
+    ("via", "how", "cure"),
+    [
+        ("http", "over HTTP", HOW_TO_NAME_IT),
+        ("router", "through a router or a proxy", "`agl doctor --url http://ROUTER` tries each"),
+        ("process", "from a program in vLLM's own process", "let the program name it"),
+        ("grpc", "over gRPC", "make the request's id ROLLOUT"),
+        ("engine", "from a frontend that is not instrumented", "send X-Request-Id: ROLLOUT"),
+        (None, "in a way that an older version did not record", HOW_TO_NAME_IT),
+    ],
+)
+def test_calls_without_a_rollout_are_told_apart_by_how_they_came(said: Any, via: Any, how: str, cure: str) -> None:
+    unnamed = [generation(number, rollout_id=None, via=via) for number in range(3)]
+
+    answer = said(
+        [*unnamed, generation(30), generation(31, rollout_id=None, via="engine" if via != "engine" else "http")], []
+    )
+
+    assert answer.status == 0
+    assert f"note no rollout 3 of them belong to no rollout: their calls came {how}" in answer.text
+    assert "note no rollout 1 of them belong to no rollout" in answer.text
+    assert cure in answer.text
+
+
 def test_called_for_other_rollouts_only(said: Any) -> None:
     answer = said([generation(1)], [], "--rollout", "ROLLOUT-0")
 

@@ -16,6 +16,9 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 __all__ = [
+    "CARRIERS",
+    "CARRIER_HEADER",
+    "PROBE",
     "SOURCES",
     "Caller",
     "RolloutName",
@@ -23,12 +26,19 @@ __all__ = [
     "ignored_ids",
     "is_forwarded",
     "is_id",
+    "is_probe",
     "parse_name",
     "read_headers",
     "read_user",
     "without_name",
 ]
 
+CARRIERS = ("path", "x-agl-rollout-id", "baggage", "x-request-id", "x-correlation-id", "user", "key")
+"""What can name a rollout, in the order in which it counts."""
+PROBE = "agl-doctor-"
+"""Begins the ids of rollouts by which `agl doctor` finds out which carriers arrive. Their calls are not recorded."""
+CARRIER_HEADER = "x-agl-carrier"
+"""A header of the answers to these calls: the carrier that named the rollout."""
 MAX_ID_LENGTH = 256
 LARGEST_RETRY = 2**31 - 1
 
@@ -48,7 +58,7 @@ _KEY_HEADERS = (b"authorization", b"x-api-key")
 _TEXT_HEADERS = (b"x-request-id", b"x-correlation-id")
 _FORWARDING_HEADERS = (
     *(b"forwarded", b"via", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto", b"x-real-ip"),
-    *(b"x-envoy-external-address", b"x-litellm-call-id"),
+    b"x-envoy-external-address",
 )
 
 
@@ -60,7 +70,7 @@ class Caller:
         rollout_id, attempt_id: from the first carrier that names a rollout.
         session_id, agent_id, parent_agent_id, purpose, retry: as in a `Generation`.
         trace_id: of the W3C `traceparent`.
-        carrier: the one that named the rollout: `path`, a header's name, `key` or `user`.
+        carrier: the one of `CARRIERS` that named the rollout.
     """
 
     rollout_id: str | None = None
@@ -213,8 +223,17 @@ def read_user(user: Any, caller: Caller) -> None:
 
 
 def is_forwarded(headers: Iterable[tuple[bytes, bytes]]) -> bool:
-    """Tell whether a proxy or a router says that it has forwarded the request."""
-    return any(name in _FORWARDING_HEADERS for name, _ in headers)
+    """Tell whether a proxy or a router has forwarded the request, as far as headers show it.
+
+    Some routers say nothing of it, and drop `User-Agent`, which clients send.
+    """
+    names = {name for name, _ in headers}
+    return b"user-agent" not in names or not names.isdisjoint(_FORWARDING_HEADERS)
+
+
+def is_probe(caller: Caller | None) -> bool:
+    """Tell whether `agl doctor` made a call, to find out whether a carrier arrives."""
+    return caller is not None and caller.rollout_id is not None and caller.rollout_id.startswith(PROBE)
 
 
 def _names(

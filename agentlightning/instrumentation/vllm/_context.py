@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 from agentlightning.generation import new_id
 from agentlightning.instrumentation.vllm import _carriers
-from agentlightning.instrumentation.vllm._carriers import Caller, is_id
+from agentlightning.instrumentation.vllm._carriers import CARRIER_HEADER, Caller, is_id, is_probe
 from agentlightning.instrumentation.vllm._isolation import contained
 
 __all__ = [
@@ -174,6 +174,9 @@ class RequestContextMiddleware:
             scope, context = found or (scope, RequestContext())
             if context.prefix:
                 send = _keep_prefix_in_redirects(scope, context.prefix, send)
+            # The body may still name a rollout.
+            if context.rollout_id is None or is_probe(context):
+                send = _tell_carrier(context, send)
             # A websocket has no context: each of its messages is an engine request. Set to None rather than left alone,
             # since a server may handle it in the context of the previous request on the same connection.
             set_current(context if scope["type"] == "http" else None)
@@ -230,6 +233,18 @@ def _keep_prefix_in_redirects(scope: Scope, prefix: RolloutPrefix, send: Send) -
         return send(message)
 
     return send_with_prefix
+
+
+def _tell_carrier(context: RequestContext, send: Send) -> Send:
+    """Return a `send` that tells `agl doctor` which carrier named the rollout of a call."""
+
+    def send_with_carrier(message: MutableMapping[str, Any]) -> Awaitable[None]:
+        if message["type"] == "http.response.start" and is_probe(context):
+            told = (CARRIER_HEADER.encode(), str(context.carrier).encode())
+            message = {**message, "headers": [*message.get("headers", ()), told]}
+        return send(message)
+
+    return send_with_carrier
 
 
 def _redirect_with_prefix(message: MutableMapping[str, Any], scope: Scope, prefix: RolloutPrefix) -> dict[str, Any]:

@@ -44,8 +44,17 @@ FOUND = {
 
 
 NullableFilter = Literal[
-    *("rollout_id", "attempt_id", "session_id", "call_id", "response_id", "model"),
-    *("agent_id", "parent_agent_id", "purpose", "retry", "via"),
+    "rollout_id",
+    "attempt_id",
+    "session_id",
+    "call_id",
+    "response_id",
+    "model",
+    "agent_id",
+    "parent_agent_id",
+    "purpose",
+    "retry",
+    "via",
 ]
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from agentlightning.instrumentation.vllm import _context
+from agentlightning.instrumentation.vllm._carriers import is_probe
 from agentlightning.instrumentation.vllm._context import EngineRequest, RequestContext
 from agentlightning.instrumentation.vllm._isolation import contained
 from agentlightning.instrumentation.vllm.capture import logprobs, marks
@@ -145,7 +146,7 @@ def _follow(
 ) -> None:
     mark = marks.Mark.RECORDED
     # An offline LLM has no queue. With more input in between (realtime), it is not one prompt and its answer.
-    if state.queue is not None and not getattr(request, "resumable", False):
+    if state.queue is not None and not getattr(request, "resumable", False) and not is_probe(context):
         _pending_of(processor).add(state, request, parent, context)
         if wants_logprobs and not logprobs.are_requested(request.sampling_params):
             state.logprobs_processor.update_from_output = logprobs.LogprobsTap(state.logprobs_processor)

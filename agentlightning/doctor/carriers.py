@@ -1,0 +1,119 @@
+"""Which carriers of a rollout's id arrive at a server, maybe through a router: one call with each tells."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from http.client import HTTPException
+from typing import Any, NamedTuple
+
+from agentlightning.doctor import Finding, Mark
+from agentlightning.instrumentation.vllm._carriers import CARRIER_HEADER, CARRIERS, PROBE
+
+__all__ = ["ENDPOINTS", "findings", "read"]
+
+SECONDS = 60
+TALK = [{"role": "user", "content": "one"}]
+ENDPOINTS: Mapping[str, Mapping[str, Any]] = {
+    "chat/completions": {"messages": TALK, "max_tokens": 1},
+    "completions": {"prompt": "one", "max_tokens": 1},
+    "responses": {"input": "one", "max_output_tokens": 1},
+    "messages": {"messages": TALK, "max_tokens": 1},
+}
+"""The endpoints by their paths below `/v1`, each with the shortest call of it."""
+SHOWN = {
+    "path": "http://HOST/rollout/ROLLOUT/v1",
+    "user": "user of the body",
+    "key": "KEY@rollout=ROLLOUT",
+}
+HOW_TO = "docs/routers.md has a carrier for each router"
+
+
+class _Call(NamedTuple):
+    """A call that names a rollout by one carrier: what stands before `/v1`, and what is added to headers and body."""
+
+    prefix: str = ""
+    headers: Mapping[str, str] = {}
+    body: Mapping[str, str] = {}
+
+
+def read(url: str, api_key: str | None) -> dict[str, list[str]]:
+    """Make one call with each carrier to each endpoint, for one token each; they are not recorded.
+
+    Returns:
+        The carriers that arrive, by endpoint; empty where the server lists no model.
+    """
+    server = url.rstrip("/").removesuffix("/v1")
+    server = server if "://" in server else f"http://{server}"
+    model = _model(server, api_key)
+    if model is None:
+        return {}
+    found: dict[str, list[str]] = {}
+    for endpoint in ENDPOINTS:
+        found[endpoint] = [each for each in CARRIERS if _arrives(server, api_key, model, endpoint, each)]
+        if not any(found.values()):
+            # Such as a server without this package: it is not asked again in vain.
+            break
+    return found
+
+
+def findings(arrived: Mapping[str, Sequence[str]]) -> Iterator[Finding]:
+    """Say of each carrier whether it arrives."""
+    served = [endpoint for endpoint, carriers in arrived.items() if carriers]
+    for carrier in CARRIERS if served else ():
+        arrives = [endpoint for endpoint in served if carrier in arrived[endpoint]]
+        # vLLM's messages have no `user`.
+        lacks = [each for each in served if each not in arrives and (carrier, each) != ("user", "messages")]
+        subject, over = SHOWN.get(carrier, carrier), ", ".join(arrives)
+        if not arrives:
+            yield Finding(subject, Mark.NOTE, "does not arrive: the server is not told which rollout it names", HOW_TO)
+        elif lacks:
+            yield Finding(subject, Mark.NOTE, f"arrives over {over}; not over {', '.join(lacks)}", HOW_TO)
+        else:
+            yield Finding(subject, Mark.OK, f"arrives over {over}")
+
+
+def _model(server: str, api_key: str | None) -> str | None:
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    try:
+        with urllib.request.urlopen(
+            urllib.request.Request(f"{server}/v1/models", headers=headers), timeout=SECONDS
+        ) as answer:
+            return str(json.load(answer)["data"][0]["id"])
+    except (OSError, HTTPException, ValueError, LookupError, TypeError):
+        return None
+
+
+def _arrives(server: str, api_key: str | None, model: str, endpoint: str, carrier: str) -> bool:
+    rollout = f"{PROBE}{uuid.uuid4().hex}"
+    call = _call(carrier, rollout, api_key)
+    key = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    request = urllib.request.Request(
+        f"{server}{call.prefix}/v1/{endpoint}",
+        json.dumps({"model": model, **ENDPOINTS[endpoint], **call.body}).encode(),
+        {"Content-Type": "application/json", **key, **call.headers},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=SECONDS) as answer:
+            headers = answer.headers
+    except urllib.error.HTTPError as error:
+        headers = error.headers
+    except (OSError, HTTPException, ValueError):
+        return False
+    return headers.get(CARRIER_HEADER) == carrier
+
+
+def _call(carrier: str, rollout: str, api_key: str | None) -> _Call:
+    """Name a rollout by a carrier."""
+    text = f"agl/{rollout}/{uuid.uuid4().hex}"
+    if carrier == "path":
+        return _Call(prefix=f"/rollout/{rollout}")
+    if carrier == "user":
+        return _Call(body={"user": text})
+    if carrier == "key":
+        return _Call(headers={"Authorization": f"Bearer {api_key or 'none'}@rollout={rollout}"})
+    values = {"x-agl-rollout-id": rollout, "baggage": f"agentlightning.rollout_id={rollout}"}
+    return _Call(headers={carrier: values.get(carrier, text)})
