@@ -263,6 +263,37 @@ def test_calls_without_a_rollout_are_listed(
     expect(page.get_by_role("heading", name="Calls without a rollout")).to_be_visible()
 
 
+def test_calls_say_which_agent_made_them_and_are_filtered_by_it(
+    visit: Callable[..., Visit], living: StoreServer, trainer: httpx.Client
+) -> None:
+    def prompt(system: str) -> str:
+        return f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n"
+
+    said: list[dict[str, Any]] = [
+        {"prompt_text": prompt("You plan.")},
+        {"prompt_text": prompt("You name conversations.")},
+        {"agent_id": "child", "parent_agent_id": "main", "purpose": "review", "retry": 2},
+        {"agent_id": "child", "purpose": "compaction"},
+    ]
+    with open_store(living.url) as store:
+        store.add([generation(n, rollout_id="agents", attempt_id="a", **each) for n, each in enumerate(said)])
+    page = visit(living).page
+    page.goto("/rollout?id=agents")
+    expect(calls(page)).to_have_count(4)
+    expect(calls(page).nth(0)).to_contain_text("maybe agent 1 (a guess: system prompts or tools differ)")
+    expect(calls(page).nth(1)).to_contain_text("maybe agent 2 (a guess: system prompts or tools differ)")
+    expect(calls(page).nth(2)).to_contain_text("agent child · started by main · review · retry 2")
+    expect(calls(page).nth(3)).not_to_contain_text("guess")
+
+    page.get_by_role("navigation", name="Agents").get_by_role("link", name="child").click()
+    expect(calls(page)).to_have_count(2)
+    page.get_by_role("navigation", name="Purposes").get_by_role("link", name="review").click()
+    expect(calls(page)).to_have_count(1)
+    page.get_by_role("link", name="All agents").click()
+    page.get_by_role("link", name="All purposes").click()
+    expect(calls(page)).to_have_count(4)
+
+
 def test_outcome_of_a_very_large_span_is_not_read(
     visit: Callable[..., Visit], living: StoreServer, trainer: httpx.Client
 ) -> None:

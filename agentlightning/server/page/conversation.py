@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sqlalchemy import Connection
 
 from agentlightning.generation import Generation
+from agentlightning.server.page.agents import guess_agents
 from agentlightning.store import generations, triplets
 
 __all__ = ["Answer", "Call", "conversation_of", "unassigned_calls"]
@@ -39,6 +40,7 @@ class Call:
         is_continued: whether the prompt repeats earlier text, which `new_text` leaves out.
         new_text: the new part of the prompt; None if no text is kept.
         reward: the reward of the generation, whichever of its answers it is for.
+        guessed_agent: the number of the agent that it seems to be of; None where it names one, or all are alike.
     """
 
     id: str
@@ -54,6 +56,24 @@ class Call:
     new_text: str | None
     reward: float | None
     answers: Sequence[Answer]
+    agent_id: str | None
+    parent_agent_id: str | None
+    purpose: str | None
+    retry: int | None
+    guessed_agent: int | None = None
+
+    @property
+    def caller(self) -> list[str]:
+        """What is known of who called, and for what, in a few words each."""
+        guess = f"maybe agent {self.guessed_agent} (a guess: system prompts or tools differ)"
+        found = {
+            f"agent {self.agent_id}": self.agent_id,
+            f"started by {self.parent_agent_id}": self.parent_agent_id,
+            f"{self.purpose}": self.purpose,
+            f"retry {self.retry}": self.retry,
+            guess: self.guessed_agent,
+        }
+        return [text for text, known in found.items() if known]
 
     @property
     def is_folded(self) -> bool:
@@ -64,6 +84,7 @@ def conversation_of(connection: Connection, rollout_id: str) -> tuple[list[Call]
     """Return the calls of a rollout in the order of its triplets, and the number of calls left out."""
     places = triplets.positions_of(connection, rollout_id)
     found: list[Call] = []
+    prompts: list[str | None] = []
     # Texts of each attempt so far: the calls of two agents may alternate.
     texts: defaultdict[str | None, list[str]] = defaultdict(list)
     for place in places[:CALLS_SHOWN]:
@@ -72,14 +93,21 @@ def conversation_of(connection: Connection, rollout_id: str) -> tuple[list[Call]
             so_far = texts[place.attempt_id]
             before = _repeated_part(generation.prompt_text, so_far)
             found.append(_call(generation, place.attempt_id, place.span_id, before, place.reward))
+            prompts.append(generation.prompt_text)
             so_far += _texts_of(generation)
-    return found, max(len(places) - CALLS_SHOWN, 0)
+    return _with_guesses(found, prompts), max(len(places) - CALLS_SHOWN, 0)
 
 
 def unassigned_calls(connection: Connection) -> list[Call]:
     """Return the last calls without a rollout, the latest first."""
     found = generations.latest(connection, {"rollout_id": None}, CALLS_SHOWN)
     return [_call(each, each.attempt_id, None, "", None) for each in found]
+
+
+def _with_guesses(calls: Sequence[Call], prompts: Sequence[str | None]) -> list[Call]:
+    nameless = [position for position, call in enumerate(calls) if call.agent_id is None]
+    guesses = dict(zip(nameless, guess_agents([prompts[each] for each in nameless]), strict=True))
+    return [replace(call, guessed_agent=guesses.get(position)) for position, call in enumerate(calls)]
 
 
 def _call(
@@ -102,6 +130,10 @@ def _call(
         answers=[
             Answer(each.index, each.text, len(each.token_ids or ()), each.finish_reason) for each in generation.choices
         ],
+        agent_id=generation.agent_id,
+        parent_agent_id=generation.parent_agent_id,
+        purpose=generation.purpose,
+        retry=generation.retry,
     )
 
 

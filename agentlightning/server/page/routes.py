@@ -40,9 +40,14 @@ async def show_rollouts(request: Request, query: Annotated[TableQuery, Query()],
 
 @routes.get("/rollout", include_in_schema=False)
 async def show_rollout(
-    request: Request, database: Database, rollout_id: Annotated[Id | None, Query(alias="id")] = None
+    request: Request,
+    database: Database,
+    rollout_id: Annotated[Id | None, Query(alias="id")] = None,
+    agent_id: Id | None = None,
+    purpose: Id | None = None,
 ) -> Response:
-    """Show one rollout; without an id, the calls without a rollout."""
+    """Show one rollout, with all of its calls or those of an agent or a purpose; without an id, calls without one."""
+    wanted = {name: value for name, value in (("agent_id", agent_id), ("purpose", purpose)) if value is not None}
 
     def read(connection: Connection) -> dict[str, Any] | None:
         if rollout_id is None:
@@ -56,7 +61,13 @@ async def show_rollout(
         absence = None if has_answers else absence_of(connection, rollout_id, found)
         progress = progress_of(connection, rollout_id, found, calls)
         return {
-            "calls": calls,
+            "calls": [call for call in calls if all(getattr(call, name) == wanted[name] for name in wanted)],
+            "callers": {
+                name: sorted({value for call in calls if (value := getattr(call, name)) is not None})
+                for name in ("agent_id", "purpose")
+            },
+            "wanted": wanted,
+            "count": len(calls) + more_calls,
             "more_calls": more_calls,
             "timeline": shown,
             "rollout": found,
