@@ -47,7 +47,9 @@ def main(arguments: Sequence[str]) -> int:
     if options.url is not None:
         title = f"the server at {options.url}"
         report, findings = _examine("server", lambda: server.read(options.url, options.api_key), server.findings)
-        report["carriers"] = carriers.read(options.url, options.api_key)
+        # A router may hide the status of the servers behind it.
+        records = not report["server"] or report["server"]["recording"] is not None
+        report["carriers"] = carriers.read(options.url, options.api_key) if records else {}
         arrived = [*carriers.findings(report["carriers"])]
         findings = [*(server.BEHIND_ROUTER if arrived and not report["server"] else findings), *arrived]
     elif options.store is not None:

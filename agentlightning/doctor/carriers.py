@@ -61,17 +61,25 @@ def read(url: str, api_key: str | None) -> dict[str, list[str]]:
 
 
 def findings(arrived: Mapping[str, Sequence[str]]) -> Iterator[Finding]:
-    """Say of each carrier whether it arrives."""
+    """Say which carriers arrive: in one finding where all do, or else in one for each."""
     served = [endpoint for endpoint, carriers in arrived.items() if carriers]
-    for carrier in CARRIERS if served else ():
-        arrives = [endpoint for endpoint in served if carrier in arrived[endpoint]]
-        # vLLM's messages have no `user`.
-        lacks = [each for each in served if each not in arrives and (carrier, each) != ("user", "messages")]
-        subject, over = SHOWN.get(carrier, carrier), ", ".join(arrives)
-        if not arrives:
-            yield Finding(subject, Mark.NOTE, "does not arrive: the server is not told which rollout it names", HOW_TO)
-        elif lacks:
-            yield Finding(subject, Mark.NOTE, f"arrives over {over}; not over {', '.join(lacks)}", HOW_TO)
+    if not served:
+        return
+    # vLLM's messages have no `user`.
+    lacks = {
+        carrier: [each for each in served if carrier not in arrived[each] and (carrier, each) != ("user", "messages")]
+        for carrier in CARRIERS
+    }
+    if not any(lacks.values()):
+        yield Finding("rollouts", Mark.OK, f"every way to name one arrives, over {', '.join(served)}")
+        return
+    for carrier in CARRIERS:
+        over = ", ".join(each for each in served if carrier in arrived[each])
+        subject = SHOWN.get(carrier, carrier)
+        if not over:
+            yield Finding(subject, Mark.NOTE, "does not arrive: calls that it names have no rollout", HOW_TO)
+        elif lacks[carrier]:
+            yield Finding(subject, Mark.NOTE, f"arrives over {over}; not over {', '.join(lacks[carrier])}", HOW_TO)
         else:
             yield Finding(subject, Mark.OK, f"arrives over {over}")
 

@@ -125,7 +125,7 @@ def test_json_holds_what_the_server_said(armed: RemoteOpenAIServer) -> None:
     said = ask(armed.url, "--json")
 
     assert said.status == 0, said.stdout
-    assert said.json.keys() == {"ok", "findings", "server"}
+    assert said.json.keys() == {"ok", "findings", "server", "carriers"}
     assert said.json["ok"] is True
     assert said.json["server"].keys() == STATUS.keys()
     assert said.json["server"]["pid"] == armed.process.pid
