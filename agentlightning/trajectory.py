@@ -756,7 +756,7 @@ class _Maker:
         if status is not None and any(node.call.status != status for node, _ in path):
             return False
         for name in ("agent_id", "parent_agent_id", "purpose", "retry"):
-            if name in options and any(getattr(node.call, name) != options[name] for node, _ in path):
+            if (said := options.get(name)) is not None and any(getattr(node.call, name) != said for node, _ in path):
                 return False
         if options.get("complete") and (
             self._is_missing

@@ -85,9 +85,12 @@ def router(name: str, upstream: str, model: str) -> Iterator[str]:
         folder = Path(made)
         command = ROUTERS[name](port, metrics, upstream, model, folder)
         env = {each: value for each, value in os.environ.items() if not each.startswith(("AGL_", "PYTHON"))}
-        with (folder / "log").open("w") as log, subprocess.Popen(
-            command, env=env | ENVIRONMENT, cwd=folder, stdout=log, stderr=subprocess.STDOUT
-        ) as process:
+        with (
+            (folder / "log").open("w") as log,
+            subprocess.Popen(
+                command, env=env | ENVIRONMENT, cwd=folder, stdout=log, stderr=subprocess.STDOUT
+            ) as process,
+        ):
             try:
                 _wait(f"http://127.0.0.1:{port}", process, folder / "log")
                 yield f"http://127.0.0.1:{port}"

@@ -160,8 +160,8 @@ def test_no_rollouts_at_all(said: Any) -> None:
 
     assert answer.status == 0
     assert (
-        f"note no rollout all of them belong to no rollout: their calls came in a way that an older version did not record, "
-        f"and named none -> {HOW_TO_NAME_IT}" in answer.text
+        "note no rollout all of them belong to no rollout: their calls came in a way that an older version did not "
+        f"record, and named none -> {HOW_TO_NAME_IT}" in answer.text
     )
 
 

@@ -13,7 +13,7 @@ TEMPLATES = {
     "Llama": "<|start_header_id|>system<|end_header_id|>{}<|eot_id|><|start_header_id|>user<|end_header_id|>{}",
     "Gemma": "<bos>{}<start_of_turn>user\n{}<end_of_turn>",
     "Mistral": "<s>[SYSTEM_PROMPT]{}[/SYSTEM_PROMPT][INST]{}[/INST]",
-    "DeepSeek": "{}<\N{FULLWIDTH VERTICAL LINE}User\N{FULLWIDTH VERTICAL LINE}>{}<\N{FULLWIDTH VERTICAL LINE}Assistant\N{FULLWIDTH VERTICAL LINE}>",
+    "DeepSeek": "{}<BUserB>{}<BAssistantB>".replace("B", "\N{FULLWIDTH VERTICAL LINE}"),
     "Phi": "<|system|>{}<|end|><|user|>{}<|end|>",
 }
 

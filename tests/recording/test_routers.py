@@ -21,6 +21,7 @@ BY_NAME = [
     pytest.param("nginx", marks=pytest.mark.tier("all")),
 ]
 
+
 def documented(name: str) -> dict[str, str]:
     """Return what the documentation says of a router, by carrier."""
     lines = [line for line in PAGE.read_text().splitlines() if line.startswith("| ")]

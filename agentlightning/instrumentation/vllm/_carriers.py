@@ -165,7 +165,7 @@ def is_id(value: str) -> bool:
 def parse_name(text: str) -> RolloutName | None:
     """Parse `agl/ROLLOUT[/ATTEMPT[/AGENT]]/anything`; None for any other text. Each id is percent-encoded."""
     match = _IN_TEXT.fullmatch(text)
-    return None if match is None else RolloutName(*(part and unquote(part) for part in match.groups()))
+    return None if match is None else RolloutName(*(None if part is None else unquote(part) for part in match.groups()))
 
 
 def without_name(headers: Iterable[tuple[bytes, bytes]]) -> tuple[list[tuple[bytes, bytes]], RolloutName | None]:
@@ -179,9 +179,13 @@ def without_name(headers: Iterable[tuple[bytes, bytes]]) -> tuple[list[tuple[byt
         match = _IN_KEY.search(value) if name in _KEY_HEADERS else None
         if match is not None:
             value = value[: match.start()]
-            named = named or RolloutName(*(part and unquote(part.decode(*_UTF_8)) for part in match.groups()))
+            named = named or RolloutName(*map(_decoded, match.groups()))
         found.append((name, value))
     return found, named
+
+
+def _decoded(part: bytes | None) -> str | None:
+    return None if part is None else unquote(part.decode(*_UTF_8))
 
 
 def read_headers(headers: Mapping[bytes, bytes], in_key: RolloutName | None, caller: Caller) -> None:
