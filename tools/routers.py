@@ -33,14 +33,14 @@ OVER = {"chat/completions": "chat", "completions": "completions", "responses": "
 
 def row(arrived: Mapping[str, Sequence[str]], carrier: str) -> str:
     """Say over which endpoints a carrier arrives."""
-    served = [each for each in arrived if (carrier, each) != ("user", "messages")]
-    over = [OVER[each] for each in served if carrier in arrived[each]]
-    return "all" if len(over) == len(served) else ", ".join(over) or "**none**"
+    possible = [OVER[each] for each in OVER if (carrier, each) != ("user", "messages")]
+    over = [OVER[each] for each in arrived if carrier in arrived[each]]
+    return "all" if over == possible else ", ".join(over) or "**none**"
 
 
 def table(found: Mapping[str, Mapping[str, Sequence[str]]], kept: Mapping[str, str]) -> str:
     """Make the table of what arrives behind each router."""
-    head = ["carrier", *(f"{name} {VERSIONS[name]}" for name in found)]
+    head = ["carrier", *(f"{name} {VERSIONS[name]}".strip() for name in found)]
     lines = [head, ["---"] * len(head)]
     lines += [[SHOWN[carrier], *(row(arrived, carrier) for arrived in found.values())] for carrier in CARRIERS]
     lines.append(["ids in the answer", *kept.values()])

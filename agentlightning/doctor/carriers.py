@@ -111,7 +111,8 @@ def _arrives(server: str, api_key: str | None, model: str, endpoint: str, carrie
         headers = error.headers
     except (OSError, HTTPException, ValueError):
         return False
-    return headers.get(CARRIER_HEADER) == carrier
+    # LiteLLM's proxy puts llm_provider- in front of it.
+    return any(name.lower().endswith(CARRIER_HEADER) and value == carrier for name, value in headers.items())
 
 
 def _call(carrier: str, rollout: str, api_key: str | None) -> _Call:
