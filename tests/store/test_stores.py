@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ import pytest
 
 from agentlightning.errors import InvalidRecord
 from agentlightning.generation import Choice, Generation, Loss
-from agentlightning.store import Store, open_store
+from agentlightning.store import Store, open_database, open_store
 from tests.common.generations import EMPTY, FULL, HOSTILE, SECOND, START, generation
-from tests.store.conftest import EVERY_KIND, new_store_of
+from tests.store.conftest import BACK_TO_VERSION_3, EVERY_KIND, new_store_of
 
 pytestmark = pytest.mark.tier("check")
 
@@ -157,6 +158,24 @@ def test_hostile_ids_are_stored_and_found(store: Store, text: str) -> None:
         assert ids(store, **{name: text}) == [kept.id]
     # An empty attempt id is the same as none.
     assert [*store.generations()] == [replace(kept, attempt_id=text or None), other]
+
+
+def test_store_of_the_former_version_is_read_and_goes_on(store: Store, url: str) -> None:
+    if url.startswith("http"):
+        pytest.skip("a server's database is one of the other two")
+    caller: dict[str, Any] = {"agent_id": "a", "parent_agent_id": "p", "purpose": "title", "retry": 1, "via": "http"}
+    old, new = generation(1), generation(2, **caller)
+    store.add([generation(1, id=old.id, call_id=old.call_id, **caller)])
+    with closing(open_database(url)) as database, database.writing() as connection:
+        version = "UPDATE version SET version = 3" if "postgresql" in url else "PRAGMA user_version = 3"
+        for statement in (*BACK_TO_VERSION_3, version):
+            connection.exec_driver_sql(statement)
+
+    with open_store(url) as migrated:
+        migrated.add([new])
+
+        assert [*migrated.generations()] == [old, new]
+        assert [*migrated.generations(purpose=None)] == [old]
 
 
 def test_add_twice_stores_once(store: Store) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from urllib.parse import unquote
@@ -147,6 +147,13 @@ SOURCES: Mapping[str, Sequence[Source]] = {
     "retry": (Source(b"x-stainless-retry-count"),),
 }
 """For each field the headers that say it: ours, and those that agents and SDKs send by themselves. The first counts."""
+_READ: dict[bytes, list[str]] = {
+    name: [] for name in (b"x-agl-rollout-id", b"x-agl-attempt-id", b"baggage", *_TEXT_HEADERS, b"traceparent")
+}
+for _field, _sources in SOURCES.items():
+    for _source in _sources:
+        _READ.setdefault(_source.header, []).append(_field)
+"""Every header that is read, with the fields that it may say."""
 _SAME_PURPOSE = {
     "turn": "main",
     "subagent": "sub-agent",
@@ -195,16 +202,19 @@ def read_headers(headers: Mapping[bytes, bytes], in_key: RolloutName | None, cal
         headers: by their names in lower case, without what an API key had named.
         in_key: what the API key had named.
     """
+    # Most calls have none or one of all these headers, and this runs for every request.
+    found = _READ.keys() & headers.keys()
+    if not found and in_key is None:
+        return
     reader = _Reader(headers)
     agent = None
     for carrier, named in _names(headers, in_key, reader):
         agent = agent or _follow(caller, carrier, named)
-    for field in ("session_id", "agent_id", "parent_agent_id"):
-        setattr(caller, field, next(reader.values(field), None))
+    for field in {field for header in found for field in _READ[header]}:
+        value = next(reader.values(field), None)
+        if value is not None:
+            setattr(caller, field, _CONVERT[field](value) if field in _CONVERT else value)
     caller.agent_id = caller.agent_id or agent
-    purpose = next(reader.values("purpose"), None)
-    caller.purpose = _SAME_PURPOSE.get(purpose, purpose) if purpose else None
-    caller.retry = next((int(each) for each in reader.values("retry") if _is_count(each)), None)
     if b"traceparent" in headers:
         caller.trace_id = _trace_id(headers[b"traceparent"].decode("latin-1"))
         if caller.trace_id is None:
@@ -244,7 +254,8 @@ def _names(
     headers: Mapping[bytes, bytes], in_key: RolloutName | None, reader: _Reader
 ) -> Iterator[tuple[str, RolloutName]]:
     """Yield what each carrier among the headers names, in the documented order."""
-    yield "x-agl-rollout-id", RolloutName(reader.value(b"x-agl-rollout-id"), reader.value(b"x-agl-attempt-id"))
+    if b"x-agl-rollout-id" in headers or b"x-agl-attempt-id" in headers:
+        yield "x-agl-rollout-id", RolloutName(reader.value(b"x-agl-rollout-id"), reader.value(b"x-agl-attempt-id"))
     if b"baggage" in headers:
         ids = (reader.value(b"baggage", f"agentlightning.{name}") for name in ("rollout_id", "attempt_id"))
         yield "baggage", RolloutName(*ids)
@@ -275,8 +286,17 @@ def _follow(caller: Caller, carrier: str, named: RolloutName) -> str | None:
     return None
 
 
-def _is_count(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) < 11 and int(text) <= LARGEST_RETRY
+def _purpose(text: str) -> str:
+    return _SAME_PURPOSE.get(text, text)
+
+
+def _retry(text: str) -> int | None:
+    is_count = text.isascii() and text.isdigit() and len(text) < 11
+    return int(text) if is_count and int(text) <= LARGEST_RETRY else None
+
+
+_CONVERT: Mapping[str, Callable[[str], Any]] = {"purpose": _purpose, "retry": _retry}
+"""For fields that are not kept as headers have them."""
 
 
 class _Reader:
