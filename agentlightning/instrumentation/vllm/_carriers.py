@@ -67,7 +67,7 @@ class Caller:
     """What a request says of who called. An unknown field is None.
 
     Attributes:
-        rollout_id, attempt_id: from the first carrier that names a rollout.
+        rollout_id, attempt_id, carrier_agent_id: from the first carrier that names a rollout.
         session_id, agent_id, parent_agent_id, purpose, retry: as in a `Generation`.
         trace_id: of the W3C `traceparent`.
         carrier: the one of `CARRIERS` that named the rollout.
@@ -82,6 +82,7 @@ class Caller:
     retry: int | None = None
     trace_id: str | None = None
     carrier: str | None = None
+    carrier_agent_id: str | None = None
 
 
 class RolloutName(NamedTuple):
@@ -147,12 +148,13 @@ SOURCES: Mapping[str, Sequence[Source]] = {
     "retry": (Source(b"x-stainless-retry-count"),),
 }
 """For each field the headers that say it: ours, and those that agents and SDKs send by themselves. The first counts."""
-_READ: dict[bytes, list[str]] = {
-    name: [] for name in (b"x-agl-rollout-id", b"x-agl-attempt-id", b"baggage", *_TEXT_HEADERS, b"traceparent")
+_READ: Mapping[bytes, Sequence[str]] = {
+    header: [field for field, sources in SOURCES.items() if header in {source.header for source in sources}]
+    for header in (
+        *(b"x-agl-rollout-id", b"x-agl-attempt-id", b"baggage", *_TEXT_HEADERS, b"traceparent"),
+        *(source.header for sources in SOURCES.values() for source in sources),
+    )
 }
-for _field, _sources in SOURCES.items():
-    for _source in _sources:
-        _READ.setdefault(_source.header, []).append(_field)
 """Every header that is read, with the fields that it may say."""
 _SAME_PURPOSE = {
     "turn": "main",
@@ -207,14 +209,12 @@ def read_headers(headers: Mapping[bytes, bytes], in_key: RolloutName | None, cal
     if not found and in_key is None:
         return
     reader = _Reader(headers)
-    agent = None
     for carrier, named in _names(headers, in_key, reader):
-        agent = agent or _follow(caller, carrier, named)
+        _follow(caller, carrier, named)
     for field in {field for header in found for field in _READ[header]}:
         value = next(reader.values(field), None)
         if value is not None:
             setattr(caller, field, _CONVERT[field](value) if field in _CONVERT else value)
-    caller.agent_id = caller.agent_id or agent
     if b"traceparent" in headers:
         caller.trace_id = _trace_id(headers[b"traceparent"].decode("latin-1"))
         if caller.trace_id is None:
@@ -226,14 +226,13 @@ def read_user(user: Any, caller: Caller) -> None:
     named = parse_name(user) if isinstance(user, str) else None
     if named is None:
         return
+    in_key = None
     if caller.carrier == "key":
-        earlier = RolloutName(caller.rollout_id, caller.attempt_id)
-        caller.rollout_id = caller.attempt_id = caller.carrier = None
-        agent = _follow(caller, "user", named)
-        _follow(caller, "key", earlier)
-    else:
-        agent = _follow(caller, "user", named)
-    caller.agent_id = caller.agent_id or agent
+        in_key = RolloutName(caller.rollout_id, caller.attempt_id, caller.carrier_agent_id)
+        caller.rollout_id = None
+    _follow(caller, "user", named)
+    if in_key is not None:
+        _follow(caller, "key", in_key)
 
 
 def is_forwarded(headers: Iterable[tuple[bytes, bytes]]) -> bool:
@@ -270,20 +269,19 @@ def _names(
         yield "key", in_key
 
 
-def _follow(caller: Caller, carrier: str, named: RolloutName) -> str | None:
-    """Take a rollout from the first carrier that names one; returns the agent that it names beside it."""
+def _follow(caller: Caller, carrier: str, named: RolloutName) -> None:
+    """Take a rollout from the first carrier that names one, with the attempt and the agent beside it."""
     rollout, attempt, agent = (_valid_id(carrier, value) for value in named)
     if caller.rollout_id is None:
-        if rollout is not None:
-            # An attempt belongs to the rollout beside it.
-            caller.rollout_id, caller.attempt_id, caller.carrier = rollout, attempt, carrier
-            return agent
-        caller.attempt_id = caller.attempt_id or attempt
+        if rollout is None:
+            caller.attempt_id = caller.attempt_id or attempt
+        else:
+            caller.rollout_id, caller.attempt_id = rollout, attempt
+            caller.carrier, caller.carrier_agent_id = carrier, agent
     elif rollout is not None and (
         rollout != caller.rollout_id or (attempt and caller.attempt_id and attempt != caller.attempt_id)
     ):
         conflicting_names[carrier] += 1
-    return None
 
 
 def _purpose(text: str) -> str:

@@ -35,9 +35,9 @@ def caller_of(headers: dict[str, str], **path: Any) -> Caller:
 
 def said(headers: dict[str, str], **path: Any) -> dict[str, Any]:
     caller = caller_of(headers, **path)
-    return {
-        name: value for name in Caller.__slots__ if name != "carrier" and (value := getattr(caller, name)) is not None
-    }
+    caller.agent_id = caller.agent_id or caller.carrier_agent_id
+    caller.carrier = caller.carrier_agent_id = None
+    return {name: value for name in Caller.__slots__ if (value := getattr(caller, name)) is not None}
 
 
 @pytest.mark.parametrize(
@@ -235,6 +235,13 @@ def test_agents_own_headers_name_it_before_the_key_does() -> None:
 
     assert said(key)["agent_id"] == "planner"
     assert said({**key, "x-claude-code-agent-id": "child"})["agent_id"] == "child"
+
+
+def test_agent_belongs_to_the_rollout_beside_it() -> None:
+    caller = caller_of({"authorization": "Bearer k@rollout=r,attempt=1,agent=planner"})
+    _carriers.read_user("agl/other/x", caller)
+
+    assert (caller.rollout_id, caller.attempt_id, caller.carrier_agent_id) == ("other", None, None)
 
 
 @pytest.mark.parametrize("user", [None, 7, "", "somebody", {"agl/r": 1}])
