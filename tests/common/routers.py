@@ -21,13 +21,15 @@ __all__ = ["ROUTERS", "VERSIONS", "keeps_ids", "router"]
 
 SECONDS = 240
 VERSIONS = {"vllm-router": "0.1.17", "smg": "1.13.0", "LiteLLM": "1.108.0", "nginx": ""}
+DATE = "2026-11-30"
+"""What they need in turn is what a package index had then."""
 
 Command = Callable[[int, int, str, str, Path], list[str]]
 
 
 def _in_rust(name: str, *arguments: str) -> Command:
     def command(port: int, metrics: int, upstream: str, model: str, folder: Path) -> list[str]:
-        made = environment("routers", "vllm-router and smg", (_package("vllm-router"), _package("smg")))
+        made = environment("routers", "vllm-router and smg", (_package("vllm-router"), _package("smg")), date=DATE)
         options = [f"--port={port}", f"--prometheus-port={metrics}", "--host=127.0.0.1", "--policy=round_robin"]
         return [str(made / name), *arguments, *options, "--worker-urls", upstream]
 
@@ -39,7 +41,7 @@ def _package(name: str) -> str:
 
 
 def _litellm(port: int, metrics: int, upstream: str, model: str, folder: Path) -> list[str]:
-    made = environment("litellm", "LiteLLM's proxy", (f"litellm[proxy]=={VERSIONS['LiteLLM']}",))
+    made = environment("litellm", "LiteLLM's proxy", (f"litellm[proxy]=={VERSIONS['LiteLLM']}",), date=DATE)
     deployment = {"model": f"hosted_vllm/{model}", "api_base": f"{upstream}/v1", "api_key": "none"}
     config = {
         "model_list": [{"model_name": model, "litellm_params": deployment}],

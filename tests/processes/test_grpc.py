@@ -82,6 +82,7 @@ def test_grpc_answers_are_unchanged_and_recorded_for_the_rollout_in_the_request_
         # The server warms up with requests of its own, which are for none.
         [kept] = [each for each in recorded.generations() if each.rollout_id is not None]
     assert (kept.rollout_id, kept.attempt_id, kept.request_id) == (ROLLOUT, ATTEMPT, f"{ROLLOUT}.{ATTEMPT}")
+    assert kept.via == "grpc"
     assert kept.prompt_token_ids is not None
     assert kept.prompt_token_ids.tolist() == prompt
     [choice] = kept.choices

@@ -83,7 +83,7 @@ def test_answers_of_the_rust_frontend_are_recorded_completely(
     said = [token_id for choice in choices for token_id in choice.get("token_ids") or []]
     assert ids_of(kept) == (prompt, [said])
     assert said == greedy(prompt, 24)
-    assert (kept.rollout_id, kept.attempt_id) == (rollout, "at-1")
+    assert (kept.rollout_id, kept.attempt_id, kept.via) == (rollout, "at-1", "engine")
     assert (kept.endpoint, kept.model, kept.status) == (path, "tiny", "finished")
     assert kept.response_id == kept.request_id == chunks[0]["id"]
     assert kept.choices[0].finish_reason == "length"

@@ -47,7 +47,7 @@ def test_carriers_arrive_behind_a_router_as_documented(two_api_servers: Recordin
     if name != "nginx":
         expected = [
             f"{carriers.SHOWN.get(carrier, carrier)} "
-            f"{'does not arrive' if row(found, carrier) == '**none**' else 'arrives over chat/completions'}"
+            f"{'does not arrive' if row(found, carrier) == '**none**' else 'arrives over'}"
             for carrier in CARRIERS
         ]
     assert [each for each in expected if each not in said.text] == []

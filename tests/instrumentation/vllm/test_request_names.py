@@ -17,6 +17,11 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
         ("cmpl-größe-eaf61e22", RequestName("cmpl-größe", "cmpl-größe", COMPLETIONS, "größe")),
         ("cmpl-ro-7-eaf61e22", RequestName("cmpl-ro-7", "cmpl-ro-7", COMPLETIONS, "ro-7")),
         ("ro-7.1-eaf61e22", RequestName("ro-7.1", "ro-7.1", None, "ro-7", "1")),
+        (
+            "chatcmpl-agl/a%2Fb/at-1/planner/7-eaf61e22",
+            RequestName(*["chatcmpl-agl/a%2Fb/at-1/planner/7"] * 2, CHAT, "a/b", "at-1", "planner"),
+        ),
+        ("agl/ro-7/7-eaf61e22", RequestName("agl/ro-7/7", "agl/ro-7/7", None, "ro-7")),
         # Where a client sends no header.
         ("chatcmpl-7541c8c9-f6dc9b0f", RequestName("chatcmpl-7541c8c9", "chatcmpl-7541c8c9", CHAT)),
         # Of vLLM's gRPC server itself.
