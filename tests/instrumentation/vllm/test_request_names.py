@@ -19,7 +19,9 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
         ("ro-7.1-eaf61e22", RequestName("ro-7.1", "ro-7.1", None, "ro-7", "1")),
         (
             "chatcmpl-agl/a%2Fb/at-1/planner/7-eaf61e22",
-            RequestName(*["chatcmpl-agl/a%2Fb/at-1/planner/7"] * 2, CHAT, "a/b", "at-1", "planner"),
+            RequestName(
+                "chatcmpl-agl/a%2Fb/at-1/planner/7", "chatcmpl-agl/a%2Fb/at-1/planner/7", CHAT, "a/b", "at-1", "planner"
+            ),
         ),
         ("agl/ro-7/7-eaf61e22", RequestName("agl/ro-7/7", "agl/ro-7/7", None, "ro-7")),
         # Where a client sends no header.
