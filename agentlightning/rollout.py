@@ -195,6 +195,17 @@ class Rollout(_Portable):
             path += f"/attempt/{quote(self.attempt.attempt_id, safe='')}"
         return f"{root}{path}/v1"
 
+    def api_key(self, key: str = "none") -> str:
+        """Return the API key with which a client's calls are recorded under this rollout and its attempt.
+
+        It is for agents that take a key, and no base URL with a path, or stand behind a router.
+
+        Args:
+            key: the key of the vLLM server; any text for a server without one.
+        """
+        named = f"{key}@rollout={quote(self.rollout_id, safe='')}"
+        return named if self.attempt is None else f"{named},attempt={quote(self.attempt.attempt_id, safe='')}"
+
     def reward(self, value: float, generation_id: str | None = None) -> None:
         """Reward the attempt that this object holds, or else the latest one; see `Store.add_reward`."""
         _store_of(self).add_reward(self.rollout_id, self._attempt_id, value, generation_id)

@@ -86,6 +86,8 @@ def test_base_urls_name_the_rollout_and_the_attempt(store: agl.Store) -> None:
     assert rollout.base_url("http://localhost:8000") == rollout.base_url("http://localhost:8000/v1/")
     assert rollout.base_url("http://localhost:8000") == f"http://localhost:8000{path}"
     assert waiting.base_url("http://localhost:8000") == f"http://localhost:8000/rollout/{rollout.rollout_id}/v1"
+    assert waiting.api_key() == f"none@rollout={rollout.rollout_id}"
+    assert rollout.api_key("KEY") == f"KEY@rollout={rollout.rollout_id},attempt={rollout.attempt.attempt_id}"
 
 
 def test_a_rollout_that_is_rewarded_and_finished_has_succeeded(store: agl.Store) -> None:
