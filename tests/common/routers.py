@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import tempfile
 import time
@@ -14,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.common.debian import NGINX
 from tests.common.vllm import free_port
 from tools.peer import environment
 
@@ -63,7 +63,7 @@ def _nginx(port: int, metrics: int, upstream: str, model: str, folder: Path) -> 
             server {{ listen 127.0.0.1:{port}; location / {{ proxy_pass {upstream}; }} }}
         }}"""
     )
-    return ["nginx", "-p", str(folder), "-c", str(folder / "nginx.conf"), "-e", str(folder / "error.log")]
+    return [str(NGINX.find()), "-p", str(folder), "-c", str(folder / "nginx.conf"), "-e", str(folder / "error.log")]
 
 
 ROUTERS: Mapping[str, Command] = {
@@ -98,11 +98,6 @@ def router(name: str, upstream: str, model: str) -> Iterator[str]:
                 yield f"http://127.0.0.1:{port}"
             finally:
                 process.terminate()
-
-
-def is_missing(name: str) -> bool:
-    """Tell whether a router is not installed, and comes from no package index."""
-    return name == "nginx" and shutil.which("nginx") is None
 
 
 def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -8,7 +8,8 @@ import pytest
 
 from agentlightning.doctor import carriers
 from agentlightning.instrumentation.vllm._carriers import CARRIERS, PROBE
-from tests.common.routers import is_missing, router
+from tests.common.debian import NGINX
+from tests.common.routers import router
 from tests.common.vllm import SCRIPTS
 from tests.doctor.command import run
 from tests.recording.server import RecordingServer
@@ -34,8 +35,8 @@ def documented(name: str) -> dict[str, str]:
 @pytest.mark.takes_long("it may install the router")
 @pytest.mark.parametrize("name", BY_NAME)
 def test_carriers_arrive_behind_a_router_as_documented(two_api_servers: RecordingServer, name: str) -> None:
-    if is_missing(name):
-        pytest.skip(f"{name} is not installed")
+    if name == "nginx" and NGINX.find() is None:
+        pytest.skip(NGINX.missing)
     server = two_api_servers
     with router(name, server.url, server.model) as url:
         found = carriers.read(url, None)
