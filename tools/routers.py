@@ -53,7 +53,7 @@ def main() -> None:
     kept: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder, RecordingServer(Path(folder) / "store.db") as server:
         for name in ROUTERS:
-            with router(name, server.url, server.model) as url:
+            with router(name, [server.url], server.model) as url:
                 found[name] = carriers.read(url, None)
                 kept[name] = keeps_ids(url, server.model)
     before, _, rest = PAGE.read_text().partition(BEGIN)

@@ -8,10 +8,11 @@ import subprocess
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from tests.common.debian import NGINX
 from tests.common.vllm import free_port
@@ -24,14 +25,15 @@ VERSIONS = {"vllm-router": "0.1.17", "smg": "1.13.0", "LiteLLM": "1.108.0", "ngi
 DATE = "2026-11-30"
 """What they need in turn is what a package index had then."""
 
-Command = Callable[[int, int, str, str, Path], list[str]]
+Command = Callable[[int, int, Sequence[str], str, Path], list[str]]
+"""Of a port, a port for metrics, the URLs of servers, the name of their model, and a folder."""
 
 
 def _in_rust(name: str, *arguments: str) -> Command:
-    def command(port: int, metrics: int, upstream: str, model: str, folder: Path) -> list[str]:
+    def command(port: int, metrics: int, servers: Sequence[str], model: str, folder: Path) -> list[str]:
         made = environment("routers", "vllm-router and smg", (_package("vllm-router"), _package("smg")), date=DATE)
         options = [f"--port={port}", f"--prometheus-port={metrics}", "--host=127.0.0.1", "--policy=round_robin"]
-        return [str(made / name), *arguments, *options, "--worker-urls", upstream]
+        return [str(made / name), *arguments, *options, "--worker-urls", *servers]
 
     return command
 
@@ -40,9 +42,9 @@ def _package(name: str) -> str:
     return f"{name}=={VERSIONS[name]}"
 
 
-def _litellm(port: int, metrics: int, upstream: str, model: str, folder: Path) -> list[str]:
+def _litellm(port: int, metrics: int, servers: Sequence[str], model: str, folder: Path) -> list[str]:
     made = environment("litellm", "LiteLLM's proxy", (f"litellm[proxy]=={VERSIONS['LiteLLM']}",), date=DATE)
-    deployment = {"model": f"hosted_vllm/{model}", "api_base": f"{upstream}/v1", "api_key": "none"}
+    deployment = {"model": f"hosted_vllm/{model}", "api_base": f"{servers[0]}/v1", "api_key": "none"}
     config = {
         "model_list": [{"model_name": model, "litellm_params": deployment}],
         "general_settings": {"forward_client_headers_to_llm_api": True},
@@ -51,7 +53,8 @@ def _litellm(port: int, metrics: int, upstream: str, model: str, folder: Path) -
     return [str(made / "litellm"), "--config", str(folder / "config.yaml"), f"--port={port}", "--host=127.0.0.1"]
 
 
-def _nginx(port: int, metrics: int, upstream: str, model: str, folder: Path) -> list[str]:
+def _nginx(port: int, metrics: int, servers: Sequence[str], model: str, folder: Path) -> list[str]:
+    upstream = "".join(f"server {urlsplit(each).netloc}; " for each in servers)
     (folder / "nginx.conf").write_text(
         f"""
         daemon off; pid {folder}/nginx.pid; error_log {folder}/error.log;
@@ -60,7 +63,8 @@ def _nginx(port: int, metrics: int, upstream: str, model: str, folder: Path) -> 
             access_log off;
             client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy; fastcgi_temp_path {folder}/fastcgi;
             uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
-            server {{ listen 127.0.0.1:{port}; location / {{ proxy_pass {upstream}; }} }}
+            upstream servers {{ hash $http_x_agl_rollout_id consistent; {upstream} }}
+            server {{ listen 127.0.0.1:{port}; location / {{ proxy_pass http://servers; }} }}
         }}"""
     )
     return [str(NGINX.find()), "-p", str(folder), "-c", str(folder / "nginx.conf"), "-e", str(folder / "error.log")]
@@ -80,12 +84,17 @@ ENVIRONMENT = {
 
 
 @contextmanager
-def router(name: str, upstream: str, model: str) -> Iterator[str]:
-    """Run a router in front of a server; yields its URL once it serves the model."""
+def router(name: str, servers: Sequence[str], model: str, *options: str) -> Iterator[str]:
+    """Run a router in front of servers; yields its URL once it serves the model.
+
+    Args:
+        servers: their URLs.
+        options: are added to its command.
+    """
     port, metrics = free_port(), free_port()
     with tempfile.TemporaryDirectory(prefix="agl-router-") as made:
         folder = Path(made)
-        command = ROUTERS[name](port, metrics, upstream, model, folder)
+        command = [*ROUTERS[name](port, metrics, servers, model, folder), *options]
         env = {each: value for each, value in os.environ.items() if not each.startswith(("AGL_", "PYTHON"))}
         with (
             (folder / "log").open("w") as log,

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -12,7 +19,7 @@ from tests.common.debian import NGINX
 from tests.common.routers import router
 from tests.common.vllm import SCRIPTS
 from tests.doctor.command import run
-from tests.recording.server import RecordingServer
+from tests.recording.server import RecordingServer, until
 from tools.routers import PAGE, SHOWN, row
 
 BY_NAME = [
@@ -38,7 +45,7 @@ def test_carriers_arrive_behind_a_router_as_documented(two_api_servers: Recordin
     if name == "nginx" and NGINX.find() is None:
         pytest.skip(NGINX.missing)
     server = two_api_servers
-    with router(name, server.url, server.model) as url:
+    with router(name, [server.url], server.model) as url:
         found = carriers.read(url, None)
         said: Any = run(SCRIPTS / "agl", "doctor", "--url", url)
 
@@ -60,3 +67,90 @@ def test_every_carrier_arrives_without_a_router(two_api_servers: RecordingServer
         endpoint: [each for each in CARRIERS if (each, endpoint) != ("user", "messages")]
         for endpoint in carriers.ENDPOINTS
     }
+
+
+@contextmanager
+def stand_in() -> Iterator[tuple[str, list[str]]]:
+    """Serve what routers ask of a vLLM server; yields its URL, and the paths of the calls that it gets."""
+    calls: list[str] = []
+    model = {"id": "tiny", "object": "model", "created": 1, "owned_by": "vllm", "root": "tiny", "max_model_len": 100}
+    message = {"role": "assistant", "content": "one"}
+    usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+    choice = {"index": 0, "message": message, "finish_reason": "stop"}
+    chat = {"id": "c", "object": "chat.completion", "created": 1, "model": "tiny", "choices": [choice], "usage": usage}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self._answer({"object": "list", "data": [model], "model_path": "tiny", "version": "0.32.0"})
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers.get("content-length", 0)))
+            calls.append(self.path)
+            self._answer(chat)
+
+        def _answer(self, answer: object) -> None:
+            body = json.dumps(answer).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", calls
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+STICKY = {
+    "vllm-router": ("vllm-router", ["--policy=consistent_hash"], {"x-correlation-id": "agl/{}/x"}),
+    "vllm-router, by session": ("vllm-router", ["--policy=consistent_hash"], {"x-session-id": "{}"}),
+    "smg": ("smg", ["--policy=consistent_hashing"], {"x-smg-routing-key": "{}"}),
+    "smg, by key": (
+        "smg",
+        ["--policy=consistent_hashing", "--routing-key-headers", "authorization"],
+        {"Authorization": "Bearer none@rollout={}"},
+    ),
+    "nginx": ("nginx", [], {"x-agl-rollout-id": "{}"}),
+}
+# So many rollouts that none of the two servers is left out by chance.
+ROLLOUTS, CALLS = 40, 2
+
+
+@pytest.mark.tier("all")
+@pytest.mark.takes_long("it may install the router")
+@pytest.mark.parametrize(("name", "options", "headers"), STICKY.values(), ids=STICKY)
+def test_calls_of_a_rollout_stay_on_one_server_as_documented(
+    name: str, options: list[str], headers: dict[str, str]
+) -> None:
+    if name == "nginx" and NGINX.find() is None:
+        pytest.skip(NGINX.missing)
+    body = json.dumps({"model": "tiny", "messages": [{"role": "user", "content": "one"}]}).encode()
+    with (
+        stand_in() as (first, calls),
+        stand_in() as (second, others),
+        router(name, [first, second], "tiny", *options) as url,
+    ):
+
+        def ask(rollout: str) -> tuple[int, int]:
+            """Call for a rollout; returns how many more calls each server has then."""
+            before = len(calls), len(others)
+            sent = {header: value.format(rollout) for header, value in headers.items()}
+            for _ in range(CALLS):
+                asked = {"Content-Type": "application/json", **sent}
+                request = urllib.request.Request(f"{url}/v1/chat/completions", body, asked)
+                urllib.request.urlopen(request, timeout=60).close()
+            return len(calls) - before[0], len(others) - before[1]
+
+        # A router may serve before it knows both.
+        until(lambda: ask(uuid.uuid4().hex) and calls and others, "a call of each server")
+        seen = {ask(f"ro-{number}") for number in range(ROLLOUTS)}
+
+    assert seen == {(CALLS, 0), (0, CALLS)}
