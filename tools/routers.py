@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from agentlightning.doctor import carriers
@@ -58,7 +60,8 @@ def main() -> None:
                 kept[name] = keeps_ids(url, server.model)
     before, _, rest = PAGE.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{table(found, kept)}\n{END}{after}")
+    tried = f"Tried on {time.strftime('%Y-%m-%d')} with vLLM {version('vllm')}, one server behind each."
+    PAGE.write_text(f"{before}{BEGIN}\n\n{table(found, kept)}\n{tried}\n\n{END}{after}")
 
 
 if __name__ == "__main__":
