@@ -27,11 +27,14 @@ if TYPE_CHECKING:
     from agentlightning.errors import (
         AgentLightningError,
         InvalidRecord,
+        LogprobsDiffer,
         NotFound,
         RolloutUnderWay,
         StoreError,
         StoreRefused,
         StoreUnavailable,
+        TrainingError,
+        UnusableRows,
     )
     from agentlightning.generation import Choice, Generation
     from agentlightning.instrumentation import instrument_vllm, status, uninstrument_vllm
@@ -47,6 +50,7 @@ __all__ = [
     "Completeness",
     "Generation",
     "InvalidRecord",
+    "LogprobsDiffer",
     "NewRollout",
     "NotFound",
     "Resources",
@@ -59,8 +63,10 @@ __all__ = [
     "StoreError",
     "StoreRefused",
     "StoreUnavailable",
+    "TrainingError",
     "Trajectory",
     "Triplet",
+    "UnusableRows",
     "Worker",
     "__version__",
     "instrument_vllm",
@@ -74,7 +80,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "agentlightning.completeness": ("Completeness", "Shortfall"),
     "agentlightning.errors": (
-        *("AgentLightningError", "InvalidRecord", "NotFound"),
+        *("AgentLightningError", "InvalidRecord", "LogprobsDiffer", "NotFound", "TrainingError", "UnusableRows"),
         *("RolloutUnderWay", "StoreError", "StoreRefused", "StoreUnavailable"),
     ),
     "agentlightning.generation": ("Choice", "Generation"),

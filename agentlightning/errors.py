@@ -2,6 +2,9 @@
 
 ```text
 AgentLightningError
+├── TrainingError
+│   ├── UnusableRows        a trainer cannot take these rows, or would train them wrongly
+│   └── LogprobsDiffer      engine and trainer give other logprobs to the same ids
 └── StoreError
     ├── StoreUnavailable    the store cannot be reached or written now; retrying may help
     ├── StoreRefused        the store cannot be used as configured; waiting does not help
@@ -21,22 +24,21 @@ from itertools import islice
 __all__ = [
     "AgentLightningError",
     "InvalidRecord",
+    "LogprobsDiffer",
     "NotFound",
     "RolloutUnderWay",
     "StoreError",
     "StoreRefused",
     "StoreUnavailable",
+    "TrainingError",
+    "UnusableRows",
 ]
 
 REASONS_SHOWN = 3
 
 
 class AgentLightningError(Exception):
-    """Base of all errors of this package."""
-
-
-class StoreError(AgentLightningError):
-    """Base of all errors of a store. Its text is what happened and, after a colon, the advice.
+    """Base of all errors of this package. Its text is what happened and, after a colon, the advice.
 
     Attributes:
         happened: what happened, without the advice.
@@ -47,6 +49,22 @@ class StoreError(AgentLightningError):
         super().__init__(f"{happened}: {advice}" if advice else happened)
         self.happened = happened
         self.advice = advice
+
+
+class TrainingError(AgentLightningError):
+    """Base of what `agentlightning.trainers` refuses."""
+
+
+class UnusableRows(TrainingError):
+    """A trainer cannot take these rows, or would train them wrongly."""
+
+
+class LogprobsDiffer(TrainingError):
+    """Engine and trainer give other logprobs to the same ids."""
+
+
+class StoreError(AgentLightningError):
+    """Base of all errors of a store."""
 
 
 class StoreUnavailable(StoreError):

@@ -50,7 +50,7 @@ def test_an_unknown_name_is_an_attribute_error_that_names_it() -> None:
 @pytest.mark.parametrize("name", [name for name in errors.__all__ if name != "AgentLightningError"])
 def test_every_error_is_caught_as_an_error_of_this_package(name: str) -> None:
     assert issubclass(getattr(agl, name), agl.AgentLightningError)
-    assert issubclass(getattr(agl, name), agl.StoreError)
+    assert issubclass(getattr(agl, name), agl.StoreError | agl.TrainingError)
 
 
 @pytest.mark.parametrize("module", [store, interface])

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "agentlightning"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
-    ("doctor",),
+    ("doctor", "trainers"),
     ("server",),
     ("instrumentation",),
     ("recorder",),

@@ -1,0 +1,83 @@
+"""Checks that every adapter makes before a trainer gets rows, each with a sentence that says what to do.
+
+A trainer that gets a row without a reward, or of another model, trains it in silence. So nothing is filled in here, cut
+or left out: the caller chooses rows with the options of `store.trajectories()`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from agentlightning.errors import UnusableRows
+from agentlightning.trajectory import Trajectory
+
+__all__ = ["check_rows", "have_logprobs", "name_of", "reward_of"]
+
+
+def check_rows(
+    trajectories: Sequence[Trajectory],
+    *,
+    max_prompt_length: int | None = None,
+    max_response_length: int | None = None,
+    needs_logprobs: bool = False,
+) -> None:
+    """Refuse rows that a trainer cannot take or would train wrongly.
+
+    Raises:
+        UnusableRows: there is no row, rows are of several models, one has no reward or is too long, or logprobs are
+            needed and one row has none.
+    """
+    if not trajectories:
+        raise UnusableRows(
+            "there is no row to train",
+            "look at `left_out` and `store.completeness()` of the rollouts, or at the options that chose the rows",
+        )
+    models = sorted({row.model or "unknown" for row in trajectories})
+    if len(models) > 1:
+        raise UnusableRows(
+            f"the rows are of several models ({', '.join(models)})",
+            "train one at a time, with the option model of store.trajectories()",
+        )
+    for row in trajectories:
+        reward_of(row)
+        _check_length(row, "prompt", row.prompt_length, max_prompt_length)
+        _check_length(row, "response", len(row.token_ids) - row.prompt_length, max_response_length)
+        if needs_logprobs and (row.logprobs is None or not all(map(math.isfinite, row.logprobs))):
+            raise UnusableRows(
+                f"{name_of(row)} has {'no' if row.logprobs is None else 'infinite'} logprobs",
+                "start vLLM with AGL_LOGPROBS=on" if row.logprobs is None else "leave the row out",
+            )
+
+
+def have_logprobs(trajectories: Sequence[Trajectory]) -> bool:
+    """Tell whether every row has logprobs: trainers take those of all rows, or none."""
+    return all(row.logprobs is not None for row in trajectories)
+
+
+def reward_of(row: Trajectory) -> float:
+    """Return the final reward of the row's attempt.
+
+    Raises:
+        UnusableRows: it has none.
+    """
+    if row.reward is None:
+        raise UnusableRows(
+            f"{name_of(row)} has no reward",
+            "reward the rollout before it ends (rollout.reward(1.0)), or leave out rows whose reward is None",
+        )
+    return row.reward
+
+
+def name_of(row: Trajectory) -> str:
+    """Name a row in a sentence."""
+    return f"row {row.index} of rollout {row.rollout_id!r}"
+
+
+def _check_length(row: Trajectory, part: str, length: int, limit: int | None) -> None:
+    if limit is not None and length > limit:
+        raise UnusableRows(
+            f"the {part} of {name_of(row)} has {length} ids, more than the {limit} that the trainer takes",
+            f"raise the trainer's limit, or read the rows with max_{part}_length={limit}, which "
+            f"{'leaves such rows out' if part == 'prompt' else 'cuts such rows, and flags them'}",
+        )

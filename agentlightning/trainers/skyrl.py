@@ -1,0 +1,83 @@
+"""Trajectories for SkyRL: a `GeneratorOutput`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+
+from agentlightning.errors import UnusableRows
+from agentlightning.trainers.rows import check_rows, have_logprobs, name_of
+from agentlightning.trajectory import Trajectory
+
+__all__ = ["generator_output"]
+
+
+def generator_output(trajectories: Sequence[Trajectory], *, step_wise: bool = False) -> Any:
+    """Return the `GeneratorOutput` of rows, those of an attempt next to each other.
+
+    Args:
+        step_wise: take several rows of a rollout as its steps, with the reward at the last id of the last one. Without
+            it, each rollout has exactly one row.
+
+    Raises:
+        UnusableRows: a rollout has several rows and `step_wise` is off, or its rows are not next to each other; or see
+            `check_rows`.
+    """
+    from skyrl.train.generators.base import (  # pyright: ignore[reportMissingImports]
+        GeneratorOutput,
+        TrajectoryID,
+    )
+
+    check_rows(trajectories)
+    steps = [list(rows) for _, rows in groupby(trajectories, key=lambda row: (row.rollout_id, row.attempt_id))]
+    if len(steps) > len({(rows[0].rollout_id, rows[0].attempt_id) for rows in steps}):
+        raise UnusableRows("the rows of a rollout are not next to each other", "sort them by rollout_id")
+    several = next((rows for rows in steps if len(rows) > 1), None)
+    if several is not None and not step_wise:
+        raise UnusableRows(
+            f"rollout {several[0].rollout_id!r} has {len(several)} rows, and SkyRL takes one a prompt",
+            "pass step_wise=True here and in SkyRL's generator.step_wise_trajectories",
+        )
+    seen: Counter[str] = Counter()
+    ids, rewards, is_last = [], [], []
+    for rows in steps:
+        instance = rows[0].group or str(rows[0].rollout_id)
+        ids += [TrajectoryID(instance_id=instance, repetition_id=seen[instance])] * len(rows)
+        seen[instance] += 1
+        for row in rows:
+            is_last.append(row is rows[-1])
+            of_row = [0.0] * (len(row.token_ids) - row.prompt_length)
+            of_row[-1] = (row.reward or 0.0) if row is rows[-1] else 0.0
+            rewards.append(of_row)
+    return GeneratorOutput(
+        prompt_token_ids=[row.token_ids[: row.prompt_length].tolist() for row in trajectories],
+        response_ids=[row.token_ids[row.prompt_length :].tolist() for row in trajectories],
+        rewards=rewards,
+        loss_masks=[row.response_mask[row.prompt_length :].tolist() for row in trajectories],
+        stop_reasons=[row.spans[-1].finish_reason or row.spans[-1].status for row in trajectories],
+        rollout_metrics=None,
+        rollout_logprobs=[row.logprobs[row.prompt_length :].tolist() for row in trajectories if row.logprobs]
+        if have_logprobs(trajectories)
+        else None,
+        trajectory_ids=ids,
+        trajectory_generation_times=None,
+        trajectory_time_splits=None,
+        rollout_expert_indices=_experts(trajectories),
+        rollout_sample_support=None,
+        is_last_step=is_last if step_wise else None,
+        env_metrics=None,
+        pixel_values=None,
+        image_grid_thw=None,
+    )
+
+
+def _experts(trajectories: Sequence[Trajectory]) -> list[Any] | None:
+    known = [row.routed_experts for row in trajectories if row.routed_experts is not None]
+    if known and len(known) < len(trajectories):
+        without = next(row for row in trajectories if row.routed_experts is None)
+        raise UnusableRows(f"{name_of(without)} has no routed experts, but others have", "leave it out")
+    return [np.frombuffer(each.ids, np.int16).reshape(each.shape) for each in known] or None

@@ -1,0 +1,158 @@
+"""Trajectories for TRL: what `GRPOTrainer(rollout_func=…)` takes, and such a function over a store."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Literal
+
+from agentlightning.errors import UnusableRows
+from agentlightning.rollout import NewRollout, Rollout
+from agentlightning.store import Store
+from agentlightning.trainers.rows import check_rows
+from agentlightning.trajectory import MergeOptions, Trajectory
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["columns", "reward", "rollout_func"]
+
+logger = logging.getLogger(__name__)
+
+
+def columns(trajectories: Sequence[Trajectory]) -> dict[str, list[Any]]:
+    """Return rows as the dictionary that a `rollout_func` returns, one row for each, in order.
+
+    Besides what TRL itself reads it has `reward`, for the function `reward`, and `rollout_id` and `flags`, which any
+    reward function may take.
+
+    Raises:
+        UnusableRows: a row has no logprobs; or see `check_rows`.
+    """
+    check_rows(trajectories, needs_logprobs=True)
+    return {
+        "prompt_ids": [row.token_ids[: row.prompt_length].tolist() for row in trajectories],
+        "completion_ids": [row.token_ids[row.prompt_length :].tolist() for row in trajectories],
+        "logprobs": [row.logprobs[row.prompt_length :].tolist() for row in trajectories if row.logprobs is not None],
+        "env_mask": [row.response_mask[row.prompt_length :].tolist() for row in trajectories],
+        "reward": [row.reward for row in trajectories],
+        "rollout_id": [row.rollout_id for row in trajectories],
+        "flags": [row.flags for row in trajectories],
+    }
+
+
+def reward(completions: Sequence[Any], reward: Sequence[float | None], **_: Any) -> list[float | None]:
+    """Return the rewards that the store has: the reward function for `GRPOTrainer(reward_funcs=…)`.
+
+    TRL leaves a completion whose reward is None out of its group's mean, and gives it no advantage.
+    """
+    return list(reward)
+
+
+def rollout_func(
+    store: Store,
+    run_agent: Callable[[Rollout], None] | None = None,
+    *,
+    workers: int = 8,
+    timeout: float | None = None,
+    failed: Literal["mask", "raise"] = "mask",
+    read: Callable[[Rollout], Iterable[Trajectory]] | None = None,
+    **options: Unpack[MergeOptions],
+) -> Callable[[list[Any], Any], dict[str, list[Any]]]:
+    """Return a function for `GRPOTrainer(rollout_func=…)`: it makes a rollout of each prompt, and returns their rows.
+
+    It returns when all rollouts have ended and vLLM has written every call, so groups are complete. TRL takes one row a
+    prompt: of a rollout with several it gets the one with the most trained ids, and a warning names the others.
+
+    Args:
+        run_agent: called with each rollout, in threads: it calls the agent, and rewards the rollout. If it raises, the
+            rollout has failed. None: runners elsewhere take the rollouts from the store's queue.
+        workers: number of threads.
+        timeout: seconds for all rollouts of a step; None for no limit.
+        failed: what becomes of a rollout that failed, or has no row or no reward. `mask`: its row is masked whole, and
+            its reward is None. `raise`: an error ends the training.
+        read: returns the rows of a rollout that has ended; None for `rollout.trajectories(**options)`.
+        options: those of `store.trajectories()`.
+
+    Raises, when it is called:
+        UnusableRows: no rollout of the step has a row, or `failed` is `raise` and one has none; or see `check_rows`.
+        StoreUnavailable: the store went away. Nothing of the step was trained; start again from the last checkpoint.
+    """
+
+    def rollouts_of(prompts: list[Any], trainer: Any) -> dict[str, list[Any]]:
+        metadata = {"trainer": "trl", "step": trainer.state.global_step}
+        if run_agent is None:
+            new = [NewRollout(prompt, mode="train", metadata=metadata) for prompt in prompts]
+            rollout_ids = [rollout.rollout_id for rollout in store.enqueue_rollouts(new)]
+        else:
+            with ThreadPoolExecutor(workers) as pool:
+                rollout_ids = [*pool.map(lambda prompt: _run(store, run_agent, prompt, metadata), prompts)]
+        ended = {each.rollout_id: each for each in store.wait_for_rollouts(rollout_ids, timeout, recorded=True)}
+        rows = {
+            rollout_id: [*(rollout.trajectories(**options) if read is None else read(rollout))]
+            for rollout_id, rollout in ended.items()
+        }
+        chosen = [_chosen(each, ended.get(each), rows.get(each, ()), failed) for each in rollout_ids]
+        found = columns([row for row in chosen if row is not None])
+        _warn_of_others(rows.values())
+        masked = _masked(trainer.processing_class.pad_token_id)
+        for place, row in enumerate(chosen):
+            if row is None:
+                for name, value in (masked | {"rollout_id": rollout_ids[place]}).items():
+                    found[name].insert(place, value)
+        return found
+
+    return rollouts_of
+
+
+def _run(store: Store, run_agent: Callable[[Rollout], None], prompt: Any, metadata: Mapping[str, Any]) -> str:
+    rollout = store.start_rollout(prompt, mode="train", metadata=metadata)
+    try:
+        run_agent(rollout)
+    except Exception:
+        logger.exception("The agent of rollout %r failed.", rollout.rollout_id)
+        rollout.finish("failed")
+    else:
+        rollout.finish("succeeded")
+    return rollout.rollout_id
+
+
+def _chosen(rollout_id: str, ended: Rollout | None, rows: Sequence[Trajectory], failed: str) -> Trajectory | None:
+    """Return the row that is trained for a rollout; None for one that is masked."""
+    if ended is None:
+        reason = "has not ended, or its calls are not written: raise timeout, or look at store.completeness()"
+    elif ended.status != "succeeded":
+        reason = f"has the status {ended.status}"
+    elif not rows:
+        reason = "has no row: its calls name another rollout, or an option left the row out"
+    elif rows[0].reward is None:
+        reason = "has no reward: let run_agent call rollout.reward(1.0)"
+    else:
+        return max(rows, key=lambda row: sum(row.response_mask))
+    if failed == "raise":
+        raise UnusableRows(f"rollout {rollout_id!r} {reason}")
+    logger.warning("Rollout %r %s. It is masked: nothing of it is trained.", rollout_id, reason)
+    return None
+
+
+def _masked(pad_id: int) -> dict[str, Any]:
+    return {
+        "prompt_ids": [pad_id],
+        "completion_ids": [pad_id],
+        "logprobs": [0.0],
+        "env_mask": [0],
+        "reward": None,
+        "flags": [],
+    }
+
+
+def _warn_of_others(rows: Iterable[Sequence[Trajectory]]) -> None:
+    several = [len(of_rollout) for of_rollout in rows if len(of_rollout) > 1]
+    if several:
+        logger.warning(
+            "%d rows are not trained: TRL takes one row a prompt, and %d rollouts have several. Their flags say why; "
+            "docs/trajectories.md says what to do.",
+            sum(several) - len(several),
+            len(several),
+        )
