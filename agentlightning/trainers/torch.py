@@ -129,7 +129,7 @@ def logprob_gap(trajectories: Sequence[Trajectory], model: Any) -> dict[str | No
         ids = torch.from_numpy(np.frombuffer(row.token_ids, np.int32).astype(np.int64)).to(model.device)
         with torch.no_grad():
             logits = model(input_ids=ids[None]).logits[0, :-1].float()
-        logits /= torch.from_numpy(_temperatures(row)[1:, None]).to(model.device)
+        logits = logits / torch.from_numpy(_temperatures(row)[1:, None]).to(model.device)
         own = logits.gather(1, ids[1:, None])[:, 0] - logits.logsumexp(1)
         difference = own.cpu().numpy() - np.frombuffer(row.logprobs, np.float32)[1:]
         versions = np.full(len(row.token_ids), -1)

@@ -1,0 +1,338 @@
+"""`make demo-train`: a model learns from the exact ids that vLLM recorded, with TRL's GRPO on the CPU.
+
+The agent is of the `openai` package. It asks the model for digits, gives the answer to a tool that adds them up, and
+asks again; its reward is the share of digits among the characters of both answers. vLLM records each call to an
+`agl store`; TRL trains on the rows that the store makes of them, and hands the new weights to vLLM after each step.
+
+`--rows text` makes the rows as they were made before exact ids could be had: from the text, tokenised again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import string
+import sys
+import time
+import urllib.request
+import warnings
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from openai import OpenAI
+
+import agentlightning as agl
+from agentlightning.trainers import trl as adapter
+from agentlightning.trainers.torch import check_gap, logprob_gap
+from agentlightning.trajectory import AttemptCalls, Call, merge
+from examples.loop import CACHE, SECONDS, SMALL, SMALL_ENV, TINY_MODEL, free_url, serving, show
+from examples.plot import png, terminal
+
+FOLDER = CACHE / "demo-train"
+FILE, MODEL, WEIGHTS, PICTURE = FOLDER / "store.db", FOLDER / "model", FOLDER / "weights", FOLDER / "reward.png"
+STEPS, TASKS, GENERATIONS, TOKENS, RATE = 30, 2, 8, 12, 7e-3
+BOUND = 0.01
+MODES = ("exact", "text")
+QUESTIONS = ("Which digits shall I add?", "Give me numbers.", "Digits, please.", "What is to be added?")
+
+
+@dataclass
+class Conversation:
+    """What an agent said and heard, and vLLM's answers."""
+
+    messages: list[Any]
+    answers: list[Any]
+
+
+@dataclass
+class Step:
+    """What a step of the training printed.
+
+    Attributes:
+        rows: of all rollouts; TRL trains one of each.
+        merged: calls that stand in a row behind another one.
+        breaks: rows that begin because a prompt differs from the answer that it repeats.
+        tokens: that are trained.
+        differ: trained ids that the engine did not sample at that place.
+        stale: versions of the weights between the oldest that sampled a trained id, and the trainer's.
+    """
+
+    reward: float
+    rollouts: int
+    rows: int
+    merged: int
+    breaks: int
+    tokens: int
+    differ: int
+    stale: int
+    mean: float
+    highest: float
+    effective: float
+    seconds: float
+
+
+@dataclass
+class Training:
+    """A training run: who answers, and what each step was."""
+
+    store: agl.Store
+    vllm: str
+    mode: str
+    tokenizer: Any
+    conversations: dict[str, Conversation] = field(default_factory=dict)
+    rows: list[agl.Trajectory] = field(default_factory=list)
+    differ: int = 0
+    steps: list[Step] = field(default_factory=list)
+    started: float = 0.0
+
+    def agent(self, rollout: agl.Rollout) -> None:
+        """Ask for digits twice, with a tool between, and reward the rollout."""
+        messages: list[Any] = [{"role": "user", "content": rollout.input}]
+        answers = []
+        with OpenAI(base_url=rollout.base_url(self.vllm), api_key="none", max_retries=0, timeout=SECONDS) as client:
+            for _ in range(2):
+                answer = client.chat.completions.create(model=str(MODEL), messages=messages, max_tokens=TOKENS)
+                text = answer.choices[0].message.content or ""
+                answers.append(answer)
+                messages.append({"role": "assistant", "content": text})
+                messages.append({"role": "tool", "tool_call_id": "1", "content": add_up(text)})
+        self.conversations[rollout.rollout_id] = Conversation(messages, answers)
+        rollout.reward(statistics.mean(map(share_of_digits, (message["content"] for message in messages[1::2]))))
+
+    def read(self, rollout: agl.Rollout) -> Iterable[agl.Trajectory]:
+        """Return the rows of a rollout, as the mode has it, and keep them for `measure`."""
+        rows = list(rollout.trajectories())
+        if self.mode == "text":
+            exact = rows
+            rows = from_text(rollout, self.conversations[rollout.rollout_id], exact, self.tokenizer)
+            self.differ += differing(rows, exact)
+        self.rows += rows
+        return rows
+
+    def rollouts(self, prompts: list[Any], trainer: Any) -> dict[str, list[Any]]:
+        """Run the agents on a step's prompts, measure what came of it, and return the rows as TRL takes them."""
+        self.rows, self.differ, self.started = [], 0, time.monotonic()
+        run = adapter.rollout_func(self.store, self.agent, read=self.read)
+        found = run(prompts, trainer)
+        gaps = logprob_gap(self.rows, trainer.model)
+        if self.mode != "text":
+            check_gap(gaps, BOUND)
+        versions = [int(name) for name in gaps if name is not None]
+        tokens = sum(map(sum, found["env_mask"]))
+        total = sum(gap.tokens for gap in gaps.values())
+        self.steps.append(
+            Step(
+                reward=statistics.mean(each for each in found["reward"] if each is not None),
+                rollouts=len(prompts),
+                rows=len(self.rows),
+                merged=sum(len(row.spans) - 1 for row in self.rows),
+                breaks=sum("drifted" in row.flags for row in self.rows),
+                tokens=tokens,
+                differ=self.differ,
+                stale=trainer.state.global_step - min(versions, default=trainer.state.global_step),
+                mean=sum(gap.mean * gap.tokens for gap in gaps.values()) / total,
+                highest=max(gap.highest for gap in gaps.values()),
+                effective=min(gap.effective for gap in gaps.values()),
+                seconds=0.0,
+            )
+        )
+        return found
+
+    def hand_over(self, model: Any, version: int) -> None:
+        """Give vLLM the weights of the trainer, and measure how long the step took."""
+        model.save_pretrained(WEIGHTS)
+        arguments = {"method": "reload_weights", "kwargs": {"weights_path": str(WEIGHTS)}}
+        post(f"{self.vllm}/collective_rpc", arguments)
+        # Keys and values of the old weights would stand before the new ones' answers.
+        post(f"{self.vllm}/reset_prefix_cache")
+        post(f"{self.vllm}/update_weight_version", {"new_version": str(version)})
+        if self.steps:
+            self.steps[-1].seconds = time.monotonic() - self.started
+
+
+def add_up(text: str) -> str:
+    """Add up the digits of a text: the agent's tool."""
+    return str(sum(int(each) for each in text if each in string.digits))
+
+
+def share_of_digits(text: str) -> float:
+    """Return how many of a text's characters are digits, as a share; 0 for an empty one."""
+    return sum(each in string.digits for each in text) / max(len(text), 1)
+
+
+def from_text(
+    rollout: agl.Rollout, conversation: Conversation, exact: Sequence[agl.Trajectory], tokenizer: Any
+) -> list[agl.Trajectory]:
+    """Make rows as if only the text were known: everything is tokenised again.
+
+    The engine's logprobs are put to the ids at the same places of an answer, where both have one.
+    """
+    recorded = [
+        row.logprobs[span.start : span.end] for row in exact if row.logprobs for span in row.spans if span.is_trained
+    ]
+    calls = []
+    for turn, logprobs in enumerate(recorded):
+        messages = conversation.messages[: 2 * turn + 1]
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        answer = conversation.answers[turn].choices[0]
+        ids = tokenizer.encode(answer.message.content or "", add_special_tokens=False)
+        if answer.finish_reason == "stop" or not ids:
+            ids.append(tokenizer.eos_token_id)
+        known = [*logprobs, *[0.0] * len(ids)][: len(ids)]
+        calls.append(
+            Call(
+                generation_id=str(turn),
+                finished_at=turn,
+                finish_reason=answer.finish_reason,
+                model=str(MODEL),
+                prompt_token_ids=array("i", prompt),
+                response_token_ids=array("i", ids),
+                logprobs=array("f", known),
+                weight_versions=[(version, 0, len(ids)) for version, _, _ in (exact[0].weight_versions or ())[:1]],
+            )
+        )
+    attempt = AttemptCalls(calls=calls, rollout_id=rollout.rollout_id, reward=exact[0].reward, input=rollout.input)
+    return merge(attempt).rows
+
+
+def differing(rows: Sequence[agl.Trajectory], exact: Sequence[agl.Trajectory]) -> int:
+    """Count the trained ids that the engine did not sample at that place of the answer."""
+    sampled, found = [
+        [of_row.token_ids[span.start : span.end] for of_row in each for span in of_row.spans if span.is_trained]
+        for each in (exact, rows)
+    ]
+    return sum(
+        place >= len(one) or one[place] != token_id
+        for one, other in zip(sampled, found, strict=False)
+        for place, token_id in enumerate(other)
+    )
+
+
+def post(url: str, body: Any = None) -> None:
+    """POST JSON, and fail unless the server accepts it."""
+    data = b"" if body is None else json.dumps(body).encode()
+    urllib.request.urlopen(urllib.request.Request(url, data, {"Content-Type": "application/json"})).close()
+
+
+def new_model(seed: int) -> Any:
+    """Make a model of random weights with a head of its own, and store it where vLLM reads it.
+
+    vLLM's CPU build goes on with the old head, and says nothing, where embeddings and head are tied.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(TINY_MODEL)
+    config.tie_word_embeddings, config.initializer_range = False, 0.1
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(MODEL)
+    return model
+
+
+def train(training: Training, model: Any, steps: int, seed: int) -> None:
+    """Train the model with TRL, and print a line a step."""
+    from datasets import Dataset
+    from tqdm import tqdm
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportMissingImports]
+
+    head = "{:>4}  {:>6}  {:>9}  {:>6}  {:>6}  {:>5}  {:>17}  {:>4}".format(
+        *("step", "reward", "rows", "merged", "breaks", "stale", "logprobs: mean max", "s")
+    )
+    bar = tqdm(total=steps, unit="step", disable=None)
+
+    class HandOver(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            training.hand_over(model, 0)
+            bar.write(head)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            training.hand_over(model, state.global_step)
+            bar.write(line(state.global_step, training.steps[-1]))
+            bar.update()
+
+    config = GRPOConfig(
+        output_dir=str(FOLDER / "trl"),
+        per_device_train_batch_size=TASKS * GENERATIONS,
+        num_generations=GENERATIONS,
+        max_completion_length=SECONDS,
+        learning_rate=RATE,
+        lr_scheduler_type="constant",
+        max_steps=steps,
+        beta=0.0,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        seed=seed,
+        report_to=[],
+        logging_strategy="no",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = GRPOTrainer(
+        model=model,
+        args=config,
+        processing_class=training.tokenizer,
+        reward_funcs=adapter.reward,
+        train_dataset=Dataset.from_dict({"prompt": list(QUESTIONS)}),
+        rollout_func=training.rollouts,
+        callbacks=[HandOver()],
+    )
+    trainer.train()
+    bar.close()
+
+
+def line(number: int, step: Step) -> str:
+    """Return a step as a line of the table."""
+    return (
+        f"{number:>4}  {step.reward:>6.3f}  {step.rows:>4}/{step.rollouts:<4}  {step.merged:>6}  {step.breaks:>6}  "
+        f"{step.stale:>5}  {step.mean:>8.1e} {step.highest:>8.1e}  {step.seconds:>4.1f}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rows", choices=MODES, default="exact", help="what the rows are made of")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--seeds", type=int, default=1, help="number of runs, each with other random weights")
+    parser.add_argument("--results", type=Path, help="write what each step was, as JSON")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    from transformers import AutoTokenizer
+
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    shutil.copytree(TINY_MODEL, MODEL)
+    new_model(0)
+    results: dict[int, list[Step]] = {}
+    scripts, url, vllm = Path(sys.executable).parent, free_url(), free_url()
+    command = (str(scripts / "agl"), "store", "--store", str(FILE), "--port", url.rpartition(":")[2])
+    with serving(command, f"{url}/healthz", FOLDER / "store.log") as server, agl.open_store(url) as store:
+        print(f"started:  agl store, at {url}, on {os.path.relpath(FILE)}")
+        print("starting: AGL_INSTRUMENT=1 AGL_STORE=... vllm serve MODEL   (half a minute)", flush=True)
+        env = {**SMALL_ENV, "AGL_INSTRUMENT": "1", "AGL_STORE": url, "AGL_LOGPROBS": "on", "VLLM_SERVER_DEV_MODE": "1"}
+        command = (str(scripts / "vllm"), "serve", str(MODEL), "--port", vllm.rpartition(":")[2], *SMALL)
+        with serving(command, f"{vllm}/health", FOLDER / "vllm.log", **env):
+            for seed in range(options.seeds):
+                training = Training(store, vllm, options.rows, AutoTokenizer.from_pretrained(MODEL))
+                train(training, new_model(seed), options.steps, seed)
+                results[seed] = training.steps
+        rewards = [[step.reward for step in steps] for steps in results.values()]
+        print("\n" + terminal(rewards[0], "reward by step"))
+        png({options.rows: rewards}, PICTURE)
+        print(f"\nits picture: {os.path.relpath(PICTURE)}")
+        if options.results:
+            found = {seed: [asdict(step) for step in steps] for seed, steps in results.items()}
+            options.results.write_text(json.dumps(found))
+        show(server.wait, url, FILE)
+
+
+if __name__ == "__main__":
+    main()

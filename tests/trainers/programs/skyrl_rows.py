@@ -1,0 +1,51 @@
+"""Run with SkyRL: its own validation accepts merged rows and steps."""
+
+from __future__ import annotations
+
+import typing
+
+import pytest
+import typing_extensions
+
+# SkyRL is for Python 3.12, where pydantic takes this one.
+typing.TypedDict = typing_extensions.TypedDict
+
+from skyrl.train.generators.base import GeneratorOutput  # noqa: E402  # pyright: ignore[reportMissingImports]
+from skyrl.train.utils.trainer_utils import (  # noqa: E402  # pyright: ignore[reportMissingImports]
+    validate_generator_output,
+)
+
+from agentlightning.errors import UnusableRows  # noqa: E402
+from agentlightning.trainers.skyrl import generator_output  # noqa: E402
+from tests.trainers.rows import conversation, forked, with_experts  # noqa: E402
+
+
+def main() -> None:
+    merged = generator_output([conversation("one"), conversation("two", 0.0)])
+    validate_generator_output(2, merged)
+    assert {*merged} == {*GeneratorOutput.__annotations__}
+    assert merged["response_ids"][0] == [4, 5, 6, 7, 8, 9]
+    assert merged["loss_masks"][0] == [1, 1, 0, 1, 1, 1]
+    assert merged["rewards"] == [[0, 0, 0, 0, 0, 1.0], [0, 0, 0, 0, 0, 0.0]]
+    assert [each.to_string().rpartition("_")[2] for each in merged["trajectory_ids"]] == ["0", "1"]
+
+    rows = [*forked("one"), conversation("two")]
+    steps = generator_output(rows, step_wise=True)
+    validate_generator_output(2, steps, step_wise=True)
+    assert steps["is_last_step"] == [False, True, True]
+    assert steps["rewards"] == [[0, 0], [1.0], [0, 0, 0, 0, 0, 1.0]]
+
+    validate_generator_output(1, generator_output([with_experts()]), routes_expected=True)
+
+    with pytest.raises(
+        UnusableRows, match="rollout 'one' has 2 rows, and SkyRL takes one a prompt: pass step_wise=True"
+    ):
+        generator_output(rows)
+    with pytest.raises(UnusableRows, match="not next to each other: sort them by rollout_id"):
+        generator_output([rows[0], rows[2], rows[1]], step_wise=True)
+    with pytest.raises(UnusableRows, match="has no routed experts, but others have"):
+        generator_output([conversation("one"), with_experts()])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Rows for the tests of adapters: made by `merge`, as a store makes them."""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any
+
+from agentlightning.generation import RoutedExperts
+from agentlightning.trajectory import AttemptCalls, Call, Trajectory, merge
+
+__all__ = ["PAD", "call", "conversation", "forked", "with_experts"]
+
+PAD = 0
+LAYERS, EXPERTS = 2, 3
+
+
+def call(generation_id: str, prompt: list[int], answer: list[int], **fields: Any) -> Call:
+    """Make a call whose logprob of an id is a hundredth of it, below zero."""
+    usual: dict[str, Any] = {
+        "finished_at": int(generation_id),
+        "finish_reason": "stop",
+        "model": "m",
+        "logprobs": array("f", [-each / 100 for each in answer]),
+        "logprobs_mode": "raw_logprobs",
+        "weight_versions": [("3", 0, len(answer))],
+    }
+    return Call(
+        generation_id=generation_id,
+        prompt_token_ids=array("i", prompt),
+        response_token_ids=array("i", answer),
+        **usual | fields,
+    )
+
+
+def conversation(rollout_id: str = "ro", reward: float | None = 1.0, **fields: Any) -> Trajectory:
+    """Make the row of two calls: 1 2 3 [4 5] 6 [7 8 9]."""
+    calls = [call("1", [1, 2, 3], [4, 5], **fields), call("2", [1, 2, 3, 4, 5, 6], [7, 8, 9], **fields)]
+    [row] = _merged(calls, rollout_id, reward)
+    return row
+
+
+def forked(rollout_id: str = "ro", reward: float | None = 1.0) -> list[Trajectory]:
+    """Make the two rows of a rollout whose second prompt has another answer than the first call gave."""
+    return _merged([call("1", [1, 2], [4, 5]), call("2", [1, 2, 4, 6, 7], [8])], rollout_id, reward)
+
+
+def with_experts() -> Trajectory:
+    """Make a row with the experts of all ids but the last, which was never fed to the model."""
+    row = conversation()
+    count = len(row.token_ids) - 1
+    row.routed_experts = RoutedExperts((count, LAYERS, EXPERTS), array("h", range(count * LAYERS * EXPERTS)))
+    return row
+
+
+def _merged(calls: list[Call], rollout_id: str, reward: float | None) -> list[Trajectory]:
+    attempt = AttemptCalls(calls=calls, rollout_id=rollout_id, attempt_id="at", reward=reward, input="a task")
+    return merge(attempt).rows

@@ -1,0 +1,54 @@
+"""What no trainer gets: rows that it could not take, or would train wrongly. Each is refused with a sentence."""
+
+from __future__ import annotations
+
+import math
+from array import array
+
+import pytest
+
+from agentlightning.errors import UnusableRows
+from agentlightning.trainers.rows import check_rows
+from tests.trainers.rows import conversation
+
+pytestmark = pytest.mark.tier("check")
+
+
+def test_rows_that_fit_are_taken() -> None:
+    check_rows([conversation()], max_prompt_length=3, max_response_length=6, needs_logprobs=True)
+
+
+def test_no_row_at_all_is_refused() -> None:
+    with pytest.raises(UnusableRows, match=r"there is no row to train: look at `left_out`"):
+        check_rows([])
+
+
+def test_rows_of_two_models_are_refused() -> None:
+    with pytest.raises(UnusableRows, match=r"several models \(m, n\): train one at a time, with the option model"):
+        check_rows([conversation(), conversation(model="n")])
+
+
+def test_a_row_without_a_reward_is_refused() -> None:
+    with pytest.raises(UnusableRows, match=r"row 0 of rollout 'two' has no reward: reward the rollout"):
+        check_rows([conversation(), conversation("two", None)])
+
+
+def test_a_row_that_is_too_long_is_refused_with_the_option_that_helps() -> None:
+    with pytest.raises(UnusableRows, match=r"prompt of row 0 of rollout 'ro' has 3 ids, .* 2 .*max_prompt_length=2"):
+        check_rows([conversation()], max_prompt_length=2)
+    with pytest.raises(UnusableRows, match=r"response .* has 6 ids, .* 5 .*max_response_length=5, which cuts"):
+        check_rows([conversation()], max_response_length=5)
+
+
+def test_missing_logprobs_are_refused_with_the_switch_that_helps() -> None:
+    check_rows([conversation(logprobs=None)])
+    with pytest.raises(UnusableRows, match="has no logprobs: start vLLM with AGL_LOGPROBS=on"):
+        check_rows([conversation(logprobs=None)], needs_logprobs=True)
+
+
+def test_infinite_logprobs_are_refused() -> None:
+    row = conversation()
+    row.logprobs = array("f", [-math.inf] * len(row.token_ids))
+
+    with pytest.raises(UnusableRows, match="has infinite logprobs: leave the row out"):
+        check_rows([row], needs_logprobs=True)

@@ -1,0 +1,35 @@
+"""Each adapter's rows, given to the trainer's own code: a program each, in the environment that has the trainers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.common.environments import CHECKOUT
+from tests.common.vllm import without_agl
+from tools.trainers import python_path
+
+pytestmark = pytest.mark.tier("all")
+
+
+@pytest.fixture(scope="module")
+def trainers() -> str:
+    return python_path()
+
+
+@pytest.mark.parametrize("trainer", ["trl", "verl", "skyrl", "tinker", "atif"])
+def test_the_trainers_own_code_accepts_the_rows(trainer: str, trainers: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", f"tests.trainers.programs.{trainer}_rows"],
+        cwd=CHECKOUT,
+        env={**without_agl(os.environ), "PYTHONPATH": trainers},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stdout
