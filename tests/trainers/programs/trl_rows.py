@@ -1,0 +1,84 @@
+"""Run with TRL: a real `GRPOTrainer` learns from a store's rows on the CPU, and from the trained ids alone."""
+
+from __future__ import annotations
+
+import os
+import random
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+
+import torch
+from datasets import Dataset
+from transformers import AutoConfig, AutoModelForCausalLM
+from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportMissingImports]
+
+import agentlightning as agl
+from agentlightning.trainers.trl import reward, rollout_func
+from tests.common.reference import tokenizer
+from tests.common.tiny_model import tiny_model
+from tests.trainers.test_trl import answered
+
+GOOD, BAD, SEEN = 301, 302, 303
+PROMPT = [10, 11, 12]
+
+
+def agent(rollout: agl.Rollout) -> None:
+    """Answer with a good or a bad id; what the environment says is the same, and not to be learnt."""
+    answer = random.choice([GOOD, BAD])
+    answered(rollout, (PROMPT, [answer]), ([*PROMPT, answer, SEEN], [answer]))
+    if random.random() < 0.2:
+        raise RuntimeError("now and then an agent fails")
+    rollout.reward(float(answer == GOOD))
+
+
+def probabilities(model: Any) -> list[float]:
+    """Return those of the good, the bad and the environment's id behind the prompt."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([PROMPT])).logits[0, -1]
+    return logits.softmax(0)[[GOOD, BAD, SEEN]].tolist()
+
+
+def main() -> None:
+    random.seed(0)
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(tiny_model())
+    config.initializer_range = 0.05
+    model = AutoModelForCausalLM.from_config(config)
+    before = probabilities(model)
+    with tempfile.TemporaryDirectory() as folder, agl.open_store(str(Path(folder) / "store.db")) as store:
+        trainer = GRPOTrainer(
+            model=model,
+            args=GRPOConfig(
+                output_dir=folder,
+                per_device_train_batch_size=8,
+                num_generations=8,
+                learning_rate=1e-3,
+                max_steps=6,
+                beta=0.0,
+                use_cpu=True,
+                bf16=False,
+                report_to=[],
+                save_strategy="no",
+                disable_tqdm=True,
+            ),
+            processing_class=tokenizer(),
+            reward_funcs=reward,
+            train_dataset=Dataset.from_dict({"prompt": ["a task"] * 8}),
+            rollout_func=rollout_func(store, agent),
+        )
+        trainer.train()
+        rollouts = store.query_rollouts()
+
+    after = probabilities(model)
+    assert trainer.state.global_step == 6
+    assert len(rollouts) == 6 * 8
+    assert {each.status for each in rollouts} == {"succeeded", "failed"}
+    assert after[0] > before[0] > 0, (before, after)
+    assert after[1] < before[1], (before, after)
+
+
+if __name__ == "__main__":
+    main()

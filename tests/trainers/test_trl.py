@@ -1,0 +1,162 @@
+"""The function that TRL calls for its rows, over a store in a file; agents write the calls that a vLLM would record."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import agentlightning as agl
+from agentlightning.generation import Choice
+from agentlightning.trainers.trl import columns, reward, rollout_func
+from tests.common.generations import generation
+from tests.trainers.rows import PAD, conversation, forked
+
+pytestmark = pytest.mark.tier("check")
+
+TRAINER: Any = SimpleNamespace(state=SimpleNamespace(global_step=7), processing_class=SimpleNamespace(pad_token_id=PAD))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[agl.Store]:
+    with agl.open_store(str(tmp_path / "store.db")) as store:
+        yield store
+
+
+def answered(rollout: agl.Rollout, *calls: tuple[list[int], list[int]]) -> None:
+    """Record calls of a rollout: the ids of each prompt and answer."""
+    assert rollout.store is not None
+    assert rollout.attempt is not None
+    for number, (prompt, answer) in enumerate(calls):
+        choice = Choice(
+            token_ids=array("i", answer), finish_reason="stop", logprobs=array("f", [-each / 100 for each in answer])
+        )
+        recorded = generation(
+            uuid.uuid4().int % 10**9,
+            rollout_id=rollout.rollout_id,
+            attempt_id=rollout.attempt.attempt_id,
+            finished_at=number,
+            prompt_token_ids=array("i", prompt),
+            choices=[choice],
+        )
+        rollout.store.add([recorded])
+
+
+def agent(rollout: agl.Rollout) -> None:
+    """Answer with the number in the prompt, and be rewarded with it."""
+    number = int(rollout.input)
+    answered(rollout, ([1, 2], [number]), ([1, 2, number, 3], [4, number]))
+    rollout.reward(number / 10)
+
+
+def test_a_row_stands_where_its_prompt_does(store: agl.Store) -> None:
+    found = rollout_func(store, agent)(["5", "6", "5"], TRAINER)
+
+    assert found["prompt_ids"] == [[1, 2]] * 3
+    assert found["completion_ids"] == [[5, 3, 4, 5], [6, 3, 4, 6], [5, 3, 4, 5]]
+    assert found["env_mask"] == [[1, 0, 1, 1]] * 3
+    assert found["logprobs"][1] == pytest.approx([-0.06, 0, -0.04, -0.06])
+    assert reward(["", "", ""], **found) == pytest.approx([0.5, 0.6, 0.5])
+    rollouts = [store.get_rollout_by_id(each) for each in found["rollout_id"]]
+    assert [each.input for each in rollouts if each is not None] == ["5", "6", "5"]
+    assert all(each is not None and each.metadata == {"trainer": "trl", "step": 7} for each in rollouts)
+
+
+def test_runners_elsewhere_take_the_rollouts_from_the_queue(store: agl.Store) -> None:
+    stop = threading.Event()
+
+    def runner() -> None:
+        while not stop.is_set():
+            if (rollout := store.dequeue_rollout("runner")) is None:
+                stop.wait(0.01)
+                continue
+            agent(rollout)
+            rollout.finish("succeeded")
+
+    thread = threading.Thread(target=runner)
+    thread.start()
+    try:
+        found = rollout_func(store)(["5", "6"], TRAINER)
+    finally:
+        stop.set()
+        thread.join()
+
+    assert found["completion_ids"] == [[5, 3, 4, 5], [6, 3, 4, 6]]
+
+
+@pytest.mark.parametrize("wrong", ["raises", "has no reward", "makes no call"])
+def test_a_rollout_without_a_row_or_a_reward_is_masked_and_named(
+    store: agl.Store, wrong: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run(rollout: agl.Rollout) -> None:
+        if rollout.input == "5":
+            agent(rollout)
+        elif wrong == "raises":
+            raise RuntimeError("no network")
+        elif wrong == "has no reward":
+            answered(rollout, ([1, 2], [3]))
+        else:
+            rollout.reward(1.0)
+
+    found = rollout_func(store, run)(["6", "5"], TRAINER)
+
+    assert found["completion_ids"] == [[PAD], [5, 3, 4, 5]]
+    assert found["env_mask"] == [[0], [1, 0, 1, 1]]
+    assert found["reward"] == [None, 0.5]
+    assert f"Rollout {found['rollout_id'][0]!r} has" in caplog.text
+    assert "It is masked: nothing of it is trained." in caplog.text
+
+
+def test_a_failed_rollout_ends_the_training_where_that_is_asked_for(store: agl.Store) -> None:
+    def run(rollout: agl.Rollout) -> None:
+        raise RuntimeError("no network")
+
+    with pytest.raises(agl.UnusableRows, match="has the status failed"):
+        rollout_func(store, run, failed="raise")(["6"], TRAINER)
+    with pytest.raises(agl.UnusableRows, match="there is no row to train"):
+        rollout_func(store, run)(["6"], TRAINER)
+
+
+def test_rollouts_that_have_not_ended_in_time_are_masked(store: agl.Store, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(agl.UnusableRows, match="no row"):
+        rollout_func(store, timeout=0.01)(["6"], TRAINER)
+
+    assert "has not ended, or its calls are not written: raise timeout" in caplog.text
+
+
+def test_of_several_rows_the_one_with_the_most_trained_ids_is_taken_and_the_others_are_counted(
+    store: agl.Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run(rollout: agl.Rollout) -> None:
+        # The second prompt has another id than the first answer.
+        answered(rollout, ([1, 2], [3, 4]), ([1, 2, 3, 9], [5, 6, 7]))
+        rollout.reward(1.0)
+
+    found = rollout_func(store, run)(["a", "b"], TRAINER)
+
+    assert found["completion_ids"] == [[5, 6, 7]] * 2
+    assert "2 rows are not trained: TRL takes one row a prompt, and 2 rollouts have several." in caplog.text
+
+
+def test_options_and_read_decide_which_rows_there_are(store: agl.Store) -> None:
+    cut = rollout_func(store, agent, max_response_length=1)(["5"], TRAINER)
+    read = rollout_func(store, agent, read=lambda rollout: [conversation(rollout.rollout_id)])(["5"], TRAINER)
+
+    assert cut["completion_ids"] == [[5]]
+    assert cut["flags"] == [["cut"]]
+    assert read["completion_ids"] == [[4, 5, 6, 7, 8, 9]]
+
+
+def test_columns_have_a_line_for_each_row() -> None:
+    found = columns([conversation("one"), *forked("two", 0.5)])
+
+    assert found["rollout_id"] == ["one", "two", "two"]
+    assert found["reward"] == [1.0, 0.5, 0.5]
+    with pytest.raises(agl.UnusableRows, match="AGL_LOGPROBS=on"):
+        columns([conversation(logprobs=None)])
