@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import shutil
 import statistics
@@ -38,7 +39,9 @@ FOLDER = CACHE / "demo-train"
 FILE, MODEL, WEIGHTS, PICTURE = FOLDER / "store.db", FOLDER / "model", FOLDER / "weights", FOLDER / "reward.png"
 STEPS, TASKS, GENERATIONS, TOKENS, RATE = 30, 2, 8, 12, 7e-3
 BOUND = 0.01
-MODES = ("exact", "text")
+HEAD = "step  reward  rollouts  rows  merged  breaks  trained  stale  logprobs off by  max      s"
+# What the rows are made of, and what vLLM is started with for it.
+MODES: dict[str, dict[str, str]] = {"text": {}, "exact": {}}
 QUESTIONS = ("Which digits shall I add?", "Give me numbers.", "Digits, please.", "What is to be added?")
 
 
@@ -240,18 +243,15 @@ def train(training: Training, model: Any, steps: int, seed: int) -> None:
     """Train the model with TRL, and print a line a step."""
     from datasets import Dataset
     from tqdm import tqdm
-    from transformers import TrainerCallback
+    from transformers import PrinterCallback, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportMissingImports]
 
-    head = "{:>4}  {:>6}  {:>9}  {:>6}  {:>6}  {:>5}  {:>17}  {:>4}".format(
-        *("step", "reward", "rows", "merged", "breaks", "stale", "logprobs: mean max", "s")
-    )
+    print("\n" + HEAD)
     bar = tqdm(total=steps, unit="step", disable=None)
 
     class HandOver(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             training.hand_over(model, 0)
-            bar.write(head)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             training.hand_over(model, state.global_step)
@@ -285,6 +285,8 @@ def train(training: Training, model: Any, steps: int, seed: int) -> None:
         rollout_func=training.rollouts,
         callbacks=[HandOver()],
     )
+    # Prints the means of the whole training.
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     bar.close()
 
@@ -292,9 +294,19 @@ def train(training: Training, model: Any, steps: int, seed: int) -> None:
 def line(number: int, step: Step) -> str:
     """Return a step as a line of the table."""
     return (
-        f"{number:>4}  {step.reward:>6.3f}  {step.rows:>4}/{step.rollouts:<4}  {step.merged:>6}  {step.breaks:>6}  "
-        f"{step.stale:>5}  {step.mean:>8.1e} {step.highest:>8.1e}  {step.seconds:>4.1f}"
+        f"{number:>4}  {step.reward:>6.3f}  {step.rollouts:>8}  {step.rows:>4}  {step.merged:>6}  {step.breaks:>6}  "
+        f"{step.tokens:>7}  {step.stale:>5}  {step.mean:>15.1e}  {step.highest:.1e}  {step.seconds:>4.1f}"
     )
+
+
+def be_quiet() -> None:
+    """Leave out what TRL says of this vLLM's version, progress bars of files, and what the table's lines say, too."""
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    warnings.filterwarnings("ignore")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("agentlightning.trainers").setLevel(logging.ERROR)
 
 
 def main() -> None:
@@ -304,8 +316,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="number of runs, each with other random weights")
     parser.add_argument("--results", type=Path, help="write what each step was, as JSON")
     options = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    be_quiet()
     from transformers import AutoTokenizer
 
     shutil.rmtree(FOLDER, ignore_errors=True)
@@ -318,6 +329,7 @@ def main() -> None:
         print(f"started:  agl store, at {url}, on {os.path.relpath(FILE)}")
         print("starting: AGL_INSTRUMENT=1 AGL_STORE=... vllm serve MODEL   (half a minute)", flush=True)
         env = {**SMALL_ENV, "AGL_INSTRUMENT": "1", "AGL_STORE": url, "AGL_LOGPROBS": "on", "VLLM_SERVER_DEV_MODE": "1"}
+        env |= MODES[options.rows]
         command = (str(scripts / "vllm"), "serve", str(MODEL), "--port", vllm.rpartition(":")[2], *SMALL)
         with serving(command, f"{vllm}/health", FOLDER / "vllm.log", **env):
             for seed in range(options.seeds):
