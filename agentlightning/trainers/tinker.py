@@ -28,7 +28,7 @@ def datums(
     Raises:
         UnusableRows: a row has no logprobs; or see `check_rows`.
     """
-    from tinker import types  # pyright: ignore[reportMissingImports]
+    from tinker import types  # pyright: ignore[reportAttributeAccessIssue]
 
     check_rows(trajectories, needs_logprobs=True)
     found = []

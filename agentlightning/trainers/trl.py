@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from agentlightning.errors import UnusableRows
@@ -86,8 +87,9 @@ def rollout_func(
             new = [NewRollout(prompt, mode="train", metadata=metadata) for prompt in prompts]
             rollout_ids = [rollout.rollout_id for rollout in store.enqueue_rollouts(new)]
         else:
+            run = partial(_run, store, run_agent, metadata)
             with ThreadPoolExecutor(workers) as pool:
-                rollout_ids = [*pool.map(lambda prompt: _run(store, run_agent, prompt, metadata), prompts)]
+                rollout_ids = [*pool.map(run, prompts)]
         ended = {each.rollout_id: each for each in store.wait_for_rollouts(rollout_ids, timeout, recorded=True)}
         rows = {
             rollout_id: [*(rollout.trajectories(**options) if read is None else read(rollout))]
@@ -106,7 +108,7 @@ def rollout_func(
     return rollouts_of
 
 
-def _run(store: Store, run_agent: Callable[[Rollout], None], prompt: Any, metadata: Mapping[str, Any]) -> str:
+def _run(store: Store, run_agent: Callable[[Rollout], None], metadata: Mapping[str, Any], prompt: Any) -> str:
     rollout = store.start_rollout(prompt, mode="train", metadata=metadata)
     try:
         run_agent(rollout)

@@ -72,7 +72,7 @@ def data_proto(
         UnusableRows: see `check_rows`.
     """
     import torch
-    from verl import DataProto  # pyright: ignore[reportMissingImports]
+    from verl import DataProto  # pyright: ignore[reportAttributeAccessIssue]
 
     batch = collate(trajectories, pad_id, max_prompt_length, max_response_length)
     tensors = {name: batch[name] for name in ("prompts", "responses", "input_ids", "attention_mask", "position_ids")}

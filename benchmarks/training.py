@@ -1,0 +1,121 @@
+"""`python -m benchmarks.training`: what rows are made of, and what a trainer learns from them.
+
+Runs `examples/train.py` with each kind of rows and several seeds, and writes the table and the picture into
+`docs/training.md`. It takes some minutes for each kind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.machine import describe_machine
+from benchmarks.report import say
+from examples.plot import png
+from examples.train import GENERATIONS, MODES, STEPS, TASKS
+from tools.sections import replace_section
+
+CHECKOUT = Path(__file__).parents[1]
+PAGE = CHECKOUT / "docs" / "training.md"
+PICTURE = CHECKOUT / "docs" / "images" / "training.png"
+TITLE = "Exact rows and others, measured"
+SEEDS = 5
+LEARNT = 0.9
+
+Steps = Sequence[Mapping[str, float]]
+
+
+def total(name: str, per: str = "rollouts") -> Callable[[Steps], float]:
+    """Return a measure: the sum of a field over the steps, for each of another one."""
+    return lambda steps: sum(step[name] for step in steps) / sum(step[per] for step in steps)
+
+
+def steps_to(reward: float) -> Callable[[Steps], float]:
+    """Return a measure: the first step with this reward; one more than there are where none has it."""
+    return lambda steps: next((n for n, step in enumerate(steps, 1) if step["reward"] >= reward), len(steps) + 1)
+
+
+# What a line of the table says, how it is found in the steps of a run, and how it is written.
+LINES: tuple[tuple[str, Callable[[Steps], float], str], ...] = (
+    ("rows a rollout", total("rows"), "{:.2f}"),
+    ("trained ids a rollout", total("tokens"), "{:.1f}"),
+    ("of the trained ids, not what the engine sampled there", total("differ", "tokens"), "{:.1%}"),
+    (
+        "logprobs of engine and trainer differ by (mean)",
+        lambda steps: sum(step["mean"] * step["tokens"] for step in steps) / sum(step["tokens"] for step in steps),
+        "{:.2g}",
+    ),
+    ("the same, highest", lambda steps: max(step["highest"] for step in steps), "{:.2g}"),
+    (
+        "effective sample size of the importance weights (lowest step)",
+        lambda steps: min(step["effective"] for step in steps),
+        "{:.1%}",
+    ),
+    ("seconds a step", lambda steps: statistics.median(step["seconds"] for step in steps), "{:.1f}"),
+    (f"steps until the reward is {LEARNT}", steps_to(LEARNT), "{:.0f}"),
+    ("reward in the last step", lambda steps: steps[-1]["reward"], "{:.3f}"),
+)
+
+
+def measure(mode: str, seeds: int, steps: int) -> list[Steps]:
+    """Train with one kind of rows, once for each seed."""
+    with tempfile.TemporaryDirectory() as folder:
+        results = Path(folder) / "results.json"
+        program = ("-m", "tools.trainers", "-m", "examples.train", "--rows", mode)
+        options = ("--seeds", f"{seeds}", "--steps", f"{steps}", "--results", f"{results}")
+        subprocess.run([sys.executable, *program, *options], check=True, cwd=CHECKOUT, stdin=subprocess.DEVNULL)
+        return [*json.loads(results.read_text()).values()]
+
+
+def table(found: Mapping[str, Sequence[Steps]]) -> str:
+    """Return the modes side by side: a line for each measure, with the median and the quartiles of all seeds."""
+    lines = [f"|  | {' | '.join(f'`{mode}`' for mode in found)} |", f"|---|{'---:|' * len(found)}"]
+    for label, measured, written in LINES:
+        cells = [spread([measured(steps) for steps in runs], written) for runs in found.values()]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def spread(values: Sequence[float], written: str) -> str:
+    """Write a median, and the quartiles where there are several values and they differ."""
+    middle = written.format(statistics.median(values))
+    if len(values) == 1:
+        return middle
+    low, _, high = (written.format(each) for each in statistics.quantiles(values, n=4, method="inclusive"))
+    return middle if low == high else f"{middle} ({low} - {high})"
+
+
+def section(found: Mapping[str, Sequence[Steps]], seeds: int, steps: int) -> str:
+    """Return the text below the heading."""
+    machine = "; ".join(f"{name}: {value}" for name, value in describe_machine().items())
+    return f"""\
+Written by `python -m benchmarks.training`: {seeds} runs of {steps} steps for each kind of rows, each with other random
+weights, and {TASKS * GENERATIONS} rollouts a step. Medians, and quartiles in brackets. {machine}.
+
+{table(found)}
+
+![The reward by step, with each kind of rows: the median of all runs, and their quartiles](images/{PICTURE.name})"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__)
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    options = parser.parse_args()
+    found: dict[str, list[Steps]] = {}
+    for mode in MODES:
+        say(f"rows: {mode}")
+        found[mode] = measure(mode, options.seeds, options.steps)
+    png({mode: [[step["reward"] for step in steps] for steps in runs] for mode, runs in found.items()}, PICTURE)
+    replace_section(PAGE, TITLE, section(found, options.seeds, options.steps))
+    say(f"written: {PAGE.relative_to(CHECKOUT)}, {PICTURE.relative_to(CHECKOUT)}")
+
+
+if __name__ == "__main__":
+    main()
