@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         StoreUnavailable,
         TrainingError,
         UnusableRows,
+        WeightsRefused,
     )
     from agentlightning.generation import Choice, Generation
     from agentlightning.instrumentation import instrument_vllm, status, uninstrument_vllm
@@ -67,6 +68,7 @@ __all__ = [
     "Trajectory",
     "Triplet",
     "UnusableRows",
+    "WeightsRefused",
     "Worker",
     "__version__",
     "instrument_vllm",
@@ -81,6 +83,7 @@ _HOMES = {
     "agentlightning.completeness": ("Completeness", "Shortfall"),
     "agentlightning.errors": (
         *("AgentLightningError", "InvalidRecord", "LogprobsDiffer", "NotFound", "TrainingError", "UnusableRows"),
+        "WeightsRefused",
         *("RolloutUnderWay", "StoreError", "StoreRefused", "StoreUnavailable"),
     ),
     "agentlightning.generation": ("Choice", "Generation"),

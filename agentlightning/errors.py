@@ -4,7 +4,8 @@
 AgentLightningError
 ├── TrainingError
 │   ├── UnusableRows        a trainer cannot take these rows, or would train them wrongly
-│   └── LogprobsDiffer      engine and trainer give other logprobs to the same ids
+│   ├── LogprobsDiffer      engine and trainer give other logprobs to the same ids
+│   └── WeightsRefused      vLLM did not take the trainer's weights
 └── StoreError
     ├── StoreUnavailable    the store cannot be reached or written now; retrying may help
     ├── StoreRefused        the store cannot be used as configured; waiting does not help
@@ -32,6 +33,7 @@ __all__ = [
     "StoreUnavailable",
     "TrainingError",
     "UnusableRows",
+    "WeightsRefused",
 ]
 
 REASONS_SHOWN = 3
@@ -61,6 +63,10 @@ class UnusableRows(TrainingError):
 
 class LogprobsDiffer(TrainingError):
     """Engine and trainer give other logprobs to the same ids."""
+
+
+class WeightsRefused(TrainingError):
+    """vLLM did not take the trainer's weights."""
 
 
 class StoreError(AgentLightningError):

@@ -18,7 +18,6 @@ import statistics
 import string
 import sys
 import time
-import urllib.request
 import warnings
 from array import array
 from collections.abc import Iterable, Sequence
@@ -31,6 +30,7 @@ from openai import OpenAI
 import agentlightning as agl
 from agentlightning.trainers import trl as adapter
 from agentlightning.trainers.torch import check_gap, logprob_gap
+from agentlightning.trainers.weights import hand_over
 from agentlightning.trajectory import AttemptCalls, Call, merge
 from examples.loop import CACHE, SECONDS, SMALL, SMALL_ENV, TINY_MODEL, free_url, serving, show
 from examples.plot import png, terminal
@@ -150,11 +150,7 @@ class Training:
     def hand_over(self, model: Any, version: int) -> None:
         """Give vLLM the weights of the trainer, and measure how long the step took."""
         model.save_pretrained(WEIGHTS)
-        arguments = {"method": "reload_weights", "kwargs": {"weights_path": str(WEIGHTS)}}
-        post(f"{self.vllm}/collective_rpc", arguments)
-        # Keys and values of the old weights would stand before the new ones' answers.
-        post(f"{self.vllm}/reset_prefix_cache")
-        post(f"{self.vllm}/update_weight_version", {"new_version": str(version)})
+        hand_over(self.vllm, WEIGHTS, str(version))
         if self.steps:
             self.steps[-1].seconds = time.monotonic() - self.started
 
@@ -215,12 +211,6 @@ def differing(rows: Sequence[agl.Trajectory], exact: Sequence[agl.Trajectory]) -
         for one, other in zip(sampled, found, strict=False)
         for place, token_id in enumerate(other)
     )
-
-
-def post(url: str, body: Any = None) -> None:
-    """POST JSON, and fail unless the server accepts it."""
-    data = b"" if body is None else json.dumps(body).encode()
-    urllib.request.urlopen(urllib.request.Request(url, data, {"Content-Type": "application/json"})).close()
 
 
 def new_model(seed: int) -> Any:

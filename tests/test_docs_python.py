@@ -1,6 +1,6 @@
 """The Python in the documentation, each block run as it stands there, against a server and a store of the tests.
 
-Only addresses and the model's name are others: what a reader has elsewhere is on free ports here.
+Only addresses, the model's name and the number of steps are others: what a reader has elsewhere is on free ports here.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,9 +21,12 @@ from agentlightning.store import open_store
 from tests.common.environments import CHECKOUT
 from tests.common.generations import generation
 from tests.common.vllm import RemoteOpenAIServer, without_agl
+from tests.recording.nursery import Nursery
+from tests.recording.server import RecordingServer
 from tests.server.process import StoreServer
 from tests.test_docs import ENGLISH, PAGES, Block, blocks
 from tools.peer import peer
+from tools.trainers import python_path
 
 pytestmark = pytest.mark.tier("all")
 
@@ -35,8 +39,16 @@ PRINTS = {
     "status().items()": r"^server applied $",
     "/queues/rollouts/dequeue": r"^ro-[\w-]+ succeeded$",
     "in store.wait_for_rollouts(": r"^ro-[\w-]+ succeeded$",
+    "import agent_loop_outputs": r"^\[1, 2\]\ntensor\(\[1\., 1\.\]",
+    "import Gap": r"'responses': \(2, 2\)",
+    "import generator_output": r"^\[\[1, 2\], \[2, 3\]\] \[False, True\]$",
+    "import datums": r"^\[1, 2, 3, 1\] \[0\. 0\. 0\. 0\.\]$",
+    "import documents": r'^\{"schema_version": "ATIF-v1\.8", "session_id": "ROLLOUT"',
 }
 """A line that a block with this code prints, as a pattern."""
+TRAINERS = {"trl", "verl", "skyrl", "tinker", "atif"}
+"""What is installed beside the tests' environment; our adapter for it has the same name."""
+ADAPTER = re.compile(r"agentlightning\.trainers\.(\w+)")
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +57,8 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreServer]:
     path = tmp_path_factory.mktemp("docs") / "generations.db"
     with open_store(str(path)) as store:
         store.add(recorded())
+        for each in store.generations():
+            store.add_reward("ROLLOUT", each.attempt_id or "latest", 1.0)
     with StoreServer(path) as server:
         exported = path.with_name("rollout.jsonl")
         export = (sys.executable, "-m", "agentlightning", "export", "--store", str(path), "--output", str(exported))
@@ -54,7 +68,18 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreServer]:
 
 def recorded() -> list[Generation]:
     model = "Qwen/Qwen3-0.6B"
-    return [generation(number, rollout_id="ROLLOUT", model=model, prompt=3, output=2) for number in (1, 2)]
+    found = [generation(number, rollout_id="ROLLOUT", model=model, prompt=3, output=2) for number in (1, 2)]
+    for each in found:
+        each.choices[0].logprobs = array("f", [-0.5, -1.5])
+    return found
+
+
+@pytest.fixture(scope="module")
+def taught(filled: StoreServer, nursery: Nursery) -> Iterator[RecordingServer]:
+    """A vLLM that records logprobs to that store, and takes weights."""
+    env = {"AGL_LOGPROBS": "on", "VLLM_SERVER_DEV_MODE": "1"}
+    with nursery.server(filled.path, store=filled.url, env=env) as server:
+        yield server
 
 
 def each_block() -> list[object]:
@@ -62,7 +87,7 @@ def each_block() -> list[object]:
     found = []
     for block in blocks("python", pages=tuple(page for page in PAGES if page.name != "README.zh.md")):
         imported = set(IMPORTED.findall(block.text))
-        missing = sorted(name for name in imported if importlib.util.find_spec(name) is None)
+        missing = sorted(name for name in imported - TRAINERS if importlib.util.find_spec(name) is None)
         marks = pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
         found.append(pytest.param(block, id=f"{block.page.name}:{block.line}", marks=marks))
     return found
@@ -70,16 +95,19 @@ def each_block() -> list[object]:
 
 @pytest.mark.parametrize("block", each_block())
 def test_a_python_block_does_what_its_page_says(
-    block: Block, armed: RemoteOpenAIServer, filled: StoreServer, tmp_path: Path
+    block: Block, filled: StoreServer, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    text = block.text.replace("http://localhost:8000", armed.url).replace("http://127.0.0.1:4747", filled.url)
-    if "chat.completions" in text:
-        text = text.replace("Qwen/Qwen3-0.6B", armed.model)
+    text = block.text.replace("http://127.0.0.1:4747", filled.url).replace("max_steps=100", "max_steps=1")
+    if "http://localhost:8000" in text:
+        server: RemoteOpenAIServer = request.getfixturevalue("taught" if "hand_over" in text else "armed")
+        text = text.replace("http://localhost:8000", server.url).replace("Qwen/Qwen3-0.6B", server.model)
     # What its page calls so is Agent Lightning 0.3, which has the name of this package.
     python = str(peer() / "python") if "LightningStoreClient" in text else sys.executable
     env = without_agl(os.environ)
     if "LightningStoreClient" not in text:
         env["PYTHONPATH"] = str(CHECKOUT)
+    if TRAINERS & {*IMPORTED.findall(text), *ADAPTER.findall(text)}:
+        env["PYTHONPATH"] = python_path()
     (tmp_path / "block.py").write_text(text)
 
     done = subprocess.run(

@@ -1,0 +1,84 @@
+"""Weights that are handed over: which routes of vLLM are called, in which order, and what is said if one fails."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentlightning.errors import WeightsRefused
+from agentlightning.trainers.weights import hand_over
+
+pytestmark = pytest.mark.tier("check")
+
+
+class Server(HTTPServer):
+    """Keeps what it is asked, and answers a route with the status that it has for it, else 200."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.asked: list[tuple[str, Any]] = []
+        self.statuses: dict[str, int] = {}
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        self.server.asked.append((self.path, json.loads(body) if body else None))
+        self.send_response(self.server.statuses.get(self.path, 200))
+        self.end_headers()
+        self.wfile.write(b"what went wrong")
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 -- the name that it has in http.server
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def test_weights_are_loaded_the_cache_is_reset_and_then_the_version_is_named(server: Server, tmp_path: Path) -> None:
+    hand_over(f"{server.url}/v1", tmp_path, "7")
+
+    assert server.asked == [
+        ("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(tmp_path)}}),
+        ("/reset_prefix_cache", None),
+        ("/update_weight_version", {"new_version": "7"}),
+    ]
+
+
+def test_a_vllm_without_the_routes_is_named_with_the_switch_that_it_needs(server: Server, tmp_path: Path) -> None:
+    server.statuses["/collective_rpc"] = 404
+
+    with pytest.raises(WeightsRefused, match=r"has no route /collective_rpc: start it with VLLM_SERVER_DEV_MODE=1"):
+        hand_over(server.url, tmp_path, "7")
+
+
+def test_a_version_is_not_named_where_its_weights_were_not_loaded(server: Server, tmp_path: Path) -> None:
+    server.statuses["/collective_rpc"] = 500
+
+    with pytest.raises(WeightsRefused, match=r"answered /collective_rpc with 500 \(what went wrong\): look at its log"):
+        hand_over(server.url, tmp_path, "7")
+    assert [path for path, _ in server.asked] == ["/collective_rpc"]
+
+
+def test_a_vllm_that_is_gone_is_named(tmp_path: Path) -> None:
+    with pytest.raises(WeightsRefused, match=r"vLLM at http://127.0.0.1:9 cannot be reached"):
+        hand_over("http://127.0.0.1:9", tmp_path, "7")
