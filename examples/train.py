@@ -39,7 +39,7 @@ FOLDER = CACHE / "demo-train"
 FILE, MODEL, WEIGHTS, PICTURE = FOLDER / "store.db", FOLDER / "model", FOLDER / "weights", FOLDER / "reward.png"
 STEPS, TASKS, GENERATIONS, TOKENS, RATE = 30, 2, 8, 12, 7e-3
 BOUND = 0.01
-HEAD = "step  reward  rollouts  rows  merged  breaks  trained  stale  logprobs off by  max      s"
+HEAD = "step  reward  rows  merged  breaks  trained  stale   off by      max     s"
 # What the rows are made of, and what vLLM is started with for it.
 MODES: dict[str, dict[str, str]] = {"text": {}, "exact": {}}
 QUESTIONS = ("Which digits shall I add?", "Give me numbers.", "Digits, please.", "What is to be added?")
@@ -236,7 +236,7 @@ def train(training: Training, model: Any, steps: int, seed: int) -> None:
     from transformers import PrinterCallback, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportMissingImports]
 
-    print("\n" + HEAD)
+    print(f"\n{steps} steps of {TASKS * GENERATIONS} rollouts\n{HEAD}", flush=True)
     bar = tqdm(total=steps, unit="step", disable=None)
 
     class HandOver(TrainerCallback):
@@ -284,8 +284,8 @@ def train(training: Training, model: Any, steps: int, seed: int) -> None:
 def line(number: int, step: Step) -> str:
     """Return a step as a line of the table."""
     return (
-        f"{number:>4}  {step.reward:>6.3f}  {step.rollouts:>8}  {step.rows:>4}  {step.merged:>6}  {step.breaks:>6}  "
-        f"{step.tokens:>7}  {step.stale:>5}  {step.mean:>15.1e}  {step.highest:.1e}  {step.seconds:>4.1f}"
+        f"{number:>4}  {step.reward:>6.3f}  {step.rows:>4}  {step.merged:>6}  {step.breaks:>6}  "
+        f"{step.tokens:>7}  {step.stale:>5}  {step.mean:>7.1e}  {step.highest:>7.1e}  {step.seconds:>4.1f}"
     )
 
 

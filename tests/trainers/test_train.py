@@ -1,0 +1,83 @@
+"""`make demo-train`, for a few steps: a real vLLM gets the weights of TRL, and answers with them; and what it draws."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from examples.plot import png, terminal
+from examples.train import BOUND, GENERATIONS, HEAD, MODES, TASKS, Step, add_up, line, share_of_digits
+from tests.common.environments import CHECKOUT
+from tests.common.vllm import without_agl
+
+STEPS = 3
+
+
+@pytest.mark.tier("all")
+@pytest.mark.parametrize("rows", MODES)
+def test_the_trainer_learns_from_the_rows_of_each_step_and_vllm_has_its_weights(rows: str, tmp_path: Path) -> None:
+    results = tmp_path / "results.json"
+    program = ("-m", "tools.trainers", "-m", "examples.train")
+    done = subprocess.run(
+        [sys.executable, *program, "--rows", rows, "--steps", str(STEPS), "--results", results],
+        cwd=CHECKOUT,
+        env=without_agl(os.environ),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stdout
+    assert HEAD in done.stdout
+    assert "reward by step" in done.stdout
+    steps = [Step(**each) for each in json.loads(results.read_text())["0"]]
+    assert len(steps) == STEPS
+    for step in steps:
+        assert step.rollouts == TASKS * GENERATIONS
+        assert step.stale == 0
+        if rows == "text":
+            # Random weights say what no tokenizer would split like that.
+            assert step.differ > 0
+            assert step.mean > BOUND
+        else:
+            assert step.differ == 0
+            assert step.highest < BOUND
+
+
+def test_the_reward_is_the_share_of_digits_and_the_tool_adds_them_up() -> None:
+    assert share_of_digits("1a2b") == 0.5
+    assert share_of_digits("") == 0.0
+    assert add_up("1a29") == "12"
+
+
+def test_a_line_of_the_table_stands_below_its_head_in_80_columns() -> None:
+    step = Step(1.0, 16, 32, 16, 16, 384, 0, 0, 2.5e-7, 1.2e-6, 1.0, 12.3)
+
+    assert len(line(30, step)) == len(HEAD) <= 80
+
+
+def test_values_are_drawn_from_left_to_right() -> None:
+    drawn = terminal([0.0, 0.55, 1.0], "title").splitlines()
+
+    assert drawn[0] == "title"
+    assert drawn[1] == " 1.0 |  █"
+    assert drawn[5] == " 0.6 | ▄█"
+    assert drawn[-1] == "      1 3"
+    assert max(map(len, terminal([0.5] * 1000, "title").splitlines())) <= 80
+
+
+def test_a_picture_has_a_curve_for_each_kind_of_rows(tmp_path: Path) -> None:
+    from PIL import Image
+
+    png({"text": [[0.0, 0.5], [0.1, 0.7]], "exact": [[0.0, 1.0]]}, tmp_path / "reward.png")
+
+    with Image.open(tmp_path / "reward.png") as picture:
+        colours = {colour for _, colour in picture.getcolors(1 << 16) or []}
+    assert {(31, 119, 180), (214, 39, 40)} <= colours
