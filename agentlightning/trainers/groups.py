@@ -29,7 +29,7 @@ class Group:
     Attributes:
         key: the `group` of their rows; see `group_of`.
         rollout_ids: all of them, in the order in which they were created.
-        rows: of those that succeeded and have a reward.
+        rows: of the latest attempt of each that succeeded and has a reward.
         left_out: why each of the others has no row here, by its id.
     """
 
@@ -113,10 +113,11 @@ class GroupReader:
         return found
 
     def _add(self, group: Group, rollout: Rollout, options: MergeOptions) -> None:
-        rows = [] if rollout.status != "succeeded" else [*rollout.trajectories(**options)]
         if rollout.status != "succeeded":
             group.left_out[rollout.rollout_id] = f"its status is {rollout.status}"
-        elif not rows:
+            return
+        rows = [*self._store.trajectories(rollout.rollout_id, "latest", **options)]
+        if not rows:
             group.left_out[rollout.rollout_id] = "it has no row that the options allow"
         elif rows[0].reward is None:
             group.left_out[rollout.rollout_id] = "it has no reward"

@@ -73,8 +73,8 @@ def rollout_func(
         timeout: seconds for all rollouts of a step; None for no limit.
         failed: what becomes of a rollout that failed, or has no row or no reward. `mask`: its row is masked whole, and
             its reward is None. `raise`: an error ends the training.
-        read: returns the rows of a rollout that has ended; None for `rollout.trajectories(**options)`.
-        options: those of `store.trajectories()`.
+        read: returns the rows of a rollout that succeeded; None for those of its latest attempt.
+        options: those of `store.trajectories()`, without `read`.
 
     Raises, when it is called:
         UnusableRows: no rollout of the step has a row, or `failed` is `raise` and one has none; or see `check_rows`.
@@ -92,8 +92,9 @@ def rollout_func(
                 rollout_ids = [*pool.map(run, prompts)]
         ended = {each.rollout_id: each for each in store.wait_for_rollouts(rollout_ids, timeout, recorded=True)}
         rows = {
-            rollout_id: [*(rollout.trajectories(**options) if read is None else read(rollout))]
+            rollout_id: [*(store.trajectories(rollout_id, "latest", **options) if read is None else read(rollout))]
             for rollout_id, rollout in ended.items()
+            if rollout.status == "succeeded"
         }
         chosen = [_chosen(each, ended.get(each), rows.get(each, ()), failed) for each in rollout_ids]
         found = columns([row for row in chosen if row is not None])

@@ -113,11 +113,11 @@ def test_a_store_that_goes_away_gives_nothing_out(store: agl.Store, monkeypatch:
     ended(started(store, "5", "5"))
     reader = GroupReader(store, 2)
 
-    def away(rollout: agl.Rollout, **_: object) -> None:
+    def away(*_: object, **options: object) -> None:
         raise agl.StoreUnavailable("the store is away")
 
     with monkeypatch.context() as patched:
-        patched.setattr(agl.Rollout, "trajectories", away)
+        patched.setattr(store, "trajectories", away)
         with pytest.raises(agl.StoreUnavailable):
             reader.read()
 

@@ -130,6 +130,26 @@ def test_rollouts_that_have_not_ended_in_time_are_masked(store: agl.Store, caplo
     assert "has not ended, or its calls are not written: raise timeout" in caplog.text
 
 
+def test_a_rollout_that_was_tried_again_has_the_rows_of_its_last_attempt(store: agl.Store) -> None:
+    def run(rollout: agl.Rollout) -> None:
+        answered(rollout, ([1, 2], [9, 9, 9]))
+        again = store.start_attempt(rollout.rollout_id)
+        agent(again)
+        again.finish("succeeded")
+
+    assert rollout_func(store, run)(["5"], TRAINER)["completion_ids"] == [[5, 3, 4, 5]]
+
+
+def test_a_store_that_goes_away_ends_the_step(store: agl.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(*_: object, **options: object) -> None:
+        raise agl.StoreUnavailable("the store is away")
+
+    monkeypatch.setattr(store, "wait_for_rollouts", away)
+
+    with pytest.raises(agl.StoreUnavailable, match="the store is away"):
+        rollout_func(store, agent)(["5"], TRAINER)
+
+
 def test_of_several_rows_the_one_with_the_most_trained_ids_is_taken_and_the_others_are_counted(
     store: agl.Store, caplog: pytest.LogCaptureFixture
 ) -> None:
