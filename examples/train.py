@@ -88,6 +88,7 @@ class Training:
     vllm: str
     mode: str
     tokenizer: Any
+    client: OpenAI = field(default_factory=lambda: OpenAI(api_key="none", max_retries=0, timeout=SECONDS))
     conversations: dict[str, Conversation] = field(default_factory=dict)
     rows: list[agl.Trajectory] = field(default_factory=list)
     differ: int = 0
@@ -98,13 +99,13 @@ class Training:
         """Ask for digits twice, with a tool between, and reward the rollout."""
         messages: list[Any] = [{"role": "user", "content": rollout.input}]
         answers = []
-        with OpenAI(base_url=rollout.base_url(self.vllm), api_key="none", max_retries=0, timeout=SECONDS) as client:
-            for _ in range(2):
-                answer = client.chat.completions.create(model=str(MODEL), messages=messages, max_tokens=TOKENS)
-                text = answer.choices[0].message.content or ""
-                answers.append(answer)
-                messages.append({"role": "assistant", "content": text})
-                messages.append({"role": "tool", "tool_call_id": "1", "content": add_up(text)})
+        client = self.client.with_options(base_url=rollout.base_url(self.vllm))
+        for _ in range(2):
+            answer = client.chat.completions.create(model=str(MODEL), messages=messages, max_tokens=TOKENS)
+            text = answer.choices[0].message.content or ""
+            answers.append(answer)
+            messages.append({"role": "assistant", "content": text})
+            messages.append({"role": "tool", "tool_call_id": "1", "content": add_up(text)})
         self.conversations[rollout.rollout_id] = Conversation(messages, answers)
         rollout.reward(statistics.mean(map(share_of_digits, (message["content"] for message in messages[1::2]))))
 
