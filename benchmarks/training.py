@@ -14,11 +14,12 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.machine import describe_machine
 from benchmarks.report import say
 from examples.plot import png
-from examples.train import GENERATIONS, MODES, STEPS, TASKS
+from examples.train import GENERATIONS, HEAD, MODES, STEPS, TASKS, Step, line
 from tools.sections import replace_section
 
 CHECKOUT = Path(__file__).parents[1]
@@ -28,7 +29,7 @@ TITLE = "Exact rows and others, measured"
 SEEDS = 5
 LEARNT = 0.9
 
-Steps = Sequence[Mapping[str, float]]
+Steps = Sequence[Mapping[str, Any]]
 
 
 def total(name: str, per: str = "rollouts") -> Callable[[Steps], float]:
@@ -91,6 +92,11 @@ def spread(values: Sequence[float], written: str) -> str:
     return middle if low == high else f"{middle} ({low} - {high})"
 
 
+def printed(steps: Steps) -> str:
+    """Return what the demo printed of a run, every third step."""
+    return "\n".join([HEAD, *(line(n, Step(**step)) for n, step in enumerate(steps, 1) if n % 3 == 1)])
+
+
 def section(found: Mapping[str, Sequence[Steps]], seeds: int, steps: int) -> str:
     """Return the text below the heading."""
     machine = "; ".join(f"{name}: {value}" for name, value in describe_machine().items())
@@ -99,6 +105,12 @@ Written by `python -m benchmarks.training`: {seeds} runs of {steps} steps for ea
 weights, and {TASKS * GENERATIONS} rollouts a step. Medians, and quartiles in brackets. {machine}.
 
 {table(found)}
+
+The first run with exact rows, every third step:
+
+```text
+{printed(found["exact"][0])}
+```
 
 ![The reward by step, with each kind of rows: the median of all runs, and their quartiles](images/{PICTURE.name})"""
 
