@@ -31,9 +31,8 @@ class Server(HTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    server: Server
-
     def do_POST(self) -> None:
+        assert isinstance(self.server, Server)
         body = self.rfile.read(int(self.headers["Content-Length"] or 0))
         self.server.asked.append((self.path, json.loads(body) if body else None))
         self.send_response(self.server.statuses.get(self.path, 200))
