@@ -95,12 +95,13 @@ def each_block() -> list[object]:
 
 @pytest.mark.parametrize("block", each_block())
 def test_a_python_block_does_what_its_page_says(
-    block: Block, filled: StoreServer, tmp_path: Path, request: pytest.FixtureRequest
+    block: Block, armed: RemoteOpenAIServer, filled: StoreServer, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     text = block.text.replace("http://127.0.0.1:4747", filled.url).replace("max_steps=100", "max_steps=1")
-    if "http://localhost:8000" in text:
-        server: RemoteOpenAIServer = request.getfixturevalue("taught" if "hand_over" in text else "armed")
-        text = text.replace("http://localhost:8000", server.url).replace("Qwen/Qwen3-0.6B", server.model)
+    server: RemoteOpenAIServer = request.getfixturevalue("taught") if "hand_over" in text else armed
+    text = text.replace("http://localhost:8000", server.url)
+    if "chat.completions" in text:
+        text = text.replace("Qwen/Qwen3-0.6B", server.model)
     # What its page calls so is Agent Lightning 0.3, which has the name of this package.
     python = str(peer() / "python") if "LightningStoreClient" in text else sys.executable
     env = without_agl(os.environ)
