@@ -325,7 +325,10 @@ def main() -> None:
         with serving(command, f"{vllm}/health", FOLDER / "vllm.log", **env):
             for seed in range(options.seeds):
                 training = Training(store, vllm, options.rows, AutoTokenizer.from_pretrained(MODEL))
-                train(training, new_model(seed), options.steps, seed)
+                try:
+                    train(training, new_model(seed), options.steps, seed)
+                except agl.AgentLightningError as error:
+                    sys.exit(f"train: {error}")
                 results[seed] = training.steps
         rewards = [[step.reward for step in steps] for steps in results.values()]
         print("\n" + terminal(rewards[0], "reward by step"))
