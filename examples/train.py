@@ -37,7 +37,7 @@ from examples.plot import png, terminal
 
 FOLDER = CACHE / "demo-train"
 FILE, MODEL, WEIGHTS, PICTURE = FOLDER / "store.db", FOLDER / "model", FOLDER / "weights", FOLDER / "reward.png"
-STEPS, TASKS, GENERATIONS, TOKENS, RATE = 24, 2, 8, 12, 1e-2
+STEPS, TASKS, GENERATIONS, TOKENS, RATE = 20, 2, 8, 12, 1e-2
 BOUND = 0.01
 HEAD = "step  reward  rows  merged  breaks  trained  stale   off by      max     s"
 # What the rows are made of, and what vLLM is started with for it.
