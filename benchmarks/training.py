@@ -99,10 +99,10 @@ def printed(steps: Steps) -> str:
 
 def section(found: Mapping[str, Sequence[Steps]], seeds: int, steps: int) -> str:
     """Return the text below the heading."""
-    machine = "; ".join(f"{name}: {value}" for name, value in describe_machine().items())
+    machine = ", ".join(describe_machine().values())
     return f"""\
 Written by `python -m benchmarks.training`: {seeds} runs of {steps} steps for each kind of rows, each with other random
-weights, and {TASKS * GENERATIONS} rollouts a step. Medians, and quartiles in brackets. {machine}.
+weights, and {TASKS * GENERATIONS} rollouts a step. Medians, and quartiles in brackets. Measured on\n{machine}.
 
 {table(found)}
 
