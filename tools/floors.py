@@ -22,7 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("instrumentation",),
     ("recorder",),
     ("store",),
-    ("triplet", "trajectory", "rollout", "sender", "completeness"),
+    ("drift", "triplet", "trajectory", "rollout", "sender", "completeness", "token_text"),
     ("generation", "errors"),
     ("_startup",),
     ("importhook", "patching"),

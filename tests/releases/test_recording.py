@@ -10,7 +10,7 @@ import pytest
 from agentlightning.errors import StoreUnavailable
 from agentlightning.generation import Generation
 from agentlightning.instrumentation.vllm._status import STATUS_ROUTE
-from agentlightning.server.page.token_text import TokenTexts
+from agentlightning.token_text import TokenTexts
 from agentlightning.store import open_database, open_store, senders
 from tests.common.answers import fetch, post
 from tests.common.vllm import RemoteOpenAIServer

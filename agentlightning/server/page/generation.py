@@ -13,8 +13,8 @@ from markupsafe import Markup, escape
 from sqlalchemy import Connection
 
 from agentlightning.generation import Choice, Generation
-from agentlightning.server.page.token_text import TokenTexts
 from agentlightning.store import generations, senders
+from agentlightning.token_text import TokenTexts
 
 __all__ = ["TokenHtml", "choice_values", "prompt_tokens"]
 

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from agentlightning.sender import Vocabulary
-from agentlightning.server.page.token_text import TokenTexts
+from agentlightning.token_text import TokenTexts
 
 pytestmark = pytest.mark.tier("check")
 

@@ -1,0 +1,584 @@
+"""Why a prompt does not go on where the model stopped: a pure function of two sequences of ids and their vocabulary.
+
+Nothing is known of the chat template. Its special tokens cut both sequences into turns; up to the first difference
+these are the same, so the turns that differ first are compared: as texts, without reasoning, with tool calls as JSON.
+What explains the difference, from the strictest explanation on, is its cause. All of it takes linear time.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from agentlightning.drift.causes import Cause
+from agentlightning.token_text import TokenTexts
+
+__all__ = ["Difference", "classify", "common_length", "has_other_turns", "turn_names"]
+
+ID_BYTES = 4
+# Tokens that stand inside a turn.
+_MARKUP = re.compile(
+    r"think|tool_?calls?\b|TOOL_CALLS|\[ARGS\]|\[CALL_ID\]|python_tag|tool▁(?:call|sep)|end_header_id|header_end"
+    r"|<\|(?:message|channel|constrain|call)\|>",
+    re.IGNORECASE,
+)
+_ROLE = re.compile(r"\s*(system|user|assistant|tool|developer|ipython|model|observation)\b")
+# What stands between the beginning of a turn and its content.
+_HEADER = re.compile(
+    r"\s*(?:\w+(?:<\|(?:end_header_id|header_end|message)\|>|<\|channel\|>\w+<\|message\|>)\n{0,2}"
+    r"|(?:system|user|assistant|tool|developer|ipython|model|observation)\n)"
+)
+_ROLES_WRITTEN = ("assistant", "model")
+_ROLE_OF_TOKEN = {
+    "[INST]": "user",
+    "[/INST]": "assistant",
+    "[AVAILABLE_TOOLS]": "tools",
+    "[TOOL_RESULTS]": "tool",
+    "[/TOOL_RESULTS]": "assistant",
+    "[SYSTEM_PROMPT]": "system",
+    "<\N{FULLWIDTH VERTICAL LINE}User\N{FULLWIDTH VERTICAL LINE}>": "user",
+    "<\N{FULLWIDTH VERTICAL LINE}Assistant\N{FULLWIDTH VERTICAL LINE}>": "assistant",
+}
+_THOUGHTS = (
+    ("<think>", "</think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<thinking>", "</thinking>"),
+    ("<seed:think>", "</seed:think>"),
+    ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant"),
+)
+_CALL_MARK = re.compile(
+    r"</?tool_calls?>|\[/?TOOL_CALLS\]|\[ARGS\]|\[CALL_ID\]\w*|<\|python_tag\|>|<\uff5ctool▁[^\uff5c]*\uff5c>|<\|tool_call[^|]*\|>"
+)
+_WHITE = re.compile(r"\s+")
+_OPEN_TOOLS, _CLOSE_TOOLS = "<tools>", "</tools>"
+_SUMMARY = re.compile(r"\b(?:summar|compact|condens|earlier conversation|continued from)", re.IGNORECASE)
+# More turns than this that a template moves are named as one.
+MOST_MOVED = 64
+# Share of a text that is the same at both its ends, from which on it is the same text, changed.
+SIMILAR = 0.5
+SHORT_TURN = 4
+ROLE_IDS = 16
+FAILURES_TO_PARSE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Why a prompt differs from the context that it should extend, and where first.
+
+    Attributes:
+        is_certain: whether what both sides have in common leaves no other explanation.
+        position: number of ids with which both begin.
+        message: number of the message, from 0, in which they differ first; None where the ids alone are known.
+        role: the role of that message, where the template writes one.
+        also: what would still break it once the cause is gone.
+        special_before, special_after: number of special tokens of the turn on each side.
+    """
+
+    cause: Cause
+    is_certain: bool
+    position: int
+    message: int | None = None
+    role: str | None = None
+    also: tuple[Cause, ...] = ()
+    special_before: int = 0
+    special_after: int = 0
+
+
+def classify(
+    before: Sequence[int],
+    answer_start: int,
+    prompt: Sequence[int],
+    texts: TokenTexts | None,
+    texts_before: TokenTexts | None = None,
+) -> Difference:
+    """Find why a prompt does not begin with an earlier call's prompt and answer.
+
+    Args:
+        before: ids of the earlier prompt, and of its answer.
+        answer_start: where the answer begins in it.
+        prompt: ids of the prompt.
+        texts: the texts of the prompt's ids; None where its vocabulary is unknown.
+        texts_before: those of the earlier ids, where they are of another vocabulary.
+    """
+    first, second = _array(before), _array(prompt)
+    position = common_length(first.tobytes(), second.tobytes())
+    if texts is None or not texts.are_known or (texts_before is not None and not texts_before.are_known):
+        return _by_ids(first, answer_start, second, position)
+    if texts_before is not None and texts_before is not texts:
+        return _by_texts(first, second, texts_before, texts, position)
+    return _Comparison(first, answer_start, second, texts, position).difference()
+
+
+def common_length(one: bytes, other: bytes, low: int = 0) -> int:
+    """Count the ids, four bytes each, with which two sequences begin alike; at least `low` are known to."""
+    high = min(len(one), len(other)) // ID_BYTES
+    low = min(low, high)
+    # In steps that double: most of what is compared at once is then compared only once.
+    step = 1 << 10
+    while low < high:
+        end = min(low + step, high)
+        if one[low * ID_BYTES : end * ID_BYTES] != other[low * ID_BYTES : end * ID_BYTES]:
+            high = end
+            break
+        low, step = end, 2 * step
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low * ID_BYTES : middle * ID_BYTES] == other[low * ID_BYTES : middle * ID_BYTES]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def turn_names(token_ids: Sequence[int], texts: TokenTexts) -> list[bytes]:
+    """Return the turns of a sequence, each as the bytes of its ids; those without any id between are left out."""
+    whole, found, start = _array(token_ids), list[bytes](), 0
+    for end in [*_bounds(whole, texts), len(whole)]:
+        if end > start:
+            found.append(whole[start:end].tobytes())
+        start = end + 1
+    return found
+
+
+def has_other_turns(before: Sequence[int], prompt: Sequence[int], texts: TokenTexts) -> bool:
+    """Tell whether a prompt has more turns than what came before: it then goes on, whatever was changed."""
+    return len(turn_names(prompt, texts)) > len(turn_names(before, texts))
+
+
+def _array(token_ids: Sequence[int]) -> array[int]:
+    return token_ids if isinstance(token_ids, array) else array("i", token_ids)
+
+
+@lru_cache(16)
+def _boundaries(texts: TokenTexts) -> frozenset[int]:
+    """Return the special tokens that stand between turns."""
+    return frozenset(each for each in texts.special if not _MARKUP.search(texts.text(each)))
+
+
+def _bounds(token_ids: array[int], texts: TokenTexts) -> list[int]:
+    boundaries = _boundaries(texts)
+    return [place for place, each in enumerate(token_ids) if each in boundaries]
+
+
+def _by_ids(before: array[int], answer_start: int, prompt: array[int], position: int) -> Difference:
+    """Say what the ids alone tell."""
+    if position == len(prompt) == answer_start:
+        return Difference("retry", True, position)
+    return Difference("other", False, position)
+
+
+def _by_texts(
+    before: array[int], prompt: array[int], texts_before: TokenTexts, texts: TokenTexts, position: int
+) -> Difference:
+    """Compare ids of two vocabularies, which have nothing but their texts in common."""
+    if texts.join(prompt).startswith(texts_before.join(before)):
+        return Difference("retokenised", True, position)
+    return Difference("other", False, position)
+
+
+class _Comparison:
+    """Two sequences of one vocabulary, and the turns in which they differ first."""
+
+    def __init__(
+        self, before: array[int], answer_start: int, prompt: array[int], texts: TokenTexts, position: int
+    ) -> None:
+        self._before, self._prompt = before, prompt
+        self._texts, self._position = texts, position
+        self._answer_start = answer_start
+        boundaries = _boundaries(texts)
+        self._is_answer = position >= answer_start or not any(
+            each in boundaries for each in before[position:answer_start]
+        )
+        start = min(position, answer_start) if self._is_answer else position
+        while start and before[start - 1] not in boundaries:
+            start -= 1
+        self._start = start
+        self._end_after = _next(prompt, max(position, start), boundaries)
+        self._end_before = _next(before, max(position, start), boundaries)
+        if self._is_answer:
+            # Its turn is all of it, whatever special tokens the model sampled.
+            self._end_before = len(before) - (bool(before) and before[-1] in boundaries and len(before) > answer_start)
+        self._message, self._has_answer_before = self._messages_before()
+        self._text_before = texts.join(before[start : self._end_before])
+        self._text_after = texts.join(prompt[start : self._end_after])
+
+    def difference(self) -> Difference:
+        """Name the cause by the first explanation that fits."""
+        for explain in (self._retry, self._turn, self._special, self._moved, self._conversation):
+            if (found := explain()) is not None:
+                return found
+        return self._named("other", False)
+
+    def _named(self, cause: Cause, is_certain: bool, also: tuple[Cause, ...] = ()) -> Difference:
+        special = self._texts.special
+        return Difference(
+            cause,
+            is_certain,
+            self._position,
+            self._message,
+            self._role(),
+            also,
+            sum(each in special for each in self._before[self._start : self._end_before + 1]),
+            sum(each in special for each in self._prompt[self._start : self._end_after + 1]),
+        )
+
+    def _messages_before(self) -> tuple[int, bool]:
+        """Count the messages before this one, which have more than white space in them; tell if one is an answer."""
+        boundaries, text = _boundaries(self._texts), self._texts.text
+        count, has_text, has_answer, opened = 0, False, False, 0
+        for place, each in enumerate(self._before[: self._start]):
+            if each in boundaries:
+                count += has_text
+                has_text, opened = False, place + 1
+            elif not has_text and not text(each).isspace():
+                has_text = True
+                opener = text(self._before[opened - 1]) if opened else ""
+                found = _ROLE.match(self._texts.join(self._before[opened : opened + ROLE_IDS]))
+                has_answer |= (found[1] if found else _ROLE_OF_TOKEN.get(opener)) in _ROLES_WRITTEN
+        return count, has_answer
+
+    def _role(self) -> str | None:
+        if found := _ROLE.match(self._text_before) or _ROLE.match(self._text_after):
+            return found[1]
+        opener = self._texts.text(self._before[self._start - 1]) if self._start else ""
+        return _ROLE_OF_TOKEN.get(opener) or ("assistant" if self._is_answer else None)
+
+    def _retry(self) -> Difference | None:
+        is_same = self._position == len(self._prompt) == self._answer_start
+        return self._named("retry", True) if is_same else None
+
+    def _turn(self) -> Difference | None:
+        """Explain the difference by the turn alone."""
+        one, other = self._text_before, self._text_after
+        ends_alike = self._boundary_before() in (None, self._boundary_after())
+        if one == other or self._is_cut_short():
+            if self._position < max(self._end_before, self._end_after):
+                return self._named("retokenised", True)
+            return None if ends_alike or not self._is_of_model() else self._named("answer_end", True)
+        if not self._is_of_model():
+            return None
+        # Half a character at the end of an answer is never sent.
+        if _characters(one) == _characters(other):
+            return self._named("retokenised", True)
+        header_before, content_before = _split_header(one)
+        header_after, content_after = _split_header(other)
+        is_same = _characters(content_before).strip() == _characters(content_after).strip()
+        if header_before.strip() != header_after.strip():
+            return self._named("template", True) if is_same and content_before.strip() else None
+        if is_same:
+            return self._named("answer_end", True)
+        return self._by_content(content_before, content_after)
+
+    def _is_of_model(self) -> bool:
+        return self._is_answer or self._role() in _ROLES_WRITTEN
+
+    def _is_cut_short(self) -> bool:
+        """Tell whether an answer that reached its limit is continued as text."""
+        return (
+            self._is_answer
+            and self._boundary_before() is None
+            and bool(self._text_before)
+            and self._text_after.startswith(self._text_before)
+        )
+
+    def _by_content(self, before: str, after: str) -> Difference | None:
+        """Compare answers without reasoning, and with tool calls as JSON."""
+        rest_before, rest_after = _without_thoughts(before), _without_thoughts(after)
+        parts_before, parts_after = _parts(rest_before), _parts(rest_after)
+        is_same = rest_before.strip() == rest_after.strip()
+        if not is_same and not _are_same(parts_before, parts_after):
+            return None
+        calls: tuple[Cause, ...] = () if is_same else ("tool_call",)
+        if _thoughts(before) != _thoughts(after):
+            return self._named("reasoning", True, calls)
+        return self._named("tool_call", True) if calls else None
+
+    def _special(self) -> Difference | None:
+        """Explain it by special tokens: without them, the prompt begins with what came before."""
+        special, first = self._texts.special, self._position
+        one = self._texts.join([each for each in self._before[first:] if each not in special])
+        if not one.strip() and self._is_answer and self._boundary_before() is not None:
+            return self._named("answer_end", True)
+        other = self._texts.join([each for each in self._prompt[first:] if each not in special])
+        if (one.strip() or first < self._answer_start) and _characters(other).startswith(_characters(one)):
+            return self._named("template", True)
+        return None
+
+    def _moved(self) -> Difference | None:
+        """Look for what stands further behind now, such as tools or a system prompt behind the last message."""
+        if self._is_answer:
+            return None
+        front = self._text_before.removesuffix(self._text_after.strip()).strip()
+        is_shorter = front and len(front) < len(self._text_before.strip())
+        if is_shorter and not self._is_of_model() and front in self._texts.join(self._prompt[self._end_after :]):
+            return self._named("template", True)
+        whole = self._prompt.tobytes()
+        cut, moved = self._before[:], 0
+        limit = self._answer_start
+        position = self._position
+        boundaries = _boundaries(self._texts)
+        while moved < MOST_MOVED and position < limit:
+            start = position + (cut[position] in boundaries)
+            while start and cut[start - 1] not in boundaries:
+                start -= 1
+            end = _next(cut, start, boundaries)
+            # With what stands between it and the next turn.
+            stop = _next(cut, end + 1, boundaries)
+            if stop > limit or end - start < 2:
+                break
+            turn = cut[start : end + 1].tobytes()
+            if _find(whole, turn, position) < 0:
+                break
+            rest = cut[start:limit].tobytes()
+            if not moved and 0 <= _find(whole, rest, position) < len(whole) - len(rest):
+                # All of it is there, behind something new, and goes on.
+                return self._named("header", False)
+            opener = start - 1 if start else start
+            del cut[opener:stop]
+            limit -= stop - opener
+            moved += 1
+            position = common_length(cut.tobytes(), whole)
+        if not moved:
+            return None
+        if position == len(cut):
+            return self._named("template", True)
+        left = _Comparison(cut, limit, self._prompt, self._texts, position).difference()
+        return self._named("template", True, (left.cause, *left.also))
+
+    def _conversation(self) -> Difference | None:
+        """Explain it by what the turns after the first difference have in common."""
+        turns_before = turn_names(self._before[self._end_before :], self._texts)
+        turns_after = turn_names(self._prompt[self._end_after :], self._texts)
+        # The last of a prompt is the beginning of an answer.
+        known = {*turns_after[:-1]}
+        # Short ones, such as a line feed, are those of any conversation.
+        kept = sum(each in known for each in turns_before if len(each) > SHORT_TURN * ID_BYTES)
+        similarity = _similarity(self._text_before, self._text_after)
+        if self._has_other_tools():
+            return self._named("tools", kept > 0 or similarity > SIMILAR)
+        if self._is_of_model():
+            return self._other_answer(turns_after, similarity)
+        if kept and len(turns_after) >= len(turns_before) - 1:
+            return None if self._has_answer_before else self._named("header", similarity > SIMILAR)
+        if self._message and len(self._prompt) < len(self._before):
+            text = self._texts.join(self._prompt[self._start :])
+            if kept or _SUMMARY.search(text):
+                return self._named("compaction", True)
+        if not self._has_answer_before and not kept:
+            if similarity > SIMILAR and len(turns_after) >= len(turns_before):
+                return self._named("header", False)
+            return self._named("sub_agent", not self._message and similarity < SIMILAR)
+        return None
+
+    def _other_answer(self, turns_after: Sequence[bytes], similarity: float) -> Difference | None:
+        """Explain another answer in the place of the model's own."""
+        role, role_after = _ROLE.match(self._text_before), _ROLE.match(self._text_after)
+        if role is not None and (role_after is None or role_after[1] != role[1]):
+            # It is not there at all.
+            return None
+        # Where much of it is the same, a change that is not known here may be the reason.
+        return self._named("foreign", bool(turns_after) and similarity < SIMILAR / 2)
+
+    def _has_other_tools(self) -> bool:
+        tokens = [
+            self._texts.text(side[start])
+            for side in (self._before, self._prompt)
+            for start in (self._start - 1, self._position)
+            if 0 <= start < len(side)
+        ]
+        if "[AVAILABLE_TOOLS]" in tokens:
+            return True
+        if self._is_of_model():
+            return False
+        one, tools = _without_tools(self._text_before)
+        other, other_tools = _without_tools(self._text_after)
+        return tools != other_tools and one.strip() == other.strip()
+
+    def _boundary_before(self) -> int | None:
+        return self._before[self._end_before] if self._end_before < len(self._before) else None
+
+    def _boundary_after(self) -> int | None:
+        return self._prompt[self._end_after] if self._end_after < len(self._prompt) else None
+
+
+def _next(token_ids: array[int], start: int, wanted: frozenset[int]) -> int:
+    """Return the position of the first of these ids from a position on; the length where there is none."""
+    for place in range(start, len(token_ids)):
+        if token_ids[place] in wanted:
+            return place
+    return len(token_ids)
+
+
+def _find(whole: bytes, part: bytes, start: int) -> int:
+    """Find ids among others, behind a position."""
+    at = whole.find(part, start * ID_BYTES)
+    while at >= 0 and at % ID_BYTES:
+        at = whole.find(part, at + 1)
+    return at
+
+
+def _characters(text: str) -> str:
+    """Return a text as an answer has it: what makes no character at its end is left out, several are as one."""
+    return re.sub("\ufffd+", "\ufffd", text).rstrip("\ufffd")
+
+
+def _split_header(text: str) -> tuple[str, str]:
+    found = _HEADER.match(text)
+    return (found[0], text[found.end() :]) if found else ("", text)
+
+
+def _thoughts(text: str) -> list[str]:
+    return [each.strip() for is_thought, each in _cut(text) if is_thought and each.strip()] or (
+        [""] if any(is_thought for is_thought, _ in _cut(text)) else []
+    )
+
+
+def _without_thoughts(text: str) -> str:
+    return "".join(each for is_thought, each in _cut(text) if not is_thought)
+
+
+def _cut(text: str) -> Iterator[tuple[bool, str]]:
+    """Cut a text into what is reasoning and what is not."""
+    for opener, closer in _THOUGHTS:
+        opened, closed = text.find(opener), text.find(closer)
+        if closed >= 0 and (opened < 0 or closed < opened):
+            # The prompt had opened it.
+            yield True, text[:closed]
+            text = text[closed + len(closer) :]
+            opened = text.find(opener)
+        if opened < 0:
+            continue
+        while opened >= 0:
+            yield False, text[:opened]
+            closed = text.find(closer, opened)
+            if closed < 0:
+                yield True, text[opened + len(opener) :]
+                return
+            yield True, text[opened + len(opener) : closed]
+            text = text[closed + len(closer) :]
+            opened = text.find(opener)
+    yield False, text
+
+
+_Part = tuple[str | None, str]
+"""A text, with None before it, or a tool call: its name, which may be unknown and empty, and its arguments."""
+
+
+def _parts(text: str) -> list[_Part]:
+    """Return the parts of an answer, with tool calls in a form of which there is one."""
+    found: list[_Part] = []
+    for each in _CALL_MARK.split(text):
+        part = each.strip()
+        if not part:
+            continue
+        if part[0] in "[{" and (calls := _calls(part)) is not None:
+            found += calls
+        elif part.startswith("<function="):
+            found.append(("", _WHITE.sub("", part)))
+        else:
+            found.append((None, part))
+    return found
+
+
+def _calls(part: str) -> list[_Part] | None:
+    try:
+        value = json.loads(part)
+    except (ValueError, RecursionError):
+        return None
+    found: list[_Part] = []
+    for each in value if isinstance(value, list) else [value]:
+        if not isinstance(each, dict):
+            return [("", _canonical(value))]
+        call: dict[str, Any] = each.get("function") if isinstance(each.get("function"), dict) else each
+        name, arguments = call.get("name"), call.get("arguments", call.get("parameters"))
+        if isinstance(name, str) and arguments is not None:
+            found.append((name, _canonical(_parsed(arguments))))
+        else:
+            found.append(("", _canonical(each)))
+    return found
+
+
+def _parsed(arguments: Any) -> Any:
+    try:
+        return json.loads(arguments) if isinstance(arguments, str) else arguments
+    except (ValueError, RecursionError):
+        return arguments
+
+
+def _canonical(value: Any) -> str:
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"))
+    except RecursionError:
+        return ""
+
+
+def _are_same(one: Sequence[_Part], other: Sequence[_Part]) -> bool:
+    """Tell whether answers have the same texts and tool calls, and at least one such call."""
+    if len(one) != len(other) or all(name is None for name, _ in one):
+        return False
+    for (name, value), (other_name, other_value) in zip(one, other, strict=True):
+        if value != other_value or (name is None) != (other_name is None):
+            return False
+        # An answer that was forced to be a call has its arguments alone.
+        if name and other_name and name != other_name:
+            return False
+    return True
+
+
+def _without_tools(text: str) -> tuple[str, list[str]]:
+    """Return a text without the tools that it defines, and these."""
+    at = text.find("# Tools")
+    opened = text.find(_OPEN_TOOLS)
+    if at >= 0 and opened > at:
+        # The sentence in front may name both tags, too.
+        closed = text.rfind(_CLOSE_TOOLS)
+        # With the sentences around them, which are there only where there are tools.
+        return text[:at], [text[at : closed if closed >= 0 else len(text)]]
+    rest, tools, decoder, failures = list[str](), list[str](), json.JSONDecoder(), 0
+    position = 0
+    while (at := text.find("{", position)) >= 0 and failures < FAILURES_TO_PARSE:
+        rest.append(text[position:at])
+        try:
+            value, position = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            value, position = None, at + 1
+            failures += 1
+        if _is_tool(value):
+            tools.append(_canonical(value))
+        else:
+            rest.append(text[at:position])
+    return _WHITE.sub(" ", "".join([*rest, text[position:]])), tools
+
+
+def _is_tool(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    inner = value.get("function", value)
+    return isinstance(inner, dict) and "name" in inner and ("parameters" in inner or "input_schema" in inner)
+
+
+def _similarity(one: str, other: str) -> float:
+    """Return the share of the longer text that both have in common at their beginnings and ends."""
+    longest, most = max(len(one), len(other)), min(len(one), len(other))
+    if not longest:
+        return 1.0
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    front, low, high = low, 0, most - low
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[len(one) - middle :] == other[len(other) - middle :]:
+            low = middle
+        else:
+            high = middle - 1
+    return (front + low) / longest
