@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DRIFTS",
     "FLAGS",
+    "SAMPLING",
     "Answer",
     "AttemptCalls",
     "Call",
@@ -43,6 +44,7 @@ __all__ = [
     "check_options",
     "group_of",
     "merge",
+    "sampling_of",
     "was_sampled_with",
 ]
 
@@ -671,7 +673,7 @@ def _differ(one: _Node, other: _Node, shared: int) -> bool:
         or one.call.reward != other.call.reward
         or one.call.weight_versions != other.call.weight_versions
         or one.call.logprobs_mode != other.call.logprobs_mode
-        or _sampling(one.call.sampling_params) != _sampling(other.call.sampling_params)
+        or sampling_of(one.call.sampling_params) != sampling_of(other.call.sampling_params)
     )
 
 
@@ -887,7 +889,7 @@ def _flags_of(node: _Node) -> Iterator[Flag]:
 
 def _answer(node: _Node, end: int, is_trained: bool) -> Answer:
     call = node.call
-    sampling = _sampling(call.sampling_params)
+    sampling = sampling_of(call.sampling_params)
     return Answer(
         call.generation_id,
         call.index,
@@ -903,8 +905,12 @@ def _answer(node: _Node, end: int, is_trained: bool) -> Answer:
 
 
 @lru_cache(1_000)
-def _sampling(params: str | None) -> dict[str, Any] | None:
-    """Return the parameters that change the distribution that ids are drawn from."""
+def sampling_of(params: str | None) -> dict[str, Any] | None:
+    """Return the parameters that change the distribution that ids are drawn from, by vLLM's names; see `SAMPLING`.
+
+    Args:
+        params: JSON, as in a `Generation`.
+    """
     try:
         found: Any = None if params is None else json.loads(params)
         return None if found is None else {name: found.get(name, usual) for name, usual in SAMPLING.items()}

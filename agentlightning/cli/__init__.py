@@ -18,6 +18,7 @@ COMMANDS = {
     "vllm": ("agentlightning.cli.vllm", "run vLLM's own command line, with token ids in every answer"),
     "doctor": ("agentlightning.cli.doctor", "check that it is on, here or on a server, and if not, say why"),
     "export": ("agentlightning.cli.export", "write generations, triplets or trajectories to JSONL or Parquet files"),
+    "drift": ("agentlightning.cli.drift", "say where prompts break the history of a conversation, and why"),
     "store": ("agentlightning.cli.store", "serve a store of rollouts, spans and generations over HTTP"),
     "migrate": ("agentlightning.cli.migrate", "store the prompts of an older version as what is new in each"),
     "prune": ("agentlightning.cli.prune", "delete old rollouts, and give their space back"),

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from datetime import datetime, timedelta, timezone
 from typing import IO, Any
 
 from tqdm import tqdm
@@ -17,7 +15,7 @@ from tqdm import tqdm
 import agentlightning
 from agentlightning import settings
 from agentlightning.cli import destinations, formats, interruption, no_match, output_file
-from agentlightning.cli.arguments import Parser
+from agentlightning.cli.arguments import Parser, nanoseconds
 from agentlightning.cli.formats import MissingPackage
 from agentlightning.cli.output_file import STDOUT, CannotWrite
 from agentlightning.errors import StoreRefused, StoreUnavailable
@@ -42,8 +40,6 @@ FILTERS: dict[str, tuple[str, ...]] = {
     "trajectories": (*OF_ROLLOUTS, *MergeOptions.__annotations__),
 }
 KINDS = {"generations": formats.GENERATIONS, "triplets": formats.TRIPLETS, "trajectories": formats.TRAJECTORIES}
-_DATE = re.compile(r"\d{4}-\d\d-\d\d")
-EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -156,8 +152,8 @@ def _parser() -> Parser:
     parser.add_argument("--via", choices=VIAS, help="only those that came this way")
     parser.add_argument("--model", metavar="NAME", help="only this model's")
     parser.add_argument("--status", choices=STATUSES, help="only those with this status")
-    parser.add_argument("--since", metavar="TIME", type=_nanoseconds, help="only those that finished then or later")
-    parser.add_argument("--until", metavar="TIME", type=_nanoseconds, help="only those that finished before")
+    parser.add_argument("--since", metavar="TIME", type=nanoseconds, help="only those that finished then or later")
+    parser.add_argument("--until", metavar="TIME", type=nanoseconds, help="only those that finished before")
     rows = parser.add_argument_group("triplets and trajectories")
     rows.add_argument("--min-reward", metavar="R", type=float, help="only those with at least this reward")
     version = "only those of which every sampled id is known to be of this version of the weights"
@@ -180,23 +176,3 @@ def _positive(text: str) -> int:
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
     return number
-
-
-def _nanoseconds(text: str) -> int:
-    """Convert a time to nanoseconds since the epoch."""
-    try:
-        return (_parsed(text).astimezone() - EPOCH) // timedelta(microseconds=1) * 1_000
-    except (ValueError, OverflowError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time; write it like 2026-11-24T10:30") from error
-
-
-def _parsed(text: str) -> datetime:
-    try:
-        return datetime.fromisoformat(text)
-    except ValueError:
-        # Before Python 3.11 it reads neither Z nor 24.5 s. pydantic reads both, but takes a bare number as seconds.
-        if not _DATE.match(text):
-            raise
-        from pydantic import TypeAdapter
-
-        return TypeAdapter(datetime).validate_python(text)

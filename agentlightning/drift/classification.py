@@ -18,7 +18,7 @@ from typing import Any
 from agentlightning.drift.causes import Cause
 from agentlightning.token_text import TokenTexts
 
-__all__ = ["Difference", "classify", "common_length", "has_other_turns", "turn_names"]
+__all__ = ["ID_BYTES", "SHORT_TURN", "Difference", "classify", "common_length", "has_other_turns", "turn_names"]
 
 ID_BYTES = 4
 # Tokens that stand inside a turn.
@@ -363,13 +363,15 @@ class _Comparison:
             return self._named("tools", kept > 0 or similarity > SIMILAR)
         if self._is_of_model():
             return self._other_answer(turns_after, similarity)
-        if kept and len(turns_after) >= len(turns_before) - 1:
+        # A call beside the conversation may have the same question, as one for a title has.
+        has_answer = bool(turns_before) and turns_before[-1] in known
+        if kept and (has_answer or similarity > SIMILAR) and len(turns_after) >= len(turns_before) - 1:
             return None if self._has_answer_before else self._named("header", similarity > SIMILAR)
         if self._message and len(self._prompt) < len(self._before):
             text = self._texts.join(self._prompt[self._start :])
             if kept or _SUMMARY.search(text):
                 return self._named("compaction", True)
-        if not self._has_answer_before and not kept:
+        if not self._has_answer_before and not has_answer:
             if similarity > SIMILAR and len(turns_after) >= len(turns_before):
                 return self._named("header", False)
             return self._named("sub_agent", not self._message and similarity < SIMILAR)
@@ -494,7 +496,8 @@ def _calls(part: str) -> list[_Part] | None:
     for each in value if isinstance(value, list) else [value]:
         if not isinstance(each, dict):
             return [("", _canonical(value))]
-        call: dict[str, Any] = each.get("function") if isinstance(each.get("function"), dict) else each
+        inner: Any = each.get("function")
+        call: dict[str, Any] = inner if isinstance(inner, dict) else each
         name, arguments = call.get("name"), call.get("arguments", call.get("parameters"))
         if isinstance(name, str) and arguments is not None:
             found.append((name, _canonical(_parsed(arguments))))

@@ -26,6 +26,7 @@ from agentlightning.server.middleware.root_path import RootPathMiddleware
 from agentlightning.server.page import routes as page
 from agentlightning.server.routes import (
     about,
+    drift,
     generations,
     otlp,
     resources,
@@ -145,6 +146,7 @@ _ROUTES = (
     rollouts.routes,
     triplets.routes,
     trajectories.routes,
+    drift.routes,
     workers.routes,
     resources.routes,
     about.interface,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from sqlalchemy import Connection
 
 from agentlightning.completeness import Completeness
+from agentlightning.drift import AttemptDrift
 from agentlightning.errors import InvalidRecord, NotFound, StoreRefused, StoreUnavailable
 from agentlightning.generation import Generation, Loss, Status
 from agentlightning.rollout import (
@@ -30,6 +31,7 @@ from agentlightning.rollout import (
 from agentlightning.sender import Progress, Sender
 from agentlightning.store import completeness as completeness_rows
 from agentlightning.store import deletion, health, ingestion, lifecycle, pages, rollouts, senders, spans, workers
+from agentlightning.store import drift as drift_rows
 from agentlightning.store import generations as generation_rows
 from agentlightning.store import resources as resource_rows
 from agentlightning.store import trajectories as trajectory_rows
@@ -37,6 +39,7 @@ from agentlightning.store import triplets as triplet_rows
 from agentlightning.store.database import Database
 from agentlightning.store.interface import (
     AttemptChanges,
+    DriftFilters,
     Filters,
     Listed,
     RolloutChanges,
@@ -297,6 +300,14 @@ class DatabaseStore(Store):
 
         for each in self._rollouts_of(rollout_id, options):
             yield from trajectory_rows.merge_all(read(each), options)[0]
+
+    def drift(
+        self, rollout_id: str | None = None, attempt_id: str | None = None, **filters: Unpack[DriftFilters]
+    ) -> Iterator[AttemptDrift]:
+        for each in self._rollouts_of(rollout_id, filters):
+            with self._database.reading() as connection:
+                material = drift_rows.read(connection, each, attempt_id)
+            yield from drift_rows.analyse_all(material, filters.get("model"))
 
     def _rollouts_of(self, rollout_id: str | None, page: RolloutPage) -> list[str]:
         if rollout_id is not None:

@@ -12,6 +12,7 @@ from urllib.parse import quote
 import msgspec
 
 from agentlightning.completeness import Completeness
+from agentlightning.drift import AttemptDrift
 from agentlightning.errors import InvalidRecord, NotFound, RolloutUnderWay, StoreError, StoreRefused
 from agentlightning.generation import Generation, Loss, Status
 from agentlightning.rollout import (
@@ -37,6 +38,7 @@ from agentlightning.store.documents import to_json
 from agentlightning.store.http_client import HttpClient, StrangeAnswer, TooLarge, UnknownMediaType
 from agentlightning.store.interface import (
     AttemptChanges,
+    DriftFilters,
     Filters,
     Listed,
     RolloutChanges,
@@ -328,6 +330,11 @@ class HttpStore(Store):
     ) -> Iterator[Trajectory]:
         check_options(options)
         return self._rows("/trajectories", rollout_id, attempt_id, options, Trajectory.from_dict)
+
+    def drift(
+        self, rollout_id: str | None = None, attempt_id: str | None = None, **filters: Unpack[DriftFilters]
+    ) -> Iterator[AttemptDrift]:
+        return self._rows("/drift", rollout_id, attempt_id, filters, AttemptDrift.from_dict)
 
     def _rows(
         self,

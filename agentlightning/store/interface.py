@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from agentlightning.completeness import Completeness
+from agentlightning.drift import AttemptDrift
 from agentlightning.generation import Generation, Loss, Status, Via
 from agentlightning.rollout import (
     Attempt,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AttemptChanges",
+    "DriftFilters",
     "Filters",
     "Listed",
     "RolloutChanges",
@@ -101,6 +103,16 @@ class TripletFilters(RolloutPage, total=False):
 
 class TrajectoryOptions(RolloutPage, MergeOptions, total=False):
     """Filters of rollouts, the way in which their calls become rows, and filters of rows."""
+
+
+class DriftFilters(RolloutPage, total=False):
+    """Calls to compare: those of rollouts that match the filters.
+
+    Attributes:
+        model: only calls of this model.
+    """
+
+    model: str
 
 
 class Listed(TypedDict, total=False):
@@ -500,6 +512,21 @@ class Store(AbstractContextManager["Store"], ABC):
 
         Raises:
             ValueError: an option has a value that makes no sense.
+            NotFound: there is no call of the rollout `after`.
+        """
+
+    @abstractmethod
+    def drift(
+        self, rollout_id: str | None = None, attempt_id: str | None = None, **filters: Unpack[DriftFilters]
+    ) -> Iterator[AttemptDrift]:
+        """Iterate over the drift of a rollout's attempts, of one of them, or of those of all rollouts.
+
+        Rollouts follow one another as those of `triplets` do.
+
+        Args:
+            attempt_id: `latest` for the latest.
+
+        Raises:
             NotFound: there is no call of the rollout `after`.
         """
 

@@ -1,0 +1,493 @@
+"""The drift of one attempt: which call goes on from which, where it breaks, and what that costs."""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left, insort
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from difflib import SequenceMatcher
+from typing import Any, NamedTuple
+
+from agentlightning.drift.causes import MEANT, Cause
+from agentlightning.drift.classification import (
+    ID_BYTES,
+    SHORT_TURN,
+    Difference,
+    classify,
+    common_length,
+    has_other_turns,
+    turn_names,
+)
+from agentlightning.token_text import TokenTexts
+from agentlightning.trajectory import SAMPLING, AttemptCalls, Call, Trajectory, merge, sampling_of
+
+__all__ = ["AttemptDrift", "Break", "CallDetails", "Token", "align", "analyse"]
+
+CONTEXT = 3
+# Ids of both sides that are kept of a break.
+SHOWN = 24
+# Calls that begin alike and are looked at for the latest of them.
+MOST_ALIKE = 64
+
+Texts = Callable[[bytes | None], TokenTexts | None]
+"""The texts of the vocabulary with a digest; None for an unknown one."""
+
+
+class CallDetails(NamedTuple):
+    """What is known of a generation besides its `Call`: how many ids were cached, and the digest of its vocabulary."""
+
+    cached_tokens: int | None = None
+    vocabulary: bytes | None = None
+
+
+class Token(NamedTuple):
+    """An id with its text, if that is known, and whether the other side has another in its place."""
+
+    id: int
+    text: str | None
+    differs: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Break:
+    """A prompt that does not extend the context that it should extend.
+
+    Attributes:
+        generation_id: the call with this prompt.
+        before_id: the call whose prompt and answer it should begin with.
+        cause, is_certain, also, position, message, role: as in `Difference`.
+        lost: sampled ids of this conversation that its next row cannot train.
+        finished_at: when the call finished, in nanoseconds since the epoch.
+        model: the name that the client asked for.
+        before, after: what stands on both sides from shortly before the first difference on, aligned.
+        mismatches: what Agent Lightning 0.3 calls it: `template`, `retoken`, `others`.
+        session_mismatch: what miles calls it.
+    """
+
+    generation_id: str
+    before_id: str
+    cause: Cause
+    is_certain: bool
+    also: Sequence[Cause]
+    position: int
+    message: int | None
+    role: str | None
+    lost: int
+    finished_at: int
+    model: str | None
+    before: Sequence[Token]
+    after: Sequence[Token]
+    mismatches: Sequence[str]
+    session_mismatch: str | None
+
+
+@dataclass(slots=True, kw_only=True)
+class AttemptDrift:
+    """The calls of an attempt, and where they break the context that they should extend.
+
+    Attributes:
+        calls: number of calls with ids; a call with several choices is one.
+        conversations: how many conversations these are.
+        broken: how many of them have a break that nobody meant.
+        rows_before: number of answers, each of which is a row if nothing is merged.
+        rows_after: number of rows that they are merged to.
+        kept, lost: sampled ids that one row for each conversation can train, and those that it cannot.
+        cached: ids that came from the prefix cache, of calls that continue another; None where that is unknown.
+        cacheable: ids of these calls that would have come from there if no history had been changed.
+        without_vocabulary: calls whose texts are unknown.
+        unfit: by reason, what makes rows or answers unfit for training in other ways; see `report.UNFIT`.
+    """
+
+    rollout_id: str | None
+    attempt_id: str | None
+    calls: int = 0
+    conversations: int = 0
+    broken: int = 0
+    rows_before: int = 0
+    rows_after: int = 0
+    kept: int = 0
+    lost: int = 0
+    cached: int | None = None
+    cacheable: int = 0
+    without_vocabulary: int = 0
+    breaks: list[Break] = field(default_factory=list[Break])
+    unfit: dict[str, int] = field(default_factory=dict[str, int])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> AttemptDrift:
+        """Restore it from the JSON object of `as_dict`.
+
+        Raises:
+            KeyError, TypeError, ValueError: the object is something else.
+        """
+        values = {name: found[name] for name in cls.__slots__}
+        values["breaks"] = [_break(each) for each in values["breaks"]]
+        return cls(**values)
+
+
+def _break(found: Mapping[str, Any]) -> Break:
+    values = {name: found[name] for name in Break.__slots__}
+    for name in ("before", "after"):
+        values[name] = [Token(*each) for each in values[name]]
+    return Break(**values)
+
+
+def analyse(
+    attempt: AttemptCalls, details: Mapping[str, CallDetails], texts_of: Texts, model: str | None = None
+) -> AttemptDrift:
+    """Find the breaks of an attempt. Calls of two models never continue each other.
+
+    Args:
+        details: by the ids of generations.
+        model: only calls of this model.
+    """
+    if model is not None:
+        attempt = AttemptCalls(
+            calls=[each for each in attempt.calls if each.model == model],
+            rollout_id=attempt.rollout_id,
+            attempt_id=attempt.attempt_id,
+            missing=attempt.missing,
+        )
+    found = AttemptDrift(rollout_id=attempt.rollout_id, attempt_id=attempt.attempt_id)
+    merged = merge(attempt)
+    gone = {(each.generation_id, each.index) for each in merged.left_out}
+    by_model: defaultdict[str | None, list[Call]] = defaultdict(list)
+    for call in attempt.calls:
+        if call.prompt_token_ids is not None:
+            by_model[call.model].append(call)
+    for calls in by_model.values():
+        _Model(found, calls, details, texts_of, gone).analyse()
+    found.rows_before = sum(bool(each.response_token_ids) for each in attempt.calls)
+    found.rows_after = len(merged.rows)
+    found.unfit = {name: count for name, count in _unfit(attempt.calls, merged.rows).items() if count}
+    return found
+
+
+def align(
+    before: Sequence[int],
+    prompt: Sequence[int],
+    position: int,
+    texts: TokenTexts | None,
+    texts_before: TokenTexts | None = None,
+    shown: int = SHOWN,
+) -> tuple[list[Token], list[Token]]:
+    """Put both sides of a break beside each other, from shortly before the first difference on.
+
+    Args:
+        shown: number of ids behind it on either side.
+    """
+    start = max(position - CONTEXT, 0)
+    sides = before[start : position + shown], prompt[start : position + shown]
+    same = [[False] * len(side) for side in sides]
+    for one, other, length in SequenceMatcher(None, *map(list, sides), autojunk=False).get_matching_blocks():
+        same[0][one : one + length] = same[1][other : other + length] = [True] * length
+    known = texts_before or texts, texts
+    first, second = (
+        [
+            Token(each, None if text is None else text.text(each), not alike)
+            for each, alike in zip(side, those, strict=True)
+        ]
+        for side, those, text in zip(sides, same, known, strict=True)
+    )
+    return first, second
+
+
+@dataclass(slots=True, eq=False)
+class _Context:
+    """A prompt with an answer, as later prompts should begin with it.
+
+    Attributes:
+        ids: both, as bytes.
+        start, stop: number of ids of the prompt, and of both.
+        parent: the context that it continues, up to `shared` ids.
+        conversation: number of its conversation.
+        has_child: whether a later call continues it.
+    """
+
+    call: Call
+    ids: bytes
+    start: int
+    stop: int
+    order: int
+    parent: _Context | None
+    shared: int
+    conversation: int
+    has_child: bool = False
+
+
+def _ids_of(context: _Context) -> bytes:
+    return context.ids
+
+
+class _Model:
+    """The calls of one model, in the order in which they finished."""
+
+    def __init__(
+        self,
+        found: AttemptDrift,
+        calls: Iterable[Call],
+        details: Mapping[str, CallDetails],
+        texts_of: Texts,
+        gone: set[tuple[str, int]],
+    ) -> None:
+        self._found, self._details, self._texts_of, self._gone = found, details, texts_of, gone
+        self._calls = sorted(calls, key=lambda call: (call.finished_at, call.generation_id, call.index))
+        self._sorted: list[_Context] = []
+        self._by_prompt: dict[bytes, _Context] = {}
+        self._by_turn: dict[bytes, _Context] = {}
+        self._all: list[_Context] = []
+        self._broken: set[int] = set()
+        self._conversations = 0
+
+    def analyse(self) -> None:
+        for calls in _generations(self._calls):
+            self._add(calls)
+        self._found.conversations += self._conversations
+        self._found.broken += len(self._broken)
+        self._count_sampled()
+
+    def _add(self, choices: Sequence[Call]) -> None:
+        """Add a generation, of which all choices have the same prompt."""
+        call = choices[0]
+        assert call.prompt_token_ids is not None
+        prompt = call.prompt_token_ids.tobytes()
+        self._found.calls += 1
+        self._found.without_vocabulary += self._texts(call) is None
+        parent, shared = self._continued(call, prompt)
+        if parent is None:
+            self._conversations += 1
+        conversation = self._conversations if parent is None else parent.conversation
+        for each in choices:
+            answer = each.response_token_ids if each.response_token_ids is not None else array("i")
+            start = len(prompt) // ID_BYTES
+            context = _Context(
+                each,
+                prompt + answer.tobytes(),
+                start,
+                start + len(answer),
+                len(self._all),
+                parent,
+                shared,
+                conversation,
+            )
+            insort(self._sorted, context, key=_ids_of)
+            self._all.append(context)
+            self._by_prompt[prompt] = context
+            for turn in self._turns(call, _array(context.ids)):
+                self._by_turn[turn] = context
+
+    def _continued(self, call: Call, prompt: bytes) -> tuple[_Context | None, int]:
+        """Find the context that a prompt continues, and how much of it; count the break where it does not."""
+        if (same := self._by_prompt.get(prompt)) is not None:
+            if same.call.call_id is None or same.call.call_id != call.call_id:
+                self._note(call, same, Difference("retry", True, same.start))
+            return same.parent or same, same.shared if same.parent else same.start
+        near, length = self._nearest(prompt)
+        exact, limit = near, length
+        while exact is not None and exact.stop > limit:
+            limit = min(limit, exact.shared)
+            exact = exact.parent
+        is_broken = near is not None and exact is not near and near.stop > near.start and length >= near.start
+        if exact is not None and near is not None and exact is not near and not is_broken:
+            # It leaves the other call within its prompt: another branch, unless it goes on behind the change.
+            texts = self._texts(call)
+            is_broken = texts is not None and has_other_turns(_array(near.ids), _array(prompt), texts)
+        if exact is not None and not is_broken:
+            self._count_cached(call, exact.stop)
+            exact.has_child = True
+            return exact, exact.stop
+        if not is_broken:
+            near = self._with_a_turn_of(call, prompt) or near
+        if near is None:
+            return None, 0
+        return self._broken_from(call, near, prompt)
+
+    def _broken_from(self, call: Call, near: _Context, prompt: bytes) -> tuple[_Context | None, int]:
+        before, ids = _array(near.ids), _array(prompt)
+        difference = classify(before, near.start, ids, self._texts(call), self._texts(near.call))
+        if difference.cause == "other" and self._texts(call) is None and 2 * difference.position < near.start:
+            # By the ids alone it is as good as another conversation.
+            return None, 0
+        self._note(call, near, difference, ids)
+        if difference.cause == "sub_agent":
+            return None, 0
+        near.has_child = True
+        if difference.cause not in MEANT:
+            self._broken.add(near.conversation)
+            self._count_cached(call, near.stop)
+        return near, difference.position
+
+    def _note(self, call: Call, near: _Context, found: Difference, ids: array[int] | None = None) -> None:
+        texts, texts_before = self._texts(call), self._texts(near.call)
+        before, prompt = _array(near.ids), _array(near.ids)[: near.start] if ids is None else ids
+        is_retry = found.cause == "retry"
+        sides: tuple[list[Token], list[Token]] = (
+            ([], []) if is_retry else align(before, prompt, found.position, texts, texts_before)
+        )
+        self._found.breaks.append(
+            Break(
+                generation_id=call.generation_id,
+                before_id=near.call.generation_id,
+                cause=found.cause,
+                is_certain=found.is_certain,
+                also=[*found.also],
+                position=found.position,
+                message=found.message,
+                role=found.role,
+                lost=0 if found.cause in MEANT else sum(end - start for _, start, end in _sampled_behind(near, found)),
+                finished_at=call.finished_at,
+                model=call.model,
+                before=sides[0],
+                after=sides[1],
+                mismatches=[] if found.cause in MEANT else _mismatches(before, prompt, found.position, texts),
+                session_mismatch=None if found.cause in MEANT else _session_mismatch(found),
+            )
+        )
+
+    def _nearest(self, prompt: bytes) -> tuple[_Context | None, int]:
+        """Find the earlier context that agrees with a prompt furthest, of several the latest, and how far it does."""
+        at = bisect_left(self._sorted, prompt, key=_ids_of)
+        beside = [each for each in (at - 1, at) if 0 <= each < len(self._sorted)]
+        if not beside:
+            return None, 0
+        lengths = {each: common_length(self._sorted[each].ids, prompt) for each in beside}
+        best = max(lengths.values())
+        shared = prompt[: best * ID_BYTES]
+        alike: list[_Context] = []
+        for step, first in ((-1, at - 1), (1, at)):
+            place = first
+            while 0 <= place < len(self._sorted) and abs(place - first) < MOST_ALIKE:
+                if not self._sorted[place].ids.startswith(shared):
+                    break
+                alike.append(self._sorted[place])
+                place += step
+        return max(alike, key=lambda context: context.order), best
+
+    def _with_a_turn_of(self, call: Call, prompt: bytes) -> _Context | None:
+        """Find the latest context with a turn of this prompt, the last one that any has, but for the first turn."""
+        for turn in reversed(self._turns(call, _array(prompt))[:-1]):
+            if len(turn) > SHORT_TURN * ID_BYTES and (context := self._by_turn.get(turn)) is not None:
+                return context
+        return None
+
+    def _turns(self, call: Call, ids: array[int]) -> list[bytes]:
+        """Return the turns after the first, which many conversations share."""
+        texts = self._texts(call)
+        return [] if texts is None else turn_names(ids, texts)[1:]
+
+    def _texts(self, call: Call) -> TokenTexts | None:
+        details = self._details.get(call.generation_id)
+        texts = None if details is None else self._texts_of(details.vocabulary)
+        return texts if texts is not None and texts.are_known else None
+
+    def _count_cached(self, call: Call, could: int) -> None:
+        details = self._details.get(call.generation_id)
+        if details is not None and details.cached_tokens is not None:
+            self._found.cached = (self._found.cached or 0) + min(details.cached_tokens, could)
+            self._found.cacheable += could
+
+    def _count_sampled(self) -> None:
+        """Count the sampled ids that the row of a last call still has, and the others."""
+        kept: Counter[int] = Counter()
+        for leaf in self._all:
+            if not leaf.has_child and (leaf.call.generation_id, leaf.call.index) not in self._gone:
+                for context, start, end in _sampled(leaf, leaf.stop):
+                    kept[id(context)] = max(kept[id(context)], end - start)
+        total = sum(each.stop - each.start for each in self._all)
+        self._found.kept += kept.total()
+        self._found.lost += total - kept.total()
+
+
+def _generations(calls: Sequence[Call]) -> Iterator[list[Call]]:
+    """Group the choices of each generation."""
+    found: dict[str, list[Call]] = {}
+    for call in calls:
+        found.setdefault(call.generation_id, []).append(call)
+    yield from found.values()
+
+
+def _sampled(leaf: _Context, limit: int) -> Iterator[tuple[_Context, int, int]]:
+    """Yield the answers up to a position of a context, each with where it begins and ends there."""
+    context: _Context | None = leaf
+    while context is not None:
+        if min(context.stop, limit) > context.start:
+            yield context, context.start, min(context.stop, limit)
+        limit = min(limit, context.shared)
+        context = context.parent
+
+
+def _sampled_behind(near: _Context, found: Difference) -> Iterator[tuple[_Context, int, int]]:
+    """Yield the parts of answers that stand behind the first difference."""
+    for context, start, end in _sampled(near, near.stop):
+        if end > found.position:
+            yield context, max(start, found.position), end
+
+
+def _array(ids: bytes) -> array[int]:
+    return array("i", ids)
+
+
+def _mismatches(before: array[int], prompt: array[int], position: int, texts: TokenTexts | None) -> list[str]:
+    """Name a break as Agent Lightning 0.3 does."""
+    if texts is None:
+        return []
+    special = texts.special
+    one, other = before[position:], prompt[position:]
+    pairs = zip([each for each in one if each in special], [each for each in other if each in special], strict=False)
+    found = ["template"] if any(each != beside for each, beside in pairs) else []
+    content, beside = ([each for each in side if each not in special] for side in (one, other))
+    if beside[: len(content)] != content:
+        found.append("retoken" if texts.join(beside).startswith(texts.join(content)) else "others")
+    return found
+
+
+def _session_mismatch(found: Difference) -> str:
+    """Name a break as miles does."""
+    if found.cause == "template":
+        return f"special_token_{'count' if found.special_before != found.special_after else 'type'}"
+    return "assistant_text" if found.role in ("assistant", "model") else "non_assistant_text"
+
+
+def _unfit(calls: Sequence[Call], rows: Sequence[Trajectory]) -> dict[str, int]:
+    """Count what makes rows and answers unfit in other ways than drift."""
+    found: Counter[str] = Counter()
+    found["mixed_sampling"] = sum("mixed_sampling" in row.flags for row in rows)
+    found["mixed_weights"] = sum("mixed_weights" in row.flags for row in rows)
+    latest = max((each for call in calls for each in _versions(call)), default=None)
+    for call in calls:
+        if call.prompt_token_ids is None or call.response_token_ids is None:
+            found["without_ids"] += 1
+            continue
+        sampling = sampling_of(call.sampling_params) or SAMPLING
+        found["greedy"] += sampling["temperature"] == 0
+        found["old_weights"] += latest is not None and any(each < latest for each in _versions(call))
+        found["missing_logprobs"] += call.logprobs is None and bool(call.response_token_ids)
+        found["raw_logprobs"] += (
+            call.logprobs is not None and call.logprobs_mode == "raw_logprobs" and _shapes(sampling)
+        )
+        found["other_logprobs"] += call.logprobs is not None and call.logprobs_mode in (
+            "raw_logits",
+            "processed_logits",
+        )
+        found["truncated"] += call.finish_reason == "length"
+        found["aborted"] += call.status != "finished"
+    return dict(found)
+
+
+def _versions(call: Call) -> Iterator[int]:
+    for version, _, _ in call.weight_versions or ():
+        if version.isascii() and version.isdigit():
+            yield int(version)
+
+
+def _shapes(sampling: Mapping[str, Any]) -> bool:
+    """Tell whether parameters change the distribution that ids are drawn from."""
+    # vLLM has -1 and 0 for all tokens.
+    given = {**sampling, "top_k": max(sampling.get("top_k") or 0, 0)}
+    return any((given.get(name) or None) != (usual or None) for name, usual in SAMPLING.items())
