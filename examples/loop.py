@@ -142,6 +142,13 @@ def table(runs: Sequence[Run]) -> bool:
     return exact
 
 
+def drift(url: str) -> None:
+    """Print why the second prompt of each rollout does not begin with what the model saw and said before."""
+    command = (str(Path(sys.executable).parent / "agl"), "drift", "--store", url, "--brief")
+    print(f"\nagl drift --store {url} --brief", flush=True)
+    subprocess.run(command, check=True)
+
+
 @contextmanager
 def serving(command: Sequence[str], health: str, log: Path, **env: str) -> Iterator[subprocess.Popen[bytes]]:
     """Run a server from the moment that it answers at `health` until the block ends, with its output in `log`."""
@@ -197,6 +204,7 @@ def main() -> None:
         with serving(command, f"{vllm}/health", FILE.with_suffix(".vllm.log"), **env):
             runs = run(store, vllm, model)
             exact = table(runs) and len(runs) == ROLLOUTS
+        drift(url)
         show(server.wait, url)
     sys.exit(not exact)
 

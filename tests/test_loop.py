@@ -15,7 +15,7 @@ import pytest
 
 import agentlightning as agl
 from examples import loop
-from examples.loop import ROLLOUTS, TOOLS, Run, is_exact, run, show, table
+from examples.loop import ROLLOUTS, TOOLS, Run, drift, is_exact, run, show, table
 from tests.common.environments import CHECKOUT
 from tests.common.reference import tokenizer
 from tests.common.vllm import RemoteOpenAIServer
@@ -133,6 +133,24 @@ def test_the_table_fits_into_80_columns(
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) > len(runs)
     assert max(map(len, lines)) <= 80
+
+
+def test_each_rollout_breaks_at_its_tool_call_and_the_report_has_eight_lines(
+    runs: list[tuple[Run, list[agl.Triplet]]], file: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The template of the tiny model puts tools behind the messages, and writes the forced arguments as a call."""
+    with agl.open_store(str(file)) as store:
+        breaks = [each for attempt in store.drift() for each in attempt.breaks]
+
+    drift(str(file))
+
+    printed = capfd.readouterr().out.splitlines()
+    assert len(printed) <= 2 + 8
+    assert max(map(len, printed[2:])) <= 80
+    assert f"{len(runs)} broke (100.0%)" in printed[2]
+    assert [(each.cause, each.is_certain, each.also) for each in breaks] == [("template", True, ["tool_call"])] * len(
+        runs
+    )
 
 
 def test_without_a_terminal_it_says_how_to_serve_the_file_again(

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -30,6 +31,8 @@ OUTPUT_CLOSED = 128 + signal.SIGPIPE
 PERCENT = 100
 TOKENS_SHOWN = 7
 LONGEST_TEXT = 24
+WIDTH = 80
+INDENT = " " * 8
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -111,7 +114,7 @@ def _cause(report: Report, cause: Cause, count: int, brief: bool) -> Iterator[st
     if brief:
         return
     yield from _example(attempt, found)
-    yield f"        {ABOUT[cause].cure}"
+    yield from textwrap.wrap(ABOUT[cause].cure, WIDTH, initial_indent=INDENT, subsequent_indent=INDENT)
 
 
 def _example(attempt: AttemptDrift, found: Break) -> Iterator[str]:
@@ -120,10 +123,11 @@ def _example(attempt: AttemptDrift, found: Break) -> Iterator[str]:
         role = f" ({found.role})" if found.role else ""
         place = f"message {found.message}{role}, {place}"
     of_attempt = f", attempt {attempt.attempt_id}" if attempt.attempt_id else ""
-    yield f"        rollout {attempt.rollout_id}{of_attempt}, generation {found.generation_id}: {place}"
+    yield f"{INDENT}rollout {attempt.rollout_id}{of_attempt}"
+    yield f"{INDENT}generation {found.generation_id}: {place}"
     if found.before or found.after:
-        yield f"          before: {_side(found.before)}"
-        yield f"          now:    {_side(found.after)}"
+        yield f"{INDENT}  before: {_side(found.before)}"
+        yield f"{INDENT}  now:    {_side(found.after)}"
 
 
 def _side(tokens: Sequence[Token]) -> str:

@@ -7,7 +7,6 @@ from bisect import bisect_left, insort
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from difflib import SequenceMatcher
 from typing import Any, NamedTuple
 
 from agentlightning.drift.causes import MEANT, Cause
@@ -28,6 +27,7 @@ __all__ = ["AttemptDrift", "Break", "CallDetails", "Token", "align", "analyse"]
 CONTEXT = 3
 # Ids of both sides that are kept of a break.
 SHOWN = 24
+MOST_SKIPPED = 64
 # Calls that begin alike and are looked at for the latest of them.
 MOST_ALIKE = 64
 
@@ -183,19 +183,44 @@ def align(
         shown: number of ids behind it on either side.
     """
     start = max(position - CONTEXT, 0)
-    sides = before[start : position + shown], prompt[start : position + shown]
-    same = [[False] * len(side) for side in sides]
-    for one, other, length in SequenceMatcher(None, *map(list, sides), autojunk=False).get_matching_blocks():
-        same[0][one : one + length] = same[1][other : other + length] = [True] * length
-    known = texts_before or texts, texts
-    first, second = (
-        [
-            Token(each, None if text is None else text.text(each), not alike)
-            for each, alike in zip(side, those, strict=True)
-        ]
-        for side, those, text in zip(sides, same, known, strict=True)
-    )
-    return first, second
+    one, other = before[start : position + shown], prompt[start : position + shown]
+    differs = _differing(one, other)
+    known = texts if texts_before is None else texts_before
+    return _tokens(one, differs[0], known), _tokens(other, differs[1], texts)
+
+
+def _tokens(ids: Sequence[int], differs: Sequence[bool], texts: TokenTexts | None) -> list[Token]:
+    return [
+        Token(each, None if texts is None else texts.text(each), other)
+        for each, other in zip(ids, differs, strict=True)
+    ]
+
+
+def _differing(one: Sequence[int], other: Sequence[int]) -> tuple[list[bool], list[bool]]:
+    """Mark the ids that differ. What goes on behind the end of the first is new, and is not marked."""
+    marks = [False] * len(one), [False] * len(other)
+    at, beside = 0, 0
+    while at < len(one) and beside < len(other):
+        if one[at] == other[beside]:
+            at, beside = at + 1, beside + 1
+            continue
+        left, right = _next_same(one[at:], other[beside:])
+        marks[0][at : at + left] = [True] * left
+        marks[1][beside : beside + right] = [True] * right
+        at, beside = at + left, beside + right
+    marks[0][at:] = [True] * (len(one) - at)
+    return marks
+
+
+def _next_same(one: Sequence[int], other: Sequence[int]) -> tuple[int, int]:
+    """Count the ids to skip on both sides, as few as possible, until two ids are the same."""
+    for skipped in range(1, min(len(one) + len(other), MOST_SKIPPED)):
+        for left in range(max(skipped - len(other) + 1, 0), min(skipped, len(one) - 1) + 1):
+            right = skipped - left
+            pair = one[left : left + 2], other[right : right + 2]
+            if pair[0][0] == pair[1][0] and (min(map(len, pair)) == 1 or pair[0][1] == pair[1][1]):
+                return left, right
+    return len(one), len(other)
 
 
 @dataclass(slots=True, eq=False)

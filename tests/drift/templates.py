@@ -110,12 +110,16 @@ class Template:
         return tokenizer
 
     @cached_property
-    def texts(self) -> TokenTexts:
+    def vocabulary(self) -> Vocabulary:
         tokens: list[str | None] = [None] * (max(self._ids.values()) + 1)
         for token, number in self._ids.items():
             tokens[number] = token
         special = {self._ids[each] for each in ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *self._tokens)}
-        return TokenTexts(Vocabulary(tokens, frozenset(special)))
+        return Vocabulary(tokens, frozenset(special))
+
+    @cached_property
+    def texts(self) -> TokenTexts:
+        return TokenTexts(self.vocabulary)
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -188,15 +192,13 @@ class Mistral(Template):
         return {self._tekken.id_to_piece(each): each for each in range(self._tekken.n_words - 1, -1, -1)}
 
     @cached_property
-    def texts(self) -> TokenTexts:
+    def vocabulary(self) -> Vocabulary:
         """As vLLM has its vocabulary: of equal pieces, which are parts of characters, it keeps one."""
         tekken = self._tekken
         tokens: list[str | None] = [None] * tekken.n_words
         for token, number in self._ids.items():
             tokens[number] = token
-        return TokenTexts(
-            Vocabulary(tokens, frozenset(each for each in range(tekken.n_words) if tekken.is_special(each)))
-        )
+        return Vocabulary(tokens, frozenset(each for each in range(tekken.n_words) if tekken.is_special(each)))
 
     def encode(self, text: str) -> list[int]:
         return self._tekken.encode(text, bos=False, eos=False)

@@ -80,7 +80,7 @@ def test_a_break_loses_what_stands_behind_it_and_is_shown_side_by_side() -> None
     [broken] = found.breaks
     assert blank.response_token_ids is not None
     assert found.lost == broken.lost == len(blank.response_token_ids) - len(TEMPLATE.encode("It is."))
-    assert "".join(each.text or "" for each in broken.before if each.differs) == " "
+    assert "".join(each.text or "" for each in broken.before if each.differs) == " \n"
     assert not any(each.differs for each in broken.after[:3])
     assert (broken.message, broken.role, broken.model) == (2, "assistant", "m")
     assert found.cached == 32

@@ -10,8 +10,8 @@ import pytest
 from agentlightning.errors import StoreUnavailable
 from agentlightning.generation import Generation
 from agentlightning.instrumentation.vllm._status import STATUS_ROUTE
-from agentlightning.token_text import TokenTexts
 from agentlightning.store import open_database, open_store, senders
+from agentlightning.token_text import TokenTexts
 from tests.common.answers import fetch, post
 from tests.common.vllm import RemoteOpenAIServer
 from tests.recording.server import until
