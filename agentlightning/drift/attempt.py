@@ -97,6 +97,7 @@ class AttemptDrift:
         cached: ids that came from the prefix cache, of calls that continue another; None where that is unknown.
         cacheable: ids of these calls that would have come from there if no history had been changed.
         without_vocabulary: calls whose texts are unknown.
+        parents: by the ids of calls, the call that each continues, exactly or not; None where it begins a conversation.
         unfit: by reason, what makes rows or answers unfit for training in other ways; see `report.UNFIT`.
     """
 
@@ -113,6 +114,7 @@ class AttemptDrift:
     cacheable: int = 0
     without_vocabulary: int = 0
     breaks: list[Break] = field(default_factory=list[Break])
+    parents: dict[str, str | None] = field(default_factory=dict[str, "str | None"])
     unfit: dict[str, int] = field(default_factory=dict[str, int])
 
     def as_dict(self) -> dict[str, Any]:
@@ -285,6 +287,7 @@ class _Model:
         self._found.calls += 1
         self._found.without_vocabulary += self._texts(call) is None
         parent, shared = self._continued(call, prompt)
+        self._found.parents[call.generation_id] = None if parent is None else parent.call.generation_id
         if parent is None:
             self._conversations += 1
         conversation = self._conversations if parent is None else parent.conversation

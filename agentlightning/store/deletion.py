@@ -62,6 +62,10 @@ _UNASSIGNED_SPANS = """
     SELECT key FROM spans WHERE key > ? AND 1e9 * coalesce(end_time, start_time, 0) < ? AND rollout_id IS NULL
     ORDER BY key LIMIT ?
 """
+_UNSEE = """
+    UPDATE drift_totals SET count = (SELECT coalesce(max(key), 0) FROM generations)
+    WHERE name = 'seen' AND count > (SELECT coalesce(max(key), 0) FROM generations)
+"""
 # Rollouts that calls name, one after the other: the index leads from each to the next.
 _NEXT_RECORDED = "SELECT min(rollout_key) FROM generations WHERE rollout_key > ?"
 _LAST_FINISHED = "SELECT max(finished_at) FROM generations WHERE rollout_key = ?"
@@ -260,7 +264,8 @@ def _delete_some(
         if deleted["spans"] == SPANS_AT_ONCE:
             return deleted, False
         run(connection, "DELETE FROM span_sequences WHERE rollout_id = ?", (rollout_id,))
-    run(connection, "DELETE FROM lost_calls WHERE rollout_id = ?", (storable(rollout_id),))
+    for table in ("lost_calls", "drifts", "breaks"):
+        run(connection, f"DELETE FROM {table} WHERE rollout_id = ?", (storable(rollout_id),))
     if row is not None:
         deleted["attempts"] += run(connection, "DELETE FROM attempts WHERE rollout_key = ?", (row.key,)).rowcount
         deleted["bytes"] += OF_ROLLOUT + len(row.input)
@@ -293,6 +298,8 @@ def _delete_generations(connection: Connection, which: str, values: Sequence[Any
     deleted = _counted(connection, keys, found)
     delete_keys(connection, "choices", keys, "generation_key")
     delete_keys(connection, "generations", keys)
+    # The next generation may have the key of one that was deleted.
+    run(connection, _UNSEE, ())
     gone = unused_blocks(connection, _last_blocks(found))
     delete_keys(connection, "blocks", gone)
     return deleted + Counter(blocks=len(gone), bytes=sum(OF_BLOCK + use.size for use in gone.values()))

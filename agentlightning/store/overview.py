@@ -31,13 +31,13 @@ from sqlalchemy import (
 from agentlightning.generation import STATUSES
 from agentlightning.store.absence import UNDER_WAY
 from agentlightning.store.rows import text_of
-from agentlightning.store.tables import attempts, generations, rollouts, spans, texts
+from agentlightning.store.tables import attempts, drifts, generations, rollouts, spans, texts
 from agentlightning.store.texts import known_keys
 
 __all__ = ["COLUMNS", "RECORDED", "Column", "Overview", "OverviewPage", "OverviewQuery", "call_times", "page"]
 
 Column = Literal[
-    "rollout", "status", "calls", "prompt_tokens", "output_tokens", "reward", "queued", "started", "duration"
+    "rollout", "status", "calls", "prompt_tokens", "output_tokens", "breaks", "reward", "queued", "started", "duration"
 ]
 COLUMNS: tuple[Column, ...] = get_args(Column)
 
@@ -52,6 +52,7 @@ class OverviewQuery:
     Attributes:
         search: text in the id or the input, ignoring the case of A to Z; empty for all rollouts.
         status: a status of the queue, or `RECORDED`; None for any.
+        broken: only rollouts with breaks that nobody meant.
         sort_by: a column; nulls come last. A rollout that was never queued is sorted by its first call in `queued`.
         limit, offset: size of the page, and rollouts to skip.
         now: seconds since the epoch; the duration of a rollout that has not ended is measured up to here.
@@ -59,6 +60,7 @@ class OverviewQuery:
 
     search: str = ""
     status: str | None = None
+    broken: bool = False
     sort_by: Column = "queued"
     descending: bool = True
     limit: int = 100
@@ -73,6 +75,7 @@ class Overview:
     Attributes:
         status: its status in the queue, or `RECORDED`.
         calls: number of its generations, of which `finished` have a complete answer.
+        breaks: how often its prompts broke and nobody meant it; None where they were not compared yet.
         reward: its last reward; None where it has none.
         queued: seconds since the epoch; None if it was never in the queue.
         started: when its first attempt started, or its first call if it was never queued; None if none has.
@@ -88,6 +91,7 @@ class Overview:
     finished: int
     prompt_tokens: int
     output_tokens: int
+    breaks: int | None
     reward: float | None
     queued: float | None
     started: float | None
@@ -123,6 +127,7 @@ def page(connection: Connection, wanted: OverviewQuery) -> OverviewPage:
         "calls": each.c.calls,
         "prompt_tokens": each.c.prompt_tokens,
         "output_tokens": each.c.output_tokens,
+        "breaks": drifts.c.breaks,
         "reward": rewards.c.reward,
         "queued": func.coalesce(each.c.queued, each.c.started),
         "started": each.c.started,
@@ -130,8 +135,13 @@ def page(connection: Connection, wanted: OverviewQuery) -> OverviewPage:
     }
     order = orders[wanted.sort_by]
     query = (
-        select(each, duration.label("duration"), rewards.c.reward, func.count().over().label("total"))
-        .select_from(each.outerjoin(rewards, rewards.c.rollout_id == each.c.rollout_id))
+        select(each, duration.label("duration"), rewards.c.reward, drifts.c.breaks, func.count().over().label("total"))
+        .select_from(
+            each.outerjoin(rewards, rewards.c.rollout_id == each.c.rollout_id).outerjoin(
+                drifts, drifts.c.rollout_id == each.c.rollout_id
+            )
+        )
+        .where(*([drifts.c.breaks > 0] if wanted.broken else []))
         # The id makes the order total, so that no rollout is on two pages.
         .order_by((order.desc() if wanted.descending else order.asc()).nulls_last(), each.c.rollout_id)
         .limit(wanted.limit)
@@ -157,6 +167,7 @@ def _overview(row: Any, times: tuple[float, float] | None, attempt_started: floa
         finished=row.finished,
         prompt_tokens=row.prompt_tokens,
         output_tokens=row.output_tokens,
+        breaks=row.breaks,
         reward=row.reward,
         queued=row.queued,
         started=started,

@@ -33,7 +33,10 @@ __all__ = [
     "CLEAR_STALE_END_TIMES",
     "attempts",
     "blocks",
+    "breaks",
     "choices",
+    "drift_totals",
+    "drifts",
     "generations",
     "losses",
     "lost_calls",
@@ -368,6 +371,40 @@ lost_calls = Table(
 )
 """The calls among the losses, by rollout."""
 
+drifts = Table(
+    "drifts",
+    metadata,
+    Column("rollout_id", _Text, primary_key=True),
+    # The number of its calls that were compared: with more of them, it is compared anew.
+    Column("calls", BigInteger, nullable=False),
+    # Breaks that nobody meant.
+    Column("breaks", BigInteger, nullable=False),
+    Column("kept", BigInteger, nullable=False),
+    Column("lost", BigInteger, nullable=False),
+)
+"""The drift of the rollouts that were compared, for the page and the metrics; `store.drift_index` fills it."""
+
+breaks = Table(
+    "breaks",
+    metadata,
+    Column("rollout_id", _Text, primary_key=True),
+    Column("generation_id", LargeBinary, primary_key=True),
+    Column("cause", _Text, nullable=False),
+    Column("is_certain", Boolean, nullable=False),
+    Column("finished_at", BigInteger, nullable=False),
+    Column("model", _Text),
+)
+"""The breaks of these rollouts."""
+
+drift_totals = Table(
+    "drift_totals",
+    metadata,
+    # A cause, `kept` or `lost`; `seen` is the key of the last generation that was looked at.
+    Column("name", _Text, primary_key=True),
+    Column("count", BigInteger, nullable=False),
+)
+"""Counts that only grow, whatever is deleted."""
+
 
 def _index(name: str, *columns: Column[Any], where: ColumnElement[bool] | None = None, unique: bool = False) -> None:
     Index(name, *columns, unique=unique, sqlite_where=where, postgresql_where=where)
@@ -407,6 +444,7 @@ _index("spans_with_reward", spans.c.rollout_id, spans.c.sequence_id, spans.c.rew
 _index_where_set(uploads, "of_trace", "trace_id")
 _index("resources_by_time", resources.c.update_time)
 _index_where_set(lost_calls, "of_rollout", "rollout_id")
+_index("breaks_by_time", breaks.c.finished_at)
 
 CLEAR_STALE_END_TIMES = (
     "UPDATE rollouts SET end_time = NULL WHERE status NOT IN ('failed', 'succeeded', 'cancelled')",

@@ -22,9 +22,12 @@ EVERY_KIND = [
 """The kinds of stores: a file, a PostgreSQL database, and an `agl store`."""
 
 
-BACK_TO_VERSION_3 = tuple(
-    f"ALTER TABLE generations DROP COLUMN {name}"
-    for name in ("agent_key", "parent_agent_key", "purpose_key", "retry", "via")
+BACK_TO_VERSION_3 = (
+    *(
+        f"ALTER TABLE generations DROP COLUMN {name}"
+        for name in ("agent_key", "parent_agent_key", "purpose_key", "retry", "via")
+    ),
+    *(f"DROP TABLE {name}" for name in ("drifts", "breaks", "drift_totals")),
 )
 """Statements that give a database of version 4 the tables of version 3."""
 BACK_TO_VERSION_2 = (

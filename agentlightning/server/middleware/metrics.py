@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 __all__ = ["CONTENT_TYPE_LATEST", "Metrics", "MetricsMiddleware"]
@@ -33,13 +36,39 @@ class Metrics:
         self.in_progress = Gauge("agl_store_requests_in_progress", "Requests not answered yet.", registry=self.registry)
         self.waiting = Gauge("agl_store_writes_waiting", "Writes not committed yet.", registry=self.registry)
         self.rollouts = Gauge("agl_store_rollouts", "Rollouts by status.", ("status",), registry=self.registry)
+        self._drift = _DriftCollector()
+        self.registry.register(self._drift)
 
-    def text(self, rollouts: Mapping[str, int], waiting: int) -> bytes:
-        """Return all metrics in Prometheus's text format."""
+    def text(self, rollouts: Mapping[str, int], waiting: int, drift: Mapping[str, int]) -> bytes:
+        """Return all metrics in Prometheus's text format.
+
+        Args:
+            drift: the store's totals: breaks by cause, and sampled ids `kept` and `lost`.
+        """
+        self._drift.totals = drift
         for status, number in rollouts.items():
             self.rollouts.labels(status).set(number)
         self.waiting.set(waiting)
         return generate_latest(self.registry)
+
+
+class _DriftCollector(Collector):
+    """Counters that the store keeps, not this process: all servers on it have the same."""
+
+    totals: Mapping[str, int] = MappingProxyType({})
+
+    def collect(self) -> Iterator[Metric]:
+        about = "Prompts that are not what the model saw and said before, by cause."
+        breaks = CounterMetricFamily("agentlightning_prefix_breaks", about, labels=("cause",))
+        sampled = CounterMetricFamily(
+            "agentlightning_trainable_tokens",
+            "Sampled ids that one row for each conversation can train, and those that it cannot.",
+            labels=("fate",),
+        )
+        for name, count in self.totals.items():
+            (sampled if name in ("kept", "lost") else breaks).add_metric((name,), count)
+        yield breaks
+        yield sampled
 
 
 class MetricsMiddleware:

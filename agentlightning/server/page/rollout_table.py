@@ -30,6 +30,7 @@ COLUMNS: tuple[tuple[Column, str, bool], ...] = (
     ("prompt_tokens", "Prompt tokens", True),
     ("output_tokens", "Output tokens", True),
     ("reward", "Reward", True),
+    ("breaks", "Breaks", True),
     ("queued", "Queued", False),
     ("started", "Started", False),
     ("duration", "Took", True),
@@ -42,6 +43,7 @@ class TableQuery(BaseModel):
 
     q: Part = ""
     status: str = ""
+    breaks: Literal["any", "some"] = "any"
     sort: Column = "queued"
     order: Literal["asc", "desc"] = "desc"
     page: Annotated[int, Query(ge=1, le=1_000_000)] = 1
@@ -51,6 +53,7 @@ class TableQuery(BaseModel):
         return OverviewQuery(
             search=self.q.strip(),
             status=self.status if self.status in STATUSES else None,
+            broken=self.breaks == "some",
             sort_by=self.sort,
             descending=self.order == "desc",
             limit=ROWS_PER_PAGE,

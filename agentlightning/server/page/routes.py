@@ -9,8 +9,10 @@ from fastapi import HTTPException, Query, Request, Response
 from fastapi.responses import FileResponse
 from sqlalchemy import Connection
 
+from agentlightning.server import drift
 from agentlightning.server.page.api_reference import ApiReference, api_reference_of
 from agentlightning.server.page.conversation import conversation_of, unassigned_calls
+from agentlightning.server.page.drift_page import DriftQuery, drift_values, tree_of
 from agentlightning.server.page.generation import choice_values, prompt_tokens
 from agentlightning.server.page.rendering import STATIC, page
 from agentlightning.server.page.rollout_table import TableQuery, absence_of, progress_of, table_of
@@ -27,6 +29,8 @@ FILES = {path.name: path for path in STATIC.iterdir()}
 CACHED = {"Cache-Control": "private, max-age=86400"}
 NANOSECONDS = 1_000_000_000
 HOUR = 3600
+# The table reloads every two seconds.
+SECONDS_OF_A_LOOK = 0.05
 
 routes = router("page", prefix="")
 
@@ -34,6 +38,7 @@ routes = router("page", prefix="")
 @routes.get("/", include_in_schema=False)
 async def show_rollouts(request: Request, query: Annotated[TableQuery, Query()], database: Database) -> Response:
     """Show the table of rollouts."""
+    await drift.look(database, SECONDS_OF_A_LOOK)
     found = await database.read(lambda connection: table_of(connection, query))
     return page(request, "rollouts.html", **found, address=str(request.base_url).rstrip("/"))
 
@@ -73,6 +78,7 @@ async def show_rollout(
             "rollout": found,
             "absence": absence,
             "progress": progress,
+            "lines": [] if more_calls else tree_of(connection, rollout_id),
         }
 
     found = await database.read(read)
@@ -106,6 +112,14 @@ async def show_prompt(
     if found is None:
         return _not_found(request, f"There is no generation {generation_id!r}", "It may be in another store.")
     return page(request, "prompt.html", tokens=found)
+
+
+@routes.get("/drift", include_in_schema=False)
+async def show_drift(request: Request, query: Annotated[DriftQuery, Query()], database: Database) -> Response:
+    """Show the causes of breaks over time."""
+    is_all = await drift.look(database)
+    found = await database.read(lambda connection: drift_values(connection, query))
+    return page(request, "drift.html", **found, is_all=is_all)
 
 
 @routes.get("/senders", include_in_schema=False)

@@ -10,12 +10,13 @@ from fastapi import Request, Response
 from pydantic import BaseModel, Field
 
 from agentlightning.errors import StoreRefused, StoreUnavailable
+from agentlightning.server import drift
 from agentlightning.server.answers import Json
 from agentlightning.server.errors import sentence
 from agentlightning.server.middleware.metrics import CONTENT_TYPE_LATEST
 from agentlightning.server.routes.common import Database, errors, router
+from agentlightning.store import drift_index, rollouts
 from agentlightning.store import health as store_health
-from agentlightning.store import rollouts
 
 __all__ = ["interface", "root"]
 
@@ -69,8 +70,11 @@ async def is_ready(database: Database) -> Response:
 )
 async def metrics(request: Request, database: Database) -> Response:
     """Export metrics for Prometheus."""
-    by_status = await database.read(rollouts.count_by_status)
-    text = request.app.state.metrics.text(by_status, database.waiting)
+    await drift.look(database)
+    by_status, totals = await database.read(
+        lambda connection: (rollouts.count_by_status(connection), drift_index.totals(connection))
+    )
+    text = request.app.state.metrics.text(by_status, database.waiting, totals)
     return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
