@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from agentlightning.drift import ABOUT, UNFIT
 from agentlightning.settings import VARIABLES
 from tests.common.environments import CHECKOUT, Environment, build, run, virtual_environment
 
@@ -270,3 +271,10 @@ def test_the_command_is_there_without_a_script(unpacked: Path, with_vllm: Enviro
     command = (with_vllm.python, "-m", "agentlightning", "doctor", "--help")
 
     assert "--url" in with_vllm.run(*command, PYTHONPATH=str(unpacked))
+
+
+def test_the_page_on_drift_has_every_cause_and_reason_as_the_report_has_it() -> None:
+    page = (CHECKOUT / "docs" / "drift.md").read_text()
+
+    assert not [cause for cause, (title, cure) in ABOUT.items() if f"| `{cause}` | {title} | {cure} |" not in page]
+    assert not [name for name, title in UNFIT.items() if f"| `{name}` | {title} |" not in page]

@@ -5,17 +5,23 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from agentlightning.errors import NotFound
 from agentlightning.sender import Sender, Vocabulary
-from agentlightning.store import Store
+from agentlightning.store import Store, drift_index, open_database, overview
+from agentlightning.store.database import Database
+from agentlightning.store.drift_index import Compared
+from agentlightning.store.overview import OverviewQuery
 from tests.common.generations import START
 from tests.drift.conversations import TEMPLATE, conversation, record
-from tests.store.conftest import EVERY_KIND, new_store_of
+from tests.store.conftest import BACK_TO_VERSION_3, EVERY_KIND, new_store_of
 
 pytestmark = pytest.mark.tier("check")
+
+SECOND = 10**9
 
 
 @pytest.fixture(scope="session", params=EVERY_KIND)
@@ -61,3 +67,113 @@ def test_a_vocabulary_that_changes_within_a_rollout_is_compared_as_text(store: S
 class _First:
     def choice(self, some: Sequence[int]) -> int:
         return some[0]
+
+
+@pytest.fixture
+def served(url: str, store: Store) -> Database:
+    """Skip a store that is served: its database is the server's."""
+    if url.startswith("http"):
+        pytest.skip("the index is in the database")
+    return open_database(url)
+
+
+def looked(database: Database, seconds: float = 60.0) -> Compared:
+    """Look once, as a request does."""
+    with database.reading() as connection:
+        compared = drift_index.compare(connection, seconds)
+    with database.writing() as connection:
+        drift_index.put(connection, compared)
+    return compared
+
+
+def totals(database: Database) -> dict[str, int]:
+    with database.reading() as connection:
+        return {name: count for name, count in drift_index.totals(connection).items() if count}
+
+
+def breaks(database: Database, **wanted: Any) -> dict[str, int | None]:
+    """Return the column of breaks, as the table of rollouts has it."""
+    with database.reading() as connection:
+        return {each.rollout_id: each.breaks for each in overview.page(connection, OverviewQuery(**wanted)).rollouts}
+
+
+def test_a_look_compares_what_is_new_and_the_totals_only_grow(store: Store, served: Database) -> None:
+    record(store, *conversation("whole", "It is."), *conversation("broken", "It is.\n\n", 3))
+    assert breaks(served) == {"whole": None, "broken": None}
+
+    first = looked(served)
+    after = totals(served)
+
+    assert [(rollout_id, calls) for rollout_id, calls, _ in first.rollouts] == [("whole", 2), ("broken", 2)]
+    assert first.is_all
+    assert after["answer_end"] == 1
+    assert breaks(served) == {"whole": 0, "broken": 1}
+    assert breaks(served, broken=True) == {"broken": 1}
+    assert looked(served).rollouts == []
+    assert totals(served) == after
+
+    assert store.delete_rollouts(["broken"]) == 1
+    assert breaks(served) == {"whole": 0}
+    record(store, *conversation("again", "It is.\n\n", 5))
+    assert [rollout_id for rollout_id, _, _ in looked(served).rollouts] == ["again"]
+    assert totals(served)["answer_end"] == 2
+
+
+def test_a_short_look_compares_one_rollout_and_the_next_goes_on(store: Store, served: Database) -> None:
+    for number in range(3):
+        record(store, *conversation(f"r{number}", "It is.\n\n", 2 * number + 1))
+
+    looks = [looked(served, 0) for _ in range(4)]
+
+    assert [[rollout_id for rollout_id, _, _ in each.rollouts] for each in looks] == [["r0"], ["r1"], ["r2"], []]
+    assert [each.is_all for each in looks] == [False, False, True, True]
+    assert totals(served)["answer_end"] == 3
+
+
+def test_a_rollout_with_more_calls_is_compared_anew_and_counted_once(store: Store, served: Database) -> None:
+    first, second = conversation("r", "It is.\n\n")
+    record(store, first)
+    looked(served)
+    assert breaks(served) == {"r": 0}
+
+    record(store, second)
+    looked(served)
+
+    assert breaks(served) == {"r": 1}
+    assert totals(served)["answer_end"] == 1
+
+
+def test_causes_are_counted_by_time_and_model(store: Store, served: Database) -> None:
+    record(store, *conversation("one", "It is.\n\n"), *conversation("other", "It is.\n\n", 3, "other"))
+    looked(served)
+
+    with served.reading() as connection:
+        [found], models = drift_index.counts(connection, START, START + 10 * SECOND, 5)
+        [others], _ = drift_index.counts(connection, START, START + 10 * SECOND, 5, "other")
+        assert drift_index.counts(connection, START, START + SECOND, 5)[0] == []
+
+    assert (found.cause, found.count, found.certain, found.bars, found.latest) == (
+        "answer_end",
+        2,
+        2,
+        [0, 1, 1, 0, 0],
+        "other",
+    )
+    assert (others.count, others.bars, models) == (1, [0, 0, 1, 0, 0], ["m", "other"])
+
+
+def test_tables_of_an_older_version_get_the_index(store: Store, served: Database, url: str) -> None:
+    record(store, *conversation("broken", "It is.\n\n"))
+    is_file = "://" not in url
+    with served.writing() as connection:
+        for statement in BACK_TO_VERSION_3:
+            connection.exec_driver_sql(statement)
+        version = "PRAGMA user_version = 3" if is_file else "UPDATE version SET version = 3"
+        connection.exec_driver_sql(version)
+    served.close()
+
+    migrated = open_database(url)
+    looked(migrated)
+
+    assert breaks(migrated) == {"broken": 1}
+    migrated.close()

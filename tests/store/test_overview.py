@@ -59,7 +59,7 @@ def test_overview_of_a_recorded_rollout_lasts_from_its_first_to_its_last_call(ur
 
     assert rows_of(database) == [
         # `call` starts half a second before it ends.
-        Overview("r", "recorded", 0, 3, 3, 9, 15, None, None, START / SECOND + 1.5, None, 7.5, True),
+        Overview("r", "recorded", 0, 3, 3, 9, 15, None, None, None, START / SECOND + 1.5, None, 7.5, True),
     ]
 
 
