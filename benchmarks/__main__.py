@@ -26,6 +26,7 @@ BENCHMARKS = (
     "page",
     "prune",
     "trajectories",
+    "drift",
 )
 RESULTS = Path(__file__).with_name("results")
 

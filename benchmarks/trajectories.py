@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from agentlightning.generation import Choice, Generation, new_id
@@ -31,11 +31,11 @@ BATCH = 1_000
 MEGABYTES = 300
 SAMPLING = '{"temperature":0.7,"top_p":0.95}'
 
-EXPORT = """\
-import json, pathlib, re, sys, time
-from agentlightning.cli.export import main
+COMMAND = """\
+import importlib, json, pathlib, re, sys, time
+main = importlib.import_module(sys.argv[1]).main
 started = time.perf_counter()
-status = main(sys.argv[1:])
+status = main(sys.argv[2:])
 took = time.perf_counter() - started
 # Of this process alone; what getrusage says begins with the memory of the process that started it.
 most = re.search(r"VmHWM:\\s+(\\d+) kB", pathlib.Path("/proc/self/status").read_text())[1]
@@ -159,17 +159,23 @@ def export(folder: Path, rollouts: int) -> list[Section]:
                 waiting.clear()
     say("exporting")
     options = ("--store", path, "--what", "trajectories", "--format", "parquet", "-o", folder / "rows.parquet")
-    output = subprocess.run(
-        [sys.executable, "-c", EXPORT, *map(str, options)],
-        stdout=subprocess.PIPE,
-        check=True,
-        env={name: value for name, value in os.environ.items() if not name.startswith("AGL_")},
-    ).stdout
-    status, seconds, megabytes = json.loads(output.splitlines()[-1])
-    assert status == 0
+    seconds, megabytes = run_measured("agentlightning.cli.export", options)
     about = f"{rollouts:,} rollouts of {CALLS_OF_A_ROLLOUT} calls that grow to 2,000 ids, to one Parquet file."
     memory = Row("most at once", Summary.of([megabytes]), None, Target(MEGABYTES))
     return [
         Section("Memory of an export", "MB", about, [memory]),
         Section("Speed of an export", "rows a second", about, [Row("rows", Summary.of([rollouts / seconds]))]),
     ]
+
+
+def run_measured(module: str, options: Sequence[object]) -> tuple[float, float]:
+    """Run a command in a process of its own; return the seconds that it took, and the most MB that it had at once."""
+    output = subprocess.run(
+        [sys.executable, "-c", COMMAND, module, *map(str, options)],
+        stdout=subprocess.PIPE,
+        check=True,
+        env={name: value for name, value in os.environ.items() if not name.startswith("AGL_")},
+    ).stdout
+    status, seconds, megabytes = json.loads(output.splitlines()[-1])
+    assert status == 0
+    return seconds, megabytes

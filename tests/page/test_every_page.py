@@ -26,6 +26,7 @@ PAGES: dict[str, Callable[[Filled], str]] = {
     "calls without a rollout": lambda _: "/rollout",
     "an unknown rollout": lambda _: "/rollout?id=nothing",
     "a generation": lambda filled: f"/generation?id={filled.rollout('succeeded').generation_id(1, 0)}#t3",
+    "drift": lambda _: "/drift",
     "senders": lambda _: "/senders",
     "the HTTP API": lambda _: "/docs",
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +70,13 @@ class _First:
 
 
 @pytest.fixture
-def served(url: str, store: Store) -> Database:
-    """Skip a store that is served: its database is the server's."""
+def served(url: str, store: Store) -> Iterator[Database]:
+    """Open the database as a server does, which a store over HTTP has for itself."""
     if url.startswith("http"):
         pytest.skip("the index is in the database")
-    return open_database(url)
+    database = open_database(url)
+    yield database
+    database.close()
 
 
 def looked(database: Database, seconds: float = 60.0) -> Compared:

@@ -1,0 +1,96 @@
+"""Drift on the page: a column and a filter of the table, the tree of a rollout's prompts, and causes over time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import httpx
+import pytest
+from playwright.sync_api import Page, expect
+
+from agentlightning.store import open_store
+from tests.common.browser import Visit
+from tests.drift.conversations import conversation, record
+from tests.page.test_every_page import violations
+from tests.server.process import StoreServer
+
+BROKEN, WHOLE = "drift-broken", "drift-whole"
+
+
+@pytest.fixture(scope="module")
+def drifted(living: StoreServer) -> StoreServer:
+    """Record a rollout whose second prompt drifts, and one whose does not, just now."""
+    now = time.time_ns()
+    with open_store(living.url) as store:
+        for number, (rollout, answer) in enumerate(((BROKEN, "It is.\n\n"), (WHOLE, "It is."))):
+            calls = conversation(rollout, answer, 1000 + 2 * number, "drifting")
+            record(store, *(replace(each, finished_at=now + place) for place, each in enumerate(calls)))
+    return living
+
+
+@pytest.fixture
+def page(visit: Callable[..., Visit], drifted: StoreServer) -> Page:
+    return visit(drifted).page
+
+
+def test_the_table_has_breaks_and_a_filter_for_them(page: Page) -> None:
+    page.goto("/drift")
+    page.goto(f"/?q={BROKEN[:6]}")
+    rows = page.get_by_role("row").filter(has_text="drift-")
+    expect(rows).to_have_count(2)
+    expect(rows.filter(has_text=BROKEN).get_by_role("link", name="1", exact=True)).to_be_visible()
+
+    page.get_by_label("Breaks").select_option("some")
+    page.get_by_role("button", name="Search").click()
+
+    expect(rows).to_have_count(1)
+    expect(rows).to_contain_text(BROKEN)
+
+
+def test_a_rollout_shows_its_prompts_as_a_tree_and_both_sides_of_a_break(page: Page) -> None:
+    page.goto(f"/rollout?id={BROKEN}")
+    tree = page.get_by_role("region", name="Prompts")
+    lines = tree.get_by_role("list").get_by_role("listitem")
+    expect(lines).to_have_count(2)
+    sides = tree.get_by_role("table")
+    expect(sides).to_be_hidden()
+
+    tree.get_by_text("answer_end").click()
+
+    expect(tree.get_by_text("Message 2 (assistant)")).to_be_visible()
+    expect(sides.get_by_role("row", name="before").locator(".differs")).to_have_text(["↵", "↵"])
+    expect(sides.get_by_role("row", name="now")).to_contain_text("<|im_end|>")
+    expect(tree.get_by_text("remove its `trim`")).to_be_visible()
+    assert violations(page) == []
+
+
+def test_calls_that_continue_one_another_stand_in_one_line(page: Page) -> None:
+    page.goto(f"/rollout?id={WHOLE}")
+    tree = page.get_by_role("region", name="Prompts")
+
+    expect(tree.get_by_role("listitem")).to_have_count(1)
+    expect(tree.get_by_role("link")).to_have_text(["1", "2"])
+
+
+def test_causes_are_bars_over_time_of_all_models_or_one(page: Page) -> None:
+    page.goto("/drift?time=hour&model=drifting")
+    row = page.get_by_role("row").filter(has_text="answer_end")
+
+    expect(row.get_by_role("img", name="answer_end in 48 equal parts of the last hour")).to_be_visible()
+    expect(row.get_by_role("link", name=BROKEN)).to_be_visible()
+    assert violations(page) == []
+
+    page.goto("/drift?model=none")
+    expect(page.get_by_text("No prompt broke in the last day.")).to_be_visible()
+
+
+def test_metrics_count_breaks_by_cause_and_what_can_be_trained(drifted: StoreServer) -> None:
+    text = httpx.get(f"{drifted.url}/metrics").text
+
+    [broken] = [
+        line for line in text.splitlines() if line.startswith('agentlightning_prefix_breaks_total{cause="answer_end"}')
+    ]
+    assert float(broken.split()[1]) >= 1
+    assert 'agentlightning_trainable_tokens_total{fate="lost"}' in text
