@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left, insort
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -60,7 +60,7 @@ class Break:
         cause, is_certain, also, position, message, role: as in `Difference`.
         lost: sampled ids of this conversation that its next row cannot train.
         finished_at: when the call finished, in nanoseconds since the epoch.
-        model: the name that the client asked for.
+        model, agent_id: the name that the client asked for, and the agent that called, if it said so.
         before, after: what stands on both sides from shortly before the first difference on, aligned.
         mismatches: what Agent Lightning 0.3 calls it: `template`, `retoken`, `others`.
         session_mismatch: what miles calls it.
@@ -77,6 +77,7 @@ class Break:
     lost: int
     finished_at: int
     model: str | None
+    agent_id: str | None
     before: Sequence[Token]
     after: Sequence[Token]
     mismatches: Sequence[str]
@@ -143,7 +144,7 @@ def _break(found: Mapping[str, Any]) -> Break:
 def analyse(
     attempt: AttemptCalls, details: Mapping[str, CallDetails], texts_of: Texts, model: str | None = None
 ) -> AttemptDrift:
-    """Find the breaks of an attempt. Calls of two models never continue each other.
+    """Find the breaks of an attempt. Calls of two models, or of two agents, never continue each other.
 
     Args:
         details: by the ids of generations.
@@ -159,12 +160,18 @@ def analyse(
     found = AttemptDrift(rollout_id=attempt.rollout_id, attempt_id=attempt.attempt_id)
     merged = merge(attempt)
     gone = {(each.generation_id, each.index) for each in merged.left_out}
-    by_model: defaultdict[str | None, list[Call]] = defaultdict(list)
-    for call in attempt.calls:
+    by_caller: defaultdict[tuple[str | None, str | None], list[Call]] = defaultdict(list)
+    in_order = sorted(attempt.calls, key=lambda call: (call.finished_at, call.generation_id, call.index))
+    latest: dict[str | None, Call] = {}
+    beside: dict[tuple[str | None, str | None], Call | None] = {}
+    for call in in_order:
         if call.prompt_token_ids is not None:
-            by_model[call.model].append(call)
-    for calls in by_model.values():
-        _Model(found, calls, details, texts_of, gone).analyse()
+            caller = call.model, call.agent_id
+            beside.setdefault(caller, latest.get(call.model))
+            by_caller[caller].append(call)
+            latest[call.model] = call
+    for caller, calls in by_caller.items():
+        _Caller(found, calls, beside[caller], details, texts_of, gone).analyse()
     found.rows_before = sum(bool(each.response_token_ids) for each in attempt.calls)
     found.rows_after = len(merged.rows)
     found.unfit = {name: count for name, count in _unfit(attempt.calls, merged.rows).items() if count}
@@ -252,19 +259,24 @@ def _ids_of(context: _Context) -> bytes:
     return context.ids
 
 
-class _Model:
-    """The calls of one model, in the order in which they finished."""
+class _Caller:
+    """The calls of one model by one agent, in the order in which they finished.
+
+    Args:
+        beside: the call by another agent before them; None for the first agent.
+    """
 
     def __init__(
         self,
         found: AttemptDrift,
-        calls: Iterable[Call],
+        calls: Sequence[Call],
+        beside: Call | None,
         details: Mapping[str, CallDetails],
         texts_of: Texts,
         gone: set[tuple[str, int]],
     ) -> None:
         self._found, self._details, self._texts_of, self._gone = found, details, texts_of, gone
-        self._calls = sorted(calls, key=lambda call: (call.finished_at, call.generation_id, call.index))
+        self._calls, self._beside = calls, beside
         self._sorted: list[_Context] = []
         self._by_prompt: dict[bytes, _Context] = {}
         self._by_turn: dict[bytes, _Context] = {}
@@ -332,9 +344,19 @@ class _Model:
             return exact, exact.stop
         if not is_broken:
             near = self._with_a_turn_of(call, prompt) or near
-        if near is None:
-            return None, 0
-        return self._broken_from(call, near, prompt)
+        if near is not None:
+            return self._broken_from(call, near, prompt)
+        if self._beside is not None and not self._all:
+            self._note_agent(call, self._beside, prompt)
+        return None, 0
+
+    def _note_agent(self, call: Call, beside: Call, prompt: bytes) -> None:
+        """Count the first call of an agent that says that it is another one."""
+        assert beside.prompt_token_ids is not None
+        ids = beside.prompt_token_ids.tobytes()
+        start = len(ids) // ID_BYTES
+        context = _Context(beside, ids, start, start, 0, None, 0, 0)
+        self._note(call, context, Difference("sub_agent", True, common_length(ids, prompt)), _array(prompt))
 
     def _broken_from(self, call: Call, near: _Context, prompt: bytes) -> tuple[_Context | None, int]:
         before, ids = _array(near.ids), _array(prompt)
@@ -371,6 +393,7 @@ class _Model:
                 lost=0 if found.cause in MEANT else sum(end - start for _, start, end in _sampled_behind(near, found)),
                 finished_at=call.finished_at,
                 model=call.model,
+                agent_id=call.agent_id,
                 before=sides[0],
                 after=sides[1],
                 mismatches=[] if found.cause in MEANT else _mismatches(before, prompt, found.position, texts),

@@ -10,6 +10,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import Connection, func, select
 
@@ -23,6 +24,8 @@ CALLS_AT_ONCE = 2_000
 # In PostgreSQL a transaction may commit rows whose keys are lower than those that were seen.
 KEYS_LOOKED_AT_AGAIN = 1_000
 
+NAMES = ("model", "agent_id")
+MOST_NAMES = 100
 _GENERATIONS, _BREAKS = tables.generations.c, tables.breaks.c
 _PUT_TOTAL = """
     INSERT INTO drift_totals VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET count = {}
@@ -128,7 +131,8 @@ def _rows(rollout_id: str, attempts: Sequence[AttemptDrift]) -> Iterator[tuple[o
     found = {each.generation_id: each for attempt in attempts for each in attempt.breaks}
     for each in found.values():
         generation_id = rows.uuid_bytes(each.generation_id)
-        yield rollout_id, generation_id, each.cause, each.is_certain, each.finished_at, rows.storable(each.model)
+        names = rows.storable(each.model), rows.storable(each.agent_id)
+        yield rollout_id, generation_id, each.cause, each.is_certain, each.finished_at, *names
 
 
 def _counted(attempts: Sequence[AttemptDrift]) -> Counter[str]:
@@ -153,19 +157,22 @@ def totals(connection: Connection) -> dict[str, int]:
 
 
 def counts(
-    connection: Connection, since: int, until: int, parts: int, model: str | None = None
-) -> tuple[list[CauseCount], list[str]]:
-    """Count breaks by cause, and list the models that have any.
+    connection: Connection, since: int, until: int, parts: int, **only: str
+) -> tuple[list[CauseCount], dict[str, list[str]]]:
+    """Count breaks by cause, and list the models and agents that have any, by the names of their columns.
 
     Args:
         since, until: when the calls finished, in nanoseconds since the epoch.
         parts: number of equal parts of that time.
-        model: only breaks of this model's calls.
+        only: breaks of calls with this `model` or `agent_id` alone.
     """
     length = max(-(-(until - since) // parts), 1)
+    which: str
+    values: tuple[Any, ...]
     which, values = "finished_at >= ? AND finished_at < ?", (since, until)
-    if model is not None:
-        which, values = f"{which} AND model = ?", (*values, rows.storable(model) or "")
+    for column in NAMES:
+        if column in only:
+            which, values = f"{which} AND {column} = ?", (*values, rows.storable(only[column]) or "")
     bars: defaultdict[str, list[int]] = defaultdict(lambda: [0] * parts)
     certain: Counter[str] = Counter()
     for cause, part, count, sure in run(connection, _COUNTS.format(which), (since, length, *values)):
@@ -179,5 +186,9 @@ def counts(
         for cause in CAUSES
         if cause in bars
     ]
-    models = run(connection, "SELECT DISTINCT model FROM breaks WHERE model IS NOT NULL ORDER BY model", ())
-    return found, [rows.text_of(each) for each in models.scalars()]
+    return found, {column: [*_names(connection, column)] for column in NAMES}
+
+
+def _names(connection: Connection, column: str) -> Iterator[str]:
+    query = f"SELECT DISTINCT {column} FROM breaks WHERE {column} IS NOT NULL ORDER BY {column} LIMIT {MOST_NAMES}"
+    yield from map(rows.text_of, run(connection, query, ()).scalars())

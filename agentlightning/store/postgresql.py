@@ -60,7 +60,7 @@ MIGRATIONS: Mapping[int, Sequence[str]] = {
         breaks BIGINT NOT NULL, kept BIGINT NOT NULL, lost BIGINT NOT NULL)""",
         """CREATE TABLE breaks (rollout_id TEXT COLLATE "C" NOT NULL, generation_id BYTEA NOT NULL,
         cause TEXT COLLATE "C" NOT NULL, is_certain BOOLEAN NOT NULL, finished_at BIGINT NOT NULL,
-        model TEXT COLLATE "C", PRIMARY KEY (rollout_id, generation_id))""",
+        model TEXT COLLATE "C", agent_id TEXT COLLATE "C", PRIMARY KEY (rollout_id, generation_id))""",
         "CREATE INDEX breaks_by_time ON breaks (finished_at)",
         'CREATE TABLE drift_totals (name TEXT COLLATE "C" PRIMARY KEY, count BIGINT NOT NULL)',
     ),

@@ -63,7 +63,7 @@ MIGRATIONS: Mapping[int, Sequence[str]] = {
         """CREATE TABLE drifts (rollout_id TEXT NOT NULL, calls BIGINT NOT NULL, breaks BIGINT NOT NULL,
         kept BIGINT NOT NULL, lost BIGINT NOT NULL, PRIMARY KEY (rollout_id))""",
         """CREATE TABLE breaks (rollout_id TEXT NOT NULL, generation_id BLOB NOT NULL, cause TEXT NOT NULL,
-        is_certain BOOLEAN NOT NULL, finished_at BIGINT NOT NULL, model TEXT,
+        is_certain BOOLEAN NOT NULL, finished_at BIGINT NOT NULL, model TEXT, agent_id TEXT,
         PRIMARY KEY (rollout_id, generation_id))""",
         "CREATE INDEX breaks_by_time ON breaks (finished_at)",
         "CREATE TABLE drift_totals (name TEXT NOT NULL, count BIGINT NOT NULL, PRIMARY KEY (name))",

@@ -393,6 +393,7 @@ breaks = Table(
     Column("is_certain", Boolean, nullable=False),
     Column("finished_at", BigInteger, nullable=False),
     Column("model", _Text),
+    Column("agent_id", _Text),
 )
 """The breaks of these rollouts."""
 

@@ -145,6 +145,17 @@ def test_calls_of_two_models_never_continue_each_other() -> None:
     assert (drift(*calls, model="m").calls, drift(*calls, model="none").calls) == (1, 0)
 
 
+def test_an_agent_that_names_itself_is_another_conversation() -> None:
+    calls = call(1, FIRST, "It is.", agent_id="main"), call(2, SECOND, "So it will be.", agent_id="other")
+
+    found = drift(*calls, call(3, [*SECOND, said("No."), user("Why?")], "Bye.", agent_id="main"))
+
+    assert [(each.cause, each.is_certain, each.agent_id) for each in found.breaks if each.cause == "sub_agent"] == [
+        ("sub_agent", True, "other")
+    ]
+    assert found.parents == {"g1": None, "g2": None, "g3": "g1"}
+
+
 def test_without_a_vocabulary_the_first_difference_is_known_and_no_cause() -> None:
     found = drift(call(1, FIRST, "It is. "), call(2, SECOND, "So it will be."), knows=False)
 

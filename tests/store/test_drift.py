@@ -150,8 +150,8 @@ def test_causes_are_counted_by_time_and_model(store: Store, served: Database) ->
     looked(served)
 
     with served.reading() as connection:
-        [found], models = drift_index.counts(connection, START, START + 10 * SECOND, 5)
-        [others], _ = drift_index.counts(connection, START, START + 10 * SECOND, 5, "other")
+        [found], names = drift_index.counts(connection, START, START + 10 * SECOND, 5)
+        [others], _ = drift_index.counts(connection, START, START + 10 * SECOND, 5, model="other")
         assert drift_index.counts(connection, START, START + SECOND, 5)[0] == []
 
     assert (found.cause, found.count, found.certain, found.bars, found.latest) == (
@@ -161,7 +161,7 @@ def test_causes_are_counted_by_time_and_model(store: Store, served: Database) ->
         [0, 1, 1, 0, 0],
         "other",
     )
-    assert (others.count, others.bars, models) == (1, [0, 0, 1, 0, 0], ["m", "other"])
+    assert (others.count, others.bars, names) == (1, [0, 0, 1, 0, 0], {"model": ["m", "other"], "agent_id": []})
 
 
 def test_tables_of_an_older_version_get_the_index(store: Store, served: Database, url: str) -> None:

@@ -6,9 +6,8 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from fastapi import Query
 from pydantic import BaseModel
 from sqlalchemy import Connection
 
@@ -29,7 +28,8 @@ class DriftQuery(BaseModel):
     """The query parameters of the page."""
 
     time: Literal["hour", "day", "week", "month"] = "day"
-    model: Annotated[Part, Query()] = ""
+    model: Part = ""
+    agent: Part = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,8 @@ def drift_values(connection: Connection, query: DriftQuery) -> dict[str, Any]:
     """Return the values for the template of the page."""
     until = time.time_ns()
     since = until - HOURS[query.time] * NANOSECONDS_OF_AN_HOUR
-    counts, models = drift_index.counts(connection, since, until, BARS, query.model or None)
+    only = {name: value for name, value in (("model", query.model), ("agent_id", query.agent)) if value}
+    counts, names = drift_index.counts(connection, since, until, BARS, **only)
     most = max((bar for each in counts for bar in each.bars), default=0)
     found = [
         CauseRow(each, ABOUT[each.cause], each.cause in MEANT, [round(100 * bar / most, 1) for bar in each.bars])
@@ -87,7 +88,8 @@ def drift_values(connection: Connection, query: DriftQuery) -> dict[str, Any]:
     return {
         "query": query,
         "causes": found,
-        "models": models,
+        "models": names["model"],
+        "agents": names["agent_id"],
         "times": [*HOURS],
         "kept": totals["kept"],
         "lost": totals["lost"],
