@@ -25,6 +25,7 @@ TIMES_LONGER = 1.5
 ROLLOUTS, QUICK_ROLLOUTS, CALLS_OF_A_ROLLOUT = 10_000, 500, 10
 MEGABYTES = 300
 BATCH = 1_000
+PLACES: Sequence[tuple[Cause, str]] = (("tool_call", "at the end"), ("header", "in front"))
 # What stands in front differs in front, so all ids of both sides are behind the difference.
 IN_FRONT: Sequence[Cause] = ("header", "sub_agent")
 
@@ -42,7 +43,7 @@ def one_break(rounds: int) -> Section:
     """Row by row: breaks of each kind, at the end of the ids and in front of them."""
     rows: list[Row] = []
     for template in TEMPLATES:
-        for cause, where in (("tool_call", "at the end"), ("header", "in front")):
+        for cause, where in PLACES:
             say(f"{template.name}, {where}")
             made = of_length(template, make(cause, template, 1), FEW)
             rows.append(
@@ -60,7 +61,7 @@ def growth(rounds: int) -> Section:
     """Compare a million ids with a tenth of them, which takes a tenth of the time if it is linear."""
     template = TEMPLATES[0]
     rows: list[Row] = []
-    for cause, where in (("tool_call", "at the end"), ("header", "in front")):
+    for cause, where in PLACES:
         say(f"a million ids, {where}")
         per_id = [
             [

@@ -152,7 +152,7 @@ def _counted_before(connection: Connection, rollout_id: str) -> Counter[str]:
 
 def totals(connection: Connection) -> dict[str, int]:
     """Return how often each cause broke a prompt since the store is there, and the sampled ids `kept` and `lost`."""
-    found = {row.name: row.count for row in connection.execute(select(*tables.drift_totals.c))}
+    found: dict[str, int] = dict(map(tuple, connection.execute(select(*tables.drift_totals.c))))
     return {name: found.get(name, 0) for name in (*CAUSES, "kept", "lost")}
 
 
@@ -175,7 +175,7 @@ def counts(
             which, values = f"{which} AND {column} = ?", (*values, rows.storable(only[column]) or "")
     bars: defaultdict[str, list[int]] = defaultdict(lambda: [0] * parts)
     certain: Counter[str] = Counter()
-    for cause, part, count, sure in run(connection, _COUNTS.format(which), (since, length, *values)):
+    for cause, part, count, sure in map(tuple, run(connection, _COUNTS.format(which), (since, length, *values))):
         bars[cause][part] += count
         certain[cause] += sure
     latest = {

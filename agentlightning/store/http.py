@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 
 __all__ = ["HttpStore"]
 
-Row = TypeVar("Row", Triplet, Trajectory)
+Row = TypeVar("Row", AttemptDrift, Trajectory, Triplet)
 
 GENERATIONS_AT_ONCE = 64
 ROLLOUTS_AT_ONCE = 1_000

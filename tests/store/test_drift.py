@@ -47,7 +47,7 @@ def test_attempts_follow_one_another_with_their_breaks(store: Store) -> None:
     )
     assert [*store.drift("none")] == [*store.drift(model="none")] == []
     with pytest.raises(NotFound):
-        [*store.drift(after="none")]
+        list(store.drift(after="none"))
 
 
 def test_a_vocabulary_that_changes_within_a_rollout_is_compared_as_text(store: Store, url: str) -> None:

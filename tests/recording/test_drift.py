@@ -1,0 +1,126 @@
+"""Drift of agents that call a real vLLM: what the history has in the place of an answer is the agent's doing, or the
+template's.
+
+The server renders ChatML with the template of each request, with reasoning or without. Answers are led to a text, since
+random weights say nothing of use; the ids that they choose for it are their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import quote
+
+import openai
+import pytest
+
+from agentlightning.drift import Break
+from agentlightning.store import open_store
+from tests.drift.templates import CHATML, Message
+from tests.recording.nursery import Nursery
+from tests.recording.server import RecordingServer, until
+
+SYSTEM = {"role": "system", "content": "You are a careful assistant."}
+QUESTION = {"role": "user", "content": "Is it cold in Paris today, or not?"}
+NEXT = {"role": "user", "content": "And tomorrow, what do you think?"}
+TRIMMED = CHATML.replace("{{ m.content or '' }}", "{{ (m.content or '').strip() }}")
+CALL = '<tool_call>\n{"name":  "look", "arguments": {"city":"Paris"}}\n</tool_call>'
+
+
+@pytest.fixture(scope="module")
+def server(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RecordingServer]:
+    path = tmp_path_factory.mktemp("store") / "generations.db"
+    with nursery.server(path, "--trust-request-chat-template") as server:
+        yield server
+
+
+class Agent:
+    """An agent of a rollout, which asks with a template of its own."""
+
+    def __init__(self, server: RecordingServer, rollout: str, template: str = CHATML) -> None:
+        url = f"{server.url}/rollout/{quote(rollout)}/attempt/a/v1"
+        self.client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120)
+        self.server, self.rollout, self.template = server, rollout, template
+        self.calls = 0
+
+    def ask(self, messages: list[Any], answer: str) -> None:
+        """Ask, and lead the model to an answer."""
+        led: Any = {"structured_outputs": {"choice": [answer]}, "chat_template": self.template}
+        self.client.chat.completions.create(
+            model=self.server.model, messages=messages, max_tokens=200, temperature=0, extra_body=led
+        )
+        self.calls += 1
+
+    def breaks(self) -> list[Break]:
+        """Return the breaks of the rollout when all of its calls are recorded."""
+        until(lambda: len(self.server.kept(rollout_id=self.rollout)) >= self.calls, f"{self.calls} calls")
+        with open_store(self.server.store, read_only=True) as store:
+            [attempt] = store.drift(self.rollout)
+        return attempt.breaks
+
+
+def said(text: str, **more: Any) -> Message:
+    return {"role": "assistant", "content": text, **more}
+
+
+def look() -> Message:
+    function = {"name": "look", "arguments": '{"city": "Paris"}'}
+    return said("", tool_calls=[{"id": "call-1", "type": "function", "function": function}])
+
+
+@pytest.mark.parametrize(
+    ("answer", "history", "cause"),
+    [
+        ("It will be cold today.", said("It will be cold today."), "retokenised"),
+        ("<think>\nIt snows.\n</think>\n\nYes.", said("Yes."), "reasoning"),
+        (CALL, look(), "tool_call"),
+        ("Yes. \n", said("Yes. \n"), "answer_end"),
+        ("Yes.", said("It is far too early to tell, and nobody knows."), "foreign"),
+    ],
+)
+def test_what_stands_in_the_place_of_an_answer_is_named(
+    server: RecordingServer, rollout: str, answer: str, history: Message, cause: str
+) -> None:
+    agent = Agent(server, rollout, TRIMMED if cause == "answer_end" else CHATML)
+    agent.ask([SYSTEM, QUESTION], answer)
+    agent.ask([SYSTEM, QUESTION, history, NEXT], "1")
+
+    [found] = agent.breaks()
+
+    assert (found.cause, found.role, found.message) == (cause, "assistant", 2)
+    assert found.is_certain
+
+
+def test_what_changes_in_front_of_the_answer_is_named(server: RecordingServer, rollout: str) -> None:
+    agent = Agent(server, rollout)
+    timed = [{**SYSTEM, "content": f"It is 10:0{minute} now. You are a careful assistant."} for minute in range(2)]
+    agent.ask([timed[0], QUESTION], "1")
+    agent.ask([timed[1], QUESTION, said("1"), NEXT], "2")
+    agent.ask([{**SYSTEM, "content": "Write a title for the conversation, and nothing else."}, QUESTION], "3")
+    agent.ask([timed[1], {**NEXT, "content": "Summary of what was said: it is cold. What now?"}], "4")
+    agent.ask([timed[1], {**NEXT, "content": "Summary of what was said: it is cold. What now?"}], "4")
+
+    found = [(each.cause, each.is_certain) for each in agent.breaks()]
+
+    assert found == [("header", True), ("sub_agent", True), ("compaction", True), ("retry", True)]
+
+
+def test_random_bytes_that_come_back_as_text_are_retokenised_or_miss_special_tokens(
+    server: RecordingServer, rollout: str
+) -> None:
+    agent = Agent(server, rollout)
+    answer = agent.client.chat.completions.create(
+        model=server.model,
+        messages=[SYSTEM, QUESTION],  # type: ignore[list-item]
+        max_tokens=64,
+        temperature=1,
+        seed=1,
+        extra_body={"chat_template": CHATML, "ignore_eos": True},
+    )
+    agent.calls += 1
+    agent.ask([SYSTEM, QUESTION, said(answer.choices[0].message.content or ""), NEXT], "1")
+
+    [found] = agent.breaks()
+
+    assert found.cause in ("retokenised", "template")
+    assert found.role == "assistant"
