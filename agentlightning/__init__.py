@@ -24,6 +24,7 @@ import _agentlightning  # noqa: F401  # pyright: ignore[reportUnusedImport]
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from agentlightning.completeness import Completeness, Shortfall
+    from agentlightning.drift import AttemptDrift, Break
     from agentlightning.errors import (
         AgentLightningError,
         InvalidRecord,
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 __all__ = [
     "AgentLightningError",
     "Attempt",
+    "AttemptDrift",
+    "Break",
     "Choice",
     "Completeness",
     "Generation",
@@ -81,6 +84,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "agentlightning.completeness": ("Completeness", "Shortfall"),
+    "agentlightning.drift": ("AttemptDrift", "Break"),
     "agentlightning.errors": (
         *("AgentLightningError", "InvalidRecord", "LogprobsDiffer", "NotFound", "TrainingError", "UnusableRows"),
         "WeightsRefused",
