@@ -356,26 +356,39 @@ class _Comparison:
         turns_after = turn_names(self._prompt[self._end_after :], self._texts)
         # The last of a prompt is the beginning of an answer.
         known = {*turns_after[:-1]}
-        # Short ones, such as a line feed, are those of any conversation.
-        kept = sum(each in known for each in turns_before if len(each) > SHORT_TURN * ID_BYTES)
-        similarity = _similarity(self._text_before, self._text_after)
-        if self._has_other_tools():
-            return self._named("tools", kept > 0 or similarity > SIMILAR)
-        if self._is_of_model():
-            return self._other_answer(turns_after, similarity)
+        messages_before, messages_after = self._messages(turns_before), self._messages(turns_after)
+        has_kept = any(each in known for each in messages_before)
         # A call beside the conversation may have the same question, as one for a title has.
         has_answer = bool(turns_before) and turns_before[-1] in known
-        if kept and (has_answer or similarity > SIMILAR) and len(turns_after) >= len(turns_before) - 1:
-            return None if self._has_answer_before else self._named("header", similarity > SIMILAR)
-        if self._message and len(self._prompt) < len(self._before):
-            text = self._texts.join(self._prompt[self._start :])
-            if kept or _SUMMARY.search(text):
-                return self._named("compaction", True)
+        similarity = _similarity(self._text_before, self._text_after)
+        is_first_same = messages_before[:1] == messages_after[:1] and bool(messages_before)
+        has_other_tools = self._has_other_tools()
+        if has_other_tools and (has_answer or is_first_same or not self._has_tools_alone()):
+            return self._named("tools", True)
+        if self._is_of_model():
+            return self._other_answer(turns_after, similarity)
+        if has_kept and (has_answer or similarity > SIMILAR) and len(turns_after) >= len(turns_before) - 1:
+            return None if self._has_answer_before else self._named("header", has_answer and similarity > SIMILAR)
+        is_shorter = bool(self._message) and len(self._prompt) < len(self._before)
+        if is_shorter and self._role() == "user" and (has_kept or _SUMMARY.search(self._text_after)):
+            return self._named("compaction", True)
         if not self._has_answer_before and not has_answer:
             if similarity > SIMILAR and len(turns_after) >= len(turns_before):
                 return self._named("header", False)
-            return self._named("sub_agent", not self._message and similarity < SIMILAR)
+            is_apart = not self._message and similarity < SIMILAR
+            return self._named("sub_agent", is_apart or has_other_tools)
         return None
+
+    def _messages(self, turns: Sequence[bytes]) -> list[bytes]:
+        """Leave out turns that any conversation has, such as a line feed, and tools, which other agents have, too."""
+        return [
+            each
+            for each in turns
+            if len(each) > SHORT_TURN * ID_BYTES and not _defines_tools(self._texts.join(array("i", each)))
+        ]
+
+    def _has_tools_alone(self) -> bool:
+        return _defines_tools(self._text_before) or _defines_tools(self._text_after)
 
     def _other_answer(self, turns_after: Sequence[bytes], similarity: float) -> Difference | None:
         """Explain another answer in the place of the model's own."""
@@ -556,6 +569,12 @@ def _without_tools(text: str) -> tuple[str, list[str]]:
         else:
             rest.append(text[at:position])
     return _WHITE.sub(" ", "".join([*rest, text[position:]])), tools
+
+
+def _defines_tools(turn: str) -> bool:
+    """Tell whether a turn has nothing but tools in it."""
+    rest, tools = _without_tools(_split_header(turn)[1])
+    return bool(tools) and not rest.strip("[], ")
 
 
 def _is_tool(value: Any) -> bool:
