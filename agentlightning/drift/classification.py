@@ -356,14 +356,12 @@ class _Comparison:
         turns_after = turn_names(self._prompt[self._end_after :], self._texts)
         # The last of a prompt is the beginning of an answer.
         known = {*turns_after[:-1]}
-        messages_before, messages_after = self._messages(turns_before), self._messages(turns_after)
-        has_kept = any(each in known for each in messages_before)
+        has_kept = any(each in known for each in self._messages(turns_before))
         # A call beside the conversation may have the same question, as one for a title has.
         has_answer = bool(turns_before) and turns_before[-1] in known
         similarity = _similarity(self._text_before, self._text_after)
-        is_first_same = messages_before[:1] == messages_after[:1] and bool(messages_before)
         has_other_tools = self._has_other_tools()
-        if has_other_tools and (has_answer or is_first_same or not self._has_tools_alone()):
+        if has_other_tools and (has_answer or not self._has_tools_alone() or self._is_first_same()):
             return self._named("tools", True)
         if self._is_of_model():
             return self._other_answer(turns_after, similarity)
@@ -386,6 +384,12 @@ class _Comparison:
             for each in turns
             if len(each) > SHORT_TURN * ID_BYTES and not _defines_tools(self._texts.join(array("i", each)))
         ]
+
+    def _is_first_same(self) -> bool:
+        """Tell whether the first message behind the tools is the same."""
+        one = self._messages(turn_names(self._before[self._start :], self._texts))
+        other = self._messages(turn_names(self._prompt[self._start :], self._texts))
+        return bool(one) and one[:1] == other[:1]
 
     def _has_tools_alone(self) -> bool:
         return _defines_tools(self._text_before) or _defines_tools(self._text_after)
@@ -410,6 +414,8 @@ class _Comparison:
             return True
         if self._is_of_model():
             return False
+        if _defines_tools(self._text_before) != _defines_tools(self._text_after):
+            return True
         one, tools = _without_tools(self._text_before)
         other, other_tools = _without_tools(self._text_after)
         return tools != other_tools and one.strip() == other.strip()

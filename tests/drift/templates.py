@@ -13,7 +13,7 @@ from agentlightning.sender import Vocabulary
 from agentlightning.token_text import TokenTexts
 from tests.common.tiny_model import CHAT_TEMPLATE, tiny_model
 
-__all__ = ["CHATML", "LLAMA", "REASONING", "TEMPLATES", "TINY", "Mistral", "Template"]
+__all__ = ["CHATML", "LLAMA", "REASONING", "TEMPLATES", "TINY", "TOOLS_FIRST", "Mistral", "Template"]
 
 Message = dict[str, Any]
 Tools = Sequence[Mapping[str, Any]]
@@ -234,6 +234,8 @@ def _for_mistral(message: Message, number: int) -> Message:
 
 
 TINY = Template("tiny", CHAT_TEMPLATE.replace("call.function", "call"))
+_TOOLS = CHAT_TEMPLATE[CHAT_TEMPLATE.index("{% if tools %}") : CHAT_TEMPLATE.index("{% if add_generation_prompt %}")]
+TOOLS_FIRST = Template("tiny, tools first", _TOOLS + CHAT_TEMPLATE.replace(_TOOLS, "").replace("call.function", "call"))
 REASONING = Template("chatml with reasoning", CHATML, thinks=True)
 TEMPLATES = (
     Template("chatml", CHATML),

@@ -17,7 +17,7 @@ from agentlightning.drift import CAUSES, Cause, classify
 from agentlightning.sender import Vocabulary
 from agentlightning.token_text import TokenTexts
 from tests.drift.breaks import MAKERS, Made, make
-from tests.drift.templates import TEMPLATES, TINY, Mistral, Template
+from tests.drift.templates import TEMPLATES, TINY, TOOLS_FIRST, Mistral, Template
 
 pytestmark = pytest.mark.tier("check")
 
@@ -77,6 +77,27 @@ def test_tools_behind_the_last_message_move_and_what_else_breaks_is_named_too() 
     found = classify([*begin, *answer], len(begin), TINY.prompt(history, [tool]), TINY.texts)
 
     assert (found.cause, found.is_certain, found.also) == ("template", True, ("tool_call",))
+
+
+@pytest.mark.parametrize(
+    ("system", "history", "cause"),
+    [
+        ("Be brief.", True, "tools"),
+        ("Report to another agent what you find in the files that it names.", False, "sub_agent"),
+    ],
+)
+def test_tools_in_turns_of_their_own_are_told_apart_from_those_of_a_sub_agent(
+    system: str, history: bool, cause: Cause
+) -> None:
+    tools = [{"function": {"name": name, "parameters": {"type": "object"}}} for name in ("ask", "look", "write")]
+    begin = TOOLS_FIRST.prompt([SYSTEM, QUESTION], tools)
+    prompt = [{**SYSTEM, "content": system}, QUESTION, *([ANSWER, AGAIN] if history else [])]
+
+    for fewer in (tools[1:], tools[:1], []):
+        found = classify(
+            [*begin, *TOOLS_FIRST.answer(ANSWER)], len(begin), TOOLS_FIRST.prompt(prompt, fewer), TOOLS_FIRST.texts
+        )
+        assert (found.cause, found.is_certain) == (cause, True)
 
 
 def test_forced_arguments_are_the_call_that_the_template_makes_of_them() -> None:
