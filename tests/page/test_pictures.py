@@ -12,6 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from PIL import Image, ImageChops, ImageStat
 from playwright.sync_api import Page, expect
@@ -20,6 +21,7 @@ from tests.common.browser import Scheme, Visit
 from tests.common.clock import standing_still
 from tests.common.environments import CHECKOUT
 from tests.common.rollouts import Rollout, fill
+from tests.recording.server import until
 from tests.server.process import StoreServer
 
 IMAGES = CHECKOUT / "docs" / "images"
@@ -47,6 +49,8 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[StoreServe
     rollouts = fill(str(path), COUNT, NOW.timestamp() - 2)
     rollout = next(each for each in reversed(rollouts) if each.status == "succeeded" and each.number % 3 == 0)
     with StoreServer(path, env=standing_still(f"{NOW:%Y-%m-%d %H:%M:%S}")) as server:
+        # Rollouts are compared while somebody looks, so how many a first look shows depends on the machine.
+        until(lambda: "not compared yet" not in httpx.get(f"{server.url}/drift").text, "all rollouts compared")
         yield server, rollout
 
 

@@ -69,13 +69,13 @@ def test_columns_tell_when_a_rollout_was_queued_and_started_and_how_long_it_took
 
     # An attempt starts a quarter of a second after it was queued.
     seconds = end_time(first) - first.start_time - 0.25
-    assert found[6:] == [
+    assert found[7:] == [
         shown_time(first.start_time),
         shown_time(first.start_time + 0.25),
         f"{seconds:.1f}\N{NO-BREAK SPACE}s",
     ]
     [waiting] = [each for each in cells(look("/")) if filled.rollout("queuing").rollout_id in each[0]]
-    assert waiting[7:] == ["\N{EN DASH}", "\N{EN DASH}"]
+    assert waiting[8:] == ["\N{EN DASH}", "\N{EN DASH}"]
 
 
 @pytest.mark.parametrize("zone", ["Asia/Tokyo", "America/New_York"])
@@ -110,7 +110,7 @@ def test_phone_shows_every_column_without_scrolling_sideways(look: Open, filled:
 
     assert table_is_as_wide_as_the_window(page)
     cells_of_card = card.get_by_role("cell")
-    expect(cells_of_card).to_have_count(8)
+    expect(cells_of_card).to_have_count(9)
     for each in cells_of_card.all():
         each.scroll_into_view_if_needed()
         expect(each).to_be_in_viewport(ratio=1)

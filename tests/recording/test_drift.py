@@ -77,6 +77,7 @@ def look() -> Message:
         ("Yes. \n", said("Yes. \n"), "answer_end"),
         ("Yes.", said("It is far too early to tell, and nobody knows."), "foreign"),
     ],
+    ids=["retokenised", "reasoning", "tool_call", "answer_end", "foreign"],
 )
 def test_what_stands_in_the_place_of_an_answer_is_named(
     server: RecordingServer, rollout: str, answer: str, history: Message, cause: str
