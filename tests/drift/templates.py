@@ -24,16 +24,12 @@ CHATML = """\
 {% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}\
 {% set first = messages[0].content if messages[0].role == 'system' else 'You are a helpful assistant.' %}\
 <|im_start|>system
-{{ first }}{% if tools %}
-
-# Tools
+{{ first }}{% if tools %}{{ '\\n\\n' }}# Tools
 
 You may call one or more functions to assist with the user query.
 
 You are provided with function signatures within <tools></tools> XML tags:
-<tools>{% for tool in tools %}
-{{ tool | tojson }}{% endfor %}
-</tools>
+<tools>{% for tool in tools %}{{ '\\n' }}{{ tool | tojson }}{% endfor %}{{ '\\n' }}</tools>
 
 For each function call, return a json object within <tool_call></tool_call> XML tags.{% endif %}<|im_end|>
 {% for m in messages %}{% if m.role == 'user' %}<|im_start|>user
@@ -47,12 +43,11 @@ For each function call, return a json object within <tool_call></tool_call> XML 
 {{ m.reasoning.strip() }}
 </think>
 
-{% endif %}{{ m.content or '' }}{% for call in m.tool_calls or [] %}{% if m.content or not loop.first %}
-{% endif %}{% set of = call.function or call %}<tool_call>
+{% endif %}{{ m.content or '' }}\
+{% for call in m.tool_calls or [] %}{% if m.content or not loop.first %}{{ '\\n' }}{% endif %}{% set of = call.function or call %}<tool_call>
 {"name": "{{ of.name }}", "arguments": {{ of.arguments | tojson }}}
 </tool_call>{% endfor %}<|im_end|>
-{% endif %}{% endfor %}<|im_start|>assistant
-"""
+{% endif %}{% endfor %}<|im_start|>assistant{{ '\\n' }}"""
 LLAMA = """\
 <|begin_of_text|><|start_header_id|>system<|end_header_id|>
 
@@ -74,9 +69,7 @@ Today Date: {{ date or '26 Jul 2024' }}
 
 {% if m.tool_calls %}{"name": "{{ m.tool_calls[0].name }}", "parameters": {{ m.tool_calls[0].arguments | tojson }}}\
 {% else %}{{ m.content.strip() }}{% endif %}<|eot_id|>{% endif %}{% endfor %}\
-<|start_header_id|>assistant<|end_header_id|>
-
-"""
+<|start_header_id|>assistant<|end_header_id|>{{ '\\n\\n' }}"""
 LLAMA_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>")
 
 
@@ -96,7 +89,8 @@ class Template:
     ) -> None:
         self.name, self.stop, self.thinks = name, stop, thinks
         self.other_stop = "<|endoftext|>"
-        environment = ImmutableSandboxedEnvironment(keep_trailing_newline=True)
+        # As transformers does.
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.filters["tojson"] = _tojson
         self._template = environment.from_string(text)
         self._tokens = tokens
