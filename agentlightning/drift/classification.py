@@ -63,6 +63,9 @@ MOST_MOVED = 64
 SIMILAR = 0.5
 SHORT_TURN = 4
 ROLE_IDS = 16
+HEAD_IDS = 1_024
+# Characters at the end of a part that may be cut differently.
+HEAD_CHARACTERS_LEFT = 64
 FAILURES_TO_PARSE = 16
 
 
@@ -300,14 +303,22 @@ class _Comparison:
 
     def _special(self) -> Difference | None:
         """Explain it by special tokens: without them, the prompt begins with what came before."""
-        special, first = self._texts.special, self._position
-        one = self._texts.join([each for each in self._before[first:] if each not in special])
+        # A short part first: of most other differences it is enough.
+        for length in (HEAD_IDS, len(self._before)):
+            # The same text may take more ids.
+            one, other = self._plain(self._before, length), self._plain(self._prompt, 2 * length)
+            if length < len(self._before):
+                one = one[:-HEAD_CHARACTERS_LEFT]
+            if not _characters(other).startswith(_characters(one)):
+                return None
         if not one.strip() and self._is_answer and self._boundary_before() is not None:
             return self._named("answer_end", True)
-        other = self._texts.join([each for each in self._prompt[first:] if each not in special])
-        if (one.strip() or first < self._answer_start) and _characters(other).startswith(_characters(one)):
-            return self._named("template", True)
-        return None
+        return self._named("template", True) if one.strip() or self._position < self._answer_start else None
+
+    def _plain(self, ids: array[int], length: int) -> str:
+        """Return the text of so many ids from the first difference on, without special tokens."""
+        special = self._texts.special
+        return self._texts.join(each for each in ids[self._position : self._position + length] if each not in special)
 
     def _moved(self) -> Difference | None:
         """Look for what stands further behind now, such as tools or a system prompt behind the last message."""

@@ -44,7 +44,8 @@ For each function call, return a json object within <tool_call></tool_call> XML 
 </think>
 
 {% endif %}{{ m.content or '' }}\
-{% for call in m.tool_calls or [] %}{% if m.content or not loop.first %}{{ '\\n' }}{% endif %}{% set of = call.function or call %}<tool_call>
+{% for call in m.tool_calls or [] %}{% if m.content or not loop.first %}{{ '\\n' }}{% endif %}\
+{% set of = call.function or call %}<tool_call>
 {"name": "{{ of.name }}", "arguments": {{ of.arguments | tojson }}}
 </tool_call>{% endfor %}<|im_end|>
 {% endif %}{% endfor %}<|im_start|>assistant{{ '\\n' }}"""
