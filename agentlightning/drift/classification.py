@@ -7,15 +7,24 @@ What explains the difference, from the strictest explanation on, is its cause. A
 
 from __future__ import annotations
 
-import json
 import re
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 from agentlightning.drift.causes import Cause
+from agentlightning.drift.content import (
+    are_same_parts,
+    characters,
+    defines_tools,
+    parts_of,
+    similarity_of,
+    split_header,
+    thoughts_in,
+    without_thoughts,
+    without_tools,
+)
 from agentlightning.token_text import TokenTexts
 
 __all__ = ["ID_BYTES", "SHORT_TURN", "Difference", "classify", "common_length", "has_other_turns", "turn_names"]
@@ -28,11 +37,6 @@ _MARKUP = re.compile(
     re.IGNORECASE,
 )
 _ROLE = re.compile(r"\s*(system|user|assistant|tool|developer|ipython|model|observation)\b")
-# What stands between the beginning of a turn and its content.
-_HEADER = re.compile(
-    r"\s*(?:\w+(?:<\|(?:end_header_id|header_end|message)\|>|<\|channel\|>\w+<\|message\|>)\n{0,2}"
-    r"|(?:system|user|assistant|tool|developer|ipython|model|observation)\n)"
-)
 _ROLES_WRITTEN = ("assistant", "model")
 _ROLE_OF_TOKEN = {
     "[INST]": "user",
@@ -44,18 +48,6 @@ _ROLE_OF_TOKEN = {
     "<\N{FULLWIDTH VERTICAL LINE}User\N{FULLWIDTH VERTICAL LINE}>": "user",
     "<\N{FULLWIDTH VERTICAL LINE}Assistant\N{FULLWIDTH VERTICAL LINE}>": "assistant",
 }
-_THOUGHTS = (
-    ("<think>", "</think>"),
-    ("[THINK]", "[/THINK]"),
-    ("<thinking>", "</thinking>"),
-    ("<seed:think>", "</seed:think>"),
-    ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant"),
-)
-_CALL_MARK = re.compile(
-    r"</?tool_calls?>|\[/?TOOL_CALLS\]|\[ARGS\]|\[CALL_ID\]\w*|<\|python_tag\|>|<\uff5ctool▁[^\uff5c]*\uff5c>|<\|tool_call[^|]*\|>"
-)
-_WHITE = re.compile(r"\s+")
-_OPEN_TOOLS, _CLOSE_TOOLS = "<tools>", "</tools>"
 _SUMMARY = re.compile(r"\b(?:summar|compact|condens|earlier conversation|continued from)", re.IGNORECASE)
 # More turns than this that a template moves are named as one.
 MOST_MOVED = 64
@@ -66,7 +58,6 @@ ROLE_IDS = 16
 HEAD_IDS = 1_024
 # Characters at the end of a part that may be cut differently.
 HEAD_CHARACTERS_LEFT = 64
-FAILURES_TO_PARSE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,11 +257,11 @@ class _Comparison:
         if not self._is_of_model():
             return None
         # Half a character at the end of an answer is never sent.
-        if _characters(one) == _characters(other):
+        if characters(one) == characters(other):
             return self._named("retokenised", True)
-        header_before, content_before = _split_header(one)
-        header_after, content_after = _split_header(other)
-        is_same = _characters(content_before).strip() == _characters(content_after).strip()
+        header_before, content_before = split_header(one)
+        header_after, content_after = split_header(other)
+        is_same = characters(content_before).strip() == characters(content_after).strip()
         if header_before.strip() != header_after.strip():
             return self._named("template", True) if is_same and content_before.strip() else None
         if is_same:
@@ -291,13 +282,13 @@ class _Comparison:
 
     def _by_content(self, before: str, after: str) -> Difference | None:
         """Compare answers without reasoning, and with tool calls as JSON."""
-        rest_before, rest_after = _without_thoughts(before), _without_thoughts(after)
-        parts_before, parts_after = _parts(rest_before), _parts(rest_after)
+        rest_before, rest_after = without_thoughts(before), without_thoughts(after)
+        parts_before, parts_after = parts_of(rest_before), parts_of(rest_after)
         is_same = rest_before.strip() == rest_after.strip()
-        if not is_same and not _are_same(parts_before, parts_after):
+        if not is_same and not are_same_parts(parts_before, parts_after):
             return None
         calls: tuple[Cause, ...] = () if is_same else ("tool_call",)
-        if _thoughts(before) != _thoughts(after):
+        if thoughts_in(before) != thoughts_in(after):
             return self._named("reasoning", True, calls)
         return self._named("tool_call", True) if calls else None
 
@@ -309,7 +300,7 @@ class _Comparison:
             one, other = self._plain(self._before, length), self._plain(self._prompt, 2 * length)
             if length < len(self._before):
                 one = one[:-HEAD_CHARACTERS_LEFT]
-            if not _characters(other).startswith(_characters(one)):
+            if not characters(other).startswith(characters(one)):
                 return None
         if not one.strip() and self._is_answer and self._boundary_before() is not None:
             return self._named("answer_end", True)
@@ -370,7 +361,7 @@ class _Comparison:
         has_kept = any(each in known for each in self._messages(turns_before))
         # A call beside the conversation may have the same question, as one for a title has.
         has_answer = bool(turns_before) and turns_before[-1] in known
-        similarity = _similarity(self._text_before, self._text_after)
+        similarity = similarity_of(self._text_before, self._text_after)
         has_other_tools = self._has_other_tools()
         if has_other_tools and (has_answer or not self._has_tools_alone() or self._is_first_same()):
             return self._named("tools", True)
@@ -393,7 +384,7 @@ class _Comparison:
         return [
             each
             for each in turns
-            if len(each) > SHORT_TURN * ID_BYTES and not _defines_tools(self._texts.join(array("i", each)))
+            if len(each) > SHORT_TURN * ID_BYTES and not defines_tools(self._texts.join(array("i", each)))
         ]
 
     def _is_first_same(self) -> bool:
@@ -403,7 +394,7 @@ class _Comparison:
         return bool(one) and one[:1] == other[:1]
 
     def _has_tools_alone(self) -> bool:
-        return _defines_tools(self._text_before) or _defines_tools(self._text_after)
+        return defines_tools(self._text_before) or defines_tools(self._text_after)
 
     def _other_answer(self, turns_after: Sequence[bytes], similarity: float) -> Difference | None:
         """Explain another answer in the place of the model's own."""
@@ -425,10 +416,10 @@ class _Comparison:
             return True
         if self._is_of_model():
             return False
-        if _defines_tools(self._text_before) != _defines_tools(self._text_after):
+        if defines_tools(self._text_before) != defines_tools(self._text_after):
             return True
-        one, tools = _without_tools(self._text_before)
-        other, other_tools = _without_tools(self._text_after)
+        one, tools = without_tools(self._text_before)
+        other, other_tools = without_tools(self._text_after)
         return tools != other_tools and one.strip() == other.strip()
 
     def _boundary_before(self) -> int | None:
@@ -452,172 +443,3 @@ def _find(whole: bytes, part: bytes, start: int) -> int:
     while at >= 0 and at % ID_BYTES:
         at = whole.find(part, at + 1)
     return at
-
-
-def _characters(text: str) -> str:
-    """Return a text as an answer has it: what makes no character at its end is left out, several are as one."""
-    return re.sub("\ufffd+", "\ufffd", text).rstrip("\ufffd")
-
-
-def _split_header(text: str) -> tuple[str, str]:
-    found = _HEADER.match(text)
-    return (found[0], text[found.end() :]) if found else ("", text)
-
-
-def _thoughts(text: str) -> list[str]:
-    return [each.strip() for is_thought, each in _cut(text) if is_thought and each.strip()] or (
-        [""] if any(is_thought for is_thought, _ in _cut(text)) else []
-    )
-
-
-def _without_thoughts(text: str) -> str:
-    return "".join(each for is_thought, each in _cut(text) if not is_thought)
-
-
-def _cut(text: str) -> Iterator[tuple[bool, str]]:
-    """Cut a text into what is reasoning and what is not."""
-    for opener, closer in _THOUGHTS:
-        opened, closed = text.find(opener), text.find(closer)
-        if closed >= 0 and (opened < 0 or closed < opened):
-            # The prompt had opened it.
-            yield True, text[:closed]
-            text = text[closed + len(closer) :]
-            opened = text.find(opener)
-        if opened < 0:
-            continue
-        while opened >= 0:
-            yield False, text[:opened]
-            closed = text.find(closer, opened)
-            if closed < 0:
-                yield True, text[opened + len(opener) :]
-                return
-            yield True, text[opened + len(opener) : closed]
-            text = text[closed + len(closer) :]
-            opened = text.find(opener)
-    yield False, text
-
-
-_Part = tuple[str | None, str]
-"""A text, with None before it, or a tool call: its name, which may be unknown and empty, and its arguments."""
-
-
-def _parts(text: str) -> list[_Part]:
-    """Return the parts of an answer, with tool calls in a form of which there is one."""
-    found: list[_Part] = []
-    for each in _CALL_MARK.split(text):
-        part = each.strip()
-        if not part:
-            continue
-        if part[0] in "[{" and (calls := _calls(part)) is not None:
-            found += calls
-        elif part.startswith("<function="):
-            found.append(("", _WHITE.sub("", part)))
-        else:
-            found.append((None, part))
-    return found
-
-
-def _calls(part: str) -> list[_Part] | None:
-    try:
-        value = json.loads(part)
-    except (ValueError, RecursionError):
-        return None
-    found: list[_Part] = []
-    for each in value if isinstance(value, list) else [value]:
-        if not isinstance(each, dict):
-            return [("", _canonical(value))]
-        inner: Any = each.get("function")
-        call: dict[str, Any] = inner if isinstance(inner, dict) else each
-        name, arguments = call.get("name"), call.get("arguments", call.get("parameters"))
-        if isinstance(name, str) and arguments is not None:
-            found.append((name, _canonical(_parsed(arguments))))
-        else:
-            found.append(("", _canonical(each)))
-    return found
-
-
-def _parsed(arguments: Any) -> Any:
-    try:
-        return json.loads(arguments) if isinstance(arguments, str) else arguments
-    except (ValueError, RecursionError):
-        return arguments
-
-
-def _canonical(value: Any) -> str:
-    try:
-        return json.dumps(value, sort_keys=True, separators=(",", ":"))
-    except RecursionError:
-        return ""
-
-
-def _are_same(one: Sequence[_Part], other: Sequence[_Part]) -> bool:
-    """Tell whether answers have the same texts and tool calls, and at least one such call."""
-    if len(one) != len(other) or all(name is None for name, _ in one):
-        return False
-    for (name, value), (other_name, other_value) in zip(one, other, strict=True):
-        if value != other_value or (name is None) != (other_name is None):
-            return False
-        # An answer that was forced to be a call has its arguments alone.
-        if name and other_name and name != other_name:
-            return False
-    return True
-
-
-def _without_tools(text: str) -> tuple[str, list[str]]:
-    """Return a text without the tools that it defines, and these."""
-    at = text.find("# Tools")
-    opened = text.find(_OPEN_TOOLS)
-    if at >= 0 and opened > at:
-        # The sentence in front may name both tags, too.
-        closed = text.rfind(_CLOSE_TOOLS)
-        # With the sentences around them, which are there only where there are tools.
-        return text[:at], [text[at : closed if closed >= 0 else len(text)]]
-    rest, tools, decoder, failures = list[str](), list[str](), json.JSONDecoder(), 0
-    position = 0
-    while (at := text.find("{", position)) >= 0 and failures < FAILURES_TO_PARSE:
-        rest.append(text[position:at])
-        try:
-            value, position = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError):
-            value, position = None, at + 1
-            failures += 1
-        if _is_tool(value):
-            tools.append(_canonical(value))
-        else:
-            rest.append(text[at:position])
-    return _WHITE.sub(" ", "".join([*rest, text[position:]])), tools
-
-
-def _defines_tools(turn: str) -> bool:
-    """Tell whether a turn has nothing but tools in it."""
-    rest, tools = _without_tools(_split_header(turn)[1])
-    return bool(tools) and not rest.strip("[], ")
-
-
-def _is_tool(value: Any) -> bool:
-    if not isinstance(value, dict):
-        return False
-    inner = value.get("function", value)
-    return isinstance(inner, dict) and "name" in inner and ("parameters" in inner or "input_schema" in inner)
-
-
-def _similarity(one: str, other: str) -> float:
-    """Return the share of the longer text that both have in common at their beginnings and ends."""
-    longest, most = max(len(one), len(other)), min(len(one), len(other))
-    if not longest:
-        return 1.0
-    low, high = 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one[low:middle] == other[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    front, low, high = low, 0, most - low
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one[len(one) - middle :] == other[len(other) - middle :]:
-            low = middle
-        else:
-            high = middle - 1
-    return (front + low) / longest

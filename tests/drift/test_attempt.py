@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentlightning.drift import AttemptDrift, CallDetails, Report, analyse
@@ -203,6 +203,7 @@ def test_a_report_adds_attempts_and_has_the_names_of_other_tools() -> None:
     assert found["cached"] == 3 * 16 + 40
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.lists(st.integers(0, 3), max_size=6), st.lists(st.integers(0, 3), max_size=3)), max_size=8)
 )
