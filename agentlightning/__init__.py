@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     )
     from agentlightning.generation import Choice, Generation
     from agentlightning.instrumentation import instrument_vllm, status, uninstrument_vllm
-    from agentlightning.rollout import Attempt, NewRollout, Resources, Rollout, RolloutConfig, Span, Worker
+    from agentlightning.rollout_name import rollout, rollouts
+    from agentlightning.rollout_records import Attempt, NewRollout, Resources, Rollout, RolloutConfig, Span, Worker
     from agentlightning.store import Store, open_store
     from agentlightning.trajectory import Trajectory
     from agentlightning.triplet import Triplet
@@ -76,6 +77,8 @@ __all__ = [
     "__version__",
     "instrument_vllm",
     "open_store",
+    "rollout",
+    "rollouts",
     "status",
     "uninstrument_vllm",
 ]
@@ -92,7 +95,11 @@ _HOMES = {
     ),
     "agentlightning.generation": ("Choice", "Generation"),
     "agentlightning.instrumentation": ("instrument_vllm", "status", "uninstrument_vllm"),
-    "agentlightning.rollout": ("Attempt", "NewRollout", "Resources", "Rollout", "RolloutConfig", "Span", "Worker"),
+    "agentlightning.rollout_name": ("rollout", "rollouts"),
+    "agentlightning.rollout_records": (
+        *("Attempt", "NewRollout", "Resources", "Rollout"),
+        *("RolloutConfig", "Span", "Worker"),
+    ),
     "agentlightning.store": ("Store", "open_store"),
     "agentlightning.trajectory": ("Trajectory",),
     "agentlightning.triplet": ("Triplet",),

@@ -37,7 +37,7 @@ from opentelemetry.proto.common.v1.common_pb2 import KeyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from agentlightning.generation import new_id
-from agentlightning.rollout import RolloutConfig
+from agentlightning.rollout_records import RolloutConfig
 from agentlightning.store import open_database, tables
 from agentlightning.store.database import insert_rows
 from agentlightning.store.documents import to_json

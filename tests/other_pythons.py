@@ -33,7 +33,7 @@ an environment without vLLM; it writes this table.
 PATHS = (
     *("tests/cli", "tests/server", "tests/store", "tests/test_generation.py"),
     *("tests/test_importhook.py", "tests/test_patching.py", "tests/test_recorder.py", "tests/test_settings.py"),
-    "tests/test_startup.py",
+    *("tests/test_startup.py", "tests/test_rollout_name.py"),
 )
 REQUIREMENTS = (
     "--editable",

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from agentlightning.cli.arguments import Parser
 from agentlightning.cli.upkeep import add_options, human_bytes, run
-from agentlightning.rollout import FINISHED
+from agentlightning.rollout_records import FINISHED
 from agentlightning.store import deletion
 from agentlightning.store.database import Database
 

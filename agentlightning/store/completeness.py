@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import Connection, exists, select
 
 from agentlightning.completeness import Completeness, Shortfall
-from agentlightning.rollout import FINISHED
+from agentlightning.rollout_records import FINISHED
 from agentlightning.sender import UnfinishedCalls
 from agentlightning.store import rollouts, rows, tables, watermarks
 from agentlightning.store.watermarks import Watermark

@@ -14,7 +14,7 @@ from agentlightning.completeness import Completeness
 from agentlightning.drift import AttemptDrift
 from agentlightning.errors import InvalidRecord, NotFound, StoreRefused, StoreUnavailable
 from agentlightning.generation import Generation, Loss, Status
-from agentlightning.rollout import (
+from agentlightning.rollout_records import (
     Attempt,
     Mode,
     NewRollout,

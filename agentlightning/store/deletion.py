@@ -16,7 +16,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from agentlightning.errors import RolloutUnderWay
-from agentlightning.rollout import FINISHED, RolloutStatus
+from agentlightning.rollout_records import FINISHED, RolloutStatus
 from agentlightning.store import lifecycle, rollouts, texts
 from agentlightning.store.database import Database, fetch, in_parts, is_single_writer, run
 from agentlightning.store.rows import storable, text_of

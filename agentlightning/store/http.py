@@ -15,7 +15,7 @@ from agentlightning.completeness import Completeness
 from agentlightning.drift import AttemptDrift
 from agentlightning.errors import InvalidRecord, NotFound, RolloutUnderWay, StoreError, StoreRefused
 from agentlightning.generation import Generation, Loss, Status
-from agentlightning.rollout import (
+from agentlightning.rollout_records import (
     FINISHED,
     Attempt,
     Mode,

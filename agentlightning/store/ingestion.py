@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from agentlightning.errors import InvalidRecord, NotFound
-from agentlightning.rollout import Span, with_ids
+from agentlightning.rollout_records import Span, with_ids
 from agentlightning.store import attributes, lifecycle, rollouts, sessions, spans, triplets
 from agentlightning.store.database import now
 from agentlightning.store.spans import NewSpan, new_span

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 from agentlightning.completeness import Completeness
 from agentlightning.drift import AttemptDrift
 from agentlightning.generation import Generation, Loss, Status, Via
-from agentlightning.rollout import (
+from agentlightning.rollout_records import (
     Attempt,
     AttemptStatus,
     Mode,

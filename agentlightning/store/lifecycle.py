@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Integer, and_, bindparam, insert, select, upd
 
 from agentlightning.errors import InvalidRecord, NotFound
 from agentlightning.generation import new_id
-from agentlightning.rollout import (
+from agentlightning.rollout_records import (
     ATTEMPT_STATUSES,
     FINISHED,
     MODES,

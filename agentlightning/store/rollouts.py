@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import Connection, Select, and_, bindparam, delete, func, select
 
 from agentlightning.errors import InvalidRecord, NotFound
-from agentlightning.rollout import ROLLOUT_STATUSES, RolloutConfig, RolloutStatus
+from agentlightning.rollout_records import ROLLOUT_STATUSES, RolloutConfig, RolloutStatus
 from agentlightning.store.database import in_parts, is_single_writer
 from agentlightning.store.pages import Listing, Logic, contains, matching
 from agentlightning.store.tables import attempts, rollouts

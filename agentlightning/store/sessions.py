@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from sqlalchemy import ColumnElement, Connection, and_, bindparam, delete, exists, select, update
 
-from agentlightning.rollout import NewRollout
+from agentlightning.rollout_records import NewRollout
 from agentlightning.store import attributes, lifecycle, rollouts
 from agentlightning.store.database import insert_if_new
 from agentlightning.store.spans import NewSpan, next_sequence_ids

@@ -67,7 +67,7 @@ class NewSpan:
 def new_span(
     fields: Mapping[str, Any], encode: Callable[[Any], bytes] = lambda value: to_json(value).encode()
 ) -> NewSpan:
-    """Prepare a span, given as a JSON object with the fields of `agentlightning.rollout.Span`, for storing.
+    """Prepare a span, given as a JSON object with the fields of `agentlightning.rollout_records.Span`, for storing.
 
     Args:
         encode: serializes JSON.

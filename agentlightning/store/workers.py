@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection, case, select, update
 
-from agentlightning.rollout import WorkerStatus
+from agentlightning.rollout_records import WorkerStatus
 from agentlightning.store.database import insert_if_new, now
 from agentlightning.store.documents import to_json
 from agentlightning.store.pages import Listing, Logic, contains, matching

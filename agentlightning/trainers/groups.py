@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypedDict
 
-from agentlightning.rollout import FINISHED, Rollout
+from agentlightning.rollout_records import FINISHED, Rollout
 from agentlightning.store import Store
 from agentlightning.trajectory import MergeOptions, Trajectory, group_of
 

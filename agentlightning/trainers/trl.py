@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from agentlightning.errors import UnusableRows
-from agentlightning.rollout import NewRollout, Rollout
+from agentlightning.rollout_records import NewRollout, Rollout
 from agentlightning.store import Store
 from agentlightning.trainers.rows import check_rows
 from agentlightning.trajectory import MergeOptions, Trajectory

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from agentlightning.rollout import RolloutConfig
+from agentlightning.rollout_records import RolloutConfig
 from agentlightning.store import open_store, sqlite
 from tests.common.environments import CHECKOUT
 from tests.common.generations import generation

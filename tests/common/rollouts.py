@@ -24,7 +24,7 @@ from unittest import mock
 from sqlalchemy import insert
 
 from agentlightning.generation import Choice, Generation, Loss
-from agentlightning.rollout import RolloutConfig, RolloutStatus
+from agentlightning.rollout_records import RolloutConfig, RolloutStatus
 from agentlightning.sender import Sender, Vocabulary
 from agentlightning.store import generations, open_database, senders, spans, tables
 from agentlightning.store.attributes import ANNOTATION, RESPONSE, reward_attributes

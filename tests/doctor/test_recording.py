@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from agentlightning.generation import Generation, Loss
-from agentlightning.rollout import NewRollout
+from agentlightning.rollout_records import NewRollout
 from agentlightning.store import lifecycle, open_database, open_store
 from tests.common.environments import Environment
 from tests.common.generations import START, generation

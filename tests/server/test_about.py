@@ -10,7 +10,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from agentlightning.rollout import ROLLOUT_STATUSES
+from agentlightning.rollout_records import ROLLOUT_STATUSES
 from tests.server.process import StoreServer
 
 

@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import select, update
 
 from agentlightning.generation import Choice, Generation
-from agentlightning.rollout import NewRollout
+from agentlightning.rollout_records import NewRollout
 from agentlightning.store import lifecycle, open_database, open_store, overview, spans, tables
 from agentlightning.store.database import Database
 from agentlightning.store.overview import COLUMNS, Overview, OverviewQuery

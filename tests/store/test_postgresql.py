@@ -21,7 +21,7 @@ from sqlalchemy.exc import DBAPIError
 
 from agentlightning.errors import InvalidRecord, StoreRefused, StoreUnavailable
 from agentlightning.generation import Generation
-from agentlightning.rollout import RolloutConfig
+from agentlightning.rollout_records import RolloutConfig
 from agentlightning.settings import without_secrets
 from agentlightning.store import open_store, postgresql, try_to_record
 from tests.common.generations import FULL, generation

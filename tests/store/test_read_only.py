@@ -14,7 +14,7 @@ from sqlalchemy import select
 
 from agentlightning.errors import StoreRefused, StoreUnavailable
 from agentlightning.generation import Loss
-from agentlightning.rollout import RolloutConfig
+from agentlightning.rollout_records import RolloutConfig
 from agentlightning.store import Store, open_database, open_store, sqlite, tables
 from tests.common.generations import START, generation
 from tests.common.processes import SECONDS, fork

@@ -16,7 +16,7 @@ import pytest
 
 import agentlightning as agl
 from agentlightning.generation import Choice
-from agentlightning.rollout import NewRollout, RolloutConfig
+from agentlightning.rollout_records import NewRollout, RolloutConfig
 from tests.common.generations import generation
 from tests.store.conftest import EVERY_KIND, new_store_of
 

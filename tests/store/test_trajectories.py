@@ -13,7 +13,7 @@ import pytest
 
 from agentlightning.errors import NotFound
 from agentlightning.generation import Choice, Generation, RoutedExperts
-from agentlightning.rollout import Span
+from agentlightning.rollout_records import Span
 from agentlightning.sender import LostCalls, Progress, Sender
 from agentlightning.store import Store
 from agentlightning.trajectory import Trajectory, group_of

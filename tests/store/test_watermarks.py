@@ -15,7 +15,7 @@ from sqlalchemy import inspect, select, update
 import agentlightning as agl
 from agentlightning.errors import NotFound
 from agentlightning.generation import new_id
-from agentlightning.rollout import RolloutConfig, Span
+from agentlightning.rollout_records import RolloutConfig, Span
 from agentlightning.sender import LostCalls, Progress, Sender, StoreTime, UnfinishedCalls
 from agentlightning.store import open_database, tables, watermarks
 from agentlightning.store.completeness import FELL_SILENT, SECONDS_A_SILENT_SERVER_COUNTS

@@ -15,19 +15,19 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
+from agentlightning.rollout_name import RolloutName, is_id, parse_name
+
 __all__ = [
     "CARRIERS",
     "CARRIER_HEADER",
     "PROBE",
     "SOURCES",
     "Caller",
-    "RolloutName",
     "conflicting_names",
+    "follow",
     "ignored_ids",
     "is_forwarded",
-    "is_id",
     "is_probe",
-    "parse_name",
     "read_headers",
     "read_user",
     "without_name",
@@ -39,7 +39,6 @@ PROBE = "agl-doctor-"
 """Begins the ids of rollouts by which `agl doctor` finds out which carriers arrive. Their calls are not recorded."""
 CARRIER_HEADER = "x-agl-carrier"
 """A header of the answers to these calls: the carrier that named the rollout."""
-MAX_ID_LENGTH = 256
 LARGEST_RETRY = 2**31 - 1
 
 ignored_ids: Counter[str] = Counter()
@@ -47,11 +46,8 @@ ignored_ids: Counter[str] = Counter()
 conflicting_names: Counter[str] = Counter()
 """Number of calls of which two carriers named different rollouts or attempts, by the carrier that was not followed."""
 
-# Ids end up in paths, shells and queries of the people who read them. U+FFFD stands for bytes that were not UTF-8.
-_NOT_IN_IDS = re.compile(r"""[\x00-\x1f\x7f-\x9f\ufffd"'`\\]|(?:^|/)\.\.(?:/|$)""")
 # Values are percent-encoded, so that they can hold the characters that end them.
 _IN_KEY = re.compile(rb"@rollout=([^,@\s]+)(?:,attempt=([^,@\s]+))?(?:,agent=([^,@\s]+))?\Z")
-_IN_TEXT = re.compile(r"agl/([^/]+)(?:/([^/]+)(?=/)(?:/([^/]+)(?=/))?)?(?:/.*)?", re.DOTALL)
 
 _UTF_8 = ("utf-8", "replace")
 _KEY_HEADERS = (b"authorization", b"x-api-key")
@@ -83,14 +79,6 @@ class Caller:
     trace_id: str | None = None
     carrier: str | None = None
     carrier_agent_id: str | None = None
-
-
-class RolloutName(NamedTuple):
-    """A rollout, and one of its attempts and agents; None where a carrier names none."""
-
-    rollout_id: str | None = None
-    attempt_id: str | None = None
-    agent_id: str | None = None
 
 
 class Source(NamedTuple):
@@ -166,17 +154,6 @@ _SAME_PURPOSE = {
 """The agents' words for a purpose that has a word here."""
 
 
-def is_id(value: str) -> bool:
-    """Tell whether a value can be the id of a rollout, an attempt, a session or an agent."""
-    return len(value) <= MAX_ID_LENGTH and not _NOT_IN_IDS.search(value)
-
-
-def parse_name(text: str) -> RolloutName | None:
-    """Parse `agl/ROLLOUT[/ATTEMPT[/AGENT]]/anything`; None for any other text. Each id is percent-encoded."""
-    match = _IN_TEXT.fullmatch(text)
-    return None if match is None else RolloutName(*(None if part is None else unquote(part) for part in match.groups()))
-
-
 def without_name(headers: Iterable[tuple[bytes, bytes]]) -> tuple[list[tuple[bytes, bytes]], RolloutName | None]:
     """Return the headers with API keys as the server knows them, and what the first of these keys had named.
 
@@ -210,7 +187,7 @@ def read_headers(headers: Mapping[bytes, bytes], in_key: RolloutName | None, cal
         return
     reader = _Reader(headers)
     for carrier, named in _names(headers, in_key, reader):
-        _follow(caller, carrier, named)
+        follow(caller, carrier, named)
     for field in {field for header in found for field in _READ[header]}:
         value = next(reader.values(field), None)
         if value is not None:
@@ -230,9 +207,9 @@ def read_user(user: Any, caller: Caller) -> None:
     if caller.carrier == "key":
         in_key = RolloutName(caller.rollout_id, caller.attempt_id, caller.carrier_agent_id)
         caller.rollout_id = None
-    _follow(caller, "user", named)
+    follow(caller, "user", named)
     if in_key is not None:
-        _follow(caller, "key", in_key)
+        follow(caller, "key", in_key)
 
 
 def is_forwarded(headers: Iterable[tuple[bytes, bytes]]) -> bool:
@@ -269,7 +246,7 @@ def _names(
         yield "key", in_key
 
 
-def _follow(caller: Caller, carrier: str, named: RolloutName) -> None:
+def follow(caller: Caller, carrier: str, named: RolloutName) -> None:
     """Take a rollout from the first carrier that names one, with the attempt and the agent beside it."""
     rollout, attempt, agent = (_valid_id(carrier, value) for value in named)
     if caller.rollout_id is None:

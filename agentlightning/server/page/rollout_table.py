@@ -11,7 +11,7 @@ from fastapi import Query
 from pydantic import BaseModel
 from sqlalchemy import Connection
 
-from agentlightning.rollout import ROLLOUT_STATUSES
+from agentlightning.rollout_records import ROLLOUT_STATUSES
 from agentlightning.server.page.conversation import Call
 from agentlightning.server.schemas import Part
 from agentlightning.store import generations, overview

@@ -13,9 +13,9 @@ from fastapi import Body, Query, Request, Response
 from pydantic import BaseModel, Field
 from sqlalchemy import Connection
 
-from agentlightning import rollout as records
+from agentlightning import rollout_records as records
 from agentlightning.errors import NotFound
-from agentlightning.rollout import AttemptStatus, Mode, RolloutStatus
+from agentlightning.rollout_records import AttemptStatus, Mode, RolloutStatus
 from agentlightning.server import schemas
 from agentlightning.server.answers import Json, document, listed, raw
 from agentlightning.server.decoding import without_nan

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from fastapi import Body, Query, Response
 from pydantic import BaseModel, Field
 
-from agentlightning.rollout import WorkerStatus
+from agentlightning.rollout_records import WorkerStatus
 from agentlightning.server import schemas
 from agentlightning.server.answers import Json, document, listed
 from agentlightning.server.decoding import without_nan

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from agentlightning.instrumentation.vllm import _carriers
-from agentlightning.instrumentation.vllm._carriers import SOURCES, Caller, RolloutName, parse_name, without_name
+from agentlightning.instrumentation.vllm._carriers import SOURCES, Caller, without_name
 from agentlightning.instrumentation.vllm.capture import request_names
+from agentlightning.rollout_name import RolloutName, parse_name
 from tests.common.environments import CHECKOUT
 
 pytestmark = pytest.mark.tier("check")

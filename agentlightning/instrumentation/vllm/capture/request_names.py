@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from agentlightning.instrumentation.vllm._carriers import RolloutName, is_id, parse_name
+from agentlightning.rollout_name import RolloutName, is_id, parse_name
 
 __all__ = ["RequestName", "parse", "parse_client_id"]
 
