@@ -103,7 +103,7 @@ class Generation:
         call_id: a UUID for the HTTP call: tool loops, beam searches and batches make several generations for one call.
         request_id: the engine's name for the request.
         response_id: the `id` of the answer that the client saw.
-        endpoint: path of the route, such as `/v1/chat/completions`.
+        endpoint: path of the route, such as `/v1/chat/completions`, or the method of a program's call: `LLM.generate`.
         model: the name that the client asked for.
         rollout_id, attempt_id, session_id: where the generation belongs, according to the call.
         trace_id: W3C trace id, 32 hexadecimal digits.

@@ -52,6 +52,7 @@ VARIABLES = {
     "AGL_STORE_KEY": Variable("", pattern=r"(?s).+", secret=True),
     "AGL_LOGPROBS": Variable("off", (*ON, *OFF)),
     "AGL_RECORD_TEXT": Variable("on", (*ON, *OFF)),
+    "AGL_RECORD_OFFLINE": Variable("off", (*ON, *OFF)),
     "AGL_QUEUE_MB": Variable("256", pattern=r"0*[1-9][0-9]{0,6}", otherwise="not a whole number from 1 to 9999999"),
 }
 
@@ -66,11 +67,14 @@ class Settings:
     queue_bytes: int
     logprobs: bool
     record_text: bool
+    record_offline: bool
 
 
 def read_all() -> Settings:
     """Read them now: who serves requests keeps the result, and does not read the environment for each."""
-    return Settings(instrument(), return_token_ids(), store(), queue_bytes(), logprobs(), record_text())
+    return Settings(
+        instrument(), return_token_ids(), store(), queue_bytes(), logprobs(), record_text(), record_offline()
+    )
 
 
 def instrument() -> str:
@@ -108,6 +112,11 @@ def logprobs() -> bool:
 def record_text() -> bool:
     """Tell whether to record the text of prompts and answers beside their ids (`AGL_RECORD_TEXT`)."""
     return _valid("AGL_RECORD_TEXT") in ON
+
+
+def record_offline() -> bool:
+    """Tell whether to record what vLLM's `LLM` generates without a server (`AGL_RECORD_OFFLINE`)."""
+    return _valid("AGL_RECORD_OFFLINE") in ON
 
 
 def queue_bytes() -> int:

@@ -20,7 +20,7 @@ from agentlightning.generation import Generation
 from agentlightning.store import open_store
 from tests.common.environments import CHECKOUT
 from tests.common.generations import generation
-from tests.common.vllm import RemoteOpenAIServer, without_agl
+from tests.common.vllm import QUIET, RemoteOpenAIServer, without_agl
 from tests.recording.nursery import Nursery
 from tests.recording.server import RecordingServer
 from tests.server.process import StoreServer
@@ -100,11 +100,11 @@ def test_a_python_block_does_what_its_page_says(
     text = block.text.replace("http://127.0.0.1:4747", filled.url).replace("max_steps=100", "max_steps=1")
     server: RemoteOpenAIServer = request.getfixturevalue("taught") if "hand_over" in text else armed
     text = text.replace("http://localhost:8000", server.url)
-    if "chat.completions" in text:
+    if "chat.completions" in text or "LLM(" in text:
         text = text.replace("Qwen/Qwen3-0.6B", server.model)
     # What its page calls so is Agent Lightning 0.3, which has the name of this package.
     python = str(peer() / "python") if "LightningStoreClient" in text else sys.executable
-    env = without_agl(os.environ)
+    env = {**without_agl(os.environ), **QUIET}
     if "LightningStoreClient" not in text:
         env["PYTHONPATH"] = str(CHECKOUT)
     if TRAINERS & {*IMPORTED.findall(text), *ADAPTER.findall(text)}:

@@ -89,6 +89,15 @@ def test_logprobs_are_recorded_only_when_switched_on(
     assert settings.logprobs() is recorded
 
 
+@pytest.mark.parametrize(("value", "recorded"), [("", False), ("On", True), ("1", True), ("off", False)])
+def test_an_offline_model_is_recorded_only_when_switched_on(
+    monkeypatch: pytest.MonkeyPatch, value: str, recorded: bool
+) -> None:
+    monkeypatch.setenv("AGL_RECORD_OFFLINE", value)
+
+    assert settings.record_offline() is recorded
+
+
 @pytest.mark.parametrize(("value", "mebibytes"), [("", 256), ("1", 1), (" 064 ", 64), ("4096", 4096)])
 def test_the_queue_is_bounded_in_mebibytes(monkeypatch: pytest.MonkeyPatch, value: str, mebibytes: int) -> None:
     monkeypatch.setenv("AGL_QUEUE_MB", value)

@@ -158,21 +158,24 @@ def _method(patch: Patch) -> str:
 
 @contextmanager
 def _as_if_imported(version: str) -> Iterator[None]:
-    """Set what patches read besides the module: vLLM's version, and that generations are recorded."""
+    """Set what patches read besides the module: vLLM's version, and that all generations are recorded."""
     vllm: Any = ModuleType("vllm")
     vllm.__version__ = version
-    before = sys.modules.get("vllm"), os.environ.get("AGL_STORE")
-    sys.modules["vllm"], os.environ["AGL_STORE"] = vllm, "checked.db"
+    recorded = {"AGL_STORE": "checked.db", "AGL_RECORD_OFFLINE": "on"}
+    imported, variables = sys.modules.get("vllm"), {name: os.environ.get(name) for name in recorded}
+    sys.modules["vllm"] = vllm
+    os.environ.update(recorded)
     session.begin()
     try:
         yield
     finally:
         sys.modules.pop("vllm")
-        os.environ.pop("AGL_STORE")
-        if before[0] is not None:
-            sys.modules["vllm"] = before[0]
-        if before[1] is not None:
-            os.environ["AGL_STORE"] = before[1]
+        if imported is not None:
+            sys.modules["vllm"] = imported
+        for name, value in variables.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
         session.begin()
 
 

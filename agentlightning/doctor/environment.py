@@ -225,8 +225,17 @@ def _variables() -> Iterator[Finding]:
         elif variable == "AGL_INSTRUMENT" and value in INSTRUMENT_OFF:
             there = f"{value} in this shell" if value else "not set in this shell"
             yield Finding(variable, Mark.NOTE, f"{there}: `vllm serve` needs it, `agl vllm serve` sets it")
+        elif variable == "AGL_RECORD_OFFLINE" and settings.read("AGL_STORE"):
+            yield _of_offline(settings.record_offline())
         elif variable == "AGL_RETURN_TOKEN_IDS" and value == "none":
             yield Finding(variable, Mark.NOTE, "none: answers carry ids only where a request asks for them")
         # Whether a store can be used is a check of its own.
         elif value and variable != "AGL_STORE":
             yield Finding(variable, Mark.OK, "set" if allowed.secret else settings.without_secrets(value))
+
+
+def _of_offline(is_on: bool) -> Finding:
+    recorded = "what vLLM's LLM generates without a server is"
+    if is_on:
+        return Finding("AGL_RECORD_OFFLINE", Mark.OK, f"on: {recorded} recorded")
+    return Finding("AGL_RECORD_OFFLINE", Mark.NOTE, f"off: {recorded} not recorded")

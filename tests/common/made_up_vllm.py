@@ -94,10 +94,43 @@ ENGINE_CLIENT = """\
 class AsyncLLM:
     def __init__(self, vllm_config=None):
         pass
+
+    async def add_request(self, request_id, prompt, params, trace_headers=None):
+        pass
+
+    async def generate(self, prompt, sampling_params, request_id, trace_headers=None):
+        yield
+"""
+
+OFFLINE_ENGINE = """\
+class LLMEngine:
+    def __init__(self, vllm_config):
+        pass
+
+    def add_request(self, request_id, prompt, params, trace_headers=None):
+        pass
+
+    def step(self):
+        pass
+"""
+
+OFFLINE_CALLS = """\
+class LLM:
+    def generate(self, prompts, sampling_params=None):
+        pass
+
+    def chat(self, messages, sampling_params=None):
+        pass
+
+    def beam_search(self, prompts, params):
+        pass
 """
 
 ENGINE_CORE = """\
 class EngineCore:
+    def __init__(self):
+        pass
+
     def shutdown(self):
         pass
 
@@ -302,6 +335,8 @@ SERVING_FROM_0_15 = {
 THE_SAME_EVERYWHERE = {
     "v1/engine/output_processor.py": OUTPUT_PROCESSOR,
     "v1/engine/async_llm.py": ENGINE_CLIENT,
+    "v1/engine/llm_engine.py": OFFLINE_ENGINE,
+    "entrypoints/llm.py": OFFLINE_CALLS,
     "v1/engine/core.py": ENGINE_CORE,
     "v1/engine/utils.py": "",
     "v1/core/sched/scheduler.py": SCHEDULER,

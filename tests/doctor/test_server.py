@@ -25,7 +25,12 @@ STATUS: dict[str, Any] = {
     "python": "3.11.7",
     "pid": 4304,
     "api_servers": 1,
-    "switches": {"AGL_INSTRUMENT": "on", "AGL_RETURN_TOKEN_IDS": "all", "AGL_LOGPROBS": "off"},
+    "switches": {
+        "AGL_INSTRUMENT": "on",
+        "AGL_RETURN_TOKEN_IDS": "all",
+        "AGL_LOGPROBS": "off",
+        "AGL_RECORD_OFFLINE": "off",
+    },
     "patches": {"chat": {"state": "applied", "reason": None}},
     "counters": {"failures": {}},
     "limits": [],
@@ -115,9 +120,10 @@ def test_a_server_that_answers_with_ids(armed: RemoteOpenAIServer) -> None:
     assert "API servers" not in said.text
     assert "ok switches AGL_INSTRUMENT=on, AGL_RETURN_TOKEN_IDS=all" in said.text
     for patch_set in PATCH_SETS:
-        # The scheduler is the engine core's.
-        elsewhere = "note scheduler pending: not imported in this process; others may have imported it"
-        assert (elsewhere if patch_set == "scheduler" else f"ok {patch_set} applied") in said.text
+        # The scheduler is the engine core's, and a server has no offline engine.
+        elsewhere = f"note {patch_set} pending: not imported in this process; others may have imported it"
+        is_elsewhere = patch_set in ("scheduler", "offline engine", "offline calls")
+        assert (elsewhere if is_elsewhere else f"ok {patch_set} applied") in said.text
     assert said.text.endswith("All is well.")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.common.environments import Environment
@@ -64,6 +66,7 @@ def test_nonsense_is_a_problem(environment: Environment, variable: str) -> None:
         ("AGL_STORE_KEY", "s3cret://Key", "ok AGL_STORE_KEY set"),
         ("AGL_LOGPROBS", "On", "ok AGL_LOGPROBS on"),
         ("AGL_RECORD_TEXT", "OFF", "ok AGL_RECORD_TEXT off"),
+        ("AGL_RECORD_OFFLINE", "On", "ok AGL_RECORD_OFFLINE on"),
         ("AGL_QUEUE_MB", "64", "ok AGL_QUEUE_MB 64"),
     ],
 )
@@ -73,6 +76,21 @@ def test_what_is_recorded(environment: Environment, variable: str, value: str, s
     assert said.status == 0, said.stdout
     assert said_of_it in said.text
     assert "s3cret" not in said.stdout
+
+
+@pytest.mark.parametrize(
+    ("value", "said_of_it"),
+    [
+        ("on", "ok AGL_RECORD_OFFLINE on: what vLLM's LLM generates without a server is recorded"),
+        ("", "note AGL_RECORD_OFFLINE off: what vLLM's LLM generates without a server is not recorded"),
+    ],
+)
+def test_whether_an_offline_model_is_recorded(
+    environment: Environment, tmp_path: Path, value: str, said_of_it: str
+) -> None:
+    said = doctor(environment, "--quick", AGL_STORE=str(tmp_path / "run.db"), AGL_RECORD_OFFLINE=value)
+
+    assert said_of_it in said.text
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Servers that start within seconds, for tests that kill them.
+"""Servers, and programs with an engine of their own, that start within seconds.
 
 All that a server does is real; what it is spared is importing vLLM. One process has imported it, and is armed, before
 it forks a server, which then forks its engine core. Several API servers are spawned by vLLM as ever.
@@ -6,9 +6,11 @@ it forks a server, which then forks its engine core. Several API servers are spa
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -22,6 +24,9 @@ from tests.common.environments import CHECKOUT
 from tests.common.vllm import QUIET, without_agl
 from tests.recording.server import RecordingServer
 
+PROGRAM_SECONDS = 300
+ENDED = "the program has ended"
+
 
 class Nursery:
     """The process that forks servers; a context manager.
@@ -30,7 +35,8 @@ class Nursery:
     """
 
     def __enter__(self) -> Nursery:
-        variables = {"AGL_INSTRUMENT": "1", "AGL_STORE": os.devnull, "PYTHONPATH": str(CHECKOUT)}
+        variables = {"AGL_INSTRUMENT": "1", "AGL_STORE": os.devnull, "AGL_RECORD_OFFLINE": "on"}
+        variables["PYTHONPATH"] = str(CHECKOUT)
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__],
             env={**without_agl(os.environ), **QUIET, **variables},
@@ -45,7 +51,7 @@ class Nursery:
         self._process.wait()
 
     def fork(self, command: list[str], env: Mapping[str, str], log: Path) -> int:
-        """Start a server, and return its process id."""
+        """Start a server, or a program whose file is the first word; return its process id."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps([command, dict(env), str(log)]) + "\n")
@@ -57,6 +63,22 @@ class Nursery:
     ) -> NurserysServer:
         """Return a server that records at `path`, or in the store of this URL."""
         return NurserysServer(self, path, *arguments, env=env, store=store)
+
+    def run(self, program: str, *arguments: str, folder: Path, env: Mapping[str, str]) -> str:
+        """Run a program to its end, with the folder for its files; return its output.
+
+        Raises:
+            RuntimeError: it has failed.
+        """
+        file, log = folder / "program.py", folder / "program.log"
+        file.write_text(program)
+        variables = {"AGL_INSTRUMENT": "1", "PYTHONPATH": str(CHECKOUT), **env}
+        process = _Process(self.fork([str(file), *arguments], {**without_agl(os.environ), **QUIET, **variables}, log))
+        process.wait(PROGRAM_SECONDS)
+        output = log.read_text(errors="replace")
+        if ENDED not in output:
+            raise RuntimeError(f"the program has failed:\n{output[-20000:]}")
+        return output
 
 
 class NurserysServer(RecordingServer):
@@ -107,8 +129,15 @@ def _fork_servers(requests: Iterator[str], main: Any) -> None:
         os.dup2(old, new)
     os.environ.clear()
     os.environ.update(env)
-    sys.argv = ["vllm", *command]
-    main()
+    if not command[0].endswith(".py"):
+        sys.argv = ["vllm", *command]
+        main()
+        return
+    sys.argv, succeeded = command, []
+    # The first to be registered is called last: after all is written that the program has generated.
+    atexit.register(lambda: succeeded and sys.stdout.write(f"{ENDED}\n"))
+    runpy.run_path(command[0], run_name="__main__")
+    succeeded.append(True)
 
 
 if __name__ == "__main__":

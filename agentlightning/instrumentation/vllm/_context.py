@@ -2,7 +2,7 @@
 
 A middleware opens a context for each HTTP request, with the rollout that its path or headers name. A context variable
 leads back to it from where token ids are made: vLLM registers a request to the engine in the task that serves the HTTP
-request, or in one that this task has started.
+request, or in one that this task has started. A call of a program in vLLM's own process has a context, too.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 from agentlightning.generation import new_id
 from agentlightning.instrumentation.vllm import _carriers
-from agentlightning.instrumentation.vllm._carriers import CARRIER_HEADER, Caller, is_id, is_probe
+from agentlightning.instrumentation.vllm._carriers import CARRIER_HEADER, Caller, is_probe
 from agentlightning.instrumentation.vllm._isolation import contained
+from agentlightning.rollout_name import is_id, outside_of_blocks
 
 __all__ = [
     "App",
@@ -26,10 +27,11 @@ __all__ = [
     "RequestContext",
     "RequestContextMiddleware",
     "RolloutPrefix",
+    "call_in",
     "collect_engine_requests",
+    "context_of",
     "current",
     "run_in",
-    "set_current",
 ]
 
 Scope = MutableMapping[str, Any]
@@ -75,10 +77,11 @@ class RolloutPrefix(NamedTuple):
 
 @dataclass(slots=True)
 class RequestContext(Caller):
-    """An HTTP request: what it says about itself, and its requests to the engine if an endpoint collects them.
+    """An HTTP request, or a call of a program in vLLM's own process: what it says about itself, and its requests to the
+    engine if an endpoint collects them.
 
     Attributes:
-        endpoint: the path of its route.
+        endpoint: the path of its route, or the method that the program called.
         model: the one that it asks for, or else the server's.
         base_id: the part that the ids of its answer and of its engine requests share.
         text_limit: the number of ids from which on a prompt's ids may not match its text.
@@ -114,16 +117,27 @@ def current() -> RequestContext | None:
     return _current.get()
 
 
-def set_current(context: RequestContext | None) -> None:
-    """Set the context of this task, and of the tasks that it starts from here on."""
-    _current.set(context)
+def context_of(*arguments: Any) -> RequestContext:
+    """Return the current context, or else that of the HTTP request among the arguments of a call; an empty one if none.
+
+    A program that answers by an app of its own, which lacks our middleware, hands the request to vLLM's serving class.
+    """
+    found = _current.get()
+    if found is None:
+        scopes = (getattr(each, "scope", None) for each in arguments)
+        scope = next((each for each in scopes if isinstance(each, MutableMapping) and each.get("type") == "http"), None)
+        of_scope = None if scope is None else contained("reading a request's rollout", _read_scope, scope)
+        found = of_scope[1] if of_scope else RequestContext()
+    return found
 
 
-async def collect_engine_requests(create: Callable[[], Awaitable[Any]]) -> tuple[Any, RequestContext]:
-    """Return the result of `create()`, and the context that collects the engine requests made for it."""
-    context = _current.get() or RequestContext()
+async def collect_engine_requests(
+    create: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any
+) -> tuple[Any, RequestContext]:
+    """Return the result of `create(*args, **kwargs)`, and the context that collects the engine requests of it."""
+    context = context_of(*args, *kwargs.values())
     context.collects = True
-    return await run_in(context, create), context
+    return await run_in(context, lambda: create(*args, **kwargs)), context
 
 
 async def run_in(context: RequestContext, create: Callable[[], Awaitable[Any]]) -> Any:
@@ -139,6 +153,15 @@ async def run_in(context: RequestContext, create: Callable[[], Awaitable[Any]]) 
     finally:
         _current.reset(token)
     return _stream_in(context, answer) if isinstance(answer, AsyncGenerator) else answer
+
+
+def call_in(context: RequestContext, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Return `function(*args, **kwargs)`, run with `context` current."""
+    token = _current.set(context)
+    try:
+        return function(*args, **kwargs)
+    finally:
+        _current.reset(token)
 
 
 async def _stream_in(context: RequestContext, stream: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
@@ -168,19 +191,24 @@ class RequestContextMiddleware:
     def __init__(self, app: App) -> None:
         self.app = app
 
-    def __call__(self, scope: Scope, receive: Any, send: Send) -> Awaitable[None]:
-        if scope["type"] in ("http", "websocket"):
-            found = contained("reading a request's rollout", _read_scope, scope)
-            scope, context = found or (scope, RequestContext())
-            if context.prefix:
-                send = _keep_prefix_in_redirects(scope, context.prefix, send)
-            # The body may still name a rollout.
-            if context.rollout_id is None or is_probe(context):
-                send = _tell_carrier(context, send)
-            # A websocket has no context: each of its messages is an engine request. Set to None rather than left alone,
-            # since a server may handle it in the context of the previous request on the same connection.
-            set_current(context if scope["type"] == "http" else None)
-        return self.app(scope, receive, send)
+    async def __call__(self, scope: Scope, receive: Any, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            return await self.app(scope, receive, send)
+        found = contained("reading a request's rollout", _read_scope, scope)
+        scope, context = found or (scope, RequestContext())
+        if context.prefix:
+            send = _keep_prefix_in_redirects(scope, context.prefix, send)
+        # The body may still name a rollout.
+        if context.rollout_id is None or is_probe(context):
+            send = _tell_carrier(context, send)
+        # A websocket has no context: each of its messages is an engine request. Set to None rather than left alone,
+        # since a server may handle it in the context of the previous request on the same connection.
+        token = _current.set(context if scope["type"] == "http" else None)
+        try:
+            with outside_of_blocks():
+                await self.app(scope, receive, send)
+        finally:
+            _current.reset(token)
 
 
 def _read_scope(scope: Scope) -> tuple[Scope, RequestContext]:

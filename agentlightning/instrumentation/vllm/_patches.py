@@ -14,7 +14,7 @@ from types import ModuleType
 from agentlightning import settings
 from agentlightning.importhook import ImportHook, finders_ahead, is_executing, locate, when_imported
 from agentlightning.instrumentation.vllm import _logging, _releases, _shutdown, _status, _strict
-from agentlightning.instrumentation.vllm.capture import calls, engine_core, frontend, marks
+from agentlightning.instrumentation.vllm.capture import calls, engine_core, frontend, in_process, marks
 from agentlightning.instrumentation.vllm.capture.session import session
 from agentlightning.instrumentation.vllm.endpoints import batch, chat, completions, generate, messages, responses
 from agentlightning.patching import Patch, PatchSet, State, Status
@@ -34,7 +34,14 @@ START_UP_CHECK = _patch_set(
 )
 PATCH_SETS = (
     _patch_set("capture", _releases.OUTPUT_PROCESSOR, *frontend.CAPTURE_PATCHES),
-    _patch_set("engine client", _releases.ENGINE_CLIENT, *frontend.CLIENT_PATCHES),
+    _patch_set("engine client", _releases.ENGINE_CLIENT, *frontend.CLIENT_PATCHES, *in_process.CLIENT_PATCHES),
+    _patch_set(
+        "offline engine",
+        _releases.OFFLINE_ENGINE,
+        *in_process.ENGINE_PATCHES,
+        *_strict.offline_patches(lambda: _list_failures()),
+    ),
+    _patch_set("offline calls", _releases.OFFLINE_CALLS, *in_process.OFFLINE_PATCHES),
     _patch_set("engine core", _releases.ENGINE_CORE, *engine_core.CORE_PATCHES),
     _patch_set("scheduler", _releases.SCHEDULER, *engine_core.SCHEDULER_PATCHES),
     _patch_set("engine messages", _releases.ENGINE_MESSAGES, *marks.MESSAGE_PATCHES, *engine_core.MESSAGE_PATCHES),

@@ -71,6 +71,8 @@ SERVING_BASE = Home(
 )
 OUTPUT_PROCESSOR = Home(("vllm.v1.engine.output_processor",))
 ENGINE_CLIENT = Home(("vllm.v1.engine.async_llm",))
+OFFLINE_ENGINE = Home(("vllm.v1.engine.llm_engine",))
+OFFLINE_CALLS = Home(("vllm.entrypoints.llm",))
 ENGINE_CORE = Home(("vllm.v1.engine.core",))
 SCHEDULER = Home(("vllm.v1.core.sched.scheduler",))
 ENGINE_MESSAGES = Home(("vllm.v1.serial_utils",))

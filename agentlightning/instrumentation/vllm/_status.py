@@ -18,7 +18,6 @@ from agentlightning.instrumentation.vllm._isolation import contained, failures
 from agentlightning.instrumentation.vllm.capture import frontend
 from agentlightning.instrumentation.vllm.capture.session import session
 from agentlightning.patching import Patch, State, Status, Wrap
-from agentlightning.store import place_of
 
 __all__ = ["STATUS_ROUTE", "app_patches", "server_patches"]
 
@@ -31,8 +30,8 @@ CARRIED = {
     "none": "answers carry ids only where a request asks for them",
 }
 OTHER_STATES = {
-    # The engine core has a process of its own.
-    State.PENDING: "left to other processes",
+    # The engine core has a process of its own, and a server has no offline engine.
+    State.PENDING: "not used by this process",
     State.FAILED: "failed",
     State.NOT_FOR_THIS_RELEASE: "not for this release",
 }
@@ -92,7 +91,7 @@ def _announce(statuses: Statuses) -> None:
     logger.info(
         "agentlightning: release %s is on in vLLM %s; %s; %s; %s",
         *(agentlightning.__version__, getattr(vllm, "__version__", "of unknown version")),
-        *(_patched(statuses()), CARRIED[session.settings.return_token_ids], _recorded()),
+        *(_patched(statuses()), CARRIED[session.settings.return_token_ids], session.destination()),
     )
 
 
@@ -107,14 +106,6 @@ def _patched(statuses: Mapping[str, Status]) -> str:
         if state is not State.APPLIED
     ]
     return ", ".join([f"{len(found.get(State.APPLIED, ()))} patch sets applied", *others])
-
-
-def _recorded() -> str:
-    store = session.settings.store
-    if store is None:
-        return "nothing is recorded, since AGL_STORE is not set"
-    trouble = session.recorder.counters().trouble
-    return f"records to {place_of(store)}" if trouble is None else f"records once its store can be used: {trouble}"
 
 
 def _set_up(app: Any, statuses: Statuses) -> None:
@@ -159,6 +150,7 @@ def _report(app: Any, statuses: Mapping[str, Status]) -> dict[str, Any]:
             "AGL_INSTRUMENT": settings.instrument,
             "AGL_RETURN_TOKEN_IDS": settings.return_token_ids,
             "AGL_LOGPROBS": "on" if settings.logprobs else "off",
+            "AGL_RECORD_OFFLINE": "on" if settings.record_offline else "off",
         },
         "patches": {name: status.as_dict() for name, status in statuses.items()},
         "counters": {

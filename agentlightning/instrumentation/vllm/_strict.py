@@ -17,10 +17,10 @@ from agentlightning import settings
 from agentlightning.errors import StoreRefused, StoreUnavailable
 from agentlightning.instrumentation.vllm import _releases
 from agentlightning.instrumentation.vllm.capture.session import session
-from agentlightning.patching import Patch, Wrap
+from agentlightning.patching import Patch, Where, Wrap
 from agentlightning.store import open_store
 
-__all__ = ["app_patches", "argument_patches", "check_grpc", "limits", "refuse", "server_patches"]
+__all__ = ["app_patches", "argument_patches", "check_grpc", "limits", "offline_patches", "refuse", "server_patches"]
 
 logger = logging.getLogger("agentlightning")
 
@@ -79,6 +79,24 @@ def server_patches(failures: Failures) -> tuple[Patch, ...]:
     return (Wrap("serve_http", ("app",), wrap),)
 
 
+def offline_patches(failures: Failures) -> tuple[Patch, ...]:
+    """Return the patch of `LLMEngine.__init__`, which makes the engine of an offline `LLM`.
+
+    Args:
+        failures: returns a sentence for each patch set that failed, among the modules imported so far.
+    """
+
+    def wrap(init: Callable[..., Any]) -> Callable[..., Any]:
+        def check_and_init(self: Any, *args: Any, **kwargs: Any) -> None:
+            if settings.instrument() == "strict":
+                refuse([*_troubles_with_settings(), *failures()], "this LLM")
+            init(self, *args, **kwargs)
+
+        return check_and_init
+
+    return (Where(lambda module: session.records_offline, Wrap("LLMEngine.__init__", (), wrap)),)
+
+
 def check_grpc(servicer: ModuleType) -> None:
     """Refuse or report vLLM's gRPC server, when its module is imported: it may read its arguments in its own way."""
     reason = "vLLM's gRPC server (--grpc) has its own protocol, so its answers stay unchanged"
@@ -87,14 +105,14 @@ def check_grpc(servicer: ModuleType) -> None:
     logger.warning("agentlightning: %s", reason)
 
 
-def refuse(reasons: Sequence[str]) -> None:
+def refuse(reasons: Sequence[str], what: str = "this server") -> None:
     """End the process with one sentence and exit status 1, if there are reasons to.
 
     Raises:
         SystemExit: so that there is no traceback, and what vLLM has started is shut down on the way out.
     """
     if reasons:
-        raise SystemExit(f"agentlightning: AGL_INSTRUMENT=strict refuses this server: {'; '.join(reasons)}")
+        raise SystemExit(f"agentlightning: AGL_INSTRUMENT=strict refuses {what}: {'; '.join(reasons)}")
 
 
 def _check_arguments(args: Any, failures: Failures) -> None:

@@ -21,4 +21,4 @@ def clean_process() -> Iterator[None]:
     yield
     logger.handlers = []
     _isolation.failures.clear()
-    _context.set_current(None)
+    _context._current.set(None)

@@ -49,7 +49,7 @@ def checked(serving_class: type[Any], request: Any, headers: dict[bytes, bytes] 
     context = RequestContext(scope={"headers": [*(headers or {}).items()]})
 
     async def check() -> None:
-        _context.set_current(context)
+        _context._current.set(context)
         assert await serving._check_model(request) is None
 
     asyncio.run(check())

@@ -27,7 +27,8 @@ from tests.common.vllm import RemoteOpenAIServer
 STATUS = "/v1/agl/status"
 PATCH_SETS = tuple(instrumentation.status())
 # The scheduler is the engine core's.
-WHOLE = {name: {"state": "pending" if name == "scheduler" else "applied", "reason": None} for name in PATCH_SETS}
+ELSEWHERE = ("offline engine", "offline calls", "scheduler")
+WHOLE = {name: {"state": "pending" if name in ELSEWHERE else "applied", "reason": None} for name in PATCH_SETS}
 
 
 def status(server: RemoteOpenAIServer, **headers: str) -> dict[str, Any]:
@@ -43,7 +44,12 @@ def test_the_status_describes_the_server_and_its_patches(armed: RemoteOpenAIServ
         "python": platform.python_version(),
         "pid": armed.process.pid,
         "api_servers": 1,
-        "switches": {"AGL_INSTRUMENT": "on", "AGL_RETURN_TOKEN_IDS": "all", "AGL_LOGPROBS": "off"},
+        "switches": {
+            "AGL_INSTRUMENT": "on",
+            "AGL_RETURN_TOKEN_IDS": "all",
+            "AGL_LOGPROBS": "off",
+            "AGL_RECORD_OFFLINE": "off",
+        },
         "patches": WHOLE,
         "counters": {"failures": {}, "ignored_ids": {}, "conflicting_names": {}},
         "limits": [],
@@ -67,9 +73,10 @@ def test_a_strict_server_that_started_is_patched_completely(guarded: RemoteOpenA
         "AGL_INSTRUMENT": "strict",
         "AGL_RETURN_TOKEN_IDS": "response",
         "AGL_LOGPROBS": "off",
+        "AGL_RECORD_OFFLINE": "off",
     }
     # All that there is to patch has been imported, to judge it.
-    assert told["patches"] == {**WHOLE, "scheduler": WHOLE["capture"]}
+    assert told["patches"] == dict.fromkeys(WHOLE, WHOLE["capture"])
 
 
 @pytest.mark.parametrize("root_path", ["", "/root"])

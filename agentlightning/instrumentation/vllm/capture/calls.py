@@ -26,7 +26,7 @@ def in_one_call(target: str, endpoint: str) -> Patch:
 
     def wrap(create: Callable[..., Any]) -> Callable[..., Any]:
         async def create_in_one_call(serving: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-            context = _context.current() or RequestContext()
+            context = _context.context_of(*args, *kwargs.values())
             context.endpoint = context.endpoint or endpoint
             # An endpoint that is built upon this one has set it already.
             context.model = context.model or getattr(request, "model", None)

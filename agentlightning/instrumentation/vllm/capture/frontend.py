@@ -3,7 +3,8 @@
 `add_request` runs in the task that serves the HTTP request, so a context variable leads from there to that request. An
 engine request ends in one of three ways, each a method of vLLM's `OutputProcessor`: the engine is done with it
 (`process_outputs`), the client no longer waits for it (`abort_requests`), or the engine is dead (`propagate_error`).
-These three are wrapped only if generations are recorded.
+These three are wrapped only if generations are recorded. The engine of an offline `LLM` has the same `OutputProcessor`,
+and returns its outputs instead of putting them into queues.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import atexit
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -37,9 +38,11 @@ __all__ = [
     "CLIENT_PATCHES",
     "SECONDS_TO_REGISTER",
     "PendingRequests",
+    "begin_client",
     "end_all",
     "find_pending",
     "forget_all",
+    "record_offline",
     "start",
 ]
 
@@ -53,6 +56,8 @@ BYTES_PER_LOGPROB = 300
 
 _pending: WeakKeyDictionary[Any, PendingRequests] = WeakKeyDictionary()
 _logprobs_modes: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+_offline: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+"""The output processors of offline engines that are recorded: whether the engine core is in this process."""
 
 
 def start(patience: float = 0.0) -> None:
@@ -68,10 +73,7 @@ def start(patience: float = 0.0) -> None:
 
 
 def find_pending(processor: Any) -> PendingRequests | None:
-    """Return the unfinished requests of an `OutputProcessor`; None if it never had a request that is recorded.
-
-    An offline `LLM` never has.
-    """
+    """Return the unfinished requests of an `OutputProcessor`; None if it never had a request that is recorded."""
     return _pending.get(processor)
 
 
@@ -145,13 +147,16 @@ def _follow(
     processor: Any, state: Any, request: Any, parent: Any, context: RequestContext | None, wants_logprobs: bool
 ) -> None:
     mark = marks.Mark.RECORDED
-    # An offline LLM has no queue. With more input in between (realtime), it is not one prompt and its answer.
-    if state.queue is not None and not getattr(request, "resumable", False) and not is_probe(context):
+    # An offline engine has no queue. With more input in between (realtime), it is not one prompt and its answer.
+    is_followed = state.queue is not None or processor in _offline
+    if is_followed and not getattr(request, "resumable", False) and not is_probe(context):
         _pending_of(processor).add(state, request, parent, context)
         if wants_logprobs and not logprobs.are_requested(request.sampling_params):
             state.logprobs_processor.update_from_output = logprobs.LogprobsTap(state.logprobs_processor)
             logprobs.request_from_engine(request)
-            mark = marks.Mark.RECORDED_WITH_LOGPROBS
+            # An engine core in this process packs nothing.
+            if not _offline.get(processor):
+                mark = marks.Mark.RECORDED_WITH_LOGPROBS
     # vLLM sends the request to the engine after this returns.
     marks.add(request.request_id, mark)
 
@@ -166,18 +171,27 @@ def wrap_process_outputs(process_outputs: Callable[..., Any]) -> Callable[..., A
         answer = process_outputs(self, engine_core_outputs, *args, **kwargs)
         # Most steps finish no request; this check costs the same however many requests are in the step.
         if len(states) < before:
-            contained("recording finished requests", _finish, self, engine_core_outputs)
+            contained("recording finished requests", _finish, self, engine_core_outputs, answer)
         return answer
 
     return process_outputs_and_finish
 
 
-def _finish(processor: Any, engine_core_outputs: Any) -> None:
+def _finish(processor: Any, engine_core_outputs: Any, answer: Any) -> None:
     pending = find_pending(processor)
     if pending is not None:
         states = processor.request_states
+        returned = _by_request(answer.request_outputs) if processor in _offline else {}
         for last in [output for output in engine_core_outputs if output.request_id not in states]:
-            contained("recording a finished request", pending.finish, last)
+            contained("recording a finished request", pending.finish, last, returned)
+
+
+def _by_request(outputs: Iterable[Any]) -> dict[str, Any]:
+    """Return an offline engine's outputs of a step by their request's id; None where several have the same."""
+    found: dict[str, Any] = {}
+    for output in outputs:
+        found[output.request_id] = None if output.request_id in found else output
+    return found
 
 
 def wrap_abort_requests(abort_requests: Callable[..., Any]) -> Callable[..., Any]:
@@ -210,13 +224,27 @@ def wrap_client_init(init: Callable[..., Any]) -> Callable[..., Any]:
 
     def init_and_note(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         init(self, vllm_config, *args, **kwargs)
-        contained("reading the logprobs' mode", _note_logprobs_mode, self, vllm_config)
-        # Not with the first generation: run-batch may end right after that, before the store is open. Before the model
-        # is known, whose vocabulary may take a second to read: it follows.
-        contained("opening the store", start, SECONDS_TO_REGISTER)
-        contained("reading which model is served", _note_engine, self, vllm_config)
+        begin_client(self, vllm_config)
 
     return init_and_note
+
+
+def begin_client(client: Any, vllm_config: Any) -> None:
+    """Prepare for the requests of a client of the engine: open the store, and note what it is told of the model.
+
+    Args:
+        client: vLLM's `AsyncLLM` or `LLMEngine`.
+    """
+    contained("reading the logprobs' mode", _note_logprobs_mode, client, vllm_config)
+    # Not with the first generation: run-batch may end right after that, before the store is open. Before the model
+    # is known, whose vocabulary may take a second to read: it follows.
+    contained("opening the store", start, SECONDS_TO_REGISTER)
+    contained("reading which model is served", _note_engine, client, vllm_config)
+
+
+def record_offline(engine: Any) -> None:
+    """Record what an `LLMEngine` generates from here on."""
+    _offline[engine.output_processor] = hasattr(engine.engine_core, "engine_core")
 
 
 def _note_logprobs_mode(client: Any, vllm_config: Any) -> None:
@@ -278,13 +306,18 @@ class PendingRequests:
         prompt = prompt_ids_of(request)
         return CapturedRequest(name, request.arrival_time, prompt, params, context, self._logprobs_mode, n)
 
-    def finish(self, output: Any) -> None:
-        """Note that the engine is done with a request; `output` is its last `EngineCoreOutput`."""
+    def finish(self, output: Any, returned: Mapping[str, Any] | None = None) -> None:
+        """Note that the engine is done with a request.
+
+        Args:
+            output: its last `EngineCoreOutput`.
+            returned: what an offline engine returns in this step, by request.
+        """
         if output.request_id not in self._requests:
             return
         captured, state = self._requests[output.request_id]
         try:
-            self._finish(output, captured, state)
+            self._finish(output, captured, state, returned or {})
         except Exception as error:
             self._note_lost(captured, error)
             # A choice is missing, so the request would stay under way for ever.
@@ -293,8 +326,8 @@ class PendingRequests:
         finally:
             del self._requests[output.request_id]
 
-    def _finish(self, output: Any, captured: CapturedRequest, state: Any) -> None:
-        last = _last_completion(state)
+    def _finish(self, output: Any, captured: CapturedRequest, state: Any, returned: Mapping[str, Any]) -> None:
+        last = _last_completion(state, returned.get(captured.name))
         if last is not None:
             choice = FinishedChoice(state, last.finish_reason, last.stop_reason, _routed_experts(state, last))
         else:
@@ -395,9 +428,14 @@ def _bytes_of(choice: FinishedChoice) -> int:
     return nbytes
 
 
-def _last_completion(state: Any) -> Any:
-    """Return the `CompletionOutput` that ended a request, which has just been put into its client's queue."""
-    for output in getattr(state.queue.output, "outputs", ()):
+def _last_completion(state: Any, returned: Any) -> Any:
+    """Return the `CompletionOutput` that ended a request, which has just been put into its client's queue.
+
+    Args:
+        returned: the output of an offline engine, which has no queue.
+    """
+    latest = returned if state.queue is None else state.queue.output
+    for output in getattr(latest, "outputs", ()):
         if output.index == state.request_index:
             return output
     # Choices that are answered together are gathered in their parent first.

@@ -19,6 +19,7 @@ from agentlightning.instrumentation.vllm.capture.identity import Identity
 from agentlightning.instrumentation.vllm.capture.metrics import Metrics, Observer
 from agentlightning.recorder import Recorder, Whose
 from agentlightning.settings import Settings
+from agentlightning.store import place_of
 
 __all__ = ["Session", "session"]
 
@@ -85,6 +86,11 @@ class Session:
         return self.settings.store is not None
 
     @property
+    def records_offline(self) -> bool:
+        """True if what is generated without a server is recorded, too: `AGL_RECORD_OFFLINE` is on."""
+        return self.is_recording and self.settings.record_offline
+
+    @property
     def recorder(self) -> Recorder:
         """The recorder of the store that `AGL_STORE` names; only for a session that records."""
         return self._recorder or self._find_recorder()
@@ -121,6 +127,14 @@ class Session:
             whose: returns its rollout and attempt.
         """
         self.recorder.record(build, BYTES_PER_GENERATION + BYTES_PER_ID * token_ids + more_bytes, whose)
+
+    def destination(self) -> str:
+        """Say in a clause where generations are recorded, for the log."""
+        store = self.settings.store
+        if store is None:
+            return "nothing is recorded, since AGL_STORE is not set"
+        trouble = self.recorder.counters().trouble
+        return f"records to {place_of(store)}" if trouble is None else f"records once its store can be used: {trouble}"
 
     def report(self) -> dict[str, Any] | None:
         """Return the store's place and the recorder's counters, for the status; None if nothing is recorded."""

@@ -31,7 +31,7 @@ def wrap_create(create: Callable[..., Any]) -> Callable[..., Any]:
         fields = contained(f"{ROUTE}: asking for ids", _ask, request) or NO_IDS
         # vLLM's chat hides ids and logprobs together with the reasoning; its batch endpoint hides only the text.
         hidden = fields.response and contained(f"{ROUTE}: hiding reasoning", _hide, serving, request)
-        answer, context = await _context.collect_engine_requests(lambda: create(serving, request, *args, **kwargs))
+        answer, context = await _context.collect_engine_requests(create, serving, request, *args, **kwargs)
         if fields.response and hasattr(answer, "choices"):
             if hidden:
                 fields = replace(fields, response=False)

@@ -28,9 +28,7 @@ def wrap_create(create: Callable[..., Any]) -> Callable[..., Any]:
         fields = await contained_async(f"{ROUTE}: asking for ids", _id_fields, raw_request)
         if fields is None or not fields.response:
             return await create(serving, request, raw_request, *args, **kwargs)
-        answer, context = await _context.collect_engine_requests(
-            lambda: create(serving, request, raw_request, *args, **kwargs)
-        )
+        answer, context = await _context.collect_engine_requests(create, serving, request, raw_request, *args, **kwargs)
         if isinstance(answer, AsyncGenerator):
             return _attach_to_stream(answer, context, fields)
         if hasattr(answer, "content"):

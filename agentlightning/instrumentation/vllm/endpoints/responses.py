@@ -31,7 +31,7 @@ def wrap_create(create: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `create_responses`."""
 
     async def create_responses(serving: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        answer, _ = await _context.collect_engine_requests(lambda: create(serving, request, *args, **kwargs))
+        answer, _ = await _context.collect_engine_requests(create, serving, request, *args, **kwargs)
         return answer
 
     return create_responses

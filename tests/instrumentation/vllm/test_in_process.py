@@ -1,0 +1,185 @@
+"""What no engine does at will in a program's own process: fail, repeat another's work, or answer two alike requests."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.v1.engine import FinishReason
+
+from agentlightning import instrumentation, rollout, rollouts
+from agentlightning.instrumentation.vllm import _context
+from agentlightning.instrumentation.vllm._carriers import conflicting_names, ignored_ids
+from agentlightning.instrumentation.vllm._context import RequestContext
+from agentlightning.instrumentation.vllm.capture import frontend, in_process
+from tests.common.engine import Engine, kept
+
+pytestmark = pytest.mark.forked
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_counted() -> None:
+    """Forget what other tests of this process have counted."""
+    ignored_ids.clear()
+    conflicting_names.clear()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "generations.db"
+
+
+@pytest.fixture
+def engine(path: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """An offline engine, whose output processor is vLLM's."""
+    monkeypatch.setenv("AGL_STORE", str(path))
+    monkeypatch.setenv("AGL_RECORD_OFFLINE", "on")
+    instrumentation.instrument_vllm()
+    engine = Engine()
+    frontend.record_offline(SimpleNamespace(output_processor=engine.processor, engine_core=object()))
+    return engine
+
+
+def test_what_an_offline_engine_fails_is_recorded_as_failed(engine: Engine, path: Path) -> None:
+    class Failing:
+        output_processor = engine.processor
+
+        def step(self) -> None:
+            raise RuntimeError("out of memory")
+
+    engine.add("one", [1, 2], queue=False)
+    engine.says("one-0", [3])
+    with pytest.raises(RuntimeError, match="out of memory"):
+        in_process.wrap_step(Failing.step)(Failing())
+
+    [generation] = kept(path)
+    assert (generation.status, [list(each.token_ids or ()) for each in generation.choices]) == ("error", [[3]])
+
+
+def test_what_is_interrupted_is_recorded_as_aborted_at_the_end(engine: Engine, path: Path) -> None:
+    engine.add("one", [1, 2], queue=False, n=2)
+    engine.says("0_one-0", [3], FinishReason.LENGTH)
+    frontend.end_all()
+
+    [generation] = kept(path)
+    assert generation.status == "aborted"
+    assert [each.finish_reason for each in generation.choices] == ["length", "abort"]
+
+
+def test_a_stop_string_is_unknown_where_two_requests_of_a_step_have_one_id() -> None:
+    one, another = SimpleNamespace(request_id="1"), SimpleNamespace(request_id="2")
+
+    assert frontend._by_request([one, another]) == {"1": one, "2": another}
+    assert frontend._by_request([one, another, one]) == {"1": None, "2": another}
+
+
+@pytest.mark.parametrize(("backend", "repeats"), [("external_launcher", [1, 3, 5, 7]), ("mp", []), (None, [])])
+def test_the_first_rank_of_each_model_that_torchrun_starts_records(
+    monkeypatch: pytest.MonkeyPatch, backend: str | None, repeats: list[int]
+) -> None:
+    config = SimpleNamespace(distributed_executor_backend=backend, world_size=2)
+    found = []
+    for rank in range(8):
+        monkeypatch.setenv("RANK", str(rank))
+        found += [rank] * in_process._repeats_another(config)
+
+    assert found == repeats
+
+
+class Client:
+    """A stand-in for vLLM's, which needs a model."""
+
+    model_config = SimpleNamespace(served_model_name=["served"])
+
+    async def add_request(
+        self, request_id: str, prompt: Any, params: Any, lora_request: Any = None, trace_headers: Any = None
+    ) -> RequestContext | None:
+        return _context.current()
+
+    async def generate(self, request_id: str, **options: Any) -> AsyncGenerator[RequestContext | None, None]:
+        yield await in_process.wrap_async_add_request(Client.add_request)(self, request_id, None, None, **options)
+
+
+def context_of(request_id: str, *args: Any, present: RequestContext | None = None, **options: Any) -> RequestContext:
+    """Return the context in which a client makes a request."""
+    add_request = in_process.wrap_async_add_request(Client.add_request)
+
+    async def call() -> RequestContext | None:
+        _context._current.set(present)
+        return await add_request(Client(), request_id, None, None, *args, **options)
+
+    found = asyncio.run(call())
+    assert found is not None
+    return found
+
+
+def whose(context: RequestContext) -> tuple[str | None, str | None, str | None]:
+    return context.rollout_id, context.attempt_id, context.agent_id
+
+
+def test_conflicting_names_are_counted_and_the_first_counts() -> None:
+    of_http = RequestContext(rollout_id="ro-http", attempt_id="at-http", agent_id="of-http", carrier="path")
+    headers = {"baggage": "agentlightning.rollout_id=ro-baggage"}
+    with rollout("ro-block"):
+        found = context_of("agl/ro-id/at-id/of-id/1", present=of_http, trace_headers=headers)
+
+    assert whose(found) == ("ro-block", None, "of-http")
+    assert conflicting_names == {"path": 1, "trace_headers": 1, "request_id": 1}
+    assert whose(of_http) == ("ro-http", "at-http", "of-http")
+    assert found.call_id == of_http.call_id
+
+
+def test_a_request_without_a_name_of_its_own_has_the_context_of_http() -> None:
+    of_http = RequestContext(rollout_id="ro-http", carrier="path")
+
+    assert context_of("chatcmpl-1", present=of_http) is of_http
+
+
+def test_the_trace_of_an_http_request_is_not_read_again() -> None:
+    of_http = RequestContext(endpoint="/v1/chat/completions")
+
+    assert (
+        context_of("chatcmpl-1", present=of_http, trace_headers={"Traceparent": "00-x", "tracestate": "y"}) is of_http
+    )
+    assert context_of("1", trace_headers={"Traceparent": "00-x"}).trace_id is None
+    assert ignored_ids == {"traceparent": 1}
+
+
+def test_an_http_request_that_names_nothing_leaves_it_to_the_arguments() -> None:
+    of_http = RequestContext(endpoint="/ask", model="asked")
+    found = context_of("agl/ro-id/1", present=of_http)
+
+    assert (found.rollout_id, found.endpoint, found.model) == ("ro-id", "/ask", "asked")
+
+
+def test_arguments_count_by_position_and_ids_by_the_rules() -> None:
+    lora = SimpleNamespace(lora_name="adapter")
+    found = context_of("agl/a%22b/1", lora, {"X-Agl-Rollout-Id": "a`b", "x-session-id": "s"})
+
+    assert (found.rollout_id, found.session_id, found.model) == (None, "s", "adapter")
+    assert sum(ignored_ids.values()) == 2
+
+
+def test_a_single_request_has_the_one_name_of_a_batch_of_one() -> None:
+    with rollouts(["ro-1"]):
+        assert context_of("1").rollout_id == "ro-1"
+    with rollouts(["ro-1", "ro-2"]), pytest.raises(ValueError, match="but this is a single request"):
+        context_of("1")
+
+
+def test_a_generator_has_the_block_that_it_was_made_in() -> None:
+    generate = in_process.wrap_generate(Client.generate)
+
+    async def ask() -> list[RequestContext | None]:
+        with rollout("ro-1"):
+            stream = generate(Client(), "1")
+        with rollout("ro-2"):
+            return [each async for each in stream]
+
+    [found] = asyncio.run(ask())
+    assert found is not None
+    assert found.rollout_id == "ro-1"
