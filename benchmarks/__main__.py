@@ -19,6 +19,7 @@ BENCHMARKS = (
     "store",
     "blocks",
     "recording",
+    "offline",
     "logprobs",
     "gpu",
     "lightning_store",

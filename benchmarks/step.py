@@ -86,7 +86,7 @@ class Processor:
             copy_context().run(self._begin, str(number))
 
     def _begin(self, name: str) -> None:
-        _context.set_current(RequestContext(collects=True))
+        _context._current.set(RequestContext(collects=True))
         queue = self._queues[name] = RequestOutputCollector(RequestOutputKind.DELTA, name)
         request = EngineCoreRequest(
             request_id=name,
