@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from tests.common.debian import skipped_parts
 from tests.common.environments import CHECKOUT
 from tests.common.postgresql import MISSING, PostgresServer, programs
+from tests.common.script import arguments, environment, write
 from tests.common.tool_loop import with_tool_loop
 from tests.common.vllm import AGL, RemoteOpenAIServer
 from tests.recording.nursery import Nursery
@@ -103,6 +105,32 @@ def nursery() -> Iterator[Nursery]:
     """Servers that start within seconds."""
     with Nursery() as nursery:
         yield nursery
+
+
+@dataclass(frozen=True)
+class ScriptedServer:
+    """A recording server whose tiny model says what a script has for a prompt.
+
+    Attributes:
+        script: the file that the server reads it from.
+    """
+
+    server: RecordingServer
+    script: Path
+
+    def follows(self, lines: Mapping[str, str]) -> None:
+        """Let the model follow these lines, by cue, from now on."""
+        write(self.script, lines)
+
+
+@pytest.fixture(scope="session")
+def scripted(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedServer]:
+    """A server for agents, with room for their long prompts."""
+    folder = tmp_path_factory.mktemp("scripted")
+    script = folder / "script.json"
+    env = {"AGL_LOGPROBS": "on", **environment(script)}
+    with nursery.server(folder / "generations.db", *arguments(), env=env) as server:
+        yield ScriptedServer(server, script)
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ SHARED = {
     "guarded": "guarded vLLM",
     "recording": "recording vLLM",
     "nursery": "recording vLLM",
+    "scripted": "recording vLLM",
     "pristine": "doctor",
     "browser": "page",
 }

@@ -16,15 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-CHAT_TEMPLATE = (
+_MESSAGES = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] %}{{ message['content'] }}{% endif %}"
     "{% for call in message['tool_calls'] or [] %}<tool_call>\n"
     '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}\n</tool_call>'
     "{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if tools %}{% for tool in tools %}<|im_start|>tool\n{{ tool | tojson }}<|im_end|>\n{% endfor %}{% endif %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+_TOOLS = "{% if tools %}{% for tool in tools %}<|im_start|>tool\n{{ tool | tojson }}<|im_end|>\n{% endfor %}{% endif %}"
+_ANSWER = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+CHAT_TEMPLATE = _MESSAGES + _TOOLS + _ANSWER
+TOOLS_FIRST = _TOOLS + _MESSAGES + _ANSWER
+"""A template as most models have it: where tools come last, each call of an agent breaks the one before it."""
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MARKUP_TOKENS = ["<tool_call>", "</tool_call>", "<think>", "</think>"]
 CORPUS = [
