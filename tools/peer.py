@@ -9,13 +9,13 @@ from __future__ import annotations
 import fcntl
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tools.lock import Lock, is_newest, newest
 from tools.make_env import CHECKOUT, run, say
 
-__all__ = ["environment", "peer"]
+__all__ = ["environment", "make_once", "peer"]
 
 # All are named exactly: what they find wrong is to change with this project, and with nothing else.
 REQUIREMENTS = (
@@ -63,6 +63,23 @@ def environment(
         limits, versions = (), newest()
     folder = CHECKOUT / ".cache" / (f"{name}-newest" if is_newest() else name)
     wanted = "\n".join((sys.version, f"{python}", *requirements, versions, made_with))
+
+    def install(log: Path) -> None:
+        uv = (sys.executable, "-m", "uv")
+        run(f"{title}: Python", [*uv, "venv", "--python", python, folder], log)
+        into = ("--python", folder / "bin" / "python")
+        run(f"{title}, and what it needs (a minute)", [*uv, "pip", "install", *into, *limits, *requirements], log)
+
+    make_once(folder, wanted, install)
+    return folder / "bin"
+
+
+def make_once(folder: Path, wanted: str, install: Callable[[Path], None]) -> None:
+    """Fill a folder, unless it was made with the same `wanted` before; whoever comes meanwhile waits.
+
+    Args:
+        install: fills the folder, which is not there then; it is given the file that the installers' output goes to.
+    """
     note = folder / "is-there"
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Not `with_suffix`, which would take 3.12 for 3 with the suffix .12.
@@ -73,12 +90,8 @@ def environment(
         if not note.exists() or note.read_text() != wanted:
             shutil.rmtree(folder, ignore_errors=True)
             log.unlink(missing_ok=True)
-            uv = (sys.executable, "-m", "uv")
-            run(f"{title}: Python", [*uv, "venv", "--python", python, folder], log)
-            install = [*uv, "pip", "install", "--python", folder / "bin" / "python", *limits, *requirements]
-            run(f"{title}, and what it needs (a minute)", install, log)
+            install(log)
             note.write_text(wanted)
-    return folder / "bin"
 
 
 if __name__ == "__main__":
