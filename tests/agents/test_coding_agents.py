@@ -1,0 +1,154 @@
+"""Real coding agents, unmodified, on a real vLLM: who called is recorded, and their rows are as written by hand.
+
+A script leads each of them through a tool and a sub-agent; what stands around that is the agent's own. The first tool
+call is said as no template writes it, so that the next prompt breaks off there; all others as the template does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from agentlightning.generation import Generation
+from agentlightning.store import open_store
+from agentlightning.trajectory import Trajectory
+from tests.common.agents import ANSWER, REPLY, STORIES, TITLE, run
+from tests.common.reference import tokenizer
+from tests.conftest import ScriptedServer
+from tests.recording.server import until
+from tests.recording.test_trajectories import check_logprobs
+from tools.agents import MISSING_NPM, commands_of
+
+ROWS = Path(__file__).parent / "rows"
+"""A file for each agent: its rows from the first answer on, of the row that it leaves if it leaves one. What is trained
+is in brackets, and a … stands for what differs from run to run."""
+NEEDS_NPM = pytest.mark.tier("all")
+
+
+@dataclass(frozen=True)
+class Played:
+    """A run of an agent: its output, its calls by their answers, and its rows."""
+
+    output: str
+    calls: dict[str, Generation]
+    rows: list[Trajectory]
+
+
+Play = Callable[[str, int], Played]
+
+
+@pytest.fixture
+def play(scripted: ScriptedServer, tmp_path: Path) -> Play:
+    """Run an agent through its story, which takes so many calls."""
+
+    def play(agent: str, calls: int) -> Played:
+        if commands_of(agent) is None:
+            pytest.skip(MISSING_NPM)
+        server, rollout = scripted.server, f"ro-{agent}"
+        scripted.follows(STORIES[agent])
+        output = run(agent, f"{server.url}/rollout/{rollout}/attempt/at-1/v1", tmp_path / agent)
+        until(lambda: len(server.kept(rollout_id=rollout)) >= calls, f"{calls} calls of {agent}")
+        found = server.kept(rollout_id=rollout)
+        assert [(each.attempt_id, each.status) for each in found] == [("at-1", "finished")] * calls
+        with open_store(server.store, read_only=True) as store:
+            return Played(output, {str(each.choices[0].text): each for each in found}, [*store.trajectories(rollout)])
+
+    return play
+
+
+def shown(rows: Sequence[Trajectory]) -> Iterator[str]:
+    """Yield the lines of a file of `ROWS`."""
+    for row in rows:
+        title, begins, leaves = [f"--- row {row.index}"], row.prompt_length, None
+        if row.parent is not None:
+            title.append(f"leaves row {row.parent.index} at |")
+            begins, leaves = rows[row.parent.index].prompt_length, row.parent.position
+        yield ", ".join((*title, *row.flags))
+        mask = row.response_mask
+        assert not any(mask[:begins])
+        changes = {place for place in range(begins + 1, len(mask)) if mask[place] != mask[place - 1]}
+        text = ""
+        for start, end in pairwise(sorted({begins, *changes, len(mask)} | {leaves or begins})):
+            part = tokenizer().decode(row.token_ids[start:end])
+            text += ("|" if start == leaves else "") + (f"[{part}]" if mask[start] else part)
+        yield text
+
+
+def check(agent: str, rows: Sequence[Trajectory]) -> None:
+    """Compare the rows with those that are expected of an agent."""
+    expected, found = (ROWS / f"{agent}.txt").read_text(), "\n".join((*shown(rows), ""))
+    pattern = "[^\n]*".join(map(re.escape, expected.split("…")))
+    assert re.fullmatch(pattern, found), f"{found}\nis not\n\n{expected}"
+
+
+@pytest.mark.takes_long("installs the agent the first time")
+def test_mini_swe_agent(play: Play) -> None:
+    done = play("mini", 2)
+
+    assert ANSWER in done.output
+    assert {(each.endpoint, each.retry) for each in done.calls.values()} == {("/v1/chat/completions", 0)}
+    assert {(each.session_id, each.agent_id, each.purpose) for each in done.calls.values()} == {(None, None, None)}
+    check("mini", done.rows)
+    check_logprobs(done.rows)
+
+
+@NEEDS_NPM
+def test_claude_code_and_its_sub_agent(play: Play) -> None:
+    done = play("claude", 4)
+    sub = done.calls[REPLY]
+    main = [each for each in done.calls.values() if each is not sub]
+
+    assert ANSWER in done.output
+    assert {(each.endpoint, each.retry) for each in done.calls.values()} == {("/v1/messages", 0)}
+    assert sub.session_id is not None
+    assert {(each.session_id, each.agent_id) for each in main} == {(sub.session_id, None)}
+    assert sub.agent_id is not None
+    check("claude", done.rows)
+
+
+@NEEDS_NPM
+def test_codex_and_its_sub_agent(play: Play) -> None:
+    done = play("codex", 5)
+    sub = done.calls[REPLY]
+    main = [each for each in done.calls.values() if each is not sub]
+
+    assert ANSWER in done.output
+    assert {each.endpoint for each in done.calls.values()} == {"/v1/responses"}
+    # The session is that of the main agent's thread.
+    assert sub.session_id is not None
+    assert {(each.session_id, each.agent_id) for each in main} == {(sub.session_id, sub.session_id)}
+    assert {(each.parent_agent_id, each.purpose) for each in main} == {(None, "main")}
+    assert sub.agent_id not in (None, sub.session_id)
+    assert (sub.parent_agent_id, sub.purpose) == (sub.session_id, "sub-agent")
+    check("codex", done.rows)
+
+
+@NEEDS_NPM
+def test_opencode_with_a_title_and_a_sub_agent(play: Play) -> None:
+    done = play("opencode", 5)
+    sub, title = done.calls[REPLY], done.calls[TITLE]
+    main = [each for each in done.calls.values() if each is not sub]
+
+    assert ANSWER in done.output
+    assert {each.endpoint for each in done.calls.values()} == {"/v1/chat/completions"}
+    assert title.session_id is not None
+    assert {(each.session_id, each.agent_id) for each in main} == {(title.session_id, None)}
+    # A sub-agent is a session of its own.
+    assert sub.session_id not in (None, title.session_id)
+    assert (sub.agent_id, sub.parent_agent_id) == (sub.session_id, title.session_id)
+    check("opencode", done.rows)
+
+
+@NEEDS_NPM
+def test_qwen_code_and_its_sub_agent_which_says_nothing_of_itself(play: Play) -> None:
+    done = play("qwen", 4)
+
+    assert ANSWER in done.output
+    assert {(each.endpoint, each.retry) for each in done.calls.values()} == {("/v1/chat/completions", 0)}
+    assert {(each.session_id, each.agent_id, each.purpose) for each in done.calls.values()} == {(None, None, None)}
+    check("qwen", done.rows)

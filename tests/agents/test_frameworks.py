@@ -1,0 +1,74 @@
+"""The blocks of `docs/agents.md` for frameworks, each in an environment of its own: all of their calls are recorded."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.common.agents import PAGES_URL, block
+from tests.common.script import call
+from tests.common.vllm import without_agl
+from tests.conftest import ScriptedServer
+from tests.recording.server import until
+from tools.agents import FRAMEWORKS, python_of
+
+pytestmark = [pytest.mark.tier("all"), pytest.mark.takes_long("installs a framework the first time")]
+
+SECONDS = 240
+ANSWER = "Eight."
+TOOL = {"Count the planets": call("count", things="planets"), "There are 8 planets": ANSWER}
+
+
+def fields(**values: str) -> str:
+    """Return the line that fills in fields, as DSPy writes them."""
+    return "\n\n".join(f"[[ ## {name} ## ]]\n{value}" for name, value in (*values.items(), ("completed", "")))
+
+
+STORIES: Mapping[str, Mapping[str, str]] = {
+    "OpenAI Agents SDK": TOOL,
+    "LangGraph": TOOL,
+    "pydantic-ai": TOOL,
+    "smolagents": {
+        "Count the planets": 'Thought: I count.\n<code>\nprint(count("planets"))\n</code>',
+        "There are 8 planets": f'Thought: Done.\n<code>\nfinal_answer("{ANSWER}")\n</code>',
+    },
+    "AutoGen": TOOL,
+    "DSPy": {
+        "Count the planets": fields(
+            next_thought="I count.", next_tool_name="count", next_tool_args='{"things": "planets"}'
+        ),
+        "There are 8 planets": fields(next_thought="Done.", next_tool_name="finish", next_tool_args="{}"),
+        r"\[\[ ## reasoning ## \]\]": fields(reasoning="The tool says so.", answer=ANSWER),
+    },
+    "LiteLLM": {"Count the planets": ANSWER},
+}
+"""What the model says in each block; as many calls as lines are made."""
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_the_block_of_a_framework_is_recorded(framework: str, scripted: ScriptedServer, tmp_path: Path) -> None:
+    server, story = scripted.server, STORIES[framework]
+    scripted.follows(story)
+    rollout = f"ro-{framework.replace(' ', '-')}"
+    text = block(framework, "python").replace(PAGES_URL, f"{server.url}/rollout/{rollout}")
+    (tmp_path / "block.py").write_text(text)
+
+    done = subprocess.run(
+        [python_of(framework), tmp_path / "block.py"],
+        cwd=tmp_path,
+        # LiteLLM would fetch a list of prices.
+        env={**without_agl(os.environ), "HOME": str(tmp_path), "LITELLM_LOCAL_MODEL_COST_MAP": "True"},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == ANSWER, done.stdout
+    until(lambda: len(server.kept(rollout_id=rollout)) >= len(story), f"the calls of {framework}")
+    assert [each.choices[0].text for each in server.kept(rollout_id=rollout)] == [*story.values()]
