@@ -1,4 +1,5 @@
 # make demo | demo-rollout | demo-train | check | test | lint | docs: each sets up what it needs the first time, and only then.
+# make demo | demo-rollout | demo-agent | check | test | lint | docs: each sets up what it needs the first time, and only then.
 # With NEWEST=1: all of that with the newest of everything, in an environment of its own.
 VENV := $(if $(NEWEST),.venv-newest,.venv)
 LOCK := tools/locks/environment.txt
@@ -13,6 +14,7 @@ PROCESSES := 2
 unexport PYTHONDONTWRITEBYTECODE
 .DELETE_ON_ERROR:
 .PHONY: help demo demo-rollout demo-train check quick-tests test test-all test-pythons test-hybrid test-releases test-three-releases check-release check-upstream lint docs commands bench format lock clean always
+.PHONY: help demo demo-rollout demo-agent check quick-tests test test-all test-pythons test-hybrid test-releases test-three-releases check-release check-upstream lint docs commands bench format lock clean always
 
 help:
 	@echo 'make demo    a real vLLM answers with token ids, shown in a table'
@@ -20,6 +22,8 @@ help:
 	@echo '             two runners run an agent that uses a tool; the triplets a trainer would use, and a page to inspect them'
 	@echo 'make demo-train'
 	@echo '             TRL trains a tiny model on the ids that vLLM recorded: the reward goes up within minutes'
+	@echo 'make demo-agent AGENT=claude|codex|opencode|qwen|mini'
+	@echo '             a real coding agent, its calls as a tree, and the rows a trainer would use'
 	@echo 'make check   lint, types and the tests that start no server: what to run after each edit (two minutes)'
 	@echo 'make test    every part, with a real vLLM, real clients and databases (half an hour)'
 	@echo 'make test-all'
@@ -68,6 +72,8 @@ demo-rollout: $(VENV)/.ready .cache/tiny-model/config.json
 
 demo-train: $(VENV)/.ready .cache/tiny-model/config.json
 	@$(VENV)/bin/python -m tools.trainers -m examples.train
+demo-agent: $(VENV)/.ready .cache/tiny-model/config.json
+	@$(VENV)/bin/python -m examples.agent $(AGENT)
 
 # Pyright has the other core: several processes of tests would each collect them all.
 check: $(VENV)/.ready

@@ -33,6 +33,11 @@ import agentlightning as agl
 CACHE = Path(__file__).parents[1] / ".cache"
 TINY_MODEL, FILE = CACHE / "tiny-model", CACHE / "demo-rollout.db"
 ROLLOUTS, RUNNERS, SECONDS = 20, 2, 300
+SHOWS = (
+    "rollouts: each has two calls, the result of the tool, and the reward",
+    "a call in a timeline: the answer token by token, with ids and logprobs",
+    "Senders: the vLLM that wrote it all",
+)
 
 # Small enough for two cores; with a GPU and a model of your own, leave these out.
 SMALL = ("--max-model-len=1024", "--enforce-eager", "--dtype=float32", f"--kv-cache-memory-bytes={256 << 20}")
@@ -175,14 +180,13 @@ def free_url() -> str:
         return f"http://127.0.0.1:{listening.getsockname()[1]}"
 
 
-def show(wait: Callable[[], object], url: str, file: Path = FILE) -> None:
+def show(wait: Callable[[], object], url: str, file: Path = FILE, shows: Sequence[str] = SHOWS) -> None:
     """Say where the page is and what it shows. At a terminal, wait for the server, which Ctrl-C ends."""
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     again = f"{os.path.relpath(Path(sys.executable).parent / 'agl')} store --store {os.path.relpath(file)}"
     print(f"\nthe page: {f'{url}/' if is_terminal else f'serve it with {again}'}")
-    print("          rollouts: each has two calls, the result of the tool, and the reward")
-    print("          a call in a timeline: the answer token by token, with ids and logprobs")
-    print("          Senders: the vLLM that wrote it all")
+    for line in shows:
+        print(f"          {line}")
     if is_terminal:
         print("Ctrl-C ends it", flush=True)
         with suppress(KeyboardInterrupt):
