@@ -49,26 +49,34 @@ STORIES: Mapping[str, Mapping[str, str]] = {
 """What the model says in each block; as many calls as lines are made."""
 
 
-@pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_the_block_of_a_framework_is_recorded(framework: str, scripted: ScriptedServer, tmp_path: Path) -> None:
+def run(framework: str, text: str, rollout: str, scripted: ScriptedServer, folder: Path) -> None:
+    """Run a block under a rollout, and check its answer and that each of its calls is recorded."""
     server, story = scripted.server, STORIES[framework]
     scripted.follows(story)
-    rollout = f"ro-{framework.replace(' ', '-')}"
-    text = block(framework, "python").replace(PAGES_URL, f"{server.url}/rollout/{rollout}")
-    (tmp_path / "block.py").write_text(text)
-
+    (folder / "block.py").write_text(text.replace(PAGES_URL, f"{server.url}/rollout/{rollout}"))
     done = subprocess.run(
-        [python_of(framework), tmp_path / "block.py"],
-        cwd=tmp_path,
+        [python_of(framework), folder / "block.py"],
+        cwd=folder,
         # LiteLLM would fetch a list of prices.
-        env={**without_agl(os.environ), "HOME": str(tmp_path), "LITELLM_LOCAL_MODEL_COST_MAP": "True"},
+        env={**without_agl(os.environ), "HOME": str(folder), "LITELLM_LOCAL_MODEL_COST_MAP": "True"},
         capture_output=True,
         text=True,
         timeout=SECONDS,
         check=False,
     )
-
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == ANSWER, done.stdout
     until(lambda: len(server.kept(rollout_id=rollout)) >= len(story), f"the calls of {framework}")
     assert [each.choices[0].text for each in server.kept(rollout_id=rollout)] == [*story.values()]
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_the_block_of_a_framework_is_recorded(framework: str, scripted: ScriptedServer, tmp_path: Path) -> None:
+    run(framework, block(framework, "python"), f"ro-{framework.replace(' ', '-')}", scripted, tmp_path)
+
+
+def test_the_openai_agents_sdk_is_recorded_by_responses_too(scripted: ScriptedServer, tmp_path: Path) -> None:
+    text = block("OpenAI Agents SDK", "python").replace("OpenAIChatCompletionsModel", "OpenAIResponsesModel")
+    run("OpenAI Agents SDK", text, "ro-responses", scripted, tmp_path)
+
+    assert {each.endpoint for each in scripted.server.kept(rollout_id="ro-responses")} == {"/v1/responses"}
