@@ -17,7 +17,7 @@ from pathlib import Path
 import agentlightning as agl
 from examples.loop import CACHE, SECONDS, free_url, serving, show
 from tests.common.agents import ANSWER, STORIES, TASK, run
-from tests.common.script import MODEL, arguments, environment, write
+from tests.common.script import arguments, environment, write
 from tests.common.vllm import RemoteOpenAIServer
 from tools.agents import MISSING_NPM, TITLES, commands_of
 
@@ -55,7 +55,7 @@ def described(call: agl.Generation, indent: str) -> Iterator[str]:
     [choice] = call.choices
     ids = choice.token_ids or ()
     counts = f"{len(call.prompt_token_ids or ()):,} + {len(ids)} ids"
-    yield f"{indent}{call.id}  {counts:<17}{call.purpose or ''}".rstrip()
+    yield cut(f"{indent}{call.id}  {counts:<18}{call.purpose or ''}".rstrip())
     yield cut(f"{indent}  {choice.text or ''}".replace("\n", "⏎"))
     yield cut(f"{indent}  {' '.join(map(str, ids))}")
 
@@ -100,7 +100,7 @@ def main() -> None:
     env = {"AGL_INSTRUMENT": "1", "AGL_STORE": url, "AGL_LOGPROBS": "on", **environment(script)}
     with serving(command, f"{url}/healthz", FILE.with_suffix(".store.log")) as server, agl.open_store(url) as store:
         print(f"started:  agl store, at {url}, on {os.path.relpath(FILE)}")
-        print(f"starting: AGL_INSTRUMENT=1 AGL_STORE=... vllm serve {MODEL}   (half a minute)", flush=True)
+        print("starting: AGL_INSTRUMENT=1 AGL_STORE=... vllm serve MODEL   (half a minute)", flush=True)
         with RemoteOpenAIServer(*arguments(), env=env) as vllm:
             print(f"running:  {TITLES[agent]}, on the task: {TASK}", flush=True)
             try:

@@ -42,7 +42,7 @@ def test_a_sub_agent_stands_below_the_main_agent_where_it_first_called(main: str
 
     assert list(tree(calls)) == [
         f"main agent {main}" if main else "main agent",
-        "  01a22d9d-4125-7631-accc-000000000001  1,000 + 3 ids    main",
+        "  01a22d9d-4125-7631-accc-000000000001  1,000 + 3 ids     main",
         "    one",
         "    0 1 2",
         "  sub-agent sub",
@@ -60,7 +60,11 @@ def test_a_sub_agent_stands_below_the_main_agent_where_it_first_called(main: str
 
 @pytest.mark.tier("check")
 def test_the_tree_fits_into_80_columns() -> None:
-    calls = [call(1, LONG, purpose="compaction"), call(2, LONG, agent_id="x" * 36), call(3, LONG, agent_id="x" * 36)]
+    calls = [
+        call(1, LONG, purpose=LONG.replace("\n", " ")),
+        call(2, LONG, agent_id="x" * 36),
+        call(3, LONG, agent_id="x" * 36),
+    ]
 
     assert max(map(len, tree(calls))) == 80
 
