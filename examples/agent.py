@@ -26,7 +26,7 @@ FOLDER = CACHE / "demo-agent"
 WIDTH = 80
 SHOWS = (
     "rollouts: the one of this run, with its calls and its reward",
-    "a call in its timeline: the answer token by token, with ids and logprobs",
+    "a call in a timeline: the answer token by token, with ids and logprobs",
 )
 
 
