@@ -48,7 +48,8 @@ def collate(
 
     Args:
         pad_id: the tokenizer's `pad_token_id`.
-        max_prompt_length, max_response_length: the shape; None for that of the longest row.
+        max_prompt_length: ids to the left of the first sampled one; None for those of the longest prompt.
+        max_response_length: ids from there on; None for those of the longest response.
 
     Raises:
         UnusableRows: a row is longer, has no reward, or is of another model; see `check_rows`.

@@ -20,8 +20,9 @@ def agent_loop_outputs(
     """Return an `AgentLoopOutput` for each row, in order.
 
     Args:
-        max_prompt_length, max_response_length: `prompt_length` and `response_length` of verl's rollout configuration;
-            verl itself fails on longer rows later, without naming them.
+        max_prompt_length: `prompt_length` of verl's rollout configuration, which fails on longer rows without naming
+            them.
+        max_response_length: its `response_length`.
 
     Raises:
         UnusableRows: see `check_rows`.
