@@ -1,5 +1,5 @@
-# make demo | demo-rollout | demo-train | check | test | lint | docs: each sets up what it needs the first time, and only then.
-# make demo | demo-rollout | demo-agent | check | test | lint | docs: each sets up what it needs the first time, and only then.
+# make demo | demo-rollout | demo-train | demo-agent | check | test | lint | docs: each sets up what it needs the first time,
+# and only then.
 # With NEWEST=1: all of that with the newest of everything, in an environment of its own.
 VENV := $(if $(NEWEST),.venv-newest,.venv)
 LOCK := tools/locks/environment.txt
@@ -13,8 +13,7 @@ PROCESSES := 2
 # A container's shell often switches bytecode off: each process of the tests would compile all that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-rollout demo-train check quick-tests test test-all test-pythons test-hybrid test-releases test-three-releases check-release check-upstream lint docs commands bench format lock clean always
-.PHONY: help demo demo-rollout demo-agent check quick-tests test test-all test-pythons test-hybrid test-releases test-three-releases check-release check-upstream lint docs commands bench format lock clean always
+.PHONY: help demo demo-rollout demo-train demo-agent check quick-tests test test-all test-pythons test-hybrid test-releases test-three-releases check-release check-upstream lint docs commands bench format lock clean always
 
 help:
 	@echo 'make demo    a real vLLM answers with token ids, shown in a table'
