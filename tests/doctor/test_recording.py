@@ -201,6 +201,7 @@ def test_json_has_the_counts(said: Any) -> None:
     assert answer.json["store"] == {
         "generations": {"finished": 2, "aborted": 0, "error": 0},
         "without_rollout": 1,
+        "without_rollout_by_way": {"unknown": 1},
         "lost": {"queue full": {"count": 3, "last_at": START}},
         "rollout_id": "x'",
         "of_rollout": {"finished": 0, "aborted": 0, "error": 0},
