@@ -22,7 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("instrumentation",),
     ("recorder",),
     ("store",),
-    ("drift", "triplet", "trajectory", "rollout_records", "sender", "completeness", "token_text"),
+    ("drift", "triplet", "trajectory", "continuation", "rollout_records", "sender", "completeness", "token_text"),
     ("generation", "errors", "rollout_name"),
     ("_startup",),
     ("importhook", "patching"),

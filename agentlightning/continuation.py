@@ -1,0 +1,456 @@
+"""Continuation: which earlier call a chat request continues, and where its prompt goes on.
+
+Decisions about messages, rendered text and ids, and a bounded cache of the calls that may be continued. A request
+continues a call if its messages are those of that call, then the call's answer, then something new. Its prompt then is
+the call's exact ids, and after them what the chat template adds behind the end of the answer, provided that the
+template only appends there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+__all__ = [
+    "CONTINUED",
+    "ELSEWHERE",
+    "FIRST_CALL",
+    "NOT_APPEND_ONLY",
+    "NOT_TEXT",
+    "NO_MATCH",
+    "OTHER_REQUEST",
+    "REASONING_DROPPED",
+    "RESULTS",
+    "SEAM",
+    "TOO_LONG",
+    "Answer",
+    "Call",
+    "Histories",
+    "Match",
+    "NotText",
+    "Rendered",
+    "Seam",
+    "canonical_calls",
+    "find_seam",
+    "fingerprints",
+    "has_answer",
+    "stand_in_for",
+    "with_reasoning",
+]
+
+CONTINUED = "continued"
+FIRST_CALL = "first call"
+NO_MATCH = "no match"
+ELSEWHERE = "elsewhere"
+NOT_APPEND_ONLY = "template not append-only"
+REASONING_DROPPED = "reasoning dropped"
+SEAM = "seam"
+TOO_LONG = "too long"
+NOT_TEXT = "not text"
+OTHER_REQUEST = "other request"
+
+RESULTS = {
+    CONTINUED: "the prompt goes on from the exact ids of an earlier call",
+    FIRST_CALL: "the request has no answer in it",
+    NO_MATCH: "no call of this rollout had these messages and this answer",
+    ELSEWHERE: "this server knows no call of this rollout, or no longer",
+    NOT_APPEND_ONLY: "the chat template writes what came before in another way once something follows",
+    REASONING_DROPPED: "the chat template leaves out the reasoning that the model wrote",
+    SEAM: "the answer does not end with the token that ends a turn in the template",
+    TOO_LONG: "the exact ids are more than the model takes",
+    NOT_TEXT: "the messages are not only text",
+    OTHER_REQUEST: "an option of the request needs vLLM's own prompt",
+}
+"""What a request can come to, and why."""
+
+Message = Mapping[str, Any]
+ToolCall = tuple[str, str]
+
+# A Python object and its places in a dictionary and a list; ids are counted with four bytes each.
+BYTES_PER_CALL = 1000
+_BILLING_HEADER = "x-anthropic-billing-header"
+_STAND_INS = ("?", "!")
+# Longer than what a template adds to have the model think, or not.
+_END = 64
+_TEXT_TYPES = ("text", "input_text", "output_text")
+
+
+class NotText(Exception):
+    """A message has a part that is not text."""
+
+
+def _texts(content: Any) -> list[str]:
+    """Return the texts of a message's content.
+
+    Raises:
+        NotText: a part is an image, or anything else.
+    """
+    if content is None:
+        return []
+    if isinstance(content, str):
+        return [content]
+    return [_text(part) for part in content]
+
+
+def _text(part: Any) -> str:
+    text = part.get("text") if isinstance(part, Mapping) and part.get("type") in _TEXT_TYPES else part
+    if not isinstance(text, str):
+        raise NotText(type(part).__name__)
+    return text
+
+
+def _without_header(text: str) -> str:
+    # Claude Code's, which differs from call to call; vLLM leaves it out of its prompts.
+    return text.partition("\n")[2] if text.startswith(_BILLING_HEADER) else text
+
+
+def _reasoning(message: Message) -> str:
+    return message.get("reasoning") or message.get("reasoning_content") or ""
+
+
+def canonical_calls(tool_calls: Any) -> tuple[ToolCall, ...]:
+    """Return the name and the arguments of each tool call, equal for arguments that are equal as JSON."""
+    functions = [call["function"] for call in tool_calls or ()]
+    return tuple((function["name"], _canonical_json(function.get("arguments"))) for function in functions)
+
+
+def _canonical_json(arguments: Any) -> str:
+    if not arguments:
+        return "{}"
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            return arguments.strip()
+    return json.dumps(arguments, sort_keys=True, ensure_ascii=False)
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
+
+
+def fingerprints(messages: Sequence[Message], kind: bytes = b"") -> list[bytes]:
+    """Return a digest of each beginning of a conversation: the nth stands for the first n messages.
+
+    It is of what they mean: not of ids, cache marks or reasoning, nor of how texts are split and JSON is written.
+
+    Args:
+        kind: what else has to be equal.
+
+    Raises:
+        NotText: a message has a part that is not text.
+    """
+    running = hashlib.sha256(kind)
+    digests = [running.digest()]
+    for message in messages:
+        texts = _texts(message.get("content"))
+        if message["role"] == "assistant":
+            fields = ["".join(texts).strip()]
+        else:
+            fields = ["\n".join(map(_without_header, texts))]
+        fields += (part for call in canonical_calls(message.get("tool_calls")) for part in call)
+        for each in (message["role"], message.get("name") or "", *fields):
+            data = _bytes(each)
+            running.update(b"%d:" % len(data))
+            running.update(data)
+        running.update(b";")
+        digests.append(running.digest())
+    return digests
+
+
+def has_answer(messages: Sequence[Message]) -> bool:
+    """Tell whether a model's answer is among the messages, with something behind it."""
+    return any(message["role"] == "assistant" for message in messages[:-1])
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model said, as its client was told.
+
+    Attributes:
+        text: without reasoning and tool calls.
+        tool_calls: as `canonical_calls` returns them.
+        reasoning: empty if there is none.
+    """
+
+    text: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    reasoning: str = ""
+
+    def is_said_by(self, message: Message) -> bool:
+        """Tell whether a message means this answer; clients may leave out reasoning, and white space at the ends."""
+        reasoning = _reasoning(message).strip()
+        texts = _texts(message.get("content"))
+        return (
+            canonical_calls(message.get("tool_calls")) == self.tool_calls
+            and reasoning in ("", self.reasoning.strip())
+            and self.text.strip() in ("".join(texts).strip(), "\n".join(texts).strip())
+        )
+
+
+class Rendered(NamedTuple):
+    """A text that a template has made, which may be long.
+
+    Attributes:
+        thinks: whether its end begins the reasoning for the model, or ends it.
+    """
+
+    length: int
+    digest: bytes
+    thinks: bool
+
+    @classmethod
+    def of(cls, text: str) -> Rendered:
+        """Describe a text."""
+        return cls(len(text), hashlib.sha256(_bytes(text)).digest(), "think>" in text[-_END:])
+
+    def begins(self, text: str) -> bool:
+        """Tell whether a text begins with this one."""
+        return len(text) >= self.length and Rendered.of(text[: self.length]) == self
+
+
+@dataclass(eq=False, slots=True)
+class Call:
+    """An answered call: the ids that its model read and sampled.
+
+    Attributes:
+        position: the number of its messages: its answer has this place in the next request.
+        rendered: the text that the template made of these messages.
+        prompt_token_ids: the ids of its prompt, but for those of `continued`.
+        response_token_ids: the ids of its answer.
+        ends: the ids that end a turn.
+        ended: whether the last id of the answer is one of these.
+        said: the text of its answer before it is parsed, and what parsing needs to know.
+        continued: the call whose prompt and answer its own prompt begins with.
+        answers: what its client may have been told, once that was asked for: a stream may differ from a plain answer.
+    """
+
+    position: int
+    rendered: Rendered
+    prompt_token_ids: array[int]
+    response_token_ids: array[int]
+    ends: Collection[int]
+    ended: bool
+    said: Any
+    continued: Call | None = None
+    answers: Sequence[Answer] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """How much memory it keeps, roughly."""
+        text = getattr(self.said, "nbytes", 0)
+        return BYTES_PER_CALL + text + 4 * (len(self.prompt_token_ids) + len(self.response_token_ids))
+
+    def token_ids(self) -> list[int]:
+        """Return the ids of prompt and answer."""
+        parts: list[array[int]] = []
+        call: Call | None = self
+        while call is not None:
+            parts += (call.response_token_ids, call.prompt_token_ids)
+            call = call.continued
+        return [token_id for part in reversed(parts) for token_id in part]
+
+    def detach(self) -> None:
+        """Keep all ids itself, since the call that it continued is no longer kept."""
+        if self.continued is not None:
+            self.prompt_token_ids = array("i", self.continued.token_ids()) + self.prompt_token_ids
+            self.continued = None
+
+    def reasoning(self, own: Answer) -> dict[int, str]:
+        """Return the reasoning in its context, by the place of the message; `own` is its own answer."""
+        found = {self.position: own.reasoning}
+        call = self.continued
+        while call is not None:
+            if call.answers:
+                found[call.position] = call.answers[0].reasoning
+            call = call.continued
+        return {position: reasoning for position, reasoning in found.items() if reasoning.strip()}
+
+
+class Match(NamedTuple):
+    """The call that a request continues, and the answer that the request repeats."""
+
+    call: Call
+    answer: Answer
+
+
+@dataclass(slots=True)
+class _Conversation:
+    """The calls of one rollout, by the fingerprint of their messages."""
+
+    calls: dict[bytes, list[Call]] = field(default_factory=dict[bytes, list[Call]])
+    members: set[Call] = field(default_factory=set[Call])
+    nbytes: int = 0
+
+
+class Histories:
+    """The calls that may be continued, bounded in bytes; the rollout that was not used for longest goes first, whole.
+
+    Args:
+        limit: how many bytes they may take.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._conversations: OrderedDict[Hashable, _Conversation] = OrderedDict()
+        self.nbytes = 0
+        self.dropped = 0
+
+    def __len__(self) -> int:
+        return sum(len(conversation.members) for conversation in self._conversations.values())
+
+    def knows(self, key: Hashable) -> bool:
+        """Tell whether any call is kept under this key."""
+        return key in self._conversations
+
+    def find(
+        self,
+        key: Hashable,
+        messages: Sequence[Message],
+        fingerprints: Sequence[bytes],
+        answers_of: Callable[[Call], Sequence[Answer]],
+    ) -> Match | None:
+        """Return the longest call whose messages and answer the messages begin with; of equal ones the latest.
+
+        Args:
+            key: whose call it has to be.
+            fingerprints: those of the messages.
+            answers_of: parses a call's answer, when it is first needed.
+        """
+        conversation = self._conversations.get(key)
+        if conversation is None:
+            return None
+        self._conversations.move_to_end(key)
+        # Something new has to follow the answer.
+        for position in range(len(messages) - 2, -1, -1):
+            if messages[position]["role"] == "assistant":
+                for call in reversed(conversation.calls.get(fingerprints[position], ())):
+                    if call.answers is None:
+                        call.answers = answers_of(call)
+                    for answer in call.answers:
+                        if answer.is_said_by(messages[position]):
+                            # The first is what it said, from here on.
+                            call.answers = [answer]
+                            return Match(call, answer)
+        return None
+
+    def add(self, key: Hashable, fingerprint: bytes, call: Call) -> None:
+        """Keep a call, under the fingerprint of its messages."""
+        conversation = self._conversations.setdefault(key, _Conversation())
+        self._conversations.move_to_end(key)
+        if call.continued not in conversation.members:
+            call.detach()
+        conversation.calls.setdefault(fingerprint, []).append(call)
+        conversation.members.add(call)
+        conversation.nbytes += call.nbytes
+        self.nbytes += call.nbytes
+        while self.nbytes > self._limit:
+            _, oldest = self._conversations.popitem(last=False)
+            self.nbytes -= oldest.nbytes
+            self.dropped += len(oldest.members)
+
+
+def with_reasoning(messages: Sequence[Message], reasoning: Mapping[int, str]) -> Sequence[Message]:
+    """Return the messages, with the reasoning that the model gave in those whose client has left it out."""
+    missing = {position: text for position, text in reasoning.items() if not _reasoning(messages[position])}
+    if not missing:
+        return messages
+    return [
+        {**message, "reasoning": missing[position], "reasoning_content": missing[position]}
+        if position in missing
+        else message
+        for position, message in enumerate(messages)
+    ]
+
+
+def stand_in_for(message: Message) -> dict[str, Any]:
+    """Return a message like this one, with another text: what a template makes of both alike does not depend on it."""
+    text = "".join(_texts(message.get("content")))
+    other = next(each for each in _STAND_INS if not text.lstrip().startswith(each))
+    content = other if not isinstance(message.get("content"), list) else [{"type": "text", "text": other}]
+    return {**message, "content": content}
+
+
+class Seam(NamedTuple):
+    """Where a prompt goes on from a call.
+
+    Attributes:
+        start: the place in the template's text of the token that ends the answer.
+        end_id: that token.
+    """
+
+    start: int
+    end_id: int
+
+
+def find_seam(
+    whole: str,
+    stand_in: str,
+    match: Match,
+    message: Message,
+    ends: Mapping[int, str],
+    keep: bool,
+    read: Callable[[str], str] = str,
+) -> Seam | str:
+    """Prove that a template only appends behind a call's answer, and find the place; or return the reason why not.
+
+    Args:
+        whole: what the template makes of the request, each answer with its reasoning.
+        stand_in: the same up to the answer, and a stand-in for the message that follows it.
+        match: the call, and its answer.
+        message: the message that repeats the answer.
+        ends: the tokens that end a turn, as text by id.
+        keep: go on from reasoning that the template leaves out.
+        read: returns the text of a part of `whole`, if the template makes no text.
+    """
+    call, answer = match
+    shared = _shared_length(whole, stand_in)
+    if call.ended:
+        last = call.response_token_ids[-1]
+        ends = {last: ends[last]} if last in ends else {}
+    dropped = bool(answer.reasoning.strip()) or "</think>" in answer.text or call.rendered.thinks
+    begins = call.rendered.begins(whole)
+    start = call.rendered.length if begins else 0
+    found = [(place, end_id) for end_id, text in ends.items() for place in _places(whole, text, start, shared)]
+    if not begins:
+        reasoning = call.reasoning(answer).values()
+        if dropped or (reasoning and not all(map(read(whole).__contains__, reasoning))):
+            return Seam(*max(found)) if keep and found else REASONING_DROPPED
+        return NOT_APPEND_ONLY
+    if not found and any(text in whole[start:] for text in ends.values()):
+        # What it makes of the answer depends on what follows.
+        return REASONING_DROPPED if dropped else NOT_APPEND_ONLY
+    if len(found) != 1:
+        return SEAM
+    seam = Seam(*found[0])
+    turn = read(whole[start : seam.start])
+    said = (answer.reasoning, *_texts(message.get("content")))
+    if all(text.strip() in turn for text in said) or (dropped and keep):
+        return seam
+    return REASONING_DROPPED if dropped else NOT_APPEND_ONLY
+
+
+def _places(text: str, part: str, start: int, end: int) -> list[int]:
+    places: list[int] = []
+    place = text.find(part, start, end)
+    while place >= 0:
+        places.append(place)
+        place = text.find(part, place + len(part), end)
+    return places
+
+
+def _shared_length(one: str, other: str) -> int:
+    """Return how many characters two texts begin with alike, by comparing halves: they may be long."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,0 +1,307 @@
+"""What a request continues, and where its prompt goes on, decided without a server."""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agentlightning.continuation import (
+    CONTINUED,
+    NOT_APPEND_ONLY,
+    REASONING_DROPPED,
+    SEAM,
+    Answer,
+    Call,
+    Histories,
+    Match,
+    NotText,
+    Rendered,
+    canonical_calls,
+    fingerprints,
+)
+from tests.common.continued import END, Served
+from tests.common.templates import CHATML, QWEN3, TEMPLATES, TOOLS_LAST, rendered
+
+pytestmark = pytest.mark.tier("check")
+
+END_TEXT = "<|im_end|>"
+LIMIT = 1 << 20
+USER = {"role": "user", "content": "Paris?"}
+MORE = {"role": "user", "content": "And Rome?"}
+
+
+def tool_call(arguments: Any = '{"city": "Paris", "unit": "c"}') -> dict[str, Any]:
+    return {"id": "call-1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+
+
+def called(**fields: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": "", "tool_calls": [tool_call({"city": "Paris", "unit": "c"})], **fields}
+
+
+TOOL = {"role": "tool", "content": "sunny", "tool_call_id": "call-1"}
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_a_conversation_goes_on_from_what_the_model_wrote(template: str) -> None:
+    served = Served(template)
+    served.call([USER], "  It is\n", Answer("It is"))
+
+    result, prompt = served.call([USER, {"role": "assistant", "content": "It is"}, MORE], "yes", Answer("yes"))
+
+    assert result == CONTINUED
+    assert prompt == rendered(template, [USER]) + "  It is\n" + END_TEXT + after(template, MORE)
+
+
+def after(template: str, *messages: Any) -> str:
+    """What a template adds behind the end of an answer."""
+    answer = {"role": "assistant", "content": "x"}
+    return rendered(template, [USER, answer, *messages]).partition(f"x{END_TEXT}")[2]
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_a_tool_call_is_left_as_the_model_wrote_it(template: str) -> None:
+    said = '<tool_call>\n{"name":  "weather", "arguments": {"unit":"c","city":"Paris"}}</tool_call>'
+    served = Served(template)
+    served.call([USER], said, Answer("", canonical_calls([tool_call()])))
+
+    result, prompt = served.call([USER, called(), TOOL], "yes", Answer("yes"))
+
+    assert result == CONTINUED
+    assert prompt == rendered(template, [USER]) + said + END_TEXT + after(template, TOOL)
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_an_answer_that_was_cut_gets_its_end_from_the_template(template: str) -> None:
+    served = Served(template)
+    served.call([USER], "It i", Answer("It i"), ended=False)
+
+    result, prompt = served.call([USER, {"role": "assistant", "content": "It i"}, MORE], "yes", Answer("yes"))
+
+    assert result == CONTINUED
+    assert prompt == rendered(template, [USER]) + "It i" + END_TEXT + after(template, MORE)
+
+
+REASONED = Answer("", canonical_calls([tool_call()]), "Hm,\nParis.")
+REASONED_TEXT = "<think>\nHm,\nParis.\n</think>\n\n<tool_call>…</tool_call>"
+
+
+@pytest.mark.parametrize("sent", [{}, {"reasoning": "Hm,\nParis.", "reasoning_content": "Hm,\nParis."}])
+def test_reasoning_stays_while_the_template_keeps_it_whether_or_not_it_is_sent_back(sent: dict[str, str]) -> None:
+    served = Served(QWEN3)
+    served.call([USER], REASONED_TEXT, REASONED)
+
+    result, prompt = served.call([USER, called(**sent), TOOL], REASONED_TEXT, REASONED)
+    assert result == CONTINUED
+    assert prompt == rendered(QWEN3, [USER]) + REASONED_TEXT + END_TEXT + after(QWEN3, TOOL)
+
+    # Once more: the first answer's reasoning is known from the call that the second continued.
+    result, longer = served.call([USER, called(), TOOL, called(), TOOL], "yes", Answer("yes"))
+    assert result == CONTINUED
+    assert longer == prompt + REASONED_TEXT + END_TEXT + after(QWEN3, TOOL)
+
+
+@pytest.mark.parametrize(("keep", "result"), [(False, REASONING_DROPPED), (True, CONTINUED)])
+def test_reasoning_that_the_template_takes_out_goes_with_it_unless_it_is_to_be_kept(keep: bool, result: str) -> None:
+    served = Served(QWEN3, keep)
+    served.call([USER], "<think>\nHm.\n</think>\n\nIt is.", Answer("It is.", (), "Hm."))
+
+    messages = [USER, {"role": "assistant", "content": "It is."}, MORE]
+    found, prompt = served.call(messages, "yes", Answer("yes"))
+
+    assert found == result
+    kept = f"{rendered(QWEN3, [USER])}<think>\nHm.\n</think>\n\nIt is.{END_TEXT}{after(QWEN3, MORE)}"
+    assert prompt == (kept if keep else rendered(QWEN3, messages))
+
+
+@pytest.mark.parametrize(("keep", "result"), [(False, REASONING_DROPPED), (True, CONTINUED)])
+def test_a_template_that_has_the_model_not_think_takes_that_out_later(keep: bool, result: str) -> None:
+    served = Served(QWEN3, keep)
+    served.call([USER], "It is.", Answer("It is."), enable_thinking=False)
+
+    messages = [USER, {"role": "assistant", "content": "It is."}, MORE]
+
+    assert served.call(messages, "yes", Answer("yes"), enable_thinking=False)[0] == result
+
+
+def test_a_template_that_moves_a_turn_is_not_append_only() -> None:
+    served = Served(TOOLS_LAST)
+    served.call([USER], "It is.", Answer("It is."))
+
+    messages = [USER, {"role": "assistant", "content": "It is."}, MORE]
+
+    assert served.call(messages, "yes", Answer("yes")) == (NOT_APPEND_ONLY, rendered(TOOLS_LAST, messages))
+
+
+def test_an_answer_with_the_end_of_a_turn_in_its_text_is_not_continued() -> None:
+    served = Served(CHATML)
+    text = f"It is{END_TEXT} not"
+    served.call([USER], text, Answer(text))
+
+    assert served.call([USER, {"role": "assistant", "content": text}, MORE], "yes", Answer("yes"))[0] == SEAM
+
+
+MESSAGES = [USER, {"role": "assistant", "content": "It is."}, MORE]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "assistant", "content": " It is.\n"},
+        {"role": "assistant", "content": [{"type": "text", "text": "It is."}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "It"}, {"type": "text", "text": " is."}]},
+        {"role": "assistant", "content": "It is.", "reasoning": "", "tool_calls": [], "id": "msg_1"},
+    ],
+)
+def test_clients_may_send_an_answer_back_in_their_own_way(message: dict[str, Any]) -> None:
+    assert found([USER, message, MORE])
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [USER, {"role": "assistant", "content": "It is not."}, MORE],
+        [USER, {"role": "assistant", "content": "It is.", "tool_calls": [tool_call()]}, MORE],
+        [USER, {"role": "assistant", "content": "It is.", "reasoning": "It said so."}, MORE],
+        [MORE, {"role": "assistant", "content": "It is."}, MORE],
+        [USER, USER, {"role": "assistant", "content": "It is."}, MORE],
+        [{"role": "system", "content": "Be brief."}, *MESSAGES],
+        [USER, {"role": "user", "content": "It is."}, MORE],
+        [USER, {"role": "assistant", "content": "It is."}],
+    ],
+)
+def test_another_conversation_finds_nothing(messages: list[Any]) -> None:
+    assert not found(messages)
+
+
+def found(messages: list[Any], key: str = "ro-1") -> Match | None:
+    histories = Histories(LIMIT)
+    histories.add("ro-1", fingerprints([USER])[-1], made_up(1))
+    return histories.find(key, messages, fingerprints(messages), lambda call: [Answer("It is.")])
+
+
+def made_up(position: int, ids: int = 3, continued: Call | None = None) -> Call:
+    return Call(position, Rendered.of(""), array("i", range(ids)), array("i", [7]), [END], False, None, continued)
+
+
+def test_rollouts_with_equal_messages_do_not_mix() -> None:
+    assert found(MESSAGES)
+    assert not found(MESSAGES, "ro-2")
+
+
+def test_other_tools_or_another_model_find_nothing() -> None:
+    assert fingerprints(MESSAGES, b"one") != fingerprints(MESSAGES, b"other")
+
+
+@given(st.data())
+def test_equal_json_is_equal_however_it_is_written(data: st.DataObject) -> None:
+    import json
+
+    leaves = st.none() | st.booleans() | st.integers(-9, 9) | st.text(max_size=4)
+    value = data.draw(st.dictionaries(st.text(max_size=4), leaves | st.lists(leaves, max_size=2), max_size=3))
+    written = json.dumps(value, indent=data.draw(st.sampled_from([None, 1])), ensure_ascii=data.draw(st.booleans()))
+
+    assert canonical_calls([tool_call(written)]) == canonical_calls([tool_call(value)])
+
+
+def test_of_several_equal_answers_the_latest_is_continued_and_each_branch_its_own() -> None:
+    histories = Histories(LIMIT)
+    answers = {call: Answer(text) for call, text in ((made_up(1), "a"), (made_up(1), "b"), (made_up(1), "b"))}
+    for call in answers:
+        histories.add("ro-1", fingerprints([USER])[-1], call)
+    first, _, latest = answers
+
+    def continued(text: str) -> Call | None:
+        messages = [USER, {"role": "assistant", "content": text}, MORE]
+        match = histories.find("ro-1", messages, fingerprints(messages), lambda call: [answers[call]])
+        return match and match.call
+
+    assert continued("a") is first
+    assert continued("b") is latest
+    assert continued("c") is None
+
+
+def test_the_longest_call_is_continued() -> None:
+    histories = Histories(LIMIT)
+    messages = [*MESSAGES, {"role": "assistant", "content": "It is."}, MORE]
+    short, long = made_up(1), made_up(3)
+    histories.add("ro-1", fingerprints(messages)[1], short)
+    histories.add("ro-1", fingerprints(messages)[3], long)
+
+    match = histories.find("ro-1", messages, fingerprints(messages), lambda call: [Answer("It is.")])
+
+    assert match
+    assert match.call is long
+
+
+def test_an_image_is_not_text() -> None:
+    with pytest.raises(NotText):
+        fingerprints([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "…"}}]}])
+
+
+def test_the_cache_stays_within_its_bound_and_counts_what_it_drops() -> None:
+    histories = Histories(100_000)
+    continued: Call | None = None
+    for number in range(10_000):
+        continued = made_up(number, 100, continued if number % 20 else None)
+        histories.add(f"ro-{number // 20}", number.to_bytes(4, "big"), continued)
+        assert histories.nbytes <= 100_000
+
+    assert len(histories) + histories.dropped == 10_000
+    assert 40 < len(histories) < 100
+    assert not histories.knows("ro-0")
+    assert histories.knows("ro-499")
+
+
+def test_a_rollout_that_is_used_stays_in_the_cache() -> None:
+    histories = Histories(10_000)
+    for number in range(100):
+        histories.add("used", fingerprints([USER])[-1], made_up(1)) if not number else None
+        assert histories.find("used", MESSAGES, fingerprints(MESSAGES), lambda call: [Answer("It is.")])
+        histories.add(f"ro-{number}", b"", made_up(1))
+
+
+def test_a_call_whose_forerunner_was_dropped_keeps_all_ids() -> None:
+    histories = Histories(3_000)
+    first = made_up(1)
+    histories.add("ro-1", b"1", first)
+    second = made_up(3, 2, first)
+    for number in range(9):
+        histories.add(f"ro-{number + 2}", b"", made_up(1))
+    before = second.token_ids()
+
+    histories.add("ro-1", b"3", second)
+
+    assert second.continued is None
+    assert second.token_ids() == before == [0, 1, 2, 7, 0, 1, 7]
+
+
+TEXTS = st.text(st.sampled_from("ab \n<>|?!{}"), max_size=8)
+ANSWERS = st.builds(Answer, TEXTS, st.sampled_from([(), canonical_calls([tool_call()])]), TEXTS)
+
+
+@given(st.sampled_from(sorted(TEMPLATES)), st.lists(st.tuples(ANSWERS, TEXTS, st.booleans()), min_size=1, max_size=5))
+def test_a_prompt_is_the_templates_own_but_for_what_the_model_wrote(name: str, turns: list[Any]) -> None:
+    """A prompt is the template's, or that with what the model wrote in the place of the answers."""
+    template = TEMPLATES[name]
+    served = Served(template)
+    messages: list[Any] = [USER]
+    before = ""
+    for answer, text, ended in turns:
+        said = f"[{answer.reasoning}|{answer.text}|{len(answer.tool_calls)}]"
+        result, prompt = served.call(messages, said, answer, ended=ended)
+        if result == CONTINUED:
+            assert prompt.startswith(before)
+            rest = prompt[len(before) :]
+            # What follows the answer is the end of what the template makes of the whole request.
+            assert rendered(template, messages).endswith(rest)
+            assert (rest if not before.endswith(END_TEXT) else END_TEXT + rest).startswith(END_TEXT)
+        else:
+            assert prompt == rendered(template, messages)
+        before = prompt + said + (END_TEXT if ended else "")
+        calls = {"tool_calls": called()["tool_calls"]} if answer.tool_calls else {}
+        follows = {**TOOL, "content": text} if calls else {"role": "user", "content": text}
+        messages = [*messages, {"role": "assistant", "content": answer.text, **calls}, follows]
