@@ -12,6 +12,8 @@ from _agentlightning import INSTRUMENT_OFF
 
 ON = ("1", "true", "on", "yes")
 OFF = tuple(filter(None, INSTRUMENT_OFF))
+WHOLE_MB = r"0*[1-9][0-9]{0,6}"
+NOT_WHOLE_MB = "not a whole number from 1 to 9999999"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,10 @@ VARIABLES = {
     "AGL_LOGPROBS": Variable("off", (*ON, *OFF)),
     "AGL_RECORD_TEXT": Variable("on", (*ON, *OFF)),
     "AGL_RECORD_OFFLINE": Variable("off", (*ON, *OFF)),
-    "AGL_QUEUE_MB": Variable("256", pattern=r"0*[1-9][0-9]{0,6}", otherwise="not a whole number from 1 to 9999999"),
+    "AGL_QUEUE_MB": Variable("256", pattern=WHOLE_MB, otherwise=NOT_WHOLE_MB),
+    "AGL_CONTINUE": Variable("off", (*ON, "report", *OFF)),
+    "AGL_CONTINUE_REASONING": Variable("template", ("template", "keep")),
+    "AGL_CONTINUE_MB": Variable("256", pattern=WHOLE_MB, otherwise=NOT_WHOLE_MB),
 }
 
 
@@ -68,12 +73,24 @@ class Settings:
     logprobs: bool
     record_text: bool
     record_offline: bool
+    continues: str
+    continue_reasoning: str
+    continue_bytes: int
 
 
 def read_all() -> Settings:
     """Read them now: who serves requests keeps the result, and does not read the environment for each."""
     return Settings(
-        instrument(), return_token_ids(), store(), queue_bytes(), logprobs(), record_text(), record_offline()
+        instrument(),
+        return_token_ids(),
+        store(),
+        queue_bytes(),
+        logprobs(),
+        record_text(),
+        record_offline(),
+        continues(),
+        continue_reasoning(),
+        continue_bytes(),
     )
 
 
@@ -122,6 +139,28 @@ def record_offline() -> bool:
 def queue_bytes() -> int:
     """Return how many bytes may wait in memory for the store (`AGL_QUEUE_MB`, in MiB)."""
     return int(_valid("AGL_QUEUE_MB")) << 20
+
+
+def continues() -> str:
+    """Return whether chat prompts go on from the exact ids of earlier calls (`AGL_CONTINUE`).
+
+    `"off"` (the default); `"report"`: only count which would; `"on"`.
+    """
+    value = _valid("AGL_CONTINUE")
+    return "on" if value in ON else "off" if value in OFF else value
+
+
+def continue_reasoning() -> str:
+    """Return what becomes of reasoning that the chat template leaves out (`AGL_CONTINUE_REASONING`).
+
+    `"template"` (the default): it is left out, in vLLM's own prompt; `"keep"`: the prompt goes on from it.
+    """
+    return _valid("AGL_CONTINUE_REASONING")
+
+
+def continue_bytes() -> int:
+    """Return how many bytes of earlier calls may be kept in memory (`AGL_CONTINUE_MB`, in MiB)."""
+    return int(_valid("AGL_CONTINUE_MB")) << 20
 
 
 def read(variable: str) -> str:

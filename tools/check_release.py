@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 from agentlightning.instrumentation.vllm import PATCH_SETS, _releases
 from agentlightning.instrumentation.vllm.capture.session import session
@@ -158,25 +159,16 @@ def _method(patch: Patch) -> str:
 
 @contextmanager
 def _as_if_imported(version: str) -> Iterator[None]:
-    """Set what patches read besides the module: vLLM's version, and that all generations are recorded."""
+    """Set what patches read besides the module: vLLM's version, and that all generations are recorded and continued."""
     vllm: Any = ModuleType("vllm")
     vllm.__version__ = version
-    recorded = {"AGL_STORE": "checked.db", "AGL_RECORD_OFFLINE": "on"}
-    imported, variables = sys.modules.get("vllm"), {name: os.environ.get(name) for name in recorded}
-    sys.modules["vllm"] = vllm
-    os.environ.update(recorded)
-    session.begin()
-    try:
-        yield
-    finally:
-        sys.modules.pop("vllm")
-        if imported is not None:
-            sys.modules["vllm"] = imported
-        for name, value in variables.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
+    asked_for = {"AGL_STORE": "checked.db", "AGL_RECORD_OFFLINE": "on", "AGL_CONTINUE": "on"}
+    with mock.patch.dict(sys.modules, {"vllm": vllm}), mock.patch.dict(os.environ, asked_for):
         session.begin()
+        try:
+            yield
+        finally:
+            session.begin()
 
 
 def entry_points(source: Source) -> dict[str, set[str]]:

@@ -27,6 +27,7 @@ REPORTED = (
     "counters",
     "limits",
     "recording",
+    "continuation",
 )
 
 BEHIND_ROUTER = (
@@ -81,6 +82,7 @@ def _is_status(answer: Any) -> TypeGuard[dict[str, Any]]:
         and isinstance(answer["counters"].get("failures"), dict)
         and isinstance(answer["limits"], list)
         and isinstance(answer["recording"], dict | None)
+        and isinstance(answer["continuation"], dict | None)
     )
 
 
@@ -114,6 +116,8 @@ def findings(status: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding("engine", Mark.NOTE, limit)
     if status["recording"] is not None:
         yield from _recording(status["recording"])
+    if status["continuation"] is not None:
+        yield _continuation(status["continuation"])
     for kind, count in status["counters"]["failures"].items():
         yield Finding(
             "failures",
@@ -121,6 +125,12 @@ def findings(status: Mapping[str, Any]) -> Iterator[Finding]:
             f"{count} times an answer went out as vLLM made it, after an error of ours: {kind}",
             "the server's log has the traceback of the first; please report it",
         )
+
+
+def _continuation(continuation: Mapping[str, Any]) -> Finding:
+    results = ", ".join(f"{count} {result}" for result, count in continuation["results"].items() if count)
+    kept = f"{continuation['calls']} calls kept in {continuation['bytes']} bytes, {continuation['dropped']} dropped"
+    return Finding("continuation", Mark.OK, f"chat prompts of rollouts: {results or 'none so far'}; {kept}")
 
 
 def _recording(recording: Mapping[str, Any]) -> Iterator[Finding]:

@@ -151,6 +151,19 @@ class Scheduler:
         pass
 """
 
+ONLINE_RENDERER = """\
+class BaseRenderer:
+    async def render_chat_async(self, conversations, chat_params, tok_params=None):
+        pass
+
+    async def tokenize_prompts_async(self, prompts, params):
+        pass
+
+class OnlineRenderer:
+    async def preprocess_chat(self, request, messages):
+        pass
+"""
+
 ENGINE_MESSAGES = """\
 class MsgpackEncoder:
     def encode(self, obj):
@@ -341,6 +354,7 @@ THE_SAME_EVERYWHERE = {
     "v1/engine/utils.py": "",
     "v1/core/sched/scheduler.py": SCHEDULER,
     "v1/serial_utils.py": ENGINE_MESSAGES,
+    "renderers/online_renderer.py": ONLINE_RENDERER,
     "v1/utils.py": "",
     "entrypoints/serve/engine/serving.py": SERVING_BASE,
     "entrypoints/anthropic/protocol.py": MESSAGES_PROTOCOL,

@@ -30,11 +30,19 @@ STATUS: dict[str, Any] = {
         "AGL_RETURN_TOKEN_IDS": "all",
         "AGL_LOGPROBS": "off",
         "AGL_RECORD_OFFLINE": "off",
+        "AGL_CONTINUE": "off",
     },
     "patches": {"chat": {"state": "applied", "reason": None}},
     "counters": {"failures": {}},
     "limits": [],
     "recording": None,
+    "continuation": None,
+}
+CONTINUATION: dict[str, Any] = {
+    "results": {"continued": 7, "first call": 2, "no match": 0, "seam": 1},
+    "calls": 9,
+    "bytes": 12_000,
+    "dropped": 3,
 }
 RECORDING: dict[str, Any] = {
     "store": "run.db",
@@ -265,6 +273,15 @@ def test_a_server_that_keeps_what_it_generates() -> None:
 
     assert said.status == 0
     assert "ok store this API server has recorded 12 generations in run.db, 0 bytes wait for it" in said.text
+
+
+def test_what_became_of_the_prompts_that_could_go_on() -> None:
+    with answering_status(continuation=CONTINUATION) as url:
+        said = ask(url)
+
+    assert said.status == 0
+    counted = "7 continued, 2 first call, 1 seam; 9 calls kept in 12000 bytes, 3 dropped"
+    assert f"ok continuation chat prompts of rollouts: {counted}" in said.text
 
 
 def test_a_store_that_cannot_be_written_and_what_was_lost_are_problems() -> None:

@@ -68,9 +68,12 @@ def test_nonsense_is_a_problem(environment: Environment, variable: str) -> None:
         ("AGL_RECORD_TEXT", "OFF", "ok AGL_RECORD_TEXT off"),
         ("AGL_RECORD_OFFLINE", "On", "ok AGL_RECORD_OFFLINE on"),
         ("AGL_QUEUE_MB", "64", "ok AGL_QUEUE_MB 64"),
+        ("AGL_CONTINUE", "Report", "ok AGL_CONTINUE report"),
+        ("AGL_CONTINUE_REASONING", "keep", "ok AGL_CONTINUE_REASONING keep"),
+        ("AGL_CONTINUE_MB", "1", "ok AGL_CONTINUE_MB 1"),
     ],
 )
-def test_what_is_recorded(environment: Environment, variable: str, value: str, said_of_it: str) -> None:
+def test_what_is_recorded_and_continued(environment: Environment, variable: str, value: str, said_of_it: str) -> None:
     said = doctor(environment, "--quick", **{variable: value})
 
     assert said.status == 0, said.stdout

@@ -88,6 +88,7 @@ class RequestContext(Caller):
         prefix: the prefix that was removed from its path, if any.
         scope: the ASGI scope, with what vLLM keeps in its `state`.
         collects: whether `engine_requests` are wanted.
+        turns: its chat prompts, as `continuation` describes them.
     """
 
     endpoint: str | None = None
@@ -99,6 +100,7 @@ class RequestContext(Caller):
     # Not for every endpoint: a beam search makes thousands, and nothing would read them.
     collects: bool = False
     engine_requests: list[EngineRequest] = field(default_factory=list)
+    turns: list[Any] = field(default_factory=list)
     _call_id: str | None = None
 
     @property

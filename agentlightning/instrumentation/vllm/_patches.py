@@ -13,7 +13,7 @@ from types import ModuleType
 
 from agentlightning import settings
 from agentlightning.importhook import ImportHook, finders_ahead, is_executing, locate, when_imported
-from agentlightning.instrumentation.vllm import _logging, _releases, _shutdown, _status, _strict
+from agentlightning.instrumentation.vllm import _logging, _releases, _shutdown, _status, _strict, continuation
 from agentlightning.instrumentation.vllm.capture import calls, engine_core, frontend, in_process, marks
 from agentlightning.instrumentation.vllm.capture.session import session
 from agentlightning.instrumentation.vllm.endpoints import batch, chat, completions, generate, messages, responses
@@ -46,6 +46,7 @@ PATCH_SETS = (
     _patch_set("scheduler", _releases.SCHEDULER, *engine_core.SCHEDULER_PATCHES),
     _patch_set("engine messages", _releases.ENGINE_MESSAGES, *marks.MESSAGE_PATCHES, *engine_core.MESSAGE_PATCHES),
     _patch_set("model check", _releases.SERVING_BASE, *calls.PATCHES),
+    _patch_set(continuation.PATCH_SET, _releases.ONLINE_RENDERER, *continuation.PATCHES),
     _patch_set("chat response", _releases.CHAT_PROTOCOL, *chat.RESPONSE_PATCHES),
     _patch_set("chat", _releases.CHAT_SERVING, *chat.SERVING_PATCHES),
     _patch_set("chat batch", _releases.BATCH_SERVING, *batch.SERVING_PATCHES),
@@ -107,6 +108,7 @@ def undo_all() -> None:
         for patch_set in PATCH_SETS:
             patch_set.undo()
         frontend.forget_all()
+        continuation.forget()
         _armed = False
 
 
@@ -153,6 +155,8 @@ def _report_missing_modules(vllm: ModuleType) -> None:
             continue
         if patch_set.since and _releases.is_before(version, patch_set.since):
             patch_set.skip(f"came with vLLM {patch_set.since}")
+        elif patch_set.name == continuation.PATCH_SET and not _is_asked_for(patch_set.name):
+            patch_set.skip(f"vLLM {version} has no {' or '.join(patch_set.modules)}, and AGL_CONTINUE is off")
         else:
             patch_set.fail(f"vLLM {version} has no {' or '.join(patch_set.modules)}")
     _refuse_without_start_up_check()
@@ -186,5 +190,16 @@ def _import_and_list_failures() -> list[str]:
 
 
 def _list_failures() -> list[str]:
-    """Say of each patch set that failed, among the modules imported so far, why."""
-    return [f"{name}: {found.reason}" for name, found in status().items() if found.state is State.FAILED]
+    """Say of each patch set that failed, among the modules imported so far, why.
+
+    `AGL_CONTINUE` asks for a set of its own, which a release that is too old does not have.
+    """
+    return [
+        f"{name}: {found.reason}"
+        for name, found in status().items()
+        if found.state is State.FAILED or (found.state is State.NOT_FOR_THIS_RELEASE and _is_asked_for(name))
+    ]
+
+
+def _is_asked_for(name: str) -> bool:
+    return name == continuation.PATCH_SET and session.settings.continues != "off"

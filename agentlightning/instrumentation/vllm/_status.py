@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import agentlightning
-from agentlightning.instrumentation.vllm import _strict
+from agentlightning.instrumentation.vllm import _strict, continuation
 from agentlightning.instrumentation.vllm._carriers import conflicting_names, ignored_ids
 from agentlightning.instrumentation.vllm._context import RequestContextMiddleware
 from agentlightning.instrumentation.vllm._isolation import contained, failures
@@ -34,6 +34,12 @@ OTHER_STATES = {
     State.PENDING: "not used by this process",
     State.FAILED: "failed",
     State.NOT_FOR_THIS_RELEASE: "not for this release",
+}
+
+CONTINUES = {
+    "off": "",
+    "report": "; prompts that could go on from exact ids are counted",
+    "on": "; prompts go on from exact ids",
 }
 
 logger = logging.getLogger("agentlightning")
@@ -89,9 +95,10 @@ def _announce(statuses: Statuses) -> None:
     import vllm
 
     logger.info(
-        "agentlightning: release %s is on in vLLM %s; %s; %s; %s",
+        "agentlightning: release %s is on in vLLM %s; %s; %s; %s%s",
         *(agentlightning.__version__, getattr(vllm, "__version__", "of unknown version")),
         *(_patched(statuses()), CARRIED[session.settings.return_token_ids], session.destination()),
+        _continued(statuses()),
     )
 
 
@@ -108,11 +115,19 @@ def _patched(statuses: Mapping[str, Status]) -> str:
     return ", ".join([f"{len(found.get(State.APPLIED, ()))} patch sets applied", *others])
 
 
+def _continued(statuses: Mapping[str, Status]) -> str:
+    mode = session.settings.continues
+    if mode != "off" and statuses[continuation.PATCH_SET].state is not State.APPLIED:
+        return "; AGL_CONTINUE has no effect here"
+    return CONTINUES[mode]
+
+
 def _set_up(app: Any, statuses: Statuses) -> None:
     if any(getattr(route, "path", None) == STATUS_ROUTE for route in app.routes):
         return
     _add_route(app, statuses)
     _add_middleware(app)
+    contained("counting continued calls", continuation.start)
     if session.is_recording:
         contained("opening the store", frontend.start, frontend.SECONDS_TO_REGISTER)
 
@@ -151,6 +166,7 @@ def _report(app: Any, statuses: Mapping[str, Status]) -> dict[str, Any]:
             "AGL_RETURN_TOKEN_IDS": settings.return_token_ids,
             "AGL_LOGPROBS": "on" if settings.logprobs else "off",
             "AGL_RECORD_OFFLINE": "on" if settings.record_offline else "off",
+            "AGL_CONTINUE": settings.continues,
         },
         "patches": {name: status.as_dict() for name, status in statuses.items()},
         "counters": {
@@ -160,4 +176,5 @@ def _report(app: Any, statuses: Mapping[str, Status]) -> dict[str, Any]:
         },
         "limits": _strict.limits(app),
         "recording": session.report(),
+        "continuation": continuation.report(),
     }

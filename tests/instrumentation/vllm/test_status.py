@@ -49,11 +49,13 @@ def test_the_status_describes_the_server_and_its_patches(armed: RemoteOpenAIServ
             "AGL_RETURN_TOKEN_IDS": "all",
             "AGL_LOGPROBS": "off",
             "AGL_RECORD_OFFLINE": "off",
+            "AGL_CONTINUE": "off",
         },
         "patches": WHOLE,
         "counters": {"failures": {}, "ignored_ids": {}, "conflicting_names": {}},
         "limits": [],
         "recording": None,
+        "continuation": None,
     }
 
 
@@ -74,6 +76,7 @@ def test_a_strict_server_that_started_is_patched_completely(guarded: RemoteOpenA
         "AGL_RETURN_TOKEN_IDS": "response",
         "AGL_LOGPROBS": "off",
         "AGL_RECORD_OFFLINE": "off",
+        "AGL_CONTINUE": "off",
     }
     # All that there is to patch has been imported, to judge it.
     assert told["patches"] == dict.fromkeys(WHOLE, WHOLE["capture"])

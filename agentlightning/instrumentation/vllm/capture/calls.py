@@ -34,7 +34,7 @@ def in_one_call(target: str, endpoint: str) -> Patch:
 
         return create_in_one_call
 
-    return Where(lambda module: session.is_recording, Wrap(target, ("request",), wrap))
+    return Where(lambda module: session.follows_requests, Wrap(target, ("request",), wrap))
 
 
 def wrap_check_model(check: Callable[..., Any]) -> Callable[..., Any]:
@@ -90,12 +90,12 @@ def _has_base(module: ModuleType) -> bool:
 
 PATCHES: tuple[Patch, ...] = (
     Where(
-        lambda module: session.is_recording and _has_base(module),
+        lambda module: session.follows_requests and _has_base(module),
         Wrap("BaseServing._check_model", ("request",), wrap_check_model),
     ),
     # Up to 0.23.
     Where(
-        lambda module: session.is_recording and not _has_base(module),
+        lambda module: session.follows_requests and not _has_base(module),
         Wrap("OpenAIServing._check_model", ("request",), wrap_check_model),
     ),
 )

@@ -3,8 +3,8 @@
 `add_request` runs in the task that serves the HTTP request, so a context variable leads from there to that request. An
 engine request ends in one of three ways, each a method of vLLM's `OutputProcessor`: the engine is done with it
 (`process_outputs`), the client no longer waits for it (`abort_requests`), or the engine is dead (`propagate_error`).
-These three are wrapped only if generations are recorded. The engine of an offline `LLM` has the same `OutputProcessor`,
-and returns its outputs instead of putting them into queues.
+These three are wrapped only if generations are recorded, or continued by later ones. The engine of an offline `LLM` has
+the same `OutputProcessor`, and returns its outputs instead of putting them into queues.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from agentlightning.instrumentation.vllm import _context
+from agentlightning.instrumentation.vllm import _context, continuation
 from agentlightning.instrumentation.vllm._carriers import is_probe
 from agentlightning.instrumentation.vllm._context import EngineRequest, RequestContext
 from agentlightning.instrumentation.vllm._isolation import contained
@@ -80,9 +80,10 @@ def find_pending(processor: Any) -> PendingRequests | None:
 def _pending_of(processor: Any) -> PendingRequests:
     found = _pending.get(processor)
     if found is None:
-        start()
-        found = _pending[processor] = PendingRequests(_record, _logprobs_modes.get(processor), _note_lost)
-        session.follow(found)
+        found = _pending[processor] = PendingRequests(_close, _logprobs_modes.get(processor), _note_lost)
+        if session.is_recording:
+            start()
+            session.follow(found)
     return found
 
 
@@ -106,14 +107,14 @@ def forget_all() -> None:
 
 def wrap_add_request(add_request: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `OutputProcessor.add_request`, which runs once for each request to the engine."""
-    records, wants_logprobs = session.is_recording, session.settings.logprobs
+    follows, wants_logprobs = session.follows_requests, session.is_recording and session.settings.logprobs
 
     def add_request_and_capture(
         self: Any, request: Any, prompt: Any, parent_req: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
         context = _context.current()
         collects = context is not None and context.collects
-        if not (collects or records):
+        if not (collects or follows):
             return add_request(self, request, prompt, parent_req, *args, **kwargs)
         # vLLM also calls this with more input for a known request (realtime).
         is_new = contained("looking for a request", _is_new, self, request)
@@ -122,7 +123,7 @@ def wrap_add_request(add_request: Callable[..., Any]) -> Callable[..., Any]:
         if state is not None:
             if context is not None and collects:
                 contained("capturing a request", _collect, state, request, context)
-            if records:
+            if follows:
                 contained("recording a request", _follow, self, state, request, parent_req, context, wants_logprobs)
         return answer
 
@@ -158,7 +159,8 @@ def _follow(
             if not _offline.get(processor):
                 mark = marks.Mark.RECORDED_WITH_LOGPROBS
     # vLLM sends the request to the engine after this returns.
-    marks.add(request.request_id, mark)
+    if session.is_recording:
+        marks.add(request.request_id, mark)
 
 
 def wrap_process_outputs(process_outputs: Callable[..., Any]) -> Callable[..., Any]:
@@ -396,6 +398,13 @@ class PendingRequests:
             self._parents.pop(state.parent_req.request_id, None)
 
 
+def _close(captured: CapturedRequest) -> None:
+    if session.settings.continues != "off":
+        contained("keeping a call", continuation.note_finished, captured)
+    if session.is_recording:
+        _record(captured)
+
+
 def _record(captured: CapturedRequest) -> None:
     token_ids, more = len(captured.prompt_token_ids or ()), 0
     for choice in captured.finished:
@@ -407,7 +416,8 @@ def _record(captured: CapturedRequest) -> None:
 
 
 def _note_lost(captured: CapturedRequest, error: Exception) -> None:
-    session.recorder.note_lost(captured.whose, error)
+    if session.is_recording:
+        session.recorder.note_lost(captured.whose, error)
 
 
 def _bytes_of(choice: FinishedChoice) -> int:
@@ -455,14 +465,18 @@ def _routed_experts(state: Any, last: Any) -> list[Any]:
     return chunks
 
 
+def _follows(module: ModuleType) -> bool:
+    return session.follows_requests
+
+
 def _records(module: ModuleType) -> bool:
     return session.is_recording
 
 
 CAPTURE_PATCHES: tuple[Patch, ...] = (
     Wrap("OutputProcessor.add_request", ("request", "prompt", "parent_req"), wrap_add_request),
-    Where(_records, Wrap("OutputProcessor.process_outputs", ("engine_core_outputs",), wrap_process_outputs)),
-    Where(_records, Wrap("OutputProcessor.abort_requests", ("request_ids",), wrap_abort_requests)),
-    Where(_records, Wrap("OutputProcessor.propagate_error", (), wrap_propagate_error)),
+    Where(_follows, Wrap("OutputProcessor.process_outputs", ("engine_core_outputs",), wrap_process_outputs)),
+    Where(_follows, Wrap("OutputProcessor.abort_requests", ("request_ids",), wrap_abort_requests)),
+    Where(_follows, Wrap("OutputProcessor.propagate_error", (), wrap_propagate_error)),
 )
 CLIENT_PATCHES: tuple[Patch, ...] = (Where(_records, Wrap("AsyncLLM.__init__", ("vllm_config",), wrap_client_init)),)

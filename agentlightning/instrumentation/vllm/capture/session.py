@@ -91,6 +91,11 @@ class Session:
         return self.is_recording and self.settings.record_offline
 
     @property
+    def follows_requests(self) -> bool:
+        """True if requests to the engine are followed to their end: to be recorded, or continued by later ones."""
+        return self.is_recording or self.settings.continues != "off"
+
+    @property
     def recorder(self) -> Recorder:
         """The recorder of the store that `AGL_STORE` names; only for a session that records."""
         return self._recorder or self._find_recorder()

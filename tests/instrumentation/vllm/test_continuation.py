@@ -1,0 +1,153 @@
+"""Prompts that go on from exact ids, on vLLM's own renderer, in processes that are forked for each test."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from vllm.renderers.base import BaseRenderer
+from vllm.renderers.online_renderer import OnlineRenderer
+
+from agentlightning import continuation as decisions
+from agentlightning import instrumentation
+from agentlightning.instrumentation.vllm import _isolation, continuation
+from tests.common.rendering import answered, online_renderer, prompt_of
+from tests.common.templates import CHATML
+
+pytestmark = pytest.mark.forked
+
+USER = {"role": "user", "content": "Paris?"}
+MORE = {"role": "user", "content": "More?"}
+
+
+def methods() -> list[Callable[..., Any]]:
+    return [OnlineRenderer.preprocess_chat, BaseRenderer.render_chat_async, BaseRenderer.tokenize_prompts_async]
+
+
+VLLMS_OWN = methods()
+
+
+@pytest.fixture
+def continuing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGL_CONTINUE", "on")
+    instrumentation.instrument_vllm()
+    assert continuation.report() is not None
+
+
+def test_while_it_is_off_nothing_is_patched() -> None:
+    instrumentation.instrument_vllm()
+
+    assert methods() == VLLMS_OWN
+    assert continuation.report() is None
+
+
+@pytest.mark.usefixtures("continuing")
+def test_uninstrumenting_puts_everything_back_and_forgets_all_calls() -> None:
+    assert not set(methods()) & set(VLLMS_OWN)
+    two_turns(CHATML)
+    assert results()["calls"] == 1
+
+    instrumentation.uninstrument_vllm()
+
+    assert methods() == VLLMS_OWN
+    assert results()["calls"] == 0
+
+
+def results() -> dict[str, Any]:
+    found = continuation.report()
+    assert found is not None
+    return found
+
+
+def two_turns(template: str, text: str = "The quick fox. ", **options: Any) -> tuple[list[int], list[int]]:
+    """Ask, and ask again after an answer that no tokenizer would make; return what was read first, and then."""
+    renderer = online_renderer(template, **options)
+    tokenizer = renderer.renderer.get_tokenizer()
+    said = [tokenizer.encode(character)[0] for character in text]
+
+    async def turns() -> tuple[list[int], list[int]]:
+        prompt, context = await prompt_of(renderer, [USER], "ro-1")
+        answered(prompt, context, said, text, tokenizer.eos_token_id)
+        messages = [USER, {"role": "assistant", "content": text}, MORE]
+        again, _ = await prompt_of(renderer, messages, "ro-1")
+        return [*prompt, *said, tokenizer.eos_token_id], again
+
+    return asyncio.run(turns())
+
+
+@pytest.mark.usefixtures("continuing")
+def test_a_prompt_goes_on() -> None:
+    context, prompt = two_turns(CHATML)
+
+    assert prompt[: len(context)] == context
+    assert results()["results"][decisions.CONTINUED] == 1
+    assert not _isolation.failures
+
+
+@pytest.mark.usefixtures("continuing")
+def test_ids_that_are_more_than_the_model_takes_are_vllms_own() -> None:
+    context, prompt = two_turns(CHATML, "The quick fox. " * 4, length=75)
+
+    assert prompt[: len(context)] != context
+    assert len(prompt) < 75 < len(context)
+    assert results()["results"][decisions.TOO_LONG] == 1
+
+
+@pytest.mark.usefixtures("continuing")
+def test_a_template_that_refuses_what_stands_in_for_a_message_has_vllms_own_prompt() -> None:
+    refuses = "{% if messages[-1].content in '?!' %}{{ raise_exception('no') }}{% endif %}"
+    context, prompt = two_turns(refuses + CHATML)
+
+    assert prompt[: len(context)] != context
+    assert results()["results"][decisions.NOT_APPEND_ONLY] == 1
+    assert not _isolation.failures
+
+
+@pytest.mark.usefixtures("continuing")
+def test_an_error_of_ours_leaves_vllms_own_prompt_and_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decisions, "find_seam", lambda *_: 1 / 0)
+    context, prompt = two_turns(CHATML)
+
+    assert prompt[: len(context)] != context
+    assert sum(_isolation.failures.values()) == 1
+
+
+@pytest.mark.usefixtures("continuing")
+def test_a_template_of_ids_goes_on_too() -> None:
+    """As those of mistral_common are; here it is that of a server that takes embeddings in prompts."""
+    context, prompt = two_turns(CHATML, enable_prompt_embeds=True)
+
+    assert prompt[: len(context)] == context
+    assert results()["results"][decisions.CONTINUED] == 1
+
+
+@pytest.mark.usefixtures("continuing")
+def test_many_calls_of_many_rollouts_stay_within_the_bound_and_aborted_ones_leave_nothing(
+    monkeypatch: pytest.MonkeyPatch, thorough: bool
+) -> None:
+    limit = 100_000
+    monkeypatch.setattr(continuation, "_histories", decisions.Histories(limit))
+    count = 10_000 if thorough else 300
+    renderer = online_renderer(CHATML)
+
+    async def calls() -> None:
+        for number in range(count):
+            messages = [USER, {"role": "assistant", "content": "a"}, MORE] if number % 5 else [USER]
+            prompt, context = await prompt_of(renderer, messages, f"ro-{number // 5}")
+            # Every third is aborted: its answer is never noted.
+            if number % 3:
+                answered(prompt, context, [67], "a", renderer.renderer.get_tokenizer().eos_token_id)
+            assert results()["bytes"] <= limit
+
+    asyncio.run(calls())
+    gc.collect()
+
+    assert results()["dropped"] > count // 10
+    kept = results()["calls"]
+    assert sum(isinstance(each, decisions.Call) for each in gc.get_objects()) == kept
+    # The last request's own, which its context keeps.
+    assert sum(type(each).__name__ == "_Turn" for each in gc.get_objects()) <= 1
+    assert not _isolation.failures

@@ -1,0 +1,517 @@
+"""Conversations that go on from exact ids (`AGL_CONTINUE`), of a real vLLM whose model says random bytes.
+
+The clients here know nothing of it: they send back the messages that they were sent, each in its interface's own way.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.parse import quote
+
+import pytest
+
+from agentlightning import continuation
+from agentlightning.generation import Generation
+from agentlightning.instrumentation.vllm._status import STATUS_ROUTE
+from agentlightning.store import open_store
+from tests.common import templates
+from tests.common.answers import VARYING, fetch, joined, post
+from tests.conftest import PARSERS
+from tests.instrumentation.vllm.test_random_requests import drawn, random_requests
+from tests.recording.nursery import Nursery
+from tests.recording.server import RecordingServer, until
+
+TURNS = 20
+BLOCK = 128
+"""How many ids vLLM's prefix cache keeps together on CPUs."""
+LONG = ("--max-model-len=8192", '--hf-overrides={"max_position_embeddings": 8192}')
+ROUTES = ("--enable-scale-out",)
+ENV = {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string", "enum": ["Paris", "Rome"]}}, "required": ["city"]}
+SAID = (
+    r"[a-z ]{0,6}\n{0,2}<tool_call>\n? ?"
+    r'\{"name": {1,3}"weather", {0,2}"arguments": {0,2}\{ ?"city": {0,2}"(Paris|Rome)" ?\}\}\n{0,2}</tool_call>'
+)
+REASONED = r"<think>\n[a-z ]{1,9}\n{1,2}</think>\n{0,2}" + SAID
+
+
+@dataclass(frozen=True)
+class Interface:
+    """One of vLLM's chat interfaces: how its clients say things.
+
+    Attributes:
+        messages: the field of the messages.
+        limit: the field of the most ids.
+        tools: its tools.
+        call: the options that have the model call the tool.
+        history: what its clients keep of an answer, or of its events.
+        result: the message with the result of the last tool call of the history; None if there is none at its end.
+    """
+
+    path: str
+    messages: str
+    limit: str
+    tools: list[Any]
+    call: dict[str, Any]
+    history: Callable[[Any], list[Any]]
+    result: Callable[[list[Any]], Any]
+
+
+def chat_history(answer: Any) -> list[Any]:
+    if isinstance(answer, list):
+        message: dict[str, Any] = joined(answer)["choices"][0]["delta"]
+    else:
+        message = answer["choices"][0]["message"]
+    calls = message.get("tool_calls") or []
+    calls = [*calls.values()] if isinstance(calls, dict) else calls
+    said = {"tool_calls": calls} if calls else {}
+    return [{"role": "assistant", "content": message.get("content"), **said}]
+
+
+def messages_history(answer: Any) -> list[Any]:
+    if not isinstance(answer, list):
+        return [{"role": "assistant", "content": answer["content"]}]
+    blocks: list[Any] = []
+    for event in answer:
+        if event["type"] == "content_block_start":
+            blocks.append({**event["content_block"], "json": ""})
+        elif event["type"] == "content_block_delta":
+            delta = event["delta"]
+            for key, target in (("text", "text"), ("thinking", "thinking"), ("partial_json", "json")):
+                if key in delta:
+                    blocks[-1][target] = (blocks[-1].get(target) or "") + delta[key]
+    for block in blocks:
+        written = block.pop("json")
+        if block["type"] == "tool_use":
+            block["input"] = json.loads(written or "{}")
+    return [{"role": "assistant", "content": blocks}]
+
+
+def responses_history(answer: Any) -> list[Any]:
+    return (answer[-1]["response"] if isinstance(answer, list) else answer)["output"]
+
+
+def chat_result(history: list[Any]) -> Any:
+    # A stream of vLLM may take a call for text that a plain answer shows as one.
+    calls = history[-1].get("tool_calls")
+    return calls and {"role": "tool", "content": "sunny", "tool_call_id": calls[0]["id"]}
+
+
+FUNCTION = {"name": "weather", "parameters": SCHEMA}
+CHAT = Interface(
+    "/v1/chat/completions",
+    "messages",
+    "max_tokens",
+    [{"type": "function", "function": FUNCTION}],
+    {"structured_outputs": {"regex": SAID}},
+    chat_history,
+    chat_result,
+)
+MESSAGES = Interface(
+    "/v1/messages",
+    "messages",
+    "max_tokens",
+    [{"name": "weather", "input_schema": SCHEMA}],
+    # Nothing leads the model to a call here; one that is forced may have arguments that vLLM itself cannot show.
+    {},
+    messages_history,
+    lambda said: None,
+)
+RESPONSES = Interface(
+    "/v1/responses",
+    "input",
+    "max_output_tokens",
+    [{"type": "function", **FUNCTION}],
+    {"structured_outputs": {"regex": SAID}},
+    responses_history,
+    lambda said: {"type": "function_call_output", "call_id": said[-1]["call_id"], "output": "sunny"},
+)
+INTERFACES = {"chat": CHAT, "messages": MESSAGES, "responses": RESPONSES}
+
+
+@dataclass
+class Agent:
+    """A client of one interface, with a rollout of its own."""
+
+    server: RecordingServer
+    rollout: str
+    interface: Interface = CHAT
+    streamed: bool = False
+    history: list[Any] = field(default_factory=list[Any])
+    calls: int = 0
+
+    def user(self, text: str) -> None:
+        self.history.append({"role": "user", "content": text})
+
+    def ask(self, **options: Any) -> Any:
+        """Send the conversation so far, and keep the answer as its clients do."""
+        self.calls += 1
+        # Anthropic's interface has no seed.
+        seed = {} if self.interface is MESSAGES else {"seed": self.calls}
+        body = {
+            "model": self.server.model,
+            self.interface.messages: self.history,
+            self.interface.limit: 16,
+            "temperature": 1,
+            "stream": self.streamed,
+            **seed,
+            **options,
+        }
+        answer = post(self.server, f"/rollout/{quote(self.rollout)}{self.interface.path}", body)
+        self.history += self.interface.history(answer)
+        return answer
+
+    def use_tool(self, **options: Any) -> None:
+        """Have the model call the tool, and give it the result."""
+        options = {"tools": self.interface.tools, self.interface.limit: 120, **self.interface.call, **options}
+        self.ask(**options)
+        result = self.interface.result(self.history)
+        if result:
+            self.history.append(result)
+        else:
+            self.user("No call?")
+
+    def generations(self) -> list[Generation]:
+        """Return its calls, in order, once all are recorded."""
+        until(lambda: len(self.server.kept(rollout_id=self.rollout)) == self.calls, f"{self.calls} calls")
+        return sorted(self.server.kept(rollout_id=self.rollout), key=lambda generation: generation.started_at or 0)
+
+    def breaks(self) -> list[int]:
+        """Return the numbers of the calls whose prompt does not begin with the ids of the call before."""
+        contexts = [as_context(generation) for generation in self.generations()]
+        prompts = [list(generation.prompt_token_ids or ()) for generation in self.generations()]
+        return [
+            number
+            for number, (before, prompt) in enumerate(zip(contexts, prompts[1:], strict=False), 1)
+            if prompt[: len(before)] != before
+        ]
+
+    def rows(self) -> int:
+        """Return how many rows its trajectory has."""
+        with open_store(self.server.store) as store:
+            return len([*store.trajectories(self.rollout)])
+
+
+def as_context(generation: Generation) -> list[int]:
+    [choice] = generation.choices
+    return [*(generation.prompt_token_ids or ()), *(choice.token_ids or ())]
+
+
+def counts(server: RecordingServer) -> dict[str, int]:
+    return fetch(server, STATUS_ROUTE)["continuation"]["results"]
+
+
+@pytest.fixture(scope="module")
+def server(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RecordingServer]:
+    """A server with a tool parser, on which prompts go on; requests bring their templates."""
+    folder = tmp_path_factory.mktemp("continuation")
+    (folder / "chat.jinja").write_text(templates.CHATML)
+    arguments = (
+        *PARSERS[:2],
+        f"--chat-template={folder / 'chat.jinja'}",
+        "--trust-request-chat-template",
+        *ROUTES,
+        *LONG,
+    )
+    with nursery.server(folder / "generations.db", *arguments, env={"AGL_CONTINUE": "on", **ENV}) as server:
+        yield server
+        assert fetch(server, STATUS_ROUTE)["counters"]["failures"] == {}
+
+
+@pytest.fixture(scope="module")
+def reasoning(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RecordingServer]:
+    """The same with a reasoning parser, and a template that keeps reasoning while tools are called."""
+    folder = tmp_path_factory.mktemp("reasoning")
+    (folder / "chat.jinja").write_text(templates.QWEN3)
+    arguments = (*PARSERS, f"--chat-template={folder / 'chat.jinja'}", *LONG)
+    with nursery.server(folder / "generations.db", *arguments, env={"AGL_CONTINUE": "on", **ENV}) as server:
+        yield server
+        assert fetch(server, STATUS_ROUTE)["counters"]["failures"] == {}
+
+
+@pytest.fixture(scope="module")
+def counting(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RecordingServer]:
+    """`AGL_CONTINUE=report`, without a store for it to come from."""
+    folder = tmp_path_factory.mktemp("report")
+    (folder / "chat.jinja").write_text(templates.CHATML)
+    arguments = (*PARSERS[:2], f"--chat-template={folder / 'chat.jinja'}", *LONG)
+    with nursery.server(folder / "generations.db", *arguments, env={"AGL_CONTINUE": "report", **ENV}) as server:
+        yield server
+        assert fetch(server, STATUS_ROUTE)["counters"]["failures"] == {}
+
+
+@pytest.fixture
+def without(server: RecordingServer, nursery: Nursery, tmp_path: Path) -> Iterator[RecordingServer]:
+    """A server like the first, but that its prompts do not go on."""
+    [template] = (argument for argument in server.command if argument.startswith("--chat-template="))
+    arguments = (*PARSERS[:2], template, "--trust-request-chat-template", *ROUTES, *LONG)
+    with nursery.server(tmp_path / "generations.db", *arguments, env=ENV) as other:
+        yield other
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["plain", "streamed"])
+@pytest.mark.parametrize("interface", INTERFACES.values(), ids=INTERFACES)
+def test_a_conversation_of_twenty_turns_is_one_row(
+    server: RecordingServer, rollout: str, interface: Interface, streamed: bool
+) -> None:
+    agent = Agent(server, rollout, interface, streamed)
+    for turn in range(TURNS):
+        agent.user(f"Question {turn}?")
+        if turn % 3 == 2:
+            agent.use_tool()
+        agent.ask(tools=interface.tools)
+
+    assert agent.breaks() == []
+    assert agent.rows() == 1
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["plain", "streamed"])
+@pytest.mark.parametrize("template", [templates.LLAMA, templates.MISTRAL], ids=["Llama 3", "Mistral"])
+def test_a_conversation_goes_on_in_other_templates(
+    server: RecordingServer, rollout: str, template: str, streamed: bool
+) -> None:
+    agent = Agent(server, rollout, streamed=streamed)
+    for turn in range(TURNS):
+        agent.user(f"Question {turn}?")
+        agent.ask(chat_template=template)
+
+    assert agent.breaks() == []
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["plain", "streamed"])
+def test_reasoning_goes_on_while_tools_are_called_and_is_left_out_after_the_next_question(
+    reasoning: RecordingServer, rollout: str, streamed: bool
+) -> None:
+    before = counts(reasoning)
+    agent = Agent(reasoning, rollout, streamed=streamed)
+    questions: list[int] = []
+    for turn in range(TURNS):
+        if turn % 5 == 0:
+            agent.user(f"Question {turn}?")
+        if turn and agent.history[-1]["role"] == "user":
+            questions.append(turn)
+        agent.use_tool(structured_outputs={"regex": REASONED})
+
+    # The client never sends reasoning back.
+    assert agent.breaks() == questions
+    assert set(questions) >= {5, 10, 15}
+    assert grown(before, counts(reasoning)) == {
+        continuation.FIRST_CALL: 1,
+        continuation.CONTINUED: TURNS - 1 - len(questions),
+        continuation.REASONING_DROPPED: len(questions),
+    }
+
+
+def grown(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
+    return {result: count - before[result] for result, count in after.items() if count > before[result]}
+
+
+def test_without_it_each_prompt_is_vllms_own_and_breaks_and_is_counted(counting: RecordingServer, rollout: str) -> None:
+    before = counts(counting)
+    agent = Agent(counting, rollout)
+    agent.user("Paris?")
+    for _ in range(5):
+        agent.use_tool()
+
+    assert agent.breaks() == [1, 2, 3, 4]
+    assert grown(before, counts(counting)) == {continuation.FIRST_CALL: 1, continuation.CONTINUED: 4}
+
+
+def test_a_call_without_a_rollout_is_answered_as_ever(server: RecordingServer) -> None:
+    before = counts(server)
+    history: Any = [{"role": "user", "content": "Paris?"}]
+    for seed in range(3):
+        body = {"model": server.model, "messages": history, "max_tokens": 16, "temperature": 1, "seed": seed}
+        answer = post(server, "/v1/chat/completions", body)
+        assert answer["prompt_token_ids"] == post(server, "/tokenize", {"messages": history})["tokens"]
+        history = [*history, *chat_history(answer), {"role": "user", "content": "More?"}]
+
+    assert counts(server) == before
+
+
+def test_a_session_is_continued_as_a_rollout_is(server: RecordingServer, rollout: str) -> None:
+    history: Any = [{"role": "user", "content": "Paris?"}]
+    contexts: list[list[int]] = []
+    for seed in range(3):
+        body = {"model": server.model, "messages": history, "max_tokens": 16, "temperature": 1, "seed": seed}
+        answer = post(server, "/v1/chat/completions", body, {"x-session-id": rollout})
+        prompt = answer["prompt_token_ids"]
+        assert not contexts or prompt[: len(contexts[-1])] == contexts[-1]
+        contexts.append(prompt + answer["choices"][0]["token_ids"])
+        history = [*history, *chat_history(answer), {"role": "user", "content": "More?"}]
+
+
+def test_another_client_gets_at_no_history(server: RecordingServer, rollout: str) -> None:
+    """Neither with a forged answer, nor with the same messages in a rollout, an attempt or a session of its own."""
+    agent = Agent(server, rollout)
+    agent.user("Paris?")
+    agent.ask()
+    [asked, said] = agent.history
+    context = as_context(agent.generations()[0])
+
+    def goes_on(message: Any, prefix: str, options: Any, headers: Any) -> bool:
+        messages = [asked, message, {"role": "user", "content": "More?"}]
+        body = {"model": server.model, "messages": messages, "max_tokens": 4, **options}
+        prompt = post(server, f"{prefix}/v1/chat/completions", body, headers)["prompt_token_ids"]
+        return prompt[: len(context)] == context
+
+    own, other = f"/rollout/{quote(rollout)}", f"/rollout/{quote(rollout)}-2"
+    assert goes_on(said, own, {}, {})
+    assert not goes_on(said, own, {"chat_template": templates.LLAMA}, {})
+    assert not goes_on(said, own, {"tools": CHAT.tools}, {})
+    assert not goes_on({**said, "content": f"{said['content']}."}, own, {}, {})
+    assert not goes_on({**said, "reasoning": "I think so."}, own, {}, {})
+    for prefix, headers in ((other, {}), (f"{own}/attempt/2", {}), ("", {"x-session-id": rollout}), ("", {})):
+        # Vacuous where the model's own ids are those that its text is tokenised to.
+        assert not goes_on(said, prefix, {}, headers) or is_canonical(server, [asked, said], context)
+
+
+def is_canonical(server: RecordingServer, messages: list[Any], context: list[int]) -> bool:
+    body = {"model": server.model, "messages": messages, "add_generation_prompt": False}
+    return post(server, "/tokenize", body)["tokens"][: len(context)] == context
+
+
+def test_retries_and_branches_go_on_from_their_own_answers(server: RecordingServer, rollout: str) -> None:
+    agent = Agent(server, rollout)
+    agent.user("Paris?")
+    start = [*agent.history]
+    branches: list[Any] = []
+    for _ in range(4):
+        agent.history = [*start]
+        agent.ask()
+        branches.append(agent.history)
+    contexts = [as_context(generation) for generation in agent.generations()]
+    for branch, context in reversed([*zip(branches, contexts, strict=True)]):
+        agent.history = [*branch, {"role": "user", "content": "More?"}]
+        agent.ask()
+        prompt = list(agent.generations()[-1].prompt_token_ids or ())
+        assert prompt[: len(context)] == context
+
+
+def test_each_of_several_choices_can_be_gone_on_from(server: RecordingServer, rollout: str) -> None:
+    path = f"/rollout/{quote(rollout)}/v1/chat/completions"
+    asked = {"role": "user", "content": "Paris?"}
+    body = {"model": server.model, "messages": [asked], "max_tokens": 16, "temperature": 1, "seed": 1, "n": 3}
+    answer = post(server, path, body)
+    for choice in answer["choices"]:
+        messages = [asked, {"role": "assistant", "content": choice["message"]["content"]}, asked]
+        prompt = post(server, path, {**body, "messages": messages, "n": 1})["prompt_token_ids"]
+        context = answer["prompt_token_ids"] + choice["token_ids"]
+        assert prompt[: len(context)] == context
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"prompt_logprobs": 1}, id="prompt_logprobs"),
+        pytest.param({"echo": True}, id="echo"),
+        pytest.param({"truncate_prompt_tokens": 40}, id="truncated"),
+        pytest.param({"add_generation_prompt": False}, id="no generation prompt"),
+        pytest.param({"use_beam_search": True, "n": 2, "temperature": 0}, id="beam search"),
+    ],
+)
+def test_a_request_that_needs_vllms_own_prompt_has_it(server: RecordingServer, rollout: str, options: Any) -> None:
+    before = counts(server)
+    agent = Agent(server, rollout)
+    agent.user("Paris?")
+    agent.ask()
+    body = {"messages": [*agent.history, {"role": "user", "content": "More?"}], "model": server.model, "max_tokens": 4}
+    answer = post(server, f"/rollout/{quote(rollout)}/v1/chat/completions", {**body, **options})
+
+    if "use_beam_search" not in options:
+        assert (
+            answer["prompt_token_ids"] == post(server, "/v1/chat/completions", {**body, **options})["prompt_token_ids"]
+        )
+    assert grown(before, counts(server))[continuation.OTHER_REQUEST] == 1
+
+
+def test_what_it_came_to_is_in_the_metrics(server: RecordingServer, rollout: str) -> None:
+    agent = Agent(server, rollout)
+    agent.user("Paris?")
+    agent.ask()
+    agent.user("More?")
+    agent.ask()
+
+    metrics = server.metrics()
+    for result, count in counts(server).items():
+        assert metrics[f'agentlightning_continuations_total{{result="{result}"}}'] == count
+
+
+def test_the_prefix_cache_has_all_that_came_before(server: RecordingServer, rollout: str) -> None:
+    agent = Agent(server, rollout)
+    for turn in range(6):
+        agent.user(f"Question {turn}? " * 10)
+        agent.ask()
+
+    before = agent.generations()[-2]
+    context = len(as_context(before))
+    assert agent.generations()[-1].cached_tokens == context // BLOCK * BLOCK
+
+
+@pytest.mark.tier("all")
+def test_where_nothing_can_be_continued_answers_are_those_of_a_server_without_it(
+    server: RecordingServer, without: RecordingServer
+) -> None:
+    """A thousand random requests, each to both, and greedy, so that the answers have to be equal."""
+    before = counts(server)
+    drawn_requests = drawn(random_requests(fetch(server, "/openapi.json"), server.model), 1200)
+    # Its temperature stands elsewhere.
+    requests = [request for request in drawn_requests if request.path != "/inference/v1/generate"][:1000]
+    different = [
+        request for request in requests if answer_to(server, request.prefix, request) != answer_to(without, "", request)
+    ]
+
+    assert different == []
+    assert grown(before, counts(server)).keys() & {continuation.FIRST_CALL, continuation.NOT_TEXT}
+
+
+def answer_to(server: RecordingServer, prefix: str, request: Any) -> Any:
+    body = {**json.loads(request.body), "temperature": 0, "stream": False}
+    try:
+        return unvarying(post(server, f"{prefix}{request.path}", body))
+    except HTTPError as error:
+        return error.code
+
+
+def unvarying(answer: Any) -> Any:
+    if isinstance(answer, dict):
+        return {name: unvarying(value) for name, value in answer.items() if name not in VARYING}
+    return [unvarying(each) for each in answer] if isinstance(answer, list) else answer
+
+
+@pytest.mark.tier("all")
+def test_without_it_the_same_conversation_breaks(
+    server: RecordingServer, without: RecordingServer, rollout: str
+) -> None:
+    breaks: list[list[int]] = []
+    for each in (server, without):
+        agent = Agent(each, rollout)
+        for turn in range(TURNS):
+            agent.user(f"Question {turn}?")
+            agent.ask()
+        breaks.append(agent.breaks())
+
+    assert breaks[0] == []
+    # Random bytes are tokenised otherwise than they were sampled.
+    assert len(breaks[1]) > TURNS // 2
+
+
+def test_a_server_that_did_not_answer_the_call_before_says_so(
+    server: RecordingServer, reasoning: RecordingServer, rollout: str
+) -> None:
+    """As behind a router, or after a restart."""
+    agent = Agent(server, rollout)
+    agent.user("Paris?")
+    agent.ask()
+    agent.user("More?")
+    before = counts(reasoning)
+    other = Agent(reasoning, rollout, history=agent.history)
+    answer = other.ask()
+
+    assert grown(before, counts(reasoning)) == {continuation.ELSEWHERE: 1}
+    assert answer["prompt_token_ids"] == post(reasoning, "/tokenize", {"messages": other.history[:-1]})["tokens"]
