@@ -28,6 +28,7 @@ BENCHMARKS = (
     "prune",
     "trajectories",
     "drift",
+    "continuation",
 )
 RESULTS = Path(__file__).with_name("results")
 
