@@ -48,7 +48,7 @@ from agentlightning.store.interface import (
     TripletFilters,
 )
 from agentlightning.store.rows import uuid_bytes
-from agentlightning.store.wire import IN_BLOCKS, Refusal
+from agentlightning.store.wire import Refusal
 from agentlightning.trajectory import Trajectory, check_options
 from agentlightning.triplet import Triplet
 
@@ -92,7 +92,7 @@ class HttpStore(Store):
         self._http = HttpClient(url)
         self._sender: Sender | None = None
         self._blocks = Recent()
-        self._takes_blocks = True
+        self._version = wire.VERSIONS[0]
         try:
             is_ours = self._json("GET", "/health") == {"status": "ok"}
         except StrangeAnswer:
@@ -375,7 +375,7 @@ class HttpStore(Store):
             raise self._http.strange() from error
 
     def add_losses(self, losses: Sequence[Loss]) -> None:
-        self._http.ask("POST", "/generations", body=wire.encode((), losses), repeatable=True)
+        self._ask_in_any_version(lambda version: wire.encode((), losses, version=version))
 
     def losses(self) -> Iterator[Loss]:
         yield from self._read(self._http.ask("GET", "/losses"), dict[str, list[Loss]])["items"]
@@ -438,27 +438,36 @@ class HttpStore(Store):
 
     def _post_message(self, generations: Sequence[Generation], sender_id: str | None, recent: Recent) -> _Added:
         """Send one message, in blocks unless the server is too old for them, and keep what the store has since."""
-        try:
-            if not self._takes_blocks:
-                return self._post_whole(generations, sender_id)
-            body, sent = wire.encode_in_blocks(generations, sender_id, recent)
-        except InvalidRecord as error:
-            raise TooLarge(str(error)) from error
-        try:
-            answer = self._http.ask("POST", "/generations", body=body, kind=IN_BLOCKS, repeatable=True)
-        except UnknownMediaType:
-            self._takes_blocks = False
-            return self._post_whole(generations, sender_id)
-        added: _Added = self._read(answer, _Added)
+        sent: wire.Sent = {}
+
+        def encode(version: str) -> bytes:
+            nonlocal sent
+            try:
+                if not wire.has_blocks(version):
+                    return wire.encode(generations, sender_id=sender_id, version=version)
+                body, sent = wire.encode_in_blocks(generations, sender_id, recent, version)
+            except InvalidRecord as error:
+                raise TooLarge(str(error)) from error
+            return body
+
+        added: _Added = self._read(self._ask_in_any_version(encode), _Added)
         for generation_id, keys_of_each in added.blocks.items():
             for names, keys in zip(sent.get(generation_id, ()), keys_of_each, strict=False):
                 for name, key in zip(names, keys, strict=False):
                     self._blocks.put(name, key)
         return added
 
-    def _post_whole(self, generations: Sequence[Generation], sender_id: str | None) -> _Added:
-        body = wire.encode(generations, sender_id=sender_id)
-        return self._read(self._http.ask("POST", "/generations", body=body, repeatable=True), _Added)
+    def _ask_in_any_version(self, encode: Callable[[str], bytes]) -> bytes:
+        """Send a message in the newest version that the server knows, and return its answer."""
+        while True:
+            version = self._version
+            try:
+                return self._http.ask("POST", "/generations", body=encode(version), kind=version, repeatable=True)
+            except UnknownMediaType:
+                older = wire.VERSIONS[wire.VERSIONS.index(version) + 1 :]
+                if not older:
+                    raise
+                self._version = older[0]
 
     def _json(
         self, method: str, route: str, query: Sequence[tuple[str, str]] = (), body: Any = None, repeatable: bool = False

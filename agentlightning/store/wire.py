@@ -1,8 +1,8 @@
-"""Generations on their way to an `agl store` and back, in two versions of a message.
+"""Generations on their way to an `agl store` and back, in four versions of a message.
 
 `application/vnd.agl.generations.v3+msgpack` has whole prompts; `application/vnd.agl.generations.v4+msgpack`, which is
-for the way to the store alone, has what is new in them. Versions 1 and 2 were the same without `agent_id` and what
-follows it.
+for the way to the store alone, has what is new in them. Versions 1 and 2 are the same without `agent_id`,
+`parent_agent_id`, `purpose`, `retry` and `via`: servers of an earlier release send them.
 
 A message is a MessagePack map: `generations`, an array; `losses`, an array; `next`, the cursor of the next page; and
 `sender`, the id of the process that recorded the generations. Empty entries may be absent.
@@ -11,10 +11,10 @@ Generations, choices and losses are arrays of all their fields, in the order of 
 unknown is nil. Token ids are bytes of little-endian int32; logprobs of little-endian float32; routed experts of their
 shape, three little-endian uint32, followed by int16. All other fields are plain MessagePack.
 
-In version 4, the ids and the text of a prompt are arrays (`store.chains` has what blocks are): the key and the name of
-a block that the store is assumed to have, 0 and no bytes where there is none; the blocks after it, those of ids packed;
-the name of the last of these, from which the store sees that it has put the right ones together; and the rest. A block
-may be one that came earlier in the same message; then its key is 0.
+In versions 4 and 2, the ids and the text of a prompt are arrays (`store.chains` has what blocks are): the key and the
+name of a block that the store is assumed to have, 0 and no bytes where there is none; the blocks after it, those of ids
+packed; the name of the last of these, from which the store sees that it has put the right ones together; and the rest.
+A block may be one that came earlier in the same message; then its key is 0.
 
 A change of the format gets another version, so that no field is taken for another.
 """
@@ -41,6 +41,7 @@ __all__ = [
     "IN_BLOCKS",
     "MEDIA_TYPE",
     "NOT_FOUND",
+    "VERSIONS",
     "Envelope",
     "Refusal",
     "Sent",
@@ -49,11 +50,13 @@ __all__ = [
     "decode_each",
     "encode",
     "encode_in_blocks",
+    "has_blocks",
     "without_surrogates",
 ]
 
-MEDIA_TYPE = "application/vnd.agl.generations.v3+msgpack"
-IN_BLOCKS = "application/vnd.agl.generations.v4+msgpack"
+VERSIONS = tuple(f"application/vnd.agl.generations.v{number}+msgpack" for number in (4, 3, 2, 1))
+"""The media types of a message, newest first."""
+IN_BLOCKS, MEDIA_TYPE, _OLD_IN_BLOCKS, _OLD = VERSIONS
 MOST_UNPACKED = 256 << 20
 """Bytes that the blocks of one message may become. Texts are compressed, and a few bytes can stand for many."""
 ERROR_HEADER = "X-AGL-Error"
@@ -108,14 +111,21 @@ _PACKED: dict[str, Any] = {
 """Fields that a message has as bytes."""
 
 
-def _message_type(kind: type, **packed: Any) -> Any:
-    """Derive the type of a message's part from a record's dataclass: all of its fields, as an array in their order."""
-    types = [(name, {**_PACKED, **packed}.get(name, known)) for name, known in field_types(kind).items()]
+_NOT_IN_OLD = ("agent_id", "parent_agent_id", "purpose", "retry", "via")
+"""Fields of a generation that versions 1 and 2 do not have."""
+
+
+def _message_type(kind: type, without: Sequence[str] = (), **packed: Any) -> Any:
+    """Derive the type of a message's part from a record's dataclass: its fields, as an array in their order."""
+    types = [
+        (name, {**_PACKED, **packed}.get(name, known))
+        for name, known in field_types(kind).items()
+        if name not in without
+    ]
     return msgspec.defstruct(f"_{kind.__name__}", types, array_like=True, forbid_unknown_fields=True)
 
 
 _Choice = _message_type(Choice)
-_Generation = _message_type(Generation, choices=list[_Choice])
 _Loss = _message_type(Loss)
 
 
@@ -136,9 +146,9 @@ class _CutText(_Cut, array_like=True, forbid_unknown_fields=True):
     rest: str
 
 
-_GenerationInBlocks = _message_type(
-    Generation, prompt_token_ids=_CutIds | None, prompt_text=_CutText | None, choices=list[_Choice]
-)
+_WHOLE: dict[str, Any] = {"choices": list[_Choice]}
+_IN_BLOCKS: dict[str, Any] = {**_WHOLE, "prompt_token_ids": _CutIds | None, "prompt_text": _CutText | None}
+_Generation = _message_type(Generation, **_WHOLE)
 
 
 def _whole_message(generation: Any) -> Any:
@@ -158,9 +168,19 @@ class _Unread(msgspec.Struct, forbid_unknown_fields=True):
 
 _encoder = msgspec.msgpack.Encoder()
 _unread = msgspec.msgpack.Decoder(_Unread)
-_VERSIONS = {MEDIA_TYPE: _Generation, IN_BLOCKS: _GenerationInBlocks}
-_messages = {version: msgspec.msgpack.Decoder(_whole_message(kind)) for version, kind in _VERSIONS.items()}
-_generations = {version: msgspec.msgpack.Decoder(kind) for version, kind in _VERSIONS.items()}
+_KINDS = {
+    IN_BLOCKS: _message_type(Generation, **_IN_BLOCKS),
+    MEDIA_TYPE: _Generation,
+    _OLD_IN_BLOCKS: _message_type(Generation, _NOT_IN_OLD, **_IN_BLOCKS),
+    _OLD: _message_type(Generation, _NOT_IN_OLD, **_WHOLE),
+}
+_messages = {version: msgspec.msgpack.Decoder(_whole_message(kind)) for version, kind in _KINDS.items()}
+_generations = {version: msgspec.msgpack.Decoder(kind) for version, kind in _KINDS.items()}
+
+
+def has_blocks(version: str) -> bool:
+    """Tell whether a version of the message has prompts in blocks."""
+    return version in (IN_BLOCKS, _OLD_IN_BLOCKS)
 
 
 def encode(
@@ -168,19 +188,21 @@ def encode(
     losses: Sequence[Loss] = (),
     cursor: str | None = None,
     sender_id: str | None = None,
+    version: str = MEDIA_TYPE,
 ) -> bytes:
     """Encode a message. Halves of surrogate pairs, which UTF-8 does not have, become question marks, as in a database.
 
     Args:
         cursor: of the next page; None on the last one.
         sender_id: the process that recorded the generations; None where it is unknown.
+        version: one with whole prompts; if there are no generations, any.
 
     Raises:
         InvalidRecord: a number or another value that no message can hold.
     """
     return _encoded(
         lambda: {
-            "generations": [_fields_of(generation) for generation in generations],
+            "generations": [_fields_in(version, _fields_of(generation)) for generation in generations],
             "losses": [_loss_fields(loss) for loss in losses],
             "next": cursor,
             "sender": sender_id,
@@ -188,11 +210,14 @@ def encode(
     )
 
 
-def encode_in_blocks(generations: Sequence[Generation], sender_id: str | None, recent: Recent) -> tuple[bytes, Sent]:
-    """Encode a message of version 4.
+def encode_in_blocks(
+    generations: Sequence[Generation], sender_id: str | None, recent: Recent, version: str = IN_BLOCKS
+) -> tuple[bytes, Sent]:
+    """Encode a message with prompts in blocks.
 
     Args:
         recent: blocks that the store is assumed to have, with their keys there.
+        version: one that has blocks.
 
     Returns:
         The message, and which blocks it has.
@@ -217,7 +242,7 @@ def encode_in_blocks(generations: Sequence[Generation], sender_id: str | None, r
         fields[_PROMPT], of_ids = packed(IDS, prompt.ids)
         fields[_TEXT], of_text = packed(TEXTS, prompt.text)
         sent[generation.id] = of_ids, of_text
-        return fields
+        return _fields_in(version, fields)
 
     message = _encoded(lambda: {"generations": [fields_of(each) for each in generations], "sender": sender_id})
     return message, sent
@@ -264,7 +289,7 @@ def decode(body: bytes, version: str = MEDIA_TYPE) -> Envelope:
     message = _read(_messages[version], body)
     found = Envelope([], _losses_of(message.losses), message.next, message.sender)
     for each in message.generations:
-        _take(found, each)
+        _take(found, each, version)
     return found
 
 
@@ -286,20 +311,20 @@ def decode_each(body: bytes, version: str = MEDIA_TYPE) -> tuple[Envelope, list[
     found, refused = Envelope([], _losses_of(message.losses), message.next, message.sender), list[Refusal]()
     for position, raw in enumerate(message.generations):
         try:
-            _take(found, _read(_generations[version], raw))
+            _take(found, _read(_generations[version], raw), version)
         except ValueError as error:
             refused.append(Refusal(_id_of(raw, position), str(error)))
     return found, refused
 
 
-def _take(envelope: Envelope, found: Any) -> None:
+def _take(envelope: Envelope, found: Any, version: str) -> None:
     """Add a generation to the content of a message."""
     if found.id in envelope.prompts:
         # The same once more: the first is kept, whose blocks the second continues.
         return
     fields = asdict(found)
     fields["choices"] = [_choice_of(choice) for choice in found.choices]
-    if isinstance(found, _GenerationInBlocks):
+    if has_blocks(version):
         ids, text = found.prompt_token_ids, found.prompt_text
         prompt = Prompt(_chain_of(IDS, ids, "prompt_token_ids"), _chain_of(TEXTS, text, "prompt_text"))
         envelope.unpacked += sum(len(block) for chain in (prompt.ids, prompt.text) if chain for block in chain.blocks)
@@ -361,6 +386,7 @@ _generation_fields = attrgetter(*_Generation.__struct_fields__)
 _choice_fields = attrgetter(*_Choice.__struct_fields__)
 _loss_fields = attrgetter(*_Loss.__struct_fields__)
 _PROMPT, _TEXT, _CHOICES = map(_Generation.__struct_fields__.index, ("prompt_token_ids", "prompt_text", "choices"))
+_OLD_POSITIONS = [at for at, name in enumerate(_Generation.__struct_fields__) if name not in _NOT_IN_OLD]
 _IDS, _LOGPROBS, _EXPERTS = map(_Choice.__struct_fields__.index, ("token_ids", "logprobs", "routed_experts"))
 
 
@@ -369,6 +395,10 @@ def _fields_of(generation: Generation) -> list[Any]:
     found[_PROMPT] = bytes_of(generation.prompt_token_ids)
     found[_CHOICES] = [_fields_of_choice(choice) for choice in generation.choices]
     return found
+
+
+def _fields_in(version: str, fields: list[Any]) -> list[Any]:
+    return [fields[at] for at in _OLD_POSITIONS] if version in (_OLD_IN_BLOCKS, _OLD) else fields
 
 
 def _fields_of_choice(choice: Choice) -> list[Any]:

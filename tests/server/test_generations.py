@@ -80,6 +80,23 @@ def test_post_without_the_media_type_is_refused(client: httpx.Client, content_ty
     assert wire.MEDIA_TYPE in answer.json()["detail"]
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_post_by_a_server_of_an_earlier_release_is_stored(client: httpx.Client, number: int) -> None:
+    kind = f"application/vnd.agl.generations.v{number}+msgpack"
+    body = (Path(__file__).parents[1] / "store" / "messages" / f"v{number}.msgpack").read_bytes()
+
+    answer = client.post(ROUTE, content=body, headers={"Content-Type": kind})
+
+    assert (answer.status_code, answer.json()["new"], answer.json()["refused"]) == (201, 2, [])
+    [full] = client.get(ROUTE, params={"rollout_id": "rollout"}).json()["items"]
+    assert (full["prompt_text"], full["prompt_token_ids"]) == (FULL.prompt_text, list(FULL.prompt_token_ids or ()))
+    assert (full["agent_id"], full["via"]) == (None, None)
+    if number == 1:
+        page = client.get(ROUTE, headers={"Accept": f"{kind}, application/json"})
+        assert page.headers["content-type"] == kind
+        assert [each.session_id for each in wire.decode(page.content, kind).generations] == [None, "session"]
+
+
 def test_post_of_an_invalid_message_stores_nothing(client: httpx.Client) -> None:
     body = wire.encode([FULL, EMPTY])
     cut_off = [body[:end] for end in range(0, len(body), 7)]

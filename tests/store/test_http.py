@@ -699,11 +699,18 @@ def test_conversation_goes_on_after_the_store_was_restarted(tmp_path: Path) -> N
     assert len(lengths) == 2
 
 
-def test_server_of_an_earlier_version_gets_whole_prompts(between: Between) -> None:
+@pytest.mark.parametrize("newest", [2, 1])
+def test_server_of_an_earlier_release_gets_messages_that_it_knows(between: Between, newest: int) -> None:
     kept = growing(calls=3, growth=2048)
+    kept[0].agent_id = "an agent"
+    posted: list[str] = []
 
     def refuse(handler: _Handler, body: bytes) -> None:
-        if handler.headers["Content-Type"] == wire.IN_BLOCKS:
+        content_type = handler.headers["Content-Type"]
+        is_message = (handler.command, handler.path) == ("POST", "/v1/agl/generations")
+        if is_message:
+            posted.append(content_type)
+        if is_message and content_type in wire.VERSIONS[:-newest]:
             handler.answer(415, b'{"detail": "generations have another content type"}', **{"X-AGL-Error": "415"})
             return
         status, headers, answer = handler.forwarded(body)
@@ -711,10 +718,14 @@ def test_server_of_an_earlier_version_gets_whole_prompts(between: Between) -> No
 
     between.answered = refuse
     with open_store(between.url) as store:
+        store.add_losses([Loss(count=1, reason="full", first_at=1, last_at=2, host="a", pid=1)])
         store.add(kept[:2])
         store.add(kept[2:])
 
+        kept[0].agent_id = None
         assert [*store.generations()] == kept
+        assert [loss.reason for loss in store.losses()] == ["full"]
+    assert posted == [*wire.VERSIONS[: 5 - newest], *[wire.VERSIONS[4 - newest]] * 2]
 
 
 def test_refused_generation_takes_no_block_of_others_with_it(store: Store) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -12,6 +13,7 @@ import pytest
 from agentlightning.errors import InvalidRecord
 from agentlightning.generation import Choice, Generation, Loss, RoutedExperts
 from agentlightning.store import wire
+from agentlightning.store.chains import Recent
 from tests.common.generations import EMPTY, FULL, HOSTILE, START, generation
 
 pytestmark = pytest.mark.tier("check")
@@ -28,6 +30,29 @@ def test_message_round_trips() -> None:
     assert found.losses == [LOSS]
     assert found.next == "a place"
     assert wire.decode_each(sent) == (found, [])
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_message_of_an_earlier_release_is_read_without_who_called(number: int) -> None:
+    body = (Path(__file__).parent / "messages" / f"v{number}.msgpack").read_bytes()
+    version = f"application/vnd.agl.generations.v{number}+msgpack"
+
+    found = wire.decode(body, version)
+
+    assert wire.decode_each(body, version) == (found, [])
+    full, empty = found.generations
+    assert (full.id, full.session_id, full.trace_id) == (found.sender, FULL.session_id, FULL.trace_id)
+    assert (full.started_at, full.cached_tokens, full.choices) == (FULL.started_at, FULL.cached_tokens, FULL.choices)
+    assert [full.agent_id, full.parent_agent_id, full.purpose, full.retry, full.via] == [None] * 5
+    if number == 1:
+        assert full.prompt_token_ids == FULL.prompt_token_ids
+        assert [loss.reason for loss in found.losses] == [LOSS.reason]
+        assert wire.encode([full, empty], found.losses, None, full.id, version) == body
+    else:
+        assert found.prompts[full.id].ids.rest == FULL.prompt_token_ids.tobytes()
+        assert found.prompts[full.id].text.rest == FULL.prompt_text
+        full.prompt_token_ids, full.prompt_text = FULL.prompt_token_ids, FULL.prompt_text
+        assert wire.encode_in_blocks([full, empty], full.id, Recent(), version)[0] == body
 
 
 def test_empty_message_round_trips() -> None:

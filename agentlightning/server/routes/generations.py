@@ -25,12 +25,13 @@ from agentlightning.server.schemas import CallerFilters, Id, Nanoseconds
 from agentlightning.server.transactions import Transactions
 from agentlightning.store import Filters, generations, senders, wire
 from agentlightning.store.generations import Cursor
-from agentlightning.store.wire import IN_BLOCKS, MEDIA_TYPE, Envelope, Refusal
+from agentlightning.store.wire import IN_BLOCKS, MEDIA_TYPE, VERSIONS, Envelope, Refusal
 
 __all__ = ["routes"]
 
 JSON = "application/json"
 LINES = ("application/jsonl", "application/x-ndjson")
+WHOLE = [version for version in VERSIONS if not wire.has_blocks(version)]
 GENERATIONS_AT_ONCE = 64
 
 routes = router("generations")
@@ -180,7 +181,7 @@ class Losses(BaseModel):
 async def add_generations(request: Request, database: Database) -> Response:
     """Store generations and reports of losses, each once; those that cannot be stored are named in the answer."""
     content_type = media_type(request)
-    if content_type not in (MEDIA_TYPE, IN_BLOCKS):
+    if content_type not in VERSIONS:
         wanted = f"{MEDIA_TYPE} or {IN_BLOCKS}"
         return sentence(415, f"generations have the content type {wanted}; this body has {shown(content_type)}")
     body = await request.body()
@@ -197,7 +198,7 @@ async def add_generations(request: Request, database: Database) -> Response:
         await database.write(lambda connection: generations.add_losses(connection, message.losses))
     refused += [Refusal(generation_id, reason) for generation_id, reason in added.refused.items()]
     answer: dict[str, Any] = {"new": added.new, "refused": refused}
-    if content_type == IN_BLOCKS:
+    if wire.has_blocks(content_type):
         answer |= {"blocks": added.blocks, "lacking": added.lacking}
     if message.sender is not None:
         known = await database.read(lambda connection: senders.is_known(connection, message.sender))
@@ -239,9 +240,9 @@ async def query_generations(
     if accepted in LINES:
         return StreamingResponse(_lines(database, filters, found, end), media_type=accepted)
     cursor = cursor_of(end)
-    if accepted == MEDIA_TYPE:
-        message = await database.run(lambda: wire.encode(found, cursor=cursor))
-        return Response(message, media_type=MEDIA_TYPE)
+    if accepted in WHOLE:
+        message = await database.run(lambda: wire.encode(found, cursor=cursor, version=accepted))
+        return Response(message, media_type=accepted)
     items = await database.run(lambda: [msgspec.Raw(_json(each)) for each in found])
     return Json({"items": items, "next": cursor})
 
@@ -285,7 +286,7 @@ def _accepted(request: Request) -> str:
     """Return the first media type that the client accepts and this route offers."""
     for each in request.headers.get("accept", "").split(","):
         accepted = each.partition(";")[0].strip().lower()
-        if accepted in (JSON, MEDIA_TYPE, *LINES):
+        if accepted in (JSON, *WHOLE, *LINES):
             return accepted
     return JSON
 
