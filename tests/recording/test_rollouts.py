@@ -182,6 +182,20 @@ def test_conflicting_names_are_counted_and_the_first_counts(recording: Recording
     assert recording.metrics()[metric] == before + 1
 
 
+def test_only_calls_that_doctor_made_are_skipped_and_they_are_counted(recording: RecordingServer) -> None:
+    def skipped() -> int:
+        return fetch(recording, "/v1/agl/status")["counters"]["skipped_probes"].get("x-agl-rollout-id", 0)
+
+    before, probe = skipped(), f"agl-doctor-{uuid.uuid4().hex}"
+    like_it = ["agl-doctor-evaluation", f"{probe}0", f"x{probe}", probe.upper()]
+    for rollout_id in (probe, *like_it):
+        chat(recording, "", {"x-agl-rollout-id": rollout_id})
+
+    named = [each.rollout_id for each in recording.recorded()]
+    assert [named.count(rollout_id) for rollout_id in (probe, *like_it)] == [0, *[1] * len(like_it)]
+    assert skipped() == before + 1
+
+
 @pytest.mark.parametrize(
     ("headers", "fields"),
     [

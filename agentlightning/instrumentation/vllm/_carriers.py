@@ -30,13 +30,15 @@ __all__ = [
     "is_probe",
     "read_headers",
     "read_user",
+    "skipped_probes",
+    "skips_probe",
     "without_name",
 ]
 
 CARRIERS = ("path", "x-agl-rollout-id", "baggage", "x-request-id", "x-correlation-id", "user", "key")
 """What can name a rollout, in the order in which it counts."""
 PROBE = "agl-doctor-"
-"""Begins the ids of rollouts by which `agl doctor` finds out which carriers arrive. Their calls are not recorded."""
+"""Begins the ids of rollouts by which `agl doctor` finds out which carriers arrive; 32 hexadecimal digits follow."""
 CARRIER_HEADER = "x-agl-carrier"
 """A header of the answers to these calls: the carrier that named the rollout."""
 LARGEST_RETRY = 2**31 - 1
@@ -46,6 +48,10 @@ ignored_ids: Counter[str] = Counter()
 conflicting_names: Counter[str] = Counter()
 """Number of calls of which two carriers named different rollouts or attempts, by the carrier that was not followed."""
 
+skipped_probes: Counter[str] = Counter()
+"""Number of calls by `agl doctor`, which are not recorded, by the carrier that arrived; or else `none`."""
+
+_PROBE_ID = re.compile(rf"{PROBE}[0-9a-f]{{32}}")
 # Values are percent-encoded, so that they can hold the characters that end them.
 _IN_KEY = re.compile(rb"@rollout=([^,@\s]+)(?:,attempt=([^,@\s]+))?(?:,agent=([^,@\s]+))?\Z")
 
@@ -223,7 +229,15 @@ def is_forwarded(headers: Iterable[tuple[bytes, bytes]]) -> bool:
 
 def is_probe(caller: Caller | None) -> bool:
     """Tell whether `agl doctor` made a call, to find out whether a carrier arrives."""
-    return caller is not None and caller.rollout_id is not None and caller.rollout_id.startswith(PROBE)
+    return caller is not None and caller.rollout_id is not None and _PROBE_ID.fullmatch(caller.rollout_id) is not None
+
+
+def skips_probe(caller: Caller | None) -> bool:
+    """Tell whether a call is not to be recorded, since `agl doctor` made it; such a call is counted."""
+    if caller is None or not is_probe(caller):
+        return False
+    skipped_probes[caller.carrier or "none"] += 1
+    return True
 
 
 def _names(

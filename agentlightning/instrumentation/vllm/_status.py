@@ -12,7 +12,7 @@ from typing import Any
 
 import agentlightning
 from agentlightning.instrumentation.vllm import _strict, continuation
-from agentlightning.instrumentation.vllm._carriers import conflicting_names, ignored_ids
+from agentlightning.instrumentation.vllm._carriers import conflicting_names, ignored_ids, skipped_probes
 from agentlightning.instrumentation.vllm._context import RequestContextMiddleware
 from agentlightning.instrumentation.vllm._isolation import contained, failures
 from agentlightning.instrumentation.vllm.capture import frontend
@@ -173,6 +173,7 @@ def _report(app: Any, statuses: Mapping[str, Status]) -> dict[str, Any]:
             "failures": dict(failures),
             "ignored_ids": dict(ignored_ids),
             "conflicting_names": dict(conflicting_names),
+            "skipped_probes": dict(skipped_probes),
         },
         "limits": _strict.limits(app),
         "recording": session.report(),

@@ -52,7 +52,7 @@ def test_the_status_describes_the_server_and_its_patches(armed: RemoteOpenAIServ
             "AGL_CONTINUE": "off",
         },
         "patches": WHOLE,
-        "counters": {"failures": {}, "ignored_ids": {}, "conflicting_names": {}},
+        "counters": {"failures": {}, "ignored_ids": {}, "conflicting_names": {}, "skipped_probes": {}},
         "limits": [],
         "recording": None,
         "continuation": None,

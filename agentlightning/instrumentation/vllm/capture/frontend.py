@@ -19,7 +19,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from agentlightning.instrumentation.vllm import _context, continuation
-from agentlightning.instrumentation.vllm._carriers import is_probe
+from agentlightning.instrumentation.vllm._carriers import skips_probe
 from agentlightning.instrumentation.vllm._context import EngineRequest, RequestContext
 from agentlightning.instrumentation.vllm._isolation import contained
 from agentlightning.instrumentation.vllm.capture import logprobs, marks
@@ -150,7 +150,7 @@ def _follow(
     mark = marks.Mark.RECORDED
     # An offline engine has no queue. With more input in between (realtime), it is not one prompt and its answer.
     is_followed = state.queue is not None or processor in _offline
-    if is_followed and not getattr(request, "resumable", False) and not is_probe(context):
+    if is_followed and not getattr(request, "resumable", False) and not skips_probe(context):
         _pending_of(processor).add(state, request, parent, context)
         if wants_logprobs and not logprobs.are_requested(request.sampling_params):
             state.logprobs_processor.update_from_output = logprobs.LogprobsTap(state.logprobs_processor)
