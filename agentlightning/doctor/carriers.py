@@ -11,7 +11,7 @@ from http.client import HTTPException
 from typing import Any, NamedTuple
 
 from agentlightning.doctor import Finding, Mark
-from agentlightning.instrumentation.vllm._carriers import CARRIER_HEADER, CARRIERS, PROBE
+from agentlightning.instrumentation.vllm._carriers import CARRIER_HEADER, CARRIERS, PROBE, PROBE_PARAMS
 
 __all__ = ["ENDPOINTS", "findings", "read"]
 
@@ -101,7 +101,7 @@ def _arrives(server: str, api_key: str | None, model: str, endpoint: str, carrie
     key = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     request = urllib.request.Request(
         f"{server}{call.prefix}/v1/{endpoint}",
-        json.dumps({"model": model, **ENDPOINTS[endpoint], **call.body}).encode(),
+        json.dumps({"model": model, **PROBE_PARAMS, **ENDPOINTS[endpoint], **call.body}).encode(),
         {"Content-Type": "application/json", **key, **call.headers},
     )
     try:

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from agentlightning.doctor import carriers
 from agentlightning.generation import Generation
+from agentlightning.instrumentation.vllm._carriers import PROBE_PARAMS
 from agentlightning.store import open_database, senders
 from tests.common.answers import post
 from tests.common.reference import greedy
@@ -117,6 +119,17 @@ def test_a_client_cannot_mark_its_request_as_recorded(rust: RecordingServer, rol
     answer = ask(rust, CHAT, rollout, messages=TALK, vllm_xargs={"agentlightning": ["logprobs"]})
 
     assert kept_of(rust, rollout_id=rollout).response_id == answer["id"]
+
+
+def test_probes_of_doctor_are_not_recorded(rust: RecordingServer) -> None:
+    before = {each.id for each in rust.kept()}
+    arrived = carriers.read(rust.url, None)
+    answer = ask(rust, CHAT, None, messages=TALK, temperature=PROBE_PARAMS["temperature"])
+    last = kept_of(rust, response_id=answer["id"])
+
+    # No Python sees its answers.
+    assert not any(arrived.values())
+    assert {each.id for each in rust.kept()} - before == {last.id}
 
 
 def test_a_request_without_a_header_belongs_to_no_rollout(rust: RecordingServer) -> None:

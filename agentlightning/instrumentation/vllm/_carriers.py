@@ -21,6 +21,7 @@ __all__ = [
     "CARRIERS",
     "CARRIER_HEADER",
     "PROBE",
+    "PROBE_PARAMS",
     "SOURCES",
     "Caller",
     "conflicting_names",
@@ -39,6 +40,8 @@ CARRIERS = ("path", "x-agl-rollout-id", "baggage", "x-request-id", "x-correlatio
 """What can name a rollout, in the order in which it counts."""
 PROBE = "agl-doctor-"
 """Begins the ids of rollouts by which `agl doctor` finds out which carriers arrive; 32 hexadecimal digits follow."""
+PROBE_PARAMS = {"temperature": 0.697003, "top_p": 0.913721}
+"""Sampling parameters of these calls, which tell one whose rollout does not arrive: every router lets them through."""
 CARRIER_HEADER = "x-agl-carrier"
 """A header of the answers to these calls: the carrier that named the rollout."""
 LARGEST_RETRY = 2**31 - 1
@@ -232,12 +235,18 @@ def is_probe(caller: Caller | None) -> bool:
     return caller is not None and caller.rollout_id is not None and _PROBE_ID.fullmatch(caller.rollout_id) is not None
 
 
-def skips_probe(caller: Caller | None) -> bool:
-    """Tell whether a call is not to be recorded, since `agl doctor` made it; such a call is counted."""
-    if caller is None or not is_probe(caller):
+def skips_probe(caller: Caller | None, request: Any) -> bool:
+    """Tell whether one of vLLM's requests is not to be recorded, since `agl doctor` made it; such a one is counted."""
+    is_named = is_probe(caller)
+    if not is_named and not _has_probe_params(request.sampling_params):
         return False
-    skipped_probes[caller.carrier or "none"] += 1
+    skipped_probes[(caller and is_named and caller.carrier) or "none"] += 1
     return True
+
+
+def _has_probe_params(params: Any) -> bool:
+    # Not for equality: some routers make float32 of numbers.
+    return all(abs((getattr(params, name, None) or 0) - value) < 1e-6 for name, value in PROBE_PARAMS.items())
 
 
 def _names(

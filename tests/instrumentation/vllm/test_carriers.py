@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from agentlightning.instrumentation.vllm import _carriers
-from agentlightning.instrumentation.vllm._carriers import SOURCES, Caller, without_name
+from agentlightning.instrumentation.vllm._carriers import PROBE_PARAMS, SOURCES, Caller, without_name
 from agentlightning.instrumentation.vllm.capture import request_names
 from agentlightning.rollout_name import RolloutName, parse_name
 from tests.common.environments import CHECKOUT
@@ -243,6 +244,32 @@ def test_agent_belongs_to_the_rollout_beside_it() -> None:
     _carriers.read_user("agl/other/x", caller)
 
     assert (caller.rollout_id, caller.attempt_id, caller.carrier_agent_id) == ("other", None, None)
+
+
+PROBE = f"agl-doctor-{'0' * 32}"
+
+
+@pytest.mark.parametrize(
+    ("rollout_id", "params", "counted"),
+    [
+        (PROBE, None, "path"),
+        (PROBE, SimpleNamespace(**PROBE_PARAMS), "path"),
+        # As float32.
+        (None, SimpleNamespace(temperature=0.6970030069351196, top_p=0.9137210249900818), "none"),
+        ("another", SimpleNamespace(**PROBE_PARAMS), "none"),
+        (f"{PROBE}0", SimpleNamespace(temperature=PROBE_PARAMS["temperature"], top_p=1.0), None),
+        ("agl-doctor-mine", SimpleNamespace(temperature=0.697, top_p=0.913721), None),
+        (None, SimpleNamespace(temperature=None), None),
+    ],
+)
+def test_calls_of_doctor_are_skipped_and_counted_by_what_arrived(
+    rollout_id: str | None, params: Any, counted: str | None
+) -> None:
+    before = _carriers.skipped_probes.copy()
+
+    caller, request = Caller(rollout_id=rollout_id, carrier="path"), SimpleNamespace(sampling_params=params)
+    assert _carriers.skips_probe(caller, request) == (counted is not None)
+    assert _carriers.skipped_probes - before == ({} if counted is None else {counted: 1})
 
 
 @pytest.mark.parametrize("user", [None, 7, "", "somebody", {"agl/r": 1}])

@@ -150,7 +150,7 @@ def _follow(
     mark = marks.Mark.RECORDED
     # An offline engine has no queue. With more input in between (realtime), it is not one prompt and its answer.
     is_followed = state.queue is not None or processor in _offline
-    if is_followed and not getattr(request, "resumable", False) and not skips_probe(context):
+    if is_followed and not getattr(request, "resumable", False) and not skips_probe(context, request):
         _pending_of(processor).add(state, request, parent, context)
         if wants_logprobs and not logprobs.are_requested(request.sampling_params):
             state.logprobs_processor.update_from_output = logprobs.LogprobsTap(state.logprobs_processor)

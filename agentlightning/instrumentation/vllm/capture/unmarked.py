@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from agentlightning.generation import Choice, Generation
 from agentlightning.instrumentation.vllm import _releases
+from agentlightning.instrumentation.vllm._carriers import Caller, skips_probe
 from agentlightning.instrumentation.vllm._isolation import contained
 from agentlightning.instrumentation.vllm.capture import logprobs, request_names
 from agentlightning.instrumentation.vllm.capture.conversion import (
@@ -101,7 +102,9 @@ class UnmarkedRequests:
         return [_whose(request_id) for request_id in list(self._tracked)]
 
     def track(self, request: Any) -> None:
-        """Follow a request that the scheduler is about to get."""
+        """Follow a request that the scheduler is about to get, unless `agl doctor` made it."""
+        if skips_probe(Caller(rollout_id=_whose(request.request_id)[0]), request):
+            return
         params = request.sampling_params
         tracked = self._tracked[request.request_id] = TrackedRequest(request, params)
         if session.settings.logprobs and not logprobs.are_requested(params):
