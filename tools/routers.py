@@ -30,6 +30,7 @@ SHOWN = {
     "user": "`user` of the body",
     "key": "end of the API key",
 }
+IDS = "ids in the answer"
 OVER = {"chat/completions": "chat", "completions": "completions", "responses": "Responses", "messages": "Messages"}
 
 
@@ -45,7 +46,7 @@ def table(found: Mapping[str, Mapping[str, Sequence[str]]], kept: Mapping[str, s
     head = ["carrier", *(f"{name} {VERSIONS[name]}".strip() for name in found)]
     lines = [head, ["---"] * len(head)]
     lines += [[SHOWN[carrier], *(row(arrived, carrier) for arrived in found.values())] for carrier in CARRIERS]
-    lines.append(["ids in the answer", *kept.values()])
+    lines.append([IDS, *kept.values()])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

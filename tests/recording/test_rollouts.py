@@ -227,6 +227,13 @@ def test_call_that_a_proxy_forwarded_came_through_a_router(recording: RecordingS
     assert {each.via for each in recording.recorded(rollout_id=rollout)} == {"router"}
 
 
+def test_direct_call_without_user_agent_came_over_http(recording: RecordingServer, rollout: str) -> None:
+    # Python's http.client sends none.
+    assert ask_with(recording, {"x-agl-rollout-id": quote(rollout).encode()}) == 200
+
+    assert [each.via for each in recording.recorded(rollout_id=quote(rollout))] == ["http"]
+
+
 @pytest.mark.parametrize("header", ["x-session-id", "x-claude-code-session-id"])
 @CLIENTS
 def test_sessions_and_traces_are_recorded_beside_the_rollout(

@@ -16,11 +16,11 @@ import pytest
 from agentlightning.doctor import carriers
 from agentlightning.instrumentation.vllm._carriers import CARRIERS
 from tests.common.debian import NGINX
-from tests.common.routers import router
+from tests.common.routers import VERSIONS, keeps_ids, router
 from tests.common.vllm import SCRIPTS
 from tests.doctor.command import run
 from tests.recording.server import RecordingServer, until
-from tools.routers import PAGE, SHOWN, row
+from tools.routers import IDS, PAGE, SHOWN, row
 
 BY_NAME = [
     "vllm-router",
@@ -30,13 +30,23 @@ BY_NAME = [
 ]
 
 
+CHAT, COMPLETIONS, RESPONSES, MESSAGES = (f"/v1/{endpoint}" for endpoint in carriers.ENDPOINTS)
+VIA = {
+    "vllm-router": {CHAT: "http", COMPLETIONS: "http", RESPONSES: "router", MESSAGES: "router"},
+    "smg": {CHAT: "router", COMPLETIONS: "router", RESPONSES: "router", MESSAGES: "router"},
+    "LiteLLM": {CHAT: "router", COMPLETIONS: "http", RESPONSES: "router"},
+    "nginx": {CHAT: "http", COMPLETIONS: "http", RESPONSES: "http", MESSAGES: "http"},
+}
+"""How a call came, as far as a server sees it, by the endpoint that the router calls."""
+
+
 def documented(name: str) -> dict[str, str]:
-    """Return what the documentation says of a router, by carrier."""
+    """Return what the documentation says of a router, by row; its version is checked."""
     lines = [line for line in PAGE.read_text().splitlines() if line.startswith("| ")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    column = next(at for at, cell in enumerate(cells[0]) if cell.split(" ")[0] == name)
-    by_carrier = {line[0]: line[column] for line in cells if len(line) > column}
-    return {carrier: by_carrier[SHOWN[carrier]] for carrier in CARRIERS}
+    column = cells[0].index(f"{name} {VERSIONS[name]}".strip())
+    by_row = {line[0]: line[column] for line in cells if len(line) > column}
+    return {row: by_row[row] for row in (*SHOWN.values(), IDS)}
 
 
 @pytest.mark.takes_long("it may install the router")
@@ -49,8 +59,10 @@ def test_carriers_arrive_behind_a_router_as_documented(two_api_servers: Recordin
     with router(name, [server.url], server.model) as url:
         found = carriers.read(url, None)
         said: Any = run(SCRIPTS / "agl", "doctor", "--url", url)
+        probed = server.recorded()
+        kept = keeps_ids(url, server.model)
 
-    assert {carrier: row(found, carrier) for carrier in CARRIERS} == documented(name)
+    assert {**{SHOWN[carrier]: row(found, carrier) for carrier in CARRIERS}, IDS: kept} == documented(name)
     assert said.status == 0
     expected = ["ok rollouts every way to name one arrives, over chat/completions"]
     if name != "nginx":
@@ -61,7 +73,12 @@ def test_carriers_arrive_behind_a_router_as_documented(two_api_servers: Recordin
         ]
     assert [each for each in expected if each not in said.text] == []
     # Besides the one call by which recorded() waits.
-    assert [each.prompt_text for each in server.recorded() if each.id not in before] == ["last"]
+    assert [each.prompt_text for each in probed if each.id not in before] == ["last"]
+    before |= {each.id for each in probed}
+    came = {
+        each.endpoint: each.via for each in server.recorded() if each.id not in before and each.prompt_text != "last"
+    }
+    assert came == VIA[name]
 
 
 def test_every_carrier_arrives_without_a_router(two_api_servers: RecordingServer) -> None:

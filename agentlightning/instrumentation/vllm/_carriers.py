@@ -224,10 +224,17 @@ def read_user(user: Any, caller: Caller) -> None:
 def is_forwarded(headers: Iterable[tuple[bytes, bytes]]) -> bool:
     """Tell whether a proxy or a router has forwarded the request, as far as headers show it.
 
-    Some routers say nothing of it, and drop `User-Agent`, which clients send.
+    Not every router shows it: vllm-router's chat and completions have the client's own headers.
     """
-    names = {name for name, _ in headers}
-    return b"user-agent" not in names or not names.isdisjoint(_FORWARDING_HEADERS)
+    values = dict(headers)
+    if not values.keys().isdisjoint(_FORWARDING_HEADERS):
+        return True
+    agent = values.get(b"user-agent")
+    if agent is None:
+        # As the HTTP client of routers in Rust sends it, of which the caller's headers are gone. Only the absence of
+        # User-Agent would prove nothing: Python's http.client sends none either.
+        return values.get(b"accept") == b"*/*" and b"accept-encoding" not in values
+    return agent.lower().startswith(b"litellm/")
 
 
 def is_probe(caller: Caller | None) -> bool:

@@ -246,6 +246,26 @@ def test_agent_belongs_to_the_rollout_beside_it() -> None:
     assert (caller.rollout_id, caller.attempt_id, caller.carrier_agent_id) == ("other", None, None)
 
 
+@pytest.mark.parametrize(
+    ("headers", "is_forwarded"),
+    [
+        ({"host": "h", "accept-encoding": "identity", "content-type": "application/json"}, False),
+        ({"accept": "*/*", "accept-encoding": "gzip", "user-agent": "OpenAI/Python 2.0"}, False),
+        ({"accept": "*/*", "user-agent": "curl/8.0"}, False),
+        ({"accept": "*/*", "accept-encoding": "identity"}, False),
+        ({}, False),
+        ({"user-agent": "curl/8.0", "via": "1.1 proxy"}, True),
+        ({"x-forwarded-for": "10.0.0.1"}, True),
+        ({"user-agent": "litellm/1.108.0", "accept": "*/*", "accept-encoding": "gzip, deflate"}, True),
+        ({"host": "h", "accept": "*/*", "content-type": "application/json"}, True),
+    ],
+)
+def test_forwarded_request_is_told_by_its_headers(headers: dict[str, str], is_forwarded: bool) -> None:
+    sent = [(name.encode(), value.encode()) for name, value in headers.items()]
+
+    assert _carriers.is_forwarded(sent) == is_forwarded
+
+
 PROBE = f"agl-doctor-{'0' * 32}"
 
 
