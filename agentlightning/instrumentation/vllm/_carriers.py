@@ -56,7 +56,7 @@ skipped_probes: Counter[str] = Counter()
 
 _PROBE_ID = re.compile(rf"{PROBE}[0-9a-f]{{32}}")
 # Values are percent-encoded, so that they can hold the characters that end them.
-_IN_KEY = re.compile(rb"@rollout=([^,@\s]+)(?:,attempt=([^,@\s]+))?(?:,agent=([^,@\s]+))?\Z")
+_IN_KEY = re.compile(rb"@((?:rollout|attempt|agent)=[^,@\s]+(?:,(?:rollout|attempt|agent)=[^,@\s]+)*)\Z")
 
 _UTF_8 = ("utf-8", "replace")
 _KEY_HEADERS = (b"authorization", b"x-api-key")
@@ -166,21 +166,28 @@ _SAME_PURPOSE = {
 def without_name(headers: Iterable[tuple[bytes, bytes]]) -> tuple[list[tuple[bytes, bytes]], RolloutName | None]:
     """Return the headers with API keys as the server knows them, and what the first of these keys had named.
 
-    A key may end in `@rollout=ROLLOUT[,attempt=ATTEMPT][,agent=AGENT]`. Any other end is part of the key.
+    A key may end in `@rollout=ROLLOUT[,attempt=ATTEMPT][,agent=AGENT]`, in any order. Any other end is part of the key.
     """
     found: list[tuple[bytes, bytes]] = []
     named = None
     for name, value in headers:
-        match = _IN_KEY.search(value) if name in _KEY_HEADERS else None
-        if match is not None:
-            value = value[: match.start()]
-            named = named or RolloutName(*map(_decoded, match.groups()))
+        if name in _KEY_HEADERS and (split := _split_key(value)) is not None:
+            value, in_key = split
+            named = named or in_key
         found.append((name, value))
     return found, named
 
 
-def _decoded(part: bytes | None) -> str | None:
-    return None if part is None else unquote(part.decode(*_UTF_8))
+def _split_key(key: bytes) -> tuple[bytes, RolloutName] | None:
+    """Return a key without its end, and what this names; None for a key that does not end so."""
+    match = _IN_KEY.search(key)
+    members = [member.partition(b"=")[::2] for member in match[1].split(b",")] if match else []
+    values = {name.decode(): unquote(value.decode(*_UTF_8)) for name, value in members}
+    if match is None or "rollout" not in values or len(values) < len(members):
+        if b"@rollout=" in key:
+            ignored_ids["key"] += 1
+        return None
+    return key[: match.start()], RolloutName(*(values.get(name) for name in ("rollout", "attempt", "agent")))
 
 
 def read_headers(headers: Mapping[bytes, bytes], in_key: RolloutName | None, caller: Caller) -> None:

@@ -156,6 +156,8 @@ KEYS = {
     "KEY@rollout=ro-1": ("KEY", ("ro-1",)),
     "@rollout=ro-1,attempt=at-1": ("", ("ro-1", "at-1")),
     "KEY@rollout=ro-1,agent=planner": ("KEY", ("ro-1", None, "planner")),
+    "KEY@rollout=ro-1,agent=planner,attempt=at-1": ("KEY", ("ro-1", "at-1", "planner")),
+    "KEY@agent=planner,attempt=at-1,rollout=ro-1": ("KEY", ("ro-1", "at-1", "planner")),
     "K@Y@rollout=a%2Cb%40c,attempt=at-1,agent=%C3%A9": ("K@Y", ("a,b@c", "at-1", "é")),
     "KEY@rollout=x@rollout=ro-1": ("KEY@rollout=x", ("ro-1",)),
 }
@@ -164,8 +166,10 @@ WHOLE_KEYS = [
     "KEY@rollout=",
     "KEY@rollout=a,",
     "KEY@rollout=a,attempt=",
-    "KEY@rollout=a,agent=c,attempt=b",
+    "KEY@rollout=a,rollout=b",
+    "KEY@attempt=a,rollout=b,attempt=a",
     "KEY@rollout=a,other=b",
+    "KEY@rollout=a ",
     "KEY@rollout=a b",
     "KEY@ROLLOUT=a",
     "KEY@attempt=a",
@@ -186,9 +190,11 @@ def test_end_of_a_key_names_the_rollout_and_is_removed(
 
 @pytest.mark.parametrize("key", WHOLE_KEYS)
 def test_any_other_end_is_a_part_of_the_key(key: str) -> None:
-    sent = [(b"authorization", f"Bearer {key}".encode())]
+    sent, before = [(b"authorization", f"Bearer {key}".encode())], _carriers.ignored_ids.copy()
 
     assert without_name(sent) == (sent, None)
+    # Not silently: whoever writes it means to name a rollout.
+    assert _carriers.ignored_ids - before == ({"key": 1} if "@rollout=" in key else {})
 
 
 IN_ORDER = {
