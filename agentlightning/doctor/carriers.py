@@ -121,7 +121,7 @@ def _call(carrier: str, rollout: str, api_key: str | None) -> _Call:
     if carrier == "path":
         return _Call(prefix=f"/rollout/{rollout}")
     if carrier == "user":
-        return _Call(body={"user": text})
+        return _Call(body={"user": f"agl/{rollout}"})
     if carrier == "key":
         return _Call(headers={"Authorization": f"Bearer {api_key or 'none'}@rollout={rollout}"})
     values = {"x-agl-rollout-id": rollout, "baggage": f"agentlightning.rollout_id={rollout}"}

@@ -142,7 +142,7 @@ def test_id_of_a_request_names_the_rollout_and_stays_the_answers(
 
 def test_user_of_a_chat_names_the_rollout(recording: RecordingServer, rollout: str) -> None:
     client = openai_client(recording, "", {})
-    user = f"agl/{quote(rollout, safe='')}/2/x"
+    user = f"agl/{quote(rollout, safe='')}/2"
     client.chat.completions.create(model=recording.model, messages=TALK, max_tokens=2, user=user)
     client.responses.create(model=recording.model, input="one", max_output_tokens=2, user=user)
     client.completions.create(model=recording.model, prompt="one", max_tokens=2, user=user)

@@ -215,8 +215,11 @@ def read_headers(headers: Mapping[bytes, bytes], in_key: RolloutName | None, cal
 
 
 def read_user(user: Any, caller: Caller) -> None:
-    """Note what the `user` of a request's body names: it comes after all headers, and before the API key."""
-    named = parse_name(user) if isinstance(user, str) else None
+    """Note what the `user` of a request's body names: it comes after all headers, and before the API key.
+
+    Nothing has to be behind the ids in it: unlike the id of a request, it is the same for each call.
+    """
+    named = parse_name(f"{user}/") if isinstance(user, str) else None
     if named is None:
         return
     in_key = None

@@ -146,6 +146,24 @@ def test_id_of_a_request_names_rollout_attempt_and_agent(text: str, names: tuple
         assert request_names.parse_client_id(text) == RolloutName(*names)
 
 
+@pytest.mark.parametrize(
+    ("user", "names"),
+    [
+        ("agl/ro-1", ("ro-1", None, None)),
+        ("agl/ro-1/", ("ro-1", None, None)),
+        ("agl/ro-1/at-1", ("ro-1", "at-1", None)),
+        ("agl/ro-1/at-1/", ("ro-1", "at-1", None)),
+        ("agl/a%2Fb/at-1/planner", ("a/b", "at-1", "planner")),
+        ("agl/ro-1/at-1/planner/more", ("ro-1", "at-1", "planner")),
+    ],
+)
+def test_user_of_the_body_names_rollout_attempt_and_agent(user: str, names: tuple[str | None, ...]) -> None:
+    caller = Caller()
+    _carriers.read_user(user, caller)
+
+    assert (caller.rollout_id, caller.attempt_id, caller.carrier_agent_id) == names
+
+
 @pytest.mark.parametrize("text", NO_NAMES)
 def test_other_ids_of_requests_name_nothing(text: str) -> None:
     assert parse_name(text) is None
@@ -247,7 +265,7 @@ def test_agents_own_headers_name_it_before_the_key_does() -> None:
 
 def test_agent_belongs_to_the_rollout_beside_it() -> None:
     caller = caller_of({"authorization": "Bearer k@rollout=r,attempt=1,agent=planner"})
-    _carriers.read_user("agl/other/x", caller)
+    _carriers.read_user("agl/other", caller)
 
     assert (caller.rollout_id, caller.attempt_id, caller.carrier_agent_id) == ("other", None, None)
 
