@@ -173,6 +173,8 @@ def without_name(headers: Iterable[tuple[bytes, bytes]]) -> tuple[list[tuple[byt
     for name, value in headers:
         if name in _KEY_HEADERS and (split := _split_key(value)) is not None:
             value, in_key = split
+            if named is not None and named != in_key:
+                conflicting_names["key"] += 1
             named = named or in_key
         found.append((name, value))
     return found, named
@@ -296,7 +298,7 @@ def follow(caller: Caller, carrier: str, named: RolloutName) -> None:
             caller.rollout_id, caller.attempt_id = rollout, attempt
             caller.carrier, caller.carrier_agent_id = carrier, agent
     elif rollout is not None and (
-        rollout != caller.rollout_id or (attempt and caller.attempt_id and attempt != caller.attempt_id)
+        rollout != caller.rollout_id or (attempt is not None and attempt != caller.attempt_id)
     ):
         conflicting_names[carrier] += 1
 

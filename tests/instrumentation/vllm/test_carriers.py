@@ -256,6 +256,23 @@ def test_attempts_of_one_rollout_that_differ_are_a_conflict() -> None:
     assert _carriers.conflicting_names - before == {"key": 1}
 
 
+def test_attempt_that_is_not_followed_is_a_conflict() -> None:
+    before = _carriers.conflicting_names.copy()
+
+    headers = {"authorization": "k@rollout=r,attempt=2"}
+    assert said(headers, rollout_id="r", carrier="path") == {"rollout_id": "r"}
+    assert _carriers.conflicting_names - before == {"key": 1}
+
+
+@pytest.mark.parametrize(("second", "count"), [("r", 0), ("other", 1), ("r,attempt=2", 1)])
+def test_two_keys_that_name_different_rollouts_are_a_conflict(second: str, count: int) -> None:
+    before = _carriers.conflicting_names.copy()
+
+    keys = {"authorization": "Bearer k@rollout=r", "x-api-key": f"k@rollout={second}"}
+    assert said(keys) == {"rollout_id": "r"}
+    assert _carriers.conflicting_names - before == ({"key": 1} if count else {})
+
+
 def test_agents_own_headers_name_it_before_the_key_does() -> None:
     key = {"authorization": "Bearer k@rollout=r,attempt=1,agent=planner"}
 
