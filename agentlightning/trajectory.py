@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, get_args
 
 from agentlightning.generation import RoutedExperts, Status
@@ -373,7 +373,7 @@ def merge(attempt: AttemptCalls, **options: Unpack[MergeOptions]) -> Merged:
       are that, and choosing another one would make other rows, none is chosen, and the row is `ambiguous`.
     - Calls with the same prompt are retries: those that were continued are kept. If none was, the last one that ended
       by itself is kept, or else the last, and the row is `retried`.
-    - Calls of two models, or of two agents, are never in one row.
+    - Calls of two models, or of two agents, are never in one row. A call that names no agent may be in a row of any.
     - Each path from a root to a leaf is a row, ordered by when calls finished: first the whole tree of the first root.
       Each choice is a branch. An answer that several rows share is trained in the first one that has all of it.
 
@@ -384,11 +384,11 @@ def merge(attempt: AttemptCalls, **options: Unpack[MergeOptions]) -> Merged:
     left_out: list[LeftOut] = []
     nodes = _nodes(attempt.calls, left_out)
     limit = options.get("drift_limit", DRIFT_LIMIT) if options.get("drift") == "realign" else 0
-    by_origin: defaultdict[tuple[str | None, str | None], list[_Node]] = defaultdict(list)
+    by_model: defaultdict[str | None, list[_Node]] = defaultdict(list)
     for node in nodes:
-        by_origin[node.call.model, node.call.agent_id].append(node)
+        by_model[node.call.model].append(node)
     roots: list[_Node] = []
-    for some in by_origin.values():
+    for some in by_model.values():
         prompts = _link(some, limit)
         for prompt in prompts:
             left_out += [_left_out(node.call, "retried") for node in prompt.resolve()]
@@ -464,9 +464,10 @@ class _Node:
 
 @dataclass(slots=True, eq=False)
 class _Prompt:
-    """Calls with the same prompt.
+    """Calls with the same prompt, which name the same agent, or none.
 
     Attributes:
+        agent_id: the agent that they name, or else one before them in their row.
         parent: the call that it continues.
         shared: number of ids of it that are its parent's prompt and answer; less than all of them if it is realigned.
         broken: a call whose prompt it begins with, but whose answer it only begins to repeat.
@@ -474,6 +475,7 @@ class _Prompt:
     """
 
     nodes: list[_Node]
+    agent_id: str | None = None
     parent: _Node | None = None
     shared: int = 0
     broken: _Node | None = None
@@ -481,6 +483,10 @@ class _Prompt:
     is_ambiguous: bool = False
     is_retried: bool = False
     is_realigned: bool = False
+
+    def shares_row(self, other: _Prompt) -> bool:
+        """Tell whether calls of both may be in one row: they do not name two agents."""
+        return self.agent_id is None or other.agent_id is None or self.agent_id == other.agent_id
 
     def resolve(self) -> list[_Node]:
         """Choose between retries; returns the nodes of those that are not kept."""
@@ -527,18 +533,26 @@ class _Prefix:
 
     Attributes:
         length: number of ids.
-        contexts: calls of which it is prompt and answer.
-        context: the longest prefix up to this one that has such calls.
+        below: the longest prefix below this one that is prompt and answer of a call.
         shorter: the longest prefix below this one that is a prompt.
         reach: length of the longest prompt and answer among the calls of all prompts up to this one.
+        contexts: calls of which it is prompt and answer.
+        prompts: it is the prompt of these, one for each agent.
     """
 
     length: int
-    context: _Prefix | None
+    below: _Prefix | None
     shorter: _Prefix | None
     reach: int
     contexts: list[_Node] = field(default_factory=list[_Node])
-    prompt: _Prompt | None = None
+    prompts: list[_Prompt] = field(default_factory=list[_Prompt])
+
+    def context_of(self, prompt: _Prompt) -> _Prefix | None:
+        """Return the longest prefix up to this one that is prompt and answer of a call which a prompt may continue."""
+        found: _Prefix | None = self
+        while found and not any(prompt.shares_row(node.prompt) for node in found.contexts):
+            found = found.below
+        return found
 
 
 def _link(nodes: Iterable[_Node], limit: int) -> list[_Prompt]:
@@ -555,7 +569,7 @@ def _link(nodes: Iterable[_Node], limit: int) -> list[_Prompt]:
     prompts = _prompts(in_order, agree)
     # Each prefix stands at the first sequence that begins with it, the shorter first; of equal ones, answers first.
     items: list[tuple[int, int, bool, _Node | _Prompt]] = []
-    items += [(first, length, True, prompt) for (first, length), prompt in prompts.items()]
+    items += [(first, length, True, prompt) for (first, length, _), prompt in prompts.items()]
     first = 0
     for position, node in enumerate(in_order):
         if agree[position] != node.stop:
@@ -570,25 +584,25 @@ def _link(nodes: Iterable[_Node], limit: int) -> list[_Prompt]:
         looked_at = first
         if not stack or stack[-1].length < length:
             below = stack[-1] if stack else _Prefix(-1, None, None, 0)
-            stack.append(_Prefix(length, below.context, below if below.prompt else below.shorter, below.reach))
+            context = below if below.contexts else below.below
+            stack.append(_Prefix(length, context, below if below.prompts else below.shorter, below.reach))
         prefix = stack[-1]
         if isinstance(item, _Node):
             prefix.contexts.append(item)
-            prefix.context = prefix
         else:
             _place(item, prefix, limit)
-            prefix.prompt = item
+            prefix.prompts.append(item)
             prefix.reach = max(prefix.reach, *(node.stop for node in item.nodes))
     return [*prompts.values()]
 
 
-def _prompts(in_order: Sequence[_Node], agree: Sequence[int]) -> dict[tuple[int, int], _Prompt]:
-    """Group calls by their prompts: by the position of the first sequence that begins with it, and by length.
+def _prompts(in_order: Sequence[_Node], agree: Sequence[int]) -> dict[tuple[int, int, str | None], _Prompt]:
+    """Group calls by prompt and agent: by the position of the first sequence that begins with it, its length and name.
 
     Args:
         agree: for each sequence, how many ids it has in common with the one before.
     """
-    found: dict[tuple[int, int], _Prompt] = {}
+    found: dict[tuple[int, int, str | None], _Prompt] = {}
     # The positions up to this one behind which all sequences agree further, and how far those there do.
     positions, common = list[int](), list[int]()
     for position, node in enumerate(in_order):
@@ -598,7 +612,8 @@ def _prompts(in_order: Sequence[_Node], agree: Sequence[int]) -> dict[tuple[int,
         common.append(agree[position])
         positions.append(position)
         first = positions[bisect_left(common, node.start) - 1]
-        node.prompt = found.setdefault((first, node.start), _Prompt([]))
+        agent = node.call.agent_id
+        node.prompt = found.setdefault((first, node.start, agent), _Prompt([], agent))
         node.prompt.nodes.append(node)
     return found
 
@@ -609,14 +624,17 @@ def _place(prompt: _Prompt, prefix: _Prefix, limit: int) -> None:
     Args:
         prefix: the prompt's own, with those below it.
     """
-    exact = prefix.context
+    exact = prefix.context_of(prompt)
     best = exact.length if exact else 0
     found: list[_Node] = []
     other = prefix.shorter
     ids = prompt.nodes[0].ids[: prefix.length * ID_BYTES]
-    while other is not None and other.prompt is not None and other.reach > best:
+    while other is not None and other.reach > best:
+        nodes = _nodes_beside(prompt, other)
+        if not nodes:
+            other = other.shorter
+            continue
         # They are in the order of their bytes, so those that agree furthest stand together where the prompt would.
-        nodes = other.prompt.nodes
         at = bisect_left(nodes, ids, key=_ids_of)
         agrees = max(
             min(_common(node, prompt.nodes[0], other.length), prefix.length) for node in nodes[max(at - 1, 0) : at + 1]
@@ -638,7 +656,14 @@ def _place(prompt: _Prompt, prefix: _Prefix, limit: int) -> None:
             prompt.is_realigned = _adopt(prompt, ends, prompt.agrees)
             return
     if exact:
-        _adopt(prompt, exact.contexts, exact.length)
+        contexts = [node for node in exact.contexts if prompt.shares_row(node.prompt)]
+        _adopt(prompt, contexts, exact.length)
+
+
+def _nodes_beside(prompt: _Prompt, prefix: _Prefix) -> Sequence[_Node]:
+    """Return the calls of a prefix's prompts that may be in a row with a prompt, in the order of their bytes."""
+    found = [each.nodes for each in prefix.prompts if prompt.shares_row(each)]
+    return found[0] if len(found) == 1 else sorted(chain.from_iterable(found), key=_ids_of)
 
 
 def _ids_of(node: _Node) -> bytes:
@@ -654,6 +679,7 @@ def _adopt(prompt: _Prompt, candidates: Sequence[_Node], shared: int) -> bool:
     # Of equal choices of one call, the first.
     kept = min((node for node in candidates if _same_call(kept, node)), key=lambda node: node.order)
     prompt.parent, prompt.shared = kept, shared
+    prompt.agent_id = prompt.agent_id or kept.prompt.agent_id
     kept.children.append(prompt)
     return True
 
@@ -757,7 +783,9 @@ class _Maker:
             return False
         if status is not None and any(node.call.status != status for node, _ in path):
             return False
-        for name in ("agent_id", "parent_agent_id", "purpose", "retry"):
+        if (agent := options.get("agent_id")) is not None and _agent_of(path) != agent:
+            return False
+        for name in ("parent_agent_id", "purpose", "retry"):
             if (said := options.get(name)) is not None and any(getattr(node.call, name) != said for node, _ in path):
                 return False
         if options.get("complete") and (
@@ -826,7 +854,7 @@ class _Maker:
             reward=_finite(self._attempt.reward),
             rewards=[(each.end - 1, each.reward) for each in answers if each.reward is not None],
             model=last.call.model,
-            agent_id=last.call.agent_id,
+            agent_id=_agent_of(path),
             parent_agent_id=_only(node.call.parent_agent_id for node, _ in path),
             purpose=_only(node.call.purpose for node, _ in path),
             weight_versions=versions or None,
@@ -857,6 +885,11 @@ class _Maker:
     def _end(self, index: int, node: _Node) -> int:
         """Return where an answer ends in a row; a row that was realigned has another end than its answer had."""
         return next(end for each, end in self._paths[index] if each is node)
+
+
+def _agent_of(path: Path) -> str | None:
+    """Return the agent that calls of a row name; some of them may name none."""
+    return next((node.call.agent_id for node, _ in path if node.call.agent_id is not None), None)
 
 
 def _length(path: Path, options: MergeOptions) -> int:

@@ -269,24 +269,41 @@ def test_calls_of_two_agents_are_never_in_one_row() -> None:
         call("b", "pqABt", "CD", **child),
         call("c", "pqABtCDu", "EF", agent_id="main", purpose="compaction"),
         call("d", "pqABtCDv", "GH", **child, retry=1),
-        call("e", "pqABtCDvGHw", "IJ"),
     )
     rows = merged(*calls).rows
 
     assert shown(rows) == [
         ("pqABtCDuEF", "..^^....^^"),
         ("pqABtCDvGH", ".....^^.^^"),
-        ("pqABtCDvGHwIJ", "...........^^"),
     ]
     assert [(row.agent_id, row.parent_agent_id, row.purpose) for row in rows] == [
         ("main", None, None),
         ("child", "main", "sub-agent"),
-        (None, None, None),
     ]
     for filters in ({"agent_id": "child"}, {"parent_agent_id": "main"}, {"purpose": "sub-agent"}):
         assert shown(merged(*calls, **filters).rows) == shown(rows[1:2])
     assert merged(*calls, retry=1).rows == []
     assert shown(merged(*calls, retry=1, drift="transition").rows) == [("pqABtCDvGH", "........^^")]
+
+
+def test_call_without_an_agent_continues_any_and_is_continued_by_any() -> None:
+    main, child = {"agent_id": "main"}, {"agent_id": "child"}
+    calls = (
+        call("a", "pq", "AB"),
+        call("b", "pqABt", "CD", **main),
+        call("c", "pqABtCDu", "EF"),
+        call("d", "pqABtCDuEFv", "GH", **main),
+        # Not after the row of another agent, though the call before it names none.
+        call("e", "pqABtCDuEFv", "IJ", **child),
+    )
+    rows = merged(*calls).rows
+
+    assert [(*row, agent) for row, agent in zip(shown(rows), (row.agent_id for row in rows), strict=True)] == [
+        ("pqABtCDuEFvGH", "..^^.^^.^^.^^", "main"),
+        ("pqABtCDuEFvIJ", "...........^^", "child"),
+    ]
+    assert shown(merged(*calls, agent_id="main").rows) == shown(rows[:1])
+    assert [row.agent_id for row in merged(*calls, drift="transition").rows].count(None) == 2
 
 
 def test_flags_say_how_answers_ended() -> None:
@@ -680,7 +697,8 @@ def test_rows_have_the_ids_of_their_calls_each_trained_in_its_own_context(
             answer = of_span.response_token_ids or array("i")
             assert row.token_ids[: span.start] == of_span.prompt_token_ids
             assert row.token_ids[span.start : span.end] == answer[: span.end - span.start]
-            assert (row.model, row.agent_id) == (of_span.model, of_span.agent_id)
+            assert row.model == of_span.model
+            assert of_span.agent_id in (None, row.agent_id)
             assert row.logprobs is not None
             if span.is_trained:
                 inside |= {*range(span.start, span.end)}
