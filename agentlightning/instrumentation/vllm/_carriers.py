@@ -45,6 +45,7 @@ PROBE_PARAMS = {"temperature": 0.697003, "top_p": 0.913721}
 CARRIER_HEADER = "x-agl-carrier"
 """A header of the answers to these calls: the carrier that named the rollout."""
 LARGEST_RETRY = 2**31 - 1
+LONGEST_PURPOSE = 256
 
 ignored_ids: Counter[str] = Counter()
 """Number of ignored ids, by source: longer than 256 characters, or with a forbidden character."""
@@ -57,6 +58,9 @@ skipped_probes: Counter[str] = Counter()
 _PROBE_ID = re.compile(rf"{PROBE}[0-9a-f]{{32}}")
 # Values are percent-encoded, so that they can hold the characters that end them.
 _IN_KEY = re.compile(rb"@((?:rollout|attempt|agent)=[^,@\s]+(?:,(?:rollout|attempt|agent)=[^,@\s]+)*)\Z")
+
+# Those of `_NOT_IN_IDS` that no text has.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ufffd]")
 
 _UTF_8 = ("utf-8", "replace")
 _KEY_HEADERS = (b"authorization", b"x-api-key")
@@ -153,6 +157,7 @@ _READ: Mapping[bytes, Sequence[str]] = {
     )
 }
 """Every header that is read, with the fields that it may say."""
+_PURPOSE_AS_SENT = (b"x-agl-purpose", b"baggage")
 _SAME_PURPOSE = {
     "turn": "main",
     "subagent": "sub-agent",
@@ -303,16 +308,12 @@ def follow(caller: Caller, carrier: str, named: RolloutName) -> None:
         conflicting_names[carrier] += 1
 
 
-def _purpose(text: str) -> str:
-    return _SAME_PURPOSE.get(text, text)
-
-
 def _retry(text: str) -> int | None:
     is_count = text.isascii() and text.isdigit() and len(text) < 11
     return int(text) if is_count and int(text) <= LARGEST_RETRY else None
 
 
-_CONVERT: Mapping[str, Callable[[str], Any]] = {"purpose": _purpose, "retry": _retry}
+_CONVERT: Mapping[str, Callable[[str], Any]] = {"retry": _retry}
 """For fields that are not kept as headers have them."""
 
 
@@ -326,20 +327,22 @@ class _Reader:
 
     def values(self, field: str) -> Iterator[str]:
         """Yield what the sources of a field say, in their order."""
+        is_valid = _is_purpose if field == "purpose" else is_id
         for header, member, beside, unless in SOURCES[field]:
             if header in self._headers and (beside is None or beside in self._headers):
-                value = self.value(header, member)
+                value = self.value(header, member, is_valid)
                 if value is not None and value != unless:
-                    yield value
+                    is_agents_word = field == "purpose" and header not in _PURPOSE_AS_SENT
+                    yield _SAME_PURPOSE.get(value, value) if is_agents_word else value
 
-    def value(self, header: bytes, member: str | None = None) -> str | None:
+    def value(self, header: bytes, member: str | None = None, is_valid: Callable[[str], bool] = is_id) -> str | None:
         """Return the value of a header, or of a member of it; None where it has none that is valid."""
         if header not in self._headers:
             return None
         which = header, member
         # An invalid id counts once, whatever it could have been.
         if which not in self._values:
-            self._values[which] = _valid_id(header.decode(), self._text(header, member))
+            self._values[which] = _valid_id(header.decode(), self._text(header, member), is_valid)
         return self._values[which]
 
     def _text(self, header: bytes, member: str | None) -> str | None:
@@ -352,10 +355,15 @@ class _Reader:
         return value if isinstance(value, str) else None
 
 
-def _valid_id(source: str, value: str | None) -> str | None:
+def _is_purpose(text: str) -> bool:
+    """Tell whether a text can be a purpose: any of at most so many characters, without control characters."""
+    return len(text) <= LONGEST_PURPOSE and not _CONTROL.search(text)
+
+
+def _valid_id(source: str, value: str | None, is_valid: Callable[[str], bool] = is_id) -> str | None:
     if not value:
         return None
-    if is_id(value):
+    if is_valid(value):
         return value
     ignored_ids[source] += 1
     return None

@@ -84,6 +84,11 @@ def said(headers: dict[str, str], **path: Any) -> dict[str, Any]:
         ),
         ({"x-agl-agent-id": "ours", "x-claude-code-agent-id": "its own"}, {"agent_id": "ours"}),
         ({"x-agl-purpose": "main", "x-openai-subagent": "review"}, {"purpose": "main"}),
+        # As sent: only agents' own words become ours.
+        ({"x-agl-purpose": "turn"}, {"purpose": "turn"}),
+        ({"baggage": "agentlightning.purpose=compact"}, {"purpose": "compact"}),
+        ({"x-agl-purpose": """the user's "plan" in ../docs"""}, {"purpose": """the user's "plan" in ../docs"""}),
+        ({"x-agl-purpose": "a\x01b"}, {}),
         (
             {"x-openai-subagent": "review", "x-codex-turn-metadata": '{"request_kind": "turn"}'},
             {"purpose": "review"},
@@ -118,7 +123,7 @@ def test_metadata_that_is_no_object_of_texts_says_nothing(value: str) -> None:
 def test_invalid_names_are_ignored_and_each_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     ignored = _carriers.ignored_ids.copy()
     bad = "x" * 257
-    assert said({"x-session-id": bad, "x-parent-session-id": bad, "x-agl-purpose": "'"}) == {}
+    assert said({"x-session-id": bad, "x-parent-session-id": bad, "x-agl-purpose": bad}) == {}
 
     assert _carriers.ignored_ids - ignored == {"x-session-id": 1, "x-parent-session-id": 1, "x-agl-purpose": 1}
 
