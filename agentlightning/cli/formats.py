@@ -155,7 +155,7 @@ def _generation_schema(pyarrow: Any) -> Any:
     others = {
         **dict.fromkeys(("started_at", "first_token_at", "finished_at"), int64),
         "prompt_token_ids": ids,
-        **dict.fromkeys(("retry", "cached_tokens"), int32),
+        **dict.fromkeys(("retry", "cached_tokens"), int64),
         "choices": pyarrow.list_(choice),
     }
     return pyarrow.schema({name: others.get(name, text) for name in Generation.__slots__})
@@ -220,7 +220,8 @@ def _trajectory_schema(pyarrow: Any) -> Any:
 def _triplet_schema(pyarrow: Any) -> Any:
     ids = pyarrow.list_(pyarrow.int32())
     others = {
-        **dict.fromkeys(("index", "retry"), pyarrow.int32()),
+        "index": pyarrow.int32(),
+        "retry": pyarrow.int64(),
         "prompt_token_ids": ids,
         "response_token_ids": ids,
         "logprobs": pyarrow.list_(pyarrow.float32()),

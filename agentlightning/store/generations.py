@@ -253,6 +253,12 @@ def _conditions(connection: Connection, filters: Filters) -> list[ColumnElement[
     return [_condition(connection, name, value) for name, value in filters.items()]
 
 
+def _number_of(values: Sequence[str], name: str, value: str) -> int:
+    if value not in values:
+        raise InvalidRecord(f"{name}: {value!r:.100} is not one of {', '.join(values)}")
+    return values.index(value)
+
+
 def _condition(connection: Connection, name: str, value: Any) -> ColumnElement[bool]:
     """Translate a filter into a condition on a row."""
     if name == "since":
@@ -260,7 +266,7 @@ def _condition(connection: Connection, name: str, value: Any) -> ColumnElement[b
     if name == "until":
         return tables.generations.c.finished_at < value
     if name == "status":
-        return tables.generations.c.status == STATUSES.index(value)
+        return tables.generations.c.status == _number_of(STATUSES, name, value)
     column = FILTERED[name]
     if value is None or (name == "attempt_id" and value == ""):
         return column.is_(None)
@@ -273,6 +279,6 @@ def _condition(connection: Connection, name: str, value: Any) -> ColumnElement[b
     if name == "retry":
         return column == value
     if name == "via":
-        return column == VIAS.index(value)
+        return column == _number_of(VIAS, name, value)
     key = texts.key_of(connection, value)
     return false() if key is None else column == key

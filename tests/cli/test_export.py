@@ -78,7 +78,10 @@ def refused(*arguments: str | Path, status: int = 1, **variables: str) -> str:
 
 GENERATIONS = [generation(number) for number in range(25)]
 GENERATIONS[3] = generation(
+    # More than int32 has: a store takes what any client sends.
     3,
+    retry=2**40,
+    cached_tokens=2**40,
     session_id="a session",
     status="aborted",
     model="another model",
@@ -336,7 +339,8 @@ def test_parquet_has_a_row_for_each_triplet_with_its_fields_and_ids_as_int32(rew
     ids = "list<element: int32>"
     assert types == {
         **dict.fromkeys(types, "string"),
-        **dict.fromkeys(("index", "retry"), "int32"),
+        "index": "int32",
+        "retry": "int64",
         "prompt_token_ids": ids,
         "response_token_ids": ids,
         "logprobs": "list<element: float>",

@@ -77,6 +77,15 @@ def test_generations_are_read_in_the_order_in_which_they_finished(store: Store) 
     assert ids(store, rollout_id="rollout-20") == [found.id for found in kept[200:210]]
 
 
+@pytest.mark.parametrize(("name", "value"), [("via", "nope"), ("status", "asleep")])
+def test_filter_with_a_value_that_no_generation_has_is_refused(store: Store, name: str, value: str) -> None:
+    filters: Any = {name: value}
+
+    for read in (store.generations, store.tally):
+        with pytest.raises(InvalidRecord, match=name):
+            [*read(**filters)]
+
+
 @pytest.mark.parametrize(
     ("filters", "numbers"),
     [
