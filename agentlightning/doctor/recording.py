@@ -31,7 +31,7 @@ UNNAMED: Mapping[Via | None, tuple[str, str]] = {
     ),
     "process": (
         "from a program in vLLM's own process",
-        "let the program name it, as docs/recording.md says, or ignore what is no agent's",
+        "let the program name it with agl.rollout, as docs/in-process.md says, or ignore what is no agent's",
     ),
     "grpc": ("over gRPC", "make the request's id ROLLOUT, ROLLOUT.ATTEMPT, or agl/ROLLOUT/ATTEMPT/anything"),
     "engine": (
