@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -34,14 +34,14 @@ IDS = "ids in the answer"
 OVER = {"chat/completions": "chat", "completions": "completions", "responses": "Responses", "messages": "Messages"}
 
 
-def row(arrived: Mapping[str, Sequence[str]], carrier: str) -> str:
+def row(arrived: carriers.Arrived, carrier: str) -> str:
     """Say over which endpoints a carrier arrives."""
     possible = [OVER[each] for each in OVER if (carrier, each) != ("user", "messages")]
-    over = [OVER[each] for each in arrived if carrier in arrived[each]]
+    over = [OVER[endpoint] for endpoint, found in arrived.items() if carrier in (found or ())]
     return "all" if over == possible else ", ".join(over) or "**none**"
 
 
-def table(found: Mapping[str, Mapping[str, Sequence[str]]], kept: Mapping[str, str]) -> str:
+def table(found: Mapping[str, carriers.Arrived], kept: Mapping[str, str]) -> str:
     """Make the table of what arrives behind each router."""
     head = ["carrier", *(f"{name} {VERSIONS[name]}".strip() for name in found)]
     lines = [head, ["---"] * len(head)]
@@ -52,7 +52,7 @@ def table(found: Mapping[str, Mapping[str, Sequence[str]]], kept: Mapping[str, s
 
 def main() -> None:
     """Try all routers, and write the page."""
-    found: dict[str, Mapping[str, Sequence[str]]] = {}
+    found: dict[str, carriers.Arrived] = {}
     kept: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder, RecordingServer(Path(folder) / "store.db") as server:
         for name in ROUTERS:

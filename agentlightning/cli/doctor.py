@@ -37,6 +37,7 @@ With --url it asks a running server, maybe behind a router, and makes one call o
 rollout, to see which of them arrive; with --store it reads what was recorded. It writes to no store. The exit status
 is 0 when all is well, 1 when there is a problem."""
 IMPORTING = "importing vLLM as a server would (ten to sixty seconds) ..."
+TRYING = "trying each way to name a rollout, with one short call over each endpoint ..."
 NOT_IMPORTED = Finding("patches", Mark.NOTE, "not tried: that needs an import of vLLM, which --quick leaves out")
 
 
@@ -47,11 +48,12 @@ def main(arguments: Sequence[str]) -> int:
     if options.url is not None:
         title = f"the server at {options.url}"
         report, findings = _examine("server", lambda: server.read(options.url, options.api_key), server.findings)
-        # A router may hide the status of the servers behind it.
-        records = not report["server"] or report["server"]["recording"] is not None
-        report["carriers"] = carriers.read(options.url, options.api_key) if records else {}
-        arrived = [*carriers.findings(report["carriers"])]
-        findings = [*(server.BEHIND_ROUTER if arrived and not report["server"] else findings), *arrived]
+        report["carriers"] = {}
+        if carriers.may_arrive(report["server"]):
+            if not options.json:
+                _print([TRYING, ""])
+            report["carriers"] = carriers.read(options.url, options.api_key)
+            findings = carriers.findings_with(report["server"], findings, report["carriers"])
     elif options.store is not None:
         title = f"the store at {settings.without_secrets(options.store)}"
         report, findings = _examine("store", lambda: recording.read(options.store, options.rollout), recording.findings)

@@ -13,7 +13,7 @@ from agentlightning.doctor import Finding, Mark, Unreachable
 from agentlightning.doctor.patches import patch_findings, release_findings
 from agentlightning.instrumentation.vllm._status import STATUS_ROUTE
 
-__all__ = ["BEHIND_ROUTER", "findings", "read"]
+__all__ = ["BEHIND_ROUTER", "base_of", "bearer", "findings", "read"]
 
 SECONDS = 30
 REPORTED = (
@@ -41,17 +41,27 @@ BEHIND_ROUTER = (
 """Findings on a server whose status cannot be read, though it answers as an instrumented one."""
 
 
+def base_of(url: str) -> str:
+    """Return the address of a server: what stands before `/v1` in `[http://]host:port`, with or without `/v1`."""
+    server = url.rstrip("/").removesuffix("/v1")
+    return server if "://" in server else f"http://{server}"
+
+
+def bearer(api_key: str | None) -> dict[str, str]:
+    """Return the headers of a request with this API key."""
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+
 def read(url: str, api_key: str | None) -> dict[str, Any]:
     """Fetch the status of the server at `url`: `[http://]host:port`, with or without `/v1`.
 
     Raises:
         Unreachable: there is no server at `url`, or it has no status.
     """
-    server = url.rstrip("/").removesuffix("/v1")
-    address = f"{server if '://' in server else f'http://{server}'}{STATUS_ROUTE}"
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    address = f"{base_of(url)}{STATUS_ROUTE}"
     try:
-        with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=SECONDS) as answer:
+        request = urllib.request.Request(address, headers=bearer(api_key))
+        with urllib.request.urlopen(request, timeout=SECONDS) as answer:
             body = answer.read()
     except urllib.error.HTTPError as error:
         raise Unreachable(*_refused(address, error.code)) from error

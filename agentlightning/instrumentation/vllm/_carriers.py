@@ -59,7 +59,7 @@ _PROBE_ID = re.compile(rf"{PROBE}[0-9a-f]{{32}}")
 # Values are percent-encoded, so that they can hold the characters that end them.
 _IN_KEY = re.compile(rb"@((?:rollout|attempt|agent)=[^,@\s]+(?:,(?:rollout|attempt|agent)=[^,@\s]+)*)\Z")
 
-# Those of `_NOT_IN_IDS` that no text has.
+# Also what stands for bytes that were not UTF-8.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ufffd]")
 
 _UTF_8 = ("utf-8", "replace")
