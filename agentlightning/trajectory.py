@@ -660,7 +660,7 @@ def _place(prompt: _Prompt, prefix: _Prefix, limit: int) -> None:
         _adopt(prompt, contexts, exact.length)
 
 
-def _nodes_beside(prompt: _Prompt, prefix: _Prefix) -> Sequence[_Node]:
+def _nodes_beside(prompt: _Prompt, prefix: _Prefix) -> list[_Node]:
     """Return the calls of a prefix's prompts that may be in a row with a prompt, in the order of their bytes."""
     found = [each.nodes for each in prefix.prompts if prompt.shares_row(each)]
     return found[0] if len(found) == 1 else sorted(chain.from_iterable(found), key=_ids_of)

@@ -83,7 +83,7 @@ def test_filter_with_a_value_that_no_generation_has_is_refused(store: Store, nam
 
     for read in (store.generations, store.tally):
         with pytest.raises(InvalidRecord, match=name):
-            [*read(**filters)]
+            list(read(**filters))
 
 
 @pytest.mark.parametrize(

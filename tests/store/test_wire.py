@@ -49,8 +49,11 @@ def test_message_of_an_earlier_release_is_read_without_who_called(number: int) -
         assert [loss.reason for loss in found.losses] == [LOSS.reason]
         assert wire.encode([full, empty], found.losses, None, full.id, version) == body
     else:
-        assert found.prompts[full.id].ids.rest == FULL.prompt_token_ids.tobytes()
-        assert found.prompts[full.id].text.rest == FULL.prompt_text
+        prompt, ids = found.prompts[full.id], FULL.prompt_token_ids
+        assert (prompt.ids and prompt.ids.rest, prompt.text and prompt.text.rest) == (
+            ids and ids.tobytes(),
+            FULL.prompt_text,
+        )
         full.prompt_token_ids, full.prompt_text = FULL.prompt_token_ids, FULL.prompt_text
         assert wire.encode_in_blocks([full, empty], full.id, Recent(), version)[0] == body
 
