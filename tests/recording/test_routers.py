@@ -6,6 +6,7 @@ import json
 import time
 import urllib.request
 import uuid
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,6 +18,7 @@ import pytest
 from agentlightning.doctor import carriers
 from agentlightning.generation import Generation
 from agentlightning.instrumentation.vllm._carriers import CARRIERS
+from tests.common.answers import post
 from tests.common.debian import NGINX
 from tests.common.routers import VERSIONS, keeps_ids, router
 from tests.common.vllm import SCRIPTS
@@ -58,9 +60,13 @@ def test_carriers_arrive_behind_a_router_as_documented(two_api_servers: Recordin
         pytest.skip(NGINX.missing)
     server = two_api_servers
     began = time.time_ns()
+    asked = {"model": server.model, "prompt": "last", "max_tokens": 1}
+    last = array("i", post(server, "/v1/completions", asked)["choices"][0]["prompt_token_ids"])
 
     def new() -> list[Generation]:
-        return [each for each in server.recorded() if (each.started_at or 0) >= began and each.prompt_text != "last"]
+        """Return what was recorded meanwhile, without the calls by which recorded() waits."""
+        found = [each for each in server.recorded() if (each.started_at or 0) >= began]
+        return [each for each in found if each.prompt_token_ids != last]
 
     with router(name, [server.url], server.model) as url:
         found = carriers.read(url, None)
