@@ -29,6 +29,23 @@ def test_agents_are_told_apart_by_what_comes_before_the_user(template: str) -> N
     assert guess_agents(prompts[::2]) == [None, None]
 
 
+@pytest.mark.parametrize("tag", ["<user_info>", "<user>", "<b> user", "<users>"])
+def test_tags_in_a_system_prompt_are_no_marker_of_a_user(tag: str) -> None:
+    one, two = (TEMPLATES["ChatML"].format(f"{tag} {each}", "x") for each in ("You plan.", "You review."))
+
+    assert guess_agents([one, two, one]) == [1, 2, 1]
+    assert guess_agents([f"{tag} one", f"other {tag} two"]) == [None, None]
+
+
+def test_system_prompt_that_changes_with_each_call_is_no_agent() -> None:
+    clock = [TEMPLATES["ChatML"].format(f"It is 10:{minute}.", "x") for minute in range(10, 20)]
+    three = [TEMPLATES["ChatML"].format(f"You are {number % 3}.", "x") for number in range(6)]
+
+    assert guess_agents(clock) == [None] * 10
+    assert guess_agents([*clock, clock[0]]) == [None] * 11
+    assert guess_agents(three) == [1, 2, 3, 1, 2, 3]
+
+
 def test_nothing_is_guessed_of_prompts_that_show_no_user() -> None:
     known = [TEMPLATES["ChatML"].format(each, "x") for each in ("a", "b")]
 

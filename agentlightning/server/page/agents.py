@@ -7,8 +7,11 @@ from collections.abc import Sequence
 
 __all__ = ["guess_agents"]
 
-# How templates begin what a user says: <|im_start|>user, <start_of_turn>user, <|user|>, [INST], ...
-_USER = re.compile(r"<[^<>\n]{0,30}>?\s*user\b|\[INST\]", re.IGNORECASE)
+# How templates begin what a user says: <|im_start|>user, <|start_header_id|>user, <start_of_turn>user, <|user|>, ...
+# No less than a whole marker: a system prompt may have <user_info> and the like.
+_USER = re.compile(
+    r"<([|\uff5c])[^<>|\uff5c\n]{1,30}\1>user\b|<([|\uff5c])user\2>|<start_of_turn>user\b|\[INST\]", re.IGNORECASE
+)
 
 
 def guess_agents(prompts: Sequence[str | None]) -> list[int | None]:
@@ -20,11 +23,14 @@ def guess_agents(prompts: Sequence[str | None]) -> list[int | None]:
         prompts: the prompts of calls that name no agent, as the chat template rendered them, in order.
 
     Returns:
-        A number for each, from 1; None where its prompt shows no such part. All are None where all are alike.
+        A number for each, from 1; None where its prompt shows no such part. All are None where all are alike, or where
+        there are nearly as many as calls, as with a clock in the system prompt.
     """
     openings = [_opening(prompt) for prompt in prompts]
-    numbers = {each: number for number, each in enumerate(dict.fromkeys(filter(None, openings)), 1)}
-    return [numbers.get(each or "") if len(numbers) > 1 else None for each in openings]
+    shown = [each for each in openings if each is not None]
+    numbers = {each: number for number, each in enumerate(dict.fromkeys(shown), 1)}
+    tells = len(numbers) == 2 or 2 < len(numbers) <= len(shown) // 2
+    return [numbers.get(each or "") if tells else None for each in openings]
 
 
 def _opening(prompt: str | None) -> str | None:
