@@ -316,8 +316,8 @@ class MergeOptions(TypedDict, total=False):
         drift_limit: most ids that `realign` overwrites; 8 by default.
         status: rows whose calls all have this status.
         model: rows of this model.
-        agent_id: rows of this agent.
-        parent_agent_id, purpose, retry: rows whose calls all say this of their callers.
+        agent_id: rows of this agent; None for rows whose calls all name none.
+        parent_agent_id, purpose, retry: rows whose calls all say this of their callers; None where they say nothing.
         min_reward: rows whose reward is at least this.
         weight_version: rows of which every sampled id is known to be of this version.
         max_staleness: with `weight_version`, which must be an integer: versions up to so many smaller count, too.
@@ -331,10 +331,10 @@ class MergeOptions(TypedDict, total=False):
     drift_limit: int
     status: Status
     model: str
-    agent_id: str
-    parent_agent_id: str
-    purpose: str
-    retry: int
+    agent_id: str | None
+    parent_agent_id: str | None
+    purpose: str | None
+    retry: int | None
     min_reward: float
     weight_version: str
     max_staleness: int
@@ -783,10 +783,10 @@ class _Maker:
             return False
         if status is not None and any(node.call.status != status for node, _ in path):
             return False
-        if (agent := options.get("agent_id")) is not None and _agent_of(path) != agent:
+        if "agent_id" in options and _agent_of(path) != options["agent_id"]:
             return False
         for name in ("parent_agent_id", "purpose", "retry"):
-            if (said := options.get(name)) is not None and any(getattr(node.call, name) != said for node, _ in path):
+            if name in options and any(getattr(node.call, name) != options[name] for node, _ in path):
                 return False
         if options.get("complete") and (
             self._is_missing

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, StringConstraints, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
+from typing_extensions import Self
 
 from agentlightning.server.limits import ID_LIMIT, NUMBER_LIMIT, PAGE_LIMIT
 
@@ -14,6 +24,7 @@ __all__ = [
     "Id",
     "Logic",
     "Nanoseconds",
+    "NullableCallerFilters",
     "Page",
     "Part",
     "Query",
@@ -66,6 +77,21 @@ class CallerFilters(BaseModel):
     retry: int | None = Field(
         None, ge=0, le=NUMBER_LIMIT, description="Only those that the client's SDK had tried so often before."
     )
+
+
+CallerField = Literal["agent_id", "parent_agent_id", "purpose", "retry"]
+
+
+class NullableCallerFilters(CallerFilters):
+    """Filters by what calls say of their callers, or do not say."""
+
+    without: list[CallerField] = Field([], description="Only those without these fields.")
+
+    @model_validator(mode="after")
+    def _not_with_and_without(self) -> Self:
+        if both := [name for name in self.without if getattr(self, name) is not None]:
+            raise ValueError(f"{both[0]} is given, and listed in without")
+        return self
 
 
 Item = TypeVar("Item")

@@ -59,6 +59,7 @@ __all__ = ["HttpStore"]
 
 Row = TypeVar("Row", AttemptDrift, Trajectory, Triplet)
 
+CALLER = ("agent_id", "parent_agent_id", "purpose", "retry")
 GENERATIONS_AT_ONCE = 64
 ROLLOUTS_AT_ONCE = 1_000
 SECONDS_OF_WAITING = 20.0
@@ -347,6 +348,8 @@ class HttpStore(Store):
         # In the query, not in the path: an id may have a slash in it.
         wanted = {"rollout_id": rollout_id, "attempt_id": attempt_id, **filters}
         query = [(name, _text(value)) for name, value in wanted.items() if value is not None]
+        # None is a filter of these alone.
+        query += [("without", name) for name in CALLER if wanted.get(name, "") is None]
         with ExitStack() as stack:
             try:
                 lines = stack.enter_context(self._http.lines(route, query))

@@ -89,16 +89,17 @@ class TripletFilters(RolloutPage, total=False):
         status: those of generations with this status.
         min_reward: those whose reward is at least this.
         weight_version: those of which every sampled id is known to be of this version of the weights.
-        agent_id, parent_agent_id, purpose, retry: those of generations that say this of their callers.
+        agent_id, parent_agent_id, purpose, retry: those of generations that say this of their callers; None for those
+            that say nothing.
     """
 
     status: Status
     min_reward: float
     weight_version: str
-    agent_id: str
-    parent_agent_id: str
-    purpose: str
-    retry: int
+    agent_id: str | None
+    parent_agent_id: str | None
+    purpose: str | None
+    retry: int | None
 
 
 class TrajectoryOptions(RolloutPage, MergeOptions, total=False):

@@ -146,6 +146,29 @@ def test_triplets_of_an_agent_or_a_purpose_are_selected(store: Store) -> None:
     assert found(agent_id="another") == found(retry=0) == []
 
 
+def test_none_selects_those_that_say_nothing_of_their_caller_everywhere(store: Store) -> None:
+    prompts = {number: array("i", [number]) for number in (1, 2, 3)}
+    callers: list[dict[str, Any]] = [{}, {"agent_id": "child", "purpose": "review"}, {"agent_id": "child", "retry": 2}]
+    answer = [Choice(token_ids=array("i", [7]))]
+    store.add(
+        [
+            call(number, choices=answer, prompt_token_ids=prompts[number], **caller)
+            for number, caller in enumerate(callers, 1)
+        ]
+    )
+    filters: list[tuple[dict[str, Any], list[int]]] = [
+        ({}, [1, 2, 3]),
+        ({"agent_id": None}, [1]),
+        ({"purpose": None}, [1, 3]),
+        ({"agent_id": "child", "retry": None}, [2]),
+    ]
+    for each, numbers in filters:
+        assert [found.response_id for found in store.generations(**each)] == named(*numbers)
+        assert [found.response_id for found in store.triplets("r", **each)] == named(*numbers)
+        rows = store.trajectories("r", **each)
+        assert sorted(row.token_ids[0] for row in rows) == numbers
+
+
 def test_triplet_round_trips_through_json(store: Store) -> None:
     choice = Choice(token_ids=array("i", [7]), logprobs=array("f", [-0.1]), weight_versions=[("v1", 0, 1)])
     store.add([call(1, choices=[choice]), call(2, choices=[], prompt_token_ids=None)])

@@ -15,7 +15,7 @@ from agentlightning.server.answers import Json, encode
 from agentlightning.server.limits import NUMBER_LIMIT
 from agentlightning.server.routes.common import Database, errors, router
 from agentlightning.server.routes.lines import JSON_LINES, RolloutPage, lines_of_rollouts, wants_lines
-from agentlightning.server.schemas import CallerFilters, Id
+from agentlightning.server.schemas import Id, NullableCallerFilters
 from agentlightning.server.transactions import Transactions
 from agentlightning.store import trajectories
 from agentlightning.store.interface import TrajectoryOptions
@@ -28,7 +28,7 @@ routes = router("trajectories")
 Count = Annotated[int, Field(ge=0, le=NUMBER_LIMIT)]
 
 
-class TrajectoryQuery(CallerFilters):
+class TrajectoryQuery(NullableCallerFilters):
     """How calls become rows, and which rows to select."""
 
     # A misspelt filter would match everything.
@@ -59,6 +59,7 @@ class TrajectoryQuery(CallerFilters):
             for name in trajectory.MergeOptions.__annotations__
             if (value := getattr(self, name)) is not None
         }
+        given |= dict.fromkeys(self.without)
         try:
             trajectory.check_options(given)
         except ValueError as error:

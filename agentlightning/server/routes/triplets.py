@@ -16,7 +16,7 @@ from agentlightning.server.answers import Json, encode
 from agentlightning.server.routes.common import Database, errors, router
 from agentlightning.server.routes.lines import JSON_LINES, RolloutPage, lines_of_rollouts, wants_lines
 from agentlightning.server.routes.spans import KeptSpan, span_item
-from agentlightning.server.schemas import CallerFilters, Id, Nanoseconds, Sent, example
+from agentlightning.server.schemas import Id, Nanoseconds, NullableCallerFilters, Sent, example
 from agentlightning.server.transactions import Transactions
 from agentlightning.store import completeness, ingestion, triplets
 from agentlightning.store.interface import TripletFilters
@@ -41,7 +41,7 @@ class Reward(Sent):
     )
 
 
-class SomeTriplets(CallerFilters):
+class SomeTriplets(NullableCallerFilters):
     """Filters of triplets: those that match all of them."""
 
     # A misspelt filter would match everything.
@@ -59,7 +59,7 @@ class SomeTriplets(CallerFilters):
         given: Any = {
             name: value for name in TripletFilters.__annotations__ if (value := getattr(self, name, None)) is not None
         }
-        return given
+        return given | dict.fromkeys(self.without)
 
 
 class QueryTriplets(SomeTriplets, RolloutPage):
