@@ -786,7 +786,9 @@ class _Maker:
         if "agent_id" in options and _agent_of(path) != options["agent_id"]:
             return False
         for name in ("parent_agent_id", "purpose", "retry"):
-            if name in options and any(getattr(node.call, name) != options[name] for node, _ in path):
+            # None is a value of these filters.
+            wanted = options.get(name, ...)
+            if wanted is not ... and any(getattr(node.call, name) != wanted for node, _ in path):
                 return False
         if options.get("complete") and (
             self._is_missing
@@ -794,10 +796,10 @@ class _Maker:
             or any(node.call.status != "finished" or node.call.finish_reason == "length" for node, _ in path)
         ):
             return False
-        wanted = options.get("weight_version")
+        version = options.get("weight_version")
         staleness = options.get("max_staleness")
-        return wanted is None or all(
-            was_sampled_with(node.call.weight_versions, end - node.start, wanted, staleness) for node, end in path
+        return version is None or all(
+            was_sampled_with(node.call.weight_versions, end - node.start, version, staleness) for node, end in path
         )
 
     def _trained(self, chosen: Iterable[int], lengths: Mapping[int, int]) -> dict[int, int]:
