@@ -1,0 +1,57 @@
+"""Real coding agents on a server whose prompts go on from exact ids: none of their calls breaks the one before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from agentlightning.continuation import CONTINUED
+from agentlightning.instrumentation.vllm._status import STATUS_ROUTE
+from agentlightning.store import open_store
+from tests.common.agents import ANSWER, STORIES, run
+from tests.common.answers import fetch
+from tests.common.script import arguments, environment
+from tests.conftest import ScriptedServer
+from tests.recording.nursery import Nursery
+from tests.recording.server import until
+from tools.agents import MISSING_NPM, commands_of
+
+NEEDS_NPM = pytest.mark.tier("all")
+CALLS = {"mini": (2, 1), "claude": (4, 2), "codex": (5, 2), "opencode": (5, 3), "qwen": (4, 2)}
+"""How many calls each agent has in its story, and how many of them begin a conversation."""
+
+
+@pytest.fixture(scope="module")
+def exact(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedServer]:
+    """A scripted server, on which prompts go on."""
+    folder = tmp_path_factory.mktemp("exact")
+    script = folder / "script.json"
+    env = {"AGL_CONTINUE": "on", **environment(script)}
+    with nursery.server(folder / "generations.db", *arguments(), env=env) as server:
+        yield ScriptedServer(server, script)
+
+
+@pytest.mark.parametrize("agent", [pytest.param(name, marks=() if name == "mini" else NEEDS_NPM) for name in CALLS])
+def test_no_call_breaks_the_one_before_and_the_agent_notices_nothing(
+    exact: ScriptedServer, agent: str, tmp_path: Path
+) -> None:
+    if commands_of(agent) is None:
+        pytest.skip(MISSING_NPM)
+    server, rollout = exact.server, f"ro-{agent}"
+    calls, first = CALLS[agent]
+    before = fetch(server, STATUS_ROUTE)["continuation"]["results"][CONTINUED]
+    exact.follows(STORIES[agent])
+
+    output = run(agent, f"{server.url}/rollout/{rollout}/attempt/at-1/v1", tmp_path / agent)
+
+    assert ANSWER in output
+    until(lambda: len(server.kept(rollout_id=rollout)) >= calls, f"{calls} calls of {agent}")
+    with open_store(server.store, read_only=True) as store:
+        rows = [*store.trajectories(rollout)]
+    status = fetch(server, STATUS_ROUTE)
+    assert status["continuation"]["results"][CONTINUED] - before == calls - first
+    assert not any("drifted" in row.flags for row in rows)
+    assert len(rows) == first
+    assert status["counters"]["failures"] == {}
