@@ -29,7 +29,7 @@ def test_help_wraps_to_the_terminal(command: str | None, columns: int) -> None:
     [
         (
             ("exprot",),
-            "agl: unknown command 'exprot'; the commands are vllm, doctor, export, drift, store, migrate, prune, agentops",
+            "agl: unknown command 'exprot'; the commands are vllm, doctor, export, drift, store, migrate, prune,",
         ),
         (("export", "--rolout", "a"), "agl export: unrecognized arguments: --rolout a"),
         (("doctor", "--rollout", "a"), "agl doctor: --rollout needs --store"),
