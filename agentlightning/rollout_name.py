@@ -55,14 +55,16 @@ class _Block:
     """A block of code that names its calls, also as a decorator; the same object may be entered again, and anywhere."""
 
     def __enter__(self) -> Self:
-        _entered.set(_Entered(self, _entered.get()))
+        _blocks.set((*_blocks.get(), self))
         return self
 
     def __exit__(self, *error: object) -> None:
-        innermost = _entered.get()
-        # Another context may end it, such as that of a task which closes a generator.
-        if innermost is not None and innermost.block is self:
-            _entered.set(innermost.outer)
+        blocks = _blocks.get()
+        # Not always the innermost, since generators end in any order. Another context may end it, which has not entered
+        # it, such as that of a task which closes a generator.
+        place = next((place for place in reversed(range(len(blocks))) if blocks[place] is self), None)
+        if place is not None:
+            _blocks.set((*blocks[:place], *blocks[place + 1 :]))
 
     def __call__(self, function: Function) -> Function:
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
@@ -129,30 +131,24 @@ class rollouts(_Block):  # noqa: N801 - written as a function is
         self.names = [(one if isinstance(one, rollout) else rollout(one)).name for one in each]
 
 
-class _Entered(NamedTuple):
-    """An entered block, and the one around it."""
-
-    block: _Block
-    outer: _Entered | None
-
-
-_entered: ContextVar[_Entered | None] = ContextVar("agentlightning.rollout", default=None)
+_blocks: ContextVar[tuple[_Block, ...]] = ContextVar("agentlightning.rollout", default=())
+"""The blocks that the caller is in, the innermost last."""
 
 
 def current_block() -> rollout | rollouts | None:
     """Return the innermost block that the caller is in."""
-    innermost = _entered.get()
-    return None if innermost is None else cast("rollout | rollouts", innermost.block)
+    blocks = _blocks.get()
+    return cast("rollout | rollouts", blocks[-1]) if blocks else None
 
 
 @contextmanager
 def outside_of_blocks() -> Generator[None, None, None]:
     """Be in no block: a server that a program has started in one serves others, who name their calls by themselves."""
-    token = _entered.set(None)
+    token = _blocks.set(())
     try:
         yield
     finally:
-        _entered.reset(token)
+        _blocks.reset(token)
 
 
 def _valid(parameter: str, value: object) -> str:

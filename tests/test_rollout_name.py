@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 
 import pytest
 
@@ -42,6 +42,32 @@ def test_an_exception_ends_a_block() -> None:
     with pytest.raises(RuntimeError, match="failed"), agl.rollout("ro-1"):
         raise RuntimeError("failed")
 
+    assert names() == []
+
+
+def test_blocks_of_generators_end_in_any_order() -> None:
+    def generate(rollout_id: str) -> Generator[None, None, None]:
+        with agl.rollout(rollout_id):
+            yield
+
+    first, second = generate("ro-1"), generate("ro-2")
+    next(first)
+    next(second)
+    first.close()
+    assert names() == only("ro-2")
+    second.close()
+    assert names() == []
+
+
+def test_a_block_that_is_entered_again_ends_its_newest_entry_first() -> None:
+    again, other = agl.rollout("ro-1"), agl.rollout("ro-2")
+    for each in (again, other, again):
+        each.__enter__()
+    other.__exit__()
+    assert names() == only("ro-1")
+    again.__exit__()
+    assert names() == only("ro-1")
+    again.__exit__()
     assert names() == []
 
 
