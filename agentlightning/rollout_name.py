@@ -124,10 +124,13 @@ class rollouts(_Block):  # noqa: N801 - written as a function is
         each: for each prompt the id of its rollout, or what `agl.rollout(...)` returns, with an attempt or an agent.
 
     Raises:
+        TypeError: `each` is a single id.
         ValueError: an id is empty, or has more than 256 characters or one that ids may not have.
     """
 
     def __init__(self, each: Sequence[str | rollout]) -> None:
+        if isinstance(each, str | bytes):
+            raise TypeError(f"agl.rollouts takes a list, with a rollout for each prompt, and not {each!r:.100} alone")
         self.names = [(one if isinstance(one, rollout) else rollout(one)).name for one in each]
 
 

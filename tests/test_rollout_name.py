@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from typing import Any
 
 import pytest
 
@@ -149,6 +150,12 @@ def test_a_generator_cannot_be_decorated() -> None:
     for function in (generate, generate_async):
         with pytest.raises(TypeError, match=r"is a generator.*with agl\.rollout\(\.\.\.\)"):
             agl.rollout("ro-1")(function)
+
+
+@pytest.mark.parametrize("alone", ["ro-1", b"ro-1"])
+def test_a_batch_is_not_named_by_the_characters_of_one_id(alone: Any) -> None:
+    with pytest.raises(TypeError, match=r"takes a list, with a rollout for each prompt, and not b?'ro-1' alone"):
+        agl.rollouts(alone)
 
 
 BAD_IDS = ["", "a" * 257, "a\nb", 'a"b', "../x", "a/../b", "\ufffd", 1, None]
