@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.pooling_params import PoolingParams
 from vllm.v1.engine import FinishReason
 
 from agentlightning import instrumentation, rollout, rollouts
@@ -169,6 +170,17 @@ def test_a_single_request_has_the_one_name_of_a_batch_of_one() -> None:
         assert context_of("1").rollout_id == "ro-1"
     with rollouts(["ro-1", "ro-2"]), pytest.raises(ValueError, match="but this is a single request"):
         context_of("1")
+
+
+def test_a_pooling_request_passes_through_a_batch_for_other_prompts() -> None:
+    class Engine:
+        def add_request(self, request_id: str, prompt: Any, params: Any) -> RequestContext | None:
+            return _context.current()
+
+    add_request = in_process.wrap_async_add_request(Client.add_request)
+    with rollouts(["ro-1", "ro-2"]):
+        assert asyncio.run(add_request(Client(), "1", None, PoolingParams())) is None
+        assert in_process.wrap_add_request(Engine.add_request)(Engine(), "1", None, params=PoolingParams()) is None
 
 
 def test_a_generator_has_the_block_that_it_was_made_in() -> None:

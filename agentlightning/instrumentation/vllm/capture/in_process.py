@@ -76,6 +76,8 @@ def wrap_async_add_request(add_request: Callable[..., Any]) -> Callable[..., Any
     describe = _Describer("AsyncLLM.generate", add_request)
 
     async def name_and_add_request(self: Any, request_id: str, *args: Any, **kwargs: Any) -> Any:
+        if contained("telling what a call wants", describe.is_pooling, args, kwargs):
+            return await add_request(self, request_id, *args, **kwargs)
         name = _only_name(current_block())
         context = contained("naming a call", describe, name, self, request_id, *args, **kwargs)
         if context is None:
@@ -90,6 +92,8 @@ def wrap_add_request(add_request: Callable[..., Any]) -> Callable[..., Any]:
     describe = _Describer("LLMEngine.add_request", add_request)
 
     def name_and_add_request(self: Any, request_id: str, *args: Any, **kwargs: Any) -> Any:
+        if contained("telling what a call wants", describe.is_pooling, args, kwargs):
+            return add_request(self, request_id, *args, **kwargs)
         names = _names.get()
         name = _only_name(current_block()) if names is None else next(names, None)
         context = contained("naming a call", describe, name, self, request_id, *args, **kwargs)
@@ -128,6 +132,12 @@ class _Describer:
         self._endpoint = endpoint
         # Behind `self` and the request's id.
         self._places = {name: place - 2 for place, name in enumerate(inspect.signature(add_request).parameters)}
+
+    def is_pooling(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Tell whether a request generates nothing, as those of `LLM.embed`: a block may have names for its prompts."""
+        from vllm.pooling_params import PoolingParams
+
+        return isinstance(self._argument(args, kwargs, "params"), PoolingParams)
 
     def __call__(
         self, name: RolloutName | None, engine: Any, request_id: str, *args: Any, **kwargs: Any
