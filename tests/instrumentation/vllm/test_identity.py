@@ -5,7 +5,10 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from agentlightning.instrumentation.vllm.capture.identity import Identity
+from agentlightning.sender import Vocabulary
 from tests.common.reference import tokenizer
 from tests.common.tiny_model import SPECIAL_TOKENS
 
@@ -31,3 +34,17 @@ def test_tokenizer_of_another_package_tells_of_its_special_tokens() -> None:
     other = SimpleNamespace(get_vocab=lambda: {"<s>": 0, "a": 1, "</s>": 2}, all_special_ids=[0, 2])
 
     assert special_of(other) == {0, 2}
+
+
+def test_engines_with_different_vocabularies_tell_none(caplog: pytest.LogCaptureFixture) -> None:
+    identity = Identity()
+
+    def vocabulary_with(token: str) -> Vocabulary | None:
+        tokens = SimpleNamespace(get_vocab=lambda: {token: 0}, all_special_ids=[])
+        identity.note_engine(SimpleNamespace(tokenizer=tokens), SimpleNamespace(served_model_name="tiny-model"))
+        return identity.sender().vocabulary
+
+    assert vocabulary_with("a") == vocabulary_with("a") == Vocabulary(["a"])
+    assert caplog.text == ""
+    assert [vocabulary_with("b"), vocabulary_with("b"), vocabulary_with("a")] == [None, None, None]
+    assert caplog.text.count("have different vocabularies, so the store is told none of them") == 1

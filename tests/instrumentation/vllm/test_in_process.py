@@ -17,6 +17,7 @@ from agentlightning.instrumentation.vllm import _context
 from agentlightning.instrumentation.vllm._carriers import conflicting_names, ignored_ids
 from agentlightning.instrumentation.vllm._context import RequestContext
 from agentlightning.instrumentation.vllm.capture import frontend, in_process
+from agentlightning.instrumentation.vllm.capture.session import session
 from tests.common.engine import Engine, kept
 
 pytestmark = pytest.mark.forked
@@ -89,6 +90,20 @@ def test_the_first_rank_of_each_model_that_torchrun_starts_records(
         found += [rank] * in_process._repeats_another(config)
 
     assert found == repeats
+
+
+def config_of(runner: str) -> SimpleNamespace:
+    """Return as much of an engine's configuration as is read."""
+    model = SimpleNamespace(runner_type=runner, served_model_name=["served"], logprobs_mode="raw_logprobs")
+    return SimpleNamespace(model_config=model, parallel_config=SimpleNamespace())
+
+
+def test_an_engine_that_only_embeds_is_not_recorded(engine: Engine) -> None:
+    pooling = SimpleNamespace(output_processor=Engine().processor, engine_core=object())
+    in_process.begin(pooling, config_of("pooling"))
+
+    assert list(frontend._offline) == [engine.processor]
+    assert session.identity.sender().model is None
 
 
 class Client:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -15,6 +16,8 @@ from agentlightning.sender import ID_LIMIT, Sender, Vocabulary
 
 __all__ = ["Identity", "served_name"]
 
+logger = logging.getLogger("agentlightning")
+
 
 def served_name(model_config: Any) -> str | None:
     """Return the name that a frontend answers with: the first that the model is served under."""
@@ -23,7 +26,7 @@ def served_name(model_config: Any) -> str | None:
 
 
 class _Model(NamedTuple):
-    """The model as far as it is known: its name, and each token's id, from the tokenizer."""
+    """The model as far as it is known: its name, and each token's id, from the tokenizer; none where engines differ."""
 
     name: str | None = None
     ids: Mapping[Any, int] | None = None
@@ -64,8 +67,18 @@ class Identity:
         if not hasattr(tokenizer, "get_vocab"):
             tokenizer = getattr(tokenizer, "tokenizer", None)
         # None with --skip-tokenizer-init.
-        if tokenizer is not None:
-            self._model = self._model._replace(ids=tokenizer.get_vocab(), special=_special_ids(tokenizer))
+        if tokenizer is None:
+            return
+        known, ids = self._model.ids, tokenizer.get_vocab()
+        # A store takes a sender's vocabulary for that of all its generations.
+        if known is not None and known != ids:
+            if known:
+                logger.warning(
+                    "agentlightning: the engines of this process have different vocabularies, so the store is told "
+                    "none of them; run each in a process of its own to have both"
+                )
+            ids = {}
+        self._model = self._model._replace(ids=ids, special=_special_ids(tokenizer))
 
     def sender(self) -> Sender:
         """Return this process's `Sender`: an equal one until more is known. Only for the recorder's thread."""

@@ -290,7 +290,7 @@ def wrap_init(init: Callable[..., Any]) -> Callable[..., Any]:
 
 def begin(engine: Any, vllm_config: Any) -> None:
     """Record what an `LLMEngine` generates, if it is to be, and log which it is."""
-    if _repeats_another(vllm_config.parallel_config):
+    if vllm_config.model_config.runner_type == "pooling" or _repeats_another(vllm_config.parallel_config):
         return
     if not session.records_offline:
         logger.info("agentlightning: this offline LLM is not recorded, since AGL_RECORD_OFFLINE is off")
