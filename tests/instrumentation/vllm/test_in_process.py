@@ -106,6 +106,21 @@ def test_an_engine_that_only_embeds_is_not_recorded(engine: Engine) -> None:
     assert session.identity.sender().model is None
 
 
+def test_an_offline_engine_is_no_longer_recorded_where_that_is_switched_off(
+    engine: Engine, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.add("on", [1], queue=False)
+    engine.says("on-0", [3], FinishReason.LENGTH)
+    recorder = session.recorder
+    instrumentation.uninstrument_vllm()
+    monkeypatch.setenv("AGL_RECORD_OFFLINE", "off")
+    instrumentation.instrument_vllm()
+    engine.add("off", [1], queue=False)
+    engine.says("off-0", [3], FinishReason.LENGTH)
+
+    assert [each.request_id for each in kept(path, recorder)] == ["on"]
+
+
 class Client:
     """A stand-in for vLLM's, which needs a model."""
 

@@ -94,7 +94,7 @@ def end_all() -> None:
 
 
 def forget_all() -> None:
-    """Record no unfinished request: the patches that would see it end are being removed."""
+    """Record no unfinished request, and no offline engine: the patches that would see them end are being removed."""
     count = sum(len(pending) for pending in _pending.values())
     if count:
         logger.warning(
@@ -103,6 +103,7 @@ def forget_all() -> None:
     for pending in list(_pending.values()):
         contained("counting unfinished requests as lost", pending.lose_all, RuntimeError("the patches were removed"))
     _pending.clear()
+    _offline.clear()
 
 
 def wrap_add_request(add_request: Callable[..., Any]) -> Callable[..., Any]:
