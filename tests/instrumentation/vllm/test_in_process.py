@@ -121,6 +121,25 @@ def test_an_offline_engine_is_no_longer_recorded_where_that_is_switched_off(
     assert [each.request_id for each in kept(path, recorder)] == ["on"]
 
 
+def test_an_engine_that_was_made_before_the_instrumentation_is_recorded_from_its_next_request(
+    engine: Engine, path: Path
+) -> None:
+    class Late:
+        output_processor, engine_core, vllm_config = Engine().processor, object(), config_of("generate")
+        model_config = vllm_config.model_config
+
+        def add_request(self, request_id: str, prompt: Any, params: Any) -> None:
+            engine.add(request_id, prompt, queue=False)
+
+    engine.processor = Late.output_processor
+    with rollout("ro-1"):
+        in_process.wrap_add_request(Late.add_request)(Late(), "late", [1], None)
+    engine.says("late-0", [3], FinishReason.LENGTH)
+
+    [generation] = kept(path)
+    assert (generation.request_id, generation.rollout_id, generation.model) == ("late", "ro-1", "served")
+
+
 class Client:
     """A stand-in for vLLM's, which needs a model."""
 

@@ -42,6 +42,7 @@ __all__ = [
     "end_all",
     "find_pending",
     "forget_all",
+    "is_recorded_offline",
     "record_offline",
     "start",
 ]
@@ -248,6 +249,11 @@ def begin_client(client: Any, vllm_config: Any) -> None:
 def record_offline(engine: Any) -> None:
     """Record what an `LLMEngine` generates from here on."""
     _offline[engine.output_processor] = hasattr(engine.engine_core, "engine_core")
+
+
+def is_recorded_offline(engine: Any) -> bool:
+    """Tell whether what an `LLMEngine` generates is recorded."""
+    return engine.output_processor in _offline
 
 
 def _note_logprobs_mode(client: Any, vllm_config: Any) -> None:

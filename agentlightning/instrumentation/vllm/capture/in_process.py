@@ -94,6 +94,7 @@ def wrap_add_request(add_request: Callable[..., Any]) -> Callable[..., Any]:
     def name_and_add_request(self: Any, request_id: str, *args: Any, **kwargs: Any) -> Any:
         if contained("telling what a call wants", describe.is_pooling, args, kwargs):
             return add_request(self, request_id, *args, **kwargs)
+        contained("beginning to record an offline engine", _begin_late, self)
         names = _names.get()
         name = _only_name(current_block()) if names is None else next(names, None)
         context = contained("naming a call", describe, name, self, request_id, *args, **kwargs)
@@ -302,6 +303,12 @@ def begin(engine: Any, vllm_config: Any) -> None:
         agentlightning.__version__,
         session.destination(),
     )
+
+
+def _begin_late(engine: Any) -> None:
+    """Begin with an engine that the program has made before it was instrumented."""
+    if not frontend.is_recorded_offline(engine):
+        begin(engine, engine.vllm_config)
 
 
 def _repeats_another(parallel_config: Any) -> bool:
