@@ -183,6 +183,16 @@ def test_conflicting_names_are_counted_and_the_first_counts() -> None:
     assert found.call_id == of_http.call_id
 
 
+@pytest.mark.parametrize(("of_block", "counts"), [("planner", "planner"), (None, "of-header")])
+def test_the_agent_of_a_block_comes_before_that_of_a_header(of_block: str | None, counts: str) -> None:
+    of_http = RequestContext(agent_id="of-header")
+    with rollout("ro-1", agent_id=of_block):
+        in_trace_headers = context_of("1", trace_headers={"x-agl-agent-id": "of-header"})
+        in_http = context_of("2", present=of_http)
+
+    assert [in_trace_headers.agent_id, in_http.agent_id, of_http.agent_id] == [counts, counts, "of-header"]
+
+
 def test_a_request_without_a_name_of_its_own_has_the_context_of_http() -> None:
     of_http = RequestContext(rollout_id="ro-http", carrier="path")
 

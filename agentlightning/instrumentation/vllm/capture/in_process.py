@@ -183,8 +183,8 @@ def _read(name: RolloutName | None, trace_headers: Mapping[str, str], request_id
         carrier = context.carrier
         context.rollout_id, context.attempt_id, context.carrier_agent_id = name
         context.carrier = "block"
-        if name.agent_id is not None:
-            context.agent_id = None  # That of a header comes after it.
+        # Before that of any header, which comes before that of a carrier.
+        context.agent_id = name.agent_id or context.agent_id
         if carrier is not None:
             follow(context, carrier, of_http)
     if trace_headers:
