@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -242,15 +243,18 @@ def test_a_pooling_request_passes_through_a_batch_for_other_prompts() -> None:
         assert in_process.wrap_add_request(Engine.add_request)(Engine(), "1", None, params=PoolingParams()) is None
 
 
-def test_a_generator_has_the_block_that_it_was_made_in() -> None:
+@pytest.mark.parametrize(("of_call", "rollout_id"), [(rollout("ro-1"), "ro-1"), (nullcontext(), None)])
+def test_a_generator_has_the_block_that_it_was_made_in(
+    of_call: AbstractContextManager[object], rollout_id: str | None
+) -> None:
     generate = in_process.wrap_generate(Client.generate)
 
     async def ask() -> list[RequestContext | None]:
-        with rollout("ro-1"):
+        with of_call:
             stream = generate(Client(), "1")
         with rollout("ro-2"):
             return [each async for each in stream]
 
     [found] = asyncio.run(ask())
     assert found is not None
-    assert found.rollout_id == "ro-1"
+    assert found.rollout_id == rollout_id

@@ -33,7 +33,7 @@ from agentlightning.instrumentation.vllm.capture import frontend
 from agentlightning.instrumentation.vllm.capture.identity import served_name
 from agentlightning.instrumentation.vllm.capture.session import session
 from agentlightning.patching import Patch, Where, Wrap
-from agentlightning.rollout_name import RolloutName, current_block, parse_name, rollout, rollouts
+from agentlightning.rollout_name import RolloutName, current_block, outside_of_blocks, parse_name, rollout, rollouts
 
 __all__ = ["CLIENT_PATCHES", "ENGINE_PATCHES", "OFFLINE_PATCHES", "begin"]
 
@@ -55,15 +55,19 @@ def wrap_generate(generate: Callable[..., Any]) -> Callable[..., Any]:
         # Checked here, since vLLM's generator would turn the error into one of the engine.
         _only_name(block)
         stream = generate(self, *args, **kwargs)
-        return stream if block is None else _begin_in_block(block, stream)
+        # An answer over HTTP is iterated over where it is called, and each layer costs time for each of its chunks.
+        is_plain = block is None and _context.current() is not None
+        return stream if is_plain else _begin_in_block(block, stream)
 
     return generate_in_block
 
 
-async def _begin_in_block(block: rollout | rollouts, stream: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
-    """Yield the stream's items, the first made in the block of the call."""
+async def _begin_in_block(
+    block: rollout | rollouts | None, stream: AsyncGenerator[Any, None]
+) -> AsyncGenerator[Any, None]:
+    """Yield the stream's items, the first made in the block of the call, or in none."""
     async with aclosing(stream):
-        with block:
+        with outside_of_blocks() if block is None else block:
             first = await anext(stream, None)
         if first is not None:
             yield first
