@@ -225,6 +225,13 @@ def test_arguments_count_by_position_and_ids_by_the_rules() -> None:
     assert sum(ignored_ids.values()) == 2
 
 
+@pytest.mark.parametrize("headers", [{"traceparent": b"00-x"}, [("baggage", "x")], {"baggage": "\ud800"}], ids=repr)
+def test_headers_that_are_none_cost_a_call_no_name(headers: Any) -> None:
+    with rollout("ro-block"):
+        assert context_of("1", trace_headers=headers).rollout_id == "ro-block"
+    assert context_of("agl/ro-id/1", trace_headers=headers).rollout_id == "ro-id"
+
+
 def test_a_single_request_has_the_one_name_of_a_batch_of_one() -> None:
     with rollouts(["ro-1"]):
         assert context_of("1").rollout_id == "ro-1"

@@ -41,7 +41,7 @@ logger = logging.getLogger("agentlightning")
 
 Names = Iterator[RolloutName | None]
 
-_OF_TRACES = ("traceparent", "tracestate")
+_OF_TRACES = (b"traceparent", b"tracestate")
 
 _names: ContextVar[Names | None] = ContextVar("agentlightning.names", default=None)
 """Within a call of an offline `LLM`: the name of each request that it makes, in order."""
@@ -149,7 +149,8 @@ class _Describer:
     ) -> RequestContext | None:
         """Return the context of a request; None where the present one says all."""
         argument = functools.partial(self._argument, args, kwargs)
-        trace_headers = {name.lower(): value for name, value in (argument("trace_headers") or {}).items()}
+        # By itself: a program's mistake in them costs no more than them.
+        trace_headers = contained("reading trace headers", _encoded, argument("trace_headers")) or {}
         present, is_offline = _context.current(), _names.get() is not None
         if present is not None:
             # vLLM's endpoints hand on those of the HTTP request, which have been read.
@@ -180,7 +181,14 @@ def _copy(context: RequestContext) -> RequestContext:
     return copy(context)
 
 
-def _read(name: RolloutName | None, trace_headers: Mapping[str, str], request_id: str, context: RequestContext) -> None:
+def _encoded(trace_headers: Mapping[str, str] | None) -> dict[bytes, bytes]:
+    """Return headers as those of an HTTP request are."""
+    return {name.lower().encode(): value.encode() for name, value in (trace_headers or {}).items()}
+
+
+def _read(
+    name: RolloutName | None, trace_headers: Mapping[bytes, bytes], request_id: str, context: RequestContext
+) -> None:
     """Note whose a request is: by its block, by what the context has of HTTP, and by its own arguments."""
     if name is not None:
         of_http = RolloutName(context.rollout_id, context.attempt_id, context.carrier_agent_id)
@@ -193,7 +201,7 @@ def _read(name: RolloutName | None, trace_headers: Mapping[str, str], request_id
             follow(context, carrier, of_http)
     if trace_headers:
         of_headers = Caller()
-        read_headers({key.encode(): value.encode() for key, value in trace_headers.items()}, None, of_headers)
+        read_headers(trace_headers, None, of_headers)
         named = RolloutName(of_headers.rollout_id, of_headers.attempt_id, of_headers.carrier_agent_id)
         follow(context, "trace_headers", named)
         for field in ("session_id", "agent_id", "parent_agent_id", "purpose", "retry", "trace_id"):
