@@ -55,7 +55,11 @@ def measure(quick: bool) -> Part:
         with tempfile.TemporaryDirectory(prefix="agl-bench-") as folder, busy.running():
             command = (sys.executable, "-m", __name__, folder, str(seconds), str(MIN_ROUNDS // starts + 1))
             env = {**without_agl(os.environ), **QUIET}
-            subprocess.run(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+            ran = subprocess.run(
+                command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
+            )
+            if ran.returncode:
+                raise RuntimeError(f"the program ended with {ran.returncode}: {ran.stderr[-2000:]}")
             rounds += json.loads(Path(folder, ROUNDS).read_text())
     rates = {name: [each[name] for each in rounds] for name in (VLLM, AGAIN, OURS)}
     at_least = Target(0.97, at_least=True)
@@ -94,9 +98,11 @@ def turn(model: Any, name: str) -> float:
     params = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
     calls = [[prompt() for _ in range(PROMPTS)] for _ in range(CALLS)]
     names = rollouts([f"ro-{number}" for number in range(PROMPTS)])
+    before = 0
     if name == OURS:
         instrument_vllm()
         in_process.begin(model.llm_engine, model.llm_engine.vllm_config)
+        before = session.recorder.counters().generations
     started = time.perf_counter()
     with names:
         for prompts in calls:
@@ -107,6 +113,7 @@ def turn(model: Any, name: str) -> float:
         recorder = session.recorder
         while recorder.counters().queue_bytes:
             time.sleep(0.01)
+        assert recorder.counters().generations - before == PROMPTS * CALLS, "not all of it was recorded"
         uninstrument_vllm()
     return PROMPTS * CALLS * TOKENS / elapsed
 
