@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
@@ -73,15 +73,20 @@ class _Block:
                 f"write `with agl.{type(self).__name__}(...)` around the loop instead"
             )
 
+        async def wait(coroutine: Coroutine[Any, Any, Any]) -> Any:
+            with self:
+                return await coroutine
+
         @wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             with self:
-                return function(*args, **kwargs)
+                answer = function(*args, **kwargs)
+            # Nothing of it has run, as of that of an object whose `__call__` is a coroutine function.
+            return wait(answer) if inspect.iscoroutine(answer) else answer
 
         @wraps(function)
         async def call_and_wait(*args: Any, **kwargs: Any) -> Any:
-            with self:
-                return await function(*args, **kwargs)
+            return await wait(function(*args, **kwargs))
 
         return cast("Function", call_and_wait if inspect.iscoroutinefunction(function) else call)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -107,6 +108,23 @@ def test_decorated_coroutines_keep_their_names_while_they_wait_for_each_other() 
         assert names() == []
 
     asyncio.run(talk())
+
+
+def test_a_coroutine_has_the_name_of_the_decorated_function_that_returns_it() -> None:
+    async def ask() -> list[RolloutName]:
+        await asyncio.sleep(0)
+        return names()
+
+    class Asker:
+        async def __call__(self) -> list[RolloutName]:
+            return await ask()
+
+    async def call() -> None:
+        for each in (ask, Asker(), lambda: ask(), partial(ask), lambda: asyncio.ensure_future(ask())):
+            assert await agl.rollout("ro-1")(each)() == only("ro-1")
+            assert names() == []
+
+    asyncio.run(call())
 
 
 def test_a_task_has_the_name_of_the_block_that_started_it_and_keeps_it_after_its_end() -> None:
