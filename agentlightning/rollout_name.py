@@ -123,7 +123,7 @@ class rollouts(_Block):  # noqa: N801 - written as a function is
             outputs = llm.generate(["one", "two"])
 
     A call with another number of prompts raises `ValueError` before anything runs, as does `LLM.beam_search` with
-    several.
+    several; where calls are not recorded, nothing checks it.
 
     Args:
         each: for each prompt the id of its rollout, or what `agl.rollout(...)` returns, with an attempt or an agent.
