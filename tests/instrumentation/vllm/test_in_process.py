@@ -184,6 +184,20 @@ def test_conflicting_names_are_counted_and_the_first_counts() -> None:
     assert found.call_id == of_http.call_id
 
 
+def test_what_is_ignored_is_logged_once_for_each_kind(caplog: pytest.LogCaptureFixture) -> None:
+    for number in range(3):
+        with rollout("ro-block"):
+            context_of(f"agl/ro-id/{number}", trace_headers={"x-agl-rollout-id": "ro-header"})
+        context_of(str(number), trace_headers={"x-agl-rollout-id": "a`b"})
+
+    two, once = "a call names one rollout or attempt, and by its", "another, which is ignored; this is logged once"
+    assert [record.message.removeprefix("agentlightning: ") for record in caplog.records] == [
+        f"{two} trace_headers {once}",
+        f"{two} request_id {once}",
+        "an id in x-agl-rollout-id is not valid, so it is ignored; this is logged once",
+    ]
+
+
 @pytest.mark.parametrize(("of_block", "counts"), [("planner", "planner"), (None, "of-header")])
 def test_the_agent_of_a_block_comes_before_that_of_a_header(of_block: str | None, counts: str) -> None:
     of_http = RequestContext(agent_id="of-header")

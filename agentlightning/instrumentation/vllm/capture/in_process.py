@@ -26,7 +26,7 @@ from typing import Any
 
 import agentlightning
 from agentlightning.instrumentation.vllm import _context, _releases
-from agentlightning.instrumentation.vllm._carriers import Caller, follow, read_headers
+from agentlightning.instrumentation.vllm._carriers import Caller, conflicting_names, follow, ignored_ids, read_headers
 from agentlightning.instrumentation.vllm._context import RequestContext
 from agentlightning.instrumentation.vllm._isolation import contained
 from agentlightning.instrumentation.vllm.capture import frontend
@@ -167,7 +167,9 @@ class _Describer:
             # vLLM keeps the whole text of a prompt whose ids it cuts.
             if argument("tokenization_kwargs") or getattr(argument("params"), "truncate_prompt_tokens", None):
                 context.text_limit = 0
+        ignored, conflicts = len(ignored_ids), len(conflicting_names)
         _read(name, trace_headers, request_id, context)
+        _log_new_kinds(ignored, conflicts)
         return context
 
     def _argument(self, args: Sequence[Any], kwargs: Mapping[str, Any], name: str) -> Any:
@@ -210,6 +212,22 @@ def _read(
     in_id = parse_name(request_id)
     if in_id is not None:
         follow(context, "request_id", in_id)
+
+
+def _log_new_kinds(ignored: int, conflicts: int) -> None:
+    """Log what has been ignored for the first time, since a program without an app has no status to read.
+
+    Args:
+        ignored, conflicts: how many kinds had been counted before.
+    """
+    for source in [*ignored_ids][ignored:]:
+        logger.warning("agentlightning: an id in %s is not valid, so it is ignored; this is logged once", source)
+    for source in [*conflicting_names][conflicts:]:
+        logger.warning(
+            "agentlightning: a call names one rollout or attempt, and by its %s another, which is ignored; this is "
+            "logged once",
+            source,
+        )
 
 
 def wrap_call(endpoint: str, parameter: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
