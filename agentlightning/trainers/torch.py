@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -113,7 +114,8 @@ def logprob_gap(trajectories: Sequence[Trajectory], model: Any) -> dict[str | No
     temperature of each answer is applied; other sampling parameters are not, and so are in the difference.
 
     Args:
-        model: a causal language model of transformers, or whatever returns `logits` for `input_ids`.
+        model: a causal language model of transformers, or another module that returns `logits` for `input_ids`. It is
+            evaluated without dropout, and keeps its mode.
 
     Returns:
         A gap for each weight version; None for ids whose version is unknown.
@@ -128,7 +130,7 @@ def logprob_gap(trajectories: Sequence[Trajectory], model: Any) -> dict[str | No
         if row.logprobs is None:
             raise UnusableRows(f"{name_of(row)} has no logprobs", "start vLLM with AGL_LOGPROBS=on")
         ids = torch.from_numpy(np.frombuffer(row.token_ids, np.int32).astype(np.int64)).to(model.device)
-        with torch.no_grad():
+        with torch.no_grad(), _evaluating(model):
             logits = model(input_ids=ids[None]).logits[0, :-1].float()
         logits = logits / torch.from_numpy(_temperatures(row)[1:, None]).to(model.device)
         own = logits.gather(1, ids[1:, None])[:, 0] - logits.logsumexp(1)
@@ -160,6 +162,18 @@ def check_gap(gaps: Mapping[str | None, Gap], bound: float) -> None:
                 "CPU build keeps tied embeddings); its prefix cache may hold older weights (reset it); dtype or "
                 "kernels may differ; a grammar or top-p may have limited the ids (see logprobs_mode)",
             )
+
+
+@contextmanager
+def _evaluating(model: Any) -> Generator[None]:
+    """Switch off dropout, and restore the mode of each module: some of a model may be frozen in evaluation mode."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _gap(difference: Any) -> Gap:

@@ -81,16 +81,18 @@ def test_logprobs_are_those_of_all_rows_or_none() -> None:
     assert collate([conversation(), conversation(logprobs=None)], PAD)["logprobs"] is None
 
 
-class Model:
+class Model(torch.nn.Module):
     """A causal model that gives each id the same logits, whatever stood before it."""
 
     device = "cpu"
 
     def __init__(self, logits: list[float]) -> None:
+        super().__init__()
         self.logits = torch.tensor(logits)
+        self.dropout, self.frozen = torch.nn.Dropout(0.5), torch.nn.Dropout(0.5).eval()
 
-    def __call__(self, input_ids: torch.Tensor) -> Any:
-        return SimpleNamespace(logits=self.logits.expand(*input_ids.shape, -1))
+    def forward(self, input_ids: torch.Tensor) -> Any:
+        return SimpleNamespace(logits=self.dropout(self.logits).expand(*input_ids.shape, -1))
 
 
 def sampled_from(model: Model, temperature: float = 1.0, off: float = 0.0, **fields: Any) -> Trajectory:
@@ -116,6 +118,14 @@ def test_there_is_no_gap_where_engine_and_trainer_agree() -> None:
     assert gap.tokens == 5
     assert gap.highest < 1e-6
     assert gap.effective == pytest.approx(1.0)
+
+
+def test_dropout_is_no_gap_and_the_model_goes_on_in_its_mode() -> None:
+    model = Model(MODEL.logits.tolist()).train()
+    model.frozen.eval()
+
+    assert logprob_gap([sampled_from(model)], model)["3"].highest < 1e-6
+    assert (model.training, model.dropout.training, model.frozen.training) == (True, True, False)
 
 
 def test_a_gap_is_found_for_each_version_of_the_weights() -> None:
