@@ -16,6 +16,8 @@ from agentlightning.trajectory import Trajectory
 
 __all__ = ["Batch", "Gap", "check_gap", "collate", "logprob_gap"]
 
+POSITIONS_AT_ONCE = 1024
+
 
 class Batch(TypedDict):
     """Rows of one shape: prompts are padded on the left, responses on the right. Each is a tensor, a line a row.
@@ -129,20 +131,15 @@ def logprob_gap(trajectories: Sequence[Trajectory], model: Any) -> dict[str | No
     for row in trajectories:
         if row.logprobs is None:
             raise UnusableRows(f"{name_of(row)} has no logprobs", "start vLLM with AGL_LOGPROBS=on")
-        ids = torch.from_numpy(np.frombuffer(row.token_ids, np.int32).astype(np.int64)).to(model.device)
+        trained = 1 + np.flatnonzero(np.frombuffer(row.response_mask, np.int8)[1:])
         with torch.no_grad(), _evaluating(model):
-            logits = model(input_ids=ids[None]).logits[0, :-1].float()
-        logits = logits / torch.from_numpy(_temperatures(row)[1:, None]).to(model.device)
-        own = logits.gather(1, ids[1:, None])[:, 0] - logits.logsumexp(1)
-        difference = own.cpu().numpy() - np.frombuffer(row.logprobs, np.float32)[1:]
+            difference = _logprobs(row, trained, model) - np.frombuffer(row.logprobs, np.float32)[trained]
         versions = np.full(len(row.token_ids), -1)
         names: list[str | None] = [name for name, _, _ in row.weight_versions or ()]
         for number, (_, start, end) in enumerate(row.weight_versions or ()):
             versions[start:end] = number
-        is_trained = np.frombuffer(row.response_mask, np.int8)[1:] == 1
         for number, name in enumerate([*names, None]):
-            of_version = versions[1:] == (number if name is not None else -1)
-            found[name].append(difference[is_trained & of_version])
+            found[name].append(difference[versions[trained] == (number if name is not None else -1)])
     gaps = {name: np.concatenate(each) for name, each in found.items()}
     return {name: _gap(each) for name, each in gaps.items() if len(each)}
 
@@ -162,6 +159,23 @@ def check_gap(gaps: Mapping[str | None, Gap], bound: float) -> None:
                 "CPU build keeps tied embeddings); its prefix cache may hold older weights (reset it); dtype or "
                 "kernels may differ; a grammar or top-p may have limited the ids (see logprobs_mode)",
             )
+
+
+def _logprobs(row: Trajectory, positions: Any, model: Any) -> Any:
+    """Return the logprobs that the model gives to the ids at these positions, in the order of the positions.
+
+    In parts: in float32 and for all ids at once, they take several times the memory of the model's own logits.
+    """
+    import torch
+
+    ids = torch.from_numpy(np.frombuffer(row.token_ids, np.int32).astype(np.int64)).to(model.device)
+    temperatures = torch.from_numpy(_temperatures(row)).to(model.device)
+    all_logits = model(input_ids=ids[None]).logits[0]
+    found = [torch.zeros(0)]
+    for part in torch.from_numpy(positions).to(model.device).split(POSITIONS_AT_ONCE):
+        logits = all_logits[part - 1].float() / temperatures[part, None]
+        found.append((logits.gather(1, ids[part, None])[:, 0] - logits.logsumexp(1)).cpu())
+    return torch.cat(found).numpy()
 
 
 @contextmanager

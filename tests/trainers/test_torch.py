@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from agentlightning.errors import LogprobsDiffer, UnusableRows
 from agentlightning.trainers.torch import Gap, check_gap, collate, logprob_gap
@@ -126,6 +127,23 @@ def test_dropout_is_no_gap_and_the_model_goes_on_in_its_mode() -> None:
 
     assert logprob_gap([sampled_from(model)], model)["3"].highest < 1e-6
     assert (model.training, model.dropout.training, model.frozen.training) == (True, True, False)
+
+
+def test_logits_of_long_rows_are_compared_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sizes(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = func(*args, **kwargs or {})
+            if func is torch.Tensor.logsumexp:
+                sizes.append(tuple(args[0].shape))
+            return found
+
+    sizes: list[tuple[int, ...]] = []
+    monkeypatch.setattr("agentlightning.trainers.torch.POSITIONS_AT_ONCE", 2)
+    with Sizes():
+        gap = logprob_gap([sampled_from(MODEL, off=0.25)], MODEL)["3"]
+
+    assert sizes == [(2, IDS), (2, IDS), (1, IDS)]
+    assert (gap.tokens, gap.mean) == (5, pytest.approx(0.25))
 
 
 def test_a_gap_is_found_for_each_version_of_the_weights() -> None:
