@@ -42,16 +42,19 @@ def steps_to(reward: float) -> Callable[[Steps], float]:
     return lambda steps: next((n for n, step in enumerate(steps, 1) if step["reward"] >= reward), len(steps) + 1)
 
 
+def mean_gap(steps: Steps) -> float:
+    """Return the mean difference over all ids that have a logprob of the engine."""
+    counts = [step["tokens"] - step["unknown"] for step in steps]
+    return sum(step["mean"] * count for step, count in zip(steps, counts, strict=True)) / sum(counts)
+
+
 # What a line of the table says, how it is found in the steps of a run, and how it is written.
 LINES: tuple[tuple[str, Callable[[Steps], float], str], ...] = (
     ("rows a rollout", total("rows"), "{:.2f}"),
     ("trained ids a rollout", total("tokens"), "{:.1f}"),
     ("of the trained ids, not what the engine sampled there", total("differ", "tokens"), "{:.1%}"),
-    (
-        "logprobs of engine and trainer differ by (mean)",
-        lambda steps: sum(step["mean"] * step["tokens"] for step in steps) / sum(step["tokens"] for step in steps),
-        "{:.2g}",
-    ),
+    ("of the trained ids, without a logprob of the engine", total("unknown", "tokens"), "{:.1%}"),
+    ("logprobs of engine and trainer differ by (mean)", mean_gap, "{:.2g}"),
     ("the same, highest", lambda steps: max(step["highest"] for step in steps), "{:.2g}"),
     (
         "effective sample size of the importance weights (lowest step)",

@@ -21,7 +21,7 @@ import time
 import warnings
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,8 @@ class Step:
         breaks: rows that begin because a prompt differs from the answer that it repeats.
         tokens: that are trained.
         differ: trained ids that the engine did not sample at that place.
+        unknown: trained ids for which the engine has no logprob; they do not count in `mean`, `highest`, `effective`.
+        mean, highest, effective: as in a `Gap`, between the logprobs of engine and trainer.
         stale: versions of the weights between the oldest that sampled a trained id, and the trainer's.
     """
 
@@ -73,6 +75,7 @@ class Step:
     breaks: int
     tokens: int
     differ: int
+    unknown: int
     stale: int
     mean: float
     highest: float
@@ -91,6 +94,7 @@ class Training:
     client: OpenAI = field(default_factory=lambda: OpenAI(api_key="none", max_retries=0, timeout=SECONDS))
     conversations: dict[str, Conversation] = field(default_factory=dict)
     rows: list[agl.Trajectory] = field(default_factory=list)
+    compared: list[agl.Trajectory] = field(default_factory=list)
     differ: int = 0
     steps: list[Step] = field(default_factory=list)
     started: float = 0.0
@@ -111,20 +115,22 @@ class Training:
 
     def read(self, rollout: agl.Rollout) -> Iterable[agl.Trajectory]:
         """Return the rows of a rollout, as the mode has it, and keep them for `measure`."""
-        rows = list(rollout.trajectories())
+        rows = compared = list(rollout.trajectories())
         if self.mode == "text":
             exact = rows
             rows = from_text(rollout, self.conversations[rollout.rollout_id], exact, self.tokenizer)
+            compared = [with_known_logprobs(row, exact) for row in rows]
             self.differ += differing(rows, exact)
         self.rows += rows
+        self.compared += compared
         return rows
 
     def rollouts(self, prompts: list[Any], trainer: Any) -> dict[str, list[Any]]:
         """Run the agents on a step's prompts, measure what came of it, and return the rows as TRL takes them."""
-        self.rows, self.differ, self.started = [], 0, time.monotonic()
+        self.rows, self.compared, self.differ, self.started = [], [], 0, time.monotonic()
         run = adapter.rollout_func(self.store, self.agent, read=self.read)
         found = run(prompts, trainer)
-        gaps = logprob_gap(self.rows, trainer.model)
+        gaps = logprob_gap(self.compared, trainer.model)
         if self.mode != "text":
             check_gap(gaps, BOUND)
         versions = [int(name) for name in gaps if name is not None]
@@ -139,6 +145,7 @@ class Training:
                 breaks=sum("drifted" in row.flags for row in self.rows),
                 tokens=tokens,
                 differ=self.differ,
+                unknown=sum(sum(row.response_mask) for row in self.rows) - total,
                 stale=trainer.state.global_step - min(versions, default=trainer.state.global_step),
                 mean=sum(gap.mean * gap.tokens for gap in gaps.values()) / total,
                 highest=max(gap.highest for gap in gaps.values()),
@@ -171,13 +178,11 @@ def from_text(
 ) -> list[agl.Trajectory]:
     """Make rows as if only the text were known: everything is tokenised again.
 
-    The engine's logprobs are put to the ids at the same places of an answer, where both have one.
+    The engine's logprobs are put to the ids at the same places of an answer; ids behind them have 0.0, since TRL takes
+    no row with unknown ones.
     """
-    recorded = [
-        row.logprobs[span.start : span.end] for row in exact if row.logprobs for span in row.spans if span.is_trained
-    ]
     calls = []
-    for turn, logprobs in enumerate(recorded):
+    for turn, logprobs in enumerate(sampled_logprobs(exact)):
         messages = conversation.messages[: 2 * turn + 1]
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         answer = conversation.answers[turn].choices[0]
@@ -199,6 +204,22 @@ def from_text(
         )
     attempt = AttemptCalls(calls=calls, rollout_id=rollout.rollout_id, reward=exact[0].reward, input=rollout.input)
     return merge(attempt).rows
+
+
+def with_known_logprobs(row: agl.Trajectory, exact: Sequence[agl.Trajectory]) -> agl.Trajectory:
+    """Return a row made from text without the ids for which the engine has no logprob: they have a mask of 0."""
+    mask, recorded = row.response_mask[:], sampled_logprobs(exact)
+    for span in row.spans:
+        for position in range(span.start + len(recorded[int(span.generation_id)]), span.end):
+            mask[position] = 0
+    return replace(row, response_mask=mask)
+
+
+def sampled_logprobs(exact: Sequence[agl.Trajectory]) -> list[array[float]]:
+    """Return the engine's logprobs of each answer, in the order of the turns."""
+    return [
+        row.logprobs[span.start : span.end] for row in exact if row.logprobs for span in row.spans if span.is_trained
+    ]
 
 
 def differing(rows: Sequence[agl.Trajectory], exact: Sequence[agl.Trajectory]) -> int:

@@ -6,14 +6,32 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+import agentlightning as agl
 from examples.plot import png, terminal
-from examples.train import BOUND, GENERATIONS, HEAD, MODES, TASKS, Step, add_up, line, share_of_digits
+from examples.train import (
+    BOUND,
+    GENERATIONS,
+    HEAD,
+    MODES,
+    TASKS,
+    Conversation,
+    Step,
+    add_up,
+    from_text,
+    line,
+    share_of_digits,
+    with_known_logprobs,
+)
 from tests.common.environments import CHECKOUT
 from tests.common.vllm import without_agl
+from tests.trainers.rows import conversation
 
 STEPS = 3
 
@@ -47,8 +65,41 @@ def test_the_trainer_learns_from_the_rows_of_each_step_and_vllm_has_its_weights(
             assert step.differ > 0
             assert step.mean > BOUND
         else:
-            assert step.differ == 0
+            assert step.differ == step.unknown == 0
             assert step.highest < BOUND
+
+
+class Tokenizer:
+    """Splits an answer into the ids 10, 11, ..., one a character; a prompt is 1, the first answer, and 2."""
+
+    eos_token_id = 99
+
+    def encode(self, text: str, **_: object) -> list[int]:
+        return [*range(10, 10 + len(text))]
+
+    def apply_chat_template(self, messages: Sequence[Any], **_: object) -> list[int]:
+        return [1] if len(messages) == 1 else [1, *self.encode(messages[1]["content"]), 2]
+
+
+def test_ids_from_text_without_a_logprob_of_the_engine_are_not_compared() -> None:
+    exact = [conversation()]
+    texts = ("abcd", "e")
+    answers = [
+        SimpleNamespace(choices=[SimpleNamespace(message=SimpleNamespace(content=text), finish_reason="length")])
+        for text in texts
+    ]
+    messages = [{"content": "task"}, {"content": texts[0]}, {"content": "tool"}, {"content": texts[1]}]
+    rollout = agl.Rollout("ro", "task", start_time=0)
+
+    [row] = from_text(rollout, Conversation(messages, answers), exact, Tokenizer())
+    compared = with_known_logprobs(row, exact)
+
+    assert row.token_ids.tolist() == [1, 10, 11, 12, 13, 2, 10]
+    assert row.logprobs is not None
+    # The engine sampled 2 ids, then 3.
+    assert row.logprobs.tolist() == pytest.approx([0, -0.04, -0.05, 0, 0, 0, -0.07])
+    assert row.response_mask.tolist() == [0, 1, 1, 1, 1, 0, 1]
+    assert compared.response_mask.tolist() == [0, 1, 1, 0, 0, 0, 1]
 
 
 def test_the_reward_is_the_share_of_digits_and_the_tool_adds_them_up() -> None:
@@ -58,7 +109,7 @@ def test_the_reward_is_the_share_of_digits_and_the_tool_adds_them_up() -> None:
 
 
 def test_a_line_of_the_table_stands_below_its_head_in_80_columns() -> None:
-    step = Step(1.0, 16, 32, 16, 16, 384, 0, 0, 2.5e-7, 1.2e-6, 1.0, 12.3)
+    step = Step(1.0, 16, 32, 16, 16, 384, 0, 0, 0, 2.5e-7, 1.2e-6, 1.0, 12.3)
 
     assert len(line(30, step)) == len(HEAD) <= 80
 
