@@ -50,6 +50,7 @@ def mean_gap(steps: Steps) -> float:
 
 # What a line of the table says, how it is found in the steps of a run, and how it is written.
 LINES: tuple[tuple[str, Callable[[Steps], float], str], ...] = (
+    ("masked rollouts", total("masked"), "{:.1%}"),
     ("rows a rollout", total("rows"), "{:.2f}"),
     ("trained ids a rollout", total("tokens"), "{:.1f}"),
     ("of the trained ids, not what the engine sampled there", total("differ", "tokens"), "{:.1%}"),

@@ -39,7 +39,7 @@ FOLDER = CACHE / "demo-train"
 FILE, MODEL, WEIGHTS, PICTURE = FOLDER / "store.db", FOLDER / "model", FOLDER / "weights", FOLDER / "reward.png"
 STEPS, TASKS, GENERATIONS, TOKENS, RATE = 20, 2, 8, 12, 1e-2
 BOUND = 0.01
-HEAD = "step  reward  rows  merged  breaks  trained  stale   off by      max     s"
+HEAD = "step  reward  masked  rows  merged  breaks   ids  stale   off by      max     s"
 # What the rows are made of, and what vLLM is started with for it.
 MODES: dict[str, dict[str, str]] = {"text": {}, "exact": {}}
 QUESTIONS = ("Which digits shall I add?", "Give me numbers.", "Digits, please.", "What is to be added?")
@@ -58,6 +58,8 @@ class Step:
     """What a step of the training printed.
 
     Attributes:
+        reward: mean of the rollouts that are trained.
+        masked: rollouts of which nothing is trained, since they failed, or have no row or no reward.
         rows: of all rollouts; TRL trains one of each.
         merged: calls that stand in a row behind another one.
         breaks: rows that begin because a prompt differs from the answer that it repeats.
@@ -70,6 +72,7 @@ class Step:
 
     reward: float
     rollouts: int
+    masked: int
     rows: int
     merged: int
     breaks: int
@@ -140,6 +143,7 @@ class Training:
             Step(
                 reward=statistics.mean(each for each in found["reward"] if each is not None),
                 rollouts=len(prompts),
+                masked=found["reward"].count(None),
                 rows=len(self.rows),
                 merged=sum(len(row.spans) - 1 for row in self.rows),
                 breaks=sum("drifted" in row.flags for row in self.rows),
@@ -306,8 +310,8 @@ def train(training: Training, model: Any, steps: int, seed: int) -> None:
 def line(number: int, step: Step) -> str:
     """Return a step as a line of the table."""
     return (
-        f"{number:>4}  {step.reward:>6.3f}  {step.rows:>4}  {step.merged:>6}  {step.breaks:>6}  "
-        f"{step.tokens:>7}  {step.stale:>5}  {step.mean:>7.1e}  {step.highest:>7.1e}  {step.seconds:>4.1f}"
+        f"{number:>4}  {step.reward:>6.3f}  {step.masked:>6}  {step.rows:>4}  {step.merged:>6}  {step.breaks:>6}  "
+        f"{step.tokens:>4}  {step.stale:>5}  {step.mean:>7.1e}  {step.highest:>7.1e}  {step.seconds:>4.1f}"
     )
 
 

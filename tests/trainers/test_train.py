@@ -58,7 +58,7 @@ def test_the_trainer_learns_from_the_rows_of_each_step_and_vllm_has_its_weights(
     steps = [Step(**each) for each in json.loads(results.read_text())["0"]]
     assert len(steps) == STEPS
     for step in steps:
-        assert step.rollouts == TASKS * GENERATIONS
+        assert (step.rollouts, step.masked) == (TASKS * GENERATIONS, 0)
         assert step.stale == 0
         if rows == "text":
             # Random weights say what no tokenizer would split like that.
@@ -109,9 +109,11 @@ def test_the_reward_is_the_share_of_digits_and_the_tool_adds_them_up() -> None:
 
 
 def test_a_line_of_the_table_stands_below_its_head_in_80_columns() -> None:
-    step = Step(1.0, 16, 32, 16, 16, 384, 0, 0, 0, 2.5e-7, 1.2e-6, 1.0, 12.3)
+    step = Step(1.0, 16, 1, 32, 16, 16, 384, 0, 0, 0, 2.5e-7, 1.2e-6, 1.0, 12.3)
 
     assert len(line(30, step)) == len(HEAD) <= 80
+    for name, value in (("reward", "1.000"), ("masked", "1"), ("rows", "32"), ("ids", "384")):
+        assert line(30, step)[: HEAD.index(name) + len(name)].endswith(f" {value}"), name
 
 
 def test_values_are_drawn_from_left_to_right() -> None:
