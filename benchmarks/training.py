@@ -48,24 +48,25 @@ def mean_gap(steps: Steps) -> float:
     return sum(step["mean"] * count for step, count in zip(steps, counts, strict=True)) / sum(counts)
 
 
-# What a line of the table says, how it is found in the steps of a run, and how it is written.
-LINES: tuple[tuple[str, Callable[[Steps], float], str], ...] = (
-    ("masked rollouts", total("masked"), "{:.1%}"),
-    ("rows a rollout", total("rows"), "{:.2f}"),
-    ("trained ids a rollout", total("tokens"), "{:.1f}"),
-    ("of the trained ids, not what the engine sampled there", total("differ", "tokens"), "{:.1%}"),
-    ("of the trained ids, without a logprob of the engine", total("unknown", "tokens"), "{:.1%}"),
-    ("logprobs of engine and trainer differ by (mean)", mean_gap, "{:.2g}"),
-    ("the same, highest", lambda steps: max(step["highest"] for step in steps), "{:.2g}"),
-    (
-        "effective sample size of the importance weights (lowest step)",
-        lambda steps: min(step["effective"] for step in steps),
-        "{:.1%}",
-    ),
-    ("seconds a step", lambda steps: statistics.median(step["seconds"] for step in steps), "{:.1f}"),
-    (f"steps until the reward is {LEARNT}", steps_to(LEARNT), "{:.0f}"),
-    ("reward in the last step", lambda steps: steps[-1]["reward"], "{:.3f}"),
-)
+def lines(steps: int) -> tuple[tuple[str, Callable[[Steps], float], Callable[[float], str]], ...]:
+    """Return what each line of the table says, how it is found in the steps of a run, and how it is written."""
+    return (
+        ("masked rollouts", total("masked"), "{:.1%}".format),
+        ("rows a rollout", total("rows"), "{:.2f}".format),
+        ("trained ids a rollout", total("tokens"), "{:.1f}".format),
+        ("of the trained ids, not what the engine sampled there", total("differ", "tokens"), "{:.1%}".format),
+        ("of the trained ids, without a logprob of the engine", total("unknown", "tokens"), "{:.1%}".format),
+        ("logprobs of engine and trainer differ by (mean)", mean_gap, "{:.2g}".format),
+        ("the same, highest", lambda run: max(step["highest"] for step in run), "{:.2g}".format),
+        (
+            "effective sample size of the importance weights (lowest step)",
+            lambda run: min(step["effective"] for step in run),
+            "{:.1%}".format,
+        ),
+        ("seconds a step", lambda run: statistics.median(step["seconds"] for step in run), "{:.1f}".format),
+        (f"steps until the reward is {LEARNT}", steps_to(LEARNT), lambda n: f"{n:.0f}" if n <= steps else f"> {steps}"),
+        ("reward in the last step", lambda run: run[-1]["reward"], "{:.3f}".format),
+    )
 
 
 def measure(mode: str, seeds: int, steps: int) -> list[Steps]:
@@ -78,21 +79,21 @@ def measure(mode: str, seeds: int, steps: int) -> list[Steps]:
         return [*json.loads(results.read_text()).values()]
 
 
-def table(found: Mapping[str, Sequence[Steps]]) -> str:
+def table(found: Mapping[str, Sequence[Steps]], steps: int) -> str:
     """Return the modes side by side: a line for each measure, with the median and the quartiles of all seeds."""
-    lines = [f"|  | {' | '.join(f'`{mode}`' for mode in found)} |", f"|---|{'---:|' * len(found)}"]
-    for label, measured, written in LINES:
-        cells = [spread([measured(steps) for steps in runs], written) for runs in found.values()]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    rows = [f"|  | {' | '.join(f'`{mode}`' for mode in found)} |", f"|---|{'---:|' * len(found)}"]
+    for label, measured, written in lines(steps):
+        cells = [spread([measured(run) for run in runs], written) for runs in found.values()]
+        rows.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
-def spread(values: Sequence[float], written: str) -> str:
+def spread(values: Sequence[float], written: Callable[[float], str]) -> str:
     """Write a median, and the quartiles where there are several values and they differ."""
-    middle = written.format(statistics.median(values))
+    middle = written(statistics.median(values))
     if len(values) == 1:
         return middle
-    low, _, high = (written.format(each) for each in statistics.quantiles(values, n=4, method="inclusive"))
+    low, _, high = (written(each) for each in statistics.quantiles(values, n=4, method="inclusive"))
     return middle if low == high else f"{middle} ({low} - {high})"
 
 
@@ -108,7 +109,7 @@ def section(found: Mapping[str, Sequence[Steps]], seeds: int, steps: int) -> str
 Written by `python -m benchmarks.training`: {seeds} runs of {steps} steps for each kind of rows, each with other random
 weights, and {TASKS * GENERATIONS} rollouts a step. Medians, and quartiles in brackets. Measured on\n{machine}.
 
-{table(found)}
+{table(found, steps)}
 
 The first run with exact rows, every third step:
 

@@ -278,7 +278,6 @@ def train(training: Training, model: Any, steps: int, seed: int) -> None:
         output_dir=str(FOLDER / "trl"),
         per_device_train_batch_size=TASKS * GENERATIONS,
         num_generations=GENERATIONS,
-        max_completion_length=SECONDS,
         learning_rate=RATE,
         lr_scheduler_type="constant",
         max_steps=steps,
