@@ -7,12 +7,12 @@ or left out: the caller chooses rows with the options of `store.trajectories()`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from agentlightning.errors import UnusableRows
 from agentlightning.trajectory import Trajectory
 
-__all__ = ["check_rows", "have_logprobs", "name_of", "reward_of"]
+__all__ = ["check_models", "check_rows", "have_logprobs", "name_of", "reward_of"]
 
 
 def check_rows(
@@ -33,12 +33,7 @@ def check_rows(
             "there is no row to train",
             "look at `left_out` and `store.completeness()` of the rollouts, or at the options that chose the rows",
         )
-    models = sorted({row.model or "unknown" for row in trajectories})
-    if len(models) > 1:
-        raise UnusableRows(
-            f"the rows are of several models ({', '.join(models)})",
-            "train one at a time, with the option model of store.trajectories()",
-        )
+    check_models(trajectories)
     for row in trajectories:
         reward_of(row)
         _check_length(row, "prompt", row.prompt_length, max_prompt_length)
@@ -48,6 +43,20 @@ def check_rows(
                 f"{name_of(row)} has {'no' if row.logprobs is None else 'infinite'} logprobs",
                 "start vLLM with AGL_LOGPROBS=on" if row.logprobs is None else "leave the row out",
             )
+
+
+def check_models(trajectories: Iterable[Trajectory]) -> None:
+    """Refuse rows of several models.
+
+    Raises:
+        UnusableRows: the message names the models.
+    """
+    models = sorted({row.model or "unknown" for row in trajectories})
+    if len(models) > 1:
+        raise UnusableRows(
+            f"the rows are of several models ({', '.join(models)})",
+            "train one at a time, with the option model of store.trajectories()",
+        )
 
 
 def have_logprobs(trajectories: Sequence[Trajectory]) -> bool:

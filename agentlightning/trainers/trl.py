@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from agentlightning.errors import UnusableRows
 from agentlightning.rollout_records import NewRollout, Rollout
 from agentlightning.store import Store
-from agentlightning.trainers.rows import check_rows
+from agentlightning.trainers.rows import check_models, check_rows
 from agentlightning.trajectory import MergeOptions, Trajectory
 
 if TYPE_CHECKING:
@@ -74,10 +74,11 @@ def rollout_func(
         failed: what becomes of a rollout that failed, or has no row or no reward. `mask`: its row is masked whole, and
             its reward is None. `raise`: an error ends the training.
         read: returns the rows of a rollout that succeeded; None for those of its latest attempt.
-        options: those of `store.trajectories()`, without `read`.
+        options: those of `store.trajectories()`, without `read`; such as `model`, where agents call several models.
 
     Raises, when it is called:
-        UnusableRows: no rollout of the step has a row, or `failed` is `raise` and one has none; or see `check_rows`.
+        UnusableRows: no rollout of the step has a row, rows are of several models, or `failed` is `raise` and a rollout
+            has no row; or see `check_rows`.
         StoreUnavailable: the store went away. Nothing of the step was trained; start again from the last checkpoint.
     """
 
@@ -96,6 +97,8 @@ def rollout_func(
             for rollout_id, rollout in ended.items()
             if rollout.status == "succeeded"
         }
+        # Of all rows: a judge's row, which might be the longest of its rollout, must not be trained as the policy's.
+        check_models(row for of_rollout in rows.values() for row in of_rollout)
         chosen = [_chosen(each, ended.get(each), rows.get(each, ()), failed) for each in rollout_ids]
         found = columns([row for row in chosen if row is not None])
         _warn_of_others(rows.values())

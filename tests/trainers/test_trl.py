@@ -29,8 +29,12 @@ def store(tmp_path: Path) -> Iterator[agl.Store]:
         yield store
 
 
-def answered(rollout: agl.Rollout, *calls: tuple[list[int], list[int]]) -> None:
-    """Record calls of a rollout: the ids of each prompt and answer."""
+def answered(rollout: agl.Rollout, *calls: tuple[list[int], list[int]], **fields: Any) -> None:
+    """Record calls of a rollout: the ids of each prompt and answer.
+
+    Args:
+        fields: of the generations.
+    """
     assert rollout.store is not None
     assert rollout.attempt is not None
     for number, (prompt, answer) in enumerate(calls):
@@ -44,6 +48,7 @@ def answered(rollout: agl.Rollout, *calls: tuple[list[int], list[int]]) -> None:
             finished_at=number,
             prompt_token_ids=array("i", prompt),
             choices=[choice],
+            **fields,
         )
         rollout.store.add([recorded])
 
@@ -162,6 +167,18 @@ def test_of_several_rows_the_one_with_the_most_trained_ids_is_taken_and_the_othe
 
     assert found["completion_ids"] == [[5, 6, 7]] * 2
     assert "2 rows are not trained: TRL takes one row a prompt, and 2 rollouts have several." in caplog.text
+
+
+def test_rows_of_a_judge_are_not_trained_in_place_of_the_policys(store: agl.Store) -> None:
+    def run(rollout: agl.Rollout) -> None:
+        answered(rollout, ([1, 2], [3]), model="policy")
+        answered(rollout, ([1, 2], [4, 5, 6]), model="judge")
+        rollout.reward(1.0)
+
+    with pytest.raises(agl.UnusableRows, match=r"several models \(judge, policy\): .*option model"):
+        rollout_func(store, run)(["a"], TRAINER)
+
+    assert rollout_func(store, run, model="policy")(["a"], TRAINER)["completion_ids"] == [[3]]
 
 
 def test_options_and_read_decide_which_rows_there_are(store: agl.Store) -> None:
