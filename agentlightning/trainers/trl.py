@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,7 +12,7 @@ from agentlightning.errors import UnusableRows
 from agentlightning.rollout_records import NewRollout, Rollout
 from agentlightning.store import Store
 from agentlightning.trainers.rows import check_models, check_rows
-from agentlightning.trajectory import MergeOptions, Trajectory
+from agentlightning.trajectory import Flag, MergeOptions, Trajectory
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 __all__ = ["columns", "reward", "rollout_func"]
 
 logger = logging.getLogger(__name__)
+
+INCOMPLETE: Set[Flag] = {"aborted", "truncated", "cut", "missing_call"}
+"""Flags of rows that the option `complete` leaves out; the others, as `drifted`, damage no answer."""
 
 
 def columns(trajectories: Sequence[Trajectory]) -> dict[str, list[Any]]:
@@ -64,7 +67,8 @@ def rollout_func(
     """Return a function for `GRPOTrainer(rollout_func=…)`: it makes a rollout of each prompt, and returns their rows.
 
     It returns when all rollouts have ended and vLLM has written every call, so groups are complete. TRL takes one row a
-    prompt: of a rollout with several it gets the one with the most trained ids, and a warning names the others.
+    prompt: of a rollout with several it gets the one with the most trained ids, of the complete ones if there are any.
+    A warning says how many others there were.
 
     Args:
         run_agent: called with each rollout, in threads: it calls the agent, and rewards the rollout. If it raises, the
@@ -135,7 +139,7 @@ def _chosen(rollout_id: str, ended: Rollout | None, rows: Sequence[Trajectory], 
     elif rows[0].reward is None:
         reason = "has no reward: let run_agent call rollout.reward(1.0)"
     else:
-        return max(rows, key=lambda row: sum(row.response_mask))
+        return max(rows, key=lambda row: (INCOMPLETE.isdisjoint(row.flags), sum(row.response_mask)))
     if failed == "raise":
         raise UnusableRows(f"rollout {rollout_id!r} {reason}")
     logger.warning("Rollout %r %s. It is masked: nothing of it is trained.", rollout_id, reason)

@@ -29,17 +29,22 @@ def store(tmp_path: Path) -> Iterator[agl.Store]:
         yield store
 
 
-def answered(rollout: agl.Rollout, *calls: tuple[list[int], list[int]], **fields: Any) -> None:
+def answered(
+    rollout: agl.Rollout, *calls: tuple[list[int], list[int]], finish_reason: str = "stop", **fields: Any
+) -> None:
     """Record calls of a rollout: the ids of each prompt and answer.
 
     Args:
+        finish_reason: of the answers.
         fields: of the generations.
     """
     assert rollout.store is not None
     assert rollout.attempt is not None
     for number, (prompt, answer) in enumerate(calls):
         choice = Choice(
-            token_ids=array("i", answer), finish_reason="stop", logprobs=array("f", [-each / 100 for each in answer])
+            token_ids=array("i", answer),
+            finish_reason=finish_reason,
+            logprobs=array("f", [-each / 100 for each in answer]),
         )
         recorded = generation(
             uuid.uuid4().int % 10**9,
@@ -167,6 +172,23 @@ def test_of_several_rows_the_one_with_the_most_trained_ids_is_taken_and_the_othe
 
     assert found["completion_ids"] == [[5, 6, 7]] * 2
     assert "2 rows are not trained: TRL takes one row a prompt, and 2 rollouts have several." in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("long", "completion"),
+    [({"status": "aborted", "finish_reason": "abort"}, [3]), ({"finish_reason": "length"}, [3]), ({}, [4, 5, 6])],
+    ids=["aborted", "truncated", "finished"],
+)
+def test_a_longer_row_is_not_taken_where_its_answer_was_not_finished(
+    store: agl.Store, long: dict[str, Any], completion: list[int]
+) -> None:
+    def run(rollout: agl.Rollout) -> None:
+        answered(rollout, ([1, 2], [3]))
+        answered(rollout, ([7, 8], [4, 5, 6]), **long)
+        rollout.reward(1.0)
+
+    found = rollout_func(store, run)(["a"], TRAINER)
+    assert found["completion_ids"] == [completion]
 
 
 def test_rows_of_a_judge_are_not_trained_in_place_of_the_policys(store: agl.Store) -> None:
