@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from agentlightning.trainers.rows import logprobs_of
 from agentlightning.trajectory import Answer, Trajectory
 
 __all__ = ["SCHEMA_VERSION", "documents"]
@@ -24,6 +25,9 @@ def documents(
 
     Args:
         decode: the tokenizer's, which makes the text of a step from its ids. Rows have ids alone.
+
+    Raises:
+        UnusableRows: a logprob is infinite or not a number, which JSON cannot hold.
     """
     return [
         {
@@ -67,7 +71,7 @@ def _answer(row: Trajectory, answer: Answer, step_id: int, decode: Callable[[lis
         "extra": {"finish_reason": answer.finish_reason, "reward": answer.reward, "status": answer.status},
     }
     if row.logprobs is not None and answer.is_trained:
-        metrics["logprobs"] = row.logprobs[answer.start : answer.end].tolist()
+        metrics["logprobs"] = logprobs_of(row)[answer.start : answer.end].tolist()
     return {
         "step_id": step_id,
         "source": "agent",

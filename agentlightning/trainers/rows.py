@@ -6,13 +6,15 @@ or left out: the caller chooses rows with the options of `store.trajectories()`.
 
 from __future__ import annotations
 
-import math
+from array import array
 from collections.abc import Iterable, Sequence
+
+import numpy as np
 
 from agentlightning.errors import UnusableRows
 from agentlightning.trajectory import Trajectory
 
-__all__ = ["check_models", "check_rows", "have_logprobs", "name_of", "reward_of"]
+__all__ = ["check_models", "check_rows", "have_logprobs", "logprobs_of", "name_of", "reward_of"]
 
 
 def check_rows(
@@ -20,13 +22,11 @@ def check_rows(
     *,
     max_prompt_length: int | None = None,
     max_response_length: int | None = None,
-    needs_logprobs: bool = False,
 ) -> None:
     """Refuse rows that a trainer cannot take or would train wrongly.
 
     Raises:
-        UnusableRows: there is no row, rows are of several models, one has no reward or is too long, or logprobs are
-            needed and one row has none.
+        UnusableRows: there is no row, rows are of several models, or one has no reward or is too long.
     """
     if not trajectories:
         raise UnusableRows(
@@ -38,11 +38,6 @@ def check_rows(
         reward_of(row)
         _check_length(row, "prompt", row.prompt_length, max_prompt_length)
         _check_length(row, "response", len(row.token_ids) - row.prompt_length, max_response_length)
-        if needs_logprobs and (row.logprobs is None or not all(map(math.isfinite, row.logprobs))):
-            raise UnusableRows(
-                f"{name_of(row)} has {'no' if row.logprobs is None else 'infinite'} logprobs",
-                "start vLLM with AGL_LOGPROBS=on" if row.logprobs is None else "leave the row out",
-            )
 
 
 def check_models(trajectories: Iterable[Trajectory]) -> None:
@@ -60,8 +55,34 @@ def check_models(trajectories: Iterable[Trajectory]) -> None:
 
 
 def have_logprobs(trajectories: Sequence[Trajectory]) -> bool:
-    """Tell whether every row has logprobs: trainers take those of all rows, or none."""
-    return all(row.logprobs is not None for row in trajectories)
+    """Tell whether rows have logprobs: trainers take those of all rows, or none.
+
+    Raises:
+        UnusableRows: some rows have logprobs and others do not, or one is infinite or not a number.
+    """
+    without = [row for row in trajectories if row.logprobs is None]
+    if without and len(without) < len(trajectories):
+        raise UnusableRows(
+            f"{name_of(without[0])} has no logprobs, but other rows have",
+            "start every vLLM with AGL_LOGPROBS=on, or leave the row out",
+        )
+    for row in trajectories:
+        if row.logprobs is not None:
+            logprobs_of(row)
+    return not without
+
+
+def logprobs_of(row: Trajectory) -> array[float]:
+    """Return the logprobs of a row.
+
+    Raises:
+        UnusableRows: it has none, or one is infinite or not a number.
+    """
+    if row.logprobs is None:
+        raise UnusableRows(f"{name_of(row)} has no logprobs", "start vLLM with AGL_LOGPROBS=on")
+    if not np.isfinite(np.frombuffer(row.logprobs, np.float32)).all():
+        raise UnusableRows(f"{name_of(row)} has infinite logprobs", "leave the row out")
+    return row.logprobs
 
 
 def reward_of(row: Trajectory) -> float:

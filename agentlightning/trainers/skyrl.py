@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from agentlightning.errors import UnusableRows
-from agentlightning.trainers.rows import check_rows, have_logprobs, name_of
+from agentlightning.trainers.rows import check_rows, have_logprobs, logprobs_of, name_of
 from agentlightning.trajectory import Trajectory
 
 __all__ = ["generator_output"]
@@ -25,7 +25,7 @@ def generator_output(trajectories: Sequence[Trajectory], *, step_wise: bool = Fa
 
     Raises:
         UnusableRows: a rollout has several rows and `step_wise` is off, or its rows are not next to each other; or see
-            `check_rows`.
+            `check_rows` and `have_logprobs`.
     """
     from skyrl.train.generators.base import (  # pyright: ignore[reportMissingImports]
         GeneratorOutput,
@@ -60,7 +60,7 @@ def generator_output(trajectories: Sequence[Trajectory], *, step_wise: bool = Fa
         loss_masks=[row.response_mask[row.prompt_length :].tolist() for row in trajectories],
         stop_reasons=[row.spans[-1].finish_reason or row.spans[-1].status for row in trajectories],
         rollout_metrics=None,
-        rollout_logprobs=[row.logprobs[row.prompt_length :].tolist() for row in trajectories if row.logprobs]
+        rollout_logprobs=[logprobs_of(row)[row.prompt_length :].tolist() for row in trajectories]
         if have_logprobs(trajectories)
         else None,
         trajectory_ids=ids,

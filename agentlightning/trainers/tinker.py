@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from agentlightning.trainers.rows import check_rows, reward_of
+from agentlightning.trainers.rows import check_rows, logprobs_of, reward_of
 from agentlightning.trajectory import Trajectory
 
 __all__ = ["datums"]
@@ -26,17 +26,17 @@ def datums(
         with_mask: add `mask`, which tinker-cookbook reads for its metrics and removes before it trains.
 
     Raises:
-        UnusableRows: a row has no logprobs; or see `check_rows`.
+        UnusableRows: a row has no logprobs, or infinite ones; or see `check_rows`.
     """
     from tinker import types  # pyright: ignore[reportAttributeAccessIssue]
 
-    check_rows(trajectories, needs_logprobs=True)
+    check_rows(trajectories)
     found = []
     for row, advantage in zip(trajectories, advantages or _advantages(trajectories), strict=True):
         mask = np.frombuffer(row.response_mask, np.int8)[1:].astype(np.float32)
         values = {
             "target_tokens": np.frombuffer(row.token_ids, np.int32)[1:].astype(np.int64),
-            "logprobs": np.frombuffer(row.logprobs or b"", np.float32)[1:],
+            "logprobs": np.frombuffer(logprobs_of(row), np.float32)[1:],
             "advantages": mask * np.float32(advantage),
         }
         if with_mask:

@@ -10,8 +10,8 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from agentlightning.errors import LogprobsDiffer, UnusableRows
-from agentlightning.trainers.rows import check_rows, have_logprobs, name_of, reward_of
+from agentlightning.errors import LogprobsDiffer
+from agentlightning.trainers.rows import check_rows, have_logprobs, logprobs_of, reward_of
 from agentlightning.trajectory import Trajectory
 
 __all__ = ["Batch", "Gap", "check_gap", "collate", "logprob_gap"]
@@ -27,7 +27,7 @@ class Batch(TypedDict):
         attention_mask: 1 for each id that is no padding; int64.
         position_ids: position in the row; 0 for padding on the left, the last position for that on the right; int64.
         response_mask: of the response, 1 for each id that is trained; int64.
-        logprobs: of the response, 0.0 where the mask is 0; float32. None if a row has none.
+        logprobs: of the response, 0.0 where the mask is 0; float32. None if no row has any.
         rewards: of the response, the reward at its last id, else 0.0; float32.
     """
 
@@ -55,7 +55,8 @@ def collate(
         max_response_length: ids from there on; None for those of the longest response.
 
     Raises:
-        UnusableRows: a row is longer, has no reward, or is of another model; see `check_rows`.
+        UnusableRows: a row is longer, has no reward, is of another model, or has no logprobs as others do; see
+            `check_rows` and `have_logprobs`.
     """
     check_rows(trajectories, max_prompt_length=max_prompt_length, max_response_length=max_response_length)
     before = max_prompt_length or max(row.prompt_length for row in trajectories)
@@ -123,17 +124,16 @@ def logprob_gap(trajectories: Sequence[Trajectory], model: Any) -> dict[str | No
         A gap for each weight version; None for ids whose version is unknown.
 
     Raises:
-        UnusableRows: a row has no logprobs.
+        UnusableRows: a row has no logprobs, or infinite ones.
     """
     import torch
 
     found: dict[str | None, list[Any]] = defaultdict(list)
     for row in trajectories:
-        if row.logprobs is None:
-            raise UnusableRows(f"{name_of(row)} has no logprobs", "start vLLM with AGL_LOGPROBS=on")
+        recorded = np.frombuffer(logprobs_of(row), np.float32)
         trained = 1 + np.flatnonzero(np.frombuffer(row.response_mask, np.int8)[1:])
         with torch.no_grad(), _evaluating(model):
-            difference = _logprobs(row, trained, model) - np.frombuffer(row.logprobs, np.float32)[trained]
+            difference = _logprobs(row, trained, model) - recorded[trained]
         versions = np.full(len(row.token_ids), -1)
         names: list[str | None] = [name for name, _, _ in row.weight_versions or ()]
         for number, (_, start, end) in enumerate(row.weight_versions or ()):

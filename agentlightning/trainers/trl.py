@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from agentlightning.errors import UnusableRows
 from agentlightning.rollout_records import NewRollout, Rollout
 from agentlightning.store import Store
-from agentlightning.trainers.rows import check_models, check_rows
+from agentlightning.trainers.rows import check_models, check_rows, logprobs_of
 from agentlightning.trajectory import Flag, MergeOptions, Trajectory
 
 if TYPE_CHECKING:
@@ -32,13 +32,13 @@ def columns(trajectories: Sequence[Trajectory]) -> dict[str, list[Any]]:
     reward function may take.
 
     Raises:
-        UnusableRows: a row has no logprobs; or see `check_rows`.
+        UnusableRows: a row has no logprobs, or infinite ones; or see `check_rows`.
     """
-    check_rows(trajectories, needs_logprobs=True)
+    check_rows(trajectories)
     return {
         "prompt_ids": [row.token_ids[: row.prompt_length].tolist() for row in trajectories],
         "completion_ids": [row.token_ids[row.prompt_length :].tolist() for row in trajectories],
-        "logprobs": [row.logprobs[row.prompt_length :].tolist() for row in trajectories if row.logprobs is not None],
+        "logprobs": [logprobs_of(row)[row.prompt_length :].tolist() for row in trajectories],
         "env_mask": [row.response_mask[row.prompt_length :].tolist() for row in trajectories],
         "reward": [row.reward for row in trajectories],
         "rollout_id": [row.rollout_id for row in trajectories],

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from agentlightning.trainers.rows import check_rows, have_logprobs
+from agentlightning.trainers.rows import check_rows, have_logprobs, logprobs_of
 from agentlightning.trainers.torch import collate
 from agentlightning.trajectory import Trajectory
 
@@ -25,7 +25,7 @@ def agent_loop_outputs(
         max_response_length: its `response_length`.
 
     Raises:
-        UnusableRows: see `check_rows`.
+        UnusableRows: see `check_rows` and `have_logprobs`.
     """
     from verl.experimental.agent_loop.agent_loop import (  # pyright: ignore[reportMissingImports]
         AgentLoopMetrics,
@@ -42,7 +42,7 @@ def agent_loop_outputs(
             prompt_ids=row.token_ids[: row.prompt_length].tolist(),
             response_ids=row.token_ids[row.prompt_length :].tolist(),
             response_mask=row.response_mask[row.prompt_length :].tolist(),
-            response_logprobs=row.logprobs[row.prompt_length :].tolist() if with_logprobs and row.logprobs else None,
+            response_logprobs=logprobs_of(row)[row.prompt_length :].tolist() if with_logprobs else None,
             routed_experts=None if experts is None else np.frombuffer(experts.ids, np.int16).reshape(experts.shape),
             reward_score=row.reward,
             # An answer, and what stood before it.
@@ -70,7 +70,7 @@ def data_proto(
     dropped, so `is_drop_mask` is false throughout.
 
     Raises:
-        UnusableRows: see `check_rows`.
+        UnusableRows: see `check_rows` and `have_logprobs`.
     """
     import torch
     from verl import DataProto  # pyright: ignore[reportAttributeAccessIssue]

@@ -8,14 +8,14 @@ from array import array
 import pytest
 
 from agentlightning.errors import UnusableRows
-from agentlightning.trainers.rows import check_rows
+from agentlightning.trainers.rows import check_rows, logprobs_of
 from tests.trainers.rows import conversation
 
 pytestmark = pytest.mark.tier("check")
 
 
 def test_rows_that_fit_are_taken() -> None:
-    check_rows([conversation()], max_prompt_length=3, max_response_length=6, needs_logprobs=True)
+    check_rows([conversation()], max_prompt_length=3, max_response_length=6)
 
 
 def test_no_row_at_all_is_refused() -> None:
@@ -41,9 +41,8 @@ def test_a_row_that_is_too_long_is_refused_with_the_option_that_helps() -> None:
 
 
 def test_missing_logprobs_are_refused_with_the_switch_that_helps() -> None:
-    check_rows([conversation(logprobs=None)])
     with pytest.raises(UnusableRows, match="has no logprobs: start vLLM with AGL_LOGPROBS=on"):
-        check_rows([conversation(logprobs=None)], needs_logprobs=True)
+        logprobs_of(conversation(logprobs=None))
 
 
 def test_infinite_logprobs_are_refused() -> None:
@@ -51,4 +50,4 @@ def test_infinite_logprobs_are_refused() -> None:
     row.logprobs = array("f", [-math.inf] * len(row.token_ids))
 
     with pytest.raises(UnusableRows, match="has infinite logprobs: leave the row out"):
-        check_rows([row], needs_logprobs=True)
+        logprobs_of(row)

@@ -79,7 +79,19 @@ def test_without_torch_the_batch_is_of_numpy(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_logprobs_are_those_of_all_rows_or_none() -> None:
-    assert collate([conversation(), conversation(logprobs=None)], PAD)["logprobs"] is None
+    assert collate([conversation(logprobs=None)] * 2, PAD)["logprobs"] is None
+    with pytest.raises(UnusableRows, match=r"rollout 'two' has no logprobs, but other rows have: .*AGL_LOGPROBS=on"):
+        collate([conversation(), conversation("two", logprobs=None)], PAD)
+
+
+def test_infinite_logprobs_are_not_passed_on() -> None:
+    row = conversation()
+    row.logprobs = array("f", [-math.inf] * len(row.token_ids))
+
+    with pytest.raises(UnusableRows, match="row 0 of rollout 'ro' has infinite logprobs: leave the row out"):
+        collate([row], PAD)
+    with pytest.raises(UnusableRows, match="has infinite logprobs"):
+        logprob_gap([row], MODEL)
 
 
 class Model(torch.nn.Module):

@@ -43,6 +43,9 @@ def main() -> None:
         generator_output(rows)
     with pytest.raises(UnusableRows, match="not next to each other: sort them by rollout_id"):
         generator_output([rows[0], rows[2], rows[1]], step_wise=True)
+    assert generator_output([conversation(logprobs=None)])["rollout_logprobs"] is None
+    with pytest.raises(UnusableRows, match=r"rollout 'two' has no logprobs, but other rows have: .*AGL_LOGPROBS=on"):
+        generator_output([conversation("one"), conversation("two", logprobs=None)])
     with pytest.raises(UnusableRows, match="has no routed experts, but others have"):
         generator_output([conversation("one"), with_experts()])
 

@@ -7,10 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from verl import DataProto  # pyright: ignore[reportMissingImports]
 from verl.experimental.agent_loop.agent_loop import AgentLoopWorker  # pyright: ignore[reportMissingImports]
 
+from agentlightning.errors import UnusableRows
 from agentlightning.trainers.verl import agent_loop_outputs, data_proto
 from tests.common.reference import tokenizer
 from tests.trainers.rows import PAD, conversation, forked, with_experts
@@ -48,6 +50,13 @@ def main() -> None:
     assert len({*ours.non_tensor_batch["data_id_list"]}) == 1
     assert theirs.non_tensor_batch["__num_turns__"].tolist() == [4, 2, 2]
     assert theirs.non_tensor_batch["min_global_steps"].tolist() == [3, 3, 3]
+
+    assert agent_loop_outputs([conversation(logprobs=None)])[0].response_logprobs is None
+    for adapter in (agent_loop_outputs, lambda rows: data_proto(rows, PAD, PROMPT, RESPONSE)):
+        with pytest.raises(
+            UnusableRows, match=r"rollout 'two' has no logprobs, but other rows have: .*AGL_LOGPROBS=on"
+        ):
+            adapter([conversation("one"), conversation("two", logprobs=None)])
 
     # Routed experts stand at the positions of their ids, behind the padding.
     row = with_experts()
