@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from agentlightning.errors import UnusableRows
+from agentlightning.errors import StoreError, UnusableRows
 from agentlightning.rollout_records import NewRollout, Rollout
 from agentlightning.store import Store
 from agentlightning.trainers.rows import check_models, check_rows, logprobs_of
@@ -72,7 +73,8 @@ def rollout_func(
 
     Args:
         run_agent: called with each rollout, in threads: it calls the agent, and rewards the rollout. If it raises, the
-            rollout has failed. None: runners elsewhere take the rollouts from the store's queue.
+            rollout has failed; an error of the store, or an exit, ends the step besides. None: runners elsewhere take
+            the rollouts from the store's queue.
         workers: number of threads.
         timeout: seconds for all rollouts of a step; None for no limit.
         failed: what becomes of a rollout that failed, or has no row or no reward. `mask`: its row is masked whole, and
@@ -120,7 +122,11 @@ def _run(store: Store, run_agent: Callable[[Rollout], None], metadata: Mapping[s
     rollout = store.start_rollout(prompt, mode="train", metadata=metadata)
     try:
         run_agent(rollout)
-    except Exception:
+    except BaseException as error:
+        if isinstance(error, StoreError) or not isinstance(error, Exception):
+            with suppress(StoreError):
+                rollout.finish("failed")
+            raise
         logger.exception("The agent of rollout %r failed.", rollout.rollout_id)
         rollout.finish("failed")
     else:

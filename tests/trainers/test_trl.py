@@ -133,6 +133,19 @@ def test_a_failed_rollout_ends_the_training_where_that_is_asked_for(store: agl.S
         rollout_func(store, run)(["6"], TRAINER)
 
 
+@pytest.mark.parametrize("error", [agl.StoreUnavailable("the store is away"), SystemExit("enough")])
+def test_an_error_of_the_store_or_an_exit_in_an_agent_ends_the_step(store: agl.Store, error: BaseException) -> None:
+    def run(rollout: agl.Rollout) -> None:
+        if rollout.input == "6":
+            raise error
+        agent(rollout)
+
+    with pytest.raises(type(error), match=str(error)):
+        rollout_func(store, run)(["5", "6"], TRAINER)
+
+    assert {each.input: each.status for each in store.query_rollouts()}["6"] == "failed"
+
+
 def test_rollouts_that_have_not_ended_in_time_are_masked(store: agl.Store, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(agl.UnusableRows, match="no row"):
         rollout_func(store, timeout=0.01)(["6"], TRAINER)
