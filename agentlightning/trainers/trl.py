@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable, Iterable, Sequence, Set
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from agentlightning.errors import StoreError, UnusableRows
@@ -76,7 +76,8 @@ def rollout_func(
             rollout has failed; an error of the store, or an exit, ends the step besides. None: runners elsewhere take
             the rollouts from the store's queue.
         workers: number of threads.
-        timeout: seconds for all rollouts of a step; None for no limit.
+        timeout: seconds from the start of a step until all of its rollouts have ended and their calls are written; None
+            for no limit. An agent that has not returned by then goes on in its thread, and nothing of it is trained.
         failed: what becomes of a rollout that failed, or has no row or no reward. `mask`: its row is masked whole, and
             its reward is None. `raise`: an error ends the training.
         read: returns the rows of a rollout that succeeded; None for those of its latest attempt.
@@ -89,15 +90,18 @@ def rollout_func(
     """
 
     def rollouts_of(prompts: list[Any], trainer: Any) -> dict[str, list[Any]]:
+        deadline = None if timeout is None else time.monotonic() + timeout
         metadata = {"trainer": "trl", "step": trainer.state.global_step}
         if run_agent is None:
             new = [NewRollout(prompt, mode="train", metadata=metadata) for prompt in prompts]
-            rollout_ids = [rollout.rollout_id for rollout in store.enqueue_rollouts(new)]
+            rollouts = store.enqueue_rollouts(new)
         else:
-            run = partial(_run, store, run_agent, metadata)
-            with ThreadPoolExecutor(workers) as pool:
-                rollout_ids = [*pool.map(run, prompts)]
-        ended = {each.rollout_id: each for each in store.wait_for_rollouts(rollout_ids, timeout, recorded=True)}
+            rollouts = [store.start_rollout(prompt, mode="train", metadata=metadata) for prompt in prompts]
+        rollout_ids = [rollout.rollout_id for rollout in rollouts]
+        if run_agent is not None:
+            _run_all(run_agent, rollouts, workers, _left(deadline))
+        waited = store.wait_for_rollouts(rollout_ids, _left(deadline), recorded=True)
+        ended = {rollout.rollout_id: rollout for rollout in waited}
         rows = {
             rollout_id: [*(store.trajectories(rollout_id, "latest", **options) if read is None else read(rollout))]
             for rollout_id, rollout in ended.items()
@@ -118,8 +122,24 @@ def rollout_func(
     return rollouts_of
 
 
-def _run(store: Store, run_agent: Callable[[Rollout], None], metadata: Mapping[str, Any], prompt: Any) -> str:
-    rollout = store.start_rollout(prompt, mode="train", metadata=metadata)
+def _left(deadline: float | None) -> float | None:
+    return None if deadline is None else max(deadline - time.monotonic(), 0.0)
+
+
+def _run_all(
+    run_agent: Callable[[Rollout], None], rollouts: Sequence[Rollout], workers: int, timeout: float | None
+) -> None:
+    pool = ThreadPoolExecutor(workers)
+    try:
+        done, _ = wait([pool.submit(_run, run_agent, rollout) for rollout in rollouts], timeout, FIRST_EXCEPTION)
+        for future in done:
+            future.result()
+    finally:
+        # Without waiting: an agent that hangs must not hold up the trainer.
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _run(run_agent: Callable[[Rollout], None], rollout: Rollout) -> None:
     try:
         run_agent(rollout)
     except BaseException as error:
@@ -131,7 +151,6 @@ def _run(store: Store, run_agent: Callable[[Rollout], None], metadata: Mapping[s
         rollout.finish("failed")
     else:
         rollout.finish("succeeded")
-    return rollout.rollout_id
 
 
 def _chosen(rollout_id: str, ended: Rollout | None, rows: Sequence[Trajectory], failed: str) -> Trajectory | None:

@@ -153,6 +153,24 @@ def test_rollouts_that_have_not_ended_in_time_are_masked(store: agl.Store, caplo
     assert "has not ended, or its calls are not written: raise timeout" in caplog.text
 
 
+def test_an_agent_that_hangs_does_not_hold_up_the_trainer(store: agl.Store, caplog: pytest.LogCaptureFixture) -> None:
+    go_on = threading.Event()
+    ran: list[str] = []
+
+    def run(rollout: agl.Rollout) -> None:
+        ran.append(rollout.input)
+        go_on.wait()
+
+    try:
+        with pytest.raises(agl.UnusableRows, match="no row"):
+            rollout_func(store, run, workers=1, timeout=0.1)(["5", "6"], TRAINER)
+    finally:
+        go_on.set()
+
+    assert ran in ([], ["5"])
+    assert caplog.text.count("has not ended, or its calls are not written: raise timeout") == 2
+
+
 def test_a_rollout_that_was_tried_again_has_the_rows_of_its_last_attempt(store: agl.Store) -> None:
     def run(rollout: agl.Rollout) -> None:
         answered(rollout, ([1, 2], [9, 9, 9]))
