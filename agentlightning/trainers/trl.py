@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 from agentlightning.errors import StoreError, UnusableRows
-from agentlightning.rollout_records import NewRollout, Rollout
+from agentlightning.rollout_records import FINISHED, NewRollout, Rollout
 from agentlightning.store import Store
 from agentlightning.trainers.rows import check_models, check_rows, logprobs_of
 from agentlightning.trajectory import Flag, MergeOptions, Trajectory
@@ -77,7 +77,8 @@ def rollout_func(
             the rollouts from the store's queue.
         workers: number of threads.
         timeout: seconds from the start of a step until all of its rollouts have ended and their calls are written; None
-            for no limit. An agent that has not returned by then goes on in its thread, and nothing of it is trained.
+            for no limit. What has not ended by then is cancelled; an agent that has not returned goes on in its thread,
+            and nothing of it is trained.
         failed: what becomes of a rollout that failed, or has no row or no reward. `mask`: its row is masked whole, and
             its reward is None. `raise`: an error ends the training.
         read: returns the rows of a rollout that succeeded; None for those of its latest attempt.
@@ -98,9 +99,12 @@ def rollout_func(
         else:
             rollouts = [store.start_rollout(prompt, mode="train", metadata=metadata) for prompt in prompts]
         rollout_ids = [rollout.rollout_id for rollout in rollouts]
-        if run_agent is not None:
-            _run_all(run_agent, rollouts, workers, _left(deadline))
-        waited = store.wait_for_rollouts(rollout_ids, _left(deadline), recorded=True)
+        try:
+            if run_agent is not None:
+                _run_all(run_agent, rollouts, workers, _left(deadline))
+            waited = store.wait_for_rollouts(rollout_ids, _left(deadline), recorded=True)
+        finally:
+            _cancel(store, rollout_ids)
         ended = {rollout.rollout_id: rollout for rollout in waited}
         rows = {
             rollout_id: [*(store.trajectories(rollout_id, "latest", **options) if read is None else read(rollout))]
@@ -120,6 +124,13 @@ def rollout_func(
         return found
 
     return rollouts_of
+
+
+def _cancel(store: Store, rollout_ids: Sequence[str]) -> None:
+    """Cancel what has not ended, so that no runner takes it from the queue after its step."""
+    for rollout in store.query_rollouts(rollout_id_in=rollout_ids):
+        if rollout.status not in FINISHED:
+            store.update_rollout(rollout.rollout_id, status="cancelled")
 
 
 def _left(deadline: float | None) -> float | None:

@@ -151,6 +151,8 @@ def test_rollouts_that_have_not_ended_in_time_are_masked(store: agl.Store, caplo
         rollout_func(store, timeout=0.01)(["6"], TRAINER)
 
     assert "has not ended, or its calls are not written: raise timeout" in caplog.text
+    assert [each.status for each in store.query_rollouts()] == ["cancelled"]
+    assert store.dequeue_rollout("runner") is None
 
 
 def test_an_agent_that_hangs_does_not_hold_up_the_trainer(store: agl.Store, caplog: pytest.LogCaptureFixture) -> None:
@@ -164,6 +166,7 @@ def test_an_agent_that_hangs_does_not_hold_up_the_trainer(store: agl.Store, capl
     try:
         with pytest.raises(agl.UnusableRows, match="no row"):
             rollout_func(store, run, workers=1, timeout=0.1)(["5", "6"], TRAINER)
+        assert {each.status for each in store.query_rollouts()} == {"cancelled"}
     finally:
         go_on.set()
 
