@@ -14,7 +14,7 @@ import numpy as np
 from agentlightning.errors import UnusableRows
 from agentlightning.trajectory import Trajectory
 
-__all__ = ["check_models", "check_rows", "have_logprobs", "logprobs_of", "name_of", "reward_of"]
+__all__ = ["check_models", "check_rows", "group_of_row", "have_logprobs", "logprobs_of", "name_of", "reward_of"]
 
 
 def check_rows(
@@ -97,6 +97,20 @@ def reward_of(row: Trajectory) -> float:
             "reward the rollout before it ends (rollout.reward(1.0)), or leave out rows whose reward is None",
         )
     return row.reward
+
+
+def group_of_row(row: Trajectory) -> str:
+    """Return the group of a row.
+
+    Raises:
+        UnusableRows: it has none. As one task, rollouts of which nothing is known would be compared with one another.
+    """
+    if row.group is None:
+        raise UnusableRows(
+            f"{name_of(row)} belongs to no task, since its rollout has no input",
+            "create the rollout with an input, or with a text `group` in its metadata",
+        )
+    return row.group
 
 
 def name_of(row: Trajectory) -> str:

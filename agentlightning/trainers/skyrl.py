@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from agentlightning.errors import UnusableRows
-from agentlightning.trainers.rows import check_rows, have_logprobs, logprobs_of, name_of
+from agentlightning.trainers.rows import check_rows, group_of_row, have_logprobs, logprobs_of, name_of
 from agentlightning.trajectory import Trajectory
 
 __all__ = ["generator_output"]
@@ -24,8 +24,8 @@ def generator_output(trajectories: Sequence[Trajectory], *, step_wise: bool = Fa
             it, each rollout has exactly one row.
 
     Raises:
-        UnusableRows: a rollout has several rows and `step_wise` is off, or its rows are not next to each other; or see
-            `check_rows` and `have_logprobs`.
+        UnusableRows: a rollout has several rows and `step_wise` is off, its rows are not next to each other, or it has
+            no group; or see `check_rows` and `have_logprobs`.
     """
     from skyrl.train.generators.base import (  # pyright: ignore[reportMissingImports]
         GeneratorOutput,
@@ -45,7 +45,7 @@ def generator_output(trajectories: Sequence[Trajectory], *, step_wise: bool = Fa
     seen: Counter[str] = Counter()
     ids, rewards, is_last = [], [], []
     for rows in steps:
-        instance = rows[0].group or str(rows[0].rollout_id)
+        instance = group_of_row(rows[0])
         ids += [TrajectoryID(instance_id=instance, repetition_id=seen[instance])] * len(rows)
         seen[instance] += 1
         for row in rows:

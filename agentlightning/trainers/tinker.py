@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from agentlightning.trainers.rows import check_rows, logprobs_of, reward_of
+from agentlightning.trainers.rows import check_rows, group_of_row, logprobs_of, reward_of
 from agentlightning.trajectory import Trajectory
 
 __all__ = ["datums"]
@@ -26,7 +26,7 @@ def datums(
         with_mask: add `mask`, which tinker-cookbook reads for its metrics and removes before it trains.
 
     Raises:
-        UnusableRows: a row has no logprobs, or infinite ones; or see `check_rows`.
+        UnusableRows: a row has no logprobs, or infinite ones, or without `advantages` no group; or see `check_rows`.
     """
     from tinker import types  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -52,8 +52,8 @@ def datums(
 
 def _advantages(trajectories: Sequence[Trajectory]) -> list[float]:
     # Each rollout counts once, however many rows it has.
-    rewards: dict[str | None, dict[Any, float]] = defaultdict(dict)
+    rewards: dict[str, dict[Any, float]] = defaultdict(dict)
     for row in trajectories:
-        rewards[row.group][row.rollout_id, row.attempt_id] = reward_of(row)
+        rewards[group_of_row(row)][row.rollout_id, row.attempt_id] = reward_of(row)
     means = {group: sum(each.values()) / len(each) for group, each in rewards.items()}
-    return [reward_of(row) - means[row.group] for row in trajectories]
+    return [reward_of(row) - means[group_of_row(row)] for row in trajectories]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from agentlightning.trainers.rows import check_rows, have_logprobs, logprobs_of
+from agentlightning.trainers.rows import check_rows, group_of_row, have_logprobs, logprobs_of
 from agentlightning.trainers.torch import collate
 from agentlightning.trajectory import Trajectory
 
@@ -70,7 +70,7 @@ def data_proto(
     dropped, so `is_drop_mask` is false throughout.
 
     Raises:
-        UnusableRows: see `check_rows` and `have_logprobs`.
+        UnusableRows: a row has no group; or see `check_rows` and `have_logprobs`.
     """
     import torch
     from verl import DataProto  # pyright: ignore[reportAttributeAccessIssue]
@@ -83,7 +83,7 @@ def data_proto(
     if batch["logprobs"] is not None:
         tensors["rollout_log_probs"] = batch["logprobs"]
     texts = {
-        "data_id_list": [row.group for row in trajectories],
+        "data_id_list": [group_of_row(row) for row in trajectories],
         "rollout_id_list": [row.rollout_id for row in trajectories],
         "turn_index_list": [row.index for row in trajectories],
     }

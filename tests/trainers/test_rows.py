@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from array import array
+from dataclasses import replace
 
 import pytest
 
 from agentlightning.errors import UnusableRows
-from agentlightning.trainers.rows import check_rows, logprobs_of
+from agentlightning.trainers.rows import check_rows, group_of_row, logprobs_of
 from tests.trainers.rows import conversation
 
 pytestmark = pytest.mark.tier("check")
@@ -51,3 +52,11 @@ def test_infinite_logprobs_are_refused() -> None:
 
     with pytest.raises(UnusableRows, match="has infinite logprobs: leave the row out"):
         logprobs_of(row)
+
+
+def test_a_rollout_without_input_is_of_no_task() -> None:
+    assert group_of_row(conversation()) == group_of_row(conversation("two"))
+    with pytest.raises(
+        UnusableRows, match=r"row 0 of rollout 'ro' belongs to no task.*: create the rollout with an input"
+    ):
+        group_of_row(replace(conversation(), group=None))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import typing
+from dataclasses import replace
 
 import pytest
 import typing_extensions
@@ -46,6 +47,8 @@ def main() -> None:
     assert generator_output([conversation(logprobs=None)])["rollout_logprobs"] is None
     with pytest.raises(UnusableRows, match=r"rollout 'two' has no logprobs, but other rows have: .*AGL_LOGPROBS=on"):
         generator_output([conversation("one"), conversation("two", logprobs=None)])
+    with pytest.raises(UnusableRows, match="row 0 of rollout 'ro' belongs to no task"):
+        generator_output([replace(conversation(), group=None)])
     with pytest.raises(UnusableRows, match="has no routed experts, but others have"):
         generator_output([conversation("one"), with_experts()])
 

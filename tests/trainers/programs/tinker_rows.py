@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from tinker import types  # pyright: ignore[reportMissingImports]
 
@@ -27,6 +29,8 @@ def main() -> None:
     assert own.loss_fn_inputs["advantages"].to_numpy().tolist() == [0, 0, 2, 2, 0, 2, 2, 2]
     assert own.loss_fn_inputs["mask"].to_numpy().tolist() == [0, 0, 1, 1, 0, 1, 1, 1]
 
+    with pytest.raises(UnusableRows, match="row 0 of rollout 'ro' belongs to no task"):
+        datums([replace(conversation(), group=None)])
     with pytest.raises(UnusableRows, match="AGL_LOGPROBS=on"):
         datums([conversation(logprobs=None)])
 

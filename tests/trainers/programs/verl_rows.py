@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -57,6 +58,9 @@ def main() -> None:
             UnusableRows, match=r"rollout 'two' has no logprobs, but other rows have: .*AGL_LOGPROBS=on"
         ):
             adapter([conversation("one"), conversation("two", logprobs=None)])
+
+    with pytest.raises(UnusableRows, match="row 0 of rollout 'ro' belongs to no task"):
+        data_proto([replace(conversation(), group=None)], PAD, PROMPT, RESPONSE)
 
     # Routed experts stand at the positions of their ids, behind the padding.
     row = with_experts()
