@@ -32,7 +32,9 @@ def datums(
 
     check_rows(trajectories)
     found = []
-    for row, advantage in zip(trajectories, advantages or _advantages(trajectories), strict=True):
+    if advantages is None:
+        advantages = _advantages(trajectories)
+    for row, advantage in zip(trajectories, advantages, strict=True):
         mask = np.frombuffer(row.response_mask, np.int8)[1:].astype(np.float32)
         values = {
             "target_tokens": np.frombuffer(row.token_ids, np.int32)[1:].astype(np.int64),

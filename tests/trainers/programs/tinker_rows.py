@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from tinker import types  # pyright: ignore[reportMissingImports]
 
@@ -24,6 +25,12 @@ def main() -> None:
     assert inputs["logprobs"] == pytest.approx([0, 0, -0.04, -0.05, 0, -0.07, -0.08, -0.09])
     assert second.loss_fn_inputs["advantages"].to_numpy().tolist() == [0, -0.5, -0.5]
     assert third.loss_fn_inputs["advantages"].to_numpy().tolist() == [0, 0, 0, 0, -0.5]
+
+    for advantages in (np.array([2.0, 0.0]), np.array([0.0, 2.0])):
+        both = datums([conversation("one"), conversation("two")], advantages)
+        assert [each.loss_fn_inputs["advantages"].to_numpy().max() for each in both] == advantages.tolist()
+    with pytest.raises(ValueError, match="zip"):
+        datums([conversation()], [])
 
     [own] = datums([conversation()], [2.0], with_mask=True)
     assert own.loss_fn_inputs["advantages"].to_numpy().tolist() == [0, 0, 2, 2, 0, 2, 2, 2]
