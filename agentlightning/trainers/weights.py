@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from agentlightning.errors import WeightsRefused
 __all__ = ["hand_over"]
 
 SECONDS = 600
+RESETS, RESET_DELAY = 20, 0.25
 
 
 def hand_over(server: str, folder: str | Path, version: str) -> None:
@@ -27,25 +29,36 @@ def hand_over(server: str, folder: str | Path, version: str) -> None:
         version: an integer as text, if rows are to be chosen by `max_staleness`.
 
     Raises:
-        WeightsRefused: vLLM cannot be reached or did not load them. It may serve the old weights or the new ones.
+        WeightsRefused: vLLM cannot be reached, did not load them, or still has blocks of the old ones in its cache. It
+            may serve the old weights or the new ones.
     """
-    weights = {"method": "reload_weights", "kwargs": {"weights_path": str(Path(folder).absolute())}}
-    steps: dict[str, Any] = {
-        "collective_rpc": weights,
-        "reset_prefix_cache": None,
-        "update_weight_version": {"new_version": version},
-    }
     root = server.rstrip("/").removesuffix("/v1")
+    weights = {"method": "reload_weights", "kwargs": {"weights_path": str(Path(folder).absolute())}}
+    _post(root, "collective_rpc", weights)
+    for _ in range(RESETS):
+        # vLLM answers 200 with {"success": false} while a request or an offload holds blocks.
+        if json.loads(_post(root, "reset_prefix_cache") or b"{}").get("success", True):
+            break
+        time.sleep(RESET_DELAY)
+    else:
+        raise WeightsRefused(
+            f"vLLM at {root} has the new weights, but its prefix cache still has blocks of the old ones",
+            "requests hold them: wait until all agents have ended, and load the weights again",
+        )
+    _post(root, "update_weight_version", {"new_version": version})
+
+
+def _post(root: str, route: str, body: dict[str, Any] | None = None) -> bytes:
     client = urllib3.PoolManager(headers={"Content-Type": "application/json"}, timeout=SECONDS, retries=False)
-    for route, body in steps.items():
-        try:
-            answer = client.request("POST", f"{root}/{route}", body=b"" if body is None else json.dumps(body).encode())
-        except urllib3.exceptions.HTTPError as error:
-            raise WeightsRefused(f"vLLM at {root} cannot be reached ({error})", "look at its log") from error
-        if answer.status == 404:
-            raise WeightsRefused(
-                f"vLLM at {root} has no route /{route}", "start it with VLLM_SERVER_DEV_MODE=1; 0.32 has all of them"
-            )
-        if answer.status != 200:
-            said = answer.data.decode(errors="replace")[:200]
-            raise WeightsRefused(f"vLLM at {root} answered /{route} with {answer.status} ({said})", "look at its log")
+    try:
+        answer = client.request("POST", f"{root}/{route}", body=b"" if body is None else json.dumps(body).encode())
+    except urllib3.exceptions.HTTPError as error:
+        raise WeightsRefused(f"vLLM at {root} cannot be reached ({error})", "look at its log") from error
+    if answer.status == 404:
+        raise WeightsRefused(
+            f"vLLM at {root} has no route /{route}", "start it with VLLM_SERVER_DEV_MODE=1; 0.32 has all of them"
+        )
+    if answer.status != 200:
+        text = answer.data.decode(errors="replace")[:200]
+        raise WeightsRefused(f"vLLM at {root} answered /{route} with {answer.status} ({text})", "look at its log")
+    return answer.data

@@ -18,12 +18,16 @@ pytestmark = pytest.mark.tier("check")
 
 
 class Server(HTTPServer):
-    """Keeps what it is asked, and answers a route with the status that it has for it, else 200."""
+    """Keeps what it is asked, and answers a route with the status that it has for it, else 200.
+
+    Like vLLM, it answers 200 where it could not reset its prefix cache, and says so in the body.
+    """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.asked: list[tuple[str, Any]] = []
         self.statuses: dict[str, int] = {}
+        self.resets_that_fail = 0
 
     @property
     def url(self) -> str:
@@ -37,7 +41,11 @@ class Handler(BaseHTTPRequestHandler):
         self.server.asked.append((self.path, json.loads(body) if body else None))
         self.send_response(self.server.statuses.get(self.path, 200))
         self.end_headers()
-        self.wfile.write(b"what went wrong")
+        if self.path != "/reset_prefix_cache":
+            self.wfile.write(b"what went wrong")
+            return
+        self.wfile.write(json.dumps({"success": not self.server.resets_that_fail}).encode())
+        self.server.resets_that_fail -= self.server.resets_that_fail > 0
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 -- the name that it has in http.server
         pass
@@ -76,6 +84,26 @@ def test_a_version_is_not_named_where_its_weights_were_not_loaded(server: Server
     with pytest.raises(WeightsRefused, match=r"answered /collective_rpc with 500 \(what went wrong\): look at its log"):
         hand_over(server.url, tmp_path, "7")
     assert [path for path, _ in server.asked] == ["/collective_rpc"]
+
+
+def test_the_cache_is_reset_again_while_requests_hold_blocks_of_it(server: Server, tmp_path: Path) -> None:
+    server.resets_that_fail = 2
+
+    hand_over(server.url, tmp_path, "7")
+
+    paths = [path for path, _ in server.asked]
+    assert paths == ["/collective_rpc", *["/reset_prefix_cache"] * 3, "/update_weight_version"]
+
+
+def test_a_version_is_not_named_while_the_cache_has_blocks_of_older_weights(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agentlightning.trainers.weights.RESET_DELAY", 0)
+    server.resets_that_fail = 1000
+
+    with pytest.raises(WeightsRefused, match=r"prefix cache still has blocks of the old ones: .*all agents have ended"):
+        hand_over(server.url, tmp_path, "7")
+    assert server.asked[-1] == ("/reset_prefix_cache", None)
 
 
 def test_a_vllm_that_is_gone_is_named(tmp_path: Path) -> None:
