@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypedDict
 
-from agentlightning.rollout_records import FINISHED, Rollout
+from agentlightning.rollout_records import FINISHED, Mode, Rollout
 from agentlightning.store import Store
 from agentlightning.trajectory import MergeOptions, Trajectory, group_of
 
@@ -19,7 +19,9 @@ __all__ = ["Group", "GroupReader", "ReaderState"]
 
 logger = logging.getLogger(__name__)
 
-PAGE = 1000
+PAGE, OVERLAP = 1000, 100
+# Seconds. PostgreSQL's transactions begin in another order than they are committed in, and clocks of hosts differ.
+MARGIN = 600.0
 
 
 @dataclass(slots=True)
@@ -27,27 +29,28 @@ class Group:
     """Rollouts of one task that have all ended.
 
     Attributes:
-        key: the `group` of their rows; see `group_of`.
-        rollout_ids: all of them, in the order in which they were created.
+        key: the `group` of their rows, see `group_of`; for a rollout without one, its id.
+        rollout_ids: all of them, in the order in which they were created. Less than the size only where that was asked
+            for, or the group was overdue.
         rows: of the latest attempt of each that succeeded and has a reward.
         left_out: why each of the others has no row here, by its id.
     """
 
-    key: str | None
+    key: str
     rollout_ids: list[str]
     rows: list[Trajectory] = field(default_factory=list[Trajectory])
     left_out: dict[str, str] = field(default_factory=dict[str, str])
 
 
 class ReaderState(TypedDict):
-    """What a reader has given out; JSON, to be saved with a checkpoint of the model.
+    """What a reader has returned; JSON, to be saved with a checkpoint of the model.
 
     Attributes:
-        offset: number of rollouts, in the order in which they were created, of which all were given out.
+        since: all rollouts that started before this time were returned; seconds since the epoch.
         given: ids of later ones that were.
     """
 
-    offset: int
+    since: float
     given: list[str]
 
 
@@ -55,79 +58,134 @@ class GroupReader:
     """Reads groups of a fixed size, each once: in the order in which rollouts were created, when all have ended.
 
     Rollouts of one task are grouped in that order, so a task may be queued again in every epoch. After a crash, a
-    reader with the `state` of the last checkpoint goes on behind what that checkpoint was trained on: no row is trained
-    twice, and none is missed. No rollout may be deleted in between.
+    reader with the `state` of the last checkpoint continues after what that checkpoint was trained on: no row is
+    trained twice, and none is missed.
 
     Args:
         size: number of rollouts of a task that are trained together.
         state: of an earlier reader.
+        mode: of the rollouts that are read; None for all.
+        max_later: a group is overdue when so many rollouts that were created after it have been returned. It is
+            returned as it is then, with a warning. So a rollout that never ends costs one group, and the state stays
+            small.
     """
 
-    def __init__(self, store: Store, size: int, state: ReaderState | None = None) -> None:
-        self._store, self._size = store, size
-        self._offset = 0 if state is None else state["offset"]
+    def __init__(
+        self,
+        store: Store,
+        size: int,
+        state: ReaderState | None = None,
+        *,
+        mode: Mode | None = "train",
+        max_later: int = 10_000,
+    ) -> None:
+        self._store, self._size, self._mode, self._max_later = store, size, mode, max_later
+        self._since = 0.0 if state is None else state["since"]
         self._given = set[str]() if state is None else {*state["given"]}
+        self._has_warned = False
 
     @property
     def state(self) -> ReaderState:
-        """What has been given out until now."""
-        return ReaderState(offset=self._offset, given=sorted(self._given))
+        """What has been returned until now."""
+        return ReaderState(since=self._since, given=sorted(self._given))
 
-    def read(self, **options: Unpack[MergeOptions]) -> list[Group]:
+    def read(self, *, incomplete: bool = False, **options: Unpack[MergeOptions]) -> list[Group]:
         """Return the groups that have become complete. A group without any row is left out, with a warning.
 
         Args:
+            incomplete: return all others, too, as they are: for when no more rollouts come.
             options: those of `store.trajectories()`, such as `weight_version` and `max_staleness`.
 
         Raises:
-            StoreUnavailable: the store went away; nothing was given out, and the next call returns it.
+            StoreUnavailable: the store went away; nothing was returned, and the next call returns it.
         """
         rollouts = self._rollouts()
-        waiting: dict[str | None, list[Rollout]] = defaultdict(list)
-        for rollout in rollouts:
-            if rollout.rollout_id not in self._given:
-                waiting[group_of(rollout.input, rollout.metadata)].append(rollout)
-        candidates = [
-            Group(key, [each.rollout_id for each in found[start : start + self._size]])
-            for key, found in waiting.items()
-            for start in range(0, len(found) - self._size + 1, self._size)
-            if all(each.status in FINISHED for each in found[start : start + self._size])
-        ]
-        ids = [rollout_id for group in candidates for rollout_id in group.rollout_ids]
+        candidates = self._candidates(rollouts, incomplete)
+        ids = [rollout_id for group, _ in candidates for rollout_id in group.rollout_ids]
         written = {each.rollout_id: each for each in self._store.wait_for_rollouts(ids, 0, recorded=True)}
-        complete = [group for group in candidates if written.keys() >= {*group.rollout_ids}]
-        for group in complete:
+        ready: list[Group] = []
+        for group, is_overdue in candidates:
+            is_complete = len(group.rollout_ids) == self._size and written.keys() >= {*group.rollout_ids}
+            if is_overdue and not is_complete:
+                logger.warning("Group %r is overdue, and returned without what is missing of it.", group.key)
+            if is_complete or is_overdue or incomplete:
+                ready.append(group)
+        for group in ready:
             for rollout_id in group.rollout_ids:
-                self._add(group, written[rollout_id], options)
-        self._advance(rollouts, complete)
-        for group in complete:
+                self._add(group, rollout_id, written.get(rollout_id), options)
+        self._advance(rollouts, ready)
+        for group in ready:
             if not group.rows:
                 logger.warning("Group %r has no row to train: %s.", group.key, "; ".join({*group.left_out.values()}))
-        return [group for group in complete if group.rows]
+        return [group for group in ready if group.rows]
 
     def _rollouts(self) -> list[Rollout]:
-        """Return the rollouts that have not all been given out, in the order in which they were created."""
+        """Return the rollouts since the oldest that was not returned, in the order in which they were created."""
         found: list[Rollout] = []
-        while page := self._store.query_rollouts(offset=self._offset + len(found), limit=PAGE):
+        while True:
+            # Newest first, and each page begins within the one before: rollouts come and are deleted meanwhile.
+            offset = max(len(found) - OVERLAP, 0)
+            page = self._store.query_rollouts(sort_order="desc", offset=offset, limit=PAGE)
+            if found:
+                ids = [each.rollout_id for each in page]
+                if found[-1].rollout_id not in ids:
+                    found = []
+                    continue
+                page = page[ids.index(found[-1].rollout_id) + 1 :]
             found += page
+            if not page or page[-1].start_time < self._since - MARGIN:
+                break
+        if self._mode is not None and not self._has_warned and any(each.mode is None for each in found):
+            self._has_warned = True
+            logger.warning(
+                "Rollouts without a mode are not read: create them with mode=%r, or pass mode=None.", self._mode
+            )
+        return [
+            each
+            for each in reversed(found)
+            if each.start_time >= self._since and (self._mode is None or each.mode == self._mode)
+        ]
+
+    def _candidates(self, rollouts: Sequence[Rollout], incomplete: bool) -> list[tuple[Group, bool]]:
+        """Return the groups that may be returned, each with whether it is overdue."""
+        waiting: dict[str, list[Rollout]] = defaultdict(list)
+        # How many rollouts that were created before a waiting one have been returned.
+        earlier: dict[str, int] = {}
+        returned = 0
+        for rollout in rollouts:
+            if rollout.rollout_id in self._given:
+                returned += 1
+            else:
+                earlier[rollout.rollout_id] = returned
+                waiting[group_of(rollout.input, rollout.metadata) or rollout.rollout_id].append(rollout)
+        found: list[tuple[Group, bool]] = []
+        for key, of_task in waiting.items():
+            for start in range(0, len(of_task), self._size):
+                some = of_task[start : start + self._size]
+                is_overdue = returned - earlier[some[-1].rollout_id] >= self._max_later
+                has_ended = len(some) == self._size and all(each.status in FINISHED for each in some)
+                if has_ended or is_overdue or incomplete:
+                    found.append((Group(key, [each.rollout_id for each in some]), is_overdue))
         return found
 
-    def _add(self, group: Group, rollout: Rollout, options: MergeOptions) -> None:
-        if rollout.status != "succeeded":
-            group.left_out[rollout.rollout_id] = f"its status is {rollout.status}"
+    def _add(self, group: Group, rollout_id: str, written: Rollout | None, options: MergeOptions) -> None:
+        if written is None:
+            group.left_out[rollout_id] = "it has not ended, or its calls are not written"
             return
-        rows = [*self._store.trajectories(rollout.rollout_id, "latest", **options)]
+        if written.status != "succeeded":
+            group.left_out[rollout_id] = f"its status is {written.status}"
+            return
+        rows = [*self._store.trajectories(rollout_id, "latest", **options)]
         if not rows:
-            group.left_out[rollout.rollout_id] = "it has no row that the options allow"
+            group.left_out[rollout_id] = "it has no row that the options allow"
         elif rows[0].reward is None:
-            group.left_out[rollout.rollout_id] = "it has no reward"
+            group.left_out[rollout_id] = "it has no reward"
         else:
             group.rows += rows
 
-    def _advance(self, rollouts: Sequence[Rollout], complete: Sequence[Group]) -> None:
-        self._given.update(rollout_id for group in complete for rollout_id in group.rollout_ids)
-        for rollout in rollouts:
-            if rollout.rollout_id not in self._given:
-                break
-            self._given.remove(rollout.rollout_id)
-            self._offset += 1
+    def _advance(self, rollouts: Sequence[Rollout], ready: Sequence[Group]) -> None:
+        given = self._given.union(rollout_id for group in ready for rollout_id in group.rollout_ids)
+        waiting = [each.start_time for each in rollouts if each.rollout_id not in given]
+        newest = max((each.start_time for each in rollouts), default=self._since)
+        self._since = max(self._since, min([newest - MARGIN, *waiting]))
+        self._given = {each.rollout_id for each in rollouts if each.start_time >= self._since} & given

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import agentlightning as agl
+from agentlightning.rollout_records import Mode, NewRollout
+from agentlightning.store import lifecycle
+from agentlightning.store.database_store import DatabaseStore
 from agentlightning.trainers.groups import GroupReader
+from tests.common.postgresql import PostgresServer
 from tests.trainers.test_trl import agent, answered
 
 pytestmark = pytest.mark.tier("check")
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[agl.Store]:
-    with agl.open_store(str(tmp_path / "store.db")) as store:
+def store(new_store: Callable[[Path], str], tmp_path: Path) -> Iterator[agl.Store]:
+    with agl.open_store(new_store(tmp_path / "store.db")) as store:
         yield store
 
 
-def started(store: agl.Store, *inputs: str) -> list[agl.Rollout]:
-    return [store.start_rollout(each) for each in inputs]
+def started(store: agl.Store, *inputs: str, mode: Mode | None = "train") -> list[agl.Rollout]:
+    return [store.start_rollout(each, mode=mode) for each in inputs]
 
 
 def ended(rollouts: Sequence[agl.Rollout]) -> None:
@@ -48,7 +53,7 @@ def test_a_group_is_given_out_when_all_of_its_rollouts_have_ended(store: agl.Sto
     ended(rollouts[:1])
     [group] = reader.read()
     assert group.rollout_ids == ids([rollouts[0], rollouts[2]])
-    assert reader.state == {"offset": 4, "given": []}
+    assert reader.read() == []
 
 
 def test_a_task_that_is_queued_again_is_a_group_of_its_own(store: agl.Store) -> None:
@@ -100,7 +105,124 @@ def test_an_empty_group_is_left_out_with_a_warning(store: agl.Store, caplog: pyt
 
     assert reader.read() == []
     assert "has no row to train: its status is failed." in caplog.text
-    assert reader.state["offset"] == 2
+    assert len(reader.state["given"]) == 2
+
+
+def test_a_rollout_that_is_committed_late_is_neither_missed_nor_are_others_returned_twice(
+    postgresql: PostgresServer,
+) -> None:
+    """PostgreSQL numbers rollouts before their transactions are committed."""
+    url = postgresql.new_database()
+    with agl.open_store(url) as store, agl.open_store(url) as other:
+        assert isinstance(other, DatabaseStore)
+        reader = GroupReader(store, 1)
+        with other._database.writing() as connection:
+            late = lifecycle.start(connection, NewRollout("5", mode="train"), None)
+            ended(early := started(store, "5", "5"))
+            assert [group.rollout_ids for group in reader.read()] == [[each] for each in ids(early)]
+            saved = reader.state
+        rollout = store.get_rollout_by_id(late)
+        assert rollout is not None
+        ended([rollout])
+
+        assert [group.rollout_ids for group in reader.read()] == [[late]]
+        assert [group.rollout_ids for group in GroupReader(store, 1, saved).read()] == [[late]]
+        assert reader.read() == []
+
+
+def test_rollouts_that_are_deleted_cost_no_others(store: agl.Store) -> None:
+    ended(rollouts := started(store, *"5566"))
+    reader = GroupReader(store, 2)
+    assert len(reader.read()) == 2
+    ended(more := started(store, "5", "5"))
+    store.delete_rollouts(ids(rollouts[:3]))
+
+    assert [group.rollout_ids for group in reader.read()] == [ids(more)]
+    assert reader.read() == []
+
+
+def test_rollouts_of_an_evaluation_are_not_trained(store: agl.Store, caplog: pytest.LogCaptureFixture) -> None:
+    ended(started(store, "5", "5", mode="val"))
+    ended(without := started(store, "5", mode=None))
+    ended(trained := started(store, "5"))
+
+    assert [group.rollout_ids for group in GroupReader(store, 1).read()] == [ids(trained)]
+    assert caplog.text.count("Rollouts without a mode are not read: create them with mode='train'") == 1
+    everything = GroupReader(store, 1, mode=None).read()
+    assert len(everything) == 4
+    assert everything[2].rollout_ids == ids(without)
+
+
+def test_rollouts_without_input_are_no_group(store: agl.Store) -> None:
+    rollouts = [store.start_rollout(None, mode="train") for _ in range(2)]
+    for rollout in rollouts:
+        answered(rollout, ([1], [2]))
+        rollout.reward(1.0)
+        rollout.finish("succeeded")
+    reader = GroupReader(store, 2)
+
+    assert reader.read() == []
+    assert [group.rollout_ids for group in reader.read(incomplete=True)] == [[each] for each in ids(rollouts)]
+
+
+def test_a_group_that_never_fills_is_returned_with_what_it_has(
+    store: agl.Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    good, hanging = started(store, "5", "5")
+    ended([good])
+    reader = GroupReader(store, 2, max_later=4)
+    for _ in range(2):
+        ended(more := started(store, "6", "6"))
+        assert [group.rollout_ids for group in reader.read()] == [ids(more)]
+    assert caplog.text == ""
+
+    [group] = reader.read()
+
+    assert [row.rollout_id for row in group.rows] == [good.rollout_id]
+    assert group.left_out == {hanging.rollout_id: "it has not ended, or its calls are not written"}
+    assert f"Group {group.key!r} is overdue, and returned without what is missing of it." in caplog.text
+    assert reader.read() == []
+
+
+def test_what_is_left_at_the_end_is_returned_where_that_is_asked_for(store: agl.Store) -> None:
+    ended(rollouts := started(store, *"555"))
+    reader = GroupReader(store, 2)
+
+    assert [group.rollout_ids for group in reader.read(incomplete=True)] == [ids(rollouts[:2]), ids(rollouts[2:])]
+    assert reader.read(incomplete=True) == []
+
+
+def test_the_state_has_only_what_was_returned_lately(store: agl.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agentlightning.trainers.groups.MARGIN", 0.0)
+    reader = GroupReader(store, 1)
+    for _ in range(5):
+        ended(rollouts := started(store, "5"))
+        assert [group.rollout_ids for group in reader.read()] == [ids(rollouts)]
+
+    assert reader.state == {"since": rollouts[0].start_time, "given": ids(rollouts)}
+
+
+@pytest.mark.tier("all", new_store="postgresql")
+def test_rollouts_of_many_pages_are_read_once_each_though_the_newest_are_deleted_meanwhile(
+    store: agl.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agentlightning.trainers.groups.PAGE", 4)
+    monkeypatch.setattr("agentlightning.trainers.groups.OVERLAP", 2)
+    ended(rollouts := started(store, *"555555555"))
+    query = store.query_rollouts
+    doomed = ids(rollouts[-3:])
+
+    def query_and_delete(**options: Any) -> list[agl.Rollout]:
+        found = query(**options)
+        store.delete_rollouts(doomed[:1])
+        del doomed[:1]
+        return found
+
+    monkeypatch.setattr(store, "query_rollouts", query_and_delete)
+    reader = GroupReader(store, 1)
+
+    returned = [rollout_id for group in [*reader.read(), *reader.read()] for rollout_id in group.rollout_ids]
+    assert returned == ids(rollouts[:-3])
 
 
 def test_rows_of_older_weights_are_left_out_by_an_option(store: agl.Store) -> None:
