@@ -4,7 +4,8 @@ The agent is of the `openai` package. It asks the model for digits, gives the an
 asks again; its reward is the share of digits among the characters of both answers. vLLM records each call to an
 `agl store`; TRL trains on the rows that the store makes of them, and hands the new weights to vLLM after each step.
 
-`--rows text` makes the rows as they were made before exact ids could be had: from the text, tokenised again.
+`--rows text` makes the rows as they were made before exact ids could be had: from the text, tokenised again. With
+`--rows continued`, vLLM's prompts go on from the exact ids of earlier answers, and no row breaks.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ STEPS, TASKS, GENERATIONS, TOKENS, RATE = 20, 2, 8, 12, 1e-2
 BOUND = 0.01
 HEAD = "step  reward  masked  rows  merged  breaks   ids  stale   off by      max     s"
 # What the rows are made of, and what vLLM is started with for it.
-MODES: dict[str, dict[str, str]] = {"text": {}, "exact": {}}
+MODES: dict[str, dict[str, str]] = {"text": {}, "exact": {}, "continued": {"AGL_CONTINUE": "on"}}
 QUESTIONS = ("Which digits shall I add?", "Give me numbers.", "Digits, please.", "What is to be added?")
 
 
