@@ -20,10 +20,10 @@ def trainers() -> str:
     return python_path()
 
 
-@pytest.mark.parametrize("trainer", ["trl", "verl", "skyrl", "tinker", "atif"])
-def test_the_trainers_own_code_accepts_the_rows(trainer: str, trainers: str) -> None:
+@pytest.mark.parametrize("program", ["trl_rows", "verl_rows", "verl_loop", "skyrl_rows", "tinker_rows", "atif_rows"])
+def test_the_trainers_own_code_accepts_the_rows(program: str, trainers: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", f"tests.trainers.programs.{trainer}_rows"],
+        [sys.executable, "-m", f"tests.trainers.programs.{program}"],
         cwd=CHECKOUT,
         env={**without_agl(os.environ), "PYTHONPATH": trainers},
         stdout=subprocess.PIPE,
