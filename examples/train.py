@@ -31,7 +31,7 @@ from openai import OpenAI
 import agentlightning as agl
 from agentlightning.trainers import trl as adapter
 from agentlightning.trainers.torch import check_gap, logprob_gap
-from agentlightning.trainers.weights import hand_over
+from agentlightning.trainers.weights import load_weights
 from agentlightning.trajectory import AttemptCalls, Call, merge
 from examples.loop import CACHE, SECONDS, SMALL, SMALL_ENV, TINY_MODEL, free_url, serving, show
 from examples.plot import png, terminal
@@ -160,10 +160,10 @@ class Training:
         )
         return found
 
-    def hand_over(self, model: Any, version: int) -> None:
+    def load_weights(self, model: Any, version: int) -> None:
         """Give vLLM the weights of the trainer, and measure how long the step took."""
         model.save_pretrained(WEIGHTS)
-        hand_over(self.vllm, WEIGHTS, str(version))
+        load_weights(self.vllm, WEIGHTS, str(version))
         if self.steps:
             self.steps[-1].seconds = time.monotonic() - self.started
 
@@ -266,12 +266,12 @@ def train(training: Training, model: Any, steps: int, seed: int) -> None:
     print(f"\n{steps} steps of {TASKS * GENERATIONS} rollouts\n{HEAD}", flush=True)
     bar = tqdm(total=steps, unit="step", disable=None)
 
-    class HandOver(TrainerCallback):
+    class LoadWeights(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            training.hand_over(model, 0)
+            training.load_weights(model, 0)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            training.hand_over(model, state.global_step)
+            training.load_weights(model, state.global_step)
             bar.write(line(state.global_step, training.steps[-1]))
             bar.update()
 
@@ -299,7 +299,7 @@ def train(training: Training, model: Any, steps: int, seed: int) -> None:
         reward_funcs=adapter.reward,
         train_dataset=Dataset.from_dict({"prompt": list(QUESTIONS)}),
         rollout_func=training.rollouts,
-        callbacks=[HandOver()],
+        callbacks=[LoadWeights()],
     )
     # Prints the means of the whole training.
     trainer.remove_callback(PrinterCallback)

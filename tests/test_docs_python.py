@@ -98,7 +98,7 @@ def test_a_python_block_does_what_its_page_says(
     block: Block, armed: RemoteOpenAIServer, filled: StoreServer, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     text = block.text.replace("http://127.0.0.1:4747", filled.url).replace("max_steps=100", "max_steps=1")
-    server: RemoteOpenAIServer = request.getfixturevalue("taught") if "hand_over" in text else armed
+    server: RemoteOpenAIServer = request.getfixturevalue("taught") if "load_weights" in text else armed
     text = text.replace("http://localhost:8000", server.url)
     if "chat.completions" in text or "LLM(" in text:
         text = text.replace("Qwen/Qwen3-0.6B", server.model)

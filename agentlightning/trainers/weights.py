@@ -11,13 +11,13 @@ import urllib3
 
 from agentlightning.errors import WeightsRefused
 
-__all__ = ["hand_over"]
+__all__ = ["load_weights"]
 
 SECONDS = 600
 RESETS, RESET_DELAY = 20, 0.25
 
 
-def hand_over(server: str, folder: str | Path, version: str) -> None:
+def load_weights(server: str, folder: str | Path, version: str) -> None:
     """Let vLLM load weights, forget what its prefix cache has of the old ones, and name the version in what it records.
 
     vLLM has these routes if it was started with `VLLM_SERVER_DEV_MODE=1`; 0.32 was tested. Call this while no agent

@@ -1,4 +1,4 @@
-"""Groups are given out when all of their rollouts have ended, each once, also to a trainer that was started again."""
+"""Groups are returned when all of their rollouts have ended, each once, also to a trainer that was started again."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def ids(rollouts: Sequence[agl.Rollout]) -> list[str]:
     return [each.rollout_id for each in rollouts]
 
 
-def test_a_group_is_given_out_when_all_of_its_rollouts_have_ended(store: agl.Store) -> None:
+def test_a_group_is_returned_when_all_of_its_rollouts_have_ended(store: agl.Store) -> None:
     rollouts = started(store, "5", "6", "5", "6")
     reader = GroupReader(store, 2)
     ended(rollouts[1:])
@@ -63,7 +63,7 @@ def test_a_task_that_is_queued_again_is_a_group_of_its_own(store: agl.Store) -> 
     assert [group.rollout_ids for group in GroupReader(store, 2).read()] == [ids(rollouts[:2]), ids(rollouts[2:])]
 
 
-def test_after_a_crash_nothing_is_given_out_twice_and_nothing_is_missed(store: agl.Store) -> None:
+def test_after_a_crash_nothing_is_returned_twice_and_nothing_is_missed(store: agl.Store) -> None:
     rollouts = started(store, "5", "6", "6", "5")
     ended(rollouts[1:3])
     reader = GroupReader(store, 2)
@@ -231,7 +231,7 @@ def test_rows_of_older_weights_are_left_out_by_an_option(store: agl.Store) -> No
     assert GroupReader(store, 2).read(weight_version="7", max_staleness=1) == []
 
 
-def test_a_store_that_goes_away_gives_nothing_out(store: agl.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_goes_away_returns_nothing(store: agl.Store, monkeypatch: pytest.MonkeyPatch) -> None:
     ended(started(store, "5", "5"))
     reader = GroupReader(store, 2)
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from agentlightning.errors import WeightsRefused
-from agentlightning.trainers.weights import hand_over
+from agentlightning.trainers.weights import load_weights
 
 pytestmark = pytest.mark.tier("check")
 
@@ -62,7 +62,7 @@ def server() -> Iterator[Server]:
 
 
 def test_weights_are_loaded_the_cache_is_reset_and_then_the_version_is_named(server: Server, tmp_path: Path) -> None:
-    hand_over(f"{server.url}/v1", tmp_path, "7")
+    load_weights(f"{server.url}/v1", tmp_path, "7")
 
     assert server.asked == [
         ("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(tmp_path)}}),
@@ -75,21 +75,21 @@ def test_a_vllm_without_the_routes_is_named_with_the_switch_that_it_needs(server
     server.statuses["/collective_rpc"] = 404
 
     with pytest.raises(WeightsRefused, match=r"has no route /collective_rpc: start it with VLLM_SERVER_DEV_MODE=1"):
-        hand_over(server.url, tmp_path, "7")
+        load_weights(server.url, tmp_path, "7")
 
 
 def test_a_version_is_not_named_where_its_weights_were_not_loaded(server: Server, tmp_path: Path) -> None:
     server.statuses["/collective_rpc"] = 500
 
     with pytest.raises(WeightsRefused, match=r"answered /collective_rpc with 500 \(what went wrong\): look at its log"):
-        hand_over(server.url, tmp_path, "7")
+        load_weights(server.url, tmp_path, "7")
     assert [path for path, _ in server.asked] == ["/collective_rpc"]
 
 
 def test_the_cache_is_reset_again_while_requests_hold_blocks_of_it(server: Server, tmp_path: Path) -> None:
     server.resets_that_fail = 2
 
-    hand_over(server.url, tmp_path, "7")
+    load_weights(server.url, tmp_path, "7")
 
     paths = [path for path, _ in server.asked]
     assert paths == ["/collective_rpc", *["/reset_prefix_cache"] * 3, "/update_weight_version"]
@@ -102,10 +102,10 @@ def test_a_version_is_not_named_while_the_cache_has_blocks_of_older_weights(
     server.resets_that_fail = 1000
 
     with pytest.raises(WeightsRefused, match=r"prefix cache still has blocks of the old ones: .*all agents have ended"):
-        hand_over(server.url, tmp_path, "7")
+        load_weights(server.url, tmp_path, "7")
     assert server.asked[-1] == ("/reset_prefix_cache", None)
 
 
 def test_a_vllm_that_is_gone_is_named(tmp_path: Path) -> None:
     with pytest.raises(WeightsRefused, match=r"vLLM at http://127.0.0.1:9 cannot be reached"):
-        hand_over("http://127.0.0.1:9", tmp_path, "7")
+        load_weights("http://127.0.0.1:9", tmp_path, "7")
