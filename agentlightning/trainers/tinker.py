@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ __all__ = ["datums"]
 
 
 def datums(
-    trajectories: Sequence[Trajectory], advantages: Sequence[float] | None = None, *, with_mask: bool = False
+    trajectories: Sequence[Trajectory], advantages: Iterable[float] | None = None, *, with_mask: bool = False
 ) -> list[Any]:
     """Return a `Datum` for each row, in order, for the loss functions `importance_sampling` and `ppo`.
 

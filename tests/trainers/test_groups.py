@@ -195,6 +195,7 @@ def test_what_is_left_at_the_end_is_returned_where_that_is_asked_for(store: agl.
 def test_the_state_has_only_what_was_returned_lately(store: agl.Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("agentlightning.trainers.groups.MARGIN", 0.0)
     reader = GroupReader(store, 1)
+    rollouts: list[agl.Rollout] = []
     for _ in range(5):
         ended(rollouts := started(store, "5"))
         assert [group.rollout_ids for group in reader.read()] == [ids(rollouts)]
