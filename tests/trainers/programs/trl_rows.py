@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import tempfile
@@ -78,6 +79,8 @@ def main() -> None:
     assert {each.status for each in rollouts} == {"succeeded", "failed"}
     assert after[0] > before[0] > 0, (before, after)
     assert after[1] < before[1], (before, after)
+    # It changes as any other id does: less than half of what is trained, in either direction.
+    assert abs(math.log(after[2] / before[2])) < math.log(after[0] / before[0]) / 2, (before, after)
 
 
 if __name__ == "__main__":
