@@ -116,7 +116,9 @@ def rollout_func(
         chosen = [_chosen(each, ended.get(each), rows.get(each, ()), failed) for each in rollout_ids]
         found = columns([row for row in chosen if row is not None])
         _warn_of_others(rows.values())
-        masked = _masked(trainer.processing_class.pad_token_id)
+        # A processor, of a model that sees images, has a tokenizer.
+        tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+        masked = _masked(tokenizer.pad_token_id)
         for place, row in enumerate(chosen):
             if row is None:
                 for name, value in (masked | {"rollout_id": rollout_ids[place]}).items():

@@ -67,6 +67,8 @@ def test_the_trainer_learns_from_the_rows_of_each_step_and_vllm_has_its_weights(
         else:
             assert step.differ == step.unknown == 0
             assert step.highest < BOUND
+        if rows == "continued":
+            assert (step.rows, step.breaks) == (step.rollouts, 0)
 
 
 class Tokenizer:

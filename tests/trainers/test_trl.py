@@ -133,6 +133,18 @@ def test_a_failed_rollout_ends_the_training_where_that_is_asked_for(store: agl.S
         rollout_func(store, run)(["6"], TRAINER)
 
 
+def test_a_rollout_is_masked_with_the_padding_of_a_processors_tokenizer(store: agl.Store) -> None:
+    def run(rollout: agl.Rollout) -> None:
+        if rollout.input == "6":
+            raise RuntimeError("no network")
+        agent(rollout)
+
+    processor = SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=77))
+    trainer: Any = SimpleNamespace(state=TRAINER.state, processing_class=processor)
+
+    assert rollout_func(store, run)(["5", "6"], trainer)["completion_ids"] == [[5, 3, 4, 5], [77]]
+
+
 @pytest.mark.parametrize("error", [agl.StoreUnavailable("the store is away"), SystemExit("enough")])
 def test_an_error_of_the_store_or_an_exit_in_an_agent_ends_the_step(store: agl.Store, error: BaseException) -> None:
     def run(rollout: agl.Rollout) -> None:
