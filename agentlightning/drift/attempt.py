@@ -6,7 +6,7 @@ from array import array
 from bisect import bisect_left, insort
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 from agentlightning.drift.causes import MEANT, Cause
@@ -342,10 +342,18 @@ class _Caller:
             self._count_cached(call, exact.stop)
             exact.has_child = True
             return exact, exact.stop
-        if not is_broken:
-            near = self._with_a_turn_of(call, prompt) or near
-        if near is not None:
-            return self._broken_from(call, near, prompt)
+        # A header that changes makes a prompt agree with another conversation just as far.
+        turned = None if is_broken else self._with_a_turn_of(call, prompt)
+        candidates = [each for each in dict.fromkeys((turned, near)) if each is not None]
+        apart: tuple[_Context, Difference] | None = None
+        for each in candidates:
+            difference = self._difference(call, each, prompt)
+            if difference.cause != "sub_agent":
+                return self._broken_from(call, each, prompt, difference)
+            apart = apart or (each, difference)
+        if apart is not None and apart[1].is_certain:
+            # Others only begin alike, as questions about one task do.
+            self._note(call, *apart, _array(prompt))
         if self._beside is not None and not self._all:
             self._note_agent(call, self._beside, prompt)
         return None, 0
@@ -358,15 +366,16 @@ class _Caller:
         context = _Context(beside, ids, start, start, 0, None, 0, 0)
         self._note(call, context, Difference("sub_agent", True, common_length(ids, prompt)), _array(prompt))
 
-    def _broken_from(self, call: Call, near: _Context, prompt: bytes) -> tuple[_Context | None, int]:
+    def _difference(self, call: Call, near: _Context, prompt: bytes) -> Difference:
         before, ids = _array(near.ids), _array(prompt)
-        difference = classify(before, near.start, ids, self._texts(call), self._texts(near.call))
-        if difference.cause == "other" and self._texts(call) is None and 2 * difference.position < near.start:
+        found = classify(before, near.start, ids, self._texts(call), self._texts(near.call))
+        if found.cause == "other" and self._texts(call) is None and 2 * found.position < near.start:
             # By the ids alone it is as good as another conversation.
-            return None, 0
-        self._note(call, near, difference, ids)
-        if difference.cause == "sub_agent":
-            return None, 0
+            return replace(found, cause="sub_agent")
+        return found
+
+    def _broken_from(self, call: Call, near: _Context, prompt: bytes, difference: Difference) -> tuple[_Context, int]:
+        self._note(call, near, difference, _array(prompt))
         near.has_child = True
         if difference.cause not in MEANT:
             self._broken.add(near.conversation)

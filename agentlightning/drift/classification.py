@@ -203,7 +203,7 @@ class _Comparison:
 
     def difference(self) -> Difference:
         """Name the cause by the first explanation that fits."""
-        for explain in (self._retry, self._turn, self._special, self._moved, self._conversation):
+        for explain in (self._retry, self._turn, self._special, self._apart, self._moved, self._conversation):
             if (found := explain()) is not None:
                 return found
         return self._named("other", False)
@@ -310,6 +310,36 @@ class _Comparison:
         """Return the text of so many ids from the first difference on, without special tokens."""
         special = self._texts.special
         return self._texts.join(each for each in ids[self._position : self._position + length] if each not in special)
+
+    def _apart(self) -> Difference | None:
+        """Tell another conversation, which only begins as this one did."""
+        if self._position >= self._answer_start or self.continues():
+            return None
+        if self._message and self._role() == "user" and self._is_compacted():
+            return self._named("compaction", True)
+        similarity = similarity_of(self._text_before, self._text_after)
+        return self._named("sub_agent", (not self._message and similarity < SIMILAR) or self._has_other_tools())
+
+    def continues(self) -> bool:
+        """Tell whether the prompt goes on: it has the turn of the answer, or more turns than the prompt before."""
+        if self._position >= self._answer_start:
+            return True
+        answer = self._answer_start
+        while answer > self._start and self._before[answer - 1] not in _boundaries(self._texts):
+            answer -= 1
+        turns = turn_names(self._prompt[self._start :], self._texts)
+        before = turn_names(self._before[self._start : self._answer_start], self._texts)
+        # The last of a prompt is the beginning of an answer.
+        is_answered = any(each in turns[:-1] for each in turn_names(self._before[answer:], self._texts)[:1])
+        return is_answered or len(turns) > len(before)
+
+    def _is_compacted(self) -> bool:
+        """Tell whether a prompt that does not go on has fewer turns, some of them kept, or a summary."""
+        before = turn_names(self._before[self._end_before : self._answer_start], self._texts)
+        after = turn_names(self._prompt[self._end_after :], self._texts)
+        if len(after) >= len(before):
+            return False
+        return bool({*self._messages(before)} & {*after[:-1]}) or bool(_SUMMARY.search(self._text_after))
 
     def _moved(self) -> Difference | None:
         """Look for what stands further behind now, such as tools or a system prompt behind the last message."""

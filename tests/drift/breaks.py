@@ -253,7 +253,10 @@ def compaction(template: Template, draw: random.Random) -> Made:
 
 def sub_agent(template: Template, draw: random.Random) -> Made:
     made = story(template, draw)
-    asked = [{"role": "system", "content": draw.choice(SYSTEMS[2:])}, {"role": "user", "content": made.question()}]
+    # A conversation of its own may well have the same system prompt, and a question of one form.
+    system = made.messages[0]["content"] if draw.random() < 0.5 else draw.choice(SYSTEMS[2:])
+    question = f"{made.messages[1]['content']}." if draw.random() < 0.5 else made.question()
+    asked = [{"role": "system", "content": system}, {"role": "user", "content": question}]
     return made.made("sub_agent", template.answer(made.answer), asked, ())
 
 

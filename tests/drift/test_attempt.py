@@ -115,6 +115,38 @@ def test_retries_sub_agents_and_compactions_are_named_but_break_no_conversation(
     assert (found.conversations, found.broken) == (2, 0)
 
 
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        [[SYSTEM, user(f"What is {number} plus 2?")] for number in range(5)],
+        [[user(f"Judge whether this answer to question {number} is right: it is cold.")] for number in range(5)],
+        [
+            [{**SYSTEM, "content": f"You work in a team. Follow its rules: be brief, be kind, cite. Be {role}."}, each]
+            for role, each in zip(
+                "ABCDE", map(user, ("Plan it.", "Write it.", "Read it.", "Run it.", "Ship it.")), strict=True
+            )
+        ],
+        [[SYSTEM, user(each), user("Answer with a number alone.")] for each in ("One and two?", "Six less one?")],
+    ],
+    ids=["questions", "judges without a system message", "roles of a team", "a common end"],
+)
+def test_prompts_that_only_begin_alike_are_conversations_of_their_own(prompts: Sequence[Sequence[Message]]) -> None:
+    found = drift(*(call(number, each, f"{number}.") for number, each in enumerate(prompts, 1)))
+
+    assert (found.breaks, found.conversations, found.broken) == ([], len(prompts), 0)
+    assert (found.rows_after, found.lost) == (len(prompts), 0)
+
+
+def test_each_of_several_similar_conversations_goes_on_with_its_own_break() -> None:
+    questions = [f"What is {number} plus 2?" for number in range(4)]
+    first = [call(number, [SYSTEM, user(each)], f"{number}. \n") for number, each in enumerate(questions)]
+    histories = [[SYSTEM, user(each), said(f"{number}."), user("Sure?")] for number, each in enumerate(questions)]
+    found = drift(*first, *(call(10 + number, each, "Yes.") for number, each in enumerate(histories)))
+
+    assert causes(found) == [(f"g{number}", f"g{10 + number}", "answer_end") for number in range(4)]
+    assert (found.conversations, found.broken) == (4, 4)
+
+
 def test_a_branch_is_no_break() -> None:
     other = [*FIRST, said("It is."), user("And in the evening?")]
     found = drift(call(1, FIRST, "It is."), call(2, SECOND, "So it will be."), call(3, other, "Yes."))
