@@ -315,8 +315,8 @@ class _Comparison:
         """Tell another conversation, which only begins as this one did."""
         if self._position >= self._answer_start or self.continues():
             return None
-        if self._message and self._role() == "user" and self._is_compacted():
-            return self._named("compaction", True)
+        if self._message and self._role() == "user" and (found := self._compaction()) is not None:
+            return found
         similarity = similarity_of(self._text_before, self._text_after)
         return self._named("sub_agent", (not self._message and similarity < SIMILAR) or self._has_other_tools())
 
@@ -333,13 +333,14 @@ class _Comparison:
         is_answered = any(each in turns[:-1] for each in turn_names(self._before[answer:], self._texts)[:1])
         return is_answered or len(turns) > len(before)
 
-    def _is_compacted(self) -> bool:
-        """Tell whether a prompt that does not go on has fewer turns, some of them kept, or a summary."""
+    def _compaction(self) -> Difference | None:
+        """Look for a history with fewer turns, some of them kept; a summary may as well be asked of another text."""
         before = turn_names(self._before[self._end_before : self._answer_start], self._texts)
         after = turn_names(self._prompt[self._end_after :], self._texts)
         if len(after) >= len(before):
-            return False
-        return bool({*self._messages(before)} & {*after[:-1]}) or bool(_SUMMARY.search(self._text_after))
+            return None
+        has_kept = bool({*self._messages(before)} & {*after[:-1]})
+        return self._named("compaction", has_kept) if has_kept or _SUMMARY.search(self._text_after) else None
 
     def _moved(self) -> Difference | None:
         """Look for what stands further behind now, such as tools or a system prompt behind the last message."""
@@ -401,7 +402,7 @@ class _Comparison:
             return None if self._has_answer_before else self._named("header", has_answer and similarity > SIMILAR)
         is_shorter = bool(self._message) and len(self._prompt) < len(self._before)
         if is_shorter and self._role() == "user" and (has_kept or _SUMMARY.search(self._text_after)):
-            return self._named("compaction", True)
+            return self._named("compaction", has_kept)
         if not self._has_answer_before and not has_answer:
             if similarity > SIMILAR and len(turns_after) >= len(turns_before):
                 return self._named("header", False)

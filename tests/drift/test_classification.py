@@ -16,7 +16,7 @@ from agentlightning.drift import CAUSES, Cause, classify
 from agentlightning.sender import Vocabulary
 from agentlightning.token_text import TokenTexts
 from tests.drift.breaks import MAKERS, Made, make
-from tests.drift.templates import TEMPLATES, TINY, TOOLS_FIRST, Mistral, Template
+from tests.drift.templates import TEMPLATES, TINY, TOOLS_FIRST, Message, Mistral, Template
 
 pytestmark = pytest.mark.tier("check")
 
@@ -107,6 +107,19 @@ def test_forced_arguments_are_the_call_that_the_template_makes_of_them() -> None
     found = classify([*begin, *answer], len(begin), TINY.prompt([QUESTION, said, AGAIN]), TINY.texts)
 
     assert (found.cause, found.is_certain, found.role, found.message) == ("tool_call", True, "assistant", 1)
+
+
+@pytest.mark.parametrize(("kept", "is_certain"), [([], False), ([ANSWER, AGAIN], True)])
+def test_a_summary_is_a_compaction_with_certainty_only_where_turns_are_kept(
+    kept: Sequence[Message], is_certain: bool
+) -> None:
+    again = {"role": "assistant", "content": "It will be warm.", "tool_calls": []}
+    before = TINY.prompt([SYSTEM, QUESTION, again, QUESTION, ANSWER, AGAIN])
+    prompt = TINY.prompt([SYSTEM, {"role": "user", "content": "Summarize this: cats sleep."}, *kept])
+
+    found = classify([*before, *TINY.answer(again)], len(before), prompt, TINY.texts)
+
+    assert (found.cause, found.is_certain) == ("compaction", is_certain)
 
 
 def test_a_system_prompt_that_moves_to_the_last_question_is_the_templates_doing() -> None:
