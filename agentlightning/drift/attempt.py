@@ -326,7 +326,9 @@ class _Caller:
         """Find the context that a prompt continues, and how much of it; count the break where it does not."""
         if (same := self._by_prompt.get(prompt)) is not None:
             if same.call.call_id is None or same.call.call_id != call.call_id:
-                self._note(call, same, Difference("retry", True, same.start))
+                # Samples of one prompt, each asked for in a call of its own, look the same.
+                is_certain = bool(call.retry) or same.call.status != "finished"
+                self._note(call, same, Difference("retry", is_certain, same.start))
             return same.parent or same, same.shared if same.parent else same.start
         near, length = self._nearest(prompt)
         exact, limit = near, length

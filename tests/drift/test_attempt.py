@@ -147,6 +147,18 @@ def test_each_of_several_similar_conversations_goes_on_with_its_own_break() -> N
     assert (found.conversations, found.broken) == (4, 4)
 
 
+@pytest.mark.parametrize(
+    ("first", "again", "is_certain"),
+    [({}, {}, False), ({}, {"retry": 1}, True), ({"status": "aborted"}, {}, True), ({}, {"retry": 0}, False)],
+)
+def test_a_retry_is_certain_where_the_client_says_so_or_the_first_call_was_aborted(
+    first: dict[str, Any], again: dict[str, Any], is_certain: bool
+) -> None:
+    found = drift(call(1, FIRST, "It is.", **first), call(2, FIRST, "No.", **again))
+
+    assert [(each.cause, each.is_certain) for each in found.breaks] == [("retry", is_certain)]
+
+
 def test_a_branch_is_no_break() -> None:
     other = [*FIRST, said("It is."), user("And in the evening?")]
     found = drift(call(1, FIRST, "It is."), call(2, SECOND, "So it will be."), call(3, other, "Yes."))
