@@ -6,7 +6,7 @@ from array import array
 from bisect import bisect_left, insort
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from agentlightning.drift.causes import MEANT, Cause
@@ -349,7 +349,9 @@ class _Caller:
         candidates = [each for each in dict.fromkeys((turned, near)) if each is not None]
         apart: tuple[_Context, Difference] | None = None
         for each in candidates:
-            difference = self._difference(call, each, prompt)
+            difference = classify(
+                _array(each.ids), each.start, _array(prompt), self._texts(call), self._texts(each.call)
+            )
             if difference.cause != "sub_agent":
                 return self._broken_from(call, each, prompt, difference)
             apart = apart or (each, difference)
@@ -367,14 +369,6 @@ class _Caller:
         start = len(ids) // ID_BYTES
         context = _Context(beside, ids, start, start, 0, None, 0, 0)
         self._note(call, context, Difference("sub_agent", True, common_length(ids, prompt)), _array(prompt))
-
-    def _difference(self, call: Call, near: _Context, prompt: bytes) -> Difference:
-        before, ids = _array(near.ids), _array(prompt)
-        found = classify(before, near.start, ids, self._texts(call), self._texts(near.call))
-        if found.cause == "other" and self._texts(call) is None and 2 * found.position < near.start:
-            # By the ids alone it is as good as another conversation.
-            return replace(found, cause="sub_agent")
-        return found
 
     def _broken_from(self, call: Call, near: _Context, prompt: bytes, difference: Difference) -> tuple[_Context, int]:
         self._note(call, near, difference, _array(prompt))

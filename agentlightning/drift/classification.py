@@ -102,7 +102,7 @@ def classify(
     first, second = _array(before), _array(prompt)
     position = common_length(first.tobytes(), second.tobytes())
     if texts is None or not texts.are_known or (texts_before is not None and not texts_before.are_known):
-        return _by_ids(first, answer_start, second, position)
+        return _by_ids(answer_start, second, position)
     if texts_before is not None and texts_before is not texts:
         return _by_texts(first, second, texts_before, texts, position)
     return _Comparison(first, answer_start, second, texts, position).difference()
@@ -159,11 +159,12 @@ def _bounds(token_ids: array[int], texts: TokenTexts) -> list[int]:
     return [place for place, each in enumerate(token_ids) if each in boundaries]
 
 
-def _by_ids(before: array[int], answer_start: int, prompt: array[int], position: int) -> Difference:
+def _by_ids(answer_start: int, prompt: array[int], position: int) -> Difference:
     """Say what the ids alone tell."""
     if position == len(prompt) == answer_start:
         return Difference("retry", True, position)
-    return Difference("other", False, position)
+    # Prompts of two conversations may begin alike for long, and their turns are not known.
+    return Difference("other" if position >= answer_start else "sub_agent", False, position)
 
 
 def _by_texts(

@@ -208,6 +208,14 @@ def test_without_a_vocabulary_the_first_difference_is_known_and_no_cause() -> No
     assert {each.text for each in found.breaks[0].before} == {None}
 
 
+def test_without_a_vocabulary_prompts_that_leave_another_are_no_break() -> None:
+    system = {**SYSTEM, "content": "You are a careful assistant. " * 20}
+    prompts = [[system, user(each)] for each in ("Where is Oslo?", "Sort these: 3 1 2", "Who wrote Faust?")]
+    found = drift(*(call(number, each, "Yes.") for number, each in enumerate(prompts)), knows=False)
+
+    assert (found.breaks, found.conversations, found.lost) == ([], 3, 0)
+
+
 def test_what_is_unfit_in_other_ways_is_counted() -> None:
     logprobs = {"logprobs": array("f", [-0.5] * 20), "logprobs_mode": "raw_logprobs"}
     found = drift(
