@@ -57,9 +57,10 @@ ABOUT: Mapping[Cause, About] = {
         "wrote before, with tools in front of the messages (`vllm serve --chat-template FILE`).",
     ),
     "answer_end": About(
-        "white space or stop token at an answer's end",
+        "white space, stop token or stop string at an answer's end",
         "The template trims answers or ends them with another token than the model: remove its `trim`, and stop on the "
-        "token that it writes (`stop_token_ids`, `generation_config.json`).",
+        "token that it writes (`stop_token_ids`, `generation_config.json`). Strings in `stop` are sampled, but are not "
+        "in the answer's text without `include_stop_str_in_output`.",
     ),
     "header": About(
         "a part of the first messages that changes",

@@ -287,11 +287,23 @@ class _Comparison:
         parts_before, parts_after = parts_of(rest_before), parts_of(rest_after)
         is_same = rest_before.strip() == rest_after.strip()
         if not is_same and not are_same_parts(parts_before, parts_after):
-            return None
+            if not self._is_stopped(rest_before, rest_after):
+                return None
+            has_other_thoughts = thoughts_in(before) != thoughts_in(after)
+            return (
+                self._named("reasoning", True, ("answer_end",))
+                if has_other_thoughts
+                else self._named("answer_end", False)
+            )
         calls: tuple[Cause, ...] = () if is_same else ("tool_call",)
         if thoughts_in(before) != thoughts_in(after):
             return self._named("reasoning", True, calls)
         return self._named("tool_call", True) if calls else None
+
+    def _is_stopped(self, before: str, after: str) -> bool:
+        """Tell whether a string stopped the answer, perhaps: it has no stop token, and the history lacks its end."""
+        is_open = self._is_answer and self._boundary_before() is None
+        return is_open and bool(after.strip()) and before.lstrip().startswith(after.strip())
 
     def _special(self) -> Difference | None:
         """Explain it by special tokens: without them, the prompt begins with what came before."""

@@ -36,7 +36,7 @@ def test_a_report_says_how_much_broke_why_where_and_what_to_do(
     printed = capsys.readouterr().out
     assert printed.startswith("4 calls in 2 conversations of 2 attempts; 1 broke (50.0%)\n")
     assert "rows: 4 before merging, 3 after, 2 if nothing had broken\n" in printed
-    assert "      1 answer_end: white space or stop token at an answer's end\n" in printed
+    assert "      1 answer_end: white space, stop token or stop string at an answer's end\n" in printed
     assert "rollout broken, attempt a\n" in printed
     assert "message 2 (assistant)" in printed
     assert r'[201 "\n"]' in printed

@@ -200,8 +200,11 @@ def answer_end(template: Template, draw: random.Random) -> Made:
     made = story(template, draw, calls=False)
     text = made.answer["content"]
     stop = template.id_of(template.stop)
-    how = draw.randrange(3)
+    how = draw.randrange(4)
     if how == 0:
+        # As agents stop that read actions from text.
+        answer = template.encode(text + draw.choice(("\nObservation:", "\n\nHuman:", " STOP")))
+    elif how == 3:
         answer = [*template.encode(text + draw.choice((" ", "\n", "\n\n", " \n"))), stop]
     elif how == 1:
         answer = [*template.encode(text), template.id_of(template.other_stop)]

@@ -122,6 +122,19 @@ def test_a_summary_is_a_compaction_with_certainty_only_where_turns_are_kept(
     assert (found.cause, found.is_certain) == ("compaction", is_certain)
 
 
+@pytest.mark.parametrize(
+    ("thoughts", "causes"), [("", ["answer_end"]), ("<think>\nhm\n</think>\n\n", ["reasoning", "answer_end"])]
+)
+def test_a_stop_string_that_is_sampled_is_missing_at_the_end_of_the_history(thoughts: str, causes: list[Cause]) -> None:
+    begin = TINY.prompt([QUESTION])
+    answer = TINY.encode(f"{thoughts}I should look.\nAction: look[Paris]\nObservation:")
+    said = {"role": "assistant", "content": "I should look.\nAction: look[Paris]", "tool_calls": []}
+
+    found = classify([*begin, *answer], len(begin), TINY.prompt([QUESTION, said, AGAIN]), TINY.texts)
+
+    assert [found.cause, *found.also] == causes
+
+
 def test_a_system_prompt_that_moves_to_the_last_question_is_the_templates_doing() -> None:
     template = Mistral("mistral v3")
     begin = template.prompt([SYSTEM, QUESTION])
