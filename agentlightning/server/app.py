@@ -15,6 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 import agentlightning
 from agentlightning.errors import StoreRefused, StoreUnavailable
 from agentlightning.server import errors
+from agentlightning.server.drift import DriftIndex
 from agentlightning.server.limits import ARRIVING_LIMIT, UNAUTHENTICATED_LIMIT, WAITING_LIMIT
 from agentlightning.server.middleware.api_key import LOGIN_PATHS, PUBLIC_PATHS, ApiKeyMiddleware
 from agentlightning.server.middleware.error_pages import ErrorPageMiddleware
@@ -80,12 +81,14 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.transactions = Transactions(database)
+        app.state.drift = DriftIndex(app.state.transactions)
         try:
             await app.state.transactions.write(watermarks.note_start)
         except (StoreUnavailable, StoreRefused) as error:
             logger.warning("the start cannot be noted now, so senders may count as silent too early: %s", error)
         async with nullcontext() if clients is None else clients.watched():
             yield
+        await app.state.drift.close()
         await app.state.transactions.close()
         database.close()
 

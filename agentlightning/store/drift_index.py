@@ -1,24 +1,23 @@
 """The index of drift: what the page and the metrics know of it, without comparing all rollouts each time.
 
-A rollout is compared when somebody looks, and anew when it has more calls. So it costs nothing where nobody does, and
-whoever looks often has it in time. The caller owns the transaction.
+A rollout is compared when somebody looks, and anew when it has more calls. So it costs nothing where nobody does.
+Comparing needs no transaction: `store.drift` has it. The caller owns the transaction of what is here.
 """
 
 from __future__ import annotations
 
-import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, func, select
+from sqlalchemy import ColumnElement, Connection, func, select
 
 from agentlightning.drift import CAUSES, MEANT, AttemptDrift, Cause
-from agentlightning.store import drift, rows, tables, texts
-from agentlightning.store.database import insert_rows, is_single_writer, run
+from agentlightning.store import rows, tables, texts
+from agentlightning.store.database import in_parts, insert_rows, is_single_writer, run
 
-__all__ = ["CauseCount", "Compared", "compare", "counts", "put", "totals"]
+__all__ = ["CauseCount", "Changed", "State", "changed", "counts", "has_compared", "put", "state_of", "totals"]
 
 CALLS_AT_ONCE = 2_000
 # In PostgreSQL a transaction may commit rows whose keys are lower than those that were seen.
@@ -26,12 +25,16 @@ KEYS_LOOKED_AT_AGAIN = 1_000
 
 NAMES = ("model", "agent_id")
 MOST_NAMES = 100
-_GENERATIONS, _BREAKS = tables.generations.c, tables.breaks.c
-_PUT_TOTAL = """
-    INSERT INTO drift_totals VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET count = {}
+_GENERATIONS, _BREAKS, _DRIFTS = tables.generations.c, tables.breaks.c, tables.drifts.c
+_ADD = """
+    INSERT INTO drift_totals VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET count = drift_totals.count + excluded.count
 """
-_ADD = _PUT_TOTAL.format("drift_totals.count + excluded.count")
-_SET = _PUT_TOTAL.format("excluded.count")
+# Another look may have seen more; and a deletion may have freed keys, which SQLite gives to new calls.
+_SEE = """
+    UPDATE drift_totals SET count = (SELECT coalesce(max(key), 0) FROM generations WHERE key <= ?)
+    WHERE name = 'seen' AND count < (SELECT coalesce(max(key), 0) FROM generations WHERE key <= ?)
+"""
+_SAMPLED = "SELECT coalesce(sum(kept), 0), coalesce(sum(lost), 0) FROM drifts"
 
 _COUNTS = """
     SELECT cause, (finished_at - CAST(? AS BIGINT)) / CAST(? AS BIGINT), count(*),
@@ -41,18 +44,25 @@ _LATEST = "SELECT rollout_id FROM breaks WHERE {} AND cause = ? ORDER BY finishe
 
 
 @dataclass(frozen=True, slots=True)
-class Compared:
-    """Rollouts that were compared.
+class Changed:
+    """Rollouts that have more calls than were compared.
 
     Attributes:
-        rollouts: of each its id, the number of its calls, and its attempts.
+        rollouts: their ids.
         seen: the key of the last generation that was looked at; None where it is the same as before.
         is_all: whether no other has calls that were not looked at.
     """
 
-    rollouts: Sequence[tuple[str, int, Sequence[AttemptDrift]]]
+    rollouts: Sequence[str]
     seen: int | None
     is_all: bool
+
+
+class State(NamedTuple):
+    """How far a rollout is: the number of its calls, and when the last one finished."""
+
+    calls: int
+    finished_at: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,60 +81,68 @@ class CauseCount:
     latest: str
 
 
-def compare(connection: Connection, seconds: float) -> Compared:
-    """Compare the rollouts that have new calls, for so many seconds at most, but one in any case."""
-    ends = time.monotonic() + seconds
+def changed(connection: Connection) -> Changed:
+    """Find rollouts to compare: those of calls that were not seen."""
     query = select(tables.drift_totals.c["count"]).where(tables.drift_totals.c.name == "seen")
     before = connection.execute(query).scalar() or 0
     again = 0 if is_single_writer(connection) else KEYS_LOOKED_AT_AGAIN
     calls = select(_GENERATIONS.key, _GENERATIONS.rollout_key).where(_GENERATIONS.key > before - again)
-    found = connection.execute(calls.order_by(_GENERATIONS.key).limit(CALLS_AT_ONCE)).all()
-    first: dict[int, int] = {}
-    for row in found:
-        if row.rollout_key is not None:
-            first.setdefault(row.rollout_key, row.key)
-    known = texts.texts_of(connection, set(first))
-    compared: list[tuple[str, int, Sequence[AttemptDrift]]] = []
-    for rollout_key in first:
-        if compared and time.monotonic() >= ends:
-            # Of the others the first call stays unseen.
-            return Compared(compared, _moved(before, first[rollout_key] - 1), is_all=False)
-        rollout_id = known[rollout_key] or ""
-        count = select(func.count()).select_from(tables.generations).where(_GENERATIONS.rollout_key == rollout_key)
-        calls_now = connection.execute(count).scalar_one()
-        if calls_now != _calls_compared(connection, rollout_id):
-            compared.append((rollout_id, calls_now, [*drift.analyse_all(drift.read(connection, rollout_id))]))
-    return Compared(compared, _moved(before, found[-1].key if found else 0), is_all=len(found) < CALLS_AT_ONCE)
+    found = connection.execute(calls.order_by(_GENERATIONS.key).limit(CALLS_AT_ONCE + again)).all()
+    keys = [*dict.fromkeys(row.rollout_key for row in found if row.rollout_key is not None)]
+    known = texts.texts_of(connection, set(keys))
+    ids = {key: known[key] or "" for key in keys}
+    now = dict(_counted_by(connection, _GENERATIONS.rollout_key, func.count(), keys))
+    compared = dict(
+        _counted_by(connection, _DRIFTS.rollout_id, func.max(_DRIFTS.calls), map(rows.storable, ids.values()))
+    )
+    rollouts = [rollout_id for key, rollout_id in ids.items() if now[key] > compared.get(rows.storable(rollout_id), 0)]
+    seen = found[-1].key if found and found[-1].key > before else None
+    return Changed(rollouts, seen, is_all=len(found) < CALLS_AT_ONCE + again)
 
 
-def _moved(before: int, seen: int) -> int | None:
-    return seen if seen > before else None
+def _counted_by(
+    connection: Connection, column: Any, count: ColumnElement[int], wanted: Iterable[Any]
+) -> Iterator[tuple[Any, int]]:
+    for some in in_parts([*wanted]):
+        yield from map(tuple, connection.execute(select(column, count).where(column.in_(some)).group_by(column)))
 
 
-def _calls_compared(connection: Connection, rollout_id: str) -> int | None:
-    values = (rows.storable(rollout_id),)
-    return run(connection, "SELECT calls FROM drifts WHERE rollout_id = ?", values).scalar()
+def put(connection: Connection, rollout_id: str, calls: int, attempts: Sequence[AttemptDrift] | None) -> None:
+    """Store the drift of a rollout with so many calls, and add what is new in it to the totals.
 
-
-def put(connection: Connection, compared: Compared) -> None:
-    """Store what was compared, and add what is new in it to the totals."""
+    Args:
+        attempts: None where its calls cannot be compared.
+    """
     # Locks the row: what another server adds meanwhile would be counted twice.
     run(connection, _ADD, ("seen", 0))
-    grown: Counter[str] = Counter()
-    for rollout_id, calls, attempts in compared.rollouts:
-        stored = rows.storable(rollout_id) or ""
-        # Positive differences alone: what was lost may turn out to be kept.
-        grown += _counted(attempts) - _counted_before(connection, stored)
-        for table in ("drifts", "breaks"):
-            run(connection, f"DELETE FROM {table} WHERE rollout_id = ?", (stored,))
-        broken = sum(each.cause not in MEANT for attempt in attempts for each in attempt.breaks)
-        sampled = sum(each.kept for each in attempts), sum(each.lost for each in attempts)
-        insert_rows(connection, tables.drifts, [(stored, calls, broken, *sampled)], if_new=True)
-        insert_rows(connection, tables.breaks, [*_rows(stored, attempts)], if_new=True)
-    for name, count in grown.items():
-        run(connection, _ADD, (name, count))
-    if compared.seen is not None:
-        run(connection, _SET, ("seen", compared.seen))
+    stored = rows.storable(rollout_id) or ""
+    compared = run(connection, "SELECT calls FROM drifts WHERE rollout_id = ?", (stored,)).scalar()
+    if (compared is not None and compared >= calls) or not state_of(connection, rollout_id).calls:
+        # Another look was faster, or the rollout was deleted meanwhile.
+        return
+    found = attempts or ()
+    # A cause that is found no more stays counted.
+    grown = _causes(found) - _causes_before(connection, stored)
+    for table in ("drifts", "breaks"):
+        run(connection, f"DELETE FROM {table} WHERE rollout_id = ?", (stored,))
+    broken = None if attempts is None else sum(each.cause not in MEANT for one in found for each in one.breaks)
+    sampled = sum(each.kept for each in found), sum(each.lost for each in found)
+    insert_rows(connection, tables.drifts, [(stored, calls, broken, *sampled)], if_new=True)
+    insert_rows(connection, tables.breaks, [*_rows(stored, found)], if_new=True)
+    for cause, count in grown.items():
+        run(connection, _ADD, (cause, count))
+
+
+def state_of(connection: Connection, rollout_id: str) -> State:
+    """Return how far a rollout is."""
+    query = "SELECT count(*), coalesce(max(finished_at), 0) FROM generations WHERE rollout_key = ?"
+    return State(*map(int, run(connection, query, (texts.key_of(connection, rollout_id),)).one()))
+
+
+def has_compared(connection: Connection, seen: int) -> None:
+    """Note that the rollouts of all calls up to a key are compared."""
+    run(connection, _ADD, ("seen", 0))
+    run(connection, _SEE, (seen, seen))
 
 
 def _rows(rollout_id: str, attempts: Sequence[AttemptDrift]) -> Iterator[tuple[object, ...]]:
@@ -135,25 +153,23 @@ def _rows(rollout_id: str, attempts: Sequence[AttemptDrift]) -> Iterator[tuple[o
         yield rollout_id, generation_id, each.cause, each.is_certain, each.finished_at, *names
 
 
-def _counted(attempts: Sequence[AttemptDrift]) -> Counter[str]:
-    found: Counter[str] = Counter(each.cause for attempt in attempts for each in attempt.breaks)
-    found["kept"] = sum(each.kept for each in attempts)
-    found["lost"] = sum(each.lost for each in attempts)
-    return found
+def _causes(attempts: Sequence[AttemptDrift]) -> Counter[str]:
+    return Counter(each.cause for attempt in attempts for each in attempt.breaks)
 
 
-def _counted_before(connection: Connection, rollout_id: str) -> Counter[str]:
+def _causes_before(connection: Connection, rollout_id: str) -> Counter[str]:
     by_cause = select(_BREAKS.cause, func.count()).where(_BREAKS.rollout_id == rollout_id).group_by(_BREAKS.cause)
-    found: Counter[str] = Counter({row[0]: row[1] for row in connection.execute(by_cause)})
-    row = run(connection, "SELECT kept, lost FROM drifts WHERE rollout_id = ?", (rollout_id,)).first()
-    found["kept"], found["lost"] = (0, 0) if row is None else (row.kept, row.lost)
-    return found
+    return Counter({row[0]: row[1] for row in connection.execute(by_cause)})
 
 
 def totals(connection: Connection) -> dict[str, int]:
-    """Return how often each cause broke a prompt since the store is there, and the sampled ids `kept` and `lost`."""
+    """Return how often each cause broke a prompt since the store is there, and the sampled ids `kept` and `lost`.
+
+    These are of the rollouts that are stored: what was lost may be kept once more calls have come.
+    """
     found: dict[str, int] = dict(map(tuple, connection.execute(select(*tables.drift_totals.c))))
-    return {name: found.get(name, 0) for name in (*CAUSES, "kept", "lost")}
+    kept, lost = run(connection, _SAMPLED, ()).one()
+    return {**{cause: found.get(cause, 0) for cause in CAUSES}, "kept": int(kept), "lost": int(lost)}
 
 
 def counts(

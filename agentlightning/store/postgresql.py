@@ -57,7 +57,7 @@ MIGRATIONS: Mapping[int, Sequence[str]] = {
         "ALTER TABLE generations ADD COLUMN retry BIGINT",
         "ALTER TABLE generations ADD COLUMN via SMALLINT",
         """CREATE TABLE drifts (rollout_id TEXT COLLATE "C" PRIMARY KEY, calls BIGINT NOT NULL,
-        breaks BIGINT NOT NULL, kept BIGINT NOT NULL, lost BIGINT NOT NULL)""",
+        breaks BIGINT, kept BIGINT NOT NULL, lost BIGINT NOT NULL)""",
         """CREATE TABLE breaks (rollout_id TEXT COLLATE "C" NOT NULL, generation_id BYTEA NOT NULL,
         cause TEXT COLLATE "C" NOT NULL, is_certain BOOLEAN NOT NULL, finished_at BIGINT NOT NULL,
         model TEXT COLLATE "C", agent_id TEXT COLLATE "C", PRIMARY KEY (rollout_id, generation_id))""",

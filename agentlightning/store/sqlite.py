@@ -60,7 +60,7 @@ MIGRATIONS: Mapping[int, Sequence[str]] = {
         "ALTER TABLE generations ADD COLUMN purpose_key INTEGER",
         "ALTER TABLE generations ADD COLUMN retry BIGINT",
         "ALTER TABLE generations ADD COLUMN via SMALLINT",
-        """CREATE TABLE drifts (rollout_id TEXT NOT NULL, calls BIGINT NOT NULL, breaks BIGINT NOT NULL,
+        """CREATE TABLE drifts (rollout_id TEXT NOT NULL, calls BIGINT NOT NULL, breaks BIGINT,
         kept BIGINT NOT NULL, lost BIGINT NOT NULL, PRIMARY KEY (rollout_id))""",
         """CREATE TABLE breaks (rollout_id TEXT NOT NULL, generation_id BLOB NOT NULL, cause TEXT NOT NULL,
         is_certain BOOLEAN NOT NULL, finished_at BIGINT NOT NULL, model TEXT, agent_id TEXT,

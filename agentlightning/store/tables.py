@@ -377,8 +377,8 @@ drifts = Table(
     Column("rollout_id", _Text, primary_key=True),
     # The number of its calls that were compared: with more of them, it is compared anew.
     Column("calls", BigInteger, nullable=False),
-    # Breaks that nobody meant.
-    Column("breaks", BigInteger, nullable=False),
+    # Breaks that nobody meant; NULL where its calls cannot be compared.
+    Column("breaks", BigInteger),
     Column("kept", BigInteger, nullable=False),
     Column("lost", BigInteger, nullable=False),
 )
@@ -400,7 +400,7 @@ breaks = Table(
 drift_totals = Table(
     "drift_totals",
     metadata,
-    # A cause, `kept` or `lost`; `seen` is the key of the last generation that was looked at.
+    # A cause; `seen` is the key of the last generation that was looked at.
     Column("name", _Text, primary_key=True),
     Column("count", BigInteger, nullable=False),
 )

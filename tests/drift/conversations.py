@@ -12,7 +12,7 @@ from agentlightning.store import Store
 from tests.common.generations import START, generation
 from tests.drift.templates import CHATML, Template
 
-__all__ = ["TEMPLATE", "conversation", "record", "sender"]
+__all__ = ["TEMPLATE", "call_of", "conversation", "record", "sender"]
 
 TEMPLATE = Template("chatml", CHATML)
 QUESTION = {"role": "user", "content": "Is it cold?"}
@@ -27,12 +27,13 @@ def conversation(rollout: str, answer: str, first: int = 1, model: str = "m") ->
     """Make two calls of a rollout; the history has the first answer as "It is."."""
     history = [QUESTION, {"role": "assistant", "content": "It is.", "tool_calls": []}, AGAIN]
     return [
-        _call(rollout, first, TEMPLATE.prompt([QUESTION]), answer, model),
-        _call(rollout, first + 1, TEMPLATE.prompt(history), "Yes.", model),
+        call_of(rollout, first, TEMPLATE.prompt([QUESTION]), answer, model),
+        call_of(rollout, first + 1, TEMPLATE.prompt(history), "Yes.", model),
     ]
 
 
-def _call(rollout: str, number: int, prompt: Sequence[int], answer: str, model: str) -> Generation:
+def call_of(rollout: str, number: int, prompt: Sequence[int], answer: str, model: str) -> Generation:
+    """Make a call of a rollout."""
     ids = array("i", [*TEMPLATE.encode(answer), TEMPLATE.id_of("<|im_end|>")])
     choice = Choice(token_ids=ids, logprobs=array("f", [-0.5] * len(ids)), finish_reason="stop")
     fields: dict[str, Any] = {"rollout_id": rollout, "attempt_id": "a", "model": model, "cached_tokens": 16}

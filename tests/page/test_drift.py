@@ -15,6 +15,7 @@ from tests.common.browser import Visit
 from tests.drift.conversations import conversation, record
 from tests.page.test_every_page import violations
 from tests.server.process import StoreServer
+from tests.server.test_drift import until_compared
 
 BROKEN, WHOLE = "drift-broken", "drift-whole"
 
@@ -27,6 +28,7 @@ def drifted(living: StoreServer) -> StoreServer:
         for number, (rollout, answer) in enumerate(((BROKEN, "It is.\n\n"), (WHOLE, "It is."))):
             calls = conversation(rollout, answer, 1000 + 2 * number, "drifting")
             record(store, *(replace(each, finished_at=now + place) for place, each in enumerate(calls)))
+    until_compared(living)
     return living
 
 
@@ -36,7 +38,6 @@ def page(visit: Callable[..., Visit], drifted: StoreServer) -> Page:
 
 
 def test_the_table_has_breaks_and_a_filter_for_them(page: Page) -> None:
-    page.goto("/drift")
     page.goto(f"/?q={BROKEN[:6]}")
     rows = page.get_by_role("row").filter(has_text="drift-")
     expect(rows).to_have_count(2)

@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 
+from agentlightning.drift import AttemptDrift
 from agentlightning.errors import NotFound
+from agentlightning.generation import Generation
 from agentlightning.sender import Sender, Vocabulary
-from agentlightning.store import Store, drift_index, open_database, overview
+from agentlightning.store import Store, drift, drift_index, open_database, overview
 from agentlightning.store.database import Database
-from agentlightning.store.drift_index import Compared
 from agentlightning.store.overview import OverviewQuery
 from tests.common.generations import START
-from tests.drift.conversations import TEMPLATE, conversation, record
+from tests.drift.conversations import TEMPLATE, call_of, conversation, record
+from tests.drift.templates import Message
 from tests.store.conftest import BACK_TO_VERSION_3, EVERY_KIND, new_store_of
 
 pytestmark = pytest.mark.tier("check")
@@ -79,13 +81,27 @@ def served(url: str, store: Store) -> Iterator[Database]:
     database.close()
 
 
-def looked(database: Database, seconds: float = 60.0) -> Compared:
-    """Look once, as a request does."""
+def looked(database: Database) -> Sequence[str]:
+    """Compare what is new, as a server does once somebody looks; returns the ids of the rollouts."""
     with database.reading() as connection:
-        compared = drift_index.compare(connection, seconds)
+        found = drift_index.changed(connection)
+    for rollout_id in found.rollouts:
+        put(database, *compared(database, rollout_id))
+    if found.seen is not None:
+        with database.writing() as connection:
+            drift_index.has_compared(connection, found.seen)
+    return found.rollouts
+
+
+def compared(database: Database, rollout_id: str) -> tuple[str, int, list[AttemptDrift]]:
+    with database.reading() as connection:
+        calls = drift_index.state_of(connection, rollout_id).calls
+        return rollout_id, calls, [*drift.analyse_all(drift.read(connection, rollout_id))]
+
+
+def put(database: Database, rollout_id: str, calls: int, attempts: Sequence[AttemptDrift] | None) -> None:
     with database.writing() as connection:
-        drift_index.put(connection, compared)
-    return compared
+        drift_index.put(connection, rollout_id, calls, attempts)
 
 
 def totals(database: Database) -> dict[str, int]:
@@ -106,30 +122,82 @@ def test_a_look_compares_what_is_new_and_the_totals_only_grow(store: Store, serv
     first = looked(served)
     after = totals(served)
 
-    assert [(rollout_id, calls) for rollout_id, calls, _ in first.rollouts] == [("whole", 2), ("broken", 2)]
-    assert first.is_all
+    assert first == ["whole", "broken"]
     assert after["answer_end"] == 1
     assert breaks(served) == {"whole": 0, "broken": 1}
     assert breaks(served, broken=True) == {"broken": 1}
-    assert looked(served).rollouts == []
+    assert looked(served) == []
     assert totals(served) == after
 
     assert store.delete_rollouts(["broken"]) == 1
     assert breaks(served) == {"whole": 0}
     record(store, *conversation("again", "It is.\n\n", 5))
-    assert [rollout_id for rollout_id, _, _ in looked(served).rollouts] == ["again"]
+    assert looked(served) == ["again"]
     assert totals(served)["answer_end"] == 2
 
 
-def test_a_short_look_compares_one_rollout_and_the_next_goes_on(store: Store, served: Database) -> None:
-    for number in range(3):
-        record(store, *conversation(f"r{number}", "It is.\n\n", 2 * number + 1))
+def test_sampled_ids_are_counted_alike_however_often_somebody_looks(store: Store, served: Database) -> None:
+    """An answer is kept until the next call has lost it, and an edited history may keep it again."""
+    calls = _alternating("often", 10, 1), _alternating("once", 10, 101)
+    for call in calls[0]:
+        record(store, call)
+        looked(served)
+    often = totals(served)
+    assert store.delete_rollouts(["often"]) == 1
 
-    looks = [looked(served, 0) for _ in range(4)]
+    record(store, *calls[1])
+    looked(served)
 
-    assert [[rollout_id for rollout_id, _, _ in each.rollouts] for each in looks] == [["r0"], ["r1"], ["r2"], []]
-    assert [each.is_all for each in looks] == [False, False, True, True]
-    assert totals(served)["answer_end"] == 3
+    once = totals(served)
+    assert (once["kept"], once["lost"]) == (often["kept"], often["lost"])
+    assert once["kept"] + once["lost"] == sum(len(each.choices[0].token_ids) for each in calls[1])
+
+
+def _alternating(rollout: str, count: int, first: int) -> list[Generation]:
+    """Make calls of one rollout, of which every other history has other white space than the answer."""
+    messages: list[Message] = [{"role": "user", "content": "Is it cold?"}]
+    found: list[Generation] = []
+    for number in range(count):
+        answer = f"It is {number}." + "\n" * (number % 2)
+        found.append(call_of(rollout, first + number, TEMPLATE.prompt(messages), answer, "m"))
+        said = {"role": "assistant", "content": f"It is {number}.", "tool_calls": []}
+        messages += [said, {"role": "user", "content": "And then?"}]
+    return found
+
+
+def test_two_looks_at_once_count_a_break_once(store: Store, served: Database) -> None:
+    calls = _alternating("r", 3, 1)
+    record(store, *calls[:2])
+    early = compared(served, "r")
+    record(store, calls[2])
+    late = compared(served, "r")
+
+    for each in (late, early, late):
+        put(served, *each)
+    looked(served)
+
+    assert totals(served)["answer_end"] == 1
+    assert breaks(served) == {"r": 1}
+
+
+def test_what_is_deleted_while_it_is_compared_leaves_nothing(store: Store, served: Database) -> None:
+    record(store, *conversation("gone", "It is.\n\n"))
+    found = compared(served, "gone")
+    assert store.delete_rollouts(["gone"]) == 1
+
+    put(served, *found)
+
+    with served.reading() as connection:
+        assert drift_index.counts(connection, START, START + 10 * SECOND, 5)[0] == []
+    assert totals(served) == {}
+
+
+def test_a_rollout_that_cannot_be_compared_is_noted_as_such_and_not_again(store: Store, served: Database) -> None:
+    record(store, *conversation("damaged", "It is.\n\n"))
+    put(served, "damaged", 2, None)
+
+    assert looked(served) == []
+    assert breaks(served) == {"damaged": None}
 
 
 def test_a_rollout_with_more_calls_is_compared_anew_and_counted_once(store: Store, served: Database) -> None:

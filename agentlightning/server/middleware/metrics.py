@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -60,8 +60,9 @@ class _DriftCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         about = "Prompts that are not what the model saw and said before, by cause."
         breaks = CounterMetricFamily("agentlightning_prefix_breaks", about, labels=("cause",))
-        sampled = CounterMetricFamily(
-            "agentlightning_trainable_tokens",
+        # What is lost may be kept once more calls have come, so this is a gauge.
+        sampled = GaugeMetricFamily(
+            "agentlightning_trainable_tokens_total",
             "Sampled ids that one row for each conversation can train, and those that it cannot.",
             labels=("fate",),
         )

@@ -14,10 +14,10 @@ from sqlalchemy import Connection
 from agentlightning.drift import ABOUT, MEANT, About, AttemptDrift, Break
 from agentlightning.server.page.timeline import MAX_DEPTH
 from agentlightning.server.schemas import Part
-from agentlightning.store import drift, drift_index
+from agentlightning.store import drift_index
 from agentlightning.store.drift_index import CauseCount
 
-__all__ = ["DriftQuery", "Line", "drift_values", "tree_of"]
+__all__ = ["DriftQuery", "Line", "drift_values", "lines_of"]
 
 BARS = 48
 HOURS: Mapping[str, int] = {"hour": 1, "day": 24, "week": 7 * 24, "month": 30 * 24}
@@ -97,12 +97,8 @@ def drift_values(connection: Connection, query: DriftQuery) -> dict[str, Any]:
     }
 
 
-def tree_of(connection: Connection, rollout_id: str) -> list[Line]:
-    """Return the tree of a rollout's prompts, attempt by attempt."""
-    return [line for attempt in drift.analyse_all(drift.read(connection, rollout_id)) for line in _lines(attempt)]
-
-
-def _lines(attempt: AttemptDrift) -> Iterator[Line]:
+def lines_of(attempt: AttemptDrift) -> Iterator[Line]:
+    """Yield the tree of an attempt's prompts, line by line."""
     numbers = {each: number for number, each in enumerate(attempt.parents, 1)}
     breaks = {each.generation_id: each for each in attempt.breaks}
     children: defaultdict[str | None, list[str]] = defaultdict(list)

@@ -9,10 +9,9 @@ from fastapi import HTTPException, Query, Request, Response
 from fastapi.responses import FileResponse
 from sqlalchemy import Connection
 
-from agentlightning.server import drift
 from agentlightning.server.page.api_reference import ApiReference, api_reference_of
 from agentlightning.server.page.conversation import conversation_of, unassigned_calls
-from agentlightning.server.page.drift_page import DriftQuery, drift_values, tree_of
+from agentlightning.server.page.drift_page import DriftQuery, drift_values, lines_of
 from agentlightning.server.page.generation import choice_values, prompt_tokens
 from agentlightning.server.page.rendering import STATIC, page
 from agentlightning.server.page.rollout_table import TableQuery, absence_of, progress_of, table_of
@@ -29,8 +28,6 @@ FILES = {path.name: path for path in STATIC.iterdir()}
 CACHED = {"Cache-Control": "private, max-age=86400"}
 NANOSECONDS = 1_000_000_000
 HOUR = 3600
-# The table reloads every two seconds.
-SECONDS_OF_A_LOOK = 0.05
 
 routes = router("page", prefix="")
 
@@ -38,7 +35,7 @@ routes = router("page", prefix="")
 @routes.get("/", include_in_schema=False)
 async def show_rollouts(request: Request, query: Annotated[TableQuery, Query()], database: Database) -> Response:
     """Show the table of rollouts."""
-    await drift.look(database, SECONDS_OF_A_LOOK)
+    await request.app.state.drift.look()
     found = await database.read(lambda connection: table_of(connection, query))
     return page(request, "rollouts.html", **found, address=str(request.base_url).rstrip("/"))
 
@@ -78,7 +75,6 @@ async def show_rollout(
             "rollout": found,
             "absence": absence,
             "progress": progress,
-            "lines": [] if more_calls else tree_of(connection, rollout_id),
         }
 
     found = await database.read(read)
@@ -86,7 +82,9 @@ async def show_rollout(
         return _not_found(request, f"There is no rollout {rollout_id!r}", "Nothing in this store has this id.")
     if rollout_id is None:
         return page(request, "calls.html", **found)
-    return page(request, "rollout.html", rollout_id=rollout_id, **found)
+    attempts = None if found["more_calls"] else await request.app.state.drift.attempts(rollout_id)
+    lines = [line for attempt in attempts or () for line in lines_of(attempt)]
+    return page(request, "rollout.html", rollout_id=rollout_id, lines=lines, **found)
 
 
 @routes.get("/generation", include_in_schema=False)
@@ -117,7 +115,7 @@ async def show_prompt(
 @routes.get("/drift", include_in_schema=False)
 async def show_drift(request: Request, query: Annotated[DriftQuery, Query()], database: Database) -> Response:
     """Show the causes of breaks over time."""
-    is_all = await drift.look(database)
+    is_all = await request.app.state.drift.look()
     found = await database.read(lambda connection: drift_values(connection, query))
     return page(request, "drift.html", **found, is_all=is_all)
 

@@ -10,7 +10,6 @@ from fastapi import Request, Response
 from pydantic import BaseModel, Field
 
 from agentlightning.errors import StoreRefused, StoreUnavailable
-from agentlightning.server import drift
 from agentlightning.server.answers import Json
 from agentlightning.server.errors import sentence
 from agentlightning.server.middleware.metrics import CONTENT_TYPE_LATEST
@@ -70,7 +69,7 @@ async def is_ready(database: Database) -> Response:
 )
 async def metrics(request: Request, database: Database) -> Response:
     """Export metrics for Prometheus."""
-    await drift.look(database)
+    await request.app.state.drift.look()
     by_status, totals = await database.read(
         lambda connection: (rollouts.count_by_status(connection), drift_index.totals(connection))
     )
