@@ -104,7 +104,8 @@ def _counted_by(
     connection: Connection, column: Any, count: ColumnElement[int], wanted: Iterable[Any]
 ) -> Iterator[tuple[Any, int]]:
     for some in in_parts([*wanted]):
-        yield from map(tuple, connection.execute(select(column, count).where(column.in_(some)).group_by(column)))
+        for row in connection.execute(select(column, count).where(column.in_(some)).group_by(column)):
+            yield row[0], row[1]
 
 
 def put(connection: Connection, rollout_id: str, calls: int, attempts: Sequence[AttemptDrift] | None) -> None:
@@ -168,8 +169,8 @@ def totals(connection: Connection) -> dict[str, int]:
     These are of the rollouts that are stored: what was lost may be kept once more calls have come.
     """
     found: dict[str, int] = dict(map(tuple, connection.execute(select(*tables.drift_totals.c))))
-    kept, lost = run(connection, _SAMPLED, ()).one()
-    return {**{cause: found.get(cause, 0) for cause in CAUSES}, "kept": int(kept), "lost": int(lost)}
+    sampled = [*map(int, run(connection, _SAMPLED, ()).one())]
+    return {**{cause: found.get(cause, 0) for cause in CAUSES}, "kept": sampled[0], "lost": sampled[1]}
 
 
 def counts(

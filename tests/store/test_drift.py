@@ -150,7 +150,7 @@ def test_sampled_ids_are_counted_alike_however_often_somebody_looks(store: Store
 
     once = totals(served)
     assert (once["kept"], once["lost"]) == (often["kept"], often["lost"])
-    assert once["kept"] + once["lost"] == sum(len(each.choices[0].token_ids) for each in calls[1])
+    assert once["kept"] + once["lost"] == sum(len(each.choices[0].token_ids or ()) for each in calls[1])
 
 
 def _alternating(rollout: str, count: int, first: int) -> list[Generation]:
