@@ -161,7 +161,8 @@ def analyse(
     merged = merge(attempt)
     gone = {(each.generation_id, each.index) for each in merged.left_out}
     by_caller: defaultdict[tuple[str | None, str | None], list[Call]] = defaultdict(list)
-    in_order = sorted(attempt.calls, key=lambda call: (call.finished_at, call.generation_id, call.index))
+    places = _places(attempt.calls, merged.rows)
+    in_order = sorted(attempt.calls, key=lambda call: (*places[call.generation_id], call.generation_id, call.index))
     latest: dict[str | None, Call] = {}
     beside: dict[tuple[str | None, str | None], Call | None] = {}
     for call in in_order:
@@ -175,6 +176,17 @@ def analyse(
     found.rows_before = sum(bool(each.response_token_ids) for each in attempt.calls)
     found.rows_after = len(merged.rows)
     found.unfit = {name: count for name, count in _unfit(attempt.calls, merged.rows).items() if count}
+    return found
+
+
+def _places(calls: Sequence[Call], rows: Sequence[Trajectory]) -> dict[str, tuple[int, int]]:
+    """Order calls by when they finished, but none before one that it continues: hosts have clocks of their own."""
+    found = {call.generation_id: (call.finished_at, 0) for call in calls}
+    for row in rows:
+        before = 0
+        for depth, span in enumerate(row.spans):
+            found[span.generation_id] = max(found[span.generation_id], (before, depth))
+            before, _ = found[span.generation_id]
     return found
 
 

@@ -159,6 +159,14 @@ def test_a_retry_is_certain_where_the_client_says_so_or_the_first_call_was_abort
     assert [(each.cause, each.is_certain) for each in found.breaks] == [("retry", is_certain)]
 
 
+def test_a_call_of_a_host_whose_clock_is_behind_still_continues_the_one_before() -> None:
+    calls = call(1, SECOND, "So it will be."), call(2, FIRST, "It is."), call(3, THIRD, "Bye.")
+    found = drift(*calls)
+
+    assert (found.breaks, found.conversations, found.rows_after) == ([], 1, 1)
+    assert found.parents == {"g2": None, "g1": "g2", "g3": "g1"}
+
+
 def test_a_branch_is_no_break() -> None:
     other = [*FIRST, said("It is."), user("And in the evening?")]
     found = drift(call(1, FIRST, "It is."), call(2, SECOND, "So it will be."), call(3, other, "Yes."))
