@@ -397,6 +397,9 @@ def merge(attempt: AttemptCalls, **options: Unpack[MergeOptions]) -> Merged:
     maker = _Maker(attempt, paths, bool(attempt.missing) or any(each.reason == "without_ids" for each in left_out))
     rows = maker.rows(options, left_out)
     left_out.sort(key=lambda each: (each.generation_id, each.index))
+    for node in nodes:
+        # Nodes and prompts refer to each other, so they are freed late; the ids are most of their memory.
+        node.ids = b""
     return Merged(rows, left_out)
 
 

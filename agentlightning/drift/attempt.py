@@ -18,6 +18,7 @@ from agentlightning.drift.classification import (
     common_length,
     has_other_turns,
     turn_names,
+    turn_start,
 )
 from agentlightning.token_text import TokenTexts
 from agentlightning.trajectory import SAMPLING, AttemptCalls, Call, Trajectory, merge, sampling_of
@@ -290,7 +291,8 @@ class _Caller:
         self._found, self._details, self._texts_of, self._gone = found, details, texts_of, gone
         self._calls, self._beside = calls, beside
         self._sorted: list[_Context] = []
-        self._by_prompt: dict[bytes, _Context] = {}
+        # By their hashes: prompts may be long.
+        self._by_prompt: dict[int, _Context] = {}
         self._by_turn: dict[bytes, _Context] = {}
         self._all: list[_Context] = []
         self._broken: set[int] = set()
@@ -330,13 +332,14 @@ class _Caller:
             )
             insort(self._sorted, context, key=_ids_of)
             self._all.append(context)
-            self._by_prompt[prompt] = context
-            for turn in self._turns(call, _array(context.ids)):
+            self._by_prompt[hash(prompt)] = context
+            for turn in self._turns(call, context.ids, shared):
                 self._by_turn[turn] = context
 
     def _continued(self, call: Call, prompt: bytes) -> tuple[_Context | None, int]:
         """Find the context that a prompt continues, and how much of it; count the break where it does not."""
-        if (same := self._by_prompt.get(prompt)) is not None:
+        same = self._by_prompt.get(hash(prompt))
+        if same is not None and same.ids[: same.start * ID_BYTES] == prompt:
             if same.call.call_id is None or same.call.call_id != call.call_id:
                 # Samples of one prompt, each asked for in a call of its own, look the same.
                 is_certain = bool(call.retry) or same.call.status != "finished"
@@ -439,15 +442,18 @@ class _Caller:
 
     def _with_a_turn_of(self, call: Call, prompt: bytes) -> _Context | None:
         """Find the latest context with a turn of this prompt, the last one that any has, but for the first turn."""
-        for turn in reversed(self._turns(call, _array(prompt))[:-1]):
+        for turn in reversed(self._turns(call, prompt)[:-1]):
             if len(turn) > SHORT_TURN * ID_BYTES and (context := self._by_turn.get(turn)) is not None:
                 return context
         return None
 
-    def _turns(self, call: Call, ids: array[int]) -> list[bytes]:
-        """Return the turns after the first, which many conversations share."""
-        texts = self._texts(call)
-        return [] if texts is None else turn_names(ids, texts)[1:]
+    def _turns(self, call: Call, ids: bytes, shared: int = 0) -> list[bytes]:
+        """Return the turns behind what is shared with an earlier call, without the first of all, which many share."""
+        if (texts := self._texts(call)) is None:
+            return []
+        whole = memoryview(ids).cast("i")
+        start = turn_start(whole, shared, texts)
+        return turn_names(whole[start:], texts)[0 if start else 1 :]
 
     def _texts(self, call: Call) -> TokenTexts | None:
         details = self._details.get(call.generation_id)

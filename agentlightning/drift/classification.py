@@ -27,7 +27,16 @@ from agentlightning.drift.content import (
 )
 from agentlightning.token_text import TokenTexts
 
-__all__ = ["ID_BYTES", "SHORT_TURN", "Difference", "classify", "common_length", "has_other_turns", "turn_names"]
+__all__ = [
+    "ID_BYTES",
+    "SHORT_TURN",
+    "Difference",
+    "classify",
+    "common_length",
+    "has_other_turns",
+    "turn_names",
+    "turn_start",
+]
 
 ID_BYTES = 4
 # Tokens that stand inside a turn.
@@ -139,6 +148,14 @@ def turn_names(token_ids: Sequence[int], texts: TokenTexts) -> list[bytes]:
     return found
 
 
+def turn_start(token_ids: Sequence[int], position: int, texts: TokenTexts) -> int:
+    """Return where the turn begins that a position is in."""
+    boundaries = _boundaries(texts)
+    while position and token_ids[position - 1] not in boundaries:
+        position -= 1
+    return position
+
+
 def has_other_turns(before: Sequence[int], prompt: Sequence[int], texts: TokenTexts) -> bool:
     """Tell whether a prompt has more turns than what came before: it then goes on, whatever was changed."""
     return len(turn_names(prompt, texts)) > len(turn_names(before, texts))
@@ -190,9 +207,7 @@ class _Comparison:
             each in boundaries for each in before[position:answer_start]
         )
         start = min(position, answer_start) if self._is_answer else position
-        while start and before[start - 1] not in boundaries:
-            start -= 1
-        self._start = start
+        self._start = start = turn_start(before, start, texts)
         self._end_after = _next(prompt, max(position, start), boundaries)
         self._end_before = _next(before, max(position, start), boundaries)
         if self._is_answer:
@@ -337,9 +352,7 @@ class _Comparison:
         """Tell whether the prompt goes on: it has the turn of the answer, or more turns than the prompt before."""
         if self._position >= self._answer_start:
             return True
-        answer = self._answer_start
-        while answer > self._start and self._before[answer - 1] not in _boundaries(self._texts):
-            answer -= 1
+        answer = turn_start(self._before, self._answer_start, self._texts)
         turns = turn_names(self._prompt[self._start :], self._texts)
         before = turn_names(self._before[self._start : self._answer_start], self._texts)
         # The last of a prompt is the beginning of an answer.
@@ -369,9 +382,7 @@ class _Comparison:
         position = self._position
         boundaries = _boundaries(self._texts)
         while moved < MOST_MOVED and position < limit:
-            start = position + (cut[position] in boundaries)
-            while start and cut[start - 1] not in boundaries:
-                start -= 1
+            start = turn_start(cut, position + (cut[position] in boundaries), self._texts)
             end = _next(cut, start, boundaries)
             # With what stands between it and the next turn.
             stop = _next(cut, end + 1, boundaries)

@@ -12,6 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentlightning.drift import AttemptDrift, CallDetails, Report, analyse
+from agentlightning.drift import attempt as attempt_module
+from agentlightning.drift.classification import turn_names
+from agentlightning.token_text import TokenTexts
 from agentlightning.trajectory import AttemptCalls, Call, merge
 from tests.drift.templates import CHATML, Message, Template
 
@@ -165,6 +168,28 @@ def test_a_call_of_a_host_whose_clock_is_behind_still_continues_the_one_before()
 
     assert (found.breaks, found.conversations, found.rows_after) == ([], 1, 1)
     assert found.parents == {"g2": None, "g1": "g2", "g3": "g1"}
+
+
+def test_of_a_long_conversation_each_turn_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: list[int] = []
+
+    def counted(ids: Sequence[int], texts: TokenTexts) -> list[bytes]:
+        looked_at.append(len(ids))
+        return turn_names(ids, texts)
+
+    monkeypatch.setattr(attempt_module, "turn_names", counted)
+    messages = list(FIRST)
+    calls: list[Call] = []
+    for number in range(50):
+        calls.append(call(number, messages, "It is."))
+        messages += [said("It is."), user("And then?")]
+
+    found = drift(*calls)
+
+    longest = calls[-1].prompt_token_ids
+    assert found.rows_after == 1
+    assert longest is not None
+    assert sum(looked_at) < 2 * len(longest)
 
 
 def test_a_branch_is_no_break() -> None:
