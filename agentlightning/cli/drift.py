@@ -76,13 +76,13 @@ def lines_of(report: Report, brief: bool) -> Iterator[str]:
         brief: without examples and cures.
     """
     sums, total = report.sums, report.sums["kept"] + report.sums["lost"]
-    unbroken = sums["rows_after"] - report.drifted
     conversations = _counted(sums["conversations"], "conversation")
     yield (
         f"{_counted(sums['calls'], 'call')} in {conversations} of {_counted(report.attempts, 'attempt')}; "
         f"{sums['broken']} broke ({report.share_broken:.1%})"
     )
-    yield f"rows: {sums['rows_before']} before merging, {sums['rows_after']} after, {unbroken} if nothing had broken"
+    rows = [sums[name] for name in ("rows_before", "rows_after", "rows_unbroken")]
+    yield f"rows: {rows[0]} before merging, {rows[1]} after, {rows[2]} if nothing had broken"
     yield (
         f"sampled ids: {sums['kept']} kept by one row for each conversation, {sums['lost']} lost "
         f"({_percent(sums['lost'], total)})"
@@ -107,10 +107,9 @@ def _cause(report: Report, cause: Cause, count: int, brief: bool) -> Iterator[st
     doubt = "" if certain == count else f", {count - certain} of them uncertain"
     meant = ", meant" if cause in MEANT else ""
     attempt, found = report.examples[cause]
-    then = f"; then {', '.join(found.also)}" if found.also else ""
     if not brief:
         yield ""
-    yield f"{count:>7} {cause}: {ABOUT[cause].title}{meant}{doubt}{then}"
+    yield f"{count:>7} {cause}: {ABOUT[cause].title}{meant}{doubt}"
     if brief:
         return
     yield from _example(attempt, found)
@@ -124,7 +123,8 @@ def _example(attempt: AttemptDrift, found: Break) -> Iterator[str]:
         place = f"message {found.message}{role}, {place}"
     of_attempt = f", attempt {attempt.attempt_id}" if attempt.attempt_id else ""
     yield f"{INDENT}rollout {attempt.rollout_id}{of_attempt}"
-    yield f"{INDENT}generation {found.generation_id}: {place}"
+    then = f"; then {', '.join(found.also)}" if found.also else ""
+    yield f"{INDENT}generation {found.generation_id}: {place}{then}"
     if found.before or found.after:
         yield f"{INDENT}  before: {_side(found.before)}"
         yield f"{INDENT}  now:    {_side(found.after)}"

@@ -95,6 +95,7 @@ class AttemptDrift:
         broken: how many of them have a break that nobody meant.
         rows_before: number of answers, each of which is a row if nothing is merged.
         rows_after: number of rows that they are merged to.
+        rows_unbroken: number of rows that they would be merged to if nothing had broken.
         kept, lost: sampled ids that one row for each conversation can train, and those that it cannot.
         cached: ids that came from the prefix cache, of calls that continue another; None where that is unknown.
         cacheable: ids of these calls that would have come from there if no history had been changed.
@@ -110,6 +111,7 @@ class AttemptDrift:
     broken: int = 0
     rows_before: int = 0
     rows_after: int = 0
+    rows_unbroken: int = 0
     kept: int = 0
     lost: int = 0
     cached: int | None = None
@@ -254,7 +256,7 @@ class _Context:
         start, stop: number of ids of the prompt, and of both.
         parent: the context that it continues, up to `shared` ids.
         conversation: number of its conversation.
-        has_child: whether a later call continues it.
+        is_row: whether it begins a row on purpose, as a compaction does, though it has a parent.
     """
 
     call: Call
@@ -265,7 +267,7 @@ class _Context:
     parent: _Context | None
     shared: int
     conversation: int
-    has_child: bool = False
+    is_row: bool = False
 
 
 def _ids_of(context: _Context) -> bytes:
@@ -312,7 +314,7 @@ class _Caller:
         prompt = call.prompt_token_ids.tobytes()
         self._found.calls += 1
         self._found.without_vocabulary += self._texts(call) is None
-        parent, shared = self._continued(call, prompt)
+        parent, shared, is_row = self._continued(call, prompt)
         self._found.parents[call.generation_id] = None if parent is None else parent.call.generation_id
         if parent is None:
             self._conversations += 1
@@ -329,6 +331,7 @@ class _Caller:
                 parent,
                 shared,
                 conversation,
+                is_row,
             )
             insort(self._sorted, context, key=_ids_of)
             self._all.append(context)
@@ -336,15 +339,15 @@ class _Caller:
             for turn in self._turns(call, context.ids, shared):
                 self._by_turn[turn] = context
 
-    def _continued(self, call: Call, prompt: bytes) -> tuple[_Context | None, int]:
-        """Find the context that a prompt continues, and how much of it; count the break where it does not."""
+    def _continued(self, call: Call, prompt: bytes) -> tuple[_Context | None, int, bool]:
+        """Find the context that a prompt continues, how much of it, and whether it begins a row; count its break."""
         same = self._by_prompt.get(hash(prompt))
         if same is not None and same.ids[: same.start * ID_BYTES] == prompt:
             if same.call.call_id is None or same.call.call_id != call.call_id:
                 # Samples of one prompt, each asked for in a call of its own, look the same.
                 is_certain = bool(call.retry) or same.call.status != "finished"
                 self._note(call, same, Difference("retry", is_certain, same.start))
-            return same.parent or same, same.shared if same.parent else same.start
+            return (same.parent, same.shared, same.is_row) if same.parent else (same, same.start, True)
         near, length = self._nearest(prompt)
         exact, limit = near, length
         while exact is not None and exact.stop > limit:
@@ -357,8 +360,7 @@ class _Caller:
             is_broken = texts is not None and has_other_turns(_array(near.ids), _array(prompt), texts)
         if exact is not None and not is_broken:
             self._count_cached(call, exact.stop)
-            exact.has_child = True
-            return exact, exact.stop
+            return exact, exact.stop, False
         # A header that changes makes a prompt agree with another conversation just as far.
         turned = None if is_broken else self._with_a_turn_of(call, prompt)
         candidates = [each for each in dict.fromkeys((turned, near)) if each is not None]
@@ -375,7 +377,7 @@ class _Caller:
             self._note(call, *apart, _array(prompt))
         if self._beside is not None and not self._all:
             self._note_agent(call, self._beside, prompt)
-        return None, 0
+        return None, 0, False
 
     def _note_agent(self, call: Call, beside: Call, prompt: bytes) -> None:
         """Count the first call of an agent that says that it is another one."""
@@ -385,13 +387,15 @@ class _Caller:
         context = _Context(beside, ids, start, start, 0, None, 0, 0)
         self._note(call, context, Difference("sub_agent", True, common_length(ids, prompt)), _array(prompt))
 
-    def _broken_from(self, call: Call, near: _Context, prompt: bytes, difference: Difference) -> tuple[_Context, int]:
+    def _broken_from(
+        self, call: Call, near: _Context, prompt: bytes, difference: Difference
+    ) -> tuple[_Context, int, bool]:
         self._note(call, near, difference, _array(prompt))
-        near.has_child = True
-        if difference.cause not in MEANT:
+        is_meant = difference.cause in MEANT
+        if not is_meant:
             self._broken.add(near.conversation)
             self._count_cached(call, near.stop)
-        return near, difference.position
+        return near, difference.position, is_meant
 
     def _note(self, call: Call, near: _Context, found: Difference, ids: array[int] | None = None) -> None:
         texts, texts_before = self._texts(call), self._texts(near.call)
@@ -467,12 +471,19 @@ class _Caller:
             self._found.cacheable += could
 
     def _count_sampled(self) -> None:
-        """Count the sampled ids that the row of a last call still has, and the others."""
+        """Count the rows that there would be without breaks, and the sampled ids that these have, and the others."""
         kept: Counter[int] = Counter()
-        for leaf in self._all:
-            if not leaf.has_child and (leaf.call.generation_id, leaf.call.index) not in self._gone:
-                for context, start, end in _sampled(leaf, leaf.stop):
+        continued: set[int] = set()
+        # Children come before their parents so.
+        for each in reversed(self._all):
+            if id(each) not in continued:
+                if (each.call.generation_id, each.call.index) in self._gone:
+                    continue
+                self._found.rows_unbroken += 1
+                for context, start, end in _sampled(each, each.stop):
                     kept[id(context)] = max(kept[id(context)], end - start)
+            if each.parent is not None and not each.is_row:
+                continued.add(id(each.parent))
         total = sum(each.stop - each.start for each in self._all)
         self._found.kept += kept.total()
         self._found.lost += total - kept.total()

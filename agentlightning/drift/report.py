@@ -34,6 +34,7 @@ _SUMS = (
     "broken",
     "rows_before",
     "rows_after",
+    "rows_unbroken",
     "kept",
     "lost",
     "cacheable",

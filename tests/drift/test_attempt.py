@@ -192,6 +192,17 @@ def test_of_a_long_conversation_each_turn_is_looked_at_once(monkeypatch: pytest.
     assert sum(looked_at) < 2 * len(longest)
 
 
+def test_rows_without_breaks_are_those_of_last_calls_however_many_broke() -> None:
+    other = [*FIRST, said("It was."), user("And tomorrow?")]
+    empty = call(2, other, "", response_token_ids=array("i"), status="aborted", finish_reason="abort")
+    found = drift(call(1, FIRST, "It is."), empty)
+
+    assert (found.rows_before, found.rows_after, found.rows_unbroken, found.lost) == (1, 1, 1, 0)
+
+    beside = drift(call(1, FIRST, "It is."), call(2, other, "Yes."), call(3, SECOND, "So it will be."))
+    assert (beside.rows_after, beside.rows_unbroken) == (2, 2)
+
+
 def test_a_branch_is_no_break() -> None:
     other = [*FIRST, said("It is."), user("And in the evening?")]
     found = drift(call(1, FIRST, "It is."), call(2, SECOND, "So it will be."), call(3, other, "Yes."))
