@@ -116,6 +116,8 @@ def test_strange_generation_shows_each_token(server: StoreServer, visit: Callabl
     page.get_by_role("link", name=STRANGE["as long as it may be"]).click()
     expect(page.get_by_role("region", name="Conversation").get_by_text(EVERYTHING).first).to_be_visible()
     page.get_by_role("link", name="Call 1").click()
+    # Loaded with its scripts, without which a click on a token shows nothing.
+    page.wait_for_url("**/generation?*")
     answer = page.get_by_role("group", name="Answer")
     answer.get_by_text(EVERYTHING).click()
     expect(page.get_by_text("Token 0:")).to_contain_text(json.dumps(EVERYTHING))
