@@ -104,7 +104,7 @@ def parts_of(text: str) -> list[_Part]:
 
 def _calls(part: str) -> list[_Part] | None:
     try:
-        value = json.loads(part)
+        value = json.loads(part, parse_float=_number)
     except (ValueError, RecursionError):
         return None
     found: list[_Part] = []
@@ -123,9 +123,15 @@ def _calls(part: str) -> list[_Part] | None:
 
 def _parsed(arguments: Any) -> Any:
     try:
-        return json.loads(arguments) if isinstance(arguments, str) else arguments
+        return json.loads(arguments, parse_float=_number) if isinstance(arguments, str) else arguments
     except (ValueError, RecursionError):
         return arguments
+
+
+def _number(text: str) -> float:
+    """Read a number; one without a fraction is the integer that it equals."""
+    number = float(text)
+    return int(number) if number.is_integer() else number
 
 
 def _canonical(value: Any) -> str:

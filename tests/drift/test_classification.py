@@ -135,6 +135,16 @@ def test_a_stop_string_that_is_sampled_is_missing_at_the_end_of_the_history(thou
     assert [found.cause, *found.also] == causes
 
 
+def test_a_number_written_without_its_point_is_the_same_tool_call() -> None:
+    begin = TINY.prompt([QUESTION])
+    answer = TINY.encode('<tool_call>\n{"name": "look", "arguments": {"at": 1.0}}\n</tool_call><|im_end|>')
+    said = {"role": "assistant", "content": "", "tool_calls": [{"name": "look", "arguments": {"at": 1}}]}
+
+    found = classify([*begin, *answer], len(begin), TINY.prompt([QUESTION, said, AGAIN]), TINY.texts)
+
+    assert (found.cause, found.is_certain) == ("tool_call", True)
+
+
 def test_a_system_prompt_that_moves_to_the_last_question_is_the_templates_doing() -> None:
     template = Mistral("mistral v3")
     begin = template.prompt([SYSTEM, QUESTION])
