@@ -223,7 +223,7 @@ class Call:
         rendered: the text that the template made of these messages.
         prompt_token_ids: the ids of its prompt, but for those of `continued`.
         response_token_ids: the ids of its answer.
-        ends: the ids that end a turn.
+        ends: the ids that end its answer: those of the model, and those that its client has asked for.
         ended: whether the last id of the answer is one of these.
         said: the text of its answer before it is parsed, and what parsing needs to know.
         continued: the call whose prompt and answer its own prompt begins with.
@@ -404,15 +404,12 @@ def find_seam(
         stand_in: the same up to the answer, and a stand-in for the message that follows it.
         match: the call, and its answer.
         message: the message that repeats the answer.
-        ends: the tokens that end a turn, as text by id.
+        ends: the tokens that end a turn, as text by id; no text that a user may write is one of them.
         keep: go on from reasoning that the template leaves out.
         read: returns the text of a part of `whole`, if the template makes no text.
     """
     call, answer = match
     shared = _shared_length(whole, stand_in)
-    if call.ended:
-        last = call.response_token_ids[-1]
-        ends = {last: ends[last]} if last in ends else {}
     dropped = bool(answer.reasoning.strip()) or "</think>" in answer.text or call.rendered.thinks
     begins = call.rendered.begins(whole)
     start = call.rendered.length if begins else 0
@@ -425,9 +422,14 @@ def find_seam(
     if not found and any(text in whole[start:] for text in ends.values()):
         # What it makes of the answer depends on what follows.
         return REASONING_DROPPED if dropped else NOT_APPEND_ONLY
-    if len(found) != 1:
+    seam = Seam(*min(found)) if found else None
+    # The answer's own, once: what stands between it and another one would be left out.
+    if (
+        seam is None
+        or sum(end_id == seam.end_id for _, end_id in found) != 1
+        or (call.ended and call.response_token_ids[-1] != seam.end_id)
+    ):
         return SEAM
-    seam = Seam(*found[0])
     turn = read(whole[start : seam.start])
     said = (answer.reasoning, *_texts(message.get("content")))
     if all(text.strip() in turn for text in said) or (dropped and keep):

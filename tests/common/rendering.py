@@ -45,10 +45,24 @@ async def prompt_of(renderer: Any, messages: Sequence[Any], rollout: str | None)
     return prompt["prompt_token_ids"], context
 
 
-def answered(prompt: list[int], context: RequestContext, said: Sequence[int], text: str, end: int) -> None:
-    """Let the engine have answered a prompt with these ids, which mean this text, and the id that ends a turn."""
-    detokenizer = SimpleNamespace(output_token_ids=[*said, end], output_text=text)
-    params = SimpleNamespace(all_stop_token_ids={end})
+def answered(
+    prompt: list[int],
+    context: RequestContext,
+    said: Sequence[int],
+    text: str,
+    *stops: int,
+    finish_reason: str = "stop",
+    stop_string: str | None = None,
+    includes_stop_string: bool = False,
+) -> None:
+    """Let the engine have answered a prompt with these ids, which its client has as this text.
+
+    Args:
+        stops: the ids that end an answer.
+        stop_string: the one that has ended it.
+    """
+    detokenizer = SimpleNamespace(output_token_ids=[*said], output_text=text)
+    params = SimpleNamespace(all_stop_token_ids={*stops}, include_stop_str_in_output=includes_stop_string)
     captured = CapturedRequest("chatcmpl-1", 0.0, prompt, params, context)
-    captured.finished.append(FinishedChoice(SimpleNamespace(detokenizer=detokenizer), "stop"))
+    captured.finished.append(FinishedChoice(SimpleNamespace(detokenizer=detokenizer), finish_reason, stop_string))
     continuation.note_finished(captured)

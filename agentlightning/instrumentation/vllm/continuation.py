@@ -186,7 +186,9 @@ class _Rendering:
             # The template takes what the client has sent, and not this: it looks at more than it appends.
             return continuation.NOT_APPEND_ONLY
         tokenizer = renderer.get_tokenizer()
-        ends = {each: chr(each) if as_ids else tokenizer.convert_ids_to_tokens(each) for each in call.ends}
+        # A client may stop at any token, and that of a word says nothing about turns.
+        tokens = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}.intersection(call.ends)
+        ends = {each: chr(each) if as_ids else tokenizer.convert_ids_to_tokens(each) for each in tokens}
         keep = session.settings.continue_reasoning == "keep"
         read: Callable[[str], str] = (lambda part: tokenizer.decode([*map(ord, part)])) if as_ids else str
         seam = continuation.find_seam(whole, stand_in, match, messages[place], ends, keep, read)
@@ -197,8 +199,8 @@ class _Rendering:
         if as_ids:
             new = [ord(each) for each in rest]
         else:
-            (tokens,) = await tokenize(renderer, [{"prompt": rest}], replace(params, add_special_tokens=False))
-            new = tokens["prompt_token_ids"]
+            (prompt,) = await tokenize(renderer, [{"prompt": rest}], replace(params, add_special_tokens=False))
+            new = prompt["prompt_token_ids"]
         if new[:1] != [seam.end_id]:
             return continuation.SEAM
         context = call.token_ids()

@@ -70,7 +70,7 @@ def two_turns(template: str, text: str = "The quick fox. ", **options: Any) -> t
 
     async def turns() -> tuple[list[int], list[int]]:
         prompt, context = await prompt_of(renderer, [USER], "ro-1")
-        answered(prompt, context, said, text, tokenizer.eos_token_id)
+        answered(prompt, context, [*said, tokenizer.eos_token_id], text, tokenizer.eos_token_id)
         messages = [USER, {"role": "assistant", "content": text}, MORE]
         again, _ = await prompt_of(renderer, messages, "ro-1")
         return [*prompt, *said, tokenizer.eos_token_id], again
@@ -85,6 +85,36 @@ def test_a_prompt_goes_on() -> None:
     assert prompt[: len(context)] == context
     assert results()["results"][decisions.CONTINUED] == 1
     assert not _isolation.failures
+
+
+def after(said: str, text: str, *stops: str, **finished: Any) -> tuple[str, bool]:
+    """Answer with these tokens, of which the client has this text; return what the next prompt came to.
+
+    Args:
+        stops: the tokens that end an answer, beside that of the model.
+        finished: how it has finished.
+    """
+    renderer = online_renderer(CHATML)
+    tokenizer = renderer.renderer.get_tokenizer()
+    ids = tokenizer.encode(said)
+    ends = [tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(stop) for stop in stops)]
+    before = results()["results"]
+
+    async def turns() -> tuple[str, bool]:
+        prompt, context = await prompt_of(renderer, [USER], "ro-1")
+        answered(prompt, context, ids, text, *ends, **finished)
+        again, _ = await prompt_of(renderer, [USER, {"role": "assistant", "content": text}, MORE], "ro-1")
+        [result] = [result for result, count in results()["results"].items() if count > before[result]][-1:]
+        return result, again[: len(prompt) + len(ids)] == [*prompt, *ids]
+
+    return asyncio.run(turns())
+
+
+@pytest.mark.usefixtures("continuing")
+@pytest.mark.parametrize("stop", ["u", "M", "<|im_start|>"])
+def test_a_token_at_which_a_client_stops_is_not_the_end_of_a_turn(stop: str) -> None:
+    """The template has it further on, behind the end of the turn, as the first of what the user says."""
+    assert after(f"It is.{stop}", "It is.", stop) == (decisions.SEAM, False)
 
 
 @pytest.mark.usefixtures("continuing")
@@ -139,7 +169,8 @@ def test_many_calls_of_many_rollouts_stay_within_the_bound_and_aborted_ones_leav
             prompt, context = await prompt_of(renderer, messages, f"ro-{number // 5}")
             # Every third is aborted: its answer is never noted.
             if number % 3:
-                answered(prompt, context, [67], "a", renderer.renderer.get_tokenizer().eos_token_id)
+                end = renderer.renderer.get_tokenizer().eos_token_id
+                answered(prompt, context, [67, end], "a", end)
             assert results()["bytes"] <= limit
 
     asyncio.run(calls())
