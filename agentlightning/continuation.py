@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
@@ -75,8 +76,8 @@ ToolCall = tuple[str, str]
 BYTES_PER_CALL = 1000
 _BILLING_HEADER = "x-anthropic-billing-header"
 _STAND_INS = ("?", "!")
-# Longer than what a template adds to have the model think, or not.
-_END = 64
+# Reasoning as templates write it, with the white space behind; or its beginning, which the model goes on from.
+_THOUGHT = re.compile(r"<((?:\w+:)?think)>.*?(?:</\1>\s*|\Z)", re.DOTALL)
 _TEXT_TYPES = ("text", "input_text", "output_text")
 
 
@@ -105,7 +106,7 @@ def _text(part: Any) -> str:
 
 
 def _without_header(text: str) -> str:
-    # Claude Code's, which differs from call to call; vLLM leaves it out of its prompts.
+    # Claude Code's system prompt has one that differs from call to call; vLLM leaves it out of its prompts.
     return text.partition("\n")[2] if text.startswith(_BILLING_HEADER) else text
 
 
@@ -137,7 +138,8 @@ def _bytes(text: str) -> bytes:
 def fingerprints(messages: Sequence[Message], kind: bytes = b"") -> list[bytes]:
     """Return a digest of each beginning of a conversation: the nth stands for the first n messages.
 
-    It is of what they mean: not of ids, cache marks or reasoning, nor of how texts are split and JSON is written.
+    It is of what they mean: not of the ids of messages and tool calls, cache marks or reasoning, nor of how texts are
+    split and JSON is written.
 
     Args:
         kind: what else has to be equal.
@@ -149,12 +151,18 @@ def fingerprints(messages: Sequence[Message], kind: bytes = b"") -> list[bytes]:
     digests = [running.digest()]
     for message in messages:
         texts = _texts(message.get("content"))
-        if message["role"] == "assistant":
-            fields = ["".join(texts).strip()]
-        else:
-            fields = ["\n".join(map(_without_header, texts))]
-        fields += (part for call in canonical_calls(message.get("tool_calls")) for part in call)
-        for each in (message["role"], message.get("name") or "", *fields):
+        match message["role"]:
+            case "assistant":
+                text = "".join(texts).strip()
+            case "system":
+                text = "\n".join(map(_without_header, texts))
+            case _:
+                text = "\n".join(texts)
+        # Templates may write them: the tools of a message, what it is for, and the call that it is the result of.
+        options = [message.get(name) for name in ("name", "tools", "task", "tool_call_id")]
+        written = json.dumps(options, sort_keys=True, default=repr) if any(options) else ""
+        calls = (part for call in canonical_calls(message.get("tool_calls")) for part in call)
+        for each in (message["role"], written, text, *calls):
             data = _bytes(each)
             running.update(b"%d:" % len(data))
             running.update(data)
@@ -197,21 +205,42 @@ class Rendered(NamedTuple):
     """A text that a template has made, which may be long.
 
     Attributes:
-        thinks: whether its end begins the reasoning for the model, or ends it.
+        bare_length, bare_digest: those of the text without what was thought in it.
     """
 
     length: int
     digest: bytes
-    thinks: bool
+    bare_length: int
+    bare_digest: bytes
 
     @classmethod
     def of(cls, text: str) -> Rendered:
         """Describe a text."""
-        return cls(len(text), hashlib.sha256(_bytes(text)).digest(), "think>" in text[-_END:])
+        bare = _bare(text)
+        digest = _digest(text)
+        return cls(len(text), digest, len(bare), digest if bare == text else _digest(bare))
 
     def begins(self, text: str) -> bool:
         """Tell whether a text begins with this one."""
-        return len(text) >= self.length and Rendered.of(text[: self.length]) == self
+        return len(text) >= self.length and _digest(text[: self.length]) == self.digest
+
+    def bare_end(self, text: str) -> int | None:
+        """Return the place up to which a text is this one but for what was thought in them; None if it is another."""
+        end = self.bare_length
+        for thought in _THOUGHT.finditer(text):
+            if thought.start() >= end:
+                break
+            end += len(thought[0])
+        bare = _bare(text[:end])
+        return end if len(bare) == self.bare_length and _digest(bare) == self.bare_digest else None
+
+
+def _bare(text: str) -> str:
+    return _THOUGHT.sub("", text) if "think>" in text else text
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(_bytes(text)).digest()
 
 
 @dataclass(eq=False, slots=True)
@@ -410,15 +439,18 @@ def find_seam(
     """
     call, answer = match
     shared = _shared_length(whole, stand_in)
-    dropped = bool(answer.reasoning.strip()) or "</think>" in answer.text or call.rendered.thinks
-    begins = call.rendered.begins(whole)
-    start = call.rendered.length if begins else 0
-    found = [(place, end_id) for end_id, text in ends.items() for place in _places(whole, text, start, shared)]
-    if not begins:
+    start = call.rendered.length if call.rendered.begins(whole) else None
+    dropped = start is None or bool(answer.reasoning.strip()) or "</think>" in answer.text
+    if start is None:
+        start = call.rendered.bare_end(whole)
         reasoning = call.reasoning(answer).values()
-        if dropped or (reasoning and not all(map(read(whole).__contains__, reasoning))):
-            return Seam(*max(found)) if keep and found else REASONING_DROPPED
-        return NOT_APPEND_ONLY
+        if start is None:
+            # Where reasoning is written in a way that is not known here, nothing proves that the rest is unchanged.
+            missing = reasoning and not all(map(read(whole).__contains__, reasoning))
+            return REASONING_DROPPED if missing and not keep else NOT_APPEND_ONLY
+        if not keep:
+            return REASONING_DROPPED
+    found = [(place, end_id) for end_id, text in ends.items() for place in _places(whole, text, start, shared)]
     if not found and any(text in whole[start:] for text in ends.values()):
         # What it makes of the answer depends on what follows.
         return REASONING_DROPPED if dropped else NOT_APPEND_ONLY
@@ -431,8 +463,10 @@ def find_seam(
     ):
         return SEAM
     turn = read(whole[start : seam.start])
-    said = (answer.reasoning, *_texts(message.get("content")))
-    if all(text.strip() in turn for text in said) or (dropped and keep):
+    texts = _texts(message.get("content"))
+    if all(text.strip() in turn for text in (answer.reasoning, *texts)):
+        return seam
+    if dropped and keep and all(text.rpartition("</think>")[2].strip() in turn for text in texts):
         return seam
     return REASONING_DROPPED if dropped else NOT_APPEND_ONLY
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from agentlightning.continuation import (
     CONTINUED,
+    NO_MATCH,
     NOT_APPEND_ONLY,
     REASONING_DROPPED,
     SEAM,
@@ -127,13 +128,68 @@ def test_a_template_that_has_the_model_not_think_takes_that_out_later(keep: bool
     assert served.call(messages, "yes", Answer("yes"), enable_thinking=False)[0] == result
 
 
+SYSTEM_LAST = (
+    "{% for message in messages %}{% if message.role == 'user' %}<|im_start|>"
+    "{% if loop.last %}{{ messages[0].content }}\n{% endif %}{{ message.content }}<|im_start|>"
+    "{% elif message.role == 'assistant' %}{{ message.content }}<|im_end|>{% endif %}{% endfor %}"
+)
+"""In the style of Mistral's: what the system says goes to the last question."""
+THINKS_AND_TOOLS_LAST = TOOLS_LAST + "{% if add_generation_prompt %}<think>\n{% endif %}"
+
+
+@pytest.mark.parametrize("template", [TOOLS_LAST, SYSTEM_LAST, THINKS_AND_TOOLS_LAST])
+def test_whoever_keeps_reasoning_keeps_nothing_else_that_a_template_has_changed(template: str) -> None:
+    served = Served(template, keep=True)
+    start = [{"role": "system", "content": "Be brief."}, USER]
+    served.call(start, "<think>\nHm.\n</think>\n\nIt is.", Answer("It is.", (), "Hm."))
+
+    messages = [*start, {"role": "assistant", "content": "It is."}, MORE]
+
+    assert served.call(messages, "yes", Answer("yes")) == (NOT_APPEND_ONLY, rendered(template, messages))
+
+
+def test_reasoning_of_several_turns_is_kept() -> None:
+    served = Served(QWEN3, keep=True)
+    said = "<think>\nHm.\n</think>\n\n"
+    answer = {"role": "assistant", "content": "It is."}
+    messages: list[Any] = [USER]
+    prompts: list[str] = []
+    for follows in (TOOL, MORE, TOOL, MORE):
+        calls = {"tool_calls": called()["tool_calls"]} if follows is TOOL else {}
+        result, prompt = served.call(
+            messages, f"{said}It is.", Answer("It is.", canonical_calls(calls.get("tool_calls")), "Hm.")
+        )
+        assert result == (CONTINUED if prompts else NO_MATCH)
+        assert prompt.startswith("".join(prompts[-1:]))
+        prompts.append(f"{prompt}{said}It is.{END_TEXT}")
+        messages = [*messages, {**answer, **calls}, follows]
+
+
+@pytest.mark.parametrize("field", ["tools", "task", "tool_call_id"])
+def test_a_message_with_other_tools_for_another_task_or_of_another_call_is_another(field: str) -> None:
+    one, other = ({**USER, field: [{"name": name}]} for name in "ab")
+
+    assert fingerprints([one]) == fingerprints([dict(one)])
+    assert fingerprints([one]) != fingerprints([other])
+
+
+def test_a_billing_header_counts_for_nothing_where_clients_write_it_alone() -> None:
+    one, other = (f"x-anthropic-billing-header: {number}\nBe brief." for number in "12")
+
+    def differ(role: str) -> bool:
+        return fingerprints([{"role": role, "content": one}]) != fingerprints([{"role": role, "content": other}])
+
+    assert not differ("system")
+    assert differ("user")
+
+
 def test_a_template_that_moves_a_turn_is_not_append_only() -> None:
-    served = Served(TOOLS_LAST)
+    served = Served(THINKS_AND_TOOLS_LAST)
     served.call([USER], "It is.", Answer("It is."))
 
     messages = [USER, {"role": "assistant", "content": "It is."}, MORE]
 
-    assert served.call(messages, "yes", Answer("yes")) == (NOT_APPEND_ONLY, rendered(TOOLS_LAST, messages))
+    assert served.call(messages, "yes", Answer("yes")) == (NOT_APPEND_ONLY, rendered(THINKS_AND_TOOLS_LAST, messages))
 
 
 def test_an_answer_with_the_end_of_a_turn_in_its_text_is_not_continued() -> None:
