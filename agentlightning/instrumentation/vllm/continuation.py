@@ -12,7 +12,7 @@ import hashlib
 import json
 from array import array
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -320,14 +320,15 @@ def note_finished(captured: CapturedRequest) -> None:
     turn = next((turn for turn in captured.context.turns if turn.prompt_token_ids in (prompt,)), None)
     if turn is None:
         return
-    ends: Collection[int] = captured.sampling_params.all_stop_token_ids
+    ends: set[int] = captured.sampling_params.all_stop_token_ids
     more = array("i", prompt[turn.shared :])
     for choice in captured.finished:
         if choice.finish_reason in ("stop", "length"):
             detokenizer = choice.state.detokenizer
             response = array("i", detokenizer.output_token_ids)
             text = getattr(detokenizer, "output_text", None)
-            if text is not None:
+            # An answer that goes on behind the end of a turn (`ignore_eos`) has turns in it that no message has.
+            if text is not None and ends.isdisjoint(response[:-1]):
                 call = Call(
                     turn.position,
                     turn.rendered,

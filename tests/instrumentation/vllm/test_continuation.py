@@ -118,6 +118,11 @@ def test_a_token_at_which_a_client_stops_is_not_the_end_of_a_turn(stop: str) -> 
 
 
 @pytest.mark.usefixtures("continuing")
+def test_an_answer_that_goes_on_behind_the_end_of_a_turn_is_not_continued() -> None:
+    assert after("It is.<|im_end|> No!", "It is. No!", finish_reason="length") == (decisions.ELSEWHERE, False)
+
+
+@pytest.mark.usefixtures("continuing")
 def test_ids_that_are_more_than_the_model_takes_are_vllms_own() -> None:
     context, prompt = two_turns(CHATML, "The quick fox. " * 4, length=75)
 
