@@ -25,6 +25,7 @@ __all__ = [
     "NOT_TEXT",
     "NO_MATCH",
     "OTHER_REQUEST",
+    "PARSER",
     "REASONING_DROPPED",
     "RESULTS",
     "SEAM",
@@ -53,6 +54,7 @@ REASONING_DROPPED = "reasoning dropped"
 SEAM = "seam"
 TOO_LONG = "too long"
 NOT_TEXT = "not text"
+PARSER = "reasoning parser"
 OTHER_REQUEST = "other request"
 
 RESULTS = {
@@ -65,6 +67,7 @@ RESULTS = {
     SEAM: "the answer does not end with the token that ends a turn in the template",
     TOO_LONG: "the exact ids are more than the model takes",
     NOT_TEXT: "the messages are not only text",
+    PARSER: "the reasoning parser would take earlier reasoning in the exact ids for that of this answer",
     OTHER_REQUEST: "an option of the request needs vLLM's own prompt",
 }
 """What a request can come to, and why."""

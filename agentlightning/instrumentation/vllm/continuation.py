@@ -168,12 +168,12 @@ class _Rendering:
             if not continuation.has_answer(messages):
                 return continuation.FIRST_CALL
             return continuation.NO_MATCH if _kept().knows(self.key) else continuation.ELSEWHERE
-        as_ids = "prompt_token_ids" in prompt
-        return await self._go_on(turn, match, whole, as_ids, renderer, params, tokenize)
+        return await self._go_on(turn, match, prompt, renderer, params, tokenize)
 
     async def _go_on(
-        self, turn: _Turn, match: Match, whole: str, as_ids: bool, renderer: Any, params: Any, tokenize: Any
+        self, turn: _Turn, match: Match, own: Mapping[str, Any], renderer: Any, params: Any, tokenize: Any
     ) -> str | dict[str, Any]:
+        whole, as_ids = _as_text(own), "prompt_token_ids" in own
         call, place, rendered = match.call, match.call.position, turn.rendered
         messages = continuation.with_reasoning(self.messages, call.reasoning(match.answer))
         before = [*messages[: place + 1], continuation.stand_in_for(messages[place + 1])]
@@ -207,9 +207,26 @@ class _Rendering:
         ids = context + (new[1:] if call.ended else new)
         if params.max_input_tokens is not None and len(ids) > params.max_input_tokens:
             return continuation.TOO_LONG
+        if self.online.parser is not None:
+            parser = self._parser(tokenizer)
+            has_ended = parser.is_reasoning_end(ids)
+            # Some parsers look for the end of the answer's reasoning in all of the prompt. Most do not, and vLLM's own
+            # prompt, which may be long, is not tokenised for them.
+            if has_ended != parser.is_reasoning_end(new):
+                (prompt,) = await tokenize(renderer, [own], params)
+                if has_ended != parser.is_reasoning_end(prompt["prompt_token_ids"]):
+                    return continuation.PARSER
         if session.settings.continues == "on":
             turn.continued, turn.shared, turn.rendered = call, len(context), rendered
         return {"prompt_token_ids": ids}
+
+    def _parser(self, tokenizer: Any) -> Any:
+        return self.online.parser(
+            tokenizer,
+            self.request.tools,
+            model_config=self.online.model_config,
+            chat_template_kwargs=self.chat_params.chat_template_kwargs,
+        )
 
     def _parse(self, tokenizer: Any, call: Call) -> list[Answer]:
         """Return what a client may have been told of a call's answer, by the parsers that vLLM parses it with."""
@@ -220,12 +237,7 @@ class _Rendering:
         request = self.request.model_copy(update={"tool_choice": said.tool_choice})
         answers: list[Answer] = []
         for parse in (_parse_plain, _parse_streamed):
-            parser = self.online.parser(
-                tokenizer,
-                request.tools,
-                model_config=self.online.model_config,
-                chat_template_kwargs=self.chat_params.chat_template_kwargs,
-            )
+            parser = self._parser(tokenizer)
             answer = contained("parsing an answer", parse, parser, request, call, self.online.enable_auto_tools)
             if answer is not None and answer not in answers:
                 answers.append(answer)

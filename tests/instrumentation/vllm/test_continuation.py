@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from vllm.parser import ParserManager
 from vllm.renderers.base import BaseRenderer
 from vllm.renderers.online_renderer import OnlineRenderer
 
@@ -15,7 +16,7 @@ from agentlightning import continuation as decisions
 from agentlightning import instrumentation
 from agentlightning.instrumentation.vllm import _isolation, continuation
 from tests.common.rendering import answered, online_renderer, prompt_of
-from tests.common.templates import CHATML
+from tests.common.templates import CHATML, QWEN3
 
 pytestmark = pytest.mark.forked
 
@@ -120,6 +121,33 @@ def test_a_token_at_which_a_client_stops_is_not_the_end_of_a_turn(stop: str) -> 
 @pytest.mark.usefixtures("continuing")
 def test_an_answer_that_goes_on_behind_the_end_of_a_turn_is_not_continued() -> None:
     assert after("It is.<|im_end|> No!", "It is. No!", finish_reason="length") == (decisions.ELSEWHERE, False)
+
+
+@pytest.mark.usefixtures("continuing")
+@pytest.mark.parametrize(
+    ("reasoning_parser", "result"), [("qwen3", decisions.CONTINUED), ("deepseek_r1", decisions.PARSER)]
+)
+def test_a_parser_that_would_take_earlier_reasoning_for_that_of_the_answer_has_vllms_own_prompt(
+    reasoning_parser: str, result: str
+) -> None:
+    renderer = online_renderer(QWEN3)
+    tokenizer = renderer.renderer.get_tokenizer()
+    renderer.parser = ParserManager.get_parser(reasoning_parser_name=reasoning_parser, tokenizer=tokenizer)
+    text = "<think>\nHm.\n</think>\n\nIt is."
+    said = [*tokenizer.encode(text), tokenizer.eos_token_id]
+    sunny = {"role": "tool", "content": "sunny", "tool_call_id": "call-1"}
+
+    async def turns() -> tuple[list[int], list[int]]:
+        prompt, context = await prompt_of(renderer, [USER], "ro-1")
+        answered(prompt, context, said, text, tokenizer.eos_token_id)
+        again, _ = await prompt_of(renderer, [USER, {"role": "assistant", "content": "It is."}, sunny], "ro-1")
+        return [*prompt, *said], again
+
+    context, prompt = asyncio.run(turns())
+
+    assert results()["results"][result] == 1
+    assert (prompt[: len(context)] == context) is (result == decisions.CONTINUED)
+    assert not _isolation.failures
 
 
 @pytest.mark.usefixtures("continuing")
