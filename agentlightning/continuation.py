@@ -287,11 +287,15 @@ class Call:
             call = call.continued
         return [token_id for part in reversed(parts) for token_id in part]
 
+    def prompt(self) -> list[int]:
+        """Return the ids of its prompt, from the first."""
+        before = self.continued.token_ids() if self.continued is not None else []
+        return [*before, *self.prompt_token_ids]
+
     def detach(self) -> None:
         """Keep all ids itself, since the call that it continued is no longer kept."""
         if self.continued is not None:
-            self.prompt_token_ids = array("i", self.continued.token_ids()) + self.prompt_token_ids
-            self.continued = None
+            self.prompt_token_ids, self.continued = array("i", self.prompt()), None
 
     def reasoning(self, own: Answer) -> dict[int, str]:
         """Return the reasoning in its context, by the place of the message; `own` is its own answer."""

@@ -356,7 +356,7 @@ def note_finished(captured: CapturedRequest) -> None:
 
 def _parse_plain(parser: Any, request: Any, call: Call, auto_tools: bool) -> Answer:
     """Return what a plain answer says."""
-    parser.set_prompt_token_ids(call.prompt_token_ids.tolist())
+    parser.set_prompt_token_ids(call.prompt())
     reasoning, content, tool_calls = parser.parse(
         call.said.text, request, enable_auto_tools=auto_tools, model_output_token_ids=call.response_token_ids.tolist()
     )
@@ -370,7 +370,7 @@ def _parse_streamed(parser: Any, request: Any, call: Call, auto_tools: bool) -> 
         call.said.text,
         call.response_token_ids.tolist(),
         request,
-        prompt_token_ids=call.prompt_token_ids.tolist(),
+        prompt_token_ids=call.prompt(),
         finished=True,
     )
     if delta is None:

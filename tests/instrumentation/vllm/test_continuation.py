@@ -151,6 +151,33 @@ def test_a_parser_that_would_take_earlier_reasoning_for_that_of_the_answer_has_v
 
 
 @pytest.mark.usefixtures("continuing")
+def test_answers_are_parsed_with_all_ids_of_their_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    renderer = online_renderer(QWEN3)
+    tokenizer = renderer.renderer.get_tokenizer()
+    renderer.parser = ParserManager.get_parser(reasoning_parser_name="qwen3", tokenizer=tokenizer)
+    parsed: list[list[int]] = []
+    monkeypatch.setattr(
+        renderer.parser, "set_prompt_token_ids", lambda self, prompt_token_ids: parsed.append(prompt_token_ids)
+    )
+    said = [*tokenizer.encode("It is."), tokenizer.eos_token_id]
+
+    async def turns() -> list[list[int]]:
+        prompts: list[list[int]] = []
+        messages: list[Any] = [USER]
+        for _ in range(3):
+            prompt, context = await prompt_of(renderer, messages, "ro-1")
+            answered(prompt, context, said, "It is.", tokenizer.eos_token_id)
+            prompts.append(prompt)
+            messages += [{"role": "assistant", "content": "It is."}, MORE]
+        return prompts
+
+    first, second, _ = asyncio.run(turns())
+
+    assert second[: len(first) + len(said)] == [*first, *said]
+    assert parsed == [first, second]
+
+
+@pytest.mark.usefixtures("continuing")
 def test_ids_that_are_more_than_the_model_takes_are_vllms_own() -> None:
     context, prompt = two_turns(CHATML, "The quick fox. " * 4, length=75)
 
