@@ -32,11 +32,17 @@ def online_renderer(template: str, *, length: int = 1 << 16, **options: Any) -> 
     )
 
 
-async def prompt_of(renderer: Any, messages: Sequence[Any], rollout: str | None) -> tuple[list[int], RequestContext]:
-    """Return the ids of a chat request's prompt, and the context that the request was rendered in."""
+async def prompt_of(
+    renderer: Any, messages: Sequence[Any], rollout: str | None, **caller: Any
+) -> tuple[list[int], RequestContext]:
+    """Return the ids of a chat request's prompt, and the context that the request was rendered in.
+
+    Args:
+        caller: what else the request says of who called.
+    """
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
-    context = RequestContext(rollout_id=rollout)
+    context = RequestContext(rollout_id=rollout, **caller)
     context.endpoint = continuation.ROUTES[0]
     request = ChatCompletionRequest.model_validate({"model": "tiny", "messages": [*messages], "max_tokens": 1})
     _, [prompt] = await _context.run_in(

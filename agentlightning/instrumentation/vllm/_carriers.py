@@ -93,6 +93,11 @@ class Caller:
     carrier: str | None = None
     carrier_agent_id: str | None = None
 
+    @property
+    def calling_agent_id(self) -> str | None:
+        """The agent that has called: sub-agents name themselves, and a key is that of all of them."""
+        return self.agent_id or self.carrier_agent_id
+
 
 class Source(NamedTuple):
     """A header that says something of the caller.

@@ -288,8 +288,8 @@ def _read(online: Any, request: Any, messages: Any, context: RequestContext) -> 
 def _key(context: RequestContext) -> Hashable | None:
     """Return whose calls a request may continue: its agent's, of its rollout and attempt, or else of its session."""
     if context.rollout_id is not None:
-        return "rollout", context.rollout_id, context.attempt_id, context.agent_id
-    return None if context.session_id is None else ("session", context.session_id, context.agent_id)
+        return "rollout", context.rollout_id, context.attempt_id, context.calling_agent_id
+    return None if context.session_id is None else ("session", context.session_id, context.calling_agent_id)
 
 
 def wrap_render_chat(render_chat: Callable[..., Any]) -> Callable[..., Any]:

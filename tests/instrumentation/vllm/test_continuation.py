@@ -178,6 +178,23 @@ def test_answers_are_parsed_with_all_ids_of_their_prompts(monkeypatch: pytest.Mo
 
 
 @pytest.mark.usefixtures("continuing")
+@pytest.mark.parametrize("name", ["agent_id", "carrier_agent_id"])
+def test_agents_of_one_rollout_do_not_mix_whether_a_header_or_their_key_names_them(name: str) -> None:
+    renderer = online_renderer(CHATML)
+    tokenizer = renderer.renderer.get_tokenizer()
+    said = [tokenizer.encode(character)[0] for character in "The quick"]
+    messages = [USER, {"role": "assistant", "content": "The quick"}, MORE]
+
+    async def goes_on() -> list[bool]:
+        prompt, context = await prompt_of(renderer, [USER], "ro-1", **{name: "one"})
+        answered(prompt, context, [*said, tokenizer.eos_token_id], "The quick", tokenizer.eos_token_id)
+        prompts = [(await prompt_of(renderer, messages, "ro-1", **{name: agent}))[0] for agent in ("one", "other")]
+        return [again[: len(prompt) + len(said)] == [*prompt, *said] for again in prompts]
+
+    assert asyncio.run(goes_on()) == [True, False]
+
+
+@pytest.mark.usefixtures("continuing")
 def test_ids_that_are_more_than_the_model_takes_are_vllms_own() -> None:
     context, prompt = two_turns(CHATML, "The quick fox. " * 4, length=75)
 

@@ -102,8 +102,7 @@ def from_frontend(captured: CapturedRequest, finished_at: int, keeps_text: bool)
         attempt_id=context.attempt_id,
         session_id=context.session_id,
         trace_id=context.trace_id,
-        # Sub-agents name themselves; a key is that of all of them.
-        agent_id=context.agent_id or context.carrier_agent_id,
+        agent_id=context.calling_agent_id,
         parent_agent_id=context.parent_agent_id,
         purpose=context.purpose,
         retry=context.retry,
