@@ -65,7 +65,7 @@ RESULTS = {
     NOT_APPEND_ONLY: "the chat template writes what came before in another way once something follows",
     REASONING_DROPPED: "the chat template leaves out the reasoning that the model wrote",
     SEAM: "the answer does not end with the token that ends a turn in the template",
-    TOO_LONG: "the exact ids are more than the model takes",
+    TOO_LONG: "the exact ids leave no place for an answer in what the model takes",
     NOT_TEXT: "the messages are not only text",
     PARSER: "the reasoning parser would take earlier reasoning in the exact ids for that of this answer",
     OTHER_REQUEST: "an option of the request needs vLLM's own prompt",

@@ -205,7 +205,8 @@ class _Rendering:
             return continuation.SEAM
         context = call.token_ids()
         ids = context + (new[1:] if call.ended else new)
-        if params.max_input_tokens is not None and len(ids) > params.max_input_tokens:
+        # An answer takes one at least.
+        if params.max_input_tokens is not None and len(ids) >= params.max_input_tokens:
             return continuation.TOO_LONG
         if self.online.parser is not None:
             parser = self._parser(tokenizer)

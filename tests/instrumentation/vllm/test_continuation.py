@@ -195,11 +195,17 @@ def test_agents_of_one_rollout_do_not_mix_whether_a_header_or_their_key_names_th
 
 
 @pytest.mark.usefixtures("continuing")
-def test_ids_that_are_more_than_the_model_takes_are_vllms_own() -> None:
-    context, prompt = two_turns(CHATML, "The quick fox. " * 4, length=75)
+def test_ids_that_leave_no_place_for_an_answer_are_vllms_own() -> None:
+    text = "The quick fox. " * 4
 
-    assert prompt[: len(context)] != context
-    assert len(prompt) < 75 < len(context)
+    def prompt_within(length: int) -> int:
+        continuation.forget()
+        return len(two_turns(CHATML, text, length=length)[1])
+
+    exact = prompt_within(1000)
+    # vLLM would refuse the exact ids where they leave no place for an answer; as a text, they are fewer.
+    assert prompt_within(exact + 1) == exact
+    assert prompt_within(exact) < exact
     assert results()["results"][decisions.TOO_LONG] == 1
 
 
