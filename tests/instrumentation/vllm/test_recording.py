@@ -58,6 +58,20 @@ def ends(generation: Generation) -> list[tuple[int, list[int], str | None]]:
     return [(choice.index, list(choice.token_ids or ()), choice.finish_reason) for choice in generation.choices]
 
 
+def test_a_store_that_cannot_be_opened_at_first_has_what_is_generated_later(
+    engine: Engine, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as failing:
+        failing.setattr(frontend, "start", lambda: 1 / 0)
+        engine.add("first", [1, 2, 3])
+    engine.says("first-0", [5], FinishReason.STOP)
+    engine.add("second", [1, 2, 3])
+    engine.says("second-0", [6], FinishReason.STOP)
+
+    assert [generation.request_id for generation in kept(path)] == ["second"]
+    assert sum(_isolation.failures.values()) == 1
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_two_choices_one_finished_and_one_aborted_are_one_aborted_generation(
     engine: Engine, path: Path, stream: bool

@@ -81,9 +81,11 @@ def find_pending(processor: Any) -> PendingRequests | None:
 def _pending_of(processor: Any) -> PendingRequests:
     found = _pending.get(processor)
     if found is None:
-        found = _pending[processor] = PendingRequests(_close, _logprobs_modes.get(processor), _note_lost)
+        # Before anything is kept: where the store cannot be opened, the next request tries again.
         if session.is_recording:
             start()
+        found = _pending[processor] = PendingRequests(_close, _logprobs_modes.get(processor), _note_lost)
+        if session.is_recording:
             session.follow(found)
     return found
 
