@@ -333,7 +333,8 @@ def note_finished(captured: CapturedRequest) -> None:
     turn = next((turn for turn in captured.context.turns if turn.prompt_token_ids in (prompt,)), None)
     if turn is None:
         return
-    ends: set[int] = captured.sampling_params.all_stop_token_ids
+    params = captured.sampling_params
+    ends: set[int] = params.all_stop_token_ids
     more = array("i", prompt[turn.shared :])
     for choice in captured.finished:
         if choice.finish_reason in ("stop", "length"):
@@ -342,12 +343,14 @@ def note_finished(captured: CapturedRequest) -> None:
             text = getattr(detokenizer, "output_text", None)
             # An answer that goes on behind the end of a turn (`ignore_eos`) has turns in it that no message has.
             if text is not None and ends.isdisjoint(response[:-1]):
+                # The ids have a stop string that the client was not told of: no end of a turn belongs behind them.
+                untold = isinstance(choice.stop_reason, str) and not params.include_stop_str_in_output
                 call = Call(
                     turn.position,
                     turn.rendered,
                     more,
                     response,
-                    ends,
+                    () if untold else ends,
                     bool(response) and response[-1] in ends,
                     _Said(text, turn.tool_choice, turn.one_call),
                     turn.continued,

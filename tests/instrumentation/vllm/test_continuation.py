@@ -105,7 +105,8 @@ def after(said: str, text: str, *stops: str, **finished: Any) -> tuple[str, bool
         prompt, context = await prompt_of(renderer, [USER], "ro-1")
         answered(prompt, context, ids, text, *ends, **finished)
         again, _ = await prompt_of(renderer, [USER, {"role": "assistant", "content": text}, MORE], "ro-1")
-        [result] = [result for result, count in results()["results"].items() if count > before[result]][-1:]
+        grown = [result for result, count in results()["results"].items() if count > before[result]]
+        [result] = [result for result in grown if result != decisions.FIRST_CALL]
         return result, again[: len(prompt) + len(ids)] == [*prompt, *ids]
 
     return asyncio.run(turns())
@@ -116,6 +117,15 @@ def after(said: str, text: str, *stops: str, **finished: Any) -> tuple[str, bool
 def test_a_token_at_which_a_client_stops_is_not_the_end_of_a_turn(stop: str) -> None:
     """The template has it further on, behind the end of the turn, as the first of what the user says."""
     assert after(f"It is.{stop}", "It is.", stop) == (decisions.SEAM, False)
+
+
+@pytest.mark.usefixtures("continuing")
+def test_a_stop_string_does_not_come_back_in_a_prompt_unless_its_client_has_it() -> None:
+    said, stop = "Act: look\n", "Observation:"
+
+    assert after(said + stop, said, stop_string=stop) == (decisions.SEAM, False)
+    continuation.forget()
+    assert after(said + stop, said + stop, stop_string=stop, includes_stop_string=True) == (decisions.CONTINUED, True)
 
 
 @pytest.mark.usefixtures("continuing")
