@@ -21,6 +21,7 @@ __all__ = [
     "CONTINUED",
     "ELSEWHERE",
     "FIRST_CALL",
+    "MOST_CANDIDATES",
     "NOT_APPEND_ONLY",
     "NOT_TEXT",
     "NO_MATCH",
@@ -77,6 +78,8 @@ ToolCall = tuple[str, str]
 
 # A Python object and its places in a dictionary and a list; ids are counted with four bytes each.
 BYTES_PER_CALL = 1000
+MOST_CANDIDATES = 16
+"""How many calls with equal messages are tried, the latest first: each answer is parsed while a request waits."""
 _BILLING_HEADER = "x-anthropic-billing-header"
 _STAND_INS = ("?", "!")
 # Reasoning as templates write it, with the white space behind; or its beginning, which the model goes on from.
@@ -365,11 +368,13 @@ class Histories:
         # Something new has to follow the answer.
         for position in range(len(messages) - 2, -1, -1):
             if messages[position]["role"] == "assistant":
-                for call in reversed(conversation.calls.get(fingerprints[position], ())):
+                message = messages[position]
+                candidates = conversation.calls.get(fingerprints[position], ())
+                for call in reversed(candidates[-MOST_CANDIDATES:]):
                     if call.answers is None:
                         call.answers = answers_of(call)
                     for answer in call.answers:
-                        if answer.is_said_by(messages[position]):
+                        if answer.is_said_by(message):
                             # The first is what it said, from here on.
                             call.answers = [answer]
                             return Match(call, answer)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from agentlightning.continuation import (
     CONTINUED,
+    MOST_CANDIDATES,
     NO_MATCH,
     NOT_APPEND_ONLY,
     REASONING_DROPPED,
@@ -278,6 +279,21 @@ def test_of_several_equal_answers_the_latest_is_continued_and_each_branch_its_ow
     assert continued("a") is first
     assert continued("b") is latest
     assert continued("c") is None
+
+
+def test_of_many_retries_only_the_latest_are_parsed() -> None:
+    histories = Histories(LIMIT)
+    calls = [made_up(1) for _ in range(100)]
+    for call in calls:
+        histories.add("ro-1", fingerprints([USER])[-1], call)
+    parsed: list[Call] = []
+
+    def answers_of(call: Call) -> list[Answer]:
+        parsed.append(call)
+        return [Answer("It is not.")]
+
+    assert histories.find("ro-1", MESSAGES, fingerprints(MESSAGES), answers_of) is None
+    assert parsed == calls[: -MOST_CANDIDATES - 1 : -1]
 
 
 def test_the_longest_call_is_continued() -> None:
