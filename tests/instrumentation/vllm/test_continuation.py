@@ -205,6 +205,18 @@ def test_agents_of_one_rollout_do_not_mix_whether_a_header_or_their_key_names_th
 
 
 @pytest.mark.usefixtures("continuing")
+def test_texts_are_counted_with_the_bytes_that_they_take() -> None:
+    sizes: list[int] = []
+    for text in ("a" * 90, "日" * 90):
+        continuation.forget()
+        after("It is.", text, finish_reason="length")
+        sizes.append(results()["bytes"])
+
+    # Python has two bytes for each of these characters; the text is kept as it is, and as two parsers may read it.
+    assert sizes[1] - sizes[0] >= 3 * 90
+
+
+@pytest.mark.usefixtures("continuing")
 def test_ids_that_leave_no_place_for_an_answer_are_vllms_own() -> None:
     text = "The quick fox. " * 4
 
