@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import httpx
+import pytest
 
 from agentlightning.store import open_database, open_store
 from tests.drift.conversations import conversation, record
@@ -13,6 +16,14 @@ from tests.server.process import StoreServer
 
 NOT_YET = "not compared yet"
 SECONDS = 60
+
+
+@pytest.fixture
+def store(new_store: Callable[[Path], str], tmp_path: Path) -> Iterator[StoreServer]:
+    """`agl store` for one test, which damages what it has."""
+    path = tmp_path / "store.db"
+    with StoreServer(path, store=new_store(path)) as server:
+        yield server
 
 
 def until_compared(store: StoreServer) -> None:
