@@ -115,8 +115,8 @@ def findings(report: Mapping[str, Sequence[str] | None]) -> Iterator[Finding]:
 
 
 def _model(server: str, api_key: str | None) -> str | None:
-    request = urllib.request.Request(f"{server}/v1/models", headers=bearer(api_key))
     try:
+        request = urllib.request.Request(f"{server}/v1/models", headers=bearer(api_key))
         with urllib.request.urlopen(request, timeout=SECONDS) as answer:
             return str(json.load(answer)["data"][0]["id"])
     except (OSError, HTTPException, ValueError, LookupError, TypeError):
