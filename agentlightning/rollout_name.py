@@ -102,7 +102,9 @@ class rollout(_Block):  # noqa: N801 - written as a function is
     `Rollout.base_url` is for these.
 
     Args:
-        rollout_id, attempt_id, agent_id: what the calls belong to.
+        rollout_id: the rollout that the calls belong to.
+        attempt_id: which attempt at it, if there are several.
+        agent_id: which of its agents calls.
 
     Raises:
         ValueError: an id is empty, or has more than 256 characters or one that ids may not have.
