@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from array import array
 from pathlib import Path
@@ -16,6 +17,7 @@ from agentlightning.cli import export, formats
 from agentlightning.generation import Choice, Generation, RoutedExperts
 from agentlightning.store import open_store
 from tests.common.generations import START, generation
+from tools.peer import environment
 
 pytestmark = pytest.mark.tier("check")
 
@@ -154,6 +156,32 @@ def test_a_long_export_is_written_in_parts_that_datasets_reads_as_one(store: Pat
         loader, data_files=str(folder / f"*.{kind}"), split="train", cache_dir=str(tmp_path / "cache")
     )
     assert found["rollout_id"][:] == ["r0", "r1", "r2", "r3"]
+
+
+READERS = ("duckdb==1.4.2", "polars==1.35.2")
+READ = """
+import json, sys
+import duckdb, polars
+parts = sys.argv[1] + "/*.parquet"
+columns = "rollout_id", "token_ids", "response_mask", "logprobs", "reward"
+of_polars = polars.read_parquet(parts).select(columns).rows()
+of_duckdb = duckdb.sql(f"SELECT {', '.join(columns)} FROM '{parts}' ORDER BY filename, file_row_number").fetchall()
+print(json.dumps([of_polars, of_duckdb]))
+"""
+
+
+@pytest.mark.tier("all")
+def test_polars_and_duckdb_read_the_parts_as_one_table(store: Path, tmp_path: Path) -> None:
+    python = environment("readers", "polars and DuckDB", READERS, date="2026-11-30") / "python"
+    folder = tmp_path / "rows"
+    assert exported(store, "--rows-per-file", "3", "--format", "parquet", "-o", folder) == 0
+
+    ran = subprocess.run([python, "-c", READ, folder], capture_output=True, text=True, check=True)
+
+    assert exported(store, "-o", tmp_path / "rows.jsonl") == 0
+    columns = ("rollout_id", "token_ids", "response_mask", "logprobs", "reward")
+    rows = [[row[column] for column in columns] for row in lines(tmp_path / "rows.jsonl")]
+    assert json.loads(ran.stdout) == [rows, rows]
 
 
 def test_as_many_rows_as_fit_a_file_make_one_part(store: Path, tmp_path: Path) -> None:
