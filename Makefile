@@ -71,6 +71,7 @@ demo-rollout: $(VENV)/.ready .cache/tiny-model/config.json
 
 demo-train: $(VENV)/.ready .cache/tiny-model/config.json
 	@$(VENV)/bin/python -m tools.trainers -m examples.train
+
 demo-agent: $(VENV)/.ready .cache/tiny-model/config.json
 	@$(VENV)/bin/python -m examples.agent $(AGENT)
 

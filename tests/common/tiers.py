@@ -157,8 +157,11 @@ class Limits:
             self.tests[report.nodeid] = (took, told["may take"])
 
     def slowness(self) -> float:
-        """How often as long fixed work took in this run as it does on the machine that the limits are of."""
-        return statistics.mean(self.works) / pace.REFERENCE_SECONDS if self.works else 1.0
+        """How often as long fixed work took in this run as it does on the machine that the limits are of; 1 at least.
+
+        A quicker machine makes nothing of a test shorter that waits, such as for a report that is sent each second.
+        """
+        return max(1.0, statistics.mean(self.works) / pace.REFERENCE_SECONDS) if self.works else 1.0
 
     def too_long(self) -> dict[str, tuple[float, float]]:
         slowness = self.slowness()
