@@ -71,7 +71,7 @@ RESULTS = {
     PARSER: "the reasoning parser would take earlier reasoning in the exact ids for that of this answer",
     OTHER_REQUEST: "an option of the request needs vLLM's own prompt",
 }
-"""What a request can come to, and why."""
+"""Results of a request, each with its reason."""
 
 Message = Mapping[str, Any]
 ToolCall = tuple[str, str]
@@ -184,7 +184,7 @@ def has_answer(messages: Sequence[Message]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a model said, as its client was told.
+    """An answer of a model, as its client was told.
 
     Attributes:
         text: without reasoning and tool calls.
@@ -418,7 +418,7 @@ def stand_in_for(message: Message) -> dict[str, Any]:
 
 
 class Seam(NamedTuple):
-    """Where a prompt goes on from a call.
+    """The place where a prompt goes on from a call.
 
     Attributes:
         start: the place in the template's text of the token that ends the answer.

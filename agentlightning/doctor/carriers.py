@@ -1,4 +1,4 @@
-"""Which carriers of a rollout's id arrive at a server, maybe through a router: one call with each shows it."""
+"""Find which carriers of a rollout's id arrive at a server, maybe through a router, by one call with each."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ Texts = Callable[[bytes | None], TokenTexts | None]
 
 
 class CallDetails(NamedTuple):
-    """What is known of a generation besides its `Call`: how many ids were cached, and the digest of its vocabulary."""
+    """Details of a generation besides its `Call`: how many ids were cached, and the digest of its vocabulary."""
 
     cached_tokens: int | None = None
     vocabulary: bytes | None = None

@@ -25,7 +25,7 @@ Cause = Literal[
 CAUSES: tuple[Cause, ...] = get_args(Cause)
 
 MEANT: frozenset[Cause] = frozenset(("compaction", "sub_agent", "retry"))
-"""What an agent does on purpose: counted, but no drift."""
+"""Causes that an agent means: counted, but no drift."""
 
 
 class About(NamedTuple):

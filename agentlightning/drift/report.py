@@ -27,7 +27,7 @@ UNFIT: Mapping[str, str] = {
     "aborted": "answers that were aborted, or failed",
     "without_ids": "calls without ids, whose prompts are embeddings, or which were not recorded whole",
 }
-"""What makes rows or answers unfit for training besides drift, in words."""
+"""Reasons besides drift why rows or answers are unfit for training, in words."""
 _SUMS = (
     "calls",
     "conversations",

@@ -27,7 +27,7 @@ _latest: dict[bytes, TokenTexts] = {}
 
 @dataclass(frozen=True, slots=True)
 class Material:
-    """What the drift of a rollout is found from.
+    """Input from which the drift of a rollout is found.
 
     Attributes:
         details: by the ids of generations.

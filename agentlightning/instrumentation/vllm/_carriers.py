@@ -1,4 +1,4 @@
-"""Who called, as an HTTP request says it: its rollout, and the agent and the purpose of the call.
+"""The caller, as an HTTP request names it: its rollout, and the agent and the purpose of the call.
 
 A carrier brings a rollout's id: the path, headers, the body's `user`, or the API key. `docs/recording.md` has their
 order. `SOURCES` is the one table of what agents say of themselves: which header becomes which field. Headers that are
@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 CARRIERS = ("path", "x-agl-rollout-id", "baggage", "x-request-id", "x-correlation-id", "user", "key")
-"""What can name a rollout, in the order in which it counts."""
+"""Carriers of a rollout's id, in the order in which they count."""
 PROBE = "agl-doctor-"
 """Begins the ids of rollouts by which `agl doctor` finds out which carriers arrive; 32 hexadecimal digits follow."""
 PROBE_PARAMS = {"temperature": 0.697003, "top_p": 0.913721}
@@ -73,7 +73,7 @@ _FORWARDING_HEADERS = (
 
 @dataclass(slots=True)
 class Caller:
-    """What a request says of who called. An unknown field is None.
+    """The caller that a request names. An unknown field is None.
 
     Attributes:
         rollout_id, attempt_id, carrier_agent_id: from the first carrier that names a rollout.

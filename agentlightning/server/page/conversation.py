@@ -64,7 +64,7 @@ class Call:
 
     @property
     def caller(self) -> list[str]:
-        """What is known of who called, and for what, in a few words each."""
+        """Describe the caller and the purpose of the call, in a few words each."""
         guess = f"maybe agent {self.guessed_agent} (a guess: system prompts or tools differ)"
         found = {
             f"agent {self.agent_id}": self.agent_id,
