@@ -17,6 +17,8 @@ from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from agentlightning.common_prefix import common_length
+
 __all__ = [
     "CONTINUED",
     "ELSEWHERE",
@@ -450,7 +452,7 @@ def find_seam(
         read: returns the text of a part of `whole`, if the template makes no text.
     """
     call, answer = match
-    shared = _shared_length(whole, stand_in)
+    shared = common_length(whole, stand_in)
     start = call.rendered.length if call.rendered.begins(whole) else None
     dropped = start is None or bool(answer.reasoning.strip()) or "</think>" in answer.text
     if start is None:
@@ -490,15 +492,3 @@ def _places(text: str, part: str, start: int, end: int) -> list[int]:
         places.append(place)
         place = text.find(part, place + len(part), end)
     return places
-
-
-def _shared_length(one: str, other: str) -> int:
-    """Return how many characters two texts begin with alike, by comparing halves: they may be long."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one[low:middle] == other[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low

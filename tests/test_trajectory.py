@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies
 
-from agentlightning import trajectory
+from agentlightning.common_prefix import common_ids
 from agentlightning.generation import RoutedExperts
-from agentlightning.trajectory import AttemptCalls, Call, LeftOut, Merged, Parent, Trajectory, group_of, merge
+from agentlightning.trajectory import AttemptCalls, Call, LeftOut, Merged, Parent, Trajectory, _tree, group_of, merge
 
 pytestmark = pytest.mark.tier("check")
 
@@ -559,10 +559,9 @@ def test_many_rows_of_one_prompt_are_made_without_quadratic_work(monkeypatch: py
     def compare(*arguments: Any) -> int:
         nonlocal compared
         compared += 1
-        return common(*arguments)
+        return common_ids(*arguments)
 
-    common: Any = getattr(trajectory, "_common")  # noqa: B009 -- it is private
-    monkeypatch.setattr(trajectory, "_common", compare)
+    monkeypatch.setattr(_tree, "common_ids", compare)
     choices = [
         Call(generation_id="c", index=number, prompt_token_ids=prompt, response_token_ids=array("i", [number]))
         for number in range(count)

@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("recorder",),
     ("store",),
     ("drift", "triplet", "trajectory", "continuation", "rollout_records", "sender", "completeness", "token_text"),
-    ("generation", "errors", "rollout_name"),
+    ("generation", "errors", "rollout_name", "common_prefix"),
     ("_startup",),
     ("importhook", "patching"),
     ("settings",),

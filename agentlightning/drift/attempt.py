@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
+from agentlightning.common_prefix import ID_BYTES, common_ids
 from agentlightning.drift.causes import MEANT, Cause
 from agentlightning.drift.classification import (
-    ID_BYTES,
     SHORT_TURN,
     Difference,
     classify,
-    common_length,
     has_other_turns,
     turn_names,
     turn_start,
@@ -385,7 +384,7 @@ class _Caller:
         ids = beside.prompt_token_ids.tobytes()
         start = len(ids) // ID_BYTES
         context = _Context(beside, ids, start, start, 0, None, 0, 0)
-        self._note(call, context, Difference("sub_agent", True, common_length(ids, prompt)), _array(prompt))
+        self._note(call, context, Difference("sub_agent", True, common_ids(ids, prompt)), _array(prompt))
 
     def _broken_from(
         self, call: Call, near: _Context, prompt: bytes, difference: Difference
@@ -431,7 +430,7 @@ class _Caller:
         beside = [each for each in (at - 1, at) if 0 <= each < len(self._sorted)]
         if not beside:
             return None, 0
-        lengths = {each: common_length(self._sorted[each].ids, prompt) for each in beside}
+        lengths = {each: common_ids(self._sorted[each].ids, prompt) for each in beside}
         best = max(lengths.values())
         shared = prompt[: best * ID_BYTES]
         alike: list[_Context] = []

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from agentlightning.common_prefix import ID_BYTES, common_ids
 from agentlightning.drift.causes import Cause
 from agentlightning.drift.content import (
     are_same_parts,
@@ -28,17 +29,14 @@ from agentlightning.drift.content import (
 from agentlightning.token_text import TokenTexts
 
 __all__ = [
-    "ID_BYTES",
     "SHORT_TURN",
     "Difference",
     "classify",
-    "common_length",
     "has_other_turns",
     "turn_names",
     "turn_start",
 ]
 
-ID_BYTES = 4
 # Tokens that stand inside a turn.
 _MARKUP = re.compile(
     r"think|tool_?calls?\b|TOOL_CALLS|\[ARGS\]|\[CALL_ID\]|python_tag|tool▁(?:call|sep)|end_header_id|header_end"
@@ -109,33 +107,12 @@ def classify(
         texts_before: those of the earlier ids, where they are of another vocabulary.
     """
     first, second = _array(before), _array(prompt)
-    position = common_length(first.tobytes(), second.tobytes())
+    position = common_ids(first.tobytes(), second.tobytes())
     if texts is None or not texts.are_known or (texts_before is not None and not texts_before.are_known):
         return _by_ids(answer_start, second, position)
     if texts_before is not None and texts_before is not texts:
         return _by_texts(first, second, texts_before, texts, position)
     return _Comparison(first, answer_start, second, texts, position).difference()
-
-
-def common_length(one: bytes, other: bytes, low: int = 0) -> int:
-    """Count the ids, four bytes each, with which two sequences begin alike; at least `low` are known to."""
-    high = min(len(one), len(other)) // ID_BYTES
-    low = min(low, high)
-    # In steps that double: most of what is compared at once is then compared only once.
-    step = 1 << 10
-    while low < high:
-        end = min(low + step, high)
-        if one[low * ID_BYTES : end * ID_BYTES] != other[low * ID_BYTES : end * ID_BYTES]:
-            high = end
-            break
-        low, step = end, 2 * step
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one[low * ID_BYTES : middle * ID_BYTES] == other[low * ID_BYTES : middle * ID_BYTES]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
 
 
 def turn_names(token_ids: Sequence[int], texts: TokenTexts) -> list[bytes]:
@@ -399,7 +376,7 @@ class _Comparison:
             del cut[opener:stop]
             limit -= stop - opener
             moved += 1
-            position = common_length(cut.tobytes(), whole)
+            position = common_ids(cut.tobytes(), whole)
         if not moved:
             return None
         if position == len(cut):

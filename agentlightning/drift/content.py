@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from agentlightning.common_prefix import common_length
+
 __all__ = [
     "are_same_parts",
     "characters",
@@ -194,21 +196,8 @@ def _is_tool(value: Any) -> bool:
 
 def similarity_of(one: str, other: str) -> float:
     """Return the share of the longer text that both have in common at their beginnings and ends."""
-    longest, most = max(len(one), len(other)), min(len(one), len(other))
+    longest = max(len(one), len(other))
     if not longest:
         return 1.0
-    low, high = 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one[low:middle] == other[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    front, low, high = low, 0, most - low
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one[len(one) - middle :] == other[len(other) - middle :]:
-            low = middle
-        else:
-            high = middle - 1
-    return (front + low) / longest
+    front = common_length(one, other)
+    return (front + common_length(one[front:][::-1], other[front:][::-1])) / longest

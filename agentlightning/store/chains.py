@@ -16,6 +16,7 @@ from hashlib import sha256
 from threading import Lock
 from typing import Any, AnyStr, Generic, overload
 
+from agentlightning.common_prefix import common_length
 from agentlightning.generation import Generation
 from agentlightning.store.rows import bytes_of
 
@@ -98,18 +99,9 @@ def _end(count: int) -> int:
     return FIRST + (count - 1) * NEXT if count else 0
 
 
-def _shared(content: AnyStr, other: AnyStr, most: int) -> int:
-    """Count the blocks with which two contents begin alike, at most so many."""
-    low, high = 0, most
-    # The whole first: most contents continue the one before.
-    middle = high
-    while low < high:
-        if content[_end(low) : _end(middle)] == other[_end(low) : _end(middle)]:
-            low = middle
-        else:
-            high = middle - 1
-        middle = (low + high + 1) // 2
-    return low
+def _count(length: int) -> int:
+    """Return how many blocks a length has room for."""
+    return 1 + (length - FIRST) // NEXT if length >= FIRST else 0
 
 
 class Kind(Generic[AnyStr]):
@@ -143,11 +135,11 @@ class Kind(Generic[AnyStr]):
             before: another content, which may begin alike: what they share is not named again.
             names: of the blocks of that one.
         """
-        if len(content) < FIRST:
+        count = _count(len(content))
+        if not count:
             return Chain(content)
-        count = 1 + (len(content) - FIRST) // NEXT
         blocks = _Slices(content, count, self._encode)
-        shared = 0 if before is None else _shared(content, before, min(count, len(names)))
+        shared = 0 if before is None else min(_count(common_length(content, before)), len(names))
         known = names[:shared]
         new = self.names((blocks[at] for at in range(shared, count)), known[-1] if known else None)
         return Chain(content[_end(count) :], blocks, [*known, *new])
