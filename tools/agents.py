@@ -32,8 +32,8 @@ TITLES = {
 """What each agent calls itself, by the name that this project has for it."""
 FRAMEWORKS = {
     "OpenAI Agents SDK": ("openai-agents==0.24.*",),
-    "LangGraph": ("langchain==1.*", "langchain-openai==1.*", "langgraph==1.*"),
-    "pydantic-ai": ("pydantic-ai-slim[openai]==2.68.*",),
+    "LangGraph": ("langchain==1.*", "langchain-openai==1.*", "langchain-anthropic==1.*", "langgraph==1.*"),
+    "pydantic-ai": ("pydantic-ai-slim[openai,anthropic]==2.68.*",),
     "smolagents": ("smolagents[openai]==1.26.*",),
     "AutoGen": ("autogen-agentchat==0.7.*", "autogen-ext[openai]==0.7.*"),
     "DSPy": ("dspy==3.4.*",),

@@ -99,12 +99,17 @@ class _Call:
 
 @dataclass(frozen=True, slots=True)
 class GenerationPosition:
-    """A generation of a rollout's call, with what its triplets say of it besides their ids."""
+    """A generation of a rollout's call, with what its triplets say of it besides their ids.
+
+    Attributes:
+        caller: what it says of its caller, by the names of the fields.
+    """
 
     generation_id: str
     attempt_id: str | None
     span_id: str | None
     reward: float | None
+    caller: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,13 +219,14 @@ def calls_of(
 
 def positions_of(connection: Connection, rollout_id: str) -> list[GenerationPosition]:
     """List the generations of a rollout's calls, in the order of its triplets, without their contents."""
-    found = calls_of(connection, rollout_id, None, ())
+    found = calls_of(connection, rollout_id, None, CALLER)
     return [
         GenerationPosition(
             rows.uuid_text(row.id),
             call.attempt_id,
             call.span.span_id if call.span else None,
             found.rewards.get(row.key),
+            caller_of(row, found.texts),
         )
         for call in found.calls
         for row in call.generations

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from agentlightning.drift import AttemptDrift
 from agentlightning.generation import Generation
 from agentlightning.store import open_store
 from agentlightning.trajectory import Trajectory
@@ -32,11 +33,12 @@ NEEDS_NPM = pytest.mark.tier("all")
 
 @dataclass(frozen=True)
 class Played:
-    """A run of an agent: its output, its calls by their answers, and its rows."""
+    """A run of an agent: its output, its calls by their answers, its rows, and why they end."""
 
     output: str
     calls: dict[str, Generation]
     rows: list[Trajectory]
+    drift: AttemptDrift
 
 
 Play = Callable[[str, int], Played]
@@ -56,7 +58,9 @@ def play(scripted: ScriptedServer, tmp_path: Path) -> Play:
         found = server.kept(rollout_id=rollout)
         assert [(each.attempt_id, each.status) for each in found] == [("at-1", "finished")] * calls
         with open_store(server.store, read_only=True) as store:
-            return Played(output, {str(each.choices[0].text): each for each in found}, [*store.trajectories(rollout)])
+            [drift] = store.drift(rollout)
+            calls = {str(each.choices[0].text): each for each in found}
+            return Played(output, calls, [*store.trajectories(rollout)], drift)
 
     return play
 
@@ -86,6 +90,12 @@ def check(agent: str, rows: Sequence[Trajectory]) -> None:
     assert re.fullmatch(pattern, found), f"{found}\nis not\n\n{expected}"
 
 
+def check_causes(found: AttemptDrift) -> None:
+    """Check that one tool call, which no template writes so, is all that breaks; other agents' calls are meant."""
+    causes = [(each.cause, each.is_certain) for each in found.breaks if each.cause != "sub_agent"]
+    assert causes == [("tool_call", True)]
+
+
 @pytest.mark.takes_long("installs the agent the first time")
 def test_mini_swe_agent(play: Play) -> None:
     done = play("mini", 2)
@@ -94,6 +104,7 @@ def test_mini_swe_agent(play: Play) -> None:
     assert {(each.endpoint, each.retry) for each in done.calls.values()} == {("/v1/chat/completions", 0)}
     assert {(each.session_id, each.agent_id, each.purpose) for each in done.calls.values()} == {(None, None, None)}
     check("mini", done.rows)
+    check_causes(done.drift)
     check_logprobs(done.rows)
 
 
@@ -109,6 +120,7 @@ def test_claude_code_and_its_sub_agent(play: Play) -> None:
     assert {(each.session_id, each.agent_id) for each in main} == {(sub.session_id, None)}
     assert sub.agent_id is not None
     check("claude", done.rows)
+    check_causes(done.drift)
 
 
 @NEEDS_NPM
@@ -126,6 +138,7 @@ def test_codex_and_its_sub_agent(play: Play) -> None:
     assert sub.agent_id not in (None, sub.session_id)
     assert (sub.parent_agent_id, sub.purpose) == (sub.session_id, "sub-agent")
     check("codex", done.rows)
+    check_causes(done.drift)
 
 
 @NEEDS_NPM
@@ -142,6 +155,7 @@ def test_opencode_with_a_title_and_a_sub_agent(play: Play) -> None:
     assert sub.session_id not in (None, title.session_id)
     assert (sub.agent_id, sub.parent_agent_id) == (sub.session_id, title.session_id)
     check("opencode", done.rows)
+    check_causes(done.drift)
 
 
 @NEEDS_NPM
@@ -152,3 +166,4 @@ def test_qwen_code_and_its_sub_agent_which_says_nothing_of_itself(play: Play) ->
     assert {(each.endpoint, each.retry) for each in done.calls.values()} == {("/v1/chat/completions", 0)}
     assert {(each.session_id, each.agent_id, each.purpose) for each in done.calls.values()} == {(None, None, None)}
     check("qwen", done.rows)
+    check_causes(done.drift)

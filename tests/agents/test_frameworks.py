@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.common.agents import PAGES_URL, block
+from tests.common.agents import PAGES_URL, blocks
 from tests.common.script import call
 from tests.common.vllm import without_agl
 from tests.conftest import ScriptedServer
@@ -74,11 +74,21 @@ def run(framework: str, text: str, rollout: str, scripted: ScriptedServer, folde
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_the_block_of_a_framework_is_recorded(framework: str, scripted: ScriptedServer, tmp_path: Path) -> None:
-    run(framework, block(framework, "python"), f"ro-{framework.replace(' ', '-')}", scripted, tmp_path)
+    run(framework, blocks(framework, "python")[0], f"ro-{framework.replace(' ', '-')}", scripted, tmp_path)
+
+
+@pytest.mark.parametrize("framework", ["LangGraph", "pydantic-ai"])
+def test_the_block_of_a_framework_over_messages_is_recorded(
+    framework: str, scripted: ScriptedServer, tmp_path: Path
+) -> None:
+    rollout = f"ro-{framework}-messages"
+    run(framework, blocks(framework, "python")[1], rollout, scripted, tmp_path)
+
+    assert {each.endpoint for each in scripted.server.kept(rollout_id=rollout)} == {"/v1/messages"}
 
 
 def test_the_openai_agents_sdk_is_recorded_by_responses_too(scripted: ScriptedServer, tmp_path: Path) -> None:
-    text = block("OpenAI Agents SDK", "python").replace("OpenAIChatCompletionsModel", "OpenAIResponsesModel")
+    text = blocks("OpenAI Agents SDK", "python")[0].replace("OpenAIChatCompletionsModel", "OpenAIResponsesModel")
     run("OpenAI Agents SDK", text, "ro-responses", scripted, tmp_path)
 
     assert {each.endpoint for each in scripted.server.kept(rollout_id="ro-responses")} == {"/v1/responses"}

@@ -59,12 +59,12 @@ PAGES_URL, PAGES_TASK = "http://localhost:8000/rollout/ro-1", "'Make the tests p
 SECONDS = 240
 
 
-def block(title: str, language: str) -> str:
-    """Return the first block of this language below this heading of the page."""
-    pattern = rf"^#+ {re.escape(title)}\n.*?^```{language}\n(.*?)^```$"
-    found = re.search(pattern, PAGE.read_text(), re.DOTALL | re.MULTILINE)
+def blocks(title: str, language: str) -> list[str]:
+    """Return the blocks of this language below this heading of the page."""
+    below = re.search(rf"^#+ {re.escape(title)}\n(.*?)(?=^##|\Z)", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    found = re.findall(rf"^```{language}\n(.*?)^```$", below[1] if below else "", re.DOTALL | re.MULTILINE)
     assert found, f"{PAGE.name} has no {language} block for {title}"
-    return found[1]
+    return found
 
 
 def run(agent: str, base_url: str, folder: Path) -> str:
@@ -81,7 +81,7 @@ def run(agent: str, base_url: str, folder: Path) -> str:
     if commands is None:
         raise RuntimeError(MISSING_NPM)
     script = (
-        block(TITLES[agent], "bash").replace(PAGES_URL, base_url.removesuffix("/v1")).replace(PAGES_TASK, '"$TASK"')
+        blocks(TITLES[agent], "bash")[0].replace(PAGES_URL, base_url.removesuffix("/v1")).replace(PAGES_TASK, '"$TASK"')
     )
     home, work = folder / "home", folder / "work"
     for each in (home, work):

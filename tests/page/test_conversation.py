@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from agentlightning.generation import Choice
-from agentlightning.server.page.conversation import conversation_of
+from agentlightning.server.page.conversation import CALLS_SHOWN, conversation_of
 from agentlightning.store import open_database, open_store
 from tests.common.generations import generation
 
@@ -29,10 +29,10 @@ def new_texts(
         )
     database = open_database(str(path))
     with database.reading() as connection:
-        found, left_out = conversation_of(connection, "r")
+        found = conversation_of(connection, "r")
     database.close()
-    assert left_out == 0
-    return [(call.new_text, call.is_continued) for call in found]
+    assert found.left_out == 0
+    return [(call.new_text, call.is_continued) for call in found.calls]
 
 
 def test_call_shows_only_the_new_part_of_its_prompt(tmp_path: Path) -> None:
@@ -70,3 +70,29 @@ def test_new_attempt_shows_its_whole_prompt(tmp_path: Path) -> None:
 @pytest.mark.parametrize("answer", [None, ""])
 def test_call_without_text_has_no_new_text(tmp_path: Path, answer: str | None) -> None:
     assert new_texts(tmp_path / "store.db", (None, answer), (None, answer)) == [(None, False)] * 2
+
+
+def test_calls_of_an_agent_are_found_behind_those_that_are_shown(tmp_path: Path) -> None:
+    path = str(tmp_path / "store.db")
+    late = {"agent_id": "late", "parent_agent_id": "main", "purpose": "review", "retry": 1}
+    with open_store(path) as store:
+        store.add(generation(number, rollout_id="r", agent_id="main", retry=0) for number in range(CALLS_SHOWN + 9))
+        store.add([generation(CALLS_SHOWN + 9, rollout_id="r", **late)])
+    database = open_database(path)
+    with database.reading() as connection:
+        whole = conversation_of(connection, "r")
+        found = {field: conversation_of(connection, "r", {field: value}) for field, value in late.items()}
+        both = conversation_of(connection, "r", {"agent_id": "main", "purpose": "review"})
+    database.close()
+
+    assert (whole.count, len(whole.calls), len(whole.matching), whole.left_out) == (210, 200, 200, 10)
+    assert whole.callers == {
+        "agent_id": ["late", "main"],
+        "parent_agent_id": ["main"],
+        "purpose": ["review"],
+        "retry": [0, 1],
+    }
+    for each in found.values():
+        assert [call.agent_id for call in each.matching] == ["late"]
+        assert (each.count, each.left_out) == (210, 0)
+    assert not both.matching

@@ -10,9 +10,12 @@ import httpx
 import pytest
 from playwright.sync_api import Page, expect
 
+from agentlightning.drift import AttemptDrift
+from agentlightning.server.page.conversation import CALLS_SHOWN
+from agentlightning.server.page.drift_page import CALLS_COMPARED, trees_of
 from agentlightning.store import open_store
 from tests.common.browser import Visit
-from tests.drift.conversations import conversation, record
+from tests.drift.conversations import TEMPLATE, call_of, conversation, record
 from tests.page.test_every_page import violations
 from tests.server.process import StoreServer
 from tests.server.test_drift import until_compared
@@ -73,6 +76,40 @@ def test_calls_that_continue_one_another_stand_in_one_line(page: Page) -> None:
 
     expect(tree.get_by_role("listitem")).to_have_count(1)
     expect(tree.get_by_role("link")).to_have_text(["1", "2"])
+
+
+def test_a_long_rollout_has_a_tree_of_each_attempt(page: Page, drifted: StoreServer) -> None:
+    rollout, calls = "drift-long", CALLS_SHOWN // 2 + 1
+    prompts = [TEMPLATE.prompt([{"role": "user", "content": f"How many are {number}?"}]) for number in range(2 * calls)]
+    with open_store(drifted.url) as store:
+        asked = [call_of(rollout, 2000 + number, prompt, "Few.", "long") for number, prompt in enumerate(prompts)]
+        record(store, *(replace(each, attempt_id="ab"[number // calls]) for number, each in enumerate(asked)))
+
+    page.goto(f"/rollout?id={rollout}")
+    trees = page.get_by_role("region", name="Prompts")
+
+    expect(trees.get_by_role("heading", level=3)).to_have_text(["Attempt a", "Attempt b"])
+    expect(trees.get_by_role("link")).to_have_count(2 * calls)
+
+
+def test_what_is_left_out_of_a_tree_is_counted() -> None:
+    attempt = AttemptDrift(rollout_id="r", attempt_id="a", parents={f"{number}": None for number in range(210)})
+
+    [tree] = trees_of([attempt, AttemptDrift(rollout_id="r", attempt_id="b")])
+
+    assert (tree.attempt_id, len(tree.lines), tree.left_out) == ("a", 200, 10)
+
+
+def test_a_rollout_of_too_many_calls_says_how_they_are_compared(page: Page, drifted: StoreServer) -> None:
+    with open_store(drifted.url) as store:
+        record(
+            store,
+            *(call_of("drift-many", 4000 + number, [1, 2, 3], "Few.", "many") for number in range(CALLS_COMPARED + 1)),
+        )
+
+    page.goto("/rollout?id=drift-many")
+
+    expect(page.get_by_role("region", name="Prompts")).to_contain_text("agl drift --rollout")
 
 
 def test_causes_are_bars_over_time_of_all_models_or_one(page: Page) -> None:

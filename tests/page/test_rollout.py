@@ -292,6 +292,11 @@ def test_calls_say_which_agent_made_them_and_are_filtered_by_it(
     page.get_by_role("link", name="All agents").click()
     page.get_by_role("link", name="All purposes").click()
     expect(calls(page)).to_have_count(4)
+    page.get_by_role("navigation", name="Started by").get_by_role("link", name="main").click()
+    expect(calls(page)).to_have_count(1)
+    page.get_by_role("link", name="Started by any").click()
+    page.get_by_role("navigation", name="Retries").get_by_role("link", name="retry 2").click()
+    expect(calls(page)).to_have_count(1)
 
 
 def test_outcome_of_a_very_large_span_is_not_read(

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from sqlalchemy import Connection
 
 from agentlightning.generation import Generation
 from agentlightning.server.page.agents import guess_agents
 from agentlightning.store import generations, triplets
+from agentlightning.store.triplets import GenerationPosition
 
-__all__ = ["Answer", "Call", "conversation_of", "unassigned_calls"]
+__all__ = ["CALLS_SHOWN", "Answer", "Call", "Conversation", "conversation_of", "unassigned_calls"]
 
 CALLS_SHOWN = 200
+CALLERS_SHOWN = 50
 # A long first prompt, with instructions and tools, is read less often than the messages after it.
 FOLDED_CHARACTERS = 1500
 NANOSECONDS = 1e9
@@ -80,14 +83,55 @@ class Call:
         return len(self.new_text or "") > FOLDED_CHARACTERS
 
 
-def conversation_of(connection: Connection, rollout_id: str) -> tuple[list[Call], int]:
-    """Return the calls of a rollout in the order of its triplets, and the number of calls left out."""
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """The calls of a rollout, in the order of its triplets.
+
+    Attributes:
+        calls: the first of all calls.
+        matching: the first of those that match the filters.
+        count, left_out: number of all calls, and of those that match but are not among `matching`.
+        callers: values by which its calls can be told apart, by field.
+    """
+
+    calls: Sequence[Call]
+    matching: Sequence[Call]
+    count: int
+    left_out: int
+    callers: Mapping[str, Sequence[Any]]
+
+
+def conversation_of(connection: Connection, rollout_id: str, filters: Mapping[str, Any] | None = None) -> Conversation:
+    """Return the conversation of a rollout.
+
+    Args:
+        filters: what the calls to show say of their callers, by field.
+    """
+    wanted = filters or {}
     places = triplets.positions_of(connection, rollout_id)
+    calls = _calls(connection, places[:CALLS_SHOWN])
+    fitting = [each for each in places if wanted.items() <= each.caller.items()]
+    matching = _calls(connection, fitting[:CALLS_SHOWN]) if wanted else calls
+    left_out = max(len(fitting) - CALLS_SHOWN, 0)
+    return Conversation(calls, matching, len(places), left_out, _callers([each.caller for each in places], wanted))
+
+
+def _callers(callers: Sequence[Mapping[str, Any]], wanted: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """List the first values of each field, and the one that is wanted; none where no call was tried again."""
+    values = {field: {each[field] for each in callers} - {None} for field in callers[0]} if callers else {}
+    return {
+        field: sorted({*sorted(known)[:CALLERS_SHOWN], *([wanted[field]] if field in wanted else [])})
+        for field, known in values.items()
+        if known - {0} or field in wanted
+    }
+
+
+def _calls(connection: Connection, places: Sequence[GenerationPosition]) -> list[Call]:
     found: list[Call] = []
     prompts: list[str | None] = []
     # Texts of each attempt so far: the calls of two agents may alternate.
     texts: defaultdict[str | None, list[str]] = defaultdict(list)
-    for place in places[:CALLS_SHOWN]:
+    for place in places:
         generation = generations.find(connection, place.generation_id)
         if generation is not None:
             so_far = texts[place.attempt_id]
@@ -95,7 +139,7 @@ def conversation_of(connection: Connection, rollout_id: str) -> tuple[list[Call]
             found.append(_call(generation, place.attempt_id, place.span_id, before, place.reward))
             prompts.append(generation.prompt_text)
             so_far += _texts_of(generation)
-    return _with_guesses(found, prompts), max(len(places) - CALLS_SHOWN, 0)
+    return _with_guesses(found, prompts)
 
 
 def unassigned_calls(connection: Connection) -> list[Call]:

@@ -1,4 +1,4 @@
-"""The page of drift: causes as bars over time; and the tree of a rollout's prompts, with its breaks."""
+"""The page of drift: causes as bars over time; and the trees of a rollout's prompts, with their breaks."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ from agentlightning.server.schemas import Part
 from agentlightning.store import drift_index
 from agentlightning.store.drift_index import CauseCount
 
-__all__ = ["DriftQuery", "Line", "drift_values", "lines_of"]
+__all__ = ["CALLS_COMPARED", "DriftQuery", "Line", "Tree", "drift_values", "trees_of"]
 
 BARS = 48
+CALLS_COMPARED = 2_000
+"""Most calls of a rollout that are compared while its page loads."""
+# A line with a break has both of its sides.
+LINES_SHOWN = 200
 HOURS: Mapping[str, int] = {"hour": 1, "day": 24, "week": 7 * 24, "month": 30 * 24}
 NANOSECONDS_OF_AN_HOUR = 3600 * 10**9
 
@@ -73,6 +77,15 @@ class Line:
     parent: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """The first lines of an attempt's prompts, and the number of lines left out."""
+
+    attempt_id: str | None
+    lines: Sequence[Line]
+    left_out: int
+
+
 def drift_values(connection: Connection, query: DriftQuery) -> dict[str, Any]:
     """Return the values for the template of the page."""
     until = time.time_ns()
@@ -97,8 +110,13 @@ def drift_values(connection: Connection, query: DriftQuery) -> dict[str, Any]:
     }
 
 
-def lines_of(attempt: AttemptDrift) -> Iterator[Line]:
-    """Yield the tree of an attempt's prompts, line by line."""
+def trees_of(attempts: Sequence[AttemptDrift]) -> list[Tree]:
+    """Return the tree of each attempt that has calls."""
+    found = [(each.attempt_id, [*_lines_of(each)]) for each in attempts if each.parents]
+    return [Tree(attempt_id, lines[:LINES_SHOWN], max(len(lines) - LINES_SHOWN, 0)) for attempt_id, lines in found]
+
+
+def _lines_of(attempt: AttemptDrift) -> Iterator[Line]:
     numbers = {each: number for number, each in enumerate(attempt.parents, 1)}
     breaks = {each.generation_id: each for each in attempt.breaks}
     children: defaultdict[str | None, list[str]] = defaultdict(list)

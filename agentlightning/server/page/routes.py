@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 
 from agentlightning.server.page.api_reference import ApiReference, api_reference_of
 from agentlightning.server.page.conversation import conversation_of, unassigned_calls
-from agentlightning.server.page.drift_page import DriftQuery, drift_values, lines_of
+from agentlightning.server.page.drift_page import CALLS_COMPARED, DriftQuery, drift_values, trees_of
 from agentlightning.server.page.generation import choice_values, prompt_tokens
 from agentlightning.server.page.rendering import STATIC, page
 from agentlightning.server.page.rollout_table import TableQuery, absence_of, progress_of, table_of
@@ -46,16 +46,20 @@ async def show_rollout(
     database: Database,
     rollout_id: Annotated[Id | None, Query(alias="id")] = None,
     agent_id: Id | None = None,
+    parent_agent_id: Id | None = None,
     purpose: Id | None = None,
+    retry: Annotated[int | None, Query(ge=0, le=(1 << 31) - 1)] = None,
 ) -> Response:
-    """Show one rollout, with all of its calls or those of an agent or a purpose; without an id, calls without one."""
-    wanted = {name: value for name, value in (("agent_id", agent_id), ("purpose", purpose)) if value is not None}
+    """Show one rollout, with all calls or those that say this of their callers; without an id, calls without one."""
+    given = {"agent_id": agent_id, "parent_agent_id": parent_agent_id, "purpose": purpose, "retry": retry}
+    wanted = {name: value for name, value in given.items() if value is not None}
 
     def read(connection: Connection) -> dict[str, Any] | None:
         if rollout_id is None:
             return {"calls": unassigned_calls(connection)}
         found = rollouts.find(connection, rollout_id)
-        calls, more_calls = conversation_of(connection, rollout_id)
+        conversation = conversation_of(connection, rollout_id, wanted)
+        calls = conversation.calls
         shown = timeline_of(connection, rollout_id, found, calls)
         if found is None and not shown.rows:
             return None
@@ -63,14 +67,11 @@ async def show_rollout(
         absence = None if has_answers else absence_of(connection, rollout_id, found)
         progress = progress_of(connection, rollout_id, found, calls)
         return {
-            "calls": [call for call in calls if all(getattr(call, name) == wanted[name] for name in wanted)],
-            "callers": {
-                name: sorted({value for call in calls if (value := getattr(call, name)) is not None})
-                for name in ("agent_id", "purpose")
-            },
+            "calls": conversation.matching,
+            "callers": conversation.callers,
             "wanted": wanted,
-            "count": len(calls) + more_calls,
-            "more_calls": more_calls,
+            "count": conversation.count,
+            "more_calls": conversation.left_out,
             "timeline": shown,
             "rollout": found,
             "absence": absence,
@@ -82,9 +83,10 @@ async def show_rollout(
         return _not_found(request, f"There is no rollout {rollout_id!r}", "Nothing in this store has this id.")
     if rollout_id is None:
         return page(request, "calls.html", **found)
-    attempts = None if found["more_calls"] else await request.app.state.drift.attempts(rollout_id)
-    lines = [line for attempt in attempts or () for line in lines_of(attempt)]
-    return page(request, "rollout.html", rollout_id=rollout_id, lines=lines, **found)
+    compares = found["count"] <= CALLS_COMPARED
+    attempts = await request.app.state.drift.attempts(rollout_id) if compares else None
+    trees = None if attempts is None else trees_of(attempts)
+    return page(request, "rollout.html", rollout_id=rollout_id, trees=trees, compares=compares, **found)
 
 
 @routes.get("/generation", include_in_schema=False)
