@@ -97,6 +97,9 @@ def lines_of(report: Report, brief: bool) -> Iterator[str]:
         yield f"of {count} the ids alone are known, and no vocabulary: their breaks have no certain cause"
     for cause, count in report.causes.items():
         yield from _cause(report, cause, count, brief)
+    if report.behind:
+        yield from ("", "once these are gone, what breaks the same prompts next:")[brief:]
+        yield from (f"{count:>7} {cause}: {ABOUT[cause].title}" for cause, count in report.behind.items())
     if not brief and report.unfit:
         yield from ("", "besides, unfit for training:")
         yield from (f"{count:>7} {UNFIT[name]}" for name, count in report.unfit.items())

@@ -15,7 +15,7 @@ from agentlightning.drift.classification import (
     SHORT_TURN,
     Difference,
     classify,
-    has_other_turns,
+    continues,
     turn_names,
     turn_start,
 )
@@ -356,7 +356,7 @@ class _Caller:
         if exact is not None and near is not None and exact is not near and not is_broken:
             # It leaves the other call within its prompt: another branch, unless it goes on behind the change.
             texts = self._texts(call)
-            is_broken = texts is not None and has_other_turns(_array(near.ids), _array(prompt), texts)
+            is_broken = texts is not None and continues(_array(near.ids), near.start, _array(prompt), texts)
         if exact is not None and not is_broken:
             self._count_cached(call, exact.stop)
             return exact, exact.stop, False

@@ -11,7 +11,7 @@ import re
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from weakref import WeakKeyDictionary
 
 from agentlightning.common_prefix import ID_BYTES, common_ids
 from agentlightning.drift.causes import Cause
@@ -32,7 +32,7 @@ __all__ = [
     "SHORT_TURN",
     "Difference",
     "classify",
-    "has_other_turns",
+    "continues",
     "turn_names",
     "turn_start",
 ]
@@ -133,19 +133,26 @@ def turn_start(token_ids: Sequence[int], position: int, texts: TokenTexts) -> in
     return position
 
 
-def has_other_turns(before: Sequence[int], prompt: Sequence[int], texts: TokenTexts) -> bool:
-    """Tell whether a prompt has more turns than what came before: it then goes on, whatever was changed."""
-    return len(turn_names(prompt, texts)) > len(turn_names(before, texts))
+def continues(before: Sequence[int], answer_start: int, prompt: Sequence[int], texts: TokenTexts) -> bool:
+    """Tell whether a prompt goes on behind an earlier call's prompt and answer, whatever was changed in them."""
+    first, second = _array(before), _array(prompt)
+    position = common_ids(first.tobytes(), second.tobytes())
+    return _Comparison(first, answer_start, second, texts, position).continues()
 
 
 def _array(token_ids: Sequence[int]) -> array[int]:
     return token_ids if isinstance(token_ids, array) else array("i", token_ids)
 
 
-@lru_cache(16)
+_known: WeakKeyDictionary[TokenTexts, frozenset[int]] = WeakKeyDictionary()
+
+
 def _boundaries(texts: TokenTexts) -> frozenset[int]:
     """Return the special tokens that stand between turns."""
-    return frozenset(each for each in texts.special if not _MARKUP.search(texts.text(each)))
+    if (found := _known.get(texts)) is None:
+        found = frozenset(each for each in texts.special if not _MARKUP.search(texts.text(each)))
+        _known[texts] = found
+    return found
 
 
 def _bounds(token_ids: array[int], texts: TokenTexts) -> list[int]:
@@ -326,15 +333,32 @@ class _Comparison:
         return self._named("sub_agent", (not self._message and similarity < SIMILAR) or self._has_other_tools())
 
     def continues(self) -> bool:
-        """Tell whether the prompt goes on: it has the turn of the answer, or more turns than the prompt before."""
+        """Tell whether the prompt goes on: it has the answer, or more turns than the prompt before and some of these.
+
+        Another conversation may have more turns, too, as one with examples in front has.
+        """
         if self._position >= self._answer_start:
             return True
         answer = turn_start(self._before, self._answer_start, self._texts)
-        turns = turn_names(self._prompt[self._start :], self._texts)
-        before = turn_names(self._before[self._start : self._answer_start], self._texts)
         # The last of a prompt is the beginning of an answer.
-        is_answered = any(each in turns[:-1] for each in turn_names(self._before[answer:], self._texts)[:1])
-        return is_answered or len(turns) > len(before)
+        turns = turn_names(self._prompt[self._start :], self._texts)[:-1]
+        before = turn_names(self._before[self._start : answer], self._texts)
+        said = turn_names(self._before[answer:], self._texts)[:1]
+        if not {*said}.isdisjoint(turns):
+            return True
+        if len(turns) <= len(before):
+            return False
+        later = self._messages(before[1:])
+        if later:
+            return not {*later}.isdisjoint(turns)
+        return any(self._is_same_answer(each, turn) for each in said for turn in turns)
+
+    def _is_same_answer(self, said: bytes, turn: bytes) -> bool:
+        """Tell whether a turn is the answer, but for its reasoning, the form of its tool calls, and its ends."""
+        one, other = (
+            without_thoughts(split_header(self._texts.join(array("i", each)))[1]).strip() for each in (said, turn)
+        )
+        return bool(one) and (characters(one) == characters(other) or are_same_parts(parts_of(one), parts_of(other)))
 
     def _compaction(self) -> Difference | None:
         """Look for a history with fewer turns, some of them kept; a summary may as well be asked of another text."""

@@ -51,7 +51,7 @@ class Report:
         cached: of `cacheable` ids; None where that is unknown.
         causes: number of breaks by cause, in the order of `CAUSES`, without those that did not occur.
         certain: of these, how many are certain.
-        also: how often a cause stands behind another.
+        behind: how often a cause would break a prompt once the one that is counted is gone, in the same order.
         examples: a break for each cause, with its rollout: the first certain one, or else the first.
         unfit: by reason, in the order of `UNFIT`.
     """
@@ -61,16 +61,21 @@ class Report:
         self.cached: int | None = None
         self.sums: Counter[str] = Counter()
         self.certain: Counter[Cause] = Counter()
-        self.also: Counter[Cause] = Counter()
         self.examples: dict[Cause, tuple[AttemptDrift, Break]] = {}
         self._causes: Counter[Cause] = Counter()
+        self._behind: Counter[Cause] = Counter()
         self._unfit: Counter[str] = Counter()
         self._mismatches: Counter[str] = Counter()
         self._session_mismatches: Counter[str] = Counter()
+        self._attempts_broken = 0
 
     @property
     def causes(self) -> dict[Cause, int]:
         return {cause: self._causes[cause] for cause in CAUSES if self._causes[cause]}
+
+    @property
+    def behind(self) -> dict[Cause, int]:
+        return {cause: self._behind[cause] for cause in CAUSES if self._behind[cause]}
 
     @property
     def unfit(self) -> dict[str, int]:
@@ -89,6 +94,7 @@ class Report:
     def add(self, attempt: AttemptDrift) -> None:
         """Add an attempt."""
         self.attempts += 1
+        self._attempts_broken += attempt.broken > 0
         for name in _SUMS:
             self.sums[name] += getattr(attempt, name)
         if attempt.cached is not None:
@@ -98,7 +104,7 @@ class Report:
         for each in attempt.breaks:
             self._causes[each.cause] += 1
             self.certain[each.cause] += each.is_certain
-            self.also.update(each.also)
+            self._behind.update(each.also)
             self._mismatches.update(each.mismatches)
             types |= {each.session_mismatch} if each.session_mismatch else set()
             known = self.examples.get(each.cause)
@@ -123,7 +129,7 @@ class Report:
                     "is_meant": cause in MEANT,
                     "count": count,
                     "certain": self.certain[cause],
-                    "also": self.also[cause],
+                    "also": self._behind[cause],
                     "cure": ABOUT[cause].cure,
                     "example": _example(*self.examples[cause]),
                 }
@@ -132,7 +138,7 @@ class Report:
             "unfit": self.unfit,
             **{f"training/{name}_mismatch_triplets": self._mismatches[name] for name in MISMATCHES},
             **{f"training/{name}_mismatch_ratio": _share(self._mismatches[name], turns) or 0.0 for name in MISMATCHES},
-            "tito_session_mismatch_rate": self.share_broken,
+            "tito_session_mismatch_rate": _share(self._attempts_broken, self.attempts) or 0.0,
             **{
                 f"tito_session_mismatch_rate/{name}": _share(self._session_mismatches[name], self.attempts) or 0.0
                 for name in SESSION_MISMATCHES

@@ -44,6 +44,17 @@ def test_a_report_says_how_much_broke_why_where_and_what_to_do(
     assert max(map(len, printed.splitlines())) < 200
 
 
+def test_what_breaks_next_is_counted_too(store: Store, url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    record(store, *conversation("r", "<think>\nSnow.\n</think>\n\nIt is.\n\nObservation:", stop=None))
+
+    assert drift.main(["--store", url, "--brief"]) == 0
+
+    *_, counted, title, behind = capsys.readouterr().out.splitlines()
+    assert counted == "      1 reasoning: reasoning left out of the history"
+    assert title == "once these are gone, what breaks the same prompts next:"
+    assert behind == "      1 answer_end: white space, stop token or stop string at an answer's end"
+
+
 def test_json_has_the_same_and_a_share_that_is_too_large_fails(
     store: Store, url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

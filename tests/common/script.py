@@ -46,7 +46,8 @@ def arguments() -> tuple[str, ...]:
     """Return the arguments of `vllm serve` with which the tiny model follows a script, and takes agents' prompts."""
     processor = "tests.common.script_processor:FollowScript"
     names = ("--served-model-name", str(tiny_model()), MODEL)
-    return (*names, *TOOLS, *LONG_PROMPTS, f"--chat-template={TOOLS_FIRST}", f"--logits-processors={processor}")
+    template = f"--chat-template={TOOLS_FIRST}", "--trust-request-chat-template"
+    return (*names, *TOOLS, *LONG_PROMPTS, *template, f"--logits-processors={processor}")
 
 
 def environment(script: Path) -> dict[str, str]:

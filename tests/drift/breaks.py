@@ -260,6 +260,10 @@ def sub_agent(template: Template, draw: random.Random) -> Made:
     system = made.messages[0]["content"] if draw.random() < 0.5 else draw.choice(SYSTEMS[2:])
     question = f"{made.messages[1]['content']}." if draw.random() < 0.5 else made.question()
     asked = [{"role": "system", "content": system}, {"role": "user", "content": question}]
+    if draw.random() < 0.3:
+        # Longer than the other, as one with examples in front is.
+        other = {**say(made, with_call=False), "content": f"No. {draw.choice(SENTENCES)}"}
+        asked += [other, {"role": "user", "content": made.question()}]
     return made.made("sub_agent", template.answer(made.answer), asked, ())
 
 

@@ -210,6 +210,14 @@ def test_a_branch_is_no_break() -> None:
     assert (found.breaks, found.rows_after, found.lost) == ([], 2, 0)
 
 
+def test_a_longer_branch_with_none_of_the_other_ones_turns_is_no_break() -> None:
+    other = [*FIRST, said("It is."), user("Where is it warm?"), said("In Oslo, they say."), user("Since when?")]
+    found = drift(call(1, FIRST, "It is."), call(2, SECOND, "So it will be."), call(3, other, "Since May."))
+
+    assert (found.breaks, found.conversations) == ([], 1)
+    assert found.parents == {"g1": None, "g2": "g1", "g3": "g1"}
+
+
 def test_an_edited_result_in_the_middle_is_a_break_though_the_beginning_is_exact() -> None:
     edited = [*FIRST, said("It is."), user("[cleared]"), said("So it will be."), user("Thank you.")]
     found = drift(call(1, FIRST, "It is."), call(2, SECOND, "So it will be."), call(3, edited, "Bye."))
@@ -289,6 +297,8 @@ def test_a_report_adds_attempts_and_has_the_names_of_other_tools() -> None:
     report.add(drift(call(1, FIRST, "It is."), call(2, SECOND, "So it will be."), cached=40))
 
     found = json.loads(json.dumps(report.as_dict()))
+    two = Report()
+    two.add(drift(call(1, FIRST, "It is. \n"), call(2, SECOND, "So."), call(3, [SYSTEM, user("Who?")], "I.")))
 
     assert (found["calls"], found["conversations"], found["broken"], found["share_broken"]) == (8, 4, 3, 0.75)
     assert [(each["cause"], each["count"], each["certain"]) for each in found["causes"]] == [("answer_end", 3, 3)]
@@ -297,6 +307,10 @@ def test_a_report_adds_attempts_and_has_the_names_of_other_tools() -> None:
     assert found["training/others_mismatch_ratio"] == 0.75
     assert found["tito_session_mismatch_rate"] == found["tito_session_mismatch_rate/assistant_text"] == 0.75
     assert found["cached"] == 3 * 16 + 40
+    # A session of miles is an attempt, whatever number of conversations is in it.
+    assert two.share_broken == 0.5
+    sessions = two.as_dict()
+    assert sessions["tito_session_mismatch_rate"] == sessions["tito_session_mismatch_rate/assistant_text"] == 1
 
 
 @settings(deadline=None)

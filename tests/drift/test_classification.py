@@ -66,6 +66,17 @@ def test_of_200_breaks_95_percent_are_named_right_and_no_other_with_certainty(
     assert not [each for each in wrong if each[2]]
 
 
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda each: each.name)
+def test_a_longer_conversation_with_other_turns_is_no_change_of_a_header(template: Template) -> None:
+    begin = template.prompt([SYSTEM, {"role": "user", "content": "What is 1 plus 2?"}])
+    said = {**ANSWER, "content": "It is three, as far as I know."}
+    asked = [SYSTEM, {"role": "user", "content": "What is 5 plus 2?"}, {**ANSWER, "content": "It is seven."}, AGAIN]
+
+    found = classify([*begin, *template.answer(said)], len(begin), template.prompt(asked), template.texts)
+
+    assert (found.cause, found.is_certain) == ("sub_agent", False)
+
+
 def test_tools_behind_the_last_message_move_and_what_else_breaks_is_named_too() -> None:
     tool = {"function": {"name": "look", "parameters": {"type": "object"}}}
     begin = TINY.prompt([QUESTION], [tool])

@@ -7,7 +7,6 @@ random weights say nothing of use; the ids that they choose for it are their own
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote
 
@@ -16,8 +15,8 @@ import pytest
 
 from agentlightning.drift import Break
 from agentlightning.store import open_store
+from tests.conftest import ScriptedServer
 from tests.drift.templates import CHATML, Message
-from tests.recording.nursery import Nursery
 from tests.recording.server import RecordingServer, until
 
 SYSTEM = {"role": "system", "content": "You are a careful assistant."}
@@ -27,11 +26,11 @@ TRIMMED = CHATML.replace("{{ m.content or '' }}", "{{ (m.content or '').strip() 
 CALL = '<tool_call>\n{"name":  "look", "arguments": {"city":"Paris"}}\n</tool_call>'
 
 
-@pytest.fixture(scope="module")
-def server(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RecordingServer]:
-    path = tmp_path_factory.mktemp("store") / "generations.db"
-    with nursery.server(path, "--trust-request-chat-template") as server:
-        yield server
+@pytest.fixture
+def server(scripted: ScriptedServer) -> RecordingServer:
+    """The server of the agents, without a script."""
+    scripted.follows({})
+    return scripted.server
 
 
 class Agent:
