@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from tools.upstream.comparison import Outcomes, compare
-from tools.upstream.runs import Outcome
+from tools.upstream.comparison import compare
+from tools.upstream.runs import Outcome, Outcomes
 
 pytestmark = pytest.mark.tier("check")
 

@@ -23,11 +23,11 @@ from agentlightning.store import open_store
 from tests.releases.environments import make, named, scripts
 from tools.lock import ENVIRONMENT
 from tools.make_env import say
-from tools.upstream.comparison import Comparison, Outcomes, compare
+from tools.upstream.comparison import Comparison, compare
 from tools.upstream.environment import layered
 from tools.upstream.models import hugging_face_home
 from tools.upstream.report import table, write_page
-from tools.upstream.runs import Mode, Outcome, Runner, file_of
+from tools.upstream.runs import Mode, Outcome, Outcomes, Runner, file_of
 from tools.upstream.selection import DIFFERENT, groups
 from tools.upstream.source import FOLDER, tests_of
 
@@ -60,14 +60,17 @@ class Check:
                 if not left:
                     continue
                 started = time.monotonic()
-                found = self._runner.run(left, mode)
-                outcomes.update(found)
-                (self._folder / f"{mode.name}.json").write_text(
-                    json.dumps({test: asdict(outcome) for test, outcome in outcomes.items()}, indent=1)
-                )
+                found = self._runner.run(left, mode, lambda found, mode=mode: self._keep(mode, found))
                 counts = Counter(outcome.outcome for outcome in found.values())
                 said = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
                 say(f"{mode.name}: {name}: {said} ({time.monotonic() - started:.0f} s)")
+
+    def _keep(self, mode: Mode, found: Outcomes) -> None:
+        outcomes = self.outcomes[mode.name]
+        outcomes.update(found)
+        (self._folder / f"{mode.name}.json").write_text(
+            json.dumps({test: asdict(outcome) for test, outcome in outcomes.items()}, indent=1)
+        )
 
     def _kept(self, mode: Mode, files: Set[str]) -> dict[str, Outcome]:
         kept = self._folder / f"{mode.name}.json"

@@ -6,11 +6,10 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from tools.upstream.runs import Outcome, file_of
+from tools.upstream.runs import Outcomes, file_of
 
-__all__ = ["Comparison", "Outcomes", "compare"]
+__all__ = ["Comparison", "compare"]
 
-Outcomes = Mapping[str, Outcome]
 MISSING = "missing"
 REPEATS = 3
 

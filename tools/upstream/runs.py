@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from tools.make_env import say
 from tools.upstream import outcomes
 from tools.upstream.selection import LEFT_OUT
 
-__all__ = ["Mode", "Outcome", "Runner", "file_of"]
+__all__ = ["Mode", "Outcome", "Outcomes", "Runner", "file_of"]
 
 TEST_SECONDS = 400
 """The first test of many files starts a server."""
@@ -53,6 +53,10 @@ class Outcome:
     outcome: str
     reason: str = ""
     seconds: float = 0.0
+
+
+Outcomes = Mapping[str, Outcome]
+"""By the name of the test."""
 
 
 class Runner:
@@ -90,12 +94,16 @@ class Runner:
             "TORCH_COMPILE_DISABLE": "1",
         }
 
-    def run(self, files: Sequence[str], mode: Mode) -> dict[str, Outcome]:
-        """Run these files, one after the other in one process; after one that hangs, in a new one."""
+    def run(self, files: Sequence[str], mode: Mode, keep: Callable[[Outcomes], None]) -> dict[str, Outcome]:
+        """Run these files, one after the other in one process; after one that hangs, in a new one.
+
+        `keep` gets the outcomes of this run so far, whenever a file is through.
+        """
         found: dict[str, Outcome] = {}
         left = list(files)
         while left:
-            outcomes_of_run = self._pytest(left, mode, f"{left[0].replace('/', '.')}")
+            outcomes_of_run = self._pytest(left, mode, f"{left[0].replace('/', '.')}", keep)
+            keep(outcomes_of_run)
             found.update(outcomes_of_run)
             cut = [file_of(test) for test, outcome in outcomes_of_run.items() if outcome.outcome == CUT]
             left = left[left.index(cut[-1]) + 1 :] if cut and cut[-1] in left else []
@@ -103,9 +111,11 @@ class Runner:
 
     def again(self, tests: Sequence[str], mode: Mode) -> dict[str, Outcome]:
         """Run single tests of one file."""
-        return self._pytest(tests, mode, f"{file_of(tests[0]).replace('/', '.')}.again")
+        return self._pytest(tests, mode, f"{file_of(tests[0]).replace('/', '.')}.again", lambda _: None)
 
-    def _pytest(self, what: Sequence[str], mode: Mode, name: str) -> dict[str, Outcome]:
+    def _pytest(
+        self, what: Sequence[str], mode: Mode, name: str, keep: Callable[[Outcomes], None]
+    ) -> dict[str, Outcome]:
         log = self._output / mode.name / f"{name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         written = log.with_suffix(".jsonl")
@@ -132,7 +142,7 @@ class Runner:
                 start_new_session=True,
             )
             try:
-                _wait(process, written, mode.name)
+                _wait(process, written, mode.name, keep)
             finally:
                 _end_descendants()
                 process.wait()
@@ -145,16 +155,18 @@ class Runner:
         return found
 
 
-def _wait(process: subprocess.Popen[bytes], written: Path, mode: str) -> None:
-    """Wait for the process as long as its tests make progress, and say which file it is at."""
-    told = ""
+def _wait(process: subprocess.Popen[bytes], written: Path, mode: str, keep: Callable[[Outcomes], None]) -> None:
+    """Wait for the process as long as its tests make progress; say which file it is at, and keep those before it."""
+    at = ""
     while process.poll() is None and time.time() - written.stat().st_mtime < SILENT_SECONDS:
         with suppress(subprocess.TimeoutExpired):
             process.wait(5)
-        *_, last = ("", *_read(written))
-        if last and file_of(last) != told:
-            told = file_of(last)
-            say(f"  {mode}: {told}")
+        found = _read(written)
+        *_, last = ("", *found)
+        if last and file_of(last) != at:
+            at = file_of(last)
+            say(f"  {mode}: {at}")
+            keep({test: outcome for test, outcome in found.items() if file_of(test) != at})
 
 
 def file_of(test: str) -> str:
