@@ -145,7 +145,7 @@ def test_id_too_long_for_an_index_is_refused_alone(url: str) -> None:
     digits = random.Random(1).randbytes(20_000).hex()
     with open_store(url) as store:
         kept, refused_one = generation(1), generation(2, response_id=digits)
-        with pytest.raises(InvalidRecord, match="index row requires 40016 bytes") as refused:
+        with pytest.raises(InvalidRecord) as refused:
             store.add([kept, refused_one])
 
         assert [*refused.value.reasons] == [refused_one.id]
