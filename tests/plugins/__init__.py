@@ -32,12 +32,12 @@ def arguments(release: tuple[int, ...], model_runs: bool = True) -> list[str]:
 
     Args:
         release: such as `(0, 32, 0)`.
-        model_runs: whether the worker is vLLM's own; another has neither logits nor a cache.
+        model_runs: whether the worker is vLLM's own; another has no logits.
     """
     found = [f"--scheduler-cls={PACKAGE}.scheduler.Scheduler"]
     if model_runs and release >= (0, 10, 2):
         found += ["--logits-processors", *LOGITS_PROCESSORS]
-    if model_runs and release >= (0, 10, 0):
+    if release >= (0, 10, 0):
         found.append(f"--kv-transfer-config={json.dumps(CONNECTOR)}")
     return found
 

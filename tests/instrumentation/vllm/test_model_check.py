@@ -69,6 +69,12 @@ def test_endpoints_without_patches_check_their_model_in_the_base_class(serving_c
     assert serving_class._check_model is BaseServing._check_model
 
 
+def test_decisions_check_their_model_in_the_base_class() -> None:
+    decisions = pytest.importorskip("vllm.entrypoints.openai.decisions.serving", reason="came with vLLM 0.33")
+
+    assert decisions.OpenAIServingDecisions._check_model is BaseServing._check_model
+
+
 @pytest.mark.parametrize(
     ("serving_class", "request_class"),
     [(OpenAIServingTranscription, TranscriptionRequest), (OpenAIServingTranslation, TranslationRequest)],

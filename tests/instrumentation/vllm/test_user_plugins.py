@@ -42,6 +42,7 @@ QUESTIONS: list[tuple[str, dict[str, Any]]] = [
     (MESSAGES, {"messages": TALK, **GREEDY, **STREAM}),
     ("/v1/chat/completions/batch", {"messages": [TALK, TALK], **GREEDY}),
     ("/inference/v1/generate", {"token_ids": [1, 87, 85], "sampling_params": GREEDY}),
+    ("/generative_scoring", {"query": [1, 87], "items": [[201, 85]], "label_token_ids": [5, 6]}),
     (CHAT, {"messages": TALK, "use_beam_search": True, "n": 2, "max_tokens": 3}),
     # Last, so that the engine has been told of all that ended before: it hears so in this order.
     (COMPLETIONS, {"prompt": "one", **GREEDY}),
