@@ -6,10 +6,11 @@ import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from agentlightning.rollout_records import FINISHED, Mode, Rollout
 from agentlightning.store import Store
+from agentlightning.trainers.rows import masked
 from agentlightning.trajectory import MergeOptions, Trajectory, group_of
 
 if TYPE_CHECKING:
@@ -32,13 +33,16 @@ class Group:
         key: the `group` of their rows, see `group_of`; for a rollout without one, its id.
         rollout_ids: all of them, in the order in which they were created. Less than the size only where that was asked
             for, or the group was overdue.
-        rows: of the latest attempt of each that succeeded and has a reward.
-        left_out: why each of the others has no row here, by its id.
+        rows: of the latest attempt of each that succeeded and has a reward; where that was asked for, also those of the
+            others, masked.
+        masked: why the rows of a rollout are masked, by its id.
+        left_out: why a rollout has no row here, by its id.
     """
 
     key: str
     rollout_ids: list[str]
     rows: list[Trajectory] = field(default_factory=list[Trajectory])
+    masked: dict[str, str] = field(default_factory=dict[str, str])
     left_out: dict[str, str] = field(default_factory=dict[str, str])
 
 
@@ -89,10 +93,22 @@ class GroupReader:
         """What has been returned until now."""
         return ReaderState(since=self._since, given=sorted(self._given))
 
-    def read(self, *, incomplete: bool = False, **options: Unpack[MergeOptions]) -> list[Group]:
-        """Return the groups that have become complete. A group without any row is left out, with a warning.
+    def read(
+        self,
+        *,
+        failed: Literal["leave_out", "mask"] = "leave_out",
+        limit: int | None = None,
+        incomplete: bool = False,
+        **options: Unpack[MergeOptions],
+    ) -> list[Group]:
+        """Return the groups that have become complete. A group without a row to train is left out, with a warning.
 
         Args:
+            failed: what becomes of the rows of a rollout that did not succeed, or has no reward. `leave_out`: they are
+                not in the group. `mask`: they are, with a mask of 0 throughout and the reward that they have, or 0.0:
+                the group keeps its size, and the mean of its rewards counts the failure.
+            limit: most groups to return, the oldest first; the next call returns others. `state` has all that were
+                returned, so ask for what is trained before it is saved.
             incomplete: return all others, too, as they are: for when no more rollouts come.
             options: those of `store.trajectories()`, such as `weight_version` and `max_staleness`.
 
@@ -110,14 +126,17 @@ class GroupReader:
                 logger.warning("Group %r is overdue, and returned without what is missing of it.", group.key)
             if is_complete or is_overdue or incomplete:
                 ready.append(group)
+        ready = ready[:limit]
         for group in ready:
             for rollout_id in group.rollout_ids:
-                self._add(group, rollout_id, written.get(rollout_id), options)
+                self._add(group, rollout_id, written.get(rollout_id), failed == "mask", options)
         self._advance(rollouts, ready)
+        trained = [group for group in ready if {row.rollout_id for row in group.rows} - {*group.masked}]
         for group in ready:
-            if not group.rows:
-                logger.warning("Group %r has no row to train: %s.", group.key, "; ".join({*group.left_out.values()}))
-        return [group for group in ready if group.rows]
+            if group not in trained:
+                reasons = "; ".join(dict.fromkeys([*group.masked.values(), *group.left_out.values()]))
+                logger.warning("Group %r has no row to train: %s.", group.key, reasons)
+        return trained
 
     def _rollouts(self) -> list[Rollout]:
         """Return the rollouts since the oldest that was not returned, in the order in which they were created."""
@@ -168,20 +187,23 @@ class GroupReader:
                     found.append((Group(key, [each.rollout_id for each in some]), is_overdue))
         return found
 
-    def _add(self, group: Group, rollout_id: str, written: Rollout | None, options: MergeOptions) -> None:
+    def _add(self, group: Group, rollout_id: str, written: Rollout | None, mask: bool, options: MergeOptions) -> None:
         if written is None:
             group.left_out[rollout_id] = "it has not ended, or its calls are not written"
             return
-        if written.status != "succeeded":
-            group.left_out[rollout_id] = f"its status is {written.status}"
-            return
         rows = [*self._store.trajectories(rollout_id, "latest", **options)]
-        if not rows:
-            group.left_out[rollout_id] = "it has no row that the options allow"
-        elif rows[0].reward is None:
-            group.left_out[rollout_id] = "it has no reward"
-        else:
+        if written.status == "succeeded" and rows and rows[0].reward is not None:
             group.rows += rows
+            return
+        if written.status != "succeeded":
+            reason = f"its status is {written.status}"
+        else:
+            reason = "it has no reward" if rows else "it has no row that the options allow"
+        if mask and rows:
+            group.rows += map(masked, rows)
+            group.masked[rollout_id] = reason
+        else:
+            group.left_out[rollout_id] = reason
 
     def _advance(self, rollouts: Sequence[Rollout], ready: Sequence[Group]) -> None:
         given = self._given.union(rollout_id for group in ready for rollout_id in group.rollout_ids)

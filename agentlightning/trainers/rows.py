@@ -8,13 +8,23 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from agentlightning.errors import UnusableRows
 from agentlightning.trajectory import Trajectory
 
-__all__ = ["check_models", "check_rows", "group_of_row", "have_logprobs", "logprobs_of", "name_of", "reward_of"]
+__all__ = [
+    "check_models",
+    "check_rows",
+    "group_of_row",
+    "have_logprobs",
+    "logprobs_of",
+    "masked",
+    "name_of",
+    "reward_of",
+]
 
 
 def check_rows(
@@ -111,6 +121,16 @@ def group_of_row(row: Trajectory) -> str:
             "create the rollout with an input, or with a text `group` in its metadata",
         )
     return row.group
+
+
+def masked(row: Trajectory) -> Trajectory:
+    """Return a row of which nothing is trained, with its reward, or 0.0 if it has none."""
+    return replace(
+        row,
+        response_mask=array("b", bytes(len(row.token_ids))),
+        spans=[replace(answer, is_trained=False) for answer in row.spans],
+        reward=0.0 if row.reward is None else row.reward,
+    )
 
 
 def name_of(row: Trajectory) -> str:

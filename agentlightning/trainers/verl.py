@@ -66,20 +66,19 @@ def data_proto(
 ) -> Any:
     """Return a `DataProto` with the fields that Agent Lightning 1.0's trainer reads.
 
-    Each row has the reward of its rollout at its last id; `data_id_list` groups the rollouts of one task. No row is
-    dropped, so `is_drop_mask` is false throughout.
+    Each row has the reward of its rollout at its last id; `data_id_list` groups the rollouts of one task. In
+    `is_drop_mask` are the rows of which nothing is trained: that trainer drops them when advantages are computed.
 
     Raises:
         UnusableRows: a row has no group; or see `check_rows` and `have_logprobs`.
     """
-    import torch
     from verl import DataProto  # pyright: ignore[reportAttributeAccessIssue]
 
     batch = collate(trajectories, pad_id, max_prompt_length, max_response_length)
     tensors = {name: batch[name] for name in ("prompts", "responses", "input_ids", "attention_mask", "position_ids")}
     tensors["response_mask"] = batch["response_mask"]
     tensors["token_level_scores"] = batch["rewards"]
-    tensors["is_drop_mask"] = torch.zeros(len(trajectories), dtype=torch.bool)
+    tensors["is_drop_mask"] = ~batch["response_mask"].any(1)
     if batch["logprobs"] is not None:
         tensors["rollout_log_probs"] = batch["logprobs"]
     texts = {

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -14,6 +16,7 @@ from agentlightning.rollout_records import Mode, NewRollout
 from agentlightning.store import lifecycle
 from agentlightning.store.database_store import DatabaseStore
 from agentlightning.trainers.groups import GroupReader
+from tests.common.environments import CHECKOUT
 from tests.common.postgresql import PostgresServer
 from tests.trainers.test_trl import agent, answered
 
@@ -54,6 +57,15 @@ def test_a_group_is_returned_when_all_of_its_rollouts_have_ended(store: agl.Stor
     [group] = reader.read()
     assert group.rollout_ids == ids([rollouts[0], rollouts[2]])
     assert reader.read() == []
+
+
+def test_a_limited_read_leaves_later_groups_to_the_next_one(store: agl.Store) -> None:
+    ended(rollouts := started(store, *"556677"))
+    reader = GroupReader(store, 2)
+
+    assert [group.rollout_ids for group in reader.read(limit=1)] == [ids(rollouts[:2])]
+    again = GroupReader(store, 2, reader.state)
+    assert [group.rollout_ids for group in again.read()] == [ids(rollouts[2:4]), ids(rollouts[4:])]
 
 
 def test_a_task_that_is_queued_again_is_a_group_of_its_own(store: agl.Store) -> None:
@@ -98,12 +110,35 @@ def test_what_failed_is_named_in_the_group(store: agl.Store) -> None:
     }
 
 
-def test_an_empty_group_is_left_out_with_a_warning(store: agl.Store, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_failed_is_masked_where_that_is_asked_for(store: agl.Store) -> None:
+    good, failed, unrewarded, empty = rollouts = started(store, *"5555")
+    ended([good])
+    agent(failed)
+    failed.finish("failed")
+    answered(unrewarded, ([1], [2]))
+    unrewarded.finish("succeeded")
+    empty.finish("failed")
+
+    [group] = GroupReader(store, 4).read(failed="mask")
+
+    assert [row.rollout_id for row in group.rows] == ids(rollouts[:3])
+    assert [row.reward for row in group.rows] == [0.5, 0.5, 0.0]
+    assert [sum(row.response_mask) for row in group.rows] == [3, 0, 0]
+    assert not any(answer.is_trained for row in group.rows[1:] for answer in row.spans)
+    assert group.masked == {failed.rollout_id: "its status is failed", unrewarded.rollout_id: "it has no reward"}
+    assert group.left_out == {empty.rollout_id: "its status is failed"}
+
+
+@pytest.mark.parametrize("failed", ["leave_out", "mask"])
+def test_a_group_without_a_row_to_train_is_left_out_with_a_warning(
+    store: agl.Store, caplog: pytest.LogCaptureFixture, failed: Literal["leave_out", "mask"]
+) -> None:
     for rollout in started(store, "5", "5"):
+        agent(rollout)
         rollout.finish("failed")
     reader = GroupReader(store, 2)
 
-    assert reader.read() == []
+    assert reader.read(failed=failed) == []
     assert "has no row to train: its status is failed." in caplog.text
     assert len(reader.state["given"]) == 2
 
@@ -226,10 +261,42 @@ def test_rollouts_of_many_pages_are_read_once_each_though_the_newest_are_deleted
     assert returned == ids(rollouts[:-3])
 
 
-def test_rows_of_older_weights_are_left_out_by_an_option(store: agl.Store) -> None:
-    ended(started(store, "5", "5"))
+def test_rows_of_older_weights_than_the_bound_are_left_out(store: agl.Store) -> None:
+    rollouts = started(store, *"5555")
+    for rollout, version in zip(rollouts, ("7", "6", "5", None), strict=True):
+        answered(rollout, ([1], [2]), version=version)
+        rollout.reward(1.0)
+        rollout.finish("succeeded")
 
-    assert GroupReader(store, 2).read(weight_version="7", max_staleness=1) == []
+    [group] = GroupReader(store, 4).read(weight_version="7", max_staleness=1)
+
+    assert [row.rollout_id for row in group.rows] == ids(rollouts[:2])
+    assert group.left_out == dict.fromkeys(ids(rollouts[2:]), "it has no row that the options allow")
+
+
+@pytest.mark.parametrize("killed_while", ["training", "saving", "going on"])
+def test_a_trainer_that_is_killed_trains_no_row_twice_and_misses_none(tmp_path: Path, killed_while: str) -> None:
+    """What was trained is what the checkpoint has: the rest was lost with the process."""
+    path, checkpoint = str(tmp_path / "store.db"), tmp_path / "checkpoint.json"
+    with agl.open_store(path) as store:
+        ended(rollouts := started(store, *"556677"))
+    program = [sys.executable, "-m", "tests.trainers.programs.checkpoints", path, str(checkpoint)]
+
+    with subprocess.Popen(program, cwd=CHECKOUT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        # The second group: the first one is in a checkpoint.
+        while process.stdout.readline() != f"{killed_while} 1\n":
+            process.stdin.write("\n")
+            process.stdin.flush()
+        process.kill()
+    before = json.loads(checkpoint.read_text())["trained"]
+    assert len(before) == (4 if killed_while == "going on" else 2)
+
+    subprocess.run(program, cwd=CHECKOUT, input="\n" * 100, stdout=subprocess.PIPE, text=True, check=True)
+    trained = json.loads(checkpoint.read_text())["trained"]
+    assert trained[: len(before)] == before
+    assert trained == ids(rollouts)
 
 
 def test_a_store_that_goes_away_returns_nothing(store: agl.Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,12 +30,17 @@ def store(tmp_path: Path) -> Iterator[agl.Store]:
 
 
 def answered(
-    rollout: agl.Rollout, *calls: tuple[list[int], list[int]], finish_reason: str = "stop", **fields: Any
+    rollout: agl.Rollout,
+    *calls: tuple[list[int], list[int]],
+    finish_reason: str = "stop",
+    version: str | None = None,
+    **fields: Any,
 ) -> None:
     """Record calls of a rollout: the ids of each prompt and answer.
 
     Args:
         finish_reason: of the answers.
+        version: of the weights.
         fields: of the generations.
     """
     assert rollout.store is not None
@@ -45,6 +50,7 @@ def answered(
             token_ids=array("i", answer),
             finish_reason=finish_reason,
             logprobs=array("f", [-each / 100 for each in answer]),
+            weight_versions=None if version is None else [(version, 0, len(answer))],
         )
         recorded = generation(
             uuid.uuid4().int % 10**9,
