@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from agentlightning.errors import StoreError, UnusableRows
 from agentlightning.rollout_records import FINISHED, NewRollout, Rollout
 from agentlightning.store import Store
-from agentlightning.trainers.rows import check_models, check_rows, logprobs_of
-from agentlightning.trajectory import Flag, MergeOptions, Trajectory
+from agentlightning.trainers.rows import check_models, check_rows, logprobs_of, name_of
+from agentlightning.trajectory import SAMPLING, Answer, Flag, MergeOptions, Trajectory
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["columns", "reward", "rollout_func"]
+__all__ = ["columns", "correct_sampling", "reward", "rollout_func"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,27 @@ def reward(completions: Sequence[Any], reward: Sequence[float | None], **_: Any)
     return list(reward)
 
 
+class _Engine:
+    """The part of TRL's `VLLMGeneration` that a trainer with a `rollout_func` uses."""
+
+    def __init__(self, sync_weights: Callable[[], None]) -> None:
+        self.sync_weights = sync_weights
+
+
+def correct_sampling(trainer: Any, sync_weights: Callable[[], None]) -> None:
+    """Let a `GRPOTrainer` correct for the difference between the engine's logprobs and its own.
+
+    TRL weights each id by importance sampling, as `vllm_importance_sampling_mode` says, but only where it knows of a
+    vLLM: with `use_vllm=True` it starts one, or reaches it by NCCL. This function tells it of one that it reaches by
+    `sync_weights` alone. Call it before `trainer.train()`.
+
+    Args:
+        sync_weights: gives vLLM the weights of the trainer. TRL calls it before the rollouts of each step, and so also
+            when a training goes on from a checkpoint.
+    """
+    trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, _Engine(sync_weights), -1
+
+
 def rollout_func(
     store: Store,
     run_agent: Callable[[Rollout], None] | None = None,
@@ -69,7 +90,8 @@ def rollout_func(
 
     It returns when all rollouts have ended and vLLM has written every call, so groups are complete. TRL takes one row a
     prompt: of a rollout with several it gets the one with the most trained ids, of the complete ones if there are any.
-    A warning says how many others there were.
+    A warning says how many others there were, and another one if the logprobs are not of the distribution that the
+    trainer computes with, so that importance sampling would be biased.
 
     Args:
         run_agent: called with each rollout, in threads: it calls the agent, and rewards the rollout. If it raises, the
@@ -114,8 +136,10 @@ def rollout_func(
         # Of all rows: a judge's row, which might be the longest of its rollout, must not be trained as the policy's.
         check_models(row for of_rollout in rows.values() for row in of_rollout)
         chosen = [_chosen(each, ended.get(each), rows.get(each, ()), failed) for each in rollout_ids]
-        found = columns([row for row in chosen if row is not None])
+        trained = [row for row in chosen if row is not None]
+        found = columns(trained)
         _warn_of_others(rows.values())
+        _warn_of_sampling(trained, trainer.temperature)
         # A processor, of a model that sees images, has a tokenizer.
         tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
         masked = _masked(tokenizer.pad_token_id)
@@ -204,3 +228,29 @@ def _warn_of_others(rows: Iterable[Sequence[Trajectory]]) -> None:
             sum(several) - len(several),
             len(several),
         )
+
+
+def _warn_of_sampling(rows: Iterable[Trajectory], temperature: float) -> None:
+    for row in rows:
+        for answer in row.spans:
+            if answer.is_trained and answer.sampling is not None and not _is_comparable(answer, temperature):
+                asked = ", ".join(
+                    f"{name} {value}" for name, value in answer.sampling.items() if SAMPLING[name] != value
+                )
+                logger.warning(
+                    "%s was sampled with %s and has %s; TRL computes at temperature %g, so importance sampling is "
+                    "biased. Sample at the trainer's temperature, and start vLLM with --generation-config vllm "
+                    "--logprobs-mode processed_logprobs.",
+                    name_of(row),
+                    asked or "vLLM's defaults",
+                    answer.logprobs_mode or "raw_logprobs",
+                    temperature,
+                )
+                return
+
+
+def _is_comparable(answer: Answer, temperature: float) -> bool:
+    """Tell whether the logprobs of an answer are those that its ids were drawn by, at the trainer's temperature."""
+    if answer.sampling is None or answer.sampling["temperature"] != temperature:
+        return False
+    return answer.sampling == SAMPLING or (answer.logprobs_mode or "").startswith("processed")

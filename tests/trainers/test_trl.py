@@ -20,7 +20,9 @@ from tests.trainers.rows import PAD, conversation, forked
 
 pytestmark = pytest.mark.tier("check")
 
-TRAINER: Any = SimpleNamespace(state=SimpleNamespace(global_step=7), processing_class=SimpleNamespace(pad_token_id=PAD))
+TRAINER: Any = SimpleNamespace(
+    state=SimpleNamespace(global_step=7), processing_class=SimpleNamespace(pad_token_id=PAD), temperature=1.0
+)
 
 
 @pytest.fixture
@@ -146,7 +148,7 @@ def test_a_rollout_is_masked_with_the_padding_of_a_processors_tokenizer(store: a
         agent(rollout)
 
     processor = SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=77))
-    trainer: Any = SimpleNamespace(state=TRAINER.state, processing_class=processor)
+    trainer: Any = SimpleNamespace(state=TRAINER.state, processing_class=processor, temperature=1.0)
 
     assert rollout_func(store, run)(["5", "6"], trainer)["completion_ids"] == [[5, 3, 4, 5], [77]]
 
@@ -262,6 +264,32 @@ def test_options_and_read_decide_which_rows_there_are(store: agl.Store) -> None:
     assert cut["completion_ids"] == [[5]]
     assert cut["flags"] == [["cut"]]
     assert read["completion_ids"] == [[4, 5, 6, 7, 8, 9]]
+
+
+@pytest.mark.parametrize(
+    ("params", "mode", "says"),
+    [
+        ('{"temperature": 0.6, "top_k": 20}', "raw_logprobs", "temperature 0.6, top_k 20 and has raw_logprobs"),
+        ('{"temperature": 0.6}', "processed_logprobs", "temperature 0.6 and has processed_logprobs"),
+        ('{"top_p": 0.9}', None, "top_p 0.9 and has raw_logprobs"),
+        ('{"top_p": 0.9}', "processed_logprobs", None),
+        ("{}", "raw_logprobs", None),
+    ],
+)
+def test_logprobs_that_importance_sampling_cannot_use_are_named(
+    store: agl.Store, caplog: pytest.LogCaptureFixture, params: str, mode: str | None, says: str | None
+) -> None:
+    def run(rollout: agl.Rollout) -> None:
+        answered(rollout, ([1, 2], [3]), sampling_params=params, logprobs_mode=mode)
+        rollout.reward(1.0)
+
+    rollout_func(store, run)(["a"], TRAINER)
+
+    if says is None:
+        assert "was sampled with" not in caplog.text
+    else:
+        assert f"was sampled with {says}; TRL computes at temperature 1," in caplog.text
+        assert "start vLLM with --generation-config vllm --logprobs-mode processed_logprobs." in caplog.text
 
 
 def test_columns_have_a_line_for_each_row() -> None:

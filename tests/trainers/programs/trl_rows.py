@@ -1,4 +1,7 @@
-"""Run with TRL: a real `GRPOTrainer` learns from a store's rows on the CPU, and from the trained ids alone."""
+"""Run with TRL: a real `GRPOTrainer` learns from a store's rows on the CPU, and from the trained ids alone.
+
+The engine's logprobs are another model's, so that TRL has something to correct.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +20,20 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportMissingImports]
 
 import agentlightning as agl
-from agentlightning.trainers.trl import reward, rollout_func
+from agentlightning.trainers.trl import correct_sampling, reward, rollout_func
 from tests.common.reference import tokenizer
 from tests.common.tiny_model import tiny_model
 from tests.trainers.test_trl import answered
 
 GOOD, BAD, SEEN = 301, 302, 303
 PROMPT = [10, 11, 12]
+LIMIT = 0.04
 
 
 def agent(rollout: agl.Rollout) -> None:
     """Answer with a good or a bad id; what the environment says is the same, and not to be learnt."""
     answer = random.choice([GOOD, BAD])
-    answered(rollout, (PROMPT, [answer]), ([*PROMPT, answer, SEEN], [answer]))
+    answered(rollout, (PROMPT, [answer]), ([*PROMPT, answer, SEEN], [answer]), sampling_params="{}")
     if random.random() < 0.2:
         raise RuntimeError("now and then an agent fails")
     rollout.reward(float(answer == GOOD))
@@ -59,6 +63,9 @@ def main() -> None:
                 learning_rate=1e-3,
                 max_steps=6,
                 beta=0.0,
+                vllm_importance_sampling_mode="token_truncate",
+                vllm_importance_sampling_clip_max=LIMIT,
+                logging_steps=1,
                 use_cpu=True,
                 bf16=False,
                 report_to=[],
@@ -70,12 +77,23 @@ def main() -> None:
             train_dataset=Dataset.from_dict({"prompt": ["a task"] * 8}),
             rollout_func=rollout_func(store, agent),
         )
+        synced: list[int] = []
+        correct_sampling(trainer, lambda: synced.append(trainer.state.global_step))
         trainer.train()
         rollouts = store.query_rollouts()
 
     after = probabilities(model)
     assert trainer.state.global_step == 6
     assert len(rollouts) == 6 * 8
+    assert synced == [*range(6)]
+    logged = [each for each in trainer.state.log_history if "loss" in each]
+    lowest, highest = (
+        [each[f"sampling/importance_sampling_ratio/{name}"] for each in logged] for name in ("min", "max")
+    )
+    # By the engine, answers are some thirty times as likely as by the trainer: a ratio above the limit is cut to it.
+    assert len(logged) == 6
+    assert min(lowest) < LIMIT
+    assert math.isclose(max(highest), LIMIT, rel_tol=1e-5)
     assert {each.status for each in rollouts} == {"succeeded", "failed"}
     assert after[0] > before[0] > 0, (before, after)
     assert after[1] < before[1], (before, after)
