@@ -104,7 +104,7 @@ class _Turn:
         fingerprint: that of all of them.
         tool_choice, one_call: options of its request, for its answer's parser.
         rendered: the template's text.
-        continued: the call that it continues, and how many ids it has in common with it.
+        continued: the call that it continues, or would, and the ids that its exact prompt adds to that call's.
         prompt_token_ids: vLLM's own list.
     """
 
@@ -115,7 +115,7 @@ class _Turn:
     one_call: bool
     rendered: Rendered
     continued: Call | None = None
-    shared: int = 0
+    more: Sequence[int] = ()
     prompt_token_ids: Sequence[int] = ()
 
 
@@ -201,7 +201,11 @@ class _Rendering:
         if as_ids:
             new = [ord(each) for each in rest]
         else:
-            (prompt,) = await tokenize(renderer, [{"prompt": rest}], replace(params, add_special_tokens=False))
+            try:
+                (prompt,) = await tokenize(renderer, [{"prompt": rest}], replace(params, add_special_tokens=False))
+            except Exception:
+                # vLLM refuses a text that alone is longer than what the model takes.
+                return continuation.TOO_LONG
             new = prompt["prompt_token_ids"]
         if new[:1] != [seam.end_id]:
             return continuation.SEAM
@@ -219,8 +223,8 @@ class _Rendering:
                 (prompt,) = await tokenize(renderer, [own], params)
                 if has_ended != parser.is_reasoning_end(prompt["prompt_token_ids"]):
                     return continuation.PARSER
-        if session.settings.continues == "on":
-            turn.continued, turn.shared, turn.rendered = call, len(context), rendered
+        # Those that are only counted are kept as if they had gone on: the next call would go on from them.
+        turn.continued, turn.more, turn.rendered = call, ids[len(context) :], rendered
         return {"prompt_token_ids": ids}
 
     def _parser(self, tokenizer: Any) -> Any:
@@ -337,7 +341,7 @@ def note_finished(captured: CapturedRequest) -> None:
         return
     params = captured.sampling_params
     ends: set[int] = params.all_stop_token_ids
-    more = array("i", prompt[turn.shared :])
+    more = array("i", turn.more if turn.continued is not None else prompt)
     for choice in captured.finished:
         if choice.finish_reason in ("stop", "length"):
             detokenizer = choice.state.detokenizer

@@ -232,6 +232,51 @@ def test_ids_that_leave_no_place_for_an_answer_are_vllms_own() -> None:
 
 
 @pytest.mark.usefixtures("continuing")
+def test_a_new_message_that_vllm_refuses_as_too_long_is_no_failure() -> None:
+    renderer = online_renderer(CHATML, length=200)
+    tokenizer = renderer.renderer.get_tokenizer()
+
+    async def turns() -> None:
+        prompt, context = await prompt_of(renderer, [USER], "ro-1")
+        answered(
+            prompt, context, [*tokenizer.encode("It is."), tokenizer.eos_token_id], "It is.", tokenizer.eos_token_id
+        )
+        long = {"role": "user", "content": "Paris? " * 1000}
+        with pytest.raises(Exception, match="maximum context length"):
+            await prompt_of(renderer, [USER, {"role": "assistant", "content": "It is."}, long], "ro-1")
+
+    asyncio.run(turns())
+
+    assert results()["results"][decisions.TOO_LONG] == 1
+    assert not _isolation.failures
+
+
+def test_prompts_that_are_only_counted_take_no_more_memory_than_those_that_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes: dict[str, int] = {}
+    for mode in ("on", "report"):
+        monkeypatch.setenv("AGL_CONTINUE", mode)
+        instrumentation.instrument_vllm()
+        asyncio.run(conversation(20))
+        sizes[mode] = results()["bytes"]
+        instrumentation.uninstrument_vllm()
+
+    assert sizes["report"] == sizes["on"]
+
+
+async def conversation(turns: int) -> None:
+    renderer = online_renderer(CHATML)
+    tokenizer = renderer.renderer.get_tokenizer()
+    said = [*(tokenizer.encode(character)[0] for character in "The quick"), tokenizer.eos_token_id]
+    messages: list[Any] = [{"role": "system", "content": "Be brief. " * 100}, USER]
+    for _ in range(turns):
+        prompt, context = await prompt_of(renderer, messages, "ro-1")
+        answered(prompt, context, said, "The quick", tokenizer.eos_token_id)
+        messages += [{"role": "assistant", "content": "The quick"}, MORE]
+
+
+@pytest.mark.usefixtures("continuing")
 def test_a_template_that_refuses_what_stands_in_for_a_message_has_vllms_own_prompt() -> None:
     refuses = "{% if messages[-1].content in '?!' %}{{ raise_exception('no') }}{% endif %}"
     context, prompt = two_turns(refuses + CHATML)
