@@ -37,7 +37,9 @@ __all__ = [
 ]
 
 CARRIERS = ("path", "x-agl-rollout-id", "baggage", "x-request-id", "x-correlation-id", "user", "key")
-"""Carriers of a rollout's id, in the order in which they count."""
+"""Carriers of a rollout's id in an HTTP request, in the order in which they count."""
+_ORDER = ("block", *CARRIERS, "trace_headers", "request_id")
+"""All carriers in this order: around those of HTTP stand those of a call that a program makes itself."""
 PROBE = "agl-doctor-"
 """Begins the ids of rollouts by which `agl doctor` finds out which carriers arrive; 32 hexadecimal digits follow."""
 PROBE_PARAMS = {"temperature": 0.697003, "top_p": 0.913721}
@@ -79,7 +81,7 @@ class Caller:
         rollout_id, attempt_id, carrier_agent_id: from the first carrier that names a rollout.
         session_id, agent_id, parent_agent_id, purpose, retry: as in a `Generation`.
         trace_id: of the W3C `traceparent`.
-        carrier: the one of `CARRIERS` that named the rollout.
+        carrier: the one that named the rollout; None if none did.
     """
 
     rollout_id: str | None = None
@@ -227,20 +229,13 @@ def read_headers(headers: Mapping[bytes, bytes], in_key: RolloutName | None, cal
 
 
 def read_user(user: Any, caller: Caller) -> None:
-    """Note what the `user` of a request's body names: it comes after all headers, and before the API key.
+    """Note what the `user` of a request's body names.
 
     Nothing has to be behind the ids in it: unlike the id of a request, it is the same for each call.
     """
     named = parse_name(f"{user}/") if isinstance(user, str) else None
-    if named is None:
-        return
-    in_key = None
-    if caller.carrier == "key":
-        in_key = RolloutName(caller.rollout_id, caller.attempt_id, caller.carrier_agent_id)
-        caller.rollout_id = None
-    follow(caller, "user", named)
-    if in_key is not None:
-        follow(caller, "key", in_key)
+    if named is not None:
+        follow(caller, "user", named)
 
 
 def is_forwarded(headers: Iterable[tuple[bytes, bytes]]) -> bool:
@@ -281,7 +276,7 @@ def _has_probe_params(params: Any) -> bool:
 def _names(
     headers: Mapping[bytes, bytes], in_key: RolloutName | None, reader: _Reader
 ) -> Iterator[tuple[str, RolloutName]]:
-    """Yield what each carrier among the headers names, in the documented order."""
+    """Yield what each carrier among the headers names."""
     if b"x-agl-rollout-id" in headers or b"x-agl-attempt-id" in headers:
         yield "x-agl-rollout-id", RolloutName(reader.value(b"x-agl-rollout-id"), reader.value(b"x-agl-attempt-id"))
     if b"baggage" in headers:
@@ -299,18 +294,24 @@ def _names(
 
 
 def follow(caller: Caller, carrier: str, named: RolloutName) -> None:
-    """Take a rollout from the first carrier that names one, with the attempt and the agent beside it."""
+    """Name a caller's rollout, with the attempt and the agent beside it, unless an earlier carrier has done so.
+
+    Carriers may be read in any order.
+    """
     rollout, attempt, agent = (_valid_id(carrier, value) for value in named)
-    if caller.rollout_id is None:
-        if rollout is None:
+    if rollout is None:
+        if caller.rollout_id is None:
             caller.attempt_id = caller.attempt_id or attempt
-        else:
-            caller.rollout_id, caller.attempt_id = rollout, attempt
-            caller.carrier, caller.carrier_agent_id = carrier, agent
-    elif rollout is not None and (
-        rollout != caller.rollout_id or (attempt is not None and attempt != caller.attempt_id)
+        return
+    other, other_rollout, other_attempt = carrier, rollout, attempt
+    if caller.carrier is None or _ORDER.index(carrier) < _ORDER.index(caller.carrier):
+        other, other_rollout, other_attempt = caller.carrier, caller.rollout_id, caller.attempt_id
+        caller.rollout_id, caller.attempt_id = rollout, attempt
+        caller.carrier, caller.carrier_agent_id = carrier, agent
+    if other is not None and (
+        other_rollout != caller.rollout_id or (other_attempt is not None and other_attempt != caller.attempt_id)
     ):
-        conflicting_names[carrier] += 1
+        conflicting_names[other] += 1
 
 
 def _retry(text: str) -> int | None:

@@ -202,7 +202,7 @@ class RequestContextMiddleware:
             send = _keep_prefix_in_redirects(scope, context.prefix, send)
         # The body may still name a rollout.
         if context.rollout_id is None or is_probe(context):
-            send = _tell_carrier(context, send)
+            send = _add_carrier_header(context, send)
         # A websocket has no context: each of its messages is an engine request. Set to None rather than left alone,
         # since a server may handle it in the context of the previous request on the same connection.
         token = _current.set(context if scope["type"] == "http" else None)
@@ -265,13 +265,13 @@ def _keep_prefix_in_redirects(scope: Scope, prefix: RolloutPrefix, send: Send) -
     return send_with_prefix
 
 
-def _tell_carrier(context: RequestContext, send: Send) -> Send:
-    """Return a `send` that tells `agl doctor` which carrier named the rollout of a call."""
+def _add_carrier_header(context: RequestContext, send: Send) -> Send:
+    """Return a `send` that adds the header by which `agl doctor` learns which carrier named the rollout of its call."""
 
     def send_with_carrier(message: MutableMapping[str, Any]) -> Awaitable[None]:
         if message["type"] == "http.response.start" and is_probe(context):
-            told = (CARRIER_HEADER.encode(), str(context.carrier).encode())
-            message = {**message, "headers": [*message.get("headers", ()), told]}
+            header = (CARRIER_HEADER.encode(), str(context.carrier).encode())
+            message = {**message, "headers": [*message.get("headers", ()), header]}
         return send(message)
 
     return send_with_carrier

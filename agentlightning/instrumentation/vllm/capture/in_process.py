@@ -1,11 +1,8 @@
 """Calls that a program makes in vLLM's own process, of `AsyncLLM`, `LLMEngine` and the offline `LLM`: their rollouts.
 
-What names a rollout first, in this order:
-
-1. the innermost block of `agl.rollout` or `agl.rollouts` that the call is made in
-2. the HTTP request that the program is answering
-3. the call's `trace_headers`, read as the headers of an HTTP request
-4. the request id: `agl/ROLLOUT[/ATTEMPT[/AGENT]]/anything`
+A rollout is named by the innermost block of `agl.rollout` or `agl.rollouts` that the call is made in, the HTTP request
+that the program is answering, the call's `trace_headers`, which are read as the headers of an HTTP request, or the
+request id: `agl/ROLLOUT[/ATTEMPT[/AGENT]]/anything`. `_carriers.follow` knows their order.
 
 An offline `LLM` is recorded where `AGL_RECORD_OFFLINE` is on, by the same capture as a server's requests.
 """
@@ -193,14 +190,9 @@ def _read(
 ) -> None:
     """Note whose a request is: by its block, by what the context has of HTTP, and by its own arguments."""
     if name is not None:
-        of_http = RolloutName(context.rollout_id, context.attempt_id, context.carrier_agent_id)
-        carrier = context.carrier
-        context.rollout_id, context.attempt_id, context.carrier_agent_id = name
-        context.carrier = "block"
+        follow(context, "block", name)
         # Before that of any header, which comes before that of a carrier.
         context.agent_id = name.agent_id or context.agent_id
-        if carrier is not None:
-            follow(context, carrier, of_http)
     if trace_headers:
         of_headers = Caller()
         read_headers(trace_headers, None, of_headers)
