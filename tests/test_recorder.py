@@ -20,10 +20,11 @@ from threading import Event, Thread
 
 import pytest
 
-from agentlightning import recorder as recording
 from agentlightning.errors import InvalidRecord, NotFound, StoreRefused, StoreUnavailable
 from agentlightning.generation import Generation
-from agentlightning.recorder import GATHERING_SECONDS, LOST, Recorder
+from agentlightning.recorder import LOST, Recorder, _connection, _trouble
+from agentlightning.recorder import _recorder as recording
+from agentlightning.recorder._recorder import GATHERING_SECONDS
 from agentlightning.sender import Progress, Sender, UnfinishedCalls
 from agentlightning.store import Store, open_database, open_store, senders, watermarks
 from agentlightning.store.database_store import DatabaseStore
@@ -235,7 +236,7 @@ def test_one_invalid_generation_of_five_hundred_costs_no_second_request(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Counting(open_database(str(path)))
-    monkeypatch.setattr(recording, "open_store", lambda url, **options: store)
+    monkeypatch.setattr(_connection, "open_store", lambda url, **options: store)
     recorder, generations = Recorder(str(path), ROOMY), some(500)
     generations[123].id = "no UUID"
     begin = Event()
@@ -266,7 +267,7 @@ class Refusing(DatabaseStore):
 def test_generations_that_are_refused_as_a_whole_are_counted_as_lost(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recording, "open_store", lambda url, **options: Refusing(open_database(url)))
+    monkeypatch.setattr(_connection, "open_store", lambda url, **options: Refusing(open_database(url)))
     recorder = Recorder(str(path), ROOMY)
 
     record(recorder, some(5))
@@ -552,7 +553,7 @@ def test_a_fork_does_not_wait_for_a_store_that_does_not_answer(path: Path, monke
         monkeypatch.setattr(store, "add", wait_and_add)
         return store
 
-    monkeypatch.setattr("agentlightning.recorder.open_store", hanging)
+    monkeypatch.setattr("agentlightning.recorder._connection.open_store", hanging)
     recorder = Recorder(str(path), ROOMY)
     record(recorder, generations)
     begun.wait()
@@ -642,7 +643,7 @@ def test_a_failed_registration_loses_no_generation_and_is_retried(
 
     register = DatabaseStore.register_sender
     monkeypatch.setattr(DatabaseStore, "register_sender", away)
-    monkeypatch.setattr("agentlightning.recorder.SECONDS_BETWEEN_REGISTRATIONS", 0)
+    monkeypatch.setattr("agentlightning.recorder._connection.SECONDS_BETWEEN_REGISTRATIONS", 0)
     recorder, generations = Recorder(str(path), ROOMY, Registrar()), some(5)
     record_one_by_one(recorder, generations)
     recorder.close()
@@ -902,7 +903,7 @@ def test_a_store_that_refuses_reports_is_logged_once_until_it_accepts_one(
         return report(self, sender_id, progress)
 
     monkeypatch.setattr(DatabaseStore, "report_progress", answer)
-    monkeypatch.setattr(recording, "SECONDS_BETWEEN_LOGS", 0)
+    monkeypatch.setattr(_trouble, "SECONDS_BETWEEN_LOGS", 0)
     monkeypatch.setattr(recording, "SECONDS_BETWEEN_REPORTS", 0.01)
     recorder = Recorder(str(path), ROOMY, Registrar())
     recorder.start()
@@ -922,7 +923,7 @@ def test_an_idle_process_whose_store_hangs_ends_without_naming_a_loss(
         assert go_on.wait(SECONDS)
         return open_store(*arguments, **options)
 
-    monkeypatch.setattr(recording, "open_store", hang)
+    monkeypatch.setattr(_connection, "open_store", hang)
     recorder = Recorder(str(path), ROOMY, Registrar())
     recorder.start()
     assert opening.wait(SECONDS)
@@ -1035,7 +1036,7 @@ def test_retries_respect_the_stores_delay_and_are_spread_out(path: Path, monkeyp
         return open_store(*arguments, **options)
 
     monkeypatch.setattr(recording, "Event", Noted)
-    monkeypatch.setattr(recording, "open_store", busy)
+    monkeypatch.setattr(_connection, "open_store", busy)
     generations = [generation(1)]
     recorder = Recorder(str(path), ROOMY)
     record(recorder, generations)

@@ -1,42 +1,32 @@
-"""From an event loop to a store: a queue bounded in bytes, and one thread that writes. Knows no vLLM.
-
-`Recorder.record` takes microseconds, however long the generation. The thread does everything else: building the
-generation, packing, writing, waiting for a slow or unreachable store, recording how many generations were lost, and
-telling the store up to which moment all that had ended is written.
-"""
+"""The recorder: a queue, and the thread that writes to the store what is queued."""
 
 from __future__ import annotations
 
 import atexit
-import logging
 import os
 import random
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from queue import Empty, SimpleQueue
-from threading import Event, Lock, Thread, local
+from threading import Event, Lock, Thread
 from typing import NamedTuple, NoReturn
 
 from agentlightning.errors import InvalidRecord, NotFound, StoreRefused, StoreUnavailable
-from agentlightning.generation import Generation, Loss
-from agentlightning.sender import LostCalls, Progress, Sender, StoreTime, UnfinishedCalls
-from agentlightning.store import Store, open_store
+from agentlightning.generation import Generation
+from agentlightning.recorder._connection import PATIENCE_SECONDS, Connection
+from agentlightning.recorder._counters import NOT_BUILT, REFUSED, STOPPED, WRITE_SECONDS, Counters, Whose
+from agentlightning.recorder._losses import Losses
+from agentlightning.recorder._trouble import TroubleLog, logger
+from agentlightning.sender import Progress, Sender, StoreTime, UnfinishedCalls
 
-__all__ = ["LOST", "NOT_BUILT", "QUEUE_FULL", "REFUSED", "STOPPED", "WRITE_SECONDS", "Counters", "Recorder", "Whose"]
+__all__ = ["Recorder"]
 
-logger = logging.getLogger("agentlightning")
-
-QUEUE_FULL, NOT_BUILT, REFUSED, STOPPED = LOST = ("queue full", "not built", "refused", "stopped")
-"""Why generations are lost: the queue is full, our code failed before or in the store, or the process ended."""
 ENDED = "the process ended before they were written"
-WRITE_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
-"""The upper bounds of the buckets that count writes by their duration."""
-
 # How long the thread waits for more after the first generation: a transaction costs as much as writing many of them,
 # and each time the thread wakes it takes the interpreter from the event loop.
 GATHERING_SECONDS = 0.25
@@ -44,28 +34,12 @@ BATCH_GENERATIONS = 500
 BATCH_BYTES = 8 << 20
 FIRST_PAUSE_SECONDS = 0.05
 LONGEST_PAUSE_SECONDS = 2.0
-# Short, so that the thread learns in time that the process is ending.
-PATIENCE_SECONDS = 0.5
-SECONDS_BETWEEN_LOGS = 10.0
-# Delay before a failed registration is retried, unless the store is opened again before that; ten times as long after
-# another failure.
-SECONDS_BETWEEN_REGISTRATIONS = 10.0
 # How often a store hears from this process when there is nothing to write.
 SECONDS_BETWEEN_REPORTS = 1.0
-# The most rollouts whose losses wait to be reported by name; those of further ones are counted without a name.
-LOST_NAMES_LIMIT = 1 << 16
 # The most losses in one report: half of what an `agl store` accepts.
 LOSSES_AT_ONCE = 1 << 15
 # As much as a generation keeps alive that is queued only to be counted as lost.
 NBYTES_OF_A_LOSS = 1000
-# As long as a store on this host needs for a batch.
-SECONDS_TO_FORK = 1.0
-INHERITED: list[Store | None] = []
-"""Connections inherited across fork: never use or close them."""
-
-
-Whose = tuple[str | None, str | None]
-"""The rollout and the attempt that a generation belongs to; None where its call named none."""
 
 
 _Queued = tuple[Callable[[], Generation], int, Callable[[], Whose]]
@@ -81,31 +55,6 @@ class _Mark(NamedTuple):
 
 def _of_nobody() -> Whose:
     return None, None
-
-
-@dataclass(slots=True)
-class Counters:
-    """The fate of everything that was recorded since the process started.
-
-    Attributes:
-        generations, prompt_tokens, output_tokens: what the store has.
-        queue_bytes: what waits now.
-        lost: generations that the store does not have, by one of `LOST`.
-        writes: number of transactions in each bucket: one bucket for each of `WRITE_SECONDS`, and one for the rest.
-        write_seconds: how long all of them took together.
-        failed_writes: how often writing to the store failed; each write is retried.
-        trouble: why writing fails now; None while it works.
-    """
-
-    generations: int = 0
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-    queue_bytes: int = 0
-    lost: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LOST, 0))
-    writes: list[int] = field(default_factory=lambda: [0] * (len(WRITE_SECONDS) + 1))
-    write_seconds: float = 0.0
-    failed_writes: int = 0
-    trouble: str | None = None
 
 
 class Recorder:
@@ -132,51 +81,28 @@ class Recorder:
         observe: Callable[[Counters], object] = lambda counters: None,
         under_way: Callable[[], Iterable[Whose]] = tuple,
     ) -> None:
-        self._url = url
         self._under_way = under_way
         self._queue_bytes = queue_bytes
         self._sender = sender
         self._observe = observe
-        self._store: Store | None = None
-        self._store_lock = Lock()
+        self._connection = Connection(url, sender)
         self._begin()
-        self._forking = local()
         os.register_at_fork(
-            before=self._before_fork, after_in_parent=self._after_fork, after_in_child=self._after_fork_in_child
+            before=self._connection.before_fork,
+            after_in_parent=self._connection.after_fork,
+            after_in_child=self._begin_in_child,
         )
 
-    def _before_fork(self) -> None:
-        # SQLite in the child would take the parent's locks for its own, and overwrite what the parent writes.
-        self._forking.has_lock = self._store_lock.acquire(timeout=SECONDS_TO_FORK)
-        if self._forking.has_lock:
-            self._close_store()
-
-    def _after_fork(self) -> None:
-        if self._forking.has_lock:
-            self._store_lock.release()
-
-    def _after_fork_in_child(self) -> None:
-        if not self._forking.has_lock:
-            # The store did not answer in time, and vLLM must not wait for it.
-            INHERITED.append(self._store)
-            self._store, self._store_lock = None, Lock()
-        else:
-            self._store_lock.release()
+    def _begin_in_child(self) -> None:
+        self._connection.after_fork_in_child()
         self._begin()
 
     def _begin(self) -> None:
         self._thread: Thread | None = None
-        self._writer: Sender | None = None
-        self._registered: Sender | None = None
-        self._no_registration_until = 0.0
-        self._registration_failures = 0
         self._queue: SimpleQueue[_Queued | _Mark | None] = SimpleQueue()
         self._clock = _Clock()
         self._mark: _Mark | None = None
         self._next_report = 0.0
-        self._store_time: StoreTime | None = None
-        self._lost_calls: Counter[tuple[str | None, str | None, str]] = Counter()
-        self._unconfirmed: list[LostCalls] = []
         self._reported_until = 0
         self._closing = Event()
         self._was_opened = Event()
@@ -187,12 +113,9 @@ class Recorder:
         # Bytes that came in and bytes that went out: the first is written under the lock of the callers of `record`,
         # the second only by our thread, so that the callers never wait for it.
         self._bytes_in = self._bytes_out = 0
-        self._rejected = self._rejected_in_losses = self._late = 0
-        self._rejected_at = (0, 0)
-        self._new_losses: dict[str, Loss] = {}
-        self._losses: list[Loss] = []
-        self._silent_until: dict[str, float] = {}
-        self._logged: dict[str, str] = {}
+        self._trouble = TroubleLog()
+        self._losses = Losses(self._trouble)
+        self._connection.begin(self._trouble, self._closing)
 
     def start(self, patience: float = 0.0) -> None:
         """Start the thread, which opens the store. Idempotent; else the first `record` does it, and takes longer.
@@ -227,19 +150,20 @@ class Recorder:
         with self._record_lock:
             try:
                 if self._closing.is_set():
-                    self._count_late("it is closed")
+                    self._losses.count_late("it is closed")
                     return
                 waiting = self._bytes_in - self._bytes_out
                 # A generation larger than the queue is admitted when the queue is empty.
                 if waiting and waiting + nbytes > self._queue_bytes:
-                    self._reject(whose)
+                    full = f"the queue of {self._queue_bytes >> 20} MiB (AGL_QUEUE_MB) is full"
+                    self._losses.reject(_whose_of(whose), f"{full}, since the store is too slow or away")
                     return
                 self._start_thread()
                 self._bytes_in += nbytes
                 self._queue.put((build, nbytes, whose))
             except Exception as error:
                 # No thread can be started while the interpreter is ending.
-                self._count_late(repr(error))
+                self._losses.count_late(repr(error))
 
     def note_lost(self, whose: Callable[[], Whose], error: Exception) -> None:
         """Count a generation as lost that our code failed to record; never raise. Thread-safe.
@@ -256,8 +180,8 @@ class Recorder:
     def counters(self) -> Counters:
         """Return a snapshot of the counters."""
         mine = self._counters
-        lost = {**mine.lost, QUEUE_FULL: self._rejected, STOPPED: mine.lost[STOPPED] + self._late}
-        return replace(mine, queue_bytes=self._bytes_in - self._bytes_out, lost=lost, writes=list(mine.writes))
+        waiting = self._bytes_in - self._bytes_out
+        return replace(mine, queue_bytes=waiting, lost=self._losses.counts(), writes=list(mine.writes))
 
     def close(self, timeout: float = 5.0) -> None:
         """Write what waits, for at most `timeout` seconds; count the rest as lost, and record the loss if possible.
@@ -279,37 +203,23 @@ class Recorder:
                     self._bytes_in - self._bytes_out,
                 )
 
-    def _reject(self, whose: Callable[[], Whose]) -> None:
-        self._name_lost(QUEUE_FULL, [_whose_of(whose)])
-        now = time.time_ns()
-        self._rejected_at = (self._rejected_at[0] if self._rejected > self._rejected_in_losses else now, now)
-        self._rejected += 1
-        full = f"the queue of {self._queue_bytes >> 20} MiB (AGL_QUEUE_MB) is full, since the store is too slow or away"
-        self._log(QUEUE_FULL, f"{full}; generations lost so far: {self._rejected}")
-
-    def _count_late(self, why: str) -> None:
-        # Only counted: no thread is left to write a loss.
-        self._late += 1
-        self._log("late", f"the recorder accepts no more generations: {why}; lost so far: {self._late}")
-
     def _run(self) -> None:
         self._try_to_open()
         self._was_opened.set()
         while not (self._closing.is_set() and self._queue.empty()):
             try:
                 self._write_batch()
-                self._forget_log("batch")
+                self._trouble.forget("batch")
             except Exception as error:
-                self._log("batch", f"writing generations failed: {error!r}")
+                self._trouble.warn("batch", f"writing generations failed: {error!r}")
         self._write_losses()
         self._report_the_end()
-        with self._store_lock:
-            self._close_store()
+        self._connection.close()
 
     def _try_to_open(self) -> None:
         """Open the store before there is anything to write, so that an unusable store is reported at the start."""
         try:
-            with self._opened():
+            with self._connection.opened():
                 pass
         except StoreUnavailable as error:
             self._note_failed_write(error)
@@ -356,7 +266,7 @@ class Recorder:
 
     def _longest_wait(self) -> float | None:
         """Return how many seconds to wait for a generation; None if nothing else is to be done."""
-        waits = [LONGEST_PAUSE_SECONDS] if self._losses else []
+        waits = [LONGEST_PAUSE_SECONDS] if self._losses.reports else []
         if self._sender is not None:
             waits.append(max(self._next_report - time.monotonic(), 0.0))
         return min(waits, default=None)
@@ -373,9 +283,11 @@ class Recorder:
         try:
             counts = Counter(self._under_way())
         except Exception as error:
-            self._log("under way", f"unfinished generations cannot be listed, so no progress is reported: {error!r}")
+            self._trouble.warn(
+                "under way", f"unfinished generations cannot be listed, so no progress is reported: {error!r}"
+            )
         else:
-            self._forget_log("under way")
+            self._trouble.forget("under way")
             self._queue.put(_Mark(at, [UnfinishedCalls(*whose, count) for whose, count in counts.items()]))
 
     def _build(self, items: Iterable[_Queued]) -> list[Generation]:
@@ -393,9 +305,9 @@ class Recorder:
         while True:
             started = time.perf_counter()
             try:
-                with self._opened() as store:
+                with self._connection.opened() as store:
                     started = time.perf_counter()
-                    store.add(generations, None if self._writer is None else self._writer.id)
+                    store.add(generations, None if self._connection.writer is None else self._connection.writer.id)
             except (StoreUnavailable, StoreRefused) as error:
                 self._note_failed_write(error)
                 retry_after = error.retry_after if isinstance(error, StoreUnavailable) else None
@@ -434,47 +346,38 @@ class Recorder:
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
     def _write_losses(self) -> None:
-        rejected, at = self._rejected, self._rejected_at
-        if rejected > self._rejected_in_losses:
-            self._losses.append(_loss(rejected - self._rejected_in_losses, QUEUE_FULL, *at))
-            self._rejected_in_losses = rejected
-        # Unchanged from here on: it is unknown whether a failed attempt has written them.
-        self._losses += self._new_losses.values()
-        self._new_losses = {}
-        if self._losses:
+        losses = self._losses
+        losses.make_reports()
+        if losses.reports:
             try:
-                with self._opened() as store:
-                    store.add_losses(self._losses)
-                self._losses = []
+                with self._connection.opened() as store:
+                    store.add_losses(losses.reports)
+                losses.reports = []
             except InvalidRecord as error:
                 # A retry would be refused again.
-                self._log("losses", f"the store refuses the numbers of lost generations: {error}: {self._losses}")
-                self._losses = []
+                refused = f"the store refuses the numbers of lost generations: {error}: {losses.reports}"
+                self._trouble.warn("losses", refused)
+                losses.reports = []
             except Exception as error:
                 self._note_failed_write(error)
 
     def _report(self, has_ended: bool = False) -> None:
         """Tell the store how far this process has written. What fails is tried again with the next report."""
         self._next_report = time.monotonic() + SECONDS_BETWEEN_REPORTS
-        with self._record_lock:
-            lost, self._lost_calls = self._lost_calls, Counter()
-        # Unchanged from here on: it is unknown whether a failed report has told them.
-        self._unconfirmed += [
-            LostCalls(rollout_id=rollout_id, attempt_id=attempt_id, count=count, reason=kind)
-            for (rollout_id, attempt_id, kind), count in lost.items()
-        ]
+        self._losses.collect_named()
+        unconfirmed = self._losses.unconfirmed
         if self._mark is None:
             return
         try:
             # Twice where the store's time is not known yet, and once more for every further part of the losses.
             while True:
-                with self._opened() as store:
+                with self._connection.opened() as store:
                     # Also if its registration was refused, as a proxy refuses a large vocabulary: the store may know it
                     # without, and takes a rollout for complete whose calls a sender has not reported on.
-                    if self._writer is None:
+                    if self._connection.writer is None:
                         return
-                    known, lost = self._store_time, self._unconfirmed[:LOSSES_AT_ONCE]
-                    is_last = len(lost) == len(self._unconfirmed)
+                    known, lost = self._connection.store_time, unconfirmed[:LOSSES_AT_ONCE]
+                    is_last = len(lost) == len(unconfirmed)
                     told = Progress(
                         # The moment passes only with the last of the losses before it.
                         watermark=self._mark.at if is_last else self._reported_until,
@@ -483,67 +386,36 @@ class Recorder:
                         lost=lost,
                         has_ended=has_ended and is_last,
                     )
-                    at = store.report_progress(self._writer.id, told)
-                    self._store_time, self._reported_until = StoreTime(at, self._clock.now()), told.watermark
-                    del self._unconfirmed[: len(lost)]
+                    at = store.report_progress(self._connection.writer.id, told)
+                    self._connection.store_time = StoreTime(at, self._clock.now())
+                    self._reported_until = told.watermark
+                    del unconfirmed[: len(lost)]
                 if known is not None and is_last:
                     break
         except StoreUnavailable as error:
             self._note_failed_write(error, is_news=self._counters.trouble is None)
         except NotFound:
-            # The store has lost its senders.
-            self._registered = None
+            self._connection.forget_registration()
         except Exception as error:
-            self._log("progress", f"the store refuses to hear how far generations are written: {error}")
+            self._trouble.warn("progress", f"the store refuses to hear how far generations are written: {error}")
         else:
-            self._forget_log("progress")
+            self._trouble.forget("progress")
             self._note_success()
 
     def _report_the_end(self) -> None:
         """Tell the store that nothing follows, if it answers: a process that ends has no time to wait for it."""
-        if self._store is not None and self._mark is not None:
+        if self._connection.is_open and self._mark is not None:
             try:
                 unfinished = list(self._under_way())
             except Exception as error:
                 # Without a last word, the store takes this process for killed, and trusts in nothing that it answers.
-                self._log("under way", f"unfinished generations cannot be listed, so no end is reported: {error!r}")
+                self._trouble.warn(
+                    "under way", f"unfinished generations cannot be listed, so no end is reported: {error!r}"
+                )
                 return
-            with self._record_lock:
-                self._name_lost(STOPPED, unfinished)
+            self._losses.name(STOPPED, unfinished)
             self._mark = _Mark(self._clock.now(), ())
             self._report(has_ended=True)
-
-    @contextmanager
-    def _opened(self) -> Iterator[Store]:
-        with self._store_lock:
-            if self._store is None:
-                try:
-                    self._store = open_store(self._url, patience=PATIENCE_SECONDS)
-                except StoreUnavailable:
-                    raise
-                except Exception as error:
-                    raise StoreUnavailable(str(error)) from error
-            self._register_sender(self._store)
-            yield self._store
-
-    def _register_sender(self, store: Store) -> None:
-        # If registration fails (for one, a proxy may refuse large bodies), generations are still written.
-        if self._sender is None:
-            return
-        try:
-            self._writer = self._sender()
-            if self._writer == self._registered or time.monotonic() < self._no_registration_until:
-                return
-            store.register_sender(self._writer)
-            self._registered = self._writer
-            self._registration_failures = 0
-            self._forget_log("registration")
-        except Exception as error:
-            self._registration_failures += 1
-            pause = SECONDS_BETWEEN_REGISTRATIONS * (1 if self._registration_failures == 1 else 10)
-            self._no_registration_until = time.monotonic() + pause
-            failed = "this server could not be registered with its store, and will retry; generations are written"
-            self._log("registration", f"{failed}: {error}")
 
     def _note_failed_write(self, error: Exception, is_news: bool = True) -> None:
         """Note that the store could not be written; it is opened again for the next attempt.
@@ -555,20 +427,10 @@ class Recorder:
         self._counters.trouble = str(error)
         self._notify()
         if is_news:
-            self._log("store", f"the store cannot be written, so generations wait in memory and are retried: {error}")
-        with self._store_lock:
-            self._close_store()
-
-    def _close_store(self) -> None:
-        store, self._store, self._registered = self._store, None, None
-        # The next one may have another clock.
-        self._store_time = None
-        if not self._closing.is_set():
-            # There is time to register with the next one, which may be another store.
-            self._no_registration_until = 0.0
-        if store is not None:
-            with suppress(Exception):
-                store.close()
+            self._trouble.warn(
+                "store", f"the store cannot be written, so generations wait in memory and are retried: {error}"
+            )
+        self._connection.close()
 
     def _count(self, generations: Iterable[Generation], seconds: float) -> None:
         counters = self._counters
@@ -584,47 +446,20 @@ class Recorder:
     def _note_success(self) -> None:
         if self._counters.trouble is not None:
             self._counters.trouble = None
-            self._forget_log("store")
+            self._trouble.forget("store")
             logger.info("agentlightning: generations are written to the store again")
 
     def _lose(self, kind: str, whose: Sequence[Whose], detail: str) -> None:
-        count = len(whose)
-        with self._record_lock:
-            self._name_lost(kind, whose)
-        self._counters.lost[kind] += count
-        self._log(kind, f"generations lost so far ({kind}): {self._counters.lost[kind]}; the last because {detail}")
-        now = time.time_ns()
-        loss = self._new_losses.setdefault(kind, _loss(0, f"{kind}: {detail}", now, now))
-        loss.count += count
-        loss.last_at = now
+        self._losses.add(kind, whose, detail)
         self._notify()
-
-    def _name_lost(self, kind: str, whose: Iterable[Whose]) -> None:
-        for each in whose:
-            key = (*each, kind)
-            names = len(self._lost_calls) + len(self._unconfirmed)
-            known = key in self._lost_calls or names < LOST_NAMES_LIMIT
-            self._lost_calls[key if known else (None, None, kind)] += 1
 
     def _notify(self) -> None:
         try:
             self._observe(self.counters())
-            self._forget_log("observe")
+            self._trouble.forget("observe")
         except Exception as error:
             # This may run between two attempts to write, which must go on.
-            self._log("observe", f"the metrics of recorded generations could not be updated: {error!r}")
-
-    def _log(self, kind: str, message: str) -> None:
-        """Log a message, but each kind at most once every `SECONDS_BETWEEN_LOGS`, and none twice in a row."""
-        now = time.monotonic()
-        if message != self._logged.get(kind) and now >= self._silent_until.get(kind, 0):
-            self._silent_until[kind] = now + SECONDS_BETWEEN_LOGS
-            self._logged[kind] = message
-            logger.warning("agentlightning: %s", message)
-
-    def _forget_log(self, kind: str) -> None:
-        """Note that what was logged works again: if it fails once more, that is news."""
-        self._logged.pop(kind, None)
+            self._trouble.warn("observe", f"the metrics of recorded generations could not be updated: {error!r}")
 
 
 class _Clock:
@@ -651,8 +486,3 @@ def _whose_of(whose: Callable[[], Whose]) -> Whose:
 
 def _whose(generation: Generation) -> Whose:
     return generation.rollout_id, generation.attempt_id
-
-
-def _loss(count: int, reason: str, first_at: int, last_at: int) -> Loss:
-    where = {"host": os.uname().nodename, "pid": os.getpid()}
-    return Loss(count=count, reason=reason, first_at=first_at, last_at=last_at, **where)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from agentlightning.recorder import GATHERING_SECONDS
+from agentlightning.recorder._recorder import GATHERING_SECONDS
 from tests.recording.load import Load, checked, endless
 from tests.recording.nursery import Nursery
 from tests.recording.server import RecordingServer, until
