@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from agentlightning.drift.attempt import AttemptDrift, Break, CallDetails, Token, align, analyse
+from agentlightning.drift.alignment import align
+from agentlightning.drift.attempt import analyse
 from agentlightning.drift.causes import ABOUT, CAUSES, MEANT, About, Cause
 from agentlightning.drift.classification import Difference, classify
-from agentlightning.drift.report import UNFIT, Report
+from agentlightning.drift.records import AttemptDrift, Break, CallDetails, Token
+from agentlightning.drift.report import Report
+from agentlightning.drift.unfit import UNFIT
 
 __all__ = [
     "ABOUT",

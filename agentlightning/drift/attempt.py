@@ -6,11 +6,11 @@ from array import array
 from bisect import bisect_left, insort
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
 
 from agentlightning.common_prefix import ID_BYTES, common_ids
-from agentlightning.drift.causes import MEANT, Cause
+from agentlightning.drift.alignment import align
+from agentlightning.drift.causes import MEANT
 from agentlightning.drift.classification import (
     SHORT_TURN,
     Difference,
@@ -19,128 +19,19 @@ from agentlightning.drift.classification import (
     turn_names,
     turn_start,
 )
+from agentlightning.drift.other_names import mismatches, session_mismatch
+from agentlightning.drift.records import AttemptDrift, Break, CallDetails, Token
+from agentlightning.drift.unfit import count_unfit
 from agentlightning.token_text import TokenTexts
-from agentlightning.trajectory import SAMPLING, AttemptCalls, Call, Trajectory, merge, sampling_of
+from agentlightning.trajectory import AttemptCalls, Call, Trajectory, merge
 
-__all__ = ["AttemptDrift", "Break", "CallDetails", "Token", "align", "analyse"]
+__all__ = ["analyse"]
 
-CONTEXT = 3
-# Ids of both sides that are kept of a break.
-SHOWN = 24
-MOST_SKIPPED = 64
 # Calls that begin alike and are looked at for the latest of them.
 MOST_ALIKE = 64
 
 Texts = Callable[[bytes | None], TokenTexts | None]
 """The texts of the vocabulary with a digest; None for an unknown one."""
-
-
-class CallDetails(NamedTuple):
-    """Details of a generation besides its `Call`: how many ids were cached, and the digest of its vocabulary."""
-
-    cached_tokens: int | None = None
-    vocabulary: bytes | None = None
-
-
-class Token(NamedTuple):
-    """An id with its text, if that is known, and whether the other side has another in its place."""
-
-    id: int
-    text: str | None
-    differs: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Break:
-    """A prompt that does not extend the context that it should extend.
-
-    Attributes:
-        generation_id: the call with this prompt.
-        before_id: the call whose prompt and answer it should begin with.
-        cause, is_certain, also, position, message, role: as in `Difference`.
-        lost: sampled ids of this conversation that its next row cannot train.
-        finished_at: when the call finished, in nanoseconds since the epoch.
-        model, agent_id: the name that the client asked for, and the agent that called, if it said so.
-        before, after: what stands on both sides from shortly before the first difference on, aligned.
-        mismatches: what Agent Lightning 0.3 calls it: `template`, `retoken`, `others`.
-        session_mismatch: what miles calls it.
-    """
-
-    generation_id: str
-    before_id: str
-    cause: Cause
-    is_certain: bool
-    also: Sequence[Cause]
-    position: int
-    message: int | None
-    role: str | None
-    lost: int
-    finished_at: int
-    model: str | None
-    agent_id: str | None
-    before: Sequence[Token]
-    after: Sequence[Token]
-    mismatches: Sequence[str]
-    session_mismatch: str | None
-
-
-@dataclass(slots=True, kw_only=True)
-class AttemptDrift:
-    """The calls of an attempt, and where they break the context that they should extend.
-
-    Attributes:
-        calls: number of calls with ids; a call with several choices is one.
-        conversations: how many conversations these are.
-        broken: how many of them have a break that nobody meant.
-        rows_before: number of answers, each of which is a row if nothing is merged.
-        rows_after: number of rows that they are merged to.
-        rows_unbroken: number of rows that they would be merged to if nothing had broken.
-        kept, lost: sampled ids that one row for each conversation can train, and those that it cannot.
-        cached: ids that came from the prefix cache, of calls that continue another; None where that is unknown.
-        cacheable: ids of these calls that would have come from there if no history had been changed.
-        without_vocabulary: calls whose texts are unknown.
-        parents: by the ids of calls, the call that each continues, exactly or not; None where it begins a conversation.
-        unfit: by reason, what makes rows or answers unfit for training in other ways; see `report.UNFIT`.
-    """
-
-    rollout_id: str | None
-    attempt_id: str | None
-    calls: int = 0
-    conversations: int = 0
-    broken: int = 0
-    rows_before: int = 0
-    rows_after: int = 0
-    rows_unbroken: int = 0
-    kept: int = 0
-    lost: int = 0
-    cached: int | None = None
-    cacheable: int = 0
-    without_vocabulary: int = 0
-    breaks: list[Break] = field(default_factory=list[Break])
-    parents: dict[str, str | None] = field(default_factory=dict[str, "str | None"])
-    unfit: dict[str, int] = field(default_factory=dict[str, int])
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the fields for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, found: Mapping[str, Any]) -> AttemptDrift:
-        """Restore it from the JSON object of `as_dict`.
-
-        Raises:
-            KeyError, TypeError, ValueError: the object is something else.
-        """
-        values = {name: found[name] for name in cls.__slots__}
-        values["breaks"] = [_break(each) for each in values["breaks"]]
-        return cls(**values)
-
-
-def _break(found: Mapping[str, Any]) -> Break:
-    values = {name: found[name] for name in Break.__slots__}
-    for name in ("before", "after"):
-        values[name] = [Token(*each) for each in values[name]]
-    return Break(**values)
 
 
 def analyse(
@@ -177,7 +68,7 @@ def analyse(
         _Caller(found, calls, beside[caller], details, texts_of, gone).analyse()
     found.rows_before = sum(bool(each.response_token_ids) for each in attempt.calls)
     found.rows_after = len(merged.rows)
-    found.unfit = {name: count for name, count in _unfit(attempt.calls, merged.rows).items() if count}
+    found.unfit = {name: count for name, count in count_unfit(attempt.calls, merged.rows).items() if count}
     return found
 
 
@@ -190,60 +81,6 @@ def _places(calls: Sequence[Call], rows: Sequence[Trajectory]) -> dict[str, tupl
             found[span.generation_id] = max(found[span.generation_id], (before, depth))
             before, _ = found[span.generation_id]
     return found
-
-
-def align(
-    before: Sequence[int],
-    prompt: Sequence[int],
-    position: int,
-    texts: TokenTexts | None,
-    texts_before: TokenTexts | None = None,
-    shown: int = SHOWN,
-) -> tuple[list[Token], list[Token]]:
-    """Put both sides of a break beside each other, from shortly before the first difference on.
-
-    Args:
-        shown: number of ids behind it on either side.
-    """
-    start = max(position - CONTEXT, 0)
-    one, other = before[start : position + shown], prompt[start : position + shown]
-    differs = _differing(one, other)
-    known = texts if texts_before is None else texts_before
-    return _tokens(one, differs[0], known), _tokens(other, differs[1], texts)
-
-
-def _tokens(ids: Sequence[int], differs: Sequence[bool], texts: TokenTexts | None) -> list[Token]:
-    return [
-        Token(each, None if texts is None else texts.text(each), other)
-        for each, other in zip(ids, differs, strict=True)
-    ]
-
-
-def _differing(one: Sequence[int], other: Sequence[int]) -> tuple[list[bool], list[bool]]:
-    """Mark the ids that differ. What goes on behind the end of the first is new, and is not marked."""
-    marks = [False] * len(one), [False] * len(other)
-    at, beside = 0, 0
-    while at < len(one) and beside < len(other):
-        if one[at] == other[beside]:
-            at, beside = at + 1, beside + 1
-            continue
-        left, right = _next_same(one[at:], other[beside:])
-        marks[0][at : at + left] = [True] * left
-        marks[1][beside : beside + right] = [True] * right
-        at, beside = at + left, beside + right
-    marks[0][at:] = [True] * (len(one) - at)
-    return marks
-
-
-def _next_same(one: Sequence[int], other: Sequence[int]) -> tuple[int, int]:
-    """Count the ids to skip on both sides, as few as possible, until two ids are the same."""
-    for skipped in range(1, min(len(one) + len(other), MOST_SKIPPED)):
-        for left in range(max(skipped - len(other) + 1, 0), min(skipped, len(one) - 1) + 1):
-            right = skipped - left
-            pair = one[left : left + 2], other[right : right + 2]
-            if pair[0][0] == pair[1][0] and (min(map(len, pair)) == 1 or pair[0][1] == pair[1][1]):
-                return left, right
-    return len(one), len(other)
 
 
 @dataclass(slots=True, eq=False)
@@ -419,8 +256,8 @@ class _Caller:
                 agent_id=call.agent_id,
                 before=sides[0],
                 after=sides[1],
-                mismatches=[] if found.cause in MEANT else _mismatches(before, prompt, found.position, texts),
-                session_mismatch=None if found.cause in MEANT else _session_mismatch(found),
+                mismatches=[] if found.cause in MEANT else mismatches(before, prompt, found.position, texts),
+                session_mismatch=None if found.cause in MEANT else session_mismatch(found),
             )
         )
 
@@ -515,63 +352,3 @@ def _sampled_behind(near: _Context, found: Difference) -> Iterator[tuple[_Contex
 
 def _array(ids: bytes) -> array[int]:
     return array("i", ids)
-
-
-def _mismatches(before: array[int], prompt: array[int], position: int, texts: TokenTexts | None) -> list[str]:
-    """Name a break as Agent Lightning 0.3 does."""
-    if texts is None:
-        return []
-    special = texts.special
-    one, other = before[position:], prompt[position:]
-    pairs = zip([each for each in one if each in special], [each for each in other if each in special], strict=False)
-    found = ["template"] if any(each != beside for each, beside in pairs) else []
-    content, beside = ([each for each in side if each not in special] for side in (one, other))
-    if beside[: len(content)] != content:
-        found.append("retoken" if texts.join(beside).startswith(texts.join(content)) else "others")
-    return found
-
-
-def _session_mismatch(found: Difference) -> str:
-    """Name a break as miles does."""
-    if found.cause == "template":
-        return f"special_token_{'count' if found.special_before != found.special_after else 'type'}"
-    return "assistant_text" if found.role in ("assistant", "model") else "non_assistant_text"
-
-
-def _unfit(calls: Sequence[Call], rows: Sequence[Trajectory]) -> dict[str, int]:
-    """Count what makes rows and answers unfit in other ways than drift."""
-    found: Counter[str] = Counter()
-    found["mixed_sampling"] = sum("mixed_sampling" in row.flags for row in rows)
-    found["mixed_weights"] = sum("mixed_weights" in row.flags for row in rows)
-    latest = max((each for call in calls for each in _versions(call)), default=None)
-    for call in calls:
-        if call.prompt_token_ids is None or call.response_token_ids is None:
-            found["without_ids"] += 1
-            continue
-        sampling = sampling_of(call.sampling_params) or SAMPLING
-        found["greedy"] += sampling["temperature"] == 0
-        found["old_weights"] += latest is not None and any(each < latest for each in _versions(call))
-        found["missing_logprobs"] += call.logprobs is None and bool(call.response_token_ids)
-        found["raw_logprobs"] += (
-            call.logprobs is not None and call.logprobs_mode == "raw_logprobs" and _shapes(sampling)
-        )
-        found["other_logprobs"] += call.logprobs is not None and call.logprobs_mode in (
-            "raw_logits",
-            "processed_logits",
-        )
-        found["truncated"] += call.finish_reason == "length"
-        found["aborted"] += call.status != "finished"
-    return dict(found)
-
-
-def _versions(call: Call) -> Iterator[int]:
-    for version, _, _ in call.weight_versions or ():
-        if version.isascii() and version.isdigit():
-            yield int(version)
-
-
-def _shapes(sampling: Mapping[str, Any]) -> bool:
-    """Tell whether parameters change the distribution that ids are drawn from."""
-    # vLLM has -1 and 0 for all tokens.
-    given = {**sampling, "top_k": max(sampling.get("top_k") or 0, 0)}
-    return any((given.get(name) or None) != (usual or None) for name, usual in SAMPLING.items())

@@ -3,31 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any
 
-from agentlightning.drift.attempt import AttemptDrift, Break
 from agentlightning.drift.causes import ABOUT, CAUSES, MEANT, Cause
+from agentlightning.drift.other_names import MISMATCHES, SESSION_MISMATCHES
+from agentlightning.drift.records import AttemptDrift, Break
+from agentlightning.drift.unfit import UNFIT
 
-__all__ = ["MISMATCHES", "SESSION_MISMATCHES", "UNFIT", "Report"]
+__all__ = ["Report"]
 
-MISMATCHES = ("template", "retoken", "others")
-"""The names of Agent Lightning 0.3."""
-SESSION_MISMATCHES = ("special_token_count", "special_token_type", "non_assistant_text", "assistant_text")
-"""The names of miles."""
-UNFIT: Mapping[str, str] = {
-    "mixed_sampling": "rows whose answers were sampled with different parameters",
-    "greedy": "answers sampled at temperature 0, which have no distribution to correct for",
-    "mixed_weights": "rows whose ids were sampled with several versions of the weights",
-    "old_weights": "answers sampled with older weights than others of their attempt",
-    "missing_logprobs": "answers without logprobs (record them with AGL_LOGPROBS=on)",
-    "raw_logprobs": "answers whose logprobs are raw, though temperature, top_p or the like changed what was sampled",
-    "other_logprobs": "answers with logits in the place of logprobs",
-    "truncated": "answers that reached a limit of their length",
-    "aborted": "answers that were aborted, or failed",
-    "without_ids": "calls without ids, whose prompts are embeddings, or which were not recorded whole",
-}
-"""Reasons besides drift why rows or answers are unfit for training, in words."""
 _SUMS = (
     "calls",
     "conversations",
