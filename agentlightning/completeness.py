@@ -35,7 +35,7 @@ class Shortfall:
 
 @dataclass(frozen=True, slots=True)
 class Completeness:
-    """Whether a rollout, or an attempt, has ended and all of its calls are stored.
+    """The state of a rollout, or of an attempt: whether it has ended and all of its calls are stored.
 
     Attributes:
         status: its status; None where the queue does not have it, so that its end is unknown.

@@ -81,7 +81,7 @@ ToolCall = tuple[str, str]
 # A Python object and its places in a dictionary and a list; ids are counted with four bytes each.
 BYTES_PER_CALL = 1000
 MOST_CANDIDATES = 16
-"""How many calls with equal messages are tried, the latest first: each answer is parsed while a request waits."""
+"""The most calls with equal messages that are tried, the latest first: each answer is parsed while a request waits."""
 _BILLING_HEADER = "x-anthropic-billing-header"
 _STAND_INS = ("?", "!")
 # Reasoning as templates write it, with the white space behind; or its beginning, which the model goes on from.
@@ -279,7 +279,7 @@ class Call:
 
     @property
     def nbytes(self) -> int:
-        """How much memory it keeps, roughly."""
+        """The memory that it keeps, roughly."""
         text = getattr(self.said, "nbytes", 0)
         return BYTES_PER_CALL + text + 4 * (len(self.prompt_token_ids) + len(self.response_token_ids))
 

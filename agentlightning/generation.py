@@ -22,11 +22,11 @@ __all__ = [
 ]
 
 Status = Literal["finished", "aborted", "error"]
-"""How a generation ended: by itself, because no client was waiting any more, or because the engine failed."""
+"""The end of a generation: by itself, because no client was waiting any more, or because the engine failed."""
 STATUSES: tuple[Status, ...] = get_args(Status)
 Via = Literal["http", "router", "process", "grpc", "engine"]
-"""How a request came: over HTTP, over HTTP through a router, from a program in vLLM's own process, over gRPC, or to an
-engine core from a frontend that is not instrumented."""
+"""The way that a request came: over HTTP, over HTTP through a router, from a program in vLLM's own process, over gRPC,
+or to an engine core from a frontend that is not instrumented."""
 VIAS: tuple[Via, ...] = get_args(Via)
 
 

@@ -61,7 +61,7 @@ Record = TypeVar("Record", "Attempt", "Rollout", "Span", "Resources", "Worker")
 
 @dataclass(frozen=True, slots=True)
 class RolloutConfig:
-    """When an attempt has failed, and whether another one follows.
+    """Limits by which an attempt fails, and whether another one follows.
 
     Attributes:
         timeout_seconds: longest duration of an attempt; None for no limit.

@@ -169,7 +169,7 @@ class StoreTime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """How far a process has written what it records. Times are nanoseconds by its own clock, whatever that says.
+    """Progress of a process: how far it has written what it records. Times are nanoseconds by its own clock.
 
     Attributes:
         watermark: every generation that had ended by then is stored, or counted as lost.

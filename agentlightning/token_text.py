@@ -44,11 +44,11 @@ class TokenTexts:
 
     @property
     def are_known(self) -> bool:
-        """Whether there is a vocabulary."""
+        """True if there is a vocabulary."""
         return bool(self._tokens)
 
     def is_special(self, token_id: int) -> bool:
-        """Whether the token is not part of the text: a template inserts it, or it ends the answer."""
+        """True if the token is not part of the text: a template inserts it, or it ends the answer."""
         return token_id in self._special
 
     def text(self, token_id: int) -> str:

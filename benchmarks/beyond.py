@@ -1,4 +1,4 @@
-"""What goes beyond one machine: generations into PostgreSQL and over HTTP, triplets out of `agl store`, and that store
+"""Stores beyond one machine: generations into PostgreSQL and over HTTP, triplets out of `agl store`, and that store
 on PostgreSQL.
 
 Every server runs here all the same, and shares the machine with who asks it: what a network costs is not in here.
@@ -70,7 +70,7 @@ def measure(quick: bool) -> Part:
 
 @dataclass(frozen=True)
 class Table:
-    """What a table of a store has, and how PostgreSQL takes it.
+    """The rows of a store's table, and how PostgreSQL takes them.
 
     Attributes:
         types: of the columns, by PostgreSQL's numbers.
@@ -116,7 +116,7 @@ def copy(url: str, tables: Sequence[Table]) -> float:
 
 
 def contents(url: str) -> list[Table]:
-    """What a store has of generations."""
+    """Return the rows that a store has of generations."""
     tables = []
     with psycopg.connect(url) as connection:
         for name in ("texts", "generations", "choices"):
@@ -132,7 +132,7 @@ def empty(url: str) -> None:
 
 
 def writing_over_http(folder: Path, rounds: int) -> Section:
-    """By way of an `agl store`, to straight into its file."""
+    """Measure writing by way of an `agl store`, beside straight into its file."""
     generations = some(WRITTEN)
 
     def over_http(path: Path) -> float:
@@ -195,7 +195,7 @@ def fill(path: Path) -> None:
 
 
 def ids_as_json(connection: sqlite3.Connection) -> bytes:
-    """Of each call those of its prompt and those of its answer."""
+    """Return the ids of each call: those of its prompt and those of its answer."""
     query = """
         SELECT prompt_token_ids, token_ids FROM generations JOIN choices ON generation_key = generations.key
         WHERE rollout_key = (SELECT key FROM texts WHERE text = ?) ORDER BY finished_at
@@ -225,7 +225,7 @@ def asked(port: int, request: bytes) -> tuple[float, bytes]:
 
 
 def ids_of(answer: bytes) -> Any:
-    """What `ids_as_json` has of them."""
+    """Read the ids again from what `ids_as_json` has of them."""
     found = msgspec.json.decode(answer)
     if isinstance(found, list):
         return found
@@ -233,7 +233,7 @@ def ids_of(answer: bytes) -> Any:
 
 
 async def serving(folder: Path, url: str, sizes: lightning_store.Sizes) -> list[Section]:
-    """What is measured of `agl store` beside Agent Lightning's, of the two that it may stand on."""
+    """Measure `agl store` beside Agent Lightning's store, on both databases."""
     with (
         agl_store(folder / "served.db", folder / "sqlite.log") as sqlite,
         agl_store(url, folder / "postgresql.log", "agl store, PostgreSQL on a disk") as postgresql,

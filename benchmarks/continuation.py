@@ -1,4 +1,4 @@
-"""What it costs vLLM to make the prompt of a call that continues another one, with `AGL_CONTINUE` and without.
+"""The cost of the prompt of a call that continues another one, with `AGL_CONTINUE` and without.
 
 vLLM's own renderer of the three chat interfaces, in this process, is handed the last request of a conversation of
 twenty turns. Requests of a rollout and requests of none, whose prompts are vLLM's, take turns, in another order each

@@ -92,7 +92,7 @@ class Bench:
         self.failures[configuration] = why
 
     def label(self, configuration: Configuration) -> str:
-        """What the tables call it, with the version that was installed."""
+        """Its name in the tables, with the version that was installed."""
         if configuration not in EVERY or not configuration.requires or configuration in self.failures:
             return configuration.label
         found = distributions(name=configuration.requires[0], path=[str(self._site_packages(configuration))])
@@ -114,7 +114,7 @@ class Bench:
         return {**bare, **configuration.env}
 
     def output(self, configuration: Configuration, *arguments: str) -> str:
-        """What a process of this configuration prints."""
+        """Return what a process of this configuration prints."""
         command = self.command(configuration, *arguments)
         env = self.env(configuration)
         return subprocess.run(command, env=env, check=True, capture_output=True, text=True, timeout=120).stdout

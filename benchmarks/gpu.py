@@ -1,4 +1,4 @@
-"""What the patches cost a server on a GPU: as users start one, with a model of half a billion weights.
+"""The cost of the patches for a server on a GPU, as users start one, with a model of half a billion weights.
 
 As in `benchmarks/logprobs.py`, all turns are taken by one server process, whose engine core is ours. On a GPU the
 engine is so quick that it may be the API server, or the client, that sets the pace: each table of throughput has one
@@ -25,7 +25,7 @@ from tests.common.tiny_model import small_model
 from tests.common.vllm import RemoteOpenAIServer
 
 SECONDS, QUICK_SECONDS = 100, 20
-"""Of each kind of load."""
+"""Seconds for each kind of load."""
 MIN_ROUNDS, QUICK_MIN_ROUNDS = 10, 3
 TOKENS = 128
 PATH = "/v1/chat/completions"
@@ -48,9 +48,9 @@ POSITIONS = {
 }
 IDS_ASKED = {"return_token_ids": True}
 ASKS = {VLLM: IDS_ASKED, AGAIN: IDS_ASKED, LOGPROBS_ASKED: {**IDS_ASKED, "logprobs": True}}
-"""What a request says besides."""
+"""Fields that a request has besides."""
 TARGETS = {"rate": Target(0.97, at_least=True), "cpu": Target(1.05)}
-"""Of recording."""
+"""Bounds of what recording may cost."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ Round = Mapping[str, Load]
 
 
 def missing() -> str:
-    """What it needs and is not there; nothing, where all is."""
+    """Return what it needs and is not there; nothing, where all is."""
     if gpus():
         # It takes a while to import, and need not be there where there is no GPU.
         from vllm.platforms import current_platform
@@ -149,7 +149,7 @@ def tables(kind: Kind, rounds: Sequence[Round]) -> list[Section]:
 
 
 def busy_cores(rounds: Sequence[Round]) -> list[Row]:
-    """Of the API server, beside the client that loads it: more than all of one is what other threads took."""
+    """Processor time of the API server, beside its client: more than all of one core is what other threads took."""
     rows = []
     for name in (VLLM, RECORDS):
         loads = [each[name] for each in rounds]

@@ -64,7 +64,7 @@ ROLLOUT = {"input": {"question": "What is 6 x 7?"}, "mode": "train", "metadata":
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured.
+    """The amount that is measured.
 
     Attributes:
         rollouts: of a turn, as `spans`, `batches` and `reads`.
@@ -214,7 +214,7 @@ class Server:
         await self.send([finishing(each) for each in rollouts], RUNNERS)
 
     async def check(self) -> None:
-        """That it has what it was sent."""
+        """Check that it has what it was sent."""
         said = await ask(self.port, get("/v1/agl/statistics"))
         has, sent = (said["total_rollouts"], said["total_spans"]), (self.rollouts, self.spans)
         if has != sent:
@@ -276,7 +276,7 @@ def running(label: str, command: Sequence[str], env: dict[str, str], log: Path) 
 
 
 async def rates(servers: Sequence[Server], sizes: Sizes, targets: Mapping[str, Target]) -> list[Section]:
-    """How much two servers do a second.
+    """Measure how much two servers do a second.
 
     Args:
         targets: of the second, by what is done.
@@ -318,7 +318,7 @@ async def turns(
     turn: Callable[[Server], Awaitable[float]],
     target: Target | None = None,
 ) -> Section:
-    """What a turn finds of each of two servers: the first, and the second beside it."""
+    """Measure in turns what each of two servers does: the first, and the second beside it."""
     measured: dict[Server, list[float]] = {server: [] for server in servers}
     for server in interleaved(list(servers), rounds, title):
         measured[server].append(await turn(server))
@@ -383,7 +383,7 @@ async def reading(servers: Sequence[Server], sizes: Sizes) -> Callable[[Server],
 
 
 def check_spans(page: Any, count: int) -> None:
-    """That a page has all spans of a rollout, in their order, each with its ids."""
+    """Check that a page has all spans of a rollout, in their order, each with its ids."""
     numbers = [each["sequence_id"] for each in page["items"]]
     ids = {len(each["attributes"]["response_token_ids"]) for each in page["items"]}
     if len(numbers) != count or numbers != sorted(numbers) or ids != {IDS}:
@@ -425,7 +425,7 @@ def starting(servers: Servers, starts: int) -> Section:
 
 
 async def dequeuing(servers: Servers, sizes: Sizes) -> Section:
-    """Of ours alone: whether a store that has been in use for long is slower."""
+    """Measure whether our store is slower once it has been in use for long."""
     paths = {count: servers.new_path() for count in (FEW, sizes.finished)}
     for count, path in paths.items():
         say(f"dequeue: writing {count:,} finished rollouts")
@@ -439,7 +439,7 @@ async def dequeuing(servers: Servers, sizes: Sizes) -> Section:
 
 
 async def dequeued(servers: Sequence[Server], sizes: Sizes, target: Target | None = None) -> Section:
-    """How long a runner waits for its next rollout."""
+    """Measure how long a runner waits for its next rollout."""
     about = (
         f"{WAITING} runners at once, each of which finishes a rollout before it asks for the next; the mean of a turn."
     )
@@ -509,7 +509,7 @@ TOKEN_IDS = [[draw.randrange(VOCABULARY) for _ in range(IDS)] for _ in range(16)
 
 
 def span(rollout: Any, sequence_id: int) -> bytes:
-    """As Agent Lightning's client sends one."""
+    """Make a span as Agent Lightning's client sends one."""
     trace_id, span_id, now = random_hex(16), random_hex(8), time.time()
     context = {"trace_id": trace_id, "span_id": span_id, "is_remote": False, "trace_state": {}}
     return msgspec.json.encode(

@@ -96,7 +96,7 @@ class Connection(asyncio.Protocol):
 
 
 def without_chunks(body: bytes) -> bytes:
-    """What chunks are of."""
+    """Return what chunks are of."""
     parts: list[bytes] = []
     position = 0
     while size := int(body[position : (end := body.index(b"\r\n", position))], 16):
@@ -107,7 +107,7 @@ def without_chunks(body: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class Load:
-    """What became of some requests: the bodies of the answers are in the order of the requests."""
+    """The results of some requests: the bodies of the answers are in the order of the requests."""
 
     seconds: float
     answers: Sequence[bytes]
@@ -141,6 +141,6 @@ async def send(port: int, requests: Sequence[bytes], connections: int) -> Load:
 
 
 async def ask(port: int, request: bytes) -> Any:
-    """What is answered to one request."""
+    """Return the answer to one request."""
     with closing(await Connection.to(port)) as connection:
         return msgspec.json.decode(await connection.ask(request))

@@ -1,4 +1,4 @@
-"""What logprobs cost that nobody asks for, beside those that vLLM is asked for and a gateway that asks for them.
+"""The cost of logprobs that nobody asks for, beside those that vLLM is asked for and a gateway that asks for them.
 
 As in `benchmarks/serving.py`, all turns are taken by one server process. Its engine core is ours all the time: there
 logprobs are packed for an API server of ours. The Rust frontend, at whose engine core nothing can be turned on and off,
@@ -25,7 +25,7 @@ from tests.common.vllm import RemoteOpenAIServer, side_by_side
 STARTS, SECONDS = 2, 100
 QUICK_STARTS, QUICK_SECONDS = 1, 40
 MIN_ROUNDS = 15
-"""Of all starts together, however slow the machine is."""
+"""Seconds for all starts together, however slow the machine is."""
 PATH = "/v1/chat/completions"
 RECORDS, AGAIN, LOGPROBS = "recording", "recording, again", "recording, with AGL_LOGPROBS=on"
 ASKED, GATEWAY = "vLLM, asked for ids and logprobs", "a gateway that asks for ids and logprobs"
@@ -78,7 +78,7 @@ async def take_turns(url: str, server: RemoteOpenAIServer, seconds: float) -> li
 
 
 def measured_rust(start: int, path: Path, seconds: float) -> list[Round]:
-    """Of two servers, which are started at once."""
+    """Seconds for two servers, which are started at once."""
     rust = {
         "VLLM_USE_RUST_FRONTEND": "1",
         "VLLM_RUST_FRONTEND_PATH": str(rust_frontend()),

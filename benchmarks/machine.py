@@ -37,7 +37,7 @@ def gpus() -> list[str]:
 
 
 class BusyMeter:
-    """How much of the machine others take while this one is running: what is measured meanwhile is worth less.
+    """Measure how much of the machine others take while this one is running: what is measured then is worth less.
 
     Args:
         descendants: the running processes below this one, which are not others; of ended ones it knows.
@@ -69,7 +69,7 @@ class BusyMeter:
 
 
 def cpu_seconds(pid: int) -> float:
-    """What one process has had of the processors, in all its threads and in the kernel, without its children.
+    """Return the processor time of one process, in all its threads and in the kernel, without its children.
 
     From the clock that clock_getcpuclockid(3) names: in nanoseconds, where utime and stime have hundredths of a second.
     """
@@ -77,7 +77,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 def cpu_seconds_of_ended(pid: int) -> float:
-    """What the children of a process have had that it has waited for, and theirs in turn."""
+    """Return the processor time of the children of a process that it has waited for, and of theirs in turn."""
     _, _, fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")
     user, system = fields.split()[13:15]
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")

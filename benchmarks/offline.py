@@ -1,4 +1,4 @@
-"""What recording costs an offline `LLM`, whose program waits for it.
+"""The cost of recording for an offline `LLM`, whose program waits for it.
 
 One program, in a process of its own, generates in turns: as vLLM does, once more, which shows what is read where
 nothing differs, and recorded to SQLite. It is patched for these turns alone. Its engine core never is: it has a process
@@ -32,7 +32,7 @@ from tests.common.vllm import CACHE_BYTES, QUIET, without_agl
 STARTS, SECONDS = 2, 120
 QUICK_STARTS, QUICK_SECONDS = 1, 40
 MIN_ROUNDS = 15
-"""Of all starts together, however slow the machine is."""
+"""Seconds for all starts together, however slow the machine is."""
 ROUNDS = "rounds.json"
 PROMPTS, LENGTH, TOKENS, CALLS = 64, 128, 64, 4
 VLLM, AGAIN, OURS = "vLLM", "vLLM, again", "vLLM, recorded to SQLite"

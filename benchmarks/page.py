@@ -103,7 +103,7 @@ ABOUT = (
 
 @dataclass(frozen=True)
 class Visited:
-    """What somebody saw, in milliseconds.
+    """Times that a visitor waited, in milliseconds.
 
     Attributes:
         painted: from the address until there was something to read.
@@ -120,7 +120,7 @@ class Visited:
 
 @dataclass(frozen=True)
 class Kind:
-    """What is visited.
+    """A kind of page that is visited.
 
     Attributes:
         is_large: whether it has more than the one before it, to which it is compared.

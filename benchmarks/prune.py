@@ -109,7 +109,7 @@ def compared(title: str, measured: dict[str, list[float]]) -> Section:
 
 
 def beside_prune(kind: str, url: str, count: int) -> Section:
-    """How long writers wait while most of a store is deleted, and what comes back."""
+    """The time that writers wait while most of a store is deleted, and the space that comes back."""
     say(f"filling {kind} with {count + KEPT:,} generations")
     with open_store(url) as store:
         for first in range(0, count + KEPT, BATCH_GENERATIONS):

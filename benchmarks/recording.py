@@ -1,4 +1,4 @@
-"""What recording costs a server while it serves, beside vLLM and beside a gateway in front of it.
+"""The cost of recording for a server while it serves, beside vLLM and beside a gateway in front of it.
 
 As in `benchmarks/serving.py`, all turns are taken by one server process, which is instrumented and records in its own,
 and is vLLM's in the others. The gateway is a process of its own before that very server.
@@ -50,7 +50,7 @@ from tests.common.vllm import RemoteOpenAIServer
 STARTS, SECONDS = 2, 110
 QUICK_STARTS, QUICK_SECONDS = 1, 60
 MIN_ROUNDS = 15
-"""Of all starts together, however slow the machine is."""
+"""Seconds for all starts together, however slow the machine is."""
 PLAIN, STREAMED = (
     Workload(f"chat, {mode}", "/v1/chat/completions", {**CHAT, "stream": stream}, (), {"return_token_ids": True})
     for mode, stream in (("plain", False), ("streamed", True))
@@ -119,7 +119,7 @@ def of_rate(rounds: Sequence[Round]) -> Section:
 
 
 async def take_turns_with(url: str, server: RemoteOpenAIServer, seconds: float) -> list[Round]:
-    """As `take_turns`, with a gateway that takes turns with the server itself."""
+    """Take turns like `take_turns`, with a gateway that takes turns with the server itself."""
     rounds: list[Round] = []
     order = [GATEWAY, VLLM, OURS]
     async with session(server.url) as straight, session(url) as through:
@@ -139,7 +139,7 @@ async def take_turns_with(url: str, server: RemoteOpenAIServer, seconds: float) 
 
 
 def on_the_event_loop(folder: Path, turns: int) -> Section:
-    """What a generation costs the thread of the event loop more than vLLM's own, from its arrival to the queue."""
+    """Measure what a generation costs the event loop's thread more than vLLM's own, from its arrival to the queue."""
     os.environ["AGL_STORE"] = str(folder / "event-loop.db")
     prompts = {length: [random.randrange(500) for _ in range(length)] for length in PROMPTS}
     more: dict[int, list[float]] = {length: [] for length in PROMPTS}

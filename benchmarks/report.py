@@ -1,4 +1,4 @@
-"""What a benchmark has found: tables for a terminal, for Markdown and as data."""
+"""The report of a benchmark: tables for a terminal, for Markdown and as data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WIDTH = 120
 
 
 def say(text: str) -> None:
-    """How far it has come."""
+    """Progress of a benchmark."""
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
 
@@ -37,7 +37,7 @@ class Summary:
 
 
 def interval_of_median(values: Sequence[float]) -> tuple[float, float] | None:
-    """Where the true median is, with 95 % confidence; None for five values and fewer, which cannot tell.
+    """The range of the true median, with 95 % confidence; None for five values and fewer, which cannot tell.
 
     As many values are below it as tosses of a coin are heads, whatever their distribution: so two of them bound it.
     """
@@ -49,7 +49,7 @@ def interval_of_median(values: Sequence[float]) -> tuple[float, float] | None:
 
 @dataclass(frozen=True)
 class Target:
-    """What a ratio should be at most; judged only where the quartiles of the ratios are closer than `max_spread`."""
+    """The most that a ratio should be; judged only where the quartiles of the ratios are closer than `max_spread`."""
 
     limit: float
     at_least: bool = False
@@ -83,7 +83,7 @@ class Row:
 
     @classmethod
     def of(cls, label: str, values: Sequence[float], references: Sequence[float], target: Target | None = None) -> Row:
-        """With the ratios within each round.
+        """Make a row with the ratios within each round.
 
         Both were measured right after each other, so a machine that is faster or slower for a while cancels out; in
         the ratio of two medians it does not.
@@ -95,7 +95,7 @@ class Row:
     def of_difference(
         cls, label: str, values: Sequence[float], references: Sequence[float], target: Target | None = None
     ) -> Row:
-        """With the differences within each round instead, of which the target says how large they should be."""
+        """Make a row with the differences within each round, of which the target says how large they should be."""
         return cls(label, Summary.of([value - of for value, of in zip(values, references, strict=True)]), None, target)
 
     @property

@@ -1,4 +1,4 @@
-"""What the patches cost a server while it serves.
+"""The cost of the patches for a server while it serves.
 
 One real server with the tiny model, whose process is instrumented and not in turns (`benchmarks/switch.py`). What would
 make such numbers lie, and what is done about it:
@@ -37,7 +37,7 @@ from tests.common.vllm import RemoteOpenAIServer
 STARTS, SECONDS = 2, 360
 QUICK_STARTS, QUICK_SECONDS = 1, 60
 MIN_ROUNDS = 5
-"""Of each start, however slow the machine is."""
+"""Seconds for each start, however slow the machine is."""
 CONCURRENCY = 64
 REQUESTS = 128
 TOKENS = 32
@@ -57,7 +57,7 @@ ABOUT = (
 
 @dataclass(frozen=True)
 class Turn:
-    """What a turn sends.
+    """The requests of a turn.
 
     Attributes:
         concurrency: requests at once.
@@ -71,7 +71,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Load:
-    """What one load on the server took.
+    """The time that one load on the server took.
 
     Attributes:
         client: the share of a core that sending it took, and reading the answers.

@@ -1,4 +1,4 @@
-"""What the `.pth` file and the import hook cost every Python of an environment.
+"""The cost of the `.pth` file and the import hook for every Python of an environment.
 
 Makes fresh virtual environments with this interpreter's Python, one with nothing, one with this checkout's wheel and
 one for each of its peers (the newest release on the package index), and compares how they start and import. Nothing
@@ -158,7 +158,7 @@ def imports(bench: Bench, rounds: int, counts: int) -> list[Section]:
 
 
 def counted_imports(bench: Bench, modules: Path, counts: int) -> Section:
-    """In processes that are armed, and off; without the instructions of such a process that imports none of them."""
+    """Count instructions in processes that are armed, and off, without those of one that imports none of them."""
     title = f"importing {MODULES} modules, instructions counted"
     if not bench.can_count():
         return Section(title, skipped="skipped: valgrind is not there")
@@ -184,7 +184,7 @@ for number in range(int(sys.argv[2])):
 
 
 def timed_imports(bench: Bench, modules: Path, rounds: int) -> Section:
-    """In armed processes, which take the finder off and put it back.
+    """Count instructions in armed processes, which take the finder off and put it back.
 
     Each module is imported with the finder, and twice without it, in another order each time, and then the next one:
     a finder costs so little that between two processes the noise is larger. A run is the sum over all modules.

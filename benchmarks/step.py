@@ -1,4 +1,4 @@
-"""What the patches cost vLLM's event loop at each step of its engine, while many requests run.
+"""The cost of the patches for vLLM's event loop at each step of its engine, while many requests run.
 
 vLLM's own output processor, in this process, is handed one token for each of the requests, as the engine does it. Three
 of them take turns, in another order each time: vLLM's, another of vLLM's, which shows what is read where nothing
@@ -29,7 +29,7 @@ from tests.common.tiny_model import tiny_model
 RUNNING = 256
 LIVES, QUICK_LIVES = 20, 4
 TURNS = 100
-"""Of each, before all its requests make room for others."""
+"""Steps of each, before all its requests make room for others."""
 WARM_UP = 10
 
 VLLM, AGAIN, OURS = "vLLM", "vLLM, again", "vLLM, instrumented"

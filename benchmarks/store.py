@@ -1,4 +1,4 @@
-"""What recording costs beside the server: the queue on the caller's side, SQLite on the other, and the disk.
+"""The cost of recording beside the server: the queue on the caller's side, SQLite on the other, and the disk.
 
 No server runs here. Needs some 2 GB of disk for a while, in the folder for temporary files.
 """
@@ -131,7 +131,7 @@ def write_raw(path: Path, schema: Sequence[str], tables: Sequence[Table]) -> flo
 
 
 def contents(path: Path) -> tuple[list[str], list[Table]]:
-    """What makes the tables and indexes of a store, and for each table what fills it, and with which rows."""
+    """Return what makes the tables and indexes of a store, and for each table what fills it, and with which rows."""
     with closing(sqlite3.connect(path)) as connection:
         schema = [sql for (sql,) in connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL")]
         tables = []
@@ -195,7 +195,7 @@ def some(count: int, first: int = 0, prompt: int = PROMPT, output: int = OUTPUT)
 
 
 def generation(number: int, prompt: Sequence[int], output: Sequence[int]) -> Generation:
-    """As a chat request leaves one, without text."""
+    """Make a generation as a chat request leaves one, without text."""
     now = time.time_ns()
     response_id = f"chatcmpl-{os.urandom(16).hex()}"
     return Generation(

@@ -48,7 +48,7 @@ QUESTIONS = ("Which digits shall I add?", "Give me numbers.", "Digits, please.",
 
 @dataclass
 class Conversation:
-    """What an agent said and heard, and vLLM's answers."""
+    """The conversation of an agent, and vLLM's answers."""
 
     messages: list[Any]
     answers: list[Any]
@@ -56,7 +56,7 @@ class Conversation:
 
 @dataclass
 class Step:
-    """What a step of the training printed.
+    """The numbers that a step of the training printed.
 
     Attributes:
         reward: mean of the rollouts that are trained.

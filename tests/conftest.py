@@ -87,7 +87,7 @@ def parsing(guarded: RemoteOpenAIServer) -> RemoteOpenAIServer:
 
 @pytest.fixture(scope="session")
 def recording(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RecordingServer]:
-    """With a key, answers without ids unless a request asks, and two calls of the model for each response."""
+    """A server with a key, answers without ids unless a request asks, and two calls of the model for each response."""
     env = {
         "AGL_RETURN_TOKEN_IDS": "none",
         "PYTHONPATH": os.pathsep.join([str(with_tool_loop(tmp_path_factory.mktemp("loop"))), str(CHECKOUT)]),

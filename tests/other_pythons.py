@@ -53,7 +53,7 @@ def python_of(version: str, python: Path) -> Path:
 
 
 def counts(output: str) -> dict[str, int]:
-    """How many passed, failed and were skipped, of what pytest says last."""
+    """Read from pytest's last line how many passed, failed and were skipped."""
     last = output.rstrip().splitlines()[-1]
     found = {name: int(number) for number, name in re.findall(r"(\d+) (passed|failed|errors?|skipped)", last)}
     failed = found.get("failed", 0) + found.get("error", 0) + found.get("errors", 0)

@@ -26,7 +26,7 @@ NOT_TO_BE_IMPORTED = {"__version__ = ": "raise ImportError('it was imported')\n_
 
 @dataclass(frozen=True)
 class Check:
-    """What the command printed, and its exit status."""
+    """Return what the command printed, and its exit status."""
 
     status: int
     stdout: str

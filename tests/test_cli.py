@@ -97,7 +97,7 @@ def what_vllm_says(*command: str | Path, **changes: str) -> dict[str, Any]:
 
 
 def the_one_line_of(result: subprocess.CompletedProcess[str]) -> str:
-    """What a command that gives up says: one line on stderr, nothing on stdout, exit status 1."""
+    """Return what a command says that gives up: one line on stderr, nothing on stdout, exit status 1."""
     assert (result.returncode, result.stdout) == (1, "")
     (line,) = result.stderr.splitlines()
     return line

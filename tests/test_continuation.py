@@ -1,4 +1,4 @@
-"""What a request continues, and where its prompt goes on, decided without a server."""
+"""Decisions about what a request continues, and where its prompt goes on, without a server."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_conversation_goes_on_from_what_the_model_wrote(template: str) -> None
 
 
 def after(template: str, *messages: Any) -> str:
-    """What a template adds behind the end of an answer."""
+    """Return what a template adds behind the end of an answer."""
     answer = {"role": "assistant", "content": "x"}
     return rendered(template, [USER, answer, *messages]).partition(f"x{END_TEXT}")[2]
 
@@ -134,7 +134,7 @@ SYSTEM_LAST = (
     "{% if loop.last %}{{ messages[0].content }}\n{% endif %}{{ message.content }}<|im_start|>"
     "{% elif message.role == 'assistant' %}{{ message.content }}<|im_end|>{% endif %}{% endfor %}"
 )
-"""In the style of Mistral's: what the system says goes to the last question."""
+"""A template in the style of Mistral's: what the system says goes to the last question."""
 THINKS_AND_TOOLS_LAST = TOOLS_LAST + "{% if add_generation_prompt %}<think>\n{% endif %}"
 
 

@@ -1,4 +1,4 @@
-"""What `make demo-agent` prints of an agent's calls, and the whole of it with one that needs no Node.js."""
+"""The output of `make demo-agent`, and the whole demo with an agent that needs no Node.js."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def call(number: int, text: str, **fields: Any) -> Generation:
 @pytest.mark.tier("check")
 @pytest.mark.parametrize(("main", "parent"), [(None, None), (None, "session"), ("main", "main")])
 def test_a_sub_agent_stands_below_the_main_agent_where_it_first_called(main: str | None, parent: str | None) -> None:
-    """As Claude Code, opencode and Codex say it."""
+    """Calls as Claude Code, opencode and Codex make them."""
     calls = [
         call(1, "one", agent_id=main, purpose="main"),
         call(2, "two", agent_id="sub", parent_agent_id=parent),

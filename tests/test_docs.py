@@ -87,7 +87,7 @@ def relative_links(page: Path) -> list[str]:
 
 
 def table_shapes(page: Path) -> list[list[int]]:
-    """For each table, the number of columns of each of its rows."""
+    """Count the columns of each row, table by table."""
     return [[len(COLUMN.findall(row)) - 1 for row in table.splitlines()] for table in TABLE.findall(prose(page))]
 
 

@@ -47,7 +47,7 @@ PRINTS = {
 }
 """A line that a block with this code prints, as a pattern."""
 TRAINERS = {"trl", "verl", "skyrl", "tinker", "atif"}
-"""What is installed beside the tests' environment; our adapter for it has the same name."""
+"""Packages that are installed beside the tests' environment; our adapter for each has the same name."""
 ADAPTER = re.compile(r"agentlightning\.trainers\.(\w+)")
 
 

@@ -1,4 +1,4 @@
-"""What one model call consumed and produced."""
+"""Records of what one model call consumed and produced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What installing and uninstalling the package does: real builds, real pip, environments made for it."""
+"""Installing and uninstalling the package: real builds, real pip, environments made for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `make check-upstream` makes of vLLM's own tests, run with and without this package."""
+"""The verdict of `make check-upstream` on vLLM's own tests, run with and without this package."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ TITLES = {
     "qwen": "Qwen Code",
     "mini": "mini-SWE-agent",
 }
-"""What each agent calls itself, by the name that this project has for it."""
+"""The name that each agent has for itself, by the name that this project has for it."""
 FRAMEWORKS = {
     "OpenAI Agents SDK": ("openai-agents==0.24.*",),
     "LangGraph": ("langchain==1.*", "langchain-openai==1.*", "langchain-anthropic==1.*", "langgraph==1.*"),
@@ -39,7 +39,7 @@ FRAMEWORKS = {
     "DSPy": ("dspy==3.4.*",),
     "LiteLLM": ("litellm==1.*",),
 }
-"""What is installed for each framework, by its heading in `docs/agents.md`."""
+"""The packages that are installed for each framework, by its heading in `docs/agents.md`."""
 DATE = "2026-11-30"
 """Nothing that PyPI got later is installed."""
 MISSING_NPM = "npm is missing: install Node.js 20 or later (apt-get install nodejs npm)"

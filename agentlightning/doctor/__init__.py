@@ -10,7 +10,7 @@ __all__ = ["Finding", "Mark", "Unreachable", "all_is_well"]
 
 
 class Mark(Enum):
-    """How serious a finding is."""
+    """The seriousness of a finding."""
 
     OK = "ok"
     NOTE = "note"

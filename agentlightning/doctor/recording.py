@@ -40,7 +40,7 @@ UNNAMED: Mapping[Via | None, tuple[str, str]] = {
     ),
     None: ("in a way that an older version did not record", NAME_IT),
 }
-"""How calls without a rollout came, and what to do so that they have one."""
+"""Ways that calls without a rollout came, each with what to do so that they have one."""
 
 LATER = "look into the store's own log, and try again"
 """Advice for a store that answers, and says no more than that it cannot be used."""

@@ -21,7 +21,7 @@ Cause = Literal[
     "sub_agent",
     "retry",
 ]
-"""Why a prompt is not what the model saw and said before."""
+"""Causes why a prompt is not what the model saw and said before."""
 CAUSES: tuple[Cause, ...] = get_args(Cause)
 
 MEANT: frozenset[Cause] = frozenset(("compaction", "sub_agent", "retry"))

@@ -1,4 +1,4 @@
-"""Why a prompt does not go on where the model stopped: a pure function of two sequences of ids and their vocabulary.
+"""Causes why a prompt does not go on where the model stopped: a pure function of two sequences of ids and a vocabulary.
 
 Nothing is known of the chat template. Its special tokens cut both sequences into turns; up to the first difference
 these are the same, so the turns that differ first are compared: as texts, without reasoning, with tool calls as JSON.
@@ -69,7 +69,7 @@ HEAD_CHARACTERS_LEFT = 64
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Why a prompt differs from the context that it should extend, and where first.
+    """The cause why a prompt differs from the context that it should extend, and the place where it first does.
 
     Attributes:
         is_certain: whether what both sides have in common leaves no other explanation.

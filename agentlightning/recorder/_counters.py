@@ -9,7 +9,7 @@ __all__ = ["LOST", "NOT_BUILT", "QUEUE_FULL", "REFUSED", "STOPPED", "WRITE_SECON
 Whose = tuple[str | None, str | None]
 """The rollout and the attempt that a generation belongs to; None where its call named none."""
 QUEUE_FULL, NOT_BUILT, REFUSED, STOPPED = LOST = ("queue full", "not built", "refused", "stopped")
-"""Why generations are lost: the queue is full, our code failed before or in the store, or the process ended."""
+"""Reasons why generations are lost: the queue is full, our code failed before or in the store, or the process ended."""
 WRITE_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 """The upper bounds of the buckets that count writes by their duration."""
 

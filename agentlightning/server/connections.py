@@ -14,7 +14,7 @@ __all__ = ["ClientConnection", "raise_file_limit"]
 SECONDS_TO_ASK = 30.0
 """From the start of a connection, or the end of an answer, to the end of the next request's headers."""
 SECONDS_TO_SEND = 30.0
-"""For the body of a request, in addition to the time that it takes at `BYTES_PER_SECOND`."""
+"""Seconds for the body of a request, in addition to the time that it takes at `BYTES_PER_SECOND`."""
 BYTES_PER_SECOND = 16 << 10
 SECONDS_BETWEEN_CHECKS = 2.0
 SECONDS_BETWEEN_WARNINGS = 10.0
@@ -84,7 +84,7 @@ class ClientConnection(HttpToolsProtocol):
 
     @property
     def _is_idle(self) -> bool:
-        """Whether no request on it is being sent or answered."""
+        """True while no request on it is being sent or answered."""
         return self.cycle is None or self.cycle.response_complete
 
     def _is_late(self, now: float) -> bool:

@@ -15,7 +15,7 @@ IS_IT_CALLED = (
 WAITING = ("queuing", "requeuing")
 UNDER_WAY = ("preparing", "running")
 SECONDS_TO_BEGIN = 60.0
-"""How long an attempt may be without a call before that is worth explaining."""
+"""The time that an attempt may be without a call before that is worth explaining."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from agentlightning.store.watermarks import Watermark
 __all__ = ["FELL_SILENT", "SECONDS_A_SILENT_SERVER_COUNTS", "ended", "lost_calls", "of_rollout"]
 
 SECONDS_A_SILENT_SERVER_COUNTS = 900.0
-"""How long after its last report a silent sender may still answer: cut off from its store, it keeps calls in memory."""
+"""The time after its last report in which a silent sender may still answer: cut off, it keeps calls in memory."""
 FELL_SILENT = "it fell silent while it answered"
 UNDER_WAY = ("preparing", "running")
 

@@ -59,7 +59,7 @@ class Changed:
 
 
 class State(NamedTuple):
-    """How far a rollout is: the number of its calls, and when the last one finished."""
+    """Progress of a rollout: the number of its calls, and when the last one finished."""
 
     calls: int
     finished_at: int
@@ -67,7 +67,7 @@ class State(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class CauseCount:
-    """How often a cause broke prompts in a time.
+    """The number of prompts that a cause broke in a time.
 
     Attributes:
         bars: in each part of the time, the last one last.

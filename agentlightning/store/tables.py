@@ -356,7 +356,7 @@ watermarks = Table(
     # JSON: [rollout_id, attempt_id, count] of the calls that were under way at the watermark.
     Column("under_way", _Text, nullable=False),
 )
-"""How far each sender has written."""
+"""Progress of each sender: how far it has written."""
 
 lost_calls = Table(
     "lost_calls",

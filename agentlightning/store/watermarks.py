@@ -24,7 +24,7 @@ from agentlightning.store.documents import to_json
 __all__ = ["SECONDS_UNTIL_SILENT", "State", "Watermark", "all_of", "note_start", "recorded_until", "register", "report"]
 
 SECONDS_UNTIL_SILENT = 30.0
-"""How long a sender that reports once a second may be silent until it counts as gone.
+"""The time that a sender that reports once a second may be silent until it counts as gone.
 
 As long as a sender waits for the answer of an `agl store` before it gives up, so that a slow store makes no sender
 silent.

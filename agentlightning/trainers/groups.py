@@ -47,7 +47,7 @@ class Group:
 
 
 class ReaderState(TypedDict):
-    """What a reader has returned; JSON, to be saved with a checkpoint of the model.
+    """The position of a reader: what it has returned; JSON, to be saved with a checkpoint of the model.
 
     Attributes:
         since: all rollouts that started before this time were returned; seconds since the epoch.
@@ -90,7 +90,7 @@ class GroupReader:
 
     @property
     def state(self) -> ReaderState:
-        """What has been returned until now."""
+        """The groups returned until now."""
         return ReaderState(since=self._since, given=sorted(self._given))
 
     def read(

@@ -16,8 +16,8 @@ DRIFT_LIMIT = 8
 
 
 class MergeOptions(TypedDict, total=False):
-    """How calls become rows, and which rows are kept. Filters choose rows before it is decided which row trains an
-    answer that several share, so that no answer is lost with a row that is left out.
+    """Options: how calls become rows, and which rows are kept. Filters choose rows before it is decided which row
+    trains an answer that several share, so that no answer is lost with a row that is left out.
 
     Attributes:
         drift: what becomes of a prompt that breaks the context that it should extend. `fork`, the default, or

@@ -24,10 +24,10 @@ Flag = Literal[
     "cut",
     "bad_reward",
 ]
-"""Why a row is to be looked at twice; see `Trajectory`."""
+"""A reason to look twice at a row; see `Trajectory`."""
 FLAGS: tuple[Flag, ...] = get_args(Flag)
 Reason = Literal["without_ids", "empty_answer", "retried", "too_long"]
-"""Why a call is in no row: see `LeftOut`."""
+"""A reason why a call is in no row; see `LeftOut`."""
 
 
 @dataclass(slots=True)

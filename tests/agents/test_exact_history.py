@@ -20,7 +20,7 @@ from tools.agents import MISSING_NPM, commands_of
 
 NEEDS_NPM = pytest.mark.tier("all")
 CALLS = {"mini": (2, 1), "claude": (4, 2), "codex": (5, 2), "opencode": (5, 3), "qwen": (4, 2)}
-"""How many calls each agent has in its story, and how many of them begin a conversation."""
+"""The number of calls that each agent has in its story, and of those that begin a conversation."""
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,7 @@ STORIES: Mapping[str, Mapping[str, str]] = {
     },
     "LiteLLM": {"Count the planets": ANSWER},
 }
-"""What the model says in each block; as many calls as lines are made."""
+"""The model's lines in each block; as many calls as lines are made."""
 
 
 def run(framework: str, text: str, rollout: str, scripted: ScriptedServer, folder: Path) -> None:

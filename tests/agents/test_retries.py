@@ -15,7 +15,7 @@ from tools.agents import MISSING_NPM, commands_of
 
 NEEDS_NPM = pytest.mark.tier("all")
 CALLS = {"mini": 2, "claude": 4, "qwen": 4}
-"""How many calls each agent has in its story."""
+"""The number of calls that each agent has in its story."""
 
 
 @pytest.mark.parametrize(

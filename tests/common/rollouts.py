@@ -111,7 +111,7 @@ class Rollout:
         return f"at-{self._id(sequence_id)}"
 
     def generation_id(self, sequence_id: int, place: int) -> str:
-        """That of a call of an attempt, of which the first has place 0."""
+        """Return that of a call of an attempt, of which the first has place 0."""
         return self._id(100 * sequence_id + place + 1)
 
     def _id(self, what: int) -> str:
@@ -301,7 +301,7 @@ def end_time(rollout: Rollout) -> float:
 
 
 def _moments(rollout: Rollout, sequence_id: int, place: int) -> tuple[float, float]:
-    """When a call of an attempt has started and finished."""
+    """Return when a call of an attempt has started and finished."""
     each = 1 + rollout.number % 5 / 4
     started = _start_time(rollout, sequence_id) + 0.25 + place * each
     return started, started + 0.75 * each

@@ -23,10 +23,10 @@ __all__ = ["ROUTERS", "VERSIONS", "keeps_ids", "router"]
 SECONDS = 240
 VERSIONS = {"vllm-router": "0.1.17", "smg": "1.13.0", "LiteLLM": "1.108.0", "nginx": ""}
 DATE = "2026-11-30"
-"""What they need in turn is what a package index had then."""
+"""The date up to which a package index is read for what they need in turn."""
 
 Command = Callable[[int, int, Sequence[str], str, Path], list[str]]
-"""Of a port, a port for metrics, the URLs of servers, the name of their model, and a folder."""
+"""A function of a port, a port for metrics, the URLs of servers, the name of their model, and a folder."""
 
 
 def _in_rust(name: str, *arguments: str) -> Command:

@@ -34,7 +34,7 @@ class FollowScript(LogitsProcessor):
         self._tokenizer = Tokenizer.from_file(str(Path(vllm_config.model_config.tokenizer) / "tokenizer.json"))
         self._end = vllm_config.model_config.hf_config.eos_token_id
         self._lines: dict[int, Line] = {}
-        """By the request's place in the batch."""
+        """Lines, by the request's place in the batch."""
 
     def is_argmax_invariant(self) -> bool:
         return False

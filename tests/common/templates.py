@@ -13,7 +13,7 @@ CHATML = (
     "{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""Of Qwen 2.5 and many others: what was said stays as it is."""
+"""The template of Qwen 2.5 and many others: what was said stays as it is."""
 
 LLAMA = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}<|im_start|>\n\n"
@@ -23,7 +23,7 @@ LLAMA = (
     "{% else %}{{ message['content'] | trim }}{% endif %}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant<|im_start|>\n\n{% endif %}"
 )
-"""Of Llama 3: a text loses the white space at its ends, and a turn ends without a line feed."""
+"""The template of Llama 3: a text loses the white space at its ends, and a turn ends without a line feed."""
 
 MISTRAL = (
     "{% for message in messages %}"
@@ -34,7 +34,7 @@ MISTRAL = (
     "{% else %}<|im_start|> {{ message['content'] }}<|im_start|>{% endif %}"
     "{% endfor %}"
 )
-"""Of Mistral: only answers end with the token that ends a turn, and nothing asks for one."""
+"""The template of Mistral: only answers end with the token that ends a turn, and nothing asks for one."""
 
 QWEN3 = (
     "{% set ns = namespace(last=-1) %}"
@@ -50,7 +50,7 @@ QWEN3 = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
-"""Of Qwen 3: reasoning stays while tools are called, and goes with the next message of the user."""
+"""The template of Qwen 3: reasoning stays while tools are called, and goes with the next message of the user."""
 
 TOOLS_LAST = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"

@@ -51,7 +51,7 @@ TIERS = (
 LARGEST = TIERS[-1].name
 _NAMES = [tier.name for tier in TIERS]
 SECONDS_BETWEEN = 1.0
-"""How often it is measured how quick the machine is."""
+"""The number of times that it is measured how quick the machine is."""
 _MEASURED = pytest.StashKey[float]()
 
 
@@ -83,7 +83,7 @@ def selected(config: pytest.Config) -> str:
 
 @pytest.fixture(scope="session")
 def thorough(pytestconfig: pytest.Config) -> bool:
-    """Whether endurance lasts as long as it is to, as in the largest tier; a few times are enough for the others."""
+    """Tell whether endurance lasts as long as in the largest tier; a few times are enough for the others."""
     return selected(pytestconfig) == LARGEST
 
 
@@ -157,7 +157,7 @@ class Limits:
             self.tests[report.nodeid] = (took, told["may take"])
 
     def slowness(self) -> float:
-        """How often as long fixed work took in this run as it does on the machine that the limits are of; 1 at least.
+        """Return how often as long fixed work took in this run as on the machine that the limits are of; 1 at least.
 
         A quicker machine makes nothing of a test shorter that waits, such as for a report that is sent each second.
         """

@@ -41,8 +41,8 @@ QUIET = {
 }
 SMALL = ("--max-model-len", "1024", "--enforce-eager", "--dtype", "float32")
 CACHE_BYTES = 256 << 20
-"""For the keys and values of a quarter of a million tokens: up to a dozen engines of the tests are there at once, each
-of which would take most of the memory."""
+"""Memory for the keys and values of a quarter of a million tokens: up to a dozen engines of the tests are there at once,
+each of which would take most of the memory."""
 LITTLE_CACHE = ("--kv-cache-memory-bytes", str(CACHE_BYTES))
 # Without a worker process, as on one GPU. On CPUs vLLM starts one, for whose sake both it and the engine core spin.
 NO_WORKER = ("--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor")
@@ -59,7 +59,7 @@ def started_by(method: str) -> dict[str, str]:
 
 
 def is_healthy(server: RemoteOpenAIServer) -> bool:
-    """Whether it answers to /health."""
+    """Tell whether it answers to /health."""
     try:
         with urllib.request.urlopen(f"{server.url}/health", timeout=5):
             return True
@@ -132,7 +132,7 @@ class RemoteOpenAIServer:
 
     @property
     def log(self) -> str:
-        """What the server has printed so far."""
+        """The output of the server so far."""
         return self._log.read_text(errors="replace")
 
     @property

@@ -1,4 +1,4 @@
-"""What `agl doctor` makes of the answers to calls that name a rollout, of a server that a test plays."""
+"""Findings of `agl doctor` about carriers, from the answers of a server that a test plays."""
 
 from __future__ import annotations
 

@@ -188,7 +188,7 @@ class Mistral(Template):
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        """As vLLM has its vocabulary: of equal pieces, which are parts of characters, it keeps one."""
+        """The vocabulary as vLLM has it: of equal pieces, which are parts of characters, it keeps one."""
         tekken = self._tekken
         tokens: list[str | None] = [None] * tekken.n_words
         for token, number in self._ids.items():

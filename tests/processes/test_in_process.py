@@ -17,7 +17,7 @@ from tests.recording.nursery import Nursery
 
 
 class Ran:
-    """What the program was told, and what was recorded."""
+    """Return what the program was told, and what was recorded."""
 
     def __init__(self, nursery: Nursery, folder: Path) -> None:
         store, told = folder / "generations.db", folder / "told.json"

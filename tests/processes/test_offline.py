@@ -122,7 +122,7 @@ if __name__ == "__main__":
 
 
 class Ran:
-    """What the program has done: what vLLM gave it, what was recorded, and what was logged."""
+    """The results of the program: what vLLM gave it, what was recorded, and what was logged."""
 
     def __init__(self, nursery: Nursery, folder: Path, **env: str) -> None:
         store, told = folder / "generations.db", folder / "told.json"

@@ -28,7 +28,7 @@ from tests.recording.server import RecordingServer, until
 
 TURNS = 20
 BLOCK = 128
-"""How many ids vLLM's prefix cache keeps together on CPUs."""
+"""The number of ids that vLLM's prefix cache keeps together on CPUs."""
 LONG = ("--max-model-len=8192", '--hf-overrides={"max_position_embeddings": 8192}')
 ROUTES = ("--enable-scale-out",)
 ENV = {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}
@@ -503,7 +503,7 @@ def test_without_it_the_same_conversation_breaks(
 def test_a_server_that_did_not_answer_the_call_before_says_so(
     server: RecordingServer, reasoning: RecordingServer, rollout: str
 ) -> None:
-    """As behind a router, or after a restart."""
+    """Set up a server that knows no call, as behind a router, or after a restart."""
     agent = Agent(server, rollout)
     agent.user("Paris?")
     agent.ask()

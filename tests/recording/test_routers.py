@@ -1,4 +1,4 @@
-"""Which carriers of a rollout arrive behind real routers, and what `agl doctor` says of them."""
+"""Carriers of a rollout behind real routers: which arrive, and what `agl doctor` says of them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ VIA = {
     "LiteLLM": {CHAT: "router", COMPLETIONS: "http", RESPONSES: "router"},
     "nginx": {CHAT: "http", COMPLETIONS: "http", RESPONSES: "http", MESSAGES: "http"},
 }
-"""How a call came, as far as a server sees it, by the endpoint that the router calls."""
+"""The way that a call came, as far as a server sees it, by the endpoint that the router calls."""
 
 
 def documented(name: str) -> dict[str, str]:

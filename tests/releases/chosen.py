@@ -1,4 +1,4 @@
-"""What the tests' own worker says: it has no model, and a request's `seed` chooses its tokens.
+"""Answers of the tests' own worker: it has no model, and a request's `seed` chooses its tokens.
 
 The tests know them as well, so that ids in answers are compared with the very ones that the engine was given.
 """
@@ -27,7 +27,7 @@ PACE = 0.003
 
 @cache
 def chosen_token_ids(model: Path, seed: int) -> list[int]:
-    """What is said for `seed`, until its end of sequence; more than any request can take where it has no text."""
+    """Return what is said for `seed`, until its end of sequence; without text, more than any request can take."""
     # Not transformers, which the worker of every release would have to import.
     from tokenizers import Tokenizer
 

@@ -1,4 +1,4 @@
-"""How a test makes an engine say something, whichever worker a release has, and what that is."""
+"""Requests by which a test makes an engine say something, whichever worker a release has, and what that is."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Engine(Protocol):
 
 
 class ChosenTokens:
-    """With the tests' own worker, whatever the temperature."""
+    """Requests for the tests' own worker, whatever the temperature."""
 
     def asks(self, what: int, **options: Any) -> dict[str, Any]:
         return {"seed": what, **options}
@@ -42,7 +42,7 @@ class ChosenTokens:
 
 
 class Model:
-    """With vLLM's own worker and the tiny model, which says what is most likely, or what a grammar lets it say."""
+    """Requests for vLLM's own worker and the tiny model, which says what is most likely, or what a grammar allows."""
 
     def asks(self, what: int, **options: Any) -> dict[str, Any]:
         options = {"seed": what, "temperature": 0, **options}

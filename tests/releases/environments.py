@@ -21,9 +21,9 @@ from tools.make_env import BROKEN_COMPANIONS, name_it_vllm, run, say
 
 FOLDER = CHECKOUT / ".cache" / "releases"
 GIGABYTES = {"torch==2.6.0": 6, "torch==2.8.0": 4, "torch==2.9.1": 8, "torch==2.10.0": 4, "torch==2.11.0": 5}
-"""What a PyTorch with its CUDA libraries takes of the disk, and a first vLLM on it; another takes half of one."""
+"""Disk space of a PyTorch with its CUDA libraries, and of a first vLLM on it; another takes half of one."""
 OURS = ("pyproject.toml", "agentlightning.pth")
-"""What an editable installation copies; the rest of the package is read from the checkout."""
+"""Files that an editable installation copies; the rest of the package is read from the checkout."""
 
 
 def scripts(release: Release) -> Path:

@@ -6,7 +6,7 @@ from vllm.platforms.cpu import CpuPlatform
 
 
 def chosen() -> str:
-    """What vLLM asks of the entry point: the name of the class."""
+    """Return the name of the class, which vLLM asks the entry point for."""
     return f"{__name__}.{Platform.__name__}"
 
 

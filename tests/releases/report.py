@@ -72,7 +72,7 @@ class Report:
 
 
 def version_of(package: str, release: Release) -> str:
-    """Of what is installed in the release's environment."""
+    """The version that is installed in the release's environment."""
     [site_packages] = scripts(release).parent.glob("lib/python*/site-packages")
     return next(iter(distributions(name=package, path=[str(site_packages)]))).version
 

@@ -1,4 +1,4 @@
-"""What is kept of an answer, with logprobs that nobody has asked for."""
+"""Recordings of answers, with logprobs that nobody has asked for."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def only_with_v1(release: Release) -> None:
 
 
 def kept(server: RemoteOpenAIServer, response_id: str) -> list[Generation]:
-    """What is kept of an answer, as soon as something is."""
+    """Return what is kept of an answer, as soon as something is."""
 
     def found() -> list[Generation]:
         try:

@@ -25,7 +25,7 @@ LOOKS = 50
 
 
 def running(server: RemoteOpenAIServer) -> float:
-    """How many requests the engine has, as the server's metrics say: with what it sends, so as of its last answer."""
+    """Return how many requests the engine had when it answered last, as the server's metrics say."""
     _, metrics = get(server, "/metrics/")
     lines = [line for line in metrics.decode().splitlines() if line.startswith("vllm:num_requests_running")]
     return sum(float(line.rpartition(" ")[2]) for line in lines)

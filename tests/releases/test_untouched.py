@@ -1,4 +1,4 @@
-"""What stays as it was: the answers to who wants no ids, all of an answer but its ids, and vLLM once it is undone."""
+"""Things that stay as they were: answers without ids, all of an answer but its ids, and vLLM once it is undone."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from tests.releases.test_ids import MESSAGES, PROMPTS, TOOL, USAGE
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 IDS = {"prompt_token_ids", "token_ids", "response_token_ids"}
 CUT = {"text_offset", "name", "type"}
-"""What depends on where vLLM cuts a stream: where a busy server has several tokens in one chunk, 0.32's hermes parser
-loses what a tool call begins with, with us and without."""
+"""Fields that depend on where vLLM cuts a stream: where a busy server has several tokens in one chunk, 0.32's hermes
+parser loses what a tool call begins with, with us and without."""
 ASKS: Mapping[str, tuple[str, int, dict[str, Any]]] = {
     "chat": (CHAT, ANYTHING, {"messages": MESSAGES, "logprobs": True, "top_logprobs": 1}),
     "chat, stopped": (CHAT, SENTENCE, {"messages": MESSAGES, "stop": ["four"], "max_tokens": 60}),
@@ -74,7 +74,7 @@ print(json.dumps([patched, changed()]))
 def answer_of(
     server: RemoteOpenAIServer, engine: Engine, asked: tuple[str, int, dict[str, Any]], stream: bool, **said: Any
 ) -> Any:
-    """What is the same from call to call of an answer that no client library has touched; a stream's, joined."""
+    """Return what is the same from call to call in an answer that no client library has touched; a stream's, joined."""
     path, what, options = asked
     body = {"model": server.model, "max_tokens": 24, **engine.asks(what, **options), **said}
     if stream:
@@ -90,7 +90,7 @@ def without(names: Set[str], answer: Any) -> Any:
 
 
 def turns(asked: Any, stream: bool) -> int:
-    """How often to ask: what vLLM's parser makes of a streamed call depends on the cuts, beyond `CUT`."""
+    """The number of times to ask: what vLLM's parser makes of a streamed call depends on the cuts, beyond `CUT`."""
     return 10 if asked is CALL and stream else 1
 
 

@@ -23,7 +23,7 @@ BLOCKS = 4096
 
 
 class ChosenTokensWorker:
-    """What vLLM's V0 engine asks of a worker."""
+    """The methods that vLLM's V0 engine calls of a worker."""
 
     def __init__(self, vllm_config: Any, rank: int, **_: Any) -> None:
         self.rank = rank

@@ -36,7 +36,7 @@ class Request:
 
 
 class ChosenTokensWorker:
-    """What vLLM's V1 engine asks of a worker."""
+    """The methods that vLLM's V1 engine calls of a worker."""
 
     def __init__(self, vllm_config: Any, rank: int, **_: Any) -> None:
         self.rank = rank

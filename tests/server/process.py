@@ -23,7 +23,7 @@ AGL = (sys.executable, "-m", "agentlightning")
 AGL_STORE = (*AGL, "store")
 SECONDS = 60
 PLAIN_HTTP = False
-"""For `verify`: each client reads the certificates of all authorities otherwise, in a twentieth of a second."""
+"""The context for `verify`: otherwise each client takes a twentieth of a second to read all certificates."""
 
 
 class StoreServer:

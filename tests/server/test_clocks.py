@@ -41,7 +41,7 @@ def posted(client: httpx.Client, path: str, **body: Any) -> Any:
 
 
 def test_second_server_has_a_wrong_clock() -> None:
-    """Without a wrong clock, these tests would prove nothing."""
+    """Check that the clock is wrong: otherwise these tests would prove nothing."""
     command = [sys.executable, "-c", "import time; print(time.time())"]
     output = subprocess.run(command, env=dict(an_hour_ahead()), capture_output=True, text=True, check=True).stdout
     assert float(output) - time.time() > HALF_AN_HOUR

@@ -489,7 +489,7 @@ def test_span_sent_again_stays_with_its_attempt(client: httpx.Client) -> None:
 
 
 def test_batch_locks_rollouts_in_one_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In different orders, two servers with spans of the same rollouts would deadlock."""
+    """Regression test: in different orders, two servers with spans of the same rollouts would deadlock."""
     ids = [new_id("ro") for _ in range(20)]
     alive, numbered = [], []
     number = spans.next_sequence_ids

@@ -276,7 +276,7 @@ def test_rows_of_older_weights_than_the_bound_are_left_out(store: agl.Store) -> 
 
 @pytest.mark.parametrize("killed_while", ["training", "saving", "going on"])
 def test_a_trainer_that_is_killed_trains_no_row_twice_and_misses_none(tmp_path: Path, killed_while: str) -> None:
-    """What was trained is what the checkpoint has: the rest was lost with the process."""
+    """Regression test: what was trained is what the checkpoint has; the rest was lost with the process."""
     path, checkpoint = str(tmp_path / "store.db"), tmp_path / "checkpoint.json"
     with agl.open_store(path) as store:
         ended(rollouts := started(store, *"556677"))

@@ -1,4 +1,4 @@
-"""What no trainer gets: rows that it could not take, or would train wrongly. Each is refused with a sentence."""
+"""Rows that no trainer gets, since it could not take them, or would train wrongly. Each is refused with a sentence."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def _adapter(model: Path, folder: Path) -> Path:
 
 
 def _with_helpers(tests: Path, files: Iterable[str]) -> set[str]:
-    """These, and what lies beside them or above them and is no test: fixtures and helpers name models too."""
+    """Return these, and what lies beside them or above them and is no test: fixtures and helpers name models too."""
     found = set(files)
     for file in files:
         for folder in (tests / file).parents:

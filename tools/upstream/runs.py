@@ -56,7 +56,7 @@ class Outcome:
 
 
 Outcomes = Mapping[str, Outcome]
-"""By the name of the test."""
+"""Results, by the name of the test."""
 
 
 class Runner:

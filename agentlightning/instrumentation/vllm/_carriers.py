@@ -155,7 +155,7 @@ SOURCES: Mapping[str, Sequence[Source]] = {
     ),
     "retry": (Source(b"x-stainless-retry-count"),),
 }
-"""For each field the headers that say it: ours, and those that agents and SDKs send by themselves. The first counts."""
+"""Headers that say something, by field: ours, and those that agents and SDKs send by themselves. The first counts."""
 _READ: Mapping[bytes, Sequence[str]] = {
     header: [field for field, sources in SOURCES.items() if header in {source.header for source in sources}]
     for header in (
@@ -320,7 +320,7 @@ def _retry(text: str) -> int | None:
 
 
 _CONVERT: Mapping[str, Callable[[str], Any]] = {"retry": _retry}
-"""For fields that are not kept as headers have them."""
+"""Conversions of fields that are not kept as headers have them."""
 
 
 class _Reader:

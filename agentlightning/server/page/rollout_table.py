@@ -101,7 +101,7 @@ def absence_of(connection: Connection, rollout_id: str, rollout: Any | None) -> 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """When a rollout was queued and started, in seconds since the epoch, and how many seconds it took.
+    """The times when a rollout was queued and started, in seconds since the epoch, and how many seconds it took.
 
     Each is None if it has not happened; `took` lasts until now while the rollout is under way.
     """

@@ -108,7 +108,7 @@ class LostCalls(Sent):
 
 
 class Progress(Sent):
-    """How far a sender has written what it records. Times are nanoseconds by its own clock, whatever that says."""
+    """Progress of a sender: how far it has written what it records. Times are nanoseconds by its own clock."""
 
     model_config = example(
         watermark=1795454241500000000,

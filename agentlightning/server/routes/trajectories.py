@@ -29,7 +29,7 @@ Count = Annotated[int, Field(ge=0, le=NUMBER_LIMIT)]
 
 
 class TrajectoryQuery(NullableCallerFilters):
-    """How calls become rows, and which rows to select."""
+    """Options: how calls become rows, and which rows to select."""
 
     # A misspelt filter would match everything.
     model_config = ConfigDict(extra="forbid")

@@ -111,7 +111,7 @@ class Shortfall(BaseModel):
 
 
 class Completeness(BaseModel):
-    """Whether a rollout, or an attempt, has ended and all of its calls are stored, or why not."""
+    """The state of a rollout, or of an attempt: whether it has ended and all of its calls are stored, or why not."""
 
     complete: bool = Field(description="True if it has ended and nothing below is missing.")
     status: str | None = Field(description="Null where the queue does not have it, so that its end is unknown.")

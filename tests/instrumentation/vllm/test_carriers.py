@@ -1,4 +1,4 @@
-"""Who called, as headers, keys and ids of requests say it."""
+"""Callers, as headers, keys and ids of requests name them."""
 
 from __future__ import annotations
 

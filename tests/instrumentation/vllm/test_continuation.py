@@ -297,7 +297,7 @@ def test_an_error_of_ours_leaves_vllms_own_prompt_and_is_counted(monkeypatch: py
 
 @pytest.mark.usefixtures("continuing")
 def test_a_template_of_ids_goes_on_too() -> None:
-    """As those of mistral_common are; here it is that of a server that takes embeddings in prompts."""
+    """A tokenizer like those of mistral_common; here it is that of a server that takes embeddings in prompts."""
     context, prompt = two_turns(CHATML, enable_prompt_embeds=True)
 
     assert prompt[: len(context)] == context

@@ -1,4 +1,4 @@
-"""What no engine does at will in a program's own process: fail, repeat another's work, or answer two alike requests."""
+"""Events that no engine causes at will in a program's own process: failures, repeated work, two alike requests."""
 
 from __future__ import annotations
 

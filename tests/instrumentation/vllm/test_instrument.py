@@ -328,7 +328,7 @@ class TestTakenIds:
             yield 0, output
 
     def test_ids_that_no_chunk_carried_come_in_one_more_chunk(self) -> None:
-        """In some releases a parser can be silent to the end of a stream."""
+        """Regression test: in some releases a parser can be silent to the end of a stream."""
         first, second, last = (
             SimpleNamespace(prompt_token_ids=[1], outputs=[SimpleNamespace(index=0, token_ids=[number])])
             for number in (2, 3, 4)
