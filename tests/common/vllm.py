@@ -41,8 +41,8 @@ QUIET = {
 }
 SMALL = ("--max-model-len", "1024", "--enforce-eager", "--dtype", "float32")
 CACHE_BYTES = 256 << 20
-"""Memory for the keys and values of a quarter of a million tokens: up to a dozen engines of the tests are there at once,
-each of which would take most of the memory."""
+"""Memory for the keys and values of a quarter of a million tokens: up to a dozen engines of the tests are there at
+once, each of which would take most of the memory."""
 LITTLE_CACHE = ("--kv-cache-memory-bytes", str(CACHE_BYTES))
 # Without a worker process, as on one GPU. On CPUs vLLM starts one, for whose sake both it and the engine core spin.
 NO_WORKER = ("--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor")
