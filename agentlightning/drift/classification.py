@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -61,6 +61,8 @@ MOST_MOVED = 64
 # Share of a text that is the same at both its ends, from which on it is the same text, changed.
 SIMILAR = 0.5
 SHORT_TURN = 4
+# Special tokens that are sought one by one: more than this take longer.
+MOST_SOUGHT = 16
 ROLE_IDS = 16
 HEAD_IDS = 1_024
 # Characters at the end of a part that may be cut differently.
@@ -141,7 +143,10 @@ def continues(before: Sequence[int], answer_start: int, prompt: Sequence[int], t
 
 
 def _array(token_ids: Sequence[int]) -> array[int]:
-    return token_ids if isinstance(token_ids, array) else array("i", token_ids)
+    if isinstance(token_ids, array):
+        return token_ids
+    # A view is copied as bytes, not id by id.
+    return array("i", token_ids.tobytes() if isinstance(token_ids, memoryview) else token_ids)
 
 
 _known: WeakKeyDictionary[TokenTexts, frozenset[int]] = WeakKeyDictionary()
@@ -156,8 +161,13 @@ def _boundaries(texts: TokenTexts) -> frozenset[int]:
 
 
 def _bounds(token_ids: array[int], texts: TokenTexts) -> list[int]:
+    """Return where the special tokens are that stand between turns."""
     boundaries = _boundaries(texts)
-    return [place for place, each in enumerate(token_ids) if each in boundaries]
+    if len(boundaries) > MOST_SOUGHT:
+        return [place for place, each in enumerate(token_ids) if each in boundaries]
+    # Searching bytes for a few of them is quicker than looking at each id.
+    whole = token_ids.tobytes()
+    return sorted(place for each in boundaries for place in _places(whole, array("i", [each]).tobytes()))
 
 
 def _by_ids(answer_start: int, prompt: array[int], position: int) -> Difference:
@@ -223,17 +233,15 @@ class _Comparison:
 
     def _messages_before(self) -> tuple[int, bool]:
         """Count the messages before this one, which have more than white space in them; tell if one is an answer."""
-        boundaries, text = _boundaries(self._texts), self._texts.text
-        count, has_text, has_answer, opened = 0, False, False, 0
-        for place, each in enumerate(self._before[: self._start]):
-            if each in boundaries:
-                count += has_text
-                has_text, opened = False, place + 1
-            elif not has_text and not text(each).isspace():
-                has_text = True
+        text = self._texts.text
+        count, has_answer, opened = 0, False, 0
+        for end in _bounds(self._before[: self._start], self._texts):
+            if not all(text(each).isspace() for each in self._before[opened:end]):
+                count += 1
                 opener = text(self._before[opened - 1]) if opened else ""
-                found = _ROLE.match(self._texts.join(self._before[opened : opened + ROLE_IDS]))
+                found = _ROLE.match(self._texts.join(self._before[opened : min(opened + ROLE_IDS, end)]))
                 has_answer |= (found[1] if found else _ROLE_OF_TOKEN.get(opener)) in _ROLES_WRITTEN
+            opened = end + 1
         return count, has_answer
 
     def _role(self) -> str | None:
@@ -491,6 +499,14 @@ def _next(token_ids: array[int], start: int, wanted: frozenset[int]) -> int:
         if token_ids[place] in wanted:
             return place
     return len(token_ids)
+
+
+def _places(whole: bytes, one: bytes) -> Iterator[int]:
+    """Yield the positions of an id among others."""
+    at = _find(whole, one, 0)
+    while at >= 0:
+        yield at // ID_BYTES
+        at = _find(whole, one, at // ID_BYTES + 1)
 
 
 def _find(whole: bytes, part: bytes, start: int) -> int:
