@@ -7,6 +7,7 @@ A `PatchSet` holds the patches of one module. A `Patch` is anything that can che
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import logging
 import sys
@@ -174,13 +175,16 @@ class Wrap:
         target: `"Class.method"` or `"function"`, looked up in the patched module.
         parameters: names of parameters that it must have, since the wrapper relies on them.
         wrapper: a decorator; its result takes and returns what the original does.
+        module: the name of the module that has the target, where it is another than the patched one.
     """
 
     target: str
     parameters: tuple[str, ...]
     wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]
+    module: str | None = None
 
     def check(self, module: ModuleType) -> None:
+        module = self._home(module)
         owner, name = self._owner(module)
         original = inspect.getattr_static(owner, name, None)
         if original is None:
@@ -194,14 +198,17 @@ class Wrap:
             raise Mismatch(f"{module.__name__}.{self.target}{signature} does not take {', '.join(missing)}")
 
     def is_applied(self, module: ModuleType) -> bool:
-        owner, name = self._owner(module)
+        owner, name = self._owner(self._home(module))
         patched = _PatchedFunction.at(owner, name)
         return patched is not None and self.wrapper in patched.wrappers
 
     def apply(self, module: ModuleType) -> Callable[[], None]:
-        owner, name = self._owner(module)
+        owner, name = self._owner(self._home(module))
         patched = _PatchedFunction.at(owner, name) or _PatchedFunction(owner, name)
         return patched.add(self.wrapper)
+
+    def _home(self, module: ModuleType) -> ModuleType:
+        return module if self.module is None else importlib.import_module(self.module)
 
     def _owner(self, module: ModuleType) -> tuple[type | ModuleType, str]:
         class_name, _, name = self.target.rpartition(".")

@@ -101,6 +101,9 @@ async def serve(engine: AsyncLLM, args: Any) -> dict[str, int]:
         )
         answers["handler"] = await vllms.post("/rollout/ro-http/ask", json={})
     answers["own app"] = await own.post("/rollouts/chat", json=body, headers={"x-agl-rollout-id": "ro-own"})
+    answers["own prefix"] = await own.post("/rollout/ro-own-prefix/rollouts/chat", json=body)
+    key = {"authorization": "Bearer any@rollout=ro-own-key"}
+    answers["own key"] = await own.post("/rollouts/chat", json=body, headers=key)
     return {name: answer.status_code for name, answer in answers.items()}
 
 

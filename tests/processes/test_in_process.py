@@ -93,11 +93,14 @@ def test_an_app_that_the_program_builds_takes_prefix_header_and_key(ran: Ran) ->
     statuses = ran.told["statuses"]
     over_http = [each for each in ran.recorded if each.via == "http"]
 
-    assert statuses == {"prefix": 200, "header": 200, "key": 200, "wrong key": 401, "handler": 200, "own app": 200}
+    own = {"own app": 200, "own prefix": 200, "own key": 200}
+    assert statuses == {"prefix": 200, "header": 200, "key": 200, "wrong key": 401, "handler": 200, **own}
     assert [(each.rollout_id, each.endpoint) for each in over_http] == [
         ("ro-prefix", "/v1/chat/completions"),
         ("ro-header", "/v1/chat/completions"),
         ("ro-key", "/v1/chat/completions"),
         ("ro-handler", "/ask"),
         ("ro-own", "/rollouts/chat"),
+        ("ro-own-prefix", "/rollouts/chat"),
+        ("ro-own-key", "/rollouts/chat"),
     ]

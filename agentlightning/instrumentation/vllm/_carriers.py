@@ -29,6 +29,7 @@ __all__ = [
     "ignored_ids",
     "is_forwarded",
     "is_probe",
+    "names_rollout_in_key",
     "read_headers",
     "read_user",
     "skipped_probes",
@@ -190,6 +191,11 @@ def without_name(headers: Iterable[tuple[bytes, bytes]]) -> tuple[list[tuple[byt
             named = named or in_key
         found.append((name, value))
     return found, named
+
+
+def names_rollout_in_key(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Tell whether an API key ends as one that names a rollout does."""
+    return any(name in _KEY_HEADERS and b"@rollout=" in value for name, value in headers)
 
 
 def _split_key(key: bytes) -> tuple[bytes, RolloutName] | None:

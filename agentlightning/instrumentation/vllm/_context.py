@@ -194,7 +194,9 @@ class RequestContextMiddleware:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Any, send: Send) -> None:
-        if scope["type"] not in ("http", "websocket"):
+        known = _current.get()
+        # An app around this one may have read it already.
+        if scope["type"] not in ("http", "websocket") or (known is not None and known.scope is scope):
             return await self.app(scope, receive, send)
         found = contained("reading a request's rollout", _read_scope, scope)
         scope, context = found or (scope, RequestContext())

@@ -13,7 +13,15 @@ from types import ModuleType
 
 from agentlightning import settings
 from agentlightning.importhook import ImportHook, finders_ahead, is_executing, locate, when_imported
-from agentlightning.instrumentation.vllm import _logging, _releases, _shutdown, _status, _strict, continuation
+from agentlightning.instrumentation.vllm import (
+    _apps,
+    _logging,
+    _releases,
+    _shutdown,
+    _status,
+    _strict,
+    continuation,
+)
 from agentlightning.instrumentation.vllm.capture import calls, engine_core, frontend, in_process, marks
 from agentlightning.instrumentation.vllm.capture.session import session
 from agentlightning.instrumentation.vllm.endpoints import batch, chat, completions, generate, messages, responses
@@ -45,7 +53,7 @@ PATCH_SETS = (
     _patch_set("engine core", _releases.ENGINE_CORE, *engine_core.CORE_PATCHES),
     _patch_set("scheduler", _releases.SCHEDULER, *engine_core.SCHEDULER_PATCHES),
     _patch_set("engine messages", _releases.ENGINE_MESSAGES, *marks.MESSAGE_PATCHES, *engine_core.MESSAGE_PATCHES),
-    _patch_set("model check", _releases.SERVING_BASE, *calls.PATCHES),
+    _patch_set("model check", _releases.SERVING_BASE, *calls.PATCHES, *_apps.PATCHES),
     _patch_set(continuation.PATCH_SET, _releases.ONLINE_RENDERER, *continuation.PATCHES),
     _patch_set("chat response", _releases.CHAT_PROTOCOL, *chat.RESPONSE_PATCHES),
     _patch_set("chat", _releases.CHAT_SERVING, *chat.SERVING_PATCHES),

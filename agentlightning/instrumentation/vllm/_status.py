@@ -12,8 +12,8 @@ from typing import Any
 
 import agentlightning
 from agentlightning.instrumentation.vllm import _strict, continuation
+from agentlightning.instrumentation.vllm._apps import add_middleware
 from agentlightning.instrumentation.vllm._carriers import conflicting_names, ignored_ids, skipped_probes
-from agentlightning.instrumentation.vllm._context import RequestContextMiddleware
 from agentlightning.instrumentation.vllm._isolation import contained, failures
 from agentlightning.instrumentation.vllm.capture import frontend
 from agentlightning.instrumentation.vllm.capture.session import session
@@ -126,7 +126,7 @@ def _set_up(app: Any, statuses: Statuses) -> None:
     if any(getattr(route, "path", None) == STATUS_ROUTE for route in app.routes):
         return
     _add_route(app, statuses)
-    _add_middleware(app)
+    add_middleware(app)
     contained("counting continued calls", continuation.start)
     if session.is_recording:
         contained("opening the store", frontend.start, frontend.SECONDS_TO_REGISTER)
@@ -138,16 +138,6 @@ def _add_route(app: Any, statuses: Statuses) -> None:
 
     # Not in vLLM's schema: /openapi.json stays unchanged.
     app.add_api_route(STATUS_ROUTE, agl_status, methods=["GET"], include_in_schema=False, response_model=None)
-
-
-def _add_middleware(app: Any) -> None:
-    # Not by add_middleware, which raises if a library that vLLM brings along has already built the stack, and which
-    # would not be outermost: vLLM's authentication must see the path without the prefix.
-    build = app.build_middleware_stack
-    # If the program adds middleware of its own, the stack is built again, and wrapped again.
-    app.build_middleware_stack = lambda: RequestContextMiddleware(build())
-    if app.middleware_stack is not None:
-        app.middleware_stack = RequestContextMiddleware(app.middleware_stack)
 
 
 def _report(app: Any, statuses: Mapping[str, Status]) -> dict[str, Any]:
