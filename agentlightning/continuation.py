@@ -21,6 +21,7 @@ from agentlightning.common_prefix import common_length
 
 __all__ = [
     "CONTINUED",
+    "CONTINUED_EARLIER",
     "ELSEWHERE",
     "FIRST_CALL",
     "MOST_CANDIDATES",
@@ -43,12 +44,13 @@ __all__ = [
     "canonical_calls",
     "find_seam",
     "fingerprints",
-    "has_answer",
+    "last_answer",
     "stand_in_for",
     "with_reasoning",
 ]
 
 CONTINUED = "continued"
+CONTINUED_EARLIER = "continued from an earlier call"
 FIRST_CALL = "first call"
 NO_MATCH = "no match"
 ELSEWHERE = "elsewhere"
@@ -62,9 +64,10 @@ OTHER_REQUEST = "other request"
 
 RESULTS = {
     CONTINUED: "the prompt goes on from the exact ids of an earlier call",
+    CONTINUED_EARLIER: "the prompt goes on from a call whose answer is not the last in the request: that is not known",
     FIRST_CALL: "the request has no answer in it",
     NO_MATCH: "no call of this rollout had these messages and this answer",
-    ELSEWHERE: "this server knows no call of this rollout, or no longer",
+    ELSEWHERE: "this server knows no call of this rollout, or no longer, and the store had none in time",
     NOT_APPEND_ONLY: "the chat template writes what came before in another way once something follows",
     REASONING_DROPPED: "the chat template leaves out the reasoning that the model wrote",
     SEAM: "the answer does not end with the token that ends a turn in the template",
@@ -179,9 +182,10 @@ def fingerprints(messages: Sequence[Message], kind: bytes = b"") -> list[bytes]:
     return digests
 
 
-def has_answer(messages: Sequence[Message]) -> bool:
-    """Tell whether a model's answer is among the messages, with something behind it."""
-    return any(message["role"] == "assistant" for message in messages[:-1])
+def last_answer(messages: Sequence[Message]) -> int | None:
+    """Return the place of the last answer of a model that has something behind it; None if there is none."""
+    places = range(len(messages) - 2, -1, -1)
+    return next((place for place in places if messages[place]["role"] == "assistant"), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,6 +352,14 @@ class Histories:
     def knows(self, key: Hashable) -> bool:
         """Tell whether any call is kept under this key."""
         return key in self._conversations
+
+    def count(self, key: Hashable) -> int:
+        """Return how many calls are kept under this key."""
+        return len(self._conversations[key].members) if key in self._conversations else 0
+
+    def with_messages(self, key: Hashable, fingerprint: bytes) -> Sequence[Call]:
+        """Return the calls whose messages have this fingerprint."""
+        return self._conversations[key].calls.get(fingerprint, ()) if key in self._conversations else ()
 
     def find(
         self,

@@ -19,7 +19,7 @@ import agentlightning
 from agentlightning import importhook, instrumentation
 from agentlightning._startup import start
 from agentlightning.instrumentation import vllm
-from agentlightning.instrumentation.vllm import _releases
+from agentlightning.instrumentation.vllm import _releases, continuation
 from tests.common.made_up_vllm import PROMPT, RESPONSE, VERSION, Layout, made_up_vllm
 
 pytestmark = pytest.mark.tier("check")
@@ -485,10 +485,11 @@ def test_a_vllm_without_the_modules_works_and_each_patch_set_says_what_it_misses
     version, status = output.stdout
     assert version == VERSION
     # Nobody has asked for it.
-    reason = reasons.pop("continuation")
-    unasked = f"not for this release: {reason}, and AGL_CONTINUE is off"
+    unasked = {
+        name: f"not for this release: {reasons.pop(name)}, and AGL_CONTINUE is off" for name in continuation.PATCH_SETS
+    }
     failed = {patch_set: f"failed: {reason}" for patch_set, reason in reasons.items()}
-    assert json.loads(status) == {**failed, "continuation": unasked}
+    assert json.loads(status) == {**failed, **unasked}
     assert output.stderr == [unpatched(patch_set, reason) for patch_set, reason in reasons.items()]
 
 

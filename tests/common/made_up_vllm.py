@@ -151,14 +151,16 @@ class Scheduler:
         pass
 """
 
-ONLINE_RENDERER = """\
+CHAT_RENDERING = """\
 class BaseRenderer:
     async def render_chat_async(self, conversations, chat_params, tok_params=None):
         pass
 
     async def tokenize_prompts_async(self, prompts, params):
         pass
+"""
 
+CHAT_PREPARATION = """\
 class OnlineRenderer:
     async def preprocess_chat(self, request, messages):
         pass
@@ -354,7 +356,8 @@ THE_SAME_EVERYWHERE = {
     "v1/engine/utils.py": "",
     "v1/core/sched/scheduler.py": SCHEDULER,
     "v1/serial_utils.py": ENGINE_MESSAGES,
-    "renderers/online_renderer.py": ONLINE_RENDERER,
+    "renderers/online_renderer.py": CHAT_PREPARATION,
+    "renderers/base.py": CHAT_RENDERING,
     "v1/utils.py": "",
     "entrypoints/serve/engine/serving.py": SERVING_BASE,
     "entrypoints/anthropic/protocol.py": MESSAGES_PROTOCOL,

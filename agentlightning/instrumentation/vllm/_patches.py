@@ -54,7 +54,8 @@ PATCH_SETS = (
     _patch_set("scheduler", _releases.SCHEDULER, *engine_core.SCHEDULER_PATCHES),
     _patch_set("engine messages", _releases.ENGINE_MESSAGES, *marks.MESSAGE_PATCHES, *engine_core.MESSAGE_PATCHES),
     _patch_set("model check", _releases.SERVING_BASE, *calls.PATCHES, *_apps.PATCHES),
-    _patch_set(continuation.PATCH_SET, _releases.ONLINE_RENDERER, *continuation.PATCHES),
+    _patch_set(continuation.PATCH_SETS[0], _releases.CHAT_PREPARATION, *continuation.CHAT_PATCHES),
+    _patch_set(continuation.PATCH_SETS[1], _releases.CHAT_RENDERING, *continuation.RENDERING_PATCHES),
     _patch_set("chat response", _releases.CHAT_PROTOCOL, *chat.RESPONSE_PATCHES),
     _patch_set("chat", _releases.CHAT_SERVING, *chat.SERVING_PATCHES),
     _patch_set("chat batch", _releases.BATCH_SERVING, *batch.SERVING_PATCHES),
@@ -163,7 +164,7 @@ def _report_missing_modules(vllm: ModuleType) -> None:
             continue
         if patch_set.since and _releases.is_before(version, patch_set.since):
             patch_set.skip(f"came with vLLM {patch_set.since}")
-        elif patch_set.name == continuation.PATCH_SET and not _is_asked_for(patch_set.name):
+        elif patch_set.name in continuation.PATCH_SETS and session.settings.continues == "off":
             patch_set.skip(f"vLLM {version} has no {' or '.join(patch_set.modules)}, and AGL_CONTINUE is off")
         else:
             patch_set.fail(f"vLLM {version} has no {' or '.join(patch_set.modules)}")
@@ -210,4 +211,4 @@ def _list_failures() -> list[str]:
 
 
 def _is_asked_for(name: str) -> bool:
-    return name == continuation.PATCH_SET and session.settings.continues != "off"
+    return name == continuation.PATCH_SETS[0] and session.settings.continues != "off"

@@ -75,7 +75,21 @@ OFFLINE_ENGINE = Home(("vllm.v1.engine.llm_engine",))
 OFFLINE_CALLS = Home(("vllm.entrypoints.llm",))
 ENGINE_CORE = Home(("vllm.v1.engine.core",))
 SCHEDULER = Home(("vllm.v1.core.sched.scheduler",))
-ONLINE_RENDERER = Home(("vllm.renderers.online_renderer",), since="0.25.0")
+CHAT_PREPARATION = Home(
+    (
+        "vllm.renderers.online_renderer",  # from 0.25.0
+        "vllm.entrypoints.serve.render.serving",  # from 0.18.0
+        "vllm.entrypoints.openai.engine.serving",  # from 0.15.0
+        "vllm.entrypoints.openai.serving_engine",  # to 0.14.1
+    )
+)
+CHAT_RENDERING = Home(
+    (
+        "vllm.renderers.base",  # from 0.17.0
+        "vllm.renderers.protocol",  # in 0.16.0; in 0.15 it has something else
+    ),
+    since="0.16.0",
+)
 ENGINE_MESSAGES = Home(("vllm.v1.serial_utils",))
 API_SERVER_MANAGER = Home(("vllm.v1.utils",))
 ENGINE_CORE_MANAGER = Home(("vllm.v1.engine.utils",), since="0.9.2")
@@ -115,6 +129,10 @@ Up to 0.10.1 requests have no `return_token_ids`; up to 0.11.0 gpt-oss answers h
 prompt ids to clients that did not ask; up to 0.12 streams lose the ids of chunks that are left out while a parser waits
 for more.
 """
+CONTINUES_SINCE = "0.14.0"
+"""The first release in which a chat goes on from exact ids."""
+RENDERS_CHATS_SINCE = "0.16.0"
+"""The first release whose chats are rendered and tokenised by a renderer; before that, by the serving class."""
 GENERATE_RETURN_TOKEN_IDS_SINCE = "0.30.0"
 """The first release whose `/inference/v1/generate` has `return_token_ids`."""
 HIDES_IDS_OF_REASONING_SINCE = "0.26.0"
@@ -153,6 +171,11 @@ def is_v0_engine(engine: object) -> bool:
     """Tell whether an engine client is of the V0 engine, which releases up to 0.10 have."""
     # From 0.11 on, vllm.engine.async_llm_engine is another name for V1's AsyncLLM, whose own module is vllm.v1's.
     return type(engine).__module__.startswith("vllm.engine.")
+
+
+def is_older_than(since: str) -> bool:
+    """Tell whether this vLLM is older than a release."""
+    return is_before(_version(), since)
 
 
 def _version() -> str:

@@ -117,7 +117,9 @@ def _patched(statuses: Mapping[str, Status]) -> str:
 
 def _continued(statuses: Mapping[str, Status]) -> str:
     mode = session.settings.continues
-    if mode != "off" and statuses[continuation.PATCH_SET].state is not State.APPLIED:
+    chats, rendering = (statuses[name].state for name in continuation.PATCH_SETS)
+    # Older releases need only the first.
+    if mode != "off" and (chats is not State.APPLIED or rendering is State.FAILED):
         return "; AGL_CONTINUE has no effect here"
     return CONTINUES[mode]
 

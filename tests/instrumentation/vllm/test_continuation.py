@@ -15,6 +15,7 @@ from vllm.renderers.online_renderer import OnlineRenderer
 from agentlightning import continuation as decisions
 from agentlightning import instrumentation
 from agentlightning.instrumentation.vllm import _isolation, continuation
+from agentlightning.instrumentation.vllm.continuation import kept
 from tests.common.rendering import answered, online_renderer, prompt_of
 from tests.common.templates import CHATML, QWEN3
 
@@ -309,7 +310,7 @@ def test_many_calls_of_many_rollouts_stay_within_the_bound_and_aborted_ones_leav
     monkeypatch: pytest.MonkeyPatch, thorough: bool
 ) -> None:
     limit = 100_000
-    monkeypatch.setattr(continuation, "_histories", decisions.Histories(limit))
+    monkeypatch.setattr(kept, "_histories", decisions.Histories(limit))
     count = 10_000 if thorough else 300
     renderer = online_renderer(CHATML)
 
@@ -327,8 +328,8 @@ def test_many_calls_of_many_rollouts_stay_within_the_bound_and_aborted_ones_leav
     gc.collect()
 
     assert results()["dropped"] > count // 10
-    kept = results()["calls"]
-    assert sum(isinstance(each, decisions.Call) for each in gc.get_objects()) == kept
+    calls = results()["calls"]
+    assert sum(isinstance(each, decisions.Call) for each in gc.get_objects()) == calls
     # The last request's own, which its context keeps.
-    assert sum(type(each).__name__ == "_Turn" for each in gc.get_objects()) <= 1
+    assert sum(type(each).__name__ == "Turn" for each in gc.get_objects()) <= 1
     assert not _isolation.failures

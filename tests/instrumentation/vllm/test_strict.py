@@ -12,6 +12,7 @@ import pytest
 from pydantic.fields import FieldInfo
 
 from agentlightning import instrumentation
+from agentlightning.instrumentation.vllm import continuation
 from tests.common.made_up_vllm import VERSION, Layout, made_up_vllm
 from tests.common.rust_frontend import rust_frontend
 from tests.common.tiny_model import tiny_model
@@ -170,26 +171,25 @@ def test_a_vllm_without_the_start_up_check_is_not_imported(tmp_path: Path) -> No
     refused = reasons(python(tmp_path, "-c", "import vllm\nprint('served')"))
 
     named = [reason.partition(":")[0] for reason in refused]
-    assert named == [name for name in instrumentation.status() if name != "continuation"]
+    assert named == [name for name in instrumentation.status() if name not in continuation.PATCH_SETS]
     assert all(f"vLLM {VERSION} has no " in reason for reason in refused)
 
 
 def test_a_release_without_what_agl_continue_needs_is_refused_only_where_it_is_asked_for(tmp_path: Path) -> None:
     made_up_vllm(tmp_path)
-    (tmp_path / "vllm/renderers/online_renderer.py").unlink()
+    (tmp_path / "vllm/renderers/base.py").unlink()
 
     assert python(tmp_path, *VLLM_SERVE).returncode == 0
     assert reasons(python(tmp_path, *VLLM_SERVE, AGL_CONTINUE="on")) == [
-        f"continuation: vLLM {VERSION} has no vllm.renderers.online_renderer"
+        f"chat rendering: vLLM {VERSION} has no vllm.renderers.base or vllm.renderers.protocol"
     ]
 
 
 def test_a_release_that_is_too_old_for_agl_continue_is_refused(tmp_path: Path) -> None:
-    made_up_vllm(tmp_path, edits={VERSION: "0.20.2"})
-    (tmp_path / "vllm/renderers/online_renderer.py").unlink()
+    made_up_vllm(tmp_path, edits={VERSION: "0.13.0"})
 
     assert python(tmp_path, *VLLM_SERVE).returncode == 0
-    assert reasons(python(tmp_path, *VLLM_SERVE, AGL_CONTINUE="report")) == ["continuation: came with vLLM 0.25.0"]
+    assert reasons(python(tmp_path, *VLLM_SERVE, AGL_CONTINUE="report")) == ["continuation: came with vLLM 0.14.0"]
 
 
 def test_a_finder_that_hides_a_module_from_ours_is_named(tmp_path: Path) -> None:

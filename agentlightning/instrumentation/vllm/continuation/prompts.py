@@ -1,0 +1,263 @@
+"""The prompt of a chat request: that which goes on from an earlier call's exact ids, or the reason for vLLM's own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from agentlightning import continuation
+from agentlightning.continuation import Answer, Call, Match, Rendered
+from agentlightning.instrumentation.vllm.capture.conversion import CapturedRequest
+from agentlightning.instrumentation.vllm.capture.session import session
+from agentlightning.instrumentation.vllm.continuation import kept
+from agentlightning.instrumentation.vllm.continuation.chats import Chat
+from agentlightning.instrumentation.vllm.continuation.parsing import Said
+
+__all__ = ["Conversation", "Exact", "Turn", "is_plain", "keep", "note_finished", "special_ids"]
+
+
+@dataclass(slots=True)
+class Turn:
+    """A chat prompt that the engine was given, until it has answered.
+
+    Attributes:
+        key: whose it is.
+        position: the number of its messages.
+        fingerprint: that of all of them.
+        tool_choice, one_call: options of its request, for its answer's parser.
+        rendered: the template's text.
+        continued: the call that it continues, or would, and the ids that its exact prompt adds to that call's.
+        prompt_token_ids: vLLM's own list.
+    """
+
+    key: Hashable
+    position: int
+    fingerprint: bytes
+    tool_choice: Any
+    one_call: bool
+    rendered: Rendered
+    continued: Call | None = None
+    more: Sequence[int] = ()
+    prompt_token_ids: Sequence[int] = ()
+
+
+class Exact(NamedTuple):
+    """A prompt that goes on from a call.
+
+    Attributes:
+        call: that call.
+        context: the ids of its prompt and its answer.
+        more: the ids that follow.
+        rendered: the template's text, with the reasoning that the model wrote.
+    """
+
+    call: Call
+    context: list[int]
+    more: list[int]
+    rendered: Rendered
+
+
+@dataclass(slots=True)
+class Conversation:
+    """The messages of a chat request, or their beginning.
+
+    Attributes:
+        key: whose they are.
+        fingerprints: those of the messages.
+        own: the text that the template makes of them.
+    """
+
+    chat: Chat
+    key: Hashable
+    messages: Sequence[Any]
+    fingerprints: Sequence[bytes]
+    own: str
+
+    @classmethod
+    def of(cls, chat: Chat, key: Hashable) -> Conversation:
+        """Return all messages of a request.
+
+        Raises:
+            NotText: they are not only text.
+        """
+        fingerprints = continuation.fingerprints(chat.messages, _kind(chat))
+        return cls(chat, key, chat.messages, fingerprints, chat.own)
+
+    def turn(self) -> Turn:
+        """Return the turn of vLLM's own prompt."""
+        request = self.chat.request
+        return Turn(
+            self.key,
+            len(self.messages),
+            self.fingerprints[-1],
+            getattr(request, "tool_choice", None),
+            getattr(request, "parallel_tool_calls", None) is False,
+            Rendered.of(self.own),
+        )
+
+    async def up_to(self, position: int) -> Conversation:
+        """Return the first of the messages, as a request of their own."""
+        messages = self.messages[:position]
+        own = await self.chat.render(messages)
+        return Conversation(self.chat, self.key, messages, self.fingerprints[: position + 1], own)
+
+    def place(self) -> tuple[Hashable, bytes]:
+        """Return where calls with these very messages are kept."""
+        return self.key, self.fingerprints[-1]
+
+    def match(self) -> Match | None:
+        """Return the call that the messages continue."""
+        return kept.calls().find(self.key, self.messages, self.fingerprints, self.answers_of)
+
+    def answers_of(self, call: Call) -> list[Answer]:
+        """Return what a client may have been told of a call's answer."""
+        said: Said = call.said
+        parsers = self.chat.parsers
+        return parsers.answers(self.chat.request, said, call.prompt(), call.response_token_ids.tolist())
+
+    async def go_on(self, match: Match) -> Exact | str:
+        """Return the prompt that goes on from a call, or the reason why there is none."""
+        chat, whole, call = self.chat, self.own, match.call
+        place = call.position
+        messages = continuation.with_reasoning(self.messages, call.reasoning(match.answer))
+        before = [*messages[: place + 1], continuation.stand_in_for(messages[place + 1])]
+        try:
+            if messages is not self.messages:
+                whole = await chat.render(messages)
+            stand_in = await chat.render(before, answers=False)
+        except Exception:
+            # The template takes what the client has sent, and not this: it looks at more than it appends.
+            return continuation.NOT_APPEND_ONLY
+        rendered = Rendered.of(whole)
+        seam = continuation.find_seam(
+            whole, stand_in, match, messages[place], self._ends_of(call), _keeps_reasoning(), self._read()
+        )
+        if isinstance(seam, str):
+            return seam
+        # From the token that ends a turn on, a text is tokenised by itself as it is with what comes before.
+        try:
+            new = await chat.tokenise(whole[seam.start :])
+        except Exception:
+            # vLLM refuses a text that alone is longer than what the model takes.
+            return continuation.TOO_LONG
+        if new[:1] != [seam.end_id]:
+            return continuation.SEAM
+        context = call.token_ids()
+        more = new[1:] if call.ended else new
+        # An answer takes one at least.
+        if chat.limit is not None and len(context) + len(more) >= chat.limit:
+            return continuation.TOO_LONG
+        if await self._is_parsed_otherwise([*context, *more], new):
+            return continuation.PARSER
+        return Exact(call, context, more, rendered)
+
+    def _ends_of(self, call: Call) -> Mapping[int, str]:
+        tokenizer = self.chat.tokenizer
+        # A client may stop at any token, and that of a word says nothing about turns.
+        tokens = special_ids(tokenizer).intersection(call.ends)
+        return {each: chr(each) if self.chat.as_ids else tokenizer.convert_ids_to_tokens(each) for each in tokens}
+
+    def _read(self) -> Callable[[str], str]:
+        decode = self.chat.tokenizer.decode
+        return (lambda part: decode([*map(ord, part)])) if self.chat.as_ids else str
+
+    async def _is_parsed_otherwise(self, ids: list[int], new: list[int]) -> bool:
+        """Tell whether the answer to these ids would be parsed otherwise than that to vLLM's own prompt.
+
+        Some parsers look for the end of the answer's reasoning in all of the prompt. Most do not, and vLLM's own
+        prompt, which may be long, is not tokenised for them.
+        """
+        chat = self.chat
+        has_ended = chat.parsers.is_reasoning_end(chat.request, ids)
+        if has_ended == chat.parsers.is_reasoning_end(chat.request, new):
+            return False
+        return has_ended != chat.parsers.is_reasoning_end(chat.request, await chat.own_ids())
+
+
+def is_plain(chat: Chat) -> bool:
+    """Tell whether a request's prompt may be another one than vLLM's: no option of it refers to its text."""
+    request, (_, options) = chat.request, chat.options
+    return (
+        not chat.is_truncated()
+        and options.get("add_generation_prompt", True)
+        and not options.get("continue_final_message", False)
+        and not getattr(request, "echo", False)
+        and not getattr(request, "use_beam_search", False)
+        and getattr(request, "prompt_logprobs", None) is None
+    )
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """Return the ids of the tokens that no text of a user is tokenised to."""
+    return {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+
+
+def _keeps_reasoning() -> bool:
+    return session.settings.continue_reasoning == "keep"
+
+
+def _kind(chat: Chat) -> bytes:
+    """Return a digest of what has to be equal beside the messages: model or adapter, template, its arguments, tools."""
+    options = [chat.request.model, *chat.options]
+    return hashlib.sha256(json.dumps(options, sort_keys=True, default=repr).encode()).digest()
+
+
+def note_finished(captured: CapturedRequest) -> None:
+    """Keep a request to the engine, which has answered it, for the call that continues it."""
+    prompt = captured.prompt_token_ids
+    if captured.context is None or not prompt:
+        return
+    turn = next((turn for turn in captured.context.turns if turn.prompt_token_ids in (prompt,)), None)
+    if turn is None:
+        return
+    params = captured.sampling_params
+    for choice in captured.finished:
+        detokenizer = choice.state.detokenizer
+        # The ids have a stop string that the client was not told of: no end of a turn belongs behind them.
+        untold = isinstance(choice.stop_reason, str) and not params.include_stop_str_in_output
+        keep(
+            turn,
+            turn.more if turn.continued is not None else prompt,
+            detokenizer.output_token_ids,
+            getattr(detokenizer, "output_text", None),
+            choice.finish_reason,
+            params.all_stop_token_ids,
+            untold,
+        )
+
+
+def keep(
+    turn: Turn,
+    more: Iterable[int],
+    response: Iterable[int],
+    text: str | None,
+    finish_reason: str | None,
+    ends: set[int],
+    untold: bool,
+) -> None:
+    """Keep a call that may be continued.
+
+    Args:
+        more: the ids that its prompt adds to those of the call that it continues.
+        response, text: its answer.
+        ends: the ids that end one.
+        untold: whether it ends with a stop string that its client was not told of.
+    """
+    ids = array("i", response)
+    # An answer that goes on behind the end of a turn (`ignore_eos`) has turns in it that no message has.
+    if finish_reason in ("stop", "length") and text is not None and ends.isdisjoint(ids[:-1]):
+        call = Call(
+            turn.position,
+            turn.rendered,
+            array("i", more),
+            ids,
+            () if untold else ends,
+            bool(ids) and ids[-1] in ends,
+            Said(text, turn.tool_choice, turn.one_call),
+            turn.continued,
+        )
+        kept.calls().add(turn.key, turn.fingerprint, call)
