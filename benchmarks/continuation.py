@@ -2,7 +2,7 @@
 
 vLLM's own renderer of the three chat interfaces, in this process, is handed the last request of a conversation of
 twenty turns. Requests of a rollout and requests of none, whose prompts are vLLM's, take turns, in another order each
-time.
+time. What whole conversations cost a real server is in `benchmarks/turns.py`.
 """
 
 from __future__ import annotations
@@ -16,30 +16,33 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
+import psutil
+
 from agentlightning.instrumentation.vllm import instrument_vllm, uninstrument_vllm
 from agentlightning.instrumentation.vllm._context import RequestContext
 from agentlightning.instrumentation.vllm.capture.session import session
+from benchmarks import turns
 from benchmarks.machine import BusyMeter
 from benchmarks.report import Part, Row, Section, Target, say
+from benchmarks.turns import AGAIN, OFF, ON, REPORT, TURNS
 from tests.common.rendering import answered, online_renderer, prompt_of
 from tests.common.templates import CHATML
 from tests.common.tiny_model import CORPUS
 
 SIZES = {"8,000 ids": 8_000, "28,000 ids": 28_000}
 NEW, SAID = 300, 40
-TURNS = 20
 ROUNDS, QUICK_ROUNDS = 60, 10
-OFF, AGAIN, REPORT, ON = "off", "off, again", "report", "on"
 TARGETS = {"28,000 ids": {ON: Target(0.2)}}
 ABOUT = (
-    "The CPU time, in all threads, of making the prompt of a conversation's last request: rendering and tokenising. "
-    f"There are {TURNS} turns, of which the last adds some {NEW} ids; the tokenizer is the tiny model's."
+    "The first two tables have the CPU time, in all threads, of making the prompt of a conversation's last request: "
+    f"rendering and tokenising. There are {TURNS} turns, of which the last adds some {NEW} ids; the tokenizer is the "
+    "tiny model's. The others are of whole conversations with a real server of that model."
 )
 
 
 def measure(quick: bool) -> Part:
     """Make the last prompt so many times in each way, for conversations of two lengths."""
-    busy = BusyMeter()
+    busy = BusyMeter(lambda: [process.pid for process in psutil.Process().children(recursive=True)])
     with mock.patch.dict(os.environ, {"AGL_CONTINUE": "on"}):
         instrument_vllm()
         # Read at their first use.
@@ -50,6 +53,8 @@ def measure(quick: bool) -> Part:
             sections = [section(renderer, *size, QUICK_ROUNDS if quick else ROUNDS) for size in SIZES.items()]
     finally:
         uninstrument_vllm()
+    with busy.running():
+        sections += turns.sections(quick)
     return Part("The exact history", ABOUT, sections, busy.share_of_others())
 
 
@@ -72,7 +77,7 @@ def section(renderer: Any, title: str, size: int, rounds: int) -> Section:
         for name, values in milliseconds.items()
     ]
     lengths = ", ".join(f"{name}: {conversation.length}" for name, conversation in conversations.items())
-    return Section(title, "ms", f"Ids of the prompt: {lengths}.", rows)
+    return Section(f"the prompt, {title}", "ms", f"Ids of the prompt: {lengths}.", rows)
 
 
 class Conversation:

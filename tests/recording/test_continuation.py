@@ -6,7 +6,9 @@ The clients here know nothing of it: they send back the messages that they were 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from agentlightning.instrumentation.vllm._status import STATUS_ROUTE
 from agentlightning.store import open_store
 from tests.common import templates
 from tests.common.answers import VARYING, fetch, joined, post
+from tests.common.routers import router
 from tests.conftest import PARSERS
 from tests.instrumentation.vllm.test_random_requests import drawn, random_requests
 from tests.recording.nursery import Nursery
@@ -37,7 +40,9 @@ SAID = (
     r"[a-z ]{0,6}\n{0,2}<tool_call>\n? ?"
     r'\{"name": {1,3}"weather", {0,2}"arguments": {0,2}\{ ?"city": {0,2}"(Paris|Rome)" ?\}\}\n{0,2}</tool_call>'
 )
-REASONED = r"<think>\n[a-z ]{1,9}\n{1,2}</think>\n{0,2}" + SAID
+CALLED = SAID[SAID.index("<tool_call>") :]
+THOUGHT = r"<think>\n[a-z ]{1,9}\n{1,2}</think>\n{0,2}"
+REASONED = THOUGHT + SAID
 
 
 @dataclass(frozen=True)
@@ -228,7 +233,7 @@ def reasoning(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Ite
     """The same with a reasoning parser, and a template that keeps reasoning while tools are called."""
     folder = tmp_path_factory.mktemp("reasoning")
     (folder / "chat.jinja").write_text(templates.QWEN3)
-    arguments = (*PARSERS, f"--chat-template={folder / 'chat.jinja'}", *LONG)
+    arguments = (*PARSERS, f"--chat-template={folder / 'chat.jinja'}", "--trust-request-chat-template", *LONG)
     with nursery.server(folder / "generations.db", *arguments, env={"AGL_CONTINUE": "on", **ENV}) as server:
         yield server
         assert fetch(server, STATUS_ROUTE)["counters"]["failures"] == {}
@@ -304,6 +309,43 @@ def test_reasoning_goes_on_while_tools_are_called_and_is_left_out_after_the_next
     assert results[continuation.FIRST_CALL] == 1
     assert results[continuation.CONTINUED] == TURNS - 1 - len(questions)
     assert results[continuation.REASONING_DROPPED] >= 3
+
+
+KINDS = {"tool": CALLED, "reasoning": THOUGHT + "[a-z ]{4,12}", "both": THOUGHT + CALLED}
+
+
+@pytest.mark.tier("all")
+@pytest.mark.parametrize("streamed", [False, True], ids=["plain", "streamed"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("template", templates.TEMPLATES.values(), ids=templates.TEMPLATES)
+def test_each_of_twenty_turns_goes_on_wherever_the_template_appends(
+    reasoning: RecordingServer, rollout: str, template: str, kind: str, streamed: bool
+) -> None:
+    agent = Agent(reasoning, rollout, streamed=streamed)
+    agent.user("Paris?")
+    results: list[str] = []
+    for _ in range(TURNS):
+        before = counts(reasoning)
+        options = {"chat_template": template, "structured_outputs": {"regex": KINDS[kind]}}
+        if kind == "reasoning":
+            agent.ask(**options, max_tokens=120)
+            agent.user("More?")
+        else:
+            agent.use_tool(**options)
+        [result] = grown(before, counts(reasoning))
+        results.append(result)
+
+    breaks = agent.breaks()
+    assert results[0] == continuation.FIRST_CALL
+    # Whatever breaks is counted, with its reason.
+    assert all(results[number] == continuation.REASONING_DROPPED for number in breaks)
+    if kind == "tool":
+        assert breaks == []
+        assert set(results[1:]) == {continuation.CONTINUED}
+        assert agent.rows() == 1
+    elif template == templates.QWEN3 and kind == "both":
+        # A question in between, where vLLM's stream has lost a call, takes reasoning out.
+        assert results.count(continuation.CONTINUED) > TURNS // 2
 
 
 def grown(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
@@ -498,6 +540,96 @@ def test_without_it_the_same_conversation_breaks(
     assert breaks[0] == []
     # Random bytes are tokenised otherwise than they were sampled.
     assert len(breaks[1]) > TURNS // 2
+
+
+@pytest.fixture
+def pair(nursery: Nursery, server: RecordingServer, tmp_path: Path) -> Iterator[tuple[RecordingServer, ...]]:
+    """The first server, and another one like it, which records into the same store."""
+    [template] = (argument for argument in server.command if argument.startswith("--chat-template="))
+    arguments = (*PARSERS[:2], template, "--trust-request-chat-template", *ROUTES, *LONG)
+    env = {"AGL_CONTINUE": "on", **ENV}
+    with nursery.server(server.path, *arguments, env=env) as other:
+        yield server, other
+        assert fetch(other, STATUS_ROUTE)["counters"]["failures"] == {}
+
+
+def went_on(servers: Iterable[RecordingServer], before: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """Count the results since then, of all servers."""
+    found: Counter[str] = Counter()
+    for server, counted in zip(servers, before, strict=True):
+        found.update(grown(dict(counted), counts(server)))
+    return dict(found)
+
+
+@pytest.mark.tier("all")
+def test_two_servers_that_take_turns_go_on_from_each_other_or_count_it(
+    pair: tuple[RecordingServer, ...], rollout: str
+) -> None:
+    before = [counts(server) for server in pair]
+    agent = Agent(pair[0], rollout)
+    for turn in range(TURNS):
+        agent.server = pair[turn % 2]
+        agent.user(f"Question {turn}?")
+        agent.ask()
+        # As a tool takes its time: by then the call is in the store.
+        until(lambda: len(pair[0].kept(rollout_id=rollout)) == agent.calls, "the call")
+
+    results = went_on(pair, before)
+    # A machine that is too busy to read the store within its 50 ms says so.
+    assert len(agent.breaks()) <= TURNS - 1 - results.pop(continuation.CONTINUED, 0)
+    assert sum(results.values()) == 1 + len(agent.breaks())
+
+
+@pytest.mark.tier("all")
+@pytest.mark.takes_long("it may install the router")
+@pytest.mark.parametrize("policy", ["round_robin", "consistent_hash"])
+def test_behind_a_router_no_call_breaks_uncounted(pair: tuple[RecordingServer, ...], rollout: str, policy: str) -> None:
+    before = [counts(server) for server in pair]
+    with router("vllm-router", [server.url for server in pair], pair[0].model, f"--policy={policy}") as url:
+        history: list[Any] = []
+        contexts: list[list[int]] = []
+        breaks = 0
+        for turn in range(TURNS):
+            history.append({"role": "user", "content": f"Question {turn}?"})
+            body = {"model": pair[0].model, "messages": history, "max_tokens": 16, "temperature": 1, "seed": turn}
+            answer = post_to(url, f"/rollout/{quote(rollout)}/v1/chat/completions", body, {"x-session-id": rollout})
+            prompt = answer["prompt_token_ids"]
+            breaks += bool(contexts) and prompt[: len(contexts[-1])] != contexts[-1]
+            contexts.append([*prompt, *answer["choices"][0]["token_ids"]])
+            history += chat_history(answer)
+            until(lambda: len(pair[0].kept(rollout_id=rollout)) == turn + 1, "the call")  # noqa: B023
+
+    results = went_on(pair, before)
+    assert breaks == sum(results.values()) - results[continuation.CONTINUED] - 1
+    if policy == "consistent_hash":
+        assert results == {continuation.FIRST_CALL: 1, continuation.CONTINUED: TURNS - 1}
+
+
+def post_to(url: str, path: str, body: dict[str, Any], headers: Mapping[str, str]) -> Any:
+    request = urllib.request.Request(
+        f"{url}{path}", json.dumps(body).encode(), {"Content-Type": "application/json", **headers}
+    )
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return json.load(answer)
+
+
+@pytest.mark.tier("all")
+def test_a_restarted_server_goes_on_from_the_store(nursery: Nursery, tmp_path: Path, rollout: str) -> None:
+    (tmp_path / "chat.jinja").write_text(templates.CHATML)
+    arguments = (f"--chat-template={tmp_path / 'chat.jinja'}", *LONG)
+    agent = None
+    for _ in range(2):
+        with nursery.server(tmp_path / "generations.db", *arguments, env={"AGL_CONTINUE": "on", **ENV}) as each:
+            agent = agent or Agent(each, rollout)
+            agent.server = each
+            for turn in range(4):
+                agent.user(f"Question {turn}?")
+                agent.ask()
+            results = counts(each)
+
+    assert agent is not None
+    # The first call may come while the store is not read within 50 ms, on a busy machine; later ones go on from it.
+    assert len(agent.breaks()) == 4 - results[continuation.CONTINUED]
 
 
 def test_a_server_that_did_not_answer_the_call_before_says_so(
