@@ -20,8 +20,12 @@ def trainers() -> str:
     return python_path()
 
 
-@pytest.mark.parametrize("program", ["trl_rows", "verl_rows", "verl_loop", "skyrl_rows", "tinker_rows", "atif_rows"])
-def test_the_trainers_own_code_accepts_the_rows(program: str, trainers: str) -> None:
+ROWS = ("trl_rows", "verl_rows", "verl_loop", "skyrl_rows", "tinker_rows", "atif_rows")
+STEPS = ("verl_step", "skyrl_step")
+
+
+@pytest.mark.parametrize("program", [*ROWS, *STEPS])
+def test_the_trainers_own_code_accepts_the_rows_and_learns_from_them(program: str, trainers: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", f"tests.trainers.programs.{program}"],
         cwd=CHECKOUT,
