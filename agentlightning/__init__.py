@@ -41,7 +41,16 @@ if TYPE_CHECKING:
     from agentlightning.generation import Choice, Generation
     from agentlightning.instrumentation import instrument_vllm, status, uninstrument_vllm
     from agentlightning.rollout_name import rollout, rollouts
-    from agentlightning.rollout_records import Attempt, NewRollout, Resources, Rollout, RolloutConfig, Span, Worker
+    from agentlightning.rollout_records import (
+        Attempt,
+        NewRollout,
+        Pruned,
+        Resources,
+        Rollout,
+        RolloutConfig,
+        Span,
+        Worker,
+    )
     from agentlightning.store import Store, open_store
     from agentlightning.trajectory import Trajectory
     from agentlightning.triplet import Triplet
@@ -58,6 +67,7 @@ __all__ = [
     "LogprobsDiffer",
     "NewRollout",
     "NotFound",
+    "Pruned",
     "Resources",
     "Rollout",
     "RolloutConfig",
@@ -97,7 +107,7 @@ _HOMES = {
     "agentlightning.instrumentation": ("instrument_vllm", "status", "uninstrument_vllm"),
     "agentlightning.rollout_name": ("rollout", "rollouts"),
     "agentlightning.rollout_records": (
-        *("Attempt", "NewRollout", "Resources", "Rollout"),
+        *("Attempt", "NewRollout", "Pruned", "Resources", "Rollout"),
         *("RolloutConfig", "Span", "Worker"),
     ),
     "agentlightning.store": ("Store", "open_store"),

@@ -34,6 +34,7 @@ __all__ = [
     "AttemptStatus",
     "Mode",
     "NewRollout",
+    "Pruned",
     "Record",
     "Resources",
     "Rollout",
@@ -309,6 +310,27 @@ class Worker:
     last_idle_time: float | None = None
     current_rollout_id: str | None = None
     current_attempt_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """What `Store.prune` has done so far.
+
+    Attributes:
+        selected: number of rollouts that match.
+        records: number of records that are deleted, or would be, by kind: `rollouts`, `generations`, `blocks`, ...
+        bytes: what these took, about.
+        size_before: bytes of the whole store before; None where nothing is deleted.
+        size_after: bytes of it now; None until all is done.
+        advice: how to return more space to the file system, as a sentence; None where all of it is.
+    """
+
+    selected: int
+    records: Mapping[str, int] = field(default_factory=dict[str, int])
+    bytes: int = 0
+    size_before: int | None = None
+    size_after: int | None = None
+    advice: str | None = None
 
 
 def record_from(kind: type[Record], found: Mapping[str, Any], store: Store | None = None) -> Record:

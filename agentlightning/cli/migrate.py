@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import closing
 
 from tqdm import tqdm
 
 from agentlightning.cli.arguments import Parser
-from agentlightning.cli.upkeep import add_options, human_bytes, run
+from agentlightning.cli.upkeep import add_options, existing_database, human_bytes, run
 from agentlightning.store import migration
 from agentlightning.store.database import Database
 
@@ -24,8 +25,14 @@ continues. A store without such prompts is left unchanged."""
 def main(arguments: Sequence[str]) -> int:
     """Run `agl migrate` and return its exit status."""
     parser = Parser(prog="agl migrate", description=DESCRIPTION, epilog=EPILOG)
-    add_options(parser)
-    return run(parser, parser.parse_args(arguments), _migrate)
+    add_options(parser, "the path of a SQLite file, or postgresql://...")
+    options = parser.parse_args(arguments)
+
+    def work() -> tuple[dict[str, object], str]:
+        with closing(existing_database(options.store)) as database:
+            return _migrate(database)
+
+    return run(parser, options, work)
 
 
 def _migrate(database: Database) -> tuple[dict[str, object], str]:

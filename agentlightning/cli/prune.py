@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import argparse
 import re
-import time
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
 
 from tqdm import tqdm
 
 from agentlightning.cli.arguments import Parser
-from agentlightning.cli.upkeep import add_options, human_bytes, run
-from agentlightning.rollout_records import FINISHED
-from agentlightning.store import deletion
-from agentlightning.store.database import Database
+from agentlightning.cli.upkeep import add_options, existing_database, human_bytes, is_served, run
+from agentlightning.rollout_records import FINISHED, Pruned
+from agentlightning.store import Store, open_store
+from agentlightning.store.database_store import DatabaseStore
+from agentlightning.store.deletion import ESTIMATED
 
 __all__ = ["main"]
 
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run `agl prune` and return its exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    return run(parser, options, lambda database: _prune(database, options), read_only=options.dry_run)
+    return run(parser, options, lambda: _prune(options))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,9 +49,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--vacuum",
         action="store_true",
-        help="then write the whole database anew, which keeps writers out until it is done (PostgreSQL: readers, too)",
+        help="then write the whole database anew, which keeps writers out until it is done (PostgreSQL: readers, too); "
+        "not over HTTP",
     )
-    add_options(parser)
+    add_options(parser, "the path of a SQLite file, postgresql://..., or the URL of an agl store")
     return parser
 
 
@@ -62,44 +64,45 @@ def _age(text: str) -> float:
     return float(found[1]) * SECONDS[found[2]]
 
 
-def _prune(database: Database, options: argparse.Namespace) -> tuple[dict[str, object], str]:
-    before = None if options.older_than is None else time.time() - options.older_than
-    found = deletion.Selection(())
-    if before is not None or options.rollout is not None or options.status is not None:
-        found = deletion.select(database, rollout_ids=options.rollout, statuses=options.status, before=before)
+def _prune(options: argparse.Namespace) -> tuple[dict[str, object], str]:
+    if is_served(options.store) and not options.vacuum:
+        with open_store(options.store) as store:
+            done = _done(store, options)
+    else:
+        with closing(existing_database(options.store, read_only=options.dry_run)) as database:
+            done = _done(DatabaseStore(database), options)
+            if options.vacuum and not options.dry_run:
+                database.rewrite()
+                done = replace(done, size_after=database.size(), advice=None)
     if options.dry_run:
-        counted = deletion.estimate(database, found)
-        told = {kind: counted[kind] for kind in deletion.ESTIMATED}
-        text = f"Would delete {_listed(told)}: about {human_bytes(counted['bytes'])} come back."
-        return {"dry_run": True, **told, "bytes": counted["bytes"]}, text
-    size_before = database.size()
-    deleted = Counter[str]()
+        told = {kind: done.records[kind] for kind in ESTIMATED}
+        text = f"Would delete {_listed(told)}: about {human_bytes(done.bytes)} come back."
+        return {"dry_run": True, **told, "bytes": done.bytes}, text
+    sizes = f"the store took {human_bytes(done.size_before or 0)}, and takes {human_bytes(done.size_after or 0)}"
+    text = f"Deleted {_listed(done.records)}; {sizes}."
+    if done.advice is not None:
+        text += f"\n{done.advice[0].upper()}{done.advice[1:]}."
+    about = {name: getattr(done, name) for name in ("bytes", "size_before", "size_after", "advice")}
+    return {"dry_run": False, **done.records, **about}, text
+
+
+def _done(store: Store, options: argparse.Namespace) -> Pruned:
+    """Prune, with a bar that shows how far it is."""
+    done = Pruned(0)
     # disable=None: no progress bar unless stderr is a terminal.
-    with tqdm(total=len(found.rollout_ids), unit=" rollouts", disable=None) as bar:
-        for some in deletion.delete(database, found):
-            deleted.update(some)
-            bar.update(some["rollouts"])
-    with tqdm(unit=" steps", desc="looking for what nothing refers to", disable=None) as bar:
-        for some in deletion.finish(database):
-            deleted.update(some)
-            bar.update()
-    if options.vacuum:
-        database.rewrite()
-    told = {kind: deleted[kind] for kind in deletion.KINDS}
-    size_after = database.size()
-    advice = None if options.vacuum else database.space_advice()
-    result = {
-        "dry_run": False,
-        **told,
-        "bytes": deleted["bytes"],
-        "size_before": size_before,
-        "size_after": size_after,
-        "advice": advice,
-    }
-    sizes = f"the store took {human_bytes(size_before)}, and takes {human_bytes(size_after)}"
-    text = f"Deleted {_listed(told)}; {sizes}."
-    return result, text if advice is None else f"{text}\n{advice[0].upper()}{advice[1:]}."
+    with tqdm(unit=" rollouts", disable=None) as bar:
+        for done in store.prune(
+            rollout_ids=options.rollout,
+            status_in=options.status,
+            older_than=options.older_than,
+            dry_run=options.dry_run,
+        ):
+            bar.total = done.selected
+            bar.update(done.records.get("rollouts", 0) - bar.n)
+            if bar.n == done.selected:
+                bar.set_description("looking for what nothing refers to")
+    return done
 
 
-def _listed(counted: dict[str, int]) -> str:
+def _listed(counted: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in counted.items() if count) or "nothing"

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -15,8 +15,10 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection
 
 from agentlightning.errors import StoreRefused, StoreUnavailable
-from agentlightning.store import deletion, lifecycle
+from agentlightning.rollout_records import Pruned
+from agentlightning.store import deletion, lifecycle, pruning
 from agentlightning.store.database import Conflict, Database, savepoint
+from agentlightning.store.interface import PruneFilters
 
 __all__ = ["Busy", "Transactions"]
 
@@ -29,6 +31,8 @@ READERS = 2
 SECONDS_BETWEEN_SWEEPS = 1.0
 SECONDS_BETWEEN_SEARCHES = 60.0
 """At least so long between two searches for what deleted rollouts have left: each reads all rows."""
+SECONDS_OF_SILENCE = 5.0
+"""Clients and proxies take a server that says nothing for longer as gone."""
 
 logger = logging.getLogger("agentlightning.store")
 
@@ -115,6 +119,24 @@ class Transactions:
             RolloutUnderWay: it has not ended.
         """
         return await self._loop.run_in_executor(self._deleters, self._delete, rollout_id)
+
+    async def prune(self, filters: PruneFilters, *, dry_run: bool) -> AsyncIterator[Pruned]:
+        """Delete as `Store.prune` does; while a step takes long, the state before it is repeated."""
+        steps = pruning.prune(self._database, filters, dry_run=dry_run)
+        found, is_done = None, False
+        try:
+            while True:
+                step = self._loop.run_in_executor(self._deleters, next, steps, None)
+                while found is not None and not (await asyncio.wait({step}, timeout=SECONDS_OF_SILENCE))[0]:
+                    yield found
+                found = await step
+                if found is None:
+                    is_done = True
+                    return
+                yield found
+        finally:
+            if not is_done and not dry_run:
+                self._has_deleted = True
 
     async def run(self, work: Callable[[], T]) -> T:
         """Run `work`, which needs no database, in a thread, so that it does not block the event loop."""

@@ -18,6 +18,7 @@ from agentlightning.rollout_records import (
     Attempt,
     Mode,
     NewRollout,
+    Pruned,
     Resources,
     Rollout,
     RolloutConfig,
@@ -30,7 +31,18 @@ from agentlightning.rollout_records import (
 )
 from agentlightning.sender import Progress, Sender
 from agentlightning.store import completeness as completeness_rows
-from agentlightning.store import deletion, health, ingestion, lifecycle, pages, rollouts, senders, spans, workers
+from agentlightning.store import (
+    deletion,
+    health,
+    ingestion,
+    lifecycle,
+    pages,
+    pruning,
+    rollouts,
+    senders,
+    spans,
+    workers,
+)
 from agentlightning.store import drift as drift_rows
 from agentlightning.store import generations as generation_rows
 from agentlightning.store import resources as resource_rows
@@ -42,6 +54,7 @@ from agentlightning.store.interface import (
     DriftFilters,
     Filters,
     Listed,
+    PruneFilters,
     RolloutChanges,
     RolloutPage,
     SpanFilters,
@@ -159,6 +172,9 @@ class DatabaseStore(Store):
             for _ in deletion.finish(self._database):
                 pass
         return deleted["rollouts"]
+
+    def prune(self, *, dry_run: bool = False, **filters: Unpack[PruneFilters]) -> Iterator[Pruned]:
+        return pruning.prune(self._database, filters, dry_run=dry_run)
 
     def query_attempts(self, rollout_id: str, **listed: Unpack[Listed]) -> list[Attempt]:
         found = self._listed(rollouts.attempt_listing(rollout_id), {"sort_by": "sequence_id", **listed})

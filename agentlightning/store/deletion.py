@@ -337,8 +337,12 @@ def _delete_spans(connection: Connection, which: str, values: Sequence[Any]) -> 
     return deleted
 
 
-def estimate(database: Database, selection: Selection) -> Counter[str]:
-    """Count what `delete` would delete, and about how many bytes that takes; texts are not counted."""
+def estimate(database: Database, selection: Selection) -> Iterator[Counter[str]]:
+    """Count what `delete` would delete, and about how many bytes that takes; texts are not counted.
+
+    Yields:
+        After each rollout what was counted so far; blocks are in the last one, which has all.
+    """
     counted = Counter[str]()
     going = Counter[int]()
 
@@ -357,6 +361,7 @@ def estimate(database: Database, selection: Selection) -> Counter[str]:
             if _is_plain(rollout_id):
                 named = "SELECT response_id FROM spans WHERE rollout_id = ? AND response_id IS NOT NULL"
                 add_generations(connection, f"rollout_key IS NULL AND response_id IN ({named})", (rollout_id,))
+        yield counted
     if selection.takes_unassigned:
         moment = int((selection.before or 0) * SECOND)
         for keys in _keys(database, _UNASSIGNED_CALLS, moment):
@@ -368,7 +373,7 @@ def estimate(database: Database, selection: Selection) -> Counter[str]:
     with database.reading() as connection:
         gone = unused_blocks(connection, going, going)
     counted.update(blocks=len(gone), bytes=sum(OF_BLOCK + use.size for use in gone.values()))
-    return counted
+    yield counted
 
 
 def _attempts_and_spans(connection: Connection, rollout_id: str) -> Counter[str]:

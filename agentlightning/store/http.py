@@ -13,13 +13,14 @@ import msgspec
 
 from agentlightning.completeness import Completeness
 from agentlightning.drift import AttemptDrift
-from agentlightning.errors import InvalidRecord, NotFound, RolloutUnderWay, StoreError, StoreRefused
+from agentlightning.errors import InvalidRecord, NotFound, RolloutUnderWay, StoreError, StoreRefused, StoreUnavailable
 from agentlightning.generation import Generation, Loss, Status
 from agentlightning.rollout_records import (
     FINISHED,
     Attempt,
     Mode,
     NewRollout,
+    Pruned,
     Record,
     Resources,
     Rollout,
@@ -41,6 +42,7 @@ from agentlightning.store.interface import (
     DriftFilters,
     Filters,
     Listed,
+    PruneFilters,
     RolloutChanges,
     SpanFilters,
     Store,
@@ -198,6 +200,18 @@ class HttpStore(Store):
                 self._http.ask("DELETE", route)
                 deleted += 1
         return deleted
+
+    def prune(self, *, dry_run: bool = False, **filters: Unpack[PruneFilters]) -> Iterator[Pruned]:
+        body = to_json({**filters, "dry_run": dry_run}).encode()
+        with self._http.lines("/prune", body=body) as lines:
+            for line in lines:
+                found = self._read(line, dict[str, Any])
+                if "detail" in found:
+                    raise StoreUnavailable(f"{self._http.shown} did not finish: {found['detail']}")
+                try:
+                    yield Pruned(**found)
+                except TypeError as error:
+                    raise self._http.strange() from error
 
     def query_attempts(self, rollout_id: str, **listed: Unpack[Listed]) -> list[Attempt]:
         return self._records(Attempt, self._items(f"/rollouts/{_part(rollout_id)}/attempts/search", dict(listed)))

@@ -25,6 +25,7 @@ __all__ = ["HttpClient", "StrangeAnswer", "TooLarge", "UnknownMediaType"]
 
 ROUTES = "/v1/agl"
 LINES = "application/jsonl"
+JSON = "application/json"
 SECONDS_TO_CONNECT = 3.0
 # A server that holds as many writes as it may can need this long to write them to a slow disk.
 SECONDS_TO_ANSWER = 30.0
@@ -152,9 +153,16 @@ class HttpClient:
             return response.read()
 
     @contextmanager
-    def lines(self, route: str, query: Sequence[tuple[str, str]]) -> Iterator[Iterator[bytes]]:
-        """Read an answer of JSON Lines while it arrives."""
-        with self._answer("GET", route, query, None, LINES, MEDIA_TYPE, True) as response:
+    def lines(
+        self, route: str, query: Sequence[tuple[str, str]] = (), body: bytes | None = None
+    ) -> Iterator[Iterator[bytes]]:
+        """Read an answer of JSON Lines while it arrives.
+
+        Args:
+            body: JSON for a POST that changes nothing when it is processed twice; None for a GET.
+        """
+        method = "GET" if body is None else "POST"
+        with self._answer(method, route, query, body, LINES, JSON, True) as response:
             yield _lines_of(response)
 
     def strange(self) -> StrangeAnswer:

@@ -16,6 +16,7 @@ from agentlightning.rollout_records import (
     AttemptStatus,
     Mode,
     NewRollout,
+    Pruned,
     Resources,
     Rollout,
     RolloutConfig,
@@ -36,6 +37,7 @@ __all__ = [
     "DriftFilters",
     "Filters",
     "Listed",
+    "PruneFilters",
     "RolloutChanges",
     "RolloutPage",
     "SpanFilters",
@@ -158,6 +160,21 @@ class RolloutChanges(TypedDict, total=False):
     status: RolloutStatus
     config: RolloutConfig
     metadata: Mapping[str, Any] | None
+
+
+class PruneFilters(TypedDict, total=False):
+    """Rollouts to delete: those that have ended and match all filters. None is no filter.
+
+    Attributes:
+        rollout_ids: only these.
+        status_in: only those that ended with one of these.
+        older_than: seconds: only those that ended longer ago. If it is the only filter, also rollouts that were
+            recorded but never created, and calls and spans that name no rollout, if they are older.
+    """
+
+    rollout_ids: Sequence[str] | None
+    status_in: Sequence[RolloutStatus] | None
+    older_than: float | None
 
 
 class AttemptChanges(TypedDict, total=False):
@@ -301,6 +318,29 @@ class Store(AbstractContextManager["Store"], ABC):
 
         Raises:
             RolloutUnderWay: some have not ended. The error names them, and none is deleted.
+        """
+
+    @abstractmethod
+    def prune(self, *, dry_run: bool = False, **filters: Unpack[PruneFilters]) -> Iterator[Pruned]:
+        """Delete all rollouts that match the filters, as `delete_rollouts` does, and then what nothing refers to.
+
+        Without any filter no rollout is deleted, only what nothing refers to. Each step is a short transaction, and is
+        done when the next result is asked for. It may be stopped at any time; another call continues.
+
+        Args:
+            dry_run: only count what would be deleted. Texts and vocabularies are not counted.
+
+        Yields:
+            After each step what was done so far; the last is the result.
+
+        Raises:
+            RolloutUnderWay: some of `rollout_ids` have not ended. The error names them, and none is deleted.
+
+        Example:
+            >>> with open_store("run.db") as store:
+            ...     *_, done = store.prune(older_than=7 * 86_400, dry_run=True)
+            ...     done.selected
+            1
         """
 
     # Attempts.

@@ -112,9 +112,11 @@ def test_file_of_an_older_version_keeps_its_size_until_it_is_rewritten(
     assert third["advice"] is None
 
 
-@pytest.mark.parametrize("command", ["prune", "migrate"])
-def test_url_of_a_server_is_refused_with_where_to_run_it(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([command, "--store", "http://agl:secret@store:4747"]) == 1
+@pytest.mark.parametrize("command", [("prune", "--vacuum"), ("migrate",)])
+def test_url_of_a_server_is_refused_with_where_to_run_it(
+    command: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, "--store", "http://agl:secret@store:4747"]) == 1
 
     said = capsys.readouterr().err
     assert "http://***@store:4747 is an agl store" in said

@@ -125,6 +125,76 @@ def test_rollout_that_was_only_recorded_is_deleted(store: Store) -> None:
     assert sorted(each.id for each in store.generations()) == sorted(each.id for each in recorded[1::2])
 
 
+def test_prune_deletes_what_a_dry_run_announces_and_tells_how_far_it_is(store: Store) -> None:
+    kept, *gone = (rollout_of(store, status=status) for status in ("succeeded", "failed", "failed"))
+    running = store.start_rollout("a task")
+    wanted: Any = {"status_in": ["failed"]}
+
+    *_, announced = store.prune(dry_run=True, **wanted)
+    assert len(store.query_rollouts()) == 4
+    first, *steps = store.prune(**wanted)
+
+    done = steps[-1]
+    assert (first.selected, first.records.get("rollouts", 0), first.size_after) == (2, 0, None)
+    assert [each.bytes for each in steps] == sorted(each.bytes for each in steps)
+    counted = ("rollouts", "attempts", "generations", "spans", "blocks")
+    assert [done.records[kind] for kind in counted] == [announced.records[kind] for kind in counted]
+    assert (announced.selected, announced.records["rollouts"], announced.records["generations"]) == (2, 2, 6)
+    assert announced.size_before is announced.size_after is None
+    assert announced.bytes > 0
+    assert done.size_before is not None
+    assert done.size_after is not None
+    assert {each.rollout_id for each in store.query_rollouts()} == {kept.rollout_id, running.rollout_id}
+    assert {each.rollout_id for each in store.generations()} == {kept.rollout_id}
+    assert all(store.get_rollout_by_id(each.rollout_id) is None for each in gone)
+
+
+def test_prune_by_age_takes_what_was_only_recorded_and_spares_what_is_younger(store: Store) -> None:
+    old, young = (time.time_ns() - days * 86_400 * SECOND for days in (8, 6))
+    of_none = [generation(n, rollout_id=None, attempt_id=None, finished_at=at) for n, at in enumerate((old, young))]
+    recorded = [generation(n, rollout_id=f"mine/{n}", finished_at=at) for n, at in enumerate((old, young), 2)]
+    store.add([*of_none, *recorded])
+    ended = rollout_of(store)
+
+    *_, done = store.prune(older_than=7 * 86_400)
+
+    assert (done.records["rollouts"], done.records["generations"]) == (1, 2)
+    left = {of_none[1].id, recorded[1].id, *(each.id for each in ended.generations())}
+    assert {each.id for each in store.generations()} == left
+
+
+def test_prune_refuses_rollouts_under_way_by_name_and_deletes_nothing(store: Store) -> None:
+    ended, running = rollout_of(store), store.start_rollout("a task")
+
+    with pytest.raises(agl.RolloutUnderWay, match=f"'{running.rollout_id}' is preparing"):
+        list(store.prune(rollout_ids=[ended.rollout_id, running.rollout_id]))
+
+    assert len([*ended.generations()]) == 3
+
+
+def test_prune_without_a_filter_deletes_no_rollout(store: Store) -> None:
+    rollout_of(store)
+
+    *_, done = store.prune()
+
+    assert (done.selected, done.records["rollouts"]) == (0, 0)
+    assert store.statistics()["total_rollouts"] == 1
+
+
+def test_prune_that_is_left_alone_stops_and_another_one_finishes(store: Store) -> None:
+    gone = [rollout_of(store, calls=20) for _ in range(3)]
+
+    steps = store.prune(status_in=["succeeded"])
+    next(steps)
+    next(steps)
+    del steps
+    *_, done = store.prune(status_in=["succeeded"])
+
+    assert done.records["rollouts"] <= len(gone)
+    assert [*store.generations()] == []
+    assert store.statistics()["total_rollouts"] == 0
+
+
 @IN_DATABASES
 def test_all_rows_are_gone_when_all_rollouts_are(store: Store, database: Database) -> None:
     for _ in range(3):
@@ -156,7 +226,7 @@ def test_estimate_says_what_is_deleted_and_changes_nothing(store: Store, databas
     before = counts(database)
     wanted = deletion.select(database, rollout_ids=[each.rollout_id for each in rollouts])
 
-    estimated = deletion.estimate(database, wanted)
+    *_, estimated = deletion.estimate(database, wanted)
 
     assert counts(database) == before
     found = sum(deletion.delete(database, wanted), Counter[str]())
@@ -315,11 +385,11 @@ def test_file_becomes_smaller_by_about_what_the_estimate_says(store: Store, data
     gone = [rollout_of(store, calls=20, shared=n).rollout_id for n in range(FIRST_IDS, FIRST_IDS + 20)]
     list(database.shrink())
     before = database.size()
-    estimated = deletion.estimate(database, deletion.select(database, rollout_ids=gone))["bytes"]
+    *_, estimated = deletion.estimate(database, deletion.select(database, rollout_ids=gone))
 
     store.delete_rollouts(gone)
 
-    assert before - database.size() == pytest.approx(estimated, rel=0.2)
+    assert before - database.size() == pytest.approx(estimated["bytes"], rel=0.2)
     assert database.space_advice() is None
     assert len([*kept.generations()]) == 3
 
