@@ -10,9 +10,8 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from html.parser import HTMLParser
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
-from threading import Thread
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -23,6 +22,7 @@ from agentlightning.cli import COMMANDS
 from agentlightning.settings import VARIABLES
 from tests.common.browser import MISSING, chromium, program
 from tests.common.environments import CHECKOUT, run
+from tests.common.http_server import serving
 from tools import measurements
 
 SWITCHES = CHECKOUT / "docs" / "switches.md"
@@ -135,15 +135,13 @@ def test_site_that_is_served_can_be_searched(site: Path) -> None:
     if (found := program()) is None:
         pytest.skip(MISSING)
     handler = partial(SimpleHTTPRequestHandler, directory=site)
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, chromium(found) as browser:
-        Thread(target=server.serve_forever, daemon=True).start()
+    with serving(handler) as url, chromium(found) as browser:
         page = browser.new_page()
         # Typed before the scripts run, a text is not searched for.
-        page.goto(f"http://127.0.0.1:{server.server_port}/index.html?q=heartbeat")
+        page.goto(f"{url}/index.html?q=heartbeat")
 
         expect(page.locator(".md-search-result__meta")).to_contain_text("matching documents")
         expect(page.get_by_text("Search needs a server")).to_have_count(0)
-        server.shutdown()
 
 
 @pytest.mark.tier("check")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import http.client
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Literal
+from http.server import BaseHTTPRequestHandler
+from typing import Literal
 from urllib.parse import urlsplit
+
+from tests.common.http_server import Quiet, serving
 
 __all__ = ["Failure", "failing_once"]
 
@@ -24,7 +25,7 @@ def failing_once(upstream: str, how: Failure) -> Iterator[str]:
     """Serve a proxy of a server; yields its URL."""
     failures = iter([how])
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(Quiet, BaseHTTPRequestHandler):
         # By HTTP/1.0: each answer ends where its connection does.
         def do_POST(self) -> None:
             failure = next(failures, None) if self.command == "POST" else None
@@ -59,14 +60,5 @@ def failing_once(upstream: str, how: Failure) -> Iterator[str]:
         def do_HEAD(self) -> None:
             self.do_POST()
 
-        def log_message(self, *_: Any, **__: Any) -> None:
-            """Log nothing."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
+    with serving(Handler) as url:
+        yield url

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Event, Thread
+from http.server import BaseHTTPRequestHandler
+from threading import Event
 from typing import Any
 
 import pytest
 
 from agentlightning.doctor import Mark, carriers
 from agentlightning.instrumentation.vllm._carriers import CARRIER_HEADER, CARRIERS, PROBE_PARAMS
+from tests.common.http_server import Quiet, serving
 
 pytestmark = pytest.mark.tier("check")
 
@@ -24,7 +25,7 @@ Answer = Callable[[BaseHTTPRequestHandler, dict[str, Any]], int]
 def played(answer: Answer) -> Iterator[str]:
     """Serve a model, and answers to its calls; yields the URL."""
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(Quiet, BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self._send(200, {"data": [{"id": "tiny"}]})
 
@@ -37,17 +38,8 @@ def played(answer: Answer) -> Iterator[str]:
             self.end_headers()
             self.wfile.write(json.dumps(body).encode())
 
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
+    with serving(Handler) as url:
+        yield url
 
 
 def test_only_calls_that_are_served_show_what_arrives() -> None:

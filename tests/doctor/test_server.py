@@ -6,13 +6,14 @@ import contextlib
 import json
 import socket
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from threading import Thread
 from typing import Any
 
 import pytest
 
 from agentlightning import __version__, instrumentation
+from tests.common.http_server import Quiet, serving
 from tests.common.vllm import SCRIPTS, RemoteOpenAIServer, free_port
 from tests.doctor.command import Said, run
 
@@ -62,7 +63,7 @@ def ask(url: str, *arguments: str, **variables: str) -> Said:
 def answering(body: bytes, status: int = 200, key: str | None = None) -> Iterator[str]:
     """A server that answers everything with this, where it is given the key; its address."""
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(Quiet, BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             allowed = key is None or self.headers["Authorization"] == f"Bearer {key}"
             found = self.path == "/v1/agl/status"
@@ -71,17 +72,8 @@ def answering(body: bytes, status: int = 200, key: str | None = None) -> Iterato
             self.end_headers()
             self.wfile.write(body)
 
-        def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
+    with serving(Handler) as url:
+        yield url
 
 
 @contextlib.contextmanager

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
-from threading import Thread
 
 import pytest
 from playwright.sync_api import Browser, expect
 
+from tests.common.http_server import serving
 from tests.server.process import StoreServer
 
 KEY = "correct-horse"
@@ -30,12 +30,8 @@ fetch("{target}", {{method: "POST", mode: "no-cors", credentials: "include"}})
 @contextmanager
 def served(folder: Path) -> Iterator[str]:
     """Serve the files of a folder as another origin; yields its URL."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=folder)) as server:
-        Thread(target=server.serve_forever).start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
+    with serving(partial(SimpleHTTPRequestHandler, directory=folder)) as url:
+        yield url
 
 
 @pytest.mark.parametrize(

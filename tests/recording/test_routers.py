@@ -9,8 +9,7 @@ import uuid
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ from agentlightning.generation import Generation
 from agentlightning.instrumentation.vllm._carriers import CARRIERS
 from tests.common.answers import post
 from tests.common.debian import NGINX
+from tests.common.http_server import Quiet, serving
 from tests.common.routers import VERSIONS, keeps_ids, router
 from tests.common.vllm import SCRIPTS
 from tests.doctor.command import run
@@ -107,7 +107,7 @@ def stand_in() -> Iterator[tuple[str, list[str]]]:
     choice = {"index": 0, "message": message, "finish_reason": "stop"}
     chat = {"id": "c", "object": "chat.completion", "created": 1, "model": "tiny", "choices": [choice], "usage": usage}
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(Quiet, BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self._answer({"object": "list", "data": [model], "model_path": "tiny", "version": "0.32.0"})
 
@@ -124,17 +124,8 @@ def stand_in() -> Iterator[tuple[str, list[str]]]:
             self.end_headers()
             self.wfile.write(body)
 
-        def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}", calls
-        finally:
-            server.shutdown()
-            thread.join()
+    with serving(Handler) as url:
+        yield url, calls
 
 
 STICKY = {
