@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import AnyStr
+from collections.abc import Callable
+from typing import Any, AnyStr
 
 __all__ = ["ID_BYTES", "common_ids", "common_length"]
 
@@ -13,19 +14,20 @@ FIRST_STEP = 1 << 12
 
 def common_length(one: AnyStr, other: AnyStr, low: int = 0) -> int:
     """Count the characters or bytes with which two sequences begin alike, of which `low` are known to be equal."""
+    has: Callable[[Any, int], bool] = one.startswith
     high = min(len(one), len(other))
     low = min(low, high)
     # All first: most sequences continue the other one.
-    if one.startswith(other[low:high], low):
+    if has(other[low:high], low):
         return high
     # In steps that double: most of what is compared at once is then compared only once.
     step = FIRST_STEP
-    while low + step < high and one.startswith(other[low : low + step], low):
+    while low + step < high and has(other[low : low + step], low):
         low, step = low + step, 2 * step
     high = min(high, low + step) - 1
     while low < high:
         middle = (low + high + 1) // 2
-        if one.startswith(other[low:middle], low):
+        if has(other[low:middle], low):
             low = middle
         else:
             high = middle - 1

@@ -24,7 +24,7 @@ class Losses:
 
     def __init__(self, trouble: TroubleLog) -> None:
         self._trouble = trouble
-        self._counts = dict.fromkeys(LOST, 0)
+        self._counts: dict[str, int] = dict.fromkeys(LOST, 0)
         self._rejected = self._rejected_in_reports = self._late = 0
         self._rejected_at = (0, 0)
         self._new: dict[str, Loss] = {}
