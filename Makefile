@@ -67,7 +67,7 @@ demo: $(VENV)/.ready .cache/tiny-model/config.json
 	@$(VENV)/bin/python -m examples.demo
 
 demo-rollout: $(VENV)/.ready .cache/tiny-model/config.json
-	@$(VENV)/bin/python -m examples.loop
+	@$(VENV)/bin/python -m examples.demo_rollout
 
 demo-train: $(VENV)/.ready .cache/tiny-model/config.json
 	@$(VENV)/bin/python -m tools.trainers -m examples.train

@@ -314,7 +314,7 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """What `Store.prune` has done so far.
+    """Progress of `Store.prune`: what it has done so far.
 
     Attributes:
         selected: number of rollouts that match.

@@ -1,4 +1,4 @@
-"""What a conversation of twenty turns costs a real server, with `AGL_CONTINUE` and without.
+"""The cost of a conversation of twenty turns for a real server, with `AGL_CONTINUE` and without.
 
 One server process takes all turns: a middleware sets `AGL_CONTINUE` for each request, as its header says. Each
 conversation begins with a number of its own, so that none finds another's ids in the prefix cache. The model says
@@ -52,7 +52,7 @@ class Modes:
 
 @dataclass
 class Costs:
-    """What one conversation cost.
+    """The cost of one conversation.
 
     Attributes:
         cpu: milliseconds of the API server's process, a call.

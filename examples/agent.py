@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import agentlightning as agl
-from examples.loop import CACHE, SECONDS, free_url, serving, show
+from examples.loop import SECONDS
+from examples.servers import CACHE, free_url, serving, show
 from tests.common.agents import ANSWER, STORIES, TASK, run
 from tests.common.script import arguments, environment, write
 from tests.common.vllm import RemoteOpenAIServer

@@ -1,47 +1,27 @@
-"""`make demo-rollout`: everything around reinforcement learning but the training step, to copy and change.
+"""The loop around the training step of reinforcement learning, to copy and change.
 
-An `agl store` holds the tasks. Two runners take them and run an agent of the `openai` package, which calls a real vLLM
-and a tool. vLLM records each call to the store, and the triplets that a trainer would learn from are read from it. At a
-terminal, the store's page is served until Ctrl-C.
+A queue holds the tasks. Two runners take them and run an agent of the `openai` package, which calls a real vLLM and a
+tool. vLLM records each call to the store, and the triplets that a trainer would learn from are read from it.
 
-`python -m examples.loop MODEL` uses another model. The default is tiny, with random weights: its sums are nearly always
-wrong, but the ids are exact.
+`python -m examples.loop STORE VLLM MODEL` runs it with servers that are there: an `agl store`, and a vLLM that was
+started with `AGL_INSTRUMENT=1`, `AGL_STORE` and the arguments `TOOLS`. `make demo-rollout` starts both first.
 """
 
 from __future__ import annotations
 
 import json
 import operator
-import os
-import socket
-import subprocess
 import sys
-import time
 import traceback
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from openai import OpenAI
 
 import agentlightning as agl
 
-CACHE = Path(__file__).parents[1] / ".cache"
-TINY_MODEL, FILE = CACHE / "tiny-model", CACHE / "demo-rollout.db"
 ROLLOUTS, RUNNERS, SECONDS = 20, 2, 300
-SHOWS = (
-    "rollouts: each has two calls, the result of the tool, and the reward",
-    "a call in a timeline: the answer token by token, with ids and logprobs",
-    "Senders: the vLLM that wrote it all",
-)
-
-# Small enough for two cores; with a GPU and a model of your own, leave these out.
-SMALL = ("--max-model-len=1024", "--enforce-eager", "--dtype=float32", f"--kv-cache-memory-bytes={256 << 20}")
-SMALL_ENV = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 TOOLS = ("--enable-auto-tool-choice", "--tool-call-parser=hermes")
 
 OPERATIONS = {"add": operator.add, "multiply": operator.mul}
@@ -124,93 +104,12 @@ def run(store: agl.Store, vllm: str, model: str, rollouts: int = ROLLOUTS) -> li
     return sorted(runs, key=lambda each: rollout_ids.index(each.rollout.rollout_id))
 
 
-def is_exact(run: Run, found: Sequence[agl.Triplet]) -> bool:
-    """Tell whether the triplets have the ids of vLLM's answers to the agent, in order."""
-    kept = [(list(each.prompt_token_ids or ()), list(each.response_token_ids or ())) for each in found]
-    return kept == [(answer.prompt_token_ids, answer.choices[0].token_ids) for answer in run.answers]
-
-
-def table(runs: Sequence[Run]) -> bool:
-    """Print one line for each rollout; tell whether every id in the store is the one that vLLM answered with."""
-    row = "{:<21}  {:<8}  {:>4}  {:>5}  {:>10}  {:>12}  {:>6}"
-    print("\n" + row.format("task", "runner", "tool", "calls", "prompt ids", "response ids", "reward"))
-    exact = bool(runs)
-    for each in runs:
-        found = list(each.rollout.triplets())
-        exact = exact and is_exact(each, found)
-        prompts = " + ".join(str(len(triplet.prompt_token_ids or ())) for triplet in found)
-        responses = " + ".join(str(len(triplet.response_token_ids or ())) for triplet in found)
-        rewards = ", ".join(f"{triplet.reward:.3f}" for triplet in found if triplet.reward is not None)
-        question = each.rollout.input["question"]
-        print(row.format(question, each.worker_id, each.result, len(found), prompts, responses, rewards))
-    print(f"\n{'every id is' if exact else 'NOT every id is'} the one that vLLM itself returned to the agent")
-    return exact
-
-
-def drift(url: str) -> None:
-    """Print why the second prompt of each rollout does not begin with what the model saw and said before."""
-    command = (str(Path(sys.executable).parent / "agl"), "drift", "--store", url, "--brief")
-    print(f"\nagl drift --store {url} --brief", flush=True)
-    subprocess.run(command, check=True)
-
-
-@contextmanager
-def serving(command: Sequence[str], health: str, log: Path, **env: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a server from the moment that it answers at `health` until the block ends, with its output in `log`."""
-    with (
-        log.open("wb") as output,
-        subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **env}) as process,
-    ):
-        try:
-            while process.poll() is None:
-                with suppress(OSError):
-                    urllib.request.urlopen(health).close()
-                    break
-                time.sleep(0.2)
-            else:
-                sys.exit(f"{' '.join(command)} ended with status {process.returncode}; its output is in {log}")
-            yield process
-        finally:
-            process.terminate()
-
-
-def free_url() -> str:
-    """Return the URL of a free port of this machine."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        return f"http://127.0.0.1:{listening.getsockname()[1]}"
-
-
-def show(wait: Callable[[], object], url: str, file: Path = FILE, shows: Sequence[str] = SHOWS) -> None:
-    """Say where the page is and what it shows. At a terminal, wait for the server, which Ctrl-C ends."""
-    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    again = f"{os.path.relpath(Path(sys.executable).parent / 'agl')} store --store {os.path.relpath(file)}"
-    print(f"\nthe page: {f'{url}/' if is_terminal else f'serve it with {again}'}")
-    for line in shows:
-        print(f"          {line}")
-    if is_terminal:
-        print("Ctrl-C ends it", flush=True)
-        with suppress(KeyboardInterrupt):
-            wait()
-        print(f"\nagain:    {again}")
-
-
 def main() -> None:
-    model = sys.argv[1] if len(sys.argv) > 1 else str(TINY_MODEL)
-    for old in FILE.parent.glob(f"{FILE.stem}.*"):
-        old.unlink()
-    scripts, url, vllm = Path(sys.executable).parent, free_url(), free_url()
-    command = (str(scripts / "agl"), "store", "--store", str(FILE), "--port", url.rpartition(":")[2])
-    with serving(command, f"{url}/healthz", FILE.with_suffix(".store.log")) as server, agl.open_store(url) as store:
-        print(f"started:  agl store, at {url}, on {os.path.relpath(FILE)}")
-        print("starting: AGL_INSTRUMENT=1 AGL_STORE=... vllm serve MODEL   (half a minute)", flush=True)
-        env = {**SMALL_ENV, "AGL_INSTRUMENT": "1", "AGL_STORE": url, "AGL_LOGPROBS": "on"}
-        command = (str(scripts / "vllm"), "serve", model, "--port", vllm.rpartition(":")[2], *SMALL, *TOOLS)
-        with serving(command, f"{vllm}/health", FILE.with_suffix(".vllm.log"), **env):
-            runs = run(store, vllm, model)
-            exact = table(runs) and len(runs) == ROLLOUTS
-        drift(url)
-        show(server.wait, url)
-    sys.exit(not exact)
+    url, vllm, model = sys.argv[1:]
+    with agl.open_store(url) as store:
+        for each in run(store, vllm, model):
+            for triplet in each.rollout.triplets():
+                print(triplet.prompt_token_ids, triplet.response_token_ids, triplet.reward)
 
 
 if __name__ == "__main__":

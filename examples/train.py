@@ -33,10 +33,16 @@ from agentlightning.trainers import trl as adapter
 from agentlightning.trainers.torch import check_gap, logprob_gap
 from agentlightning.trainers.weights import load_weights
 from agentlightning.trajectory import AttemptCalls, Call, merge
-from examples.loop import CACHE, SECONDS, SMALL, SMALL_ENV, TINY_MODEL, free_url, serving, show
+from examples.loop import SECONDS
 from examples.plot import png, terminal
+from examples.servers import CACHE, SMALL, SMALL_ENV, TINY_MODEL, free_url, serving, show
 
 FOLDER = CACHE / "demo-train"
+SHOWS = (
+    "rollouts: each with its calls, and its reward",
+    "a call in a timeline: the answer token by token, with ids and logprobs",
+    "Senders: the vLLM that wrote it all",
+)
 FILE, MODEL, WEIGHTS, PICTURE = FOLDER / "store.db", FOLDER / "model", FOLDER / "weights", FOLDER / "reward.png"
 STEPS, TASKS, GENERATIONS, TOKENS, RATE = 20, 2, 8, 12, 1e-2
 BOUND = 0.01
@@ -362,7 +368,7 @@ def main() -> None:
         if options.results:
             found = {seed: [asdict(step) for step in steps] for seed, steps in results.items()}
             options.results.write_text(json.dumps(found))
-        show(server.wait, url, FILE)
+        show(server.wait, url, FILE, SHOWS)
 
 
 if __name__ == "__main__":

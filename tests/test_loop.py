@@ -14,8 +14,10 @@ import httpx
 import pytest
 
 import agentlightning as agl
-from examples import loop
-from examples.loop import ROLLOUTS, TOOLS, Run, drift, is_exact, run, show, table
+from examples import demo_rollout, loop, servers
+from examples.demo_rollout import SHOWS, drift, is_exact, table
+from examples.loop import ROLLOUTS, TOOLS, Run, run
+from examples.servers import show
 from tests.common.environments import CHECKOUT
 from tests.common.reference import tokenizer
 from tests.common.vllm import RemoteOpenAIServer
@@ -24,10 +26,10 @@ from tests.server.process import StoreServer
 
 AT_A_TERMINAL = """\
 import pathlib, sys
-from examples.loop import show
+from examples.servers import show
 from tests.server.process import StoreServer
 with StoreServer(pathlib.Path(sys.argv[1])) as store:
-    show(store.process.wait, store.url, store.path)
+    show(store.process.wait, store.url, store.path, ())
 """
 FEWER_ROLLOUTS = 6
 CALLS = 2
@@ -58,12 +60,17 @@ def runs(file: Path, nursery: Nursery, rollouts: int, thorough: bool) -> list[tu
         return found
 
 
-def test_the_example_imports_nothing_of_the_tests() -> None:
-    tree = ast.parse(Path(loop.__file__).read_text())
+def modules_of(path: str) -> set[str]:
+    """Return the packages that a file imports from."""
+    tree = ast.parse(Path(path).read_text())
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
     imported |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+    return {name.split(".")[0] for name in imported}
 
-    assert not [name for name in imported if name.split(".")[0] == "tests"]
+
+def test_the_loop_is_copied_and_needs_no_other_file() -> None:
+    assert modules_of(loop.__file__) - {*sys.stdlib_module_names} == {"agentlightning", "openai"}
+    assert "tests" not in modules_of(demo_rollout.__file__) | modules_of(servers.__file__)
 
 
 def test_every_rollout_is_run_once_and_succeeds(runs: list[tuple[Run, list[agl.Triplet]]], rollouts: int) -> None:
@@ -157,7 +164,7 @@ def test_without_a_terminal_it_says_how_to_serve_the_file_again(
     runs: list[tuple[Run, list[agl.Triplet]]], file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with StoreServer(file) as store:
-        show(store.process.wait, store.url, file)
+        show(store.process.wait, store.url, file, SHOWS)
 
     printed = capsys.readouterr().out
     [path] = re.findall(r"agl store --store (\S+)", printed)

@@ -1,4 +1,4 @@
-"""What a model learns in the programs that train it: to answer with a good id, and not what the environment says."""
+"""The task of a model in the programs that train it: to answer with a good id, not with the environment's words."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ class RenderedText(Exception):
 
 
 capturing: ContextVar[bool] = ContextVar("agentlightning.capturing", default=False)
-"""Whether a text that is to be tokenised is wanted in the place of its ids."""
+"""True while a text that is to be tokenised is wanted in the place of its ids."""
 
 
 class OlderChat:

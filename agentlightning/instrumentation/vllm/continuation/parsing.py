@@ -1,4 +1,4 @@
-"""What an answer says, by the parsers that vLLM parses it with."""
+"""Parsing of answers, by the parsers that vLLM parses them with."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Said:
 
     @property
     def nbytes(self) -> int:
-        """How much memory it takes, with what the two parsers make of it once it is looked for."""
+        """The memory that it takes, with what the two parsers make of it once it is looked for."""
         # The size of a Python text depends on its widest character.
         return 3 * self.text.__sizeof__()
 

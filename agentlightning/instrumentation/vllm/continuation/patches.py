@@ -1,4 +1,4 @@
-"""Where vLLM prepares a chat: between rendering its messages and tokenising the text, exact ids take its place."""
+"""Patches of how vLLM prepares a chat: between rendering its messages and tokenising the text, exact ids take over."""
 
 from __future__ import annotations
 
