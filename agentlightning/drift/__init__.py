@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from agentlightning.drift.alignment import align
-from agentlightning.drift.attempt import analyse
-from agentlightning.drift.causes import ABOUT, CAUSES, MEANT, About, Cause
-from agentlightning.drift.classification import Difference, classify
-from agentlightning.drift.records import AttemptDrift, Break, CallDetails, Token
-from agentlightning.drift.report import Report
-from agentlightning.drift.unfit import UNFIT
+from agentlightning.drift._alignment import align
+from agentlightning.drift._attempt import analyse
+from agentlightning.drift._causes import ABOUT, CAUSES, MEANT, About, Cause
+from agentlightning.drift._classification import Difference, classify
+from agentlightning.drift._records import AttemptDrift, Break, CallDetails, Token
+from agentlightning.drift._report import Report
+from agentlightning.drift._unfit import UNFIT
 
 __all__ = [
     "ABOUT",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from agentlightning.trainers.rows import logprobs_of
+from agentlightning.trainers._rows import logprobs_of
 from agentlightning.trajectory import Answer, Trajectory
 
 __all__ = ["SCHEMA_VERSION", "documents"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict
 
 from agentlightning.rollout_records import FINISHED, Mode, Rollout
 from agentlightning.store import Store
-from agentlightning.trainers.rows import masked
+from agentlightning.trainers._rows import masked
 from agentlightning.trajectory import MergeOptions, Trajectory, group_of
 
 if TYPE_CHECKING:

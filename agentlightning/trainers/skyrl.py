@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from agentlightning.errors import UnusableRows
-from agentlightning.trainers.rows import check_rows, group_of_row, have_logprobs, logprobs_of, name_of
+from agentlightning.trainers._rows import check_rows, group_of_row, have_logprobs, logprobs_of, name_of
 from agentlightning.trajectory import Trajectory
 
 __all__ = ["generator_output"]

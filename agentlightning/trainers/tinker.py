@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from agentlightning.trainers.rows import check_rows, group_of_row, logprobs_of, reward_of
+from agentlightning.trainers._rows import check_rows, group_of_row, logprobs_of, reward_of
 from agentlightning.trajectory import Trajectory
 
 __all__ = ["datums"]

@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 import numpy as np
 
 from agentlightning.errors import LogprobsDiffer
-from agentlightning.trainers.rows import check_rows, have_logprobs, logprobs_of, reward_of
+from agentlightning.trainers._rows import check_rows, have_logprobs, logprobs_of, reward_of
 from agentlightning.trajectory import Trajectory
 
 __all__ = ["Batch", "Gap", "check_gap", "collate", "logprob_gap"]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from agentlightning.errors import StoreError, UnusableRows
 from agentlightning.rollout_records import FINISHED, NewRollout, Rollout
 from agentlightning.store import Store
-from agentlightning.trainers.rows import check_models, check_rows, logprobs_of, name_of
+from agentlightning.trainers._rows import check_models, check_rows, logprobs_of, name_of
 from agentlightning.trajectory import SAMPLING, Answer, Flag, MergeOptions, Trajectory
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from agentlightning.trainers.rows import check_rows, group_of_row, have_logprobs, logprobs_of
+from agentlightning.trainers._rows import check_rows, group_of_row, have_logprobs, logprobs_of
 from agentlightning.trainers.torch import collate
 from agentlightning.trajectory import Trajectory
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentlightning.drift import AttemptDrift, CallDetails, Report, analyse
-from agentlightning.drift import attempt as attempt_module
-from agentlightning.drift.classification import turn_names
+from agentlightning.drift import _attempt as attempt_module
+from agentlightning.drift._classification import turn_names
 from agentlightning.token_text import TokenTexts
 from agentlightning.trajectory import AttemptCalls, Call, merge
 from tests.drift.templates import CHATML, Message, Template

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from agentlightning.errors import UnusableRows
-from agentlightning.trainers.rows import check_rows, group_of_row, logprobs_of
+from agentlightning.trainers._rows import check_rows, group_of_row, logprobs_of
 from tests.trainers.rows import conversation
 
 pytestmark = pytest.mark.tier("check")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from agentlightning.drift.records import Token
+from agentlightning.drift._records import Token
 from agentlightning.token_text import TokenTexts
 
 __all__ = ["align"]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
-from agentlightning.drift.causes import Cause
+from agentlightning.drift._causes import Cause
 
 __all__ = ["AttemptDrift", "Break", "CallDetails", "Token"]
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 from agentlightning.common_prefix import ID_BYTES, common_ids
-from agentlightning.drift.causes import Cause
-from agentlightning.drift.content import (
+from agentlightning.drift._causes import Cause
+from agentlightning.drift._content import (
     are_same_parts,
     characters,
     defines_tools,

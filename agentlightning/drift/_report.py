@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from agentlightning.drift.causes import ABOUT, CAUSES, MEANT, Cause
-from agentlightning.drift.other_names import MISMATCHES, SESSION_MISMATCHES
-from agentlightning.drift.records import AttemptDrift, Break
-from agentlightning.drift.unfit import UNFIT
+from agentlightning.drift._causes import ABOUT, CAUSES, MEANT, Cause
+from agentlightning.drift._other_names import MISMATCHES, SESSION_MISMATCHES
+from agentlightning.drift._records import AttemptDrift, Break
+from agentlightning.drift._unfit import UNFIT
 
 __all__ = ["Report"]
 

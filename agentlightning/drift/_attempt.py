@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from agentlightning.common_prefix import ID_BYTES, common_ids
-from agentlightning.drift.alignment import align
-from agentlightning.drift.causes import MEANT
-from agentlightning.drift.classification import (
+from agentlightning.drift._alignment import align
+from agentlightning.drift._causes import MEANT
+from agentlightning.drift._classification import (
     SHORT_TURN,
     Difference,
     classify,
@@ -19,9 +19,9 @@ from agentlightning.drift.classification import (
     turn_names,
     turn_start,
 )
-from agentlightning.drift.other_names import mismatches, session_mismatch
-from agentlightning.drift.records import AttemptDrift, Break, CallDetails, Token
-from agentlightning.drift.unfit import count_unfit
+from agentlightning.drift._other_names import mismatches, session_mismatch
+from agentlightning.drift._records import AttemptDrift, Break, CallDetails, Token
+from agentlightning.drift._unfit import count_unfit
 from agentlightning.token_text import TokenTexts
 from agentlightning.trajectory import AttemptCalls, Call, Trajectory, merge
 

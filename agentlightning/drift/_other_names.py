@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 
-from agentlightning.drift.classification import Difference
+from agentlightning.drift._classification import Difference
 from agentlightning.token_text import TokenTexts
 
 __all__ = ["MISMATCHES", "SESSION_MISMATCHES", "mismatches", "session_mismatch"]
