@@ -23,7 +23,7 @@ FEW, MANY = 32_000, 1_000_000
 MILLISECONDS = 20
 # Quadratic work would be ten times as long an id; a million of them do not fit into the processor's caches.
 TIMES_LONGER = 1.5
-ROLLOUTS, QUICK_ROLLOUTS, CALLS_OF_A_ROLLOUT = 10_000, 500, 10
+ROLLOUTS, QUICK_ROLLOUTS, CALLS_OF_A_ROLLOUT = 100_000, 500, 10
 MEGABYTES = 300
 BATCH = 1_000
 PLACES: Sequence[tuple[Cause, str]] = (("tool_call", "at the end"), ("header", "in front"))

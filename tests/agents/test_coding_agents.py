@@ -16,6 +16,7 @@ import pytest
 
 from agentlightning.drift import AttemptDrift
 from agentlightning.generation import Generation
+from agentlightning.server.page.agents import guess_purpose
 from agentlightning.store import open_store
 from agentlightning.trajectory import Trajectory
 from tests.common.agents import ANSWER, REPLY, STORIES, TITLE, run
@@ -150,6 +151,8 @@ def test_opencode_with_a_title_and_a_sub_agent(play: Play) -> None:
     assert ANSWER in done.output
     assert {each.endpoint for each in done.calls.values()} == {"/v1/chat/completions"}
     assert title.session_id is not None
+    assert (title.purpose, guess_purpose(title.prompt_text)) == (None, "title")
+    assert {guess_purpose(each.prompt_text) for each in (*main, sub) if each is not title} == {None}
     assert {(each.session_id, each.agent_id) for each in main} == {(title.session_id, None)}
     # A sub-agent is a session of its own.
     assert sub.session_id not in (None, title.session_id)

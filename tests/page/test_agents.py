@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from agentlightning.server.page.agents import guess_agents
+from agentlightning.server.page.agents import guess_agents, guess_purpose
 
 pytestmark = pytest.mark.tier("check")
 
@@ -52,3 +52,17 @@ def test_nothing_is_guessed_of_prompts_that_show_no_user() -> None:
     assert guess_agents([]) == []
     assert guess_agents(["one", "two", None, ""]) == [None] * 4
     assert guess_agents([known[0], "one", None, known[1]]) == [1, None, None, 2]
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_a_purpose_is_guessed_by_the_first_instructions(template: str) -> None:
+    said = {
+        "You are a title generator. You output ONLY a thread title.": "title",
+        "Please write a 5-10 word title for the following conversation.": "title",
+        "You are a helpful AI assistant tasked with summarizing conversations.": "compaction",
+        "You plan.": None,
+        f"You are a coding agent. {'Work with care. ' * 30}Write a title for each commit.": None,
+    }
+
+    assert [guess_purpose(template.format(each, "Write a title.")) for each in said] == [*said.values()]
+    assert guess_purpose(None) is guess_purpose("Write a title.") is None

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from agentlightning.generation import Choice
-from agentlightning.server.page.conversation import CALLS_SHOWN, conversation_of
+from agentlightning.server.page import conversation
+from agentlightning.server.page.conversation import conversation_of
 from agentlightning.store import open_database, open_store
 from tests.common.generations import generation
 
@@ -72,12 +73,15 @@ def test_call_without_text_has_no_new_text(tmp_path: Path, answer: str | None) -
     assert new_texts(tmp_path / "store.db", (None, answer), (None, answer)) == [(None, False)] * 2
 
 
-def test_calls_of_an_agent_are_found_behind_those_that_are_shown(tmp_path: Path) -> None:
+def test_calls_of_an_agent_are_found_behind_those_that_are_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversation, "CALLS_SHOWN", 5)
     path = str(tmp_path / "store.db")
     late = {"agent_id": "late", "parent_agent_id": "main", "purpose": "review", "retry": 1}
     with open_store(path) as store:
-        store.add(generation(number, rollout_id="r", agent_id="main", retry=0) for number in range(CALLS_SHOWN + 9))
-        store.add([generation(CALLS_SHOWN + 9, rollout_id="r", **late)])
+        store.add(generation(number, rollout_id="r", agent_id="main", retry=0) for number in range(9))
+        store.add([generation(9, rollout_id="r", **late)])
     database = open_database(path)
     with database.reading() as connection:
         whole = conversation_of(connection, "r")
@@ -85,7 +89,7 @@ def test_calls_of_an_agent_are_found_behind_those_that_are_shown(tmp_path: Path)
         both = conversation_of(connection, "r", {"agent_id": "main", "purpose": "review"})
     database.close()
 
-    assert (whole.count, len(whole.calls), len(whole.matching), whole.left_out) == (210, 200, 200, 10)
+    assert (whole.count, len(whole.calls), len(whole.matching), whole.left_out) == (10, 5, 5, 5)
     assert whole.callers == {
         "agent_id": ["late", "main"],
         "parent_agent_id": ["main"],
@@ -94,5 +98,5 @@ def test_calls_of_an_agent_are_found_behind_those_that_are_shown(tmp_path: Path)
     }
     for each in found.values():
         assert [call.agent_id for call in each.matching] == ["late"]
-        assert (each.count, each.left_out) == (210, 0)
+        assert (each.count, each.left_out) == (10, 0)
     assert not both.matching

@@ -271,7 +271,7 @@ def test_calls_say_which_agent_made_them_and_are_filtered_by_it(
 
     said: list[dict[str, Any]] = [
         {"prompt_text": prompt("You plan.")},
-        {"prompt_text": prompt("You name conversations.")},
+        {"prompt_text": prompt("You are a title generator.")},
         {"agent_id": "child", "parent_agent_id": "main", "purpose": "review", "retry": 2},
         {"agent_id": "child", "purpose": "compaction"},
     ]
@@ -282,6 +282,7 @@ def test_calls_say_which_agent_made_them_and_are_filtered_by_it(
     expect(calls(page)).to_have_count(4)
     expect(calls(page).nth(0)).to_contain_text("maybe agent 1 (a guess: system prompts or tools differ)")
     expect(calls(page).nth(1)).to_contain_text("maybe agent 2 (a guess: system prompts or tools differ)")
+    expect(calls(page).nth(1)).to_contain_text("maybe for a title (a guess by its instructions)")
     expect(calls(page).nth(2)).to_contain_text("agent child · started by main · review · retry 2")
     expect(calls(page).nth(3)).not_to_contain_text("guess")
 

@@ -1,17 +1,34 @@
-"""Guesses at which calls of a rollout were made by different agents, where none says so."""
+"""Guesses at which calls of a rollout were made by different agents, and what for, where none says so."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
-__all__ = ["guess_agents"]
+__all__ = ["guess_agents", "guess_purpose"]
 
 # How templates begin what a user says: <|im_start|>user, <|start_header_id|>user, <start_of_turn>user, <|user|>, ...
 # No less than a whole marker: a system prompt may have <user_info> and the like.
 _USER = re.compile(
     r"<([|\uff5c])[^<>|\uff5c\n]{1,30}\1>user\b|<([|\uff5c])user\2>|<start_of_turn>user\b|\[INST\]", re.IGNORECASE
 )
+
+# Instructions of calls beside a conversation say at once what they want; those of a main agent may say it further down.
+INSTRUCTIONS = 400
+_PURPOSES = {
+    "title": re.compile(r"\btitle generator\b|\b(?:generate|write|create)\b[^.\n]{0,40}\btitles?\b", re.IGNORECASE),
+    "compaction": re.compile(r"\bsummari[sz](?:e|ing)\b[^.\n]{0,40}\bconversations?\b", re.IGNORECASE),
+}
+
+
+def guess_purpose(prompt: str | None) -> str | None:
+    """Name what a call seems to be for, by the first of its instructions; None where they say nothing of it.
+
+    Args:
+        prompt: of a call that names no purpose, as the chat template rendered it.
+    """
+    instructions = (_opening(prompt) or "")[:INSTRUCTIONS]
+    return next((purpose for purpose, says in _PURPOSES.items() if says.search(instructions)), None)
 
 
 def guess_agents(prompts: Sequence[str | None]) -> list[int | None]:

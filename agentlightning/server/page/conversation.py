@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from agentlightning.generation import Generation
-from agentlightning.server.page.agents import guess_agents
+from agentlightning.server.page.agents import guess_agents, guess_purpose
 from agentlightning.store import generations, triplets
 from agentlightning.store.triplets import GenerationPosition
 
@@ -44,6 +44,7 @@ class Call:
         new_text: the new part of the prompt; None if no text is kept.
         reward: the reward of the generation, whichever of its answers it is for.
         guessed_agent: the number of the agent that it seems to be of; None where it names one, or all are alike.
+        guessed_purpose: what it seems to be for; None where it says that, or nothing shows it.
     """
 
     id: str
@@ -64,6 +65,7 @@ class Call:
     purpose: str | None
     retry: int | None
     guessed_agent: int | None = None
+    guessed_purpose: str | None = None
 
     @property
     def caller(self) -> list[str]:
@@ -75,6 +77,7 @@ class Call:
             f"{self.purpose}": self.purpose,
             f"retry {self.retry}": self.retry,
             guess: self.guessed_agent,
+            f"maybe for a {self.guessed_purpose} (a guess by its instructions)": self.guessed_purpose,
         }
         return [text for text, known in found.items() if known]
 
@@ -178,6 +181,7 @@ def _call(
         parent_agent_id=generation.parent_agent_id,
         purpose=generation.purpose,
         retry=generation.retry,
+        guessed_purpose=None if generation.purpose else guess_purpose(prompt),
     )
 
 
