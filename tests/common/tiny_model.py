@@ -9,10 +9,12 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import string
 import sys
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,8 @@ class Size:
     Attributes:
         tokens: in its vocabulary, at the least: those that are missing are made up, and no text has them.
         spread: standard deviation of its weights.
+        special: special tokens besides the usual ones.
+        stop: the token that ends its answers.
     """
 
     hidden: int
@@ -56,10 +60,15 @@ class Size:
     spread: float
     dtype: str
     tokens: int = 0
+    special: tuple[str, ...] = ()
+    stop: str = "<|im_end|>"
 
 
 TINY = Size(64, 128, 2, 2, 2, 2048, 0.5, "float32")
 """100k weights."""
+LLAMA_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>")
+LLAMA = replace(TINY, special=LLAMA_TOKENS, stop="<|eot_id|>")
+"""The same with the special tokens of Llama 3."""
 SMALL = Size(896, 4864, 24, 14, 2, 4096, 0.02, "bfloat16", 151_936)
 """494 million, in the shape of Qwen2.5-0.5B."""
 
@@ -69,26 +78,35 @@ def tiny_model() -> Path:
     return _kept("tiny-model", TINY)
 
 
+def llama_model() -> Path:
+    """The folder of a tiny model that has the special tokens of Llama 3, likewise."""
+    return _kept("tiny-llama", LLAMA)
+
+
+def mistral_model() -> Path:
+    """The folder of a tiny model with a tokenizer of Mistral's, of `mistral-common`, likewise."""
+    return _kept("tiny-mistral", TINY, _make_mistral)
+
+
 def small_model() -> Path:
     """The folder of the small one, likewise: a minute, and 1 GB."""
     return _kept("small-model", SMALL)
 
 
-def _kept(name: str, size: Size) -> Path:
+def _kept(name: str, size: Size, make: Callable[[Path, Size], None] | None = None) -> Path:
     folder = Path(__file__).parents[2] / ".cache" / name
     if not (folder / "config.json").exists():
         folder.parent.mkdir(exist_ok=True)
         # Made beside it and renamed: whoever is interrupted leaves no half a model behind.
         with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
-            _make(Path(unfinished) / "model", size)
+            (make or _make)(Path(unfinished) / "model", size)
             os.replace(Path(unfinished) / "model", folder)
     return folder
 
 
 def _make(folder: Path, size: Size) -> None:
-    import torch
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+    from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
@@ -97,7 +115,7 @@ def _make(folder: Path, size: Size) -> None:
         CORPUS,
         trainers.BpeTrainer(
             vocab_size=600,
-            special_tokens=SPECIAL_TOKENS,
+            special_tokens=[*SPECIAL_TOKENS, *size.special],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         ),
@@ -105,13 +123,29 @@ def _make(folder: Path, size: Size) -> None:
     if tokenizer.get_vocab_size() + len(MARKUP_TOKENS) < size.tokens:
         tokenizer = Tokenizer.from_str(_filled_up(tokenizer.to_str(), size.tokens - len(MARKUP_TOKENS)))
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in MARKUP_TOKENS])
-    fast: Any = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast: Any = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=size.stop, pad_token="<|endoftext|>")
     fast.chat_template = CHAT_TEMPLATE
     fast.model_max_length = size.positions
 
+    _make_weights(folder, size, len(fast), fast.eos_token_id, fast.pad_token_id)
+    fast.save_pretrained(folder)
+
+
+def _make_mistral(folder: Path, size: Size) -> None:
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+    tokenizer: Any = MistralTokenizer.v3(is_tekken=True).instruct_tokenizer.tokenizer
+    _make_weights(folder, size, tokenizer.n_words, tokenizer.eos_id, tokenizer.eos_id)
+    shutil.copyfile(tokenizer.file_path, folder / "tekken.json")
+
+
+def _make_weights(folder: Path, size: Size, tokens: int, stop: int, padding: int) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=len(fast),
+        vocab_size=tokens,
         hidden_size=size.hidden,
         intermediate_size=size.intermediate,
         num_hidden_layers=size.layers,
@@ -119,13 +153,12 @@ def _make(folder: Path, size: Size) -> None:
         num_key_value_heads=size.key_value_heads,
         max_position_embeddings=size.positions,
         tie_word_embeddings=True,
-        eos_token_id=fast.eos_token_id,
-        pad_token_id=fast.pad_token_id,
+        eos_token_id=stop,
+        pad_token_id=padding,
         initializer_range=size.spread,
     )
     model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, size.dtype))
     model.save_pretrained(folder)
-    fast.save_pretrained(folder)
 
 
 def _filled_up(tokenizer: str, tokens: int) -> str:

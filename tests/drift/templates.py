@@ -11,7 +11,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from agentlightning.sender import Vocabulary
 from agentlightning.token_text import TokenTexts
-from tests.common.tiny_model import CHAT_TEMPLATE, tiny_model
+from tests.common.tiny_model import CHAT_TEMPLATE, LLAMA_TOKENS, tiny_model
 
 __all__ = ["CHATML", "LLAMA", "REASONING", "TEMPLATES", "TINY", "TOOLS_FIRST", "Mistral", "Template"]
 
@@ -68,10 +68,10 @@ Today Date: {{ date or '26 Jul 2024' }}
 
 {{ m.content | tojson }}<|eot_id|>{% elif m.role == 'assistant' %}<|start_header_id|>assistant<|end_header_id|>
 
-{% if m.tool_calls %}{"name": "{{ m.tool_calls[0].name }}", "parameters": {{ m.tool_calls[0].arguments | tojson }}}\
+{% if m.tool_calls %}{% set of = m.tool_calls[0].function or m.tool_calls[0] %}\
+{"name": "{{ of.name }}", "parameters": {{ of.arguments | tojson }}}\
 {% else %}{{ m.content.strip() }}{% endif %}<|eot_id|>{% endif %}{% endfor %}\
 <|start_header_id|>assistant<|end_header_id|>{{ '\\n\\n' }}"""
-LLAMA_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>")
 
 
 def _tojson(value: Any, indent: int | None = None) -> str:

@@ -59,10 +59,15 @@ class Nursery:
         return int(self._process.stdout.readline())
 
     def server(
-        self, path: Path, *arguments: str, env: Mapping[str, str] | None = None, store: str | None = None
+        self,
+        path: Path,
+        *arguments: str,
+        env: Mapping[str, str] | None = None,
+        store: str | None = None,
+        model: Path | None = None,
     ) -> NurserysServer:
-        """Return a server that records at `path`, or in the store of this URL."""
-        return NurserysServer(self, path, *arguments, env=env, store=store)
+        """Return a server of a model, or else of the tiny one, that records at `path`, or in the store of this URL."""
+        return NurserysServer(self, path, *arguments, env=env, store=store, model=model)
 
     def run(self, program: str, *arguments: str, folder: Path, env: Mapping[str, str]) -> str:
         """Run a program to its end, with the folder for its files; return its output.

@@ -1,27 +1,18 @@
 """Drift of agents that call a real vLLM: what the history has in the place of an answer is the agent's doing, or the
 template's.
 
-The server renders ChatML with the template of each request, with reasoning or without. Answers are led to a text, since
-random weights say nothing of use; the ids that they choose for it are their own.
+The server renders ChatML with the template of each request, with reasoning or without.
 """
 
 from __future__ import annotations
 
-from typing import Any
-from urllib.parse import quote
-
-import openai
 import pytest
 
-from agentlightning.drift import Break
-from agentlightning.store import open_store
 from tests.conftest import ScriptedServer
 from tests.drift.templates import CHATML, Message
-from tests.recording.server import RecordingServer, until
+from tests.recording.drifting import NEXT, QUESTION, SYSTEM, Agent, look, said
+from tests.recording.server import RecordingServer
 
-SYSTEM = {"role": "system", "content": "You are a careful assistant."}
-QUESTION = {"role": "user", "content": "Is it cold in Paris today, or not?"}
-NEXT = {"role": "user", "content": "And tomorrow, what do you think?"}
 TRIMMED = CHATML.replace("{{ m.content or '' }}", "{{ (m.content or '').strip() }}")
 CALL = '<tool_call>\n{"name":  "look", "arguments": {"city":"Paris"}}\n</tool_call>'
 
@@ -31,40 +22,6 @@ def server(scripted: ScriptedServer) -> RecordingServer:
     """The server of the agents, without a script."""
     scripted.follows({})
     return scripted.server
-
-
-class Agent:
-    """An agent of a rollout, which asks with a template of its own."""
-
-    def __init__(self, server: RecordingServer, rollout: str, template: str = CHATML) -> None:
-        url = f"{server.url}/rollout/{quote(rollout)}/attempt/a/v1"
-        self.client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120)
-        self.server, self.rollout, self.template = server, rollout, template
-        self.calls = 0
-
-    def ask(self, messages: list[Any], answer: str) -> None:
-        """Ask, and lead the model to an answer."""
-        led: Any = {"structured_outputs": {"choice": [answer]}, "chat_template": self.template}
-        self.client.chat.completions.create(
-            model=self.server.model, messages=messages, max_tokens=200, temperature=0, extra_body=led
-        )
-        self.calls += 1
-
-    def breaks(self) -> list[Break]:
-        """Return the breaks of the rollout when all of its calls are recorded."""
-        until(lambda: len(self.server.kept(rollout_id=self.rollout)) >= self.calls, f"{self.calls} calls")
-        with open_store(self.server.store, read_only=True) as store:
-            [attempt] = store.drift(self.rollout)
-        return attempt.breaks
-
-
-def said(text: str, **more: Any) -> Message:
-    return {"role": "assistant", "content": text, **more}
-
-
-def look() -> Message:
-    function = {"name": "look", "arguments": '{"city": "Paris"}'}
-    return said("", tool_calls=[{"id": "call-1", "type": "function", "function": function}])
 
 
 @pytest.mark.parametrize(
