@@ -20,7 +20,7 @@ from agentlightning.store.drift_index import CauseCount
 __all__ = ["CALLS_COMPARED", "DriftQuery", "Line", "Tree", "drift_values", "trees_of"]
 
 BARS = 48
-CALLS_COMPARED = 2_000
+CALLS_COMPARED = 1_000
 """Most calls of a rollout that are compared while its page loads."""
 # A line with a break has both of its sides.
 LINES_SHOWN = 200
