@@ -359,7 +359,11 @@ class _Comparison:
         later = self._messages(before[1:])
         if later:
             return not {*later}.isdisjoint(turns)
-        return any(self._is_same_answer(each, turn) for each in said for turn in turns)
+        rest = self._text_after.strip()
+        # A template may have moved what stood in front of the question.
+        return bool(rest and self._text_before.strip().endswith(rest)) or any(
+            self._is_same_answer(each, turn) for each in said for turn in turns
+        )
 
     def _is_same_answer(self, said: bytes, turn: bytes) -> bool:
         """Tell whether a turn is the answer, but for its reasoning, the form of its tool calls, and its ends."""

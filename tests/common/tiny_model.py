@@ -134,9 +134,9 @@ def _make(folder: Path, size: Size) -> None:
 def _make_mistral(folder: Path, size: Size) -> None:
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
-    tokenizer: Any = MistralTokenizer.v3(is_tekken=True).instruct_tokenizer.tokenizer
+    tokenizer: Any = MistralTokenizer.v7().instruct_tokenizer.tokenizer
     _make_weights(folder, size, tokenizer.n_words, tokenizer.eos_id, tokenizer.eos_id)
-    shutil.copyfile(tokenizer.file_path, folder / "tekken.json")
+    shutil.copyfile(tokenizer.file_path, folder / "tokenizer.model.v7")
 
 
 def _make_weights(folder: Path, size: Size, tokens: int, stop: int, padding: int) -> None:

@@ -159,11 +159,12 @@ def test_a_number_written_without_its_point_is_the_same_tool_call() -> None:
 def test_a_system_prompt_that_moves_to_the_last_question_is_the_templates_doing() -> None:
     template = Mistral("mistral v3")
     begin = template.prompt([SYSTEM, QUESTION])
-    prompt = template.prompt([SYSTEM, QUESTION, ANSWER, AGAIN])
 
-    found = classify([*begin, *template.answer(ANSWER)], len(begin), prompt, template.texts)
+    for answer in (ANSWER, {**ANSWER, "content": "Nobody knows."}):
+        prompt = template.prompt([SYSTEM, QUESTION, answer, AGAIN])
+        found = classify([*begin, *template.answer(ANSWER)], len(begin), prompt, template.texts)
 
-    assert (found.cause, found.is_certain) == ("template", True)
+        assert (found.cause, found.is_certain) == ("template", True)
 
 
 def test_random_bytes_come_back_as_replacement_characters_which_is_the_same_text() -> None:

@@ -49,9 +49,10 @@ def templated(
         ("It will be cold today.", said("It will be cold today."), "retokenised"),
         ("<think>\nIt snows.\n</think>\n\nYes.", said("Yes."), "reasoning"),
         ("a call", look(), "tool_call"),
+        ("Yes. \n", said("Yes. \n"), "answer_end"),
         ("Yes.", said("It is far too early to tell, and nobody knows."), "foreign"),
     ],
-    ids=["retokenised", "reasoning", "tool_call", "foreign"],
+    ids=["retokenised", "reasoning", "tool_call", "answer_end", "foreign"],
 )
 def test_what_stands_in_the_place_of_an_answer_is_named(
     templated: Templated, rollout: str, answer: str, history: Message, cause: str
@@ -68,8 +69,13 @@ def test_what_stands_in_the_place_of_an_answer_is_named(
 
 def test_what_changes_in_front_of_the_answer_is_named(templated: Templated, rollout: str) -> None:
     agent = Agent(templated.server, rollout, templated.template)
+    title = {**SYSTEM, "content": "Write a title for the conversation, and nothing else."}
     timed = [{**SYSTEM, "content": f"It is 10:0{minute} now. You are a careful assistant."} for minute in range(2)]
     agent.ask([timed[0], QUESTION], "1")
     agent.ask([timed[1], QUESTION, said("1"), NEXT], "2")
 
-    assert [each.cause for each in agent.breaks()] == ["header"]
+    agent.ask([title, QUESTION], "3")
+    agent.ask([timed[1], {**NEXT, "content": "Summary of what was said: it is cold. What now?"}], "4")
+
+    found = [(each.cause, each.is_certain) for each in agent.breaks()]
+    assert found == [("header", True), ("sub_agent", True), ("compaction", False)]
