@@ -10,9 +10,10 @@ import pytest
 from agentlightning.continuation import CONTINUED
 from agentlightning.instrumentation.vllm._status import STATUS_ROUTE
 from agentlightning.store import open_store
-from tests.common.agents import ANSWER, STORIES, run
+from tests.agents import test_frameworks as frameworks
+from tests.common.agents import ANSWER, STORIES, block, run
 from tests.common.answers import fetch
-from tests.common.script import arguments, environment
+from tests.common.script import arguments, compact_call, environment
 from tests.conftest import ScriptedServer
 from tests.recording.nursery import Nursery
 from tests.recording.server import until
@@ -55,3 +56,33 @@ def test_no_call_breaks_the_one_before_and_the_agent_notices_nothing(
     assert not any("drifted" in row.flags for row in rows)
     assert len(rows) == first
     assert status["counters"]["failures"] == {}
+
+
+TOOL = {"Count the planets": compact_call("count", things="planets"), "There are 8 planets": frameworks.ANSWER}
+RESPONSES = "OpenAI Agents SDK over Responses"
+
+
+@pytest.mark.tier("all")
+@pytest.mark.takes_long("installs a framework the first time")
+@pytest.mark.parametrize("name", ["OpenAI Agents SDK", RESPONSES, "LangGraph", "pydantic-ai", "smolagents", "AutoGen"])
+def test_no_call_of_a_framework_breaks_the_one_before(
+    exact: ScriptedServer, scripted: ScriptedServer, name: str, tmp_path: Path
+) -> None:
+    framework = name.partition(" over ")[0]
+    text = block(framework, "python")
+    if name == RESPONSES:
+        text = text.replace("OpenAIChatCompletionsModel", "OpenAIResponsesModel")
+    story = frameworks.STORIES[framework] if framework == "smolagents" else TOOL
+    before = fetch(exact.server, STATUS_ROUTE)["continuation"]["results"][CONTINUED]
+
+    for served in (exact, scripted):
+        frameworks.run(framework, text, f"ro-{len(name)}-exact", served, tmp_path, story)
+
+    assert fetch(exact.server, STATUS_ROUTE)["continuation"]["results"][CONTINUED] - before == len(story) - 1
+    assert fetch(exact.server, STATUS_ROUTE)["counters"]["failures"] == {}
+    rows: list[int] = []
+    for served in (exact, scripted):
+        with open_store(served.server.store, read_only=True) as store:
+            rows.append(len([*store.trajectories(f"ro-{len(name)}-exact")]))
+    # What smolagents' model says here, vLLM tokenises as it was written.
+    assert rows == [1, 1 if framework == "smolagents" else 2]

@@ -49,9 +49,20 @@ STORIES: Mapping[str, Mapping[str, str]] = {
 """The model's lines in each block; as many calls as lines are made."""
 
 
-def run(framework: str, text: str, rollout: str, scripted: ScriptedServer, folder: Path) -> None:
-    """Run a block under a rollout, and check its answer and that each of its calls is recorded."""
-    server, story = scripted.server, STORIES[framework]
+def run(
+    framework: str,
+    text: str,
+    rollout: str,
+    scripted: ScriptedServer,
+    folder: Path,
+    story: Mapping[str, str] | None = None,
+) -> None:
+    """Run a block under a rollout, and check its answer and that each of its calls is recorded.
+
+    Args:
+        story: what the model says, in the place of the framework's story.
+    """
+    server, story = scripted.server, story or STORIES[framework]
     scripted.follows(story)
     (folder / "block.py").write_text(text.replace(PAGES_URL, f"{server.url}/rollout/{rollout}"))
     done = subprocess.run(

@@ -617,7 +617,7 @@ def post_to(url: str, path: str, body: dict[str, Any], headers: Mapping[str, str
 def test_a_restarted_server_goes_on_from_the_store(nursery: Nursery, tmp_path: Path, rollout: str) -> None:
     (tmp_path / "chat.jinja").write_text(templates.CHATML)
     arguments = (f"--chat-template={tmp_path / 'chat.jinja'}", *LONG)
-    agent = None
+    agent, results = None, {}
     for _ in range(2):
         with nursery.server(tmp_path / "generations.db", *arguments, env={"AGL_CONTINUE": "on", **ENV}) as each:
             agent = agent or Agent(each, rollout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,13 +12,15 @@ import pytest
 
 from tests import plugins
 from tests.common.environments import CHECKOUT
-from tests.common.tiny_model import tiny_model
+from tests.common.tiny_model import TOOLS_FIRST, tiny_model
 from tests.common.vllm import PLAIN, SMALL, RemoteOpenAIServer
 from tests.releases.engine import Engine, engine_of
 from tests.releases.environments import folder, named, scripts
 from tests.releases.report import Report, release_of
 from tests.releases.table import COMPILED, RELEASES, Release
 
+CONTINUES_SINCE = (0, 14, 0)
+"""The first release in which a chat goes on from exact ids."""
 PARSERS = ("--enable-auto-tool-choice", "--tool-call-parser=hermes")
 # Before 0.10.2 by this package's command.
 AGL = ("python", "-m", "agentlightning.cli.vllm", "serve")
@@ -100,6 +103,7 @@ def server(
         "VLLM_CPU_KVCACHE_SPACE": "1",
         **({"AGL_INSTRUMENT": "1"} if armed else {}),
         **({"AGL_STORE": str(store), "AGL_LOGPROBS": "on"} if store else {}),
+        **({"AGL_CONTINUE": "on"} if store and release.numbers >= CONTINUES_SINCE else {}),
         "LD_PRELOAD": ":".join(str(folder(release) / "lib" / library) for library in release.preload),
         # Said by name: 0.8.5 falls back to V0 where nobody does.
         **({"VLLM_USE_V1": release.engine.removeprefix("V")} if release.numbers < (0, 11) else {}),
@@ -110,8 +114,16 @@ def server(
         arguments = (*plugins.arguments(release.numbers, release.worker == COMPILED), *arguments)
     # Without a model the type of its weights is nothing, but 0.8.5 has V1 only for half precision.
     worker = () if release.worker == COMPILED else (f"--worker-cls={release.worker}", "--dtype=bfloat16")
-    arguments = (*PARSERS, *worker, *arguments)
+    # One that appends, where tools come first.
+    template = (f"--chat-template={TOOLS_FIRST}",) if release.numbers >= CONTINUES_SINCE else ()
+    arguments = (*PARSERS, *worker, *template, *arguments)
     return RemoteOpenAIServer(*arguments, command=command, env=env, model=model, small=SMALL, scripts=scripts(release))
+
+
+@pytest.fixture
+def rollout() -> str:
+    """An id that no other test uses."""
+    return f"ro-{uuid.uuid4().hex}"
 
 
 @pytest.fixture(scope="session")

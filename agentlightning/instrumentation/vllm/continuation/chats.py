@@ -88,7 +88,7 @@ class RenderedChat:
         tokenize: Callable[..., Awaitable[Any]],
     ) -> None:
         self.request, self.messages = arguments["request"], arguments["messages"]
-        self.options = chat_params.chat_template, chat_params.chat_template_kwargs
+        self.options: tuple[Any, Mapping[str, Any]] = chat_params.chat_template, chat_params.chat_template_kwargs
         self.own, self.as_ids = as_text(prompt), "prompt_token_ids" in prompt
         self.limit = params.max_input_tokens
         self.tokenizer = renderer.get_tokenizer()
@@ -152,7 +152,8 @@ class OlderChat:
         self.request, self.messages, self.own = arguments["request"], arguments["messages"], text
         names = ("add_generation_prompt", "continue_final_message", "tool_dicts", "documents")
         given = {**(arguments.get("default_chat_template_kwargs") or {}), **(arguments["chat_template_kwargs"] or {})}
-        self.options = arguments["chat_template"], {**{name: arguments[name] for name in names}, **given}
+        options: Mapping[str, Any] = {**{name: arguments[name] for name in names}, **given}
+        self.options = arguments["chat_template"], options
         self.limit = serving.max_model_len
         self.tokenizer = tokenizer
         self.parsers = parsers_of(serving, arguments, tokenizer, given)

@@ -17,7 +17,7 @@ from agentlightning.instrumentation.vllm.continuation import kept
 from agentlightning.instrumentation.vllm.continuation.chats import Chat
 from agentlightning.instrumentation.vllm.continuation.parsing import Said
 
-__all__ = ["Conversation", "Exact", "Turn", "is_plain", "keep", "note_finished", "special_ids"]
+__all__ = ["Conversation", "Exact", "Turn", "is_plain", "keep", "note_finished", "special_ids", "whole_text"]
 
 
 @dataclass(slots=True)
@@ -217,17 +217,20 @@ def note_finished(captured: CapturedRequest) -> None:
     params = captured.sampling_params
     for choice in captured.finished:
         detokenizer = choice.state.detokenizer
-        # The ids have a stop string that the client was not told of: no end of a turn belongs behind them.
-        untold = isinstance(choice.stop_reason, str) and not params.include_stop_str_in_output
-        keep(
-            turn,
-            turn.more if turn.continued is not None else prompt,
-            detokenizer.output_token_ids,
-            getattr(detokenizer, "output_text", None),
-            choice.finish_reason,
-            params.all_stop_token_ids,
-            untold,
+        text = whole_text(
+            getattr(detokenizer, "output_text", None), choice.stop_reason, params.include_stop_str_in_output
         )
+        more = turn.more if turn.continued is not None else prompt
+        keep(turn, more, detokenizer.output_token_ids, text, choice.finish_reason, params.all_stop_token_ids)
+
+
+def whole_text(text: str | None, stop_reason: Any, is_told: bool) -> str | None:
+    """Return the text of an answer's ids.
+
+    They have the stop string, of which most clients are not told. Some add it again, such as smolagents: their answer
+    is the whole one. Where it is left out, no end of a turn belongs behind these ids.
+    """
+    return text + stop_reason if text is not None and isinstance(stop_reason, str) and not is_told else text
 
 
 def keep(
@@ -237,7 +240,6 @@ def keep(
     text: str | None,
     finish_reason: str | None,
     ends: set[int],
-    untold: bool,
 ) -> None:
     """Keep a call that may be continued.
 
@@ -245,7 +247,6 @@ def keep(
         more: the ids that its prompt adds to those of the call that it continues.
         response, text: its answer.
         ends: the ids that end one.
-        untold: whether it ends with a stop string that its client was not told of.
     """
     ids = array("i", response)
     # An answer that goes on behind the end of a turn (`ignore_eos`) has turns in it that no message has.
@@ -255,7 +256,7 @@ def keep(
             turn.rendered,
             array("i", more),
             ids,
-            () if untold else ends,
+            ends,
             bool(ids) and ids[-1] in ends,
             Said(text, turn.tool_choice, turn.one_call),
             turn.continued,

@@ -22,7 +22,7 @@ from agentlightning.generation import Choice, Generation
 from agentlightning.instrumentation.vllm._context import RequestContext
 from agentlightning.instrumentation.vllm.capture.session import session
 from agentlightning.instrumentation.vllm.continuation import kept
-from agentlightning.instrumentation.vllm.continuation.prompts import Conversation, Exact, keep, special_ids
+from agentlightning.instrumentation.vllm.continuation.prompts import Conversation, Exact, keep, special_ids, whole_text
 from agentlightning.store import Filters, Store, open_store
 
 __all__ = ["SECONDS", "recall"]
@@ -83,15 +83,7 @@ async def _keep_answers(beginning: Conversation, generations: Sequence[Generatio
             if choice.token_ids and choice.token_ids.tobytes() not in known:
                 ends = _ends(choice, special, beginning.chat.tokenizer.eos_token_id)
                 more = prompt if turn.continued is None else turn.more
-                keep(
-                    turn,
-                    more,
-                    choice.token_ids,
-                    choice.text,
-                    choice.finish_reason,
-                    ends,
-                    _is_untold(generation, choice),
-                )
+                keep(turn, more, choice.token_ids, _text(generation, choice), choice.finish_reason, ends)
 
 
 def _ends(choice: Choice, special: set[int], eos_token_id: int | None) -> set[int]:
@@ -102,17 +94,21 @@ def _ends(choice: Choice, special: set[int], eos_token_id: int | None) -> set[in
     return set() if eos_token_id is None else {eos_token_id}
 
 
-def _is_untold(generation: Generation, choice: Choice) -> bool:
-    told = json.loads(generation.sampling_params or "{}").get("include_stop_str_in_output", False)
-    return isinstance(choice.stop_reason, str) and not told
+def _text(generation: Generation, choice: Choice) -> str | None:
+    is_told = json.loads(generation.sampling_params or "{}").get("include_stop_str_in_output", False)
+    return whole_text(choice.text, choice.stop_reason, is_told)
 
 
 def _calls_like(context: RequestContext) -> Filters:
     """Return the filters of the calls that a request may continue."""
-    whose = Filters(rollout_id=context.rollout_id, attempt_id=context.attempt_id)
+    filters = Filters(
+        rollout_id=context.rollout_id, agent_id=context.calling_agent_id, model=context.model, status="finished"
+    )
     if context.rollout_id is None:
-        whose = Filters(rollout_id=None, session_id=context.session_id)
-    return Filters(**whose, agent_id=context.calling_agent_id, model=context.model, status="finished")
+        filters["session_id"] = context.session_id
+    else:
+        filters["attempt_id"] = context.attempt_id
+    return filters
 
 
 def _read(filters: Filters, known: int) -> list[Generation]:
