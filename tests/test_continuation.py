@@ -351,6 +351,98 @@ def test_a_call_whose_forerunner_was_dropped_keeps_all_ids() -> None:
     assert second.token_ids() == before == [0, 1, 2, 7, 0, 1, 7]
 
 
+def alike(one: str, other: str) -> int:
+    """Return how many characters two texts begin with alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (left, right) in pairs if left != right), min(len(one), len(other)))
+
+
+def replaced(own: str, exact: str) -> list[tuple[str, str]]:
+    """Return what the template makes, and what a prompt has in its place, for each turn that differs."""
+    pairs: list[tuple[str, str]] = []
+    for one, other in zip(own.split(END_TEXT), exact.split(END_TEXT), strict=True):
+        if one != other:
+            start = alike(one, other)
+            one, other = one[start:], other[start:]
+            end = alike(one[::-1], other[::-1])
+            pairs.append((one[: len(one) - end], other[: len(other) - end]))
+    return pairs
+
+
+WRITTEN = '<tool_call>\n{"name":  "weather", "arguments": {"unit":"c","city":"Paris"}}</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("said", "answer", "message", "follows", "expected"),
+    [
+        pytest.param("It is.", Answer("It is."), {"content": "It is."}, MORE, [], id="nothing"),
+        pytest.param(
+            "  It is\n", Answer("It is"), {"content": "It is"}, MORE, [("It is", "  It is\n")], id="white space"
+        ),
+        pytest.param(
+            WRITTEN,
+            Answer("", canonical_calls([tool_call()])),
+            called(),
+            TOOL,
+            [
+                (
+                    '"weather", "arguments": {"city": "Paris", "unit": "c"}}\n',
+                    ' "weather", "arguments": {"unit":"c","city":"Paris"}}',
+                )
+            ],
+            id="JSON",
+        ),
+        pytest.param(
+            "<think>Hm.</think>It is.",
+            Answer("It is.", (), "Hm."),
+            {"content": "It is."},
+            TOOL,
+            [("", "<think>Hm.</think>")],
+            id="reasoning",
+        ),
+    ],
+)
+def test_what_stands_in_a_prompt_is_shown_as_a_diff_for_each_cause(
+    said: str, answer: Answer, message: dict[str, Any], follows: Any, expected: list[tuple[str, str]]
+) -> None:
+    served = Served(QWEN3 if answer.reasoning else CHATML)
+    served.call([USER], said, answer)
+    messages = [USER, {"role": "assistant", **message}, follows]
+
+    result, prompt = served.call(messages, "yes", Answer("yes"))
+
+    assert result == CONTINUED
+    assert replaced(rendered(served.template, messages), prompt) == expected
+
+
+@given(st.data())
+def test_a_prompt_differs_from_the_templates_own_in_the_models_answers_alone(data: st.DataObject) -> None:
+    """Whatever is asked, answered and called: each difference is all of what the model wrote, where the template has
+    the answer."""
+    template = TEMPLATES[data.draw(st.sampled_from(sorted(TEMPLATES)))]
+    served = Served(template)
+    messages: list[Any] = data.draw(
+        st.lists(st.builds(lambda text: {"role": "system", "content": text}, TEXTS), max_size=1)
+    )
+    messages = [*messages, USER]
+    said: list[str] = []
+    for number in range(data.draw(st.integers(1, 5))):
+        answer, text = data.draw(ANSWERS), data.draw(TEXTS)
+        result, prompt = served.call(messages, f"({number}){answer.text}", answer)
+        if result == CONTINUED:
+            own, exact = rendered(template, messages).split(END_TEXT), prompt.split(END_TEXT)
+            answers = iter(said)
+            for one, other in zip(own, exact, strict=True):
+                if one != other:
+                    # The one that the model wrote here, behind what the template writes in front of an answer.
+                    wrote = next(each for each in answers if other.endswith(each))
+                    assert one.startswith(other[: len(other) - len(wrote)])
+        said.append(f"({number}){answer.text}")
+        calls = {"tool_calls": called()["tool_calls"]} if answer.tool_calls else {}
+        follows = {**TOOL, "content": text} if calls else {"role": "user", "content": text}
+        messages = [*messages, {"role": "assistant", "content": answer.text, **calls}, follows]
+
+
 TEXTS = st.text(st.sampled_from("ab \n<>|?!{}"), max_size=8)
 ANSWERS = st.builds(Answer, TEXTS, st.sampled_from([(), canonical_calls([tool_call()])]), TEXTS)
 
