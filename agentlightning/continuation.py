@@ -287,19 +287,26 @@ class Call:
         text = getattr(self.said, "nbytes", 0)
         return BYTES_PER_CALL + text + 4 * (len(self.prompt_token_ids) + len(self.response_token_ids))
 
+    @property
+    def length(self) -> int:
+        """How many ids prompt and answer have."""
+        return sum(map(len, self._parts()))
+
     def token_ids(self) -> list[int]:
         """Return the ids of prompt and answer."""
+        return _joined(self._parts())
+
+    def prompt(self) -> list[int]:
+        """Return the ids of its prompt, from the first."""
+        return _joined(self._parts()[:-1])
+
+    def _parts(self) -> list[array[int]]:
         parts: list[array[int]] = []
         call: Call | None = self
         while call is not None:
             parts += (call.response_token_ids, call.prompt_token_ids)
             call = call.continued
-        return [token_id for part in reversed(parts) for token_id in part]
-
-    def prompt(self) -> list[int]:
-        """Return the ids of its prompt, from the first."""
-        before = self.continued.token_ids() if self.continued is not None else []
-        return [*before, *self.prompt_token_ids]
+        return parts[::-1]
 
     def detach(self) -> None:
         """Keep all ids itself, since the call that it continued is no longer kept."""
@@ -315,6 +322,13 @@ class Call:
                 found[call.position] = call.answers[0].reasoning
             call = call.continued
         return {position: reasoning for position, reasoning in found.items() if reasoning.strip()}
+
+
+def _joined(parts: Sequence[array[int]]) -> list[int]:
+    ids = array("i")
+    for part in parts:
+        ids += part
+    return ids.tolist()
 
 
 class Match(NamedTuple):

@@ -47,11 +47,15 @@ class Parsers:
     model_config: Any
     options: Mapping[str, Any]
 
-    def is_reasoning_end(self, request: Any, ids: Sequence[int]) -> bool | None:
-        """Tell whether a parser takes reasoning to be over after a prompt; None if none looks."""
-        if self.whole is not None:
-            return self._parser(request).is_reasoning_end(ids)
-        return None if self.reasoning is None else self._reasoning_parser().is_reasoning_end(ids)
+    @property
+    def look_at_prompts(self) -> bool:
+        """Whether a parser looks for the end of reasoning in prompts."""
+        return self.whole is not None or self.reasoning is not None
+
+    def is_reasoning_end(self, request: Any, ids: Sequence[int]) -> bool:
+        """Tell whether the parser takes reasoning to be over after a prompt."""
+        parser = self._parser(request) if self.whole is not None else self._reasoning_parser()
+        return parser.is_reasoning_end(ids)
 
     def answers(self, request: Any, said: Said, prompt: Sequence[int], response: Sequence[int]) -> list[Answer]:
         """Return what a client may have been told: a stream may differ from a plain answer."""

@@ -61,15 +61,16 @@ class _Preparing:
             exact = await self._decide(chat_of())
         except NotText:
             exact = continuation.NOT_TEXT
-        if isinstance(exact, str) or self.turn is None:
-            kept.count(str(exact))
+        if isinstance(exact, str):
+            kept.count(exact)
             return None
+        assert self.turn is not None
         # Those that are only counted are kept as if they had gone on: the next call would go on from them.
         self.turn.continued, self.turn.more, self.turn.rendered = exact.call, exact.more, exact.rendered
         is_last = exact.call.position == continuation.last_answer(self.arguments["messages"])
         kept.count(continuation.CONTINUED if is_last else continuation.CONTINUED_EARLIER)
         self.goes_on = session.settings.continues == "on"
-        return [*exact.context, *exact.more] if self.goes_on else None
+        return exact.ids() if self.goes_on else None
 
     async def _decide(self, chat: Chat) -> Exact | str:
         if not is_plain(chat):
@@ -196,21 +197,23 @@ def wrap_tokenize(tokenize: Callable[..., Any]) -> Callable[..., Any]:
 def wrap_tokenize_prompt(tokenize: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `OpenAIServing._tokenize_prompt_input_async`, which takes the text of a chat, or ids."""
 
-    async def tokenize_or_continue(self: Any, request: Any, tokenizer: Any, prompt_input: Any, **kwargs: Any) -> Any:
+    async def tokenize_or_continue(
+        self: Any, request: Any, tokenizer: Any, prompt_input: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         if capturing.get():
             raise RenderedText(prompt_input)
         preparing = _preparing.get()
         if preparing is None or not isinstance(prompt_input, str):
-            return await tokenize(self, request, tokenizer, prompt_input, **kwargs)
+            return await tokenize(self, request, tokenizer, prompt_input, *args, **kwargs)
 
         async def tokenize_text(text: str) -> Any:
-            return await tokenize(self, request, tokenizer, text, **kwargs)
+            return await tokenize(self, request, tokenizer, text, *args, **kwargs)
 
         def chat() -> Chat:
             return OlderChat(self, preparing.arguments, preparing.method, prompt_input, tokenizer, tokenize_text)
 
         ids = await contained_async("continuing a call", preparing.ids, chat)
-        return await tokenize(self, request, tokenizer, prompt_input if ids is None else ids, **kwargs)
+        return await tokenize(self, request, tokenizer, prompt_input if ids is None else ids, *args, **kwargs)
 
     return tokenize_or_continue
 

@@ -50,15 +50,17 @@ class Exact(NamedTuple):
 
     Attributes:
         call: that call.
-        context: the ids of its prompt and its answer.
-        more: the ids that follow.
+        more: the ids that follow those of its prompt and its answer.
         rendered: the template's text, with the reasoning that the model wrote.
     """
 
     call: Call
-    context: list[int]
     more: list[int]
     rendered: Rendered
+
+    def ids(self) -> list[int]:
+        """Return all ids of the prompt."""
+        return [*self.call.token_ids(), *self.more]
 
 
 @dataclass(slots=True)
@@ -69,6 +71,7 @@ class Conversation:
         key: whose they are.
         fingerprints: those of the messages.
         own: the text that the template makes of them.
+        rendered: describes it.
     """
 
     chat: Chat
@@ -76,6 +79,7 @@ class Conversation:
     messages: Sequence[Any]
     fingerprints: Sequence[bytes]
     own: str
+    rendered: Rendered
 
     @classmethod
     def of(cls, chat: Chat, key: Hashable) -> Conversation:
@@ -85,7 +89,7 @@ class Conversation:
             NotText: they are not only text.
         """
         fingerprints = continuation.fingerprints(chat.messages, _kind(chat))
-        return cls(chat, key, chat.messages, fingerprints, chat.own)
+        return cls(chat, key, chat.messages, fingerprints, chat.own, Rendered.of(chat.own))
 
     def turn(self) -> Turn:
         """Return the turn of vLLM's own prompt."""
@@ -96,14 +100,15 @@ class Conversation:
             self.fingerprints[-1],
             getattr(request, "tool_choice", None),
             getattr(request, "parallel_tool_calls", None) is False,
-            Rendered.of(self.own),
+            self.rendered,
         )
 
     async def up_to(self, position: int) -> Conversation:
         """Return the first of the messages, as a request of their own."""
         messages = self.messages[:position]
         own = await self.chat.render(messages)
-        return Conversation(self.chat, self.key, messages, self.fingerprints[: position + 1], own)
+        fingerprints = self.fingerprints[: position + 1]
+        return Conversation(self.chat, self.key, messages, fingerprints, own, Rendered.of(own))
 
     def place(self) -> tuple[Hashable, bytes]:
         """Return where calls with these very messages are kept."""
@@ -132,7 +137,6 @@ class Conversation:
         except Exception:
             # The template takes what the client has sent, and not this: it looks at more than it appends.
             return continuation.NOT_APPEND_ONLY
-        rendered = Rendered.of(whole)
         seam = continuation.find_seam(
             whole, stand_in, match, messages[place], self._ends_of(call), _keeps_reasoning(), self._read()
         )
@@ -146,14 +150,12 @@ class Conversation:
             return continuation.TOO_LONG
         if new[:1] != [seam.end_id]:
             return continuation.SEAM
-        context = call.token_ids()
         more = new[1:] if call.ended else new
         # An answer takes one at least.
-        if chat.limit is not None and len(context) + len(more) >= chat.limit:
+        if chat.limit is not None and call.length + len(more) >= chat.limit:
             return continuation.TOO_LONG
-        if await self._is_parsed_otherwise([*context, *more], new):
-            return continuation.PARSER
-        return Exact(call, context, more, rendered)
+        exact = Exact(call, more, self.rendered if whole is self.own else Rendered.of(whole))
+        return continuation.PARSER if await self._is_parsed_otherwise(exact, new) else exact
 
     def _ends_of(self, call: Call) -> Mapping[int, str]:
         tokenizer = self.chat.tokenizer
@@ -165,14 +167,16 @@ class Conversation:
         decode = self.chat.tokenizer.decode
         return (lambda part: decode([*map(ord, part)])) if self.chat.as_ids else str
 
-    async def _is_parsed_otherwise(self, ids: list[int], new: list[int]) -> bool:
-        """Tell whether the answer to these ids would be parsed otherwise than that to vLLM's own prompt.
+    async def _is_parsed_otherwise(self, exact: Exact, new: list[int]) -> bool:
+        """Tell whether the answer to the exact ids would be parsed otherwise than that to vLLM's own prompt.
 
         Some parsers look for the end of the answer's reasoning in all of the prompt. Most do not, and vLLM's own
         prompt, which may be long, is not tokenised for them.
         """
         chat = self.chat
-        has_ended = chat.parsers.is_reasoning_end(chat.request, ids)
+        if not chat.parsers.look_at_prompts:
+            return False
+        has_ended = chat.parsers.is_reasoning_end(chat.request, exact.ids())
         if has_ended == chat.parsers.is_reasoning_end(chat.request, new):
             return False
         return has_ended != chat.parsers.is_reasoning_end(chat.request, await chat.own_ids())

@@ -68,7 +68,7 @@ async def _keep_answers(beginning: Conversation, generations: Sequence[Generatio
     """Keep the recorded calls with these messages."""
     match = beginning.match()
     exact = await beginning.go_on(match) if match is not None else None
-    ids = [*exact.context, *exact.more] if isinstance(exact, Exact) else None
+    ids = exact.ids() if isinstance(exact, Exact) else None
     special = special_ids(beginning.chat.tokenizer)
     known = {call.response_token_ids.tobytes() for call in kept.calls().with_messages(*beginning.place())}
     for generation in generations:
