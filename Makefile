@@ -19,8 +19,8 @@ help:
 	@echo 'make demo    a real vLLM answers with token ids, shown in a table'
 	@echo 'make demo-rollout'
 	@echo '             two runners run an agent that uses a tool; the triplets a trainer would use, and a page to inspect them'
-	@echo 'make demo-train'
-	@echo '             TRL trains a tiny model on the ids that vLLM recorded: the reward goes up within minutes'
+	@echo 'make demo-train [TRAINER=verl]'
+	@echo '             TRL or verl trains a tiny model on the ids that vLLM recorded: the reward goes up within minutes'
 	@echo 'make demo-agent AGENT=claude|codex|opencode|qwen|mini'
 	@echo '             a real coding agent, its calls as a tree, and the rows a trainer would use'
 	@echo 'make check   lint, types and the tests that start no server: what to run after each edit (two minutes)'
@@ -70,7 +70,7 @@ demo-rollout: $(VENV)/.ready .cache/tiny-model/config.json
 	@$(VENV)/bin/python -m examples.demo_rollout
 
 demo-train: $(VENV)/.ready .cache/tiny-model/config.json
-	@$(VENV)/bin/python -m tools.trainers -m examples.train
+	@$(VENV)/bin/python -m tools.trainers -m examples.train $(if $(TRAINER),--trainer $(TRAINER))
 
 demo-agent: $(VENV)/.ready .cache/tiny-model/config.json
 	@$(VENV)/bin/python -m examples.agent $(AGENT)

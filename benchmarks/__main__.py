@@ -27,6 +27,7 @@ BENCHMARKS = (
     "page",
     "prune",
     "trajectories",
+    "collate",
     "drift",
     "continuation",
 )

@@ -1,7 +1,8 @@
-"""`python -m benchmarks.training`: what rows are made of, and what a trainer learns from them.
+"""`python -m benchmarks.training [table|pages]`: what rows are made of, and what a trainer learns from them.
 
-Runs `examples/train.py` with each kind of rows and several seeds, and writes the table and the picture into
-`docs/training.md`. It takes some minutes for each kind.
+`table` runs `examples/train.py` with each kind of rows and several seeds, and writes the table and the picture into
+`docs/training.md`; `pages` runs it once with each trainer, and writes what it printed into that trainer's page. Without
+an argument it does both. It takes some minutes for each kind, and for each trainer.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from typing import Any
 from benchmarks.machine import describe_machine
 from benchmarks.report import say
 from examples.plot import png
-from examples.train import GENERATIONS, HEAD, MODES, STEPS, TASKS, Step, line
+from examples.train import GENERATIONS, HEAD, MODES, STEPS, TASKS, TRAINERS, Step, line
 from tools.sections import replace_section
 
 CHECKOUT = Path(__file__).parents[1]
 PAGE = CHECKOUT / "docs" / "training.md"
+PAGES = {trainer: CHECKOUT / "docs" / f"training-{trainer}.md" for trainer in TRAINERS}
 PICTURE = CHECKOUT / "docs" / "images" / "training.png"
 TITLE = "Exact rows and others, measured"
+PRINTED = "What the demo printed"
 SEEDS = 5
 LEARNT = 0.9
 
@@ -69,11 +72,11 @@ def lines(steps: int) -> tuple[tuple[str, Callable[[Steps], float], Callable[[fl
     )
 
 
-def measure(mode: str, seeds: int, steps: int) -> list[Steps]:
+def measure(mode: str, seeds: int, steps: int, trainer: str = "trl") -> list[Steps]:
     """Train with one kind of rows, once for each seed."""
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.json"
-        program = ("-m", "tools.trainers", "-m", "examples.train", "--rows", mode)
+        program = ("-m", "tools.trainers", "-m", "examples.train", "--rows", mode, "--trainer", trainer)
         options = ("--seeds", f"{seeds}", "--steps", f"{steps}", "--results", f"{results}")
         subprocess.run([sys.executable, *program, *options], check=True, cwd=CHECKOUT, stdin=subprocess.DEVNULL)
         return [*json.loads(results.read_text()).values()]
@@ -97,9 +100,18 @@ def spread(values: Sequence[float], written: Callable[[float], str]) -> str:
     return middle if low == high else f"{middle} ({low} - {high})"
 
 
-def printed(steps: Steps) -> str:
-    """Return what the demo printed of a run, every third step."""
-    return "\n".join([HEAD, *(line(n, Step(**step)) for n, step in enumerate(steps, 1) if n % 3 == 1)])
+def printed(steps: Steps, trainer: str) -> str:
+    """Return the text of the section of a trainer's page: what the demo printed, every third step."""
+    machine = ", ".join(describe_machine().values())
+    lines = "\n".join([HEAD, *(line(n, Step(**step)) for n, step in enumerate(steps, 1) if n % 3 == 1)])
+    command = "make demo-train" if trainer == "trl" else f"make demo-train TRAINER={trainer}"
+    return f"""\
+Every third step of `{command}`, written by `python -m benchmarks.training pages` on
+{machine}. [The columns](training.md#the-demo):
+
+```text
+{lines}
+```"""
 
 
 def section(found: Mapping[str, Sequence[Steps]], seeds: int, steps: int) -> str:
@@ -111,27 +123,39 @@ weights, and {TASKS * GENERATIONS} rollouts a step. Medians, and quartiles in br
 
 {table(found, steps)}
 
-The first run with exact rows, every third step:
-
-```text
-{printed(found["exact"][0])}
-```
-
 ![The reward by step, with each kind of rows: the median of all runs, and their quartiles](images/{PICTURE.name})"""
+
+
+def write_table(seeds: int, steps: int) -> None:
+    """Train with each kind of rows, and write the table and the picture."""
+    found: dict[str, list[Steps]] = {}
+    for mode in MODES:
+        say(f"rows: {mode}")
+        found[mode] = measure(mode, seeds, steps)
+    png({mode: [[step["reward"] for step in steps] for steps in runs] for mode, runs in found.items()}, PICTURE)
+    replace_section(PAGE, TITLE, section(found, seeds, steps))
+    say(f"written: {PAGE.relative_to(CHECKOUT)}, {PICTURE.relative_to(CHECKOUT)}")
+
+
+def write_pages(steps: int) -> None:
+    """Train once with each trainer, and write what was printed into its page."""
+    for trainer, page in PAGES.items():
+        say(f"trainer: {trainer}")
+        [run] = measure("exact", 1, steps, trainer)
+        replace_section(page, PRINTED, printed(run, trainer))
+        say(f"written: {page.relative_to(CHECKOUT)}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__)
+    parser.add_argument("what", nargs="?", choices=("table", "pages"), help="what to write; else both")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--steps", type=int, default=STEPS)
     options = parser.parse_args()
-    found: dict[str, list[Steps]] = {}
-    for mode in MODES:
-        say(f"rows: {mode}")
-        found[mode] = measure(mode, options.seeds, options.steps)
-    png({mode: [[step["reward"] for step in steps] for steps in runs] for mode, runs in found.items()}, PICTURE)
-    replace_section(PAGE, TITLE, section(found, options.seeds, options.steps))
-    say(f"written: {PAGE.relative_to(CHECKOUT)}, {PICTURE.relative_to(CHECKOUT)}")
+    if options.what != "pages":
+        write_table(options.seeds, options.steps)
+    if options.what != "table":
+        write_pages(options.steps)
 
 
 if __name__ == "__main__":

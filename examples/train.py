@@ -1,8 +1,9 @@
-"""`make demo-train`: a model learns from the exact ids that vLLM recorded, with TRL's GRPO on the CPU.
+"""`make demo-train`: a model learns from the exact ids that vLLM recorded, by GRPO on the CPU, with TRL or verl.
 
 The agent is of the `openai` package. It asks the model for digits, gives the answer to a tool that adds them up, and
 asks again; its reward is the share of digits among the characters of both answers. vLLM records each call to an
-`agl store`; TRL trains on the rows that the store makes of them, and hands the new weights to vLLM after each step.
+`agl store`; the trainer learns from the rows that the store makes of them, weighted by importance sampling, and vLLM
+gets the new weights before each step. TRL trains one row of each rollout, verl all.
 
 `--rows text` makes the rows as they were made before exact ids could be had: from the text, tokenised again. With
 `--rows continued`, vLLM's prompts go on from the exact ids of earlier answers, and no row breaks.
@@ -14,6 +15,7 @@ import argparse
 import json
 import logging
 import os
+import random
 import shutil
 import statistics
 import string
@@ -24,6 +26,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from openai import OpenAI
@@ -47,6 +50,8 @@ FILE, MODEL, WEIGHTS, PICTURE = FOLDER / "store.db", FOLDER / "model", FOLDER / 
 STEPS, TASKS, GENERATIONS, TOKENS, RATE = 20, 2, 8, 12, 1e-2
 BOUND = 0.01
 HEAD = "step  reward  masked  rows  merged  breaks   ids  stale   off by      max     s"
+# With these, the recorded logprobs are those of the distribution that each id was drawn from.
+SAMPLING = ("--generation-config=vllm", "--logprobs-mode=processed_logprobs")
 # What the rows are made of, and what vLLM is started with for it.
 MODES: dict[str, dict[str, str]] = {"text": {}, "exact": {}, "continued": {"AGL_CONTINUE": "on"}}
 QUESTIONS = ("Which digits shall I add?", "Give me numbers.", "Digits, please.", "What is to be added?")
@@ -101,6 +106,7 @@ class Training:
     vllm: str
     mode: str
     tokenizer: Any
+    bar: Any
     client: OpenAI = field(default_factory=lambda: OpenAI(api_key="none", max_retries=0, timeout=SECONDS))
     conversations: dict[str, Conversation] = field(default_factory=dict)
     rows: list[agl.Trajectory] = field(default_factory=list)
@@ -137,7 +143,7 @@ class Training:
 
     def rollouts(self, prompts: list[Any], trainer: Any) -> dict[str, list[Any]]:
         """Run the agents on a step's prompts, measure what came of it, and return the rows as TRL takes them."""
-        self.rows, self.compared, self.differ, self.started = [], [], 0, time.monotonic()
+        self.rows, self.compared, self.differ = [], [], 0
         run = adapter.rollout_func(self.store, self.agent, read=self.read)
         found = run(prompts, trainer)
         gaps = logprob_gap(self.compared, trainer.model)
@@ -166,12 +172,17 @@ class Training:
         )
         return found
 
-    def load_weights(self, model: Any, version: int) -> None:
-        """Give vLLM the weights of the trainer, and measure how long the step took."""
-        model.save_pretrained(WEIGHTS)
-        load_weights(self.vllm, WEIGHTS, str(version))
-        if self.steps:
-            self.steps[-1].seconds = time.monotonic() - self.started
+    def begin_step(self, trainer: Any) -> None:
+        """Give vLLM the weights of the trainer; from here on, the step is timed."""
+        self.started = time.monotonic()
+        trainer.model.save_pretrained(WEIGHTS)
+        load_weights(self.vllm, WEIGHTS, str(trainer.state.global_step))
+
+    def end_step(self) -> None:
+        """Print the step's line."""
+        self.steps[-1].seconds = time.monotonic() - self.started
+        self.bar.write(line(len(self.steps), self.steps[-1]))
+        self.bar.update()
 
 
 def add_up(text: str) -> str:
@@ -262,24 +273,15 @@ def new_model(seed: int) -> Any:
     return model
 
 
-def train(training: Training, model: Any, steps: int, seed: int) -> None:
-    """Train the model with TRL, and print a line a step."""
+def train_with_trl(training: Training, model: Any, steps: int, seed: int) -> None:
+    """Train the model with TRL's own trainer."""
     from datasets import Dataset
-    from tqdm import tqdm
     from transformers import PrinterCallback, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportMissingImports]
 
-    print(f"\n{steps} steps of {TASKS * GENERATIONS} rollouts\n{HEAD}", flush=True)
-    bar = tqdm(total=steps, unit="step", disable=None)
-
-    class LoadWeights(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            training.load_weights(model, 0)
-
+    class EndStep(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            training.load_weights(model, state.global_step)
-            bar.write(line(state.global_step, training.steps[-1]))
-            bar.update()
+            training.end_step()
 
     config = GRPOConfig(
         output_dir=str(FOLDER / "trl"),
@@ -289,6 +291,9 @@ def train(training: Training, model: Any, steps: int, seed: int) -> None:
         lr_scheduler_type="constant",
         max_steps=steps,
         beta=0.0,
+        # The engine's logprobs do not belong to the ids that are made from the text.
+        vllm_importance_sampling_correction=training.mode != "text",
+        vllm_importance_sampling_mode="token_truncate",
         use_cpu=True,
         bf16=False,
         gradient_checkpointing=False,
@@ -305,12 +310,34 @@ def train(training: Training, model: Any, steps: int, seed: int) -> None:
         reward_funcs=adapter.reward,
         train_dataset=Dataset.from_dict({"prompt": list(QUESTIONS)}),
         rollout_func=training.rollouts,
-        callbacks=[LoadWeights()],
+        callbacks=[EndStep()],
     )
+    adapter.correct_sampling(trainer, lambda: training.begin_step(trainer))
     # Prints the means of the whole training.
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    bar.close()
+
+
+def train_with_verl(training: Training, model: Any, steps: int, seed: int) -> None:
+    """Train the model with verl's correction, advantages and loss, on all rows of the rollouts."""
+    import torch
+
+    from agentlightning.trainers.verl import data_proto
+    from examples.verl_step import train_step
+
+    tokenizer, state = training.tokenizer, SimpleNamespace(global_step=0)
+    trainer = SimpleNamespace(model=model, state=state, processing_class=tokenizer, temperature=1.0)
+    optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.0)
+    draw = random.Random(seed)
+    for state.global_step in range(steps):
+        training.begin_step(trainer)
+        training.rollouts([each for each in draw.sample(QUESTIONS, TASKS) for _ in range(GENERATIONS)], trainer)
+        rows = training.rows
+        prompt = max(row.prompt_length for row in rows)
+        response = max(len(row.token_ids) - row.prompt_length for row in rows)
+        train_step(model, optimizer, data_proto(rows, tokenizer.pad_token_id, prompt, response))
+        training.steps[-1].tokens = sum(sum(row.response_mask) for row in rows)
+        training.end_step()
 
 
 def line(number: int, step: Step) -> str:
@@ -321,24 +348,29 @@ def line(number: int, step: Step) -> str:
     )
 
 
+TRAINERS = {"trl": train_with_trl, "verl": train_with_verl}
+
+
 def be_quiet() -> None:
-    """Leave out what TRL says of this vLLM's version, progress bars of files, and what the table's lines say, too."""
+    """Leave out progress bars of files, and what trainers warn of where there is no GPU or no vLLM that they know."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    logging.getLogger("agentlightning.trainers").setLevel(logging.ERROR)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rows", choices=MODES, default="exact", help="what the rows are made of")
+    parser.add_argument("--trainer", choices=TRAINERS, default="trl", help="whose loss the model learns by")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seeds", type=int, default=1, help="number of runs, each with other random weights")
     parser.add_argument("--results", type=Path, help="write what each step was, as JSON")
     options = parser.parse_args()
     be_quiet()
+    from tqdm import tqdm
     from transformers import AutoTokenizer
 
     shutil.rmtree(FOLDER, ignore_errors=True)
@@ -352,14 +384,16 @@ def main() -> None:
         print("starting: AGL_INSTRUMENT=1 AGL_STORE=... vllm serve MODEL   (half a minute)", flush=True)
         env = {**SMALL_ENV, "AGL_INSTRUMENT": "1", "AGL_STORE": url, "AGL_LOGPROBS": "on", "VLLM_SERVER_DEV_MODE": "1"}
         env |= MODES[options.rows]
-        command = (str(scripts / "vllm"), "serve", str(MODEL), "--port", vllm.rpartition(":")[2], *SMALL)
+        command = (str(scripts / "vllm"), "serve", str(MODEL), "--port", vllm.rpartition(":")[2], *SMALL, *SAMPLING)
         with serving(command, f"{vllm}/health", FOLDER / "vllm.log", **env):
             for seed in range(options.seeds):
-                training = Training(store, vllm, options.rows, AutoTokenizer.from_pretrained(MODEL))
-                try:
-                    train(training, new_model(seed), options.steps, seed)
-                except agl.AgentLightningError as error:
-                    sys.exit(f"train: {error}")
+                print(f"\n{options.steps} steps of {TASKS * GENERATIONS} rollouts\n{HEAD}", flush=True)
+                with tqdm(total=options.steps, unit="step", disable=None) as bar:
+                    training = Training(store, vllm, options.rows, AutoTokenizer.from_pretrained(MODEL), bar)
+                    try:
+                        TRAINERS[options.trainer](training, new_model(seed), options.steps, seed)
+                    except agl.AgentLightningError as error:
+                        sys.exit(f"train: {error}")
                 results[seed] = training.steps
         rewards = [[step.reward for step in steps] for steps in results.values()]
         print("\n" + terminal(rewards[0], "reward by step"))

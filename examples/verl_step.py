@@ -44,6 +44,7 @@ def train_step(model: Any, optimizer: torch.optim.Optimizer, batch: Any, thresho
     loss, of_actor = ppo_loss(actor, {"log_probs": logprobs(model, batch)[attended]}, data)
     optimizer.zero_grad()
     loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     return metrics | {name: each.aggregate() for name, each in of_actor.items()}
 

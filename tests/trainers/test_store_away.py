@@ -1,4 +1,4 @@
-"""An `agl store` that is killed in the middle of a step: the step ends with a sentence, and nothing is trained twice."""
+"""An `agl store` that is killed in the middle of a step: the step ends, and nothing is trained twice."""
 
 from __future__ import annotations
 

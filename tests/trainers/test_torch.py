@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 from array import array
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from agentlightning.errors import LogprobsDiffer, UnusableRows
 from agentlightning.trainers.torch import Gap, check_gap, collate, logprob_gap
 from agentlightning.trajectory import Trajectory
-from tests.trainers.rows import PAD, call, conversation, forked
+from tests.trainers.rows import PAD, conversation, forked
 
 IDS = 20
 
@@ -194,29 +193,3 @@ def test_a_gap_above_the_bound_names_the_causes() -> None:
         check_gap({"3": Gap(5, 0.001, 0.01, 1.0), "4": Gap(5, 0.2, 3.0, 0.1)}, 0.01)
     with pytest.raises(LogprobsDiffer):
         check_gap({"4": Gap(5, math.nan, math.nan, math.nan)}, 0.01)
-
-
-@pytest.mark.tier("all")
-def test_long_rows_are_collated_in_one_fifth_of_the_time_of_a_loop_of_torch() -> None:
-    """The loop makes a tensor of each list of ids, as trainers do."""
-    import time
-
-    from agentlightning.trajectory import AttemptCalls, merge
-
-    prompt, answer = [*range(16_000)], [*range(16_000)]
-    [row] = merge(AttemptCalls(calls=[call("1", prompt, answer)], rollout_id="ro", reward=1.0)).rows
-    rows = [replace(row) for _ in range(64)]
-
-    def loop() -> torch.Tensor:
-        ids = [torch.tensor(each.token_ids.tolist()) for each in rows]
-        for each in rows:
-            torch.tensor(each.response_mask.tolist())
-            torch.tensor([] if each.logprobs is None else each.logprobs.tolist())
-        return torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
-
-    def seconds(run: Any) -> float:
-        start = time.thread_time()
-        run()
-        return time.thread_time() - start
-
-    assert min(seconds(loop) for _ in range(3)) > 5 * min(seconds(lambda: collate(rows, PAD)) for _ in range(3))

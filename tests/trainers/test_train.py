@@ -19,7 +19,7 @@ from examples.train import (
     BOUND,
     GENERATIONS,
     HEAD,
-    MODES,
+    STEPS,
     TASKS,
     Conversation,
     Step,
@@ -33,16 +33,21 @@ from tests.common.environments import CHECKOUT
 from tests.common.vllm import without_agl
 from tests.trainers.rows import conversation
 
-STEPS = 3
+FEW = 3
 
 
 @pytest.mark.tier("all")
-@pytest.mark.parametrize("rows", MODES)
-def test_the_trainer_learns_from_the_rows_of_each_step_and_vllm_has_its_weights(rows: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("trainer", "rows", "count"),
+    [("trl", "exact", STEPS), ("verl", "exact", STEPS), ("trl", "continued", FEW), ("trl", "text", FEW)],
+)
+def test_the_trainer_learns_from_the_rows_of_each_step_and_vllm_has_its_weights(
+    trainer: str, rows: str, count: int, tmp_path: Path
+) -> None:
     results = tmp_path / "results.json"
     program = ("-m", "tools.trainers", "-m", "examples.train")
     done = subprocess.run(
-        [sys.executable, *program, "--rows", rows, "--steps", str(STEPS), "--results", results],
+        [sys.executable, *program, "--trainer", trainer, "--rows", rows, "--steps", str(count), "--results", results],
         cwd=CHECKOUT,
         env=without_agl(os.environ),
         stdin=subprocess.DEVNULL,
@@ -56,7 +61,10 @@ def test_the_trainer_learns_from_the_rows_of_each_step_and_vllm_has_its_weights(
     assert HEAD in done.stdout
     assert "reward by step" in done.stdout
     steps = [Step(**each) for each in json.loads(results.read_text())["0"]]
-    assert len(steps) == STEPS
+    assert len(steps) == count
+    if count == STEPS:
+        assert steps[0].reward < 0.1
+        assert steps[-1].reward > 0.9
     for step in steps:
         assert (step.rollouts, step.masked) == (TASKS * GENERATIONS, 0)
         assert step.stale == 0

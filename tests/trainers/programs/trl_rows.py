@@ -9,7 +9,11 @@ import math
 import os
 import random
 import tempfile
-from pathlib import Path
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
@@ -30,37 +34,68 @@ def agent(rollout: agl.Rollout) -> None:
         raise RuntimeError("now and then an agent fails")
 
 
+def new_trainer(folder: str, store: agl.Store, run: Callable[[agl.Rollout], None]) -> Any:
+    """Make a trainer that saves a checkpoint every second step."""
+    return GRPOTrainer(
+        model=new_model(),
+        args=GRPOConfig(
+            output_dir=folder,
+            per_device_train_batch_size=ROLLOUTS,
+            num_generations=ROLLOUTS,
+            learning_rate=RATE,
+            max_steps=STEPS,
+            beta=0.0,
+            vllm_importance_sampling_mode="token_truncate",
+            vllm_importance_sampling_clip_max=LIMIT,
+            logging_steps=1,
+            use_cpu=True,
+            bf16=False,
+            report_to=[],
+            save_strategy="steps",
+            save_steps=2,
+            disable_tqdm=True,
+        ),
+        processing_class=tokenizer(),
+        reward_funcs=reward,
+        train_dataset=Dataset.from_dict({"prompt": ["a task"] * ROLLOUTS}),
+        rollout_func=rollout_func(store, run),
+    )
+
+
+def train(trainer: Any, from_checkpoint: bool = False) -> list[int]:
+    """Train, and return the steps for which vLLM was to get weights."""
+    synced: list[int] = []
+    correct_sampling(trainer, lambda: synced.append(trainer.state.global_step))
+    trainer.train(resume_from_checkpoint=from_checkpoint)
+    return synced
+
+
+def check_crash(folder: str, store: agl.Store) -> None:
+    """Fail unless a training that ended in its fourth step goes on from its second with new rollouts."""
+
+    def crash(rollout: agl.Rollout) -> None:
+        if rollout.metadata["step"] == 3:
+            raise SystemExit("a crash")
+        act(rollout)
+
+    with pytest.raises(SystemExit, match="a crash"):
+        train(new_trainer(folder, store, crash))
+    before = {each.rollout_id for each in store.query_rollouts()}
+
+    trainer = new_trainer(folder, store, act)
+    assert train(trainer, from_checkpoint=True) == [2, 3, 4, 5]
+    assert trainer.state.global_step == STEPS
+    new = [each for each in store.query_rollouts() if each.rollout_id not in before]
+    assert Counter(each.metadata["step"] for each in new) == dict.fromkeys((2, 3, 4, 5), ROLLOUTS)
+
+
 def main() -> None:
-    model = new_model()
-    before = probabilities(model)
-    with tempfile.TemporaryDirectory() as folder, agl.open_store(str(Path(folder) / "store.db")) as store:
-        trainer = GRPOTrainer(
-            model=model,
-            args=GRPOConfig(
-                output_dir=folder,
-                per_device_train_batch_size=ROLLOUTS,
-                num_generations=ROLLOUTS,
-                learning_rate=RATE,
-                max_steps=STEPS,
-                beta=0.0,
-                vllm_importance_sampling_mode="token_truncate",
-                vllm_importance_sampling_clip_max=LIMIT,
-                logging_steps=1,
-                use_cpu=True,
-                bf16=False,
-                report_to=[],
-                save_strategy="no",
-                disable_tqdm=True,
-            ),
-            processing_class=tokenizer(),
-            reward_funcs=reward,
-            train_dataset=Dataset.from_dict({"prompt": ["a task"] * ROLLOUTS}),
-            rollout_func=rollout_func(store, agent),
-        )
-        synced: list[int] = []
-        correct_sampling(trainer, lambda: synced.append(trainer.state.global_step))
-        trainer.train()
+    before = probabilities(new_model())
+    with tempfile.TemporaryDirectory() as folder, agl.open_store(f"{folder}/store.db") as store:
+        trainer = new_trainer(f"{folder}/run", store, agent)
+        synced = train(trainer)
         rollouts = store.query_rollouts()
+        check_crash(f"{folder}/crashed", store)
 
     assert trainer.state.global_step == STEPS
     assert len(rollouts) == STEPS * ROLLOUTS
@@ -74,7 +109,7 @@ def main() -> None:
     assert min(lowest) < LIMIT
     assert math.isclose(max(highest), LIMIT, rel_tol=1e-5)
     assert {each.status for each in rollouts} == {"succeeded", "failed"}
-    check_learnt(before, model)
+    check_learnt(before, trainer.model)
 
 
 if __name__ == "__main__":
