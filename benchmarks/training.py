@@ -1,8 +1,8 @@
-"""`python -m benchmarks.training [table|pages]`: what rows are made of, and what a trainer learns from them.
+"""`python -m benchmarks.training [PART...]`: what rows are made of, and what a trainer learns from them.
 
-`table` runs `examples/train.py` with each kind of rows and several seeds, and writes the table and the picture into
-`docs/training.md`; `pages` runs it once with each trainer, and writes what it printed into that trainer's page. Without
-an argument it does both. It takes some minutes for each kind, and for each trainer.
+The part `table` runs `examples/train.py` with each kind of rows and several seeds, and writes the table and the picture
+into `docs/training.md`. The parts `trl` and `verl` run it once with that trainer, and write what it printed into its
+page. It takes some minutes for each kind of rows, and for each trainer.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def printed(steps: Steps, trainer: str) -> str:
     lines = "\n".join([HEAD, *(line(n, Step(**step)) for n, step in enumerate(steps, 1) if n % 3 == 1)])
     command = "make demo-train" if trainer == "trl" else f"make demo-train TRAINER={trainer}"
     return f"""\
-Every third step of `{command}`, written by `python -m benchmarks.training pages` on
+Every third step of `{command}`, written by `python -m benchmarks.training {trainer}` on
 {machine}. [The columns](training.md#the-demo):
 
 ```text
@@ -137,25 +137,28 @@ def write_table(seeds: int, steps: int) -> None:
     say(f"written: {PAGE.relative_to(CHECKOUT)}, {PICTURE.relative_to(CHECKOUT)}")
 
 
-def write_pages(steps: int) -> None:
-    """Train once with each trainer, and write what was printed into its page."""
-    for trainer, page in PAGES.items():
-        say(f"trainer: {trainer}")
-        [run] = measure("exact", 1, steps, trainer)
-        replace_section(page, PRINTED, printed(run, trainer))
-        say(f"written: {page.relative_to(CHECKOUT)}")
+def write_page(trainer: str, steps: int) -> None:
+    """Train once with a trainer, and write what was printed into its page."""
+    say(f"trainer: {trainer}")
+    [run] = measure("exact", 1, steps, trainer)
+    replace_section(PAGES[trainer], PRINTED, printed(run, trainer))
+    say(f"written: {PAGES[trainer].relative_to(CHECKOUT)}")
 
 
 def main() -> None:
+    parts = ("table", *PAGES)
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__)
-    parser.add_argument("what", nargs="?", choices=("table", "pages"), help="what to write; else both")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"some of {', '.join(parts)}; else all of them")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--steps", type=int, default=STEPS)
     options = parser.parse_args()
-    if options.what != "pages":
-        write_table(options.seeds, options.steps)
-    if options.what != "table":
-        write_pages(options.steps)
+    if unknown := {*options.parts} - {*parts}:
+        parser.error(f"no part is called {' or '.join(sorted(unknown))}")
+    for part in options.parts or parts:
+        if part == "table":
+            write_table(options.seeds, options.steps)
+        else:
+            write_page(part, options.steps)
 
 
 if __name__ == "__main__":
