@@ -6,6 +6,7 @@ urllib3 is a dependency of every vLLM, through requests.
 from __future__ import annotations
 
 import ssl
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from http.client import HTTPException
@@ -31,6 +32,8 @@ SECONDS_TO_CONNECT = 3.0
 SECONDS_TO_ANSWER = 30.0
 # A proxy may ask for an hour.
 LONGEST_RETRY_AFTER = 60.0
+# A server closes an idle connection, `agl store` after five seconds, and may do so while a request is on its way.
+SECONDS_KEPT = 3.0
 BYTES_AT_ONCE = 1 << 20
 # Threads that use one store at once; further ones open a connection for each request.
 CONNECTIONS_KEPT = 32
@@ -59,6 +62,7 @@ class _Patience:
     """
 
     sock: Any
+    last_used = 0.0
 
     def connect(self) -> None:
         self.timeout = SECONDS_TO_CONNECT
@@ -69,9 +73,11 @@ class _Patience:
         self.sock.settimeout(SECONDS_TO_ANSWER)
 
     def request(self, *arguments: Any, **options: Any) -> None:
-        is_new = self.sock is None
-        if is_new:
+        if self.sock is not None and time.monotonic() - self.last_used > SECONDS_KEPT:
+            self.close()  # type: ignore[attr-defined]
+        if self.sock is None:
             self.connect()
+        self.last_used = time.monotonic()
         with suppress(*CLOSED):
             super().request(*arguments, **options)  # type: ignore[misc]
 

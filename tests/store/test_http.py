@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import socketserver
 import subprocess
@@ -214,7 +215,8 @@ def test_add_of_more_generations_than_a_message_holds_is_split(store: Store) -> 
     assert store.tally()["finished"] == len(kept)
 
 
-def test_requests_reuse_one_connection(between: Between) -> None:
+def test_requests_reuse_one_connection(between: Between, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_client, "SECONDS_KEPT", math.inf)
     with open_store(between.url) as store:
         for number in range(50):
             store.add([generation(number)])
@@ -224,6 +226,17 @@ def test_requests_reuse_one_connection(between: Between) -> None:
         assert store.tally()["finished"] == 50
 
     assert between.connections == 1
+
+
+def test_idle_connection_is_replaced_before_the_server_closes_it(
+    between: Between, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_client, "SECONDS_KEPT", -1.0)
+    with open_store(between.url) as store:
+        before = between.connections
+        assert [store.add([generation(number)]) for number in range(5)] == [1] * 5
+
+    assert between.connections == before + 5
 
 
 def test_connection_closed_by_the_server_is_replaced(between: Between) -> None:
