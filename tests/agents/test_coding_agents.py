@@ -20,10 +20,10 @@ from agentlightning.server.page.agents import guess_purpose
 from agentlightning.store import open_store
 from agentlightning.trajectory import Trajectory
 from tests.common.agents import ANSWER, REPLY, STORIES, TITLE, run
+from tests.common.oracle import check_logprobs
 from tests.common.reference import tokenizer
 from tests.conftest import ScriptedServer
 from tests.recording.server import until
-from tests.recording.test_trajectories import check_logprobs
 from tools.agents import MISSING_NPM, commands_of
 
 ROWS = Path(__file__).parent / "rows"
@@ -84,11 +84,12 @@ def shown(rows: Sequence[Trajectory]) -> Iterator[str]:
         yield text
 
 
-def check(agent: str, rows: Sequence[Trajectory]) -> None:
-    """Compare the rows with those that are expected of an agent."""
-    expected, found = (ROWS / f"{agent}.txt").read_text(), "\n".join((*shown(rows), ""))
+def check(agent: str, done: Played) -> None:
+    """Compare the rows with those that are expected of an agent, and their logprobs with the model's."""
+    expected, found = (ROWS / f"{agent}.txt").read_text(), "\n".join((*shown(done.rows), ""))
     pattern = "[^\n]*".join(map(re.escape, expected.split("…")))
     assert re.fullmatch(pattern, found), f"{found}\nis not\n\n{expected}"
+    check_logprobs(done.rows, done.calls.values())
 
 
 def check_causes(found: AttemptDrift) -> None:
@@ -104,9 +105,8 @@ def test_mini_swe_agent(play: Play) -> None:
     assert ANSWER in done.output
     assert {(each.endpoint, each.retry) for each in done.calls.values()} == {("/v1/chat/completions", 0)}
     assert {(each.session_id, each.agent_id, each.purpose) for each in done.calls.values()} == {(None, None, None)}
-    check("mini", done.rows)
+    check("mini", done)
     check_causes(done.drift)
-    check_logprobs(done.rows)
 
 
 @NEEDS_NPM
@@ -120,7 +120,7 @@ def test_claude_code_and_its_sub_agent(play: Play) -> None:
     assert sub.session_id is not None
     assert {(each.session_id, each.agent_id) for each in main} == {(sub.session_id, None)}
     assert sub.agent_id is not None
-    check("claude", done.rows)
+    check("claude", done)
     check_causes(done.drift)
 
 
@@ -138,7 +138,7 @@ def test_codex_and_its_sub_agent(play: Play) -> None:
     assert {(each.parent_agent_id, each.purpose) for each in main} == {(None, "main")}
     assert sub.agent_id not in (None, sub.session_id)
     assert (sub.parent_agent_id, sub.purpose) == (sub.session_id, "sub-agent")
-    check("codex", done.rows)
+    check("codex", done)
     check_causes(done.drift)
 
 
@@ -157,7 +157,7 @@ def test_opencode_with_a_title_and_a_sub_agent(play: Play) -> None:
     # A sub-agent is a session of its own.
     assert sub.session_id not in (None, title.session_id)
     assert (sub.agent_id, sub.parent_agent_id) == (sub.session_id, title.session_id)
-    check("opencode", done.rows)
+    check("opencode", done)
     check_causes(done.drift)
 
 
@@ -168,5 +168,5 @@ def test_qwen_code_and_its_sub_agent_which_says_nothing_of_itself(play: Play) ->
     assert ANSWER in done.output
     assert {(each.endpoint, each.retry) for each in done.calls.values()} == {("/v1/chat/completions", 0)}
     assert {(each.session_id, each.agent_id, each.purpose) for each in done.calls.values()} == {(None, None, None)}
-    check("qwen", done.rows)
+    check("qwen", done)
     check_causes(done.drift)

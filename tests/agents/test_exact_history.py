@@ -13,6 +13,7 @@ from agentlightning.store import open_store
 from tests.agents import test_frameworks as frameworks
 from tests.common.agents import ANSWER, STORIES, block, run
 from tests.common.answers import fetch
+from tests.common.oracle import check_logprobs
 from tests.common.script import arguments, compact_call, environment
 from tests.conftest import ScriptedServer
 from tests.recording.nursery import Nursery
@@ -29,7 +30,7 @@ def exact(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """A scripted server, on which prompts go on."""
     folder = tmp_path_factory.mktemp("exact")
     script = folder / "script.json"
-    env = {"AGL_CONTINUE": "on", **environment(script)}
+    env = {"AGL_CONTINUE": "on", "AGL_LOGPROBS": "on", **environment(script)}
     with nursery.server(folder / "generations.db", *arguments(), env=env) as server:
         yield ScriptedServer(server, script)
 
@@ -55,6 +56,7 @@ def test_no_call_breaks_the_one_before_and_the_agent_notices_nothing(
     assert status["continuation"]["results"][CONTINUED] - before == calls - first
     assert not any("drifted" in row.flags for row in rows)
     assert len(rows) == first
+    check_logprobs(rows, server.kept(rollout_id=rollout))
     assert status["counters"]["failures"] == {}
 
 

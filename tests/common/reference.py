@@ -56,11 +56,9 @@ def greedy(prompt_token_ids: Sequence[int], tokens: int) -> list[int]:
     return token_ids[len(prompt_token_ids) :]
 
 
-def logprobs(token_ids: Sequence[int]) -> list[float]:
-    """The logprob of each id after those before it, and 0.0 for the first."""
+def logits(token_ids: Sequence[int]) -> Any:
+    """The logits of the id after each."""
     import torch
 
-    ids = torch.tensor([[*token_ids]])
     with torch.inference_mode():
-        found = torch.log_softmax(_model()(ids).logits[0, :-1].double(), -1)
-    return [0.0, *found.gather(1, ids[0, 1:, None])[:, 0].tolist()]
+        return _model()(torch.tensor([[*token_ids]])).logits[0]

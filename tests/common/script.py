@@ -9,8 +9,12 @@ prompt has:
     })
 
 So no call is counted: one that is tried again gets the same line, and calls in parallel get their own. A prompt
-without a cue is answered by the model as it is. Everything but the choice of ids is vLLM's own: templates, parsers,
-streams, the prefix cache. `script_processor` is what makes the model follow it.
+without a cue is answered by the model as it is. A request may also bring its line:
+
+    vllm_xargs={"line": "There are 3."}
+
+Everything but the choice of ids is vLLM's own: templates, parsers, streams, the prefix cache, and the `raw_logprobs`,
+which it computes before. `script_processor` is what makes the model follow it.
 """
 
 from __future__ import annotations
@@ -27,9 +31,24 @@ from typing import Any
 from tests.common.environments import CHECKOUT
 from tests.common.tiny_model import TOOLS_FIRST, tiny_model
 
-__all__ = ["MODEL", "TOOLS", "VARIABLE", "arguments", "call", "compact_call", "environment", "line_for", "write"]
+__all__ = [
+    "MODEL",
+    "OWN_LINE",
+    "PROCESSOR",
+    "TOOLS",
+    "VARIABLE",
+    "arguments",
+    "call",
+    "compact_call",
+    "environment",
+    "line_for",
+    "write",
+]
 
 VARIABLE = "SCRIPT"
+OWN_LINE = "line"
+PROCESSOR = "--logits-processors=tests.common.script_processor:FollowScript"
+"""The argument of `vllm serve` with which a model follows a script."""
 MODEL = "Qwen/Qwen3-0.6B"
 """The name that the model is served by beside its own: it is the one in the documentation."""
 TOOLS = ("--enable-auto-tool-choice", "--tool-call-parser=hermes")
@@ -44,10 +63,9 @@ LONG_PROMPTS = (
 
 def arguments() -> tuple[str, ...]:
     """Return the arguments of `vllm serve` with which the tiny model follows a script, and takes agents' prompts."""
-    processor = "tests.common.script_processor:FollowScript"
     names = ("--served-model-name", str(tiny_model()), MODEL)
     template = f"--chat-template={TOOLS_FIRST}", "--trust-request-chat-template"
-    return (*names, *TOOLS, *LONG_PROMPTS, *template, f"--logits-processors={processor}")
+    return (*names, *TOOLS, *LONG_PROMPTS, *template, PROCESSOR)
 
 
 def environment(script: Path) -> dict[str, str]:

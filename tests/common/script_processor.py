@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from tests.common.script import VARIABLE, line_for
+from tests.common.script import OWN_LINE, VARIABLE, line_for
 
 
 @dataclass
@@ -43,8 +43,9 @@ class FollowScript(LogitsProcessor):
         process_dict_updates(self._lines, batch_update, self._line)
 
     def _line(self, params: Any, prompt_ids: Sequence[int] | None, said: Sequence[int]) -> Line | None:
-        prompt = self._tokenizer.decode(prompt_ids or [], skip_special_tokens=False)
-        line = line_for(self._script, prompt)
+        line = (params.extra_args or {}).get(OWN_LINE)
+        if line is None:
+            line = line_for(self._script, self._tokenizer.decode(prompt_ids or [], skip_special_tokens=False))
         if line is None:
             return None
         return Line([*self._tokenizer.encode(line, add_special_tokens=False).ids, self._end], said)

@@ -23,6 +23,7 @@ from agentlightning.instrumentation.vllm._status import STATUS_ROUTE
 from agentlightning.store import open_store
 from tests.common import templates
 from tests.common.answers import VARYING, fetch, joined, post
+from tests.common.oracle import check_logprobs
 from tests.common.routers import router
 from tests.conftest import PARSERS
 from tests.instrumentation.vllm.test_random_requests import drawn, random_requests
@@ -197,9 +198,11 @@ class Agent:
         ]
 
     def rows(self) -> int:
-        """Return how many rows its trajectory has."""
+        """Return how many rows its trajectory has, which have the model's own logprobs."""
         with open_store(self.server.store) as store:
-            return len([*store.trajectories(self.rollout)])
+            rows = [*store.trajectories(self.rollout)]
+        check_logprobs(rows, self.generations())
+        return len(rows)
 
 
 def as_context(generation: Generation) -> list[int]:
@@ -223,7 +226,9 @@ def server(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         *ROUTES,
         *LONG,
     )
-    with nursery.server(folder / "generations.db", *arguments, env={"AGL_CONTINUE": "on", **ENV}) as server:
+    with nursery.server(
+        folder / "generations.db", *arguments, env={"AGL_CONTINUE": "on", "AGL_LOGPROBS": "on", **ENV}
+    ) as server:
         yield server
         assert fetch(server, STATUS_ROUTE)["counters"]["failures"] == {}
 

@@ -1,12 +1,11 @@
 """The rows of agents that call a real vLLM: what each row is stands here by hand, and transformers has its logprobs.
 
-vLLM's logprobs of an answer that is led to a text are those of what its grammar lets through. So they are compared
-where no answer is led.
+A model with random weights says nothing of use, so a logits processor leads it. `raw_logprobs` are the model's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import quote
@@ -17,18 +16,20 @@ import pytest
 from agentlightning.store import open_store
 from agentlightning.trajectory import Trajectory
 from examples import loop
-from tests.common.reference import logprobs, tokenizer
+from tests.common.oracle import check_logprobs
+from tests.common.reference import tokenizer
+from tests.common.script import OWN_LINE, PROCESSOR, environment
 from tests.recording.nursery import Nursery
 from tests.recording.server import RecordingServer, until
 
-TOLERANCE = 1e-3
 NEVER_ENDING = 500
 
 
 @pytest.fixture(scope="module")
 def server(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RecordingServer]:
-    path = tmp_path_factory.mktemp("store") / "generations.db"
-    with nursery.server(path, *loop.TOOLS, env={"AGL_LOGPROBS": "on"}) as server:
+    folder = tmp_path_factory.mktemp("store")
+    env = {"AGL_LOGPROBS": "on", **environment(folder / "script.json")}
+    with nursery.server(folder / "generations.db", *loop.TOOLS, PROCESSOR, env=env) as server:
         yield server
 
 
@@ -45,12 +46,12 @@ class Agent:
         self.messages: list[Any] = [{"role": "system", "content": system}]
 
     def ask(self, question: str, answer: str) -> None:
-        """Ask, and lead the model to an answer of one token, since random weights say nothing of use."""
+        """Ask, and lead the model to an answer."""
         self.messages.append({"role": "user", "content": question})
         self.again(answer)
 
     def again(self, answer: str) -> None:
-        led: Any = {"structured_outputs": {"choice": [answer]}}
+        led: Any = {"vllm_xargs": {OWN_LINE: answer}}
         said = self.client.chat.completions.create(model=self.model, messages=self.messages, extra_body=led)
         assert said.choices[0].message.content == answer
         self.messages.append({"role": "assistant", "content": answer})
@@ -66,10 +67,12 @@ class Agent:
 
 
 def rows_of(server: RecordingServer, rollout: str, calls: int, **options: Any) -> list[Trajectory]:
-    """Read the rows of a rollout when all of its calls are recorded."""
+    """Read the rows of a rollout when all of its calls are recorded, and check their logprobs."""
     until(lambda: len(server.kept(rollout_id=rollout)) >= calls, f"{calls} calls")
     with open_store(server.store) as store:
-        return [*store.trajectories(rollout, **options)]
+        rows = [*store.trajectories(rollout, **options)]
+    check_logprobs(rows, server.kept(rollout_id=rollout))
+    return rows
 
 
 def shown(row: Trajectory) -> str:
@@ -93,18 +96,6 @@ def turn(role: str, text: str) -> str:
 def answered(text: str) -> str:
     """An answer that is trained: the model ends its turn, and the template breaks the line."""
     return f"<|im_start|>assistant\n[{text}<|im_end|>]"
-
-
-def check_logprobs(rows: Sequence[Trajectory]) -> None:
-    """Check that transformers' model gives the recorded logprobs to trained ids, and that no other id has one."""
-    for row in rows:
-        assert row.logprobs is not None
-        assert row.logprobs_mode == "raw_logprobs"
-        expected = logprobs(row.token_ids)
-        assert sum(row.response_mask) > 0
-        for position, is_trained in enumerate(row.response_mask):
-            recorded = row.logprobs[position]
-            assert recorded == (pytest.approx(expected[position], abs=TOLERANCE) if is_trained else 0.0)
 
 
 def test_the_loop_with_a_tool_has_a_row_for_each_call_since_its_template_moves_the_tools(
@@ -245,4 +236,3 @@ def test_an_unled_conversation_of_ids_is_one_row(server: RecordingServer, rollou
 
     assert row.token_ids.tolist() == context
     assert row.response_mask.tolist() == mask
-    check_logprobs([row])
