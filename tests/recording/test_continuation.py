@@ -35,7 +35,7 @@ BLOCK = 128
 """The number of ids that vLLM's prefix cache keeps together on CPUs."""
 LONG = ("--max-model-len=8192", '--hf-overrides={"max_position_embeddings": 8192}')
 ROUTES = ("--enable-scale-out",)
-ENV = {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}
+ENV = {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1", "AGL_LOGPROBS": "on"}
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string", "enum": ["Paris", "Rome"]}}, "required": ["city"]}
 SAID = (
     r"[a-z ]{0,6}\n{0,2}<tool_call>\n? ?"
@@ -226,9 +226,7 @@ def server(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         *ROUTES,
         *LONG,
     )
-    with nursery.server(
-        folder / "generations.db", *arguments, env={"AGL_CONTINUE": "on", "AGL_LOGPROBS": "on", **ENV}
-    ) as server:
+    with nursery.server(folder / "generations.db", *arguments, env={"AGL_CONTINUE": "on", **ENV}) as server:
         yield server
         assert fetch(server, STATUS_ROUTE)["counters"]["failures"] == {}
 
