@@ -11,6 +11,7 @@ AgentLightningError
     ├── StoreRefused        the store cannot be used as configured; waiting does not help
     ├── InvalidRecord       a record cannot be stored; the others of the same call are
     ├── NotFound            no rollout, attempt or resources of that id
+    ├── RolloutTooLarge     a rollout has more calls or ids than are read at once
     └── RolloutUnderWay     a rollout that has not ended cannot be deleted
 ```
 
@@ -27,6 +28,7 @@ __all__ = [
     "InvalidRecord",
     "LogprobsDiffer",
     "NotFound",
+    "RolloutTooLarge",
     "RolloutUnderWay",
     "StoreError",
     "StoreRefused",
@@ -112,6 +114,10 @@ class InvalidRecord(StoreError):
 
 class NotFound(StoreError):
     """No rollout, attempt or resources of that id."""
+
+
+class RolloutTooLarge(StoreError):
+    """A rollout has more calls or ids than are read at once, for its triplets, trajectories or drift."""
 
 
 class RolloutUnderWay(StoreError):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from agentlightning.generation import Choice, Generation, new_id
 from agentlightning.store import open_store
+from agentlightning.store.calls import MOST_CALLS
 from agentlightning.trajectory import AttemptCalls, Call, merge
 from benchmarks.environments import interleaved
 from benchmarks.machine import BusyMeter
@@ -29,6 +30,9 @@ VOCABULARY = range(100_000)
 ROLLOUTS, QUICK_ROLLOUTS, CALLS_OF_A_ROLLOUT = 10_000, 500, 10
 BATCH = 1_000
 MEGABYTES = 300
+MILLION, QUICK_CALLS = 1_000_000, 120_000
+CALLS_OF_A_LARGE_ROLLOUT = 1_000
+SHORT = 16
 SAMPLING = '{"temperature":0.7,"top_p":0.95}'
 
 COMMAND = """\
@@ -53,6 +57,7 @@ def measure(quick: bool) -> Part:
             reading(folder, rounds),
             growth(rounds),
             *export(folder, QUICK_ROLLOUTS if quick else ROLLOUTS),
+            *many_calls(folder, QUICK_CALLS if quick else MILLION),
         ]
     return Part("Trajectories", "", sections, busy.share_of_others())
 
@@ -168,8 +173,58 @@ def export(folder: Path, rollouts: int) -> list[Section]:
     ]
 
 
-def run_measured(module: str, options: Sequence[object]) -> tuple[float, float]:
-    """Run a command in a process of its own; return the seconds that it took, and the most MB that it had at once."""
+def many_calls(folder: Path, calls: int) -> list[Section]:
+    """Rows of memory and time for attempts and stores of very many calls, each of which is a row."""
+    stores = {
+        f"{MOST_CALLS:,} calls in one attempt, as many as are read": (MOST_CALLS, MOST_CALLS, 0),
+        f"{calls:,} calls in one attempt, refused by a sentence": (calls, calls, 1),
+        f"{calls:,} calls in a store, {CALLS_OF_A_LARGE_ROLLOUT:,} in each attempt": (
+            calls,
+            CALLS_OF_A_LARGE_ROLLOUT,
+            0,
+        ),
+    }
+    memory, time_taken = list[Row](), list[Row]()
+    for number, (label, (count, of_each, status)) in enumerate(stores.items()):
+        say(f"writing {label}")
+        path = folder / f"calls-{number}.db"
+        with open_store(str(path)) as store:
+            for first in range(0, count, BATCH):
+                store.add([short_call(each, each // of_each) for each in range(first, first + BATCH)])
+        say("exporting")
+        chosen = ("--rollout", "rollout-0") if count == of_each else ()
+        options = ("--store", path, "--what", "trajectories", *chosen, "-o", folder / f"calls-{number}.jsonl")
+        seconds, megabytes = run_measured("agentlightning.cli.export", options, status)
+        memory.append(Row(label, Summary.of([megabytes])))
+        time_taken.append(Row(label, Summary.of([seconds])))
+    about = f"Prompts of {SHORT} ids that share nothing, to a file of JSON Lines."
+    return [
+        Section("Memory of very many calls", "MB", about, memory),
+        Section("Time for very many calls", "seconds", about, time_taken),
+    ]
+
+
+def short_call(number: int, rollout: int) -> Generation:
+    return Generation(
+        id=new_id(),
+        request_id=f"chatcmpl-{number}",
+        model="model",
+        rollout_id=f"rollout-{rollout}",
+        attempt_id="attempt",
+        finished_at=number,
+        status="finished",
+        prompt_token_ids=array("i", range(number, number + SHORT)),
+        sampling_params=SAMPLING,
+        choices=[Choice(token_ids=array("i", [number]), logprobs=array("f", [-0.5]), finish_reason="stop")],
+    )
+
+
+def run_measured(module: str, options: Sequence[object], expected: int = 0) -> tuple[float, float]:
+    """Run a command in a process of its own; return the seconds that it took, and the most MB that it had at once.
+
+    Args:
+        expected: its exit status.
+    """
     output = subprocess.run(
         [sys.executable, "-c", COMMAND, module, *map(str, options)],
         stdout=subprocess.PIPE,
@@ -177,5 +232,5 @@ def run_measured(module: str, options: Sequence[object]) -> tuple[float, float]:
         env={name: value for name, value in os.environ.items() if not name.startswith("AGL_")},
     ).stdout
     status, seconds, megabytes = json.loads(output.splitlines()[-1])
-    assert status == 0
+    assert status == expected
     return seconds, megabytes

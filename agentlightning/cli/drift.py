@@ -18,7 +18,7 @@ from agentlightning import settings
 from agentlightning.cli import interruption, no_match
 from agentlightning.cli.arguments import Parser, nanoseconds
 from agentlightning.drift import ABOUT, MEANT, UNFIT, AttemptDrift, Break, Cause, Report, Token
-from agentlightning.errors import NotFound, StoreRefused, StoreUnavailable
+from agentlightning.errors import StoreError
 from agentlightning.store import open_store
 
 DESCRIPTION = """\
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
         # Python flushes stdout when it exits, and would report the same error again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OUTPUT_CLOSED
-    except (NotFound, StoreRefused, StoreUnavailable, OSError) as reason:
+    except (StoreError, OSError) as reason:
         sys.stderr.write(f"{parser.prog}: {reason}\n")
         return 1
     if options.fail_above is not None and report.share_broken > options.fail_above:

@@ -18,7 +18,7 @@ from agentlightning.cli import destinations, formats, interruption, no_match, ou
 from agentlightning.cli.arguments import Parser, nanoseconds
 from agentlightning.cli.formats import MissingPackage
 from agentlightning.cli.output_file import STDOUT, CannotWrite
-from agentlightning.errors import StoreRefused, StoreUnavailable
+from agentlightning.errors import StoreError
 from agentlightning.generation import STATUSES, VIAS
 from agentlightning.store import Filters, Store, open_store
 from agentlightning.trajectory import DRIFTS, MergeOptions, check_options
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str]) -> int:
         # Python flushes stdout when it exits, and would report the same error again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OUTPUT_CLOSED
-    except (CannotWrite, MissingPackage, StoreRefused, StoreUnavailable, OSError) as reason:
+    except (CannotWrite, MissingPackage, StoreError, OSError) as reason:
         sys.stderr.write(f"{parser.prog}: {reason}\n")
         return 1
     sys.stderr.write(f"{parser.prog}: {said}\n")

@@ -10,7 +10,7 @@ from contextlib import suppress
 from sqlalchemy import Connection
 
 from agentlightning.drift import AttemptDrift
-from agentlightning.errors import StoreRefused, StoreUnavailable
+from agentlightning.errors import RolloutTooLarge, StoreRefused, StoreUnavailable
 from agentlightning.server.transactions import Transactions
 from agentlightning.store import drift, drift_index
 from agentlightning.store.drift_index import State
@@ -92,6 +92,8 @@ class DriftIndex:
             attempts = await self._database.run(lambda: [*drift.analyse_all(material)])
         except (StoreUnavailable, StoreRefused):
             raise
+        except RolloutTooLarge as error:
+            logger.warning("its prompts are not compared: %s", error)
         except Exception:
             # One damaged call must not keep all others from being compared.
             logger.exception("the prompts of rollout %r cannot be compared", rollout_id)

@@ -13,9 +13,16 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from agentlightning.errors import InvalidRecord, NotFound, RolloutUnderWay, StoreRefused, StoreUnavailable
+from agentlightning.errors import (
+    InvalidRecord,
+    NotFound,
+    RolloutTooLarge,
+    RolloutUnderWay,
+    StoreRefused,
+    StoreUnavailable,
+)
 from agentlightning.server.transactions import Busy
-from agentlightning.store.wire import ERROR_HEADER, NOT_FOUND
+from agentlightning.store.wire import ERROR_HEADER, NOT_FOUND, TOO_LARGE
 
 __all__ = ["add_handlers", "sentence", "validation_message"]
 
@@ -37,6 +44,7 @@ def add_handlers(app: FastAPI) -> None:
     app.add_exception_handler(ValidationError, _invalid)
     app.add_exception_handler(NotFound, _not_found)
     app.add_exception_handler(RolloutUnderWay, _under_way)
+    app.add_exception_handler(RolloutTooLarge, _too_large)
     app.add_exception_handler(Busy, _busy)
     app.add_exception_handler(StoreUnavailable, _unavailable)
     app.add_exception_handler(StoreRefused, _unavailable)
@@ -86,6 +94,10 @@ async def _not_found(_: Request, error: Any) -> Response:
 
 async def _under_way(_: Request, error: Any) -> Response:
     return sentence(409, str(error))
+
+
+async def _too_large(_: Request, error: Any) -> Response:
+    return sentence(422, str(error), {ERROR_HEADER: TOO_LARGE})
 
 
 async def _busy(request: Request, error: Exception) -> Response:

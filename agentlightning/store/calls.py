@@ -14,14 +14,16 @@ from typing import Any
 
 from sqlalchemy import Column, Connection, bindparam, case, or_, select
 
+from agentlightning.errors import RolloutTooLarge
 from agentlightning.store import tables, texts
-from agentlightning.store.database import in_parts
+from agentlightning.store.database import in_parts, run
 
 __all__ = [
     "Call",
     "Texts",
     "attempts_match",
     "call_keys",
+    "check_size",
     "end_of",
     "group_calls",
     "in_order",
@@ -31,6 +33,9 @@ __all__ = [
 ]
 
 Texts = Mapping[int | None, str | None]
+
+MOST_CALLS, MOST_IDS = 100_000, 1 << 27
+"""Of a rollout, in memory at once: some 3 kB a call, and at most 17 bytes an id, if each call becomes a row."""
 
 _SPANS, _GENERATIONS = tables.spans.c, tables.generations.c
 
@@ -173,6 +178,30 @@ def keys_with_answers(connection: Connection, response_ids: Iterable[str]) -> di
 def _call_of(row: Any) -> Any:
     """Return what identifies a generation's call; a generation without a `call_id` is a call of its own."""
     return row.key if row.call_id is None else row.call_id
+
+
+def check_size(connection: Connection, rollout_id: str, keys: Collection[int]) -> None:
+    """Check that a rollout's calls can be in memory at once, with their ids.
+
+    Args:
+        keys: those of its generations.
+
+    Raises:
+        RolloutTooLarge: they are too many, or their prompts too long.
+    """
+    ids = 0
+    if len(keys) <= MOST_CALLS:
+        for some in in_parts([*keys]):
+            which = f"key IN ({', '.join('?' * len(some))})"
+            query = f"SELECT coalesce(sum(prompt_tokens), 0) FROM generations WHERE {which}"
+            ids += int(run(connection, query, some).scalar_one())
+    if len(keys) > MOST_CALLS or ids > MOST_IDS:
+        of_ids = f", whose prompts have {ids:,} ids" if ids else ""
+        raise RolloutTooLarge(
+            f"the rollout {rollout_id[:100]!r} has {len(keys):,} calls{of_ids}, more than are read at once "
+            f"({MOST_CALLS:,} calls, {MOST_IDS:,} ids)",
+            "read its generations, which come in pages, and give each task a rollout of its own",
+        )
 
 
 def read_generations(connection: Connection, keys: Iterable[int], more: Sequence[Column[Any]]) -> list[Any]:

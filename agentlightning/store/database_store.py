@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from sqlalchemy import Connection
 
 from agentlightning.completeness import Completeness
 from agentlightning.drift import AttemptDrift
-from agentlightning.errors import InvalidRecord, NotFound, StoreRefused, StoreUnavailable
+from agentlightning.errors import InvalidRecord, NotFound, RolloutTooLarge, StoreRefused, StoreUnavailable
 from agentlightning.generation import Generation, Loss, Status
 from agentlightning.rollout_records import (
     Attempt,
@@ -76,6 +77,8 @@ GENERATIONS_AT_ONCE = 64
 SHORTEST_NAP, LONGEST_NAP = 0.02, 0.5
 
 T = TypeVar("T")
+
+logger = logging.getLogger("agentlightning.store")
 
 
 class DatabaseStore(Store):
@@ -296,9 +299,10 @@ class DatabaseStore(Store):
     def triplets(
         self, rollout_id: str | None = None, attempt_id: str | None = None, **filters: Unpack[TripletFilters]
     ) -> Iterator[Triplet]:
-        for each in self._rollouts_of(rollout_id, filters):
-            with self._database.reading() as connection:
-                found = triplet_rows.of_rollout(connection, each, attempt_id, filters)
+        def read(connection: Connection, each: str) -> list[Triplet]:
+            return triplet_rows.of_rollout(connection, each, attempt_id, filters)
+
+        for found in self._of_rollouts(rollout_id, filters, read):
             yield from found
 
     def trajectories(
@@ -310,28 +314,42 @@ class DatabaseStore(Store):
     def _trajectories(
         self, rollout_id: str | None, attempt_id: str | None, options: TrajectoryOptions
     ) -> Iterator[Trajectory]:
-        def read(rollout_id: str) -> list[AttemptCalls]:
-            with self._database.reading() as connection:
-                return trajectory_rows.attempts_of(connection, rollout_id, attempt_id)
+        def read(connection: Connection, each: str) -> list[AttemptCalls]:
+            return trajectory_rows.attempts_of(connection, each, attempt_id)
 
-        for each in self._rollouts_of(rollout_id, options):
-            yield from trajectory_rows.merge_all(read(each), options)[0]
+        for attempts in self._of_rollouts(rollout_id, options, read):
+            yield from trajectory_rows.merge_all(attempts, options)[0]
 
     def drift(
         self, rollout_id: str | None = None, attempt_id: str | None = None, **filters: Unpack[DriftFilters]
     ) -> Iterator[AttemptDrift]:
-        for each in self._rollouts_of(rollout_id, filters):
-            with self._database.reading() as connection:
-                material = drift_rows.read(connection, each, attempt_id)
+        def read(connection: Connection, each: str) -> drift_rows.Material:
+            return drift_rows.read(connection, each, attempt_id)
+
+        for material in self._of_rollouts(rollout_id, filters, read):
             yield from drift_rows.analyse_all(material, filters.get("model"))
 
-    def _rollouts_of(self, rollout_id: str | None, page: RolloutPage) -> list[str]:
+    def _of_rollouts(
+        self, rollout_id: str | None, page: RolloutPage, read: Callable[[Connection, str], T]
+    ) -> Iterator[T]:
+        """Read one rollout, or one after the other. Among several, one that is too large is left out, and logged."""
         if rollout_id is not None:
-            return [rollout_id]
+            with self._database.reading() as connection:
+                found = read(connection, rollout_id)
+            yield found
+            return
         with self._database.reading() as connection:
-            return triplet_rows.rollouts_of(
+            rollout_ids = triplet_rows.rollouts_of(
                 connection, since=page.get("since"), after=page.get("after"), limit=page.get("limit")
             )
+        for each in rollout_ids:
+            try:
+                with self._database.reading() as connection:
+                    found = read(connection, each)
+            except RolloutTooLarge as error:
+                logger.warning("%s", error)
+                continue
+            yield found
 
     def completeness(self, rollout_id: str, attempt_id: str | None = None) -> Completeness:
         return self._read(lambda connection: completeness_rows.of_rollout(connection, rollout_id, attempt_id))

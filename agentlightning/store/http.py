@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -58,6 +59,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["HttpStore"]
+
+logger = logging.getLogger("agentlightning.store")
 
 Row = TypeVar("Row", AttemptDrift, Trajectory, Triplet)
 
@@ -373,8 +376,12 @@ class HttpStore(Store):
                 # A text that is no id to the queue is the id of none of its rollouts.
                 return
             for line in lines:
+                fields = self._read(line, dict[str, Any])
+                if fields.keys() == {"detail"}:
+                    logger.warning("%s", fields["detail"])
+                    continue
                 try:
-                    found = row_from(self._read(line, dict[str, Any]))
+                    found = row_from(fields)
                 except (KeyError, TypeError, ValueError) as error:
                     raise self._http.strange() from error
                 yield found

@@ -19,8 +19,15 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError, LocationValueError, ProtocolError, SSLError
 
 from agentlightning import settings
-from agentlightning.errors import InvalidRecord, NotFound, RolloutUnderWay, StoreRefused, StoreUnavailable
-from agentlightning.store.wire import ERROR_HEADER, MEDIA_TYPE, NOT_FOUND
+from agentlightning.errors import (
+    InvalidRecord,
+    NotFound,
+    RolloutTooLarge,
+    RolloutUnderWay,
+    StoreRefused,
+    StoreUnavailable,
+)
+from agentlightning.store.wire import ERROR_HEADER, MEDIA_TYPE, NOT_FOUND, TOO_LARGE
 
 __all__ = ["HttpClient", "StrangeAnswer", "TooLarge", "UnknownMediaType"]
 
@@ -152,7 +159,7 @@ class HttpClient:
 
         Raises:
             StoreUnavailable: there is no answer, or it is an error that may pass.
-            StoreRefused, InvalidRecord, NotFound, RolloutUnderWay: the answer is an error.
+            StoreRefused, InvalidRecord, NotFound, RolloutTooLarge, RolloutUnderWay: the answer is an error.
         """
         accept = f"{MEDIA_TYPE}, application/json"
         with self._answer(method, route, query, body, accept, kind, repeatable or method != "POST") as response:
@@ -239,6 +246,8 @@ class HttpClient:
                 said if is_ours else f"a proxy before {self.shown} does not accept such a large body: {said}"
             )
         # Any other error of a proxy says nothing about the body, and may be gone in a minute.
+        if status == 422 and response.headers.get(ERROR_HEADER) == TOO_LARGE:
+            return RolloutTooLarge(said)
         if status in (400, 422) and is_ours:
             return InvalidRecord(said)
         if status == 404 and response.headers.get(ERROR_HEADER) == NOT_FOUND:

@@ -340,7 +340,7 @@ class Store(AbstractContextManager["Store"], ABC):
             >>> with open_store("run.db") as store:
             ...     *_, done = store.prune(older_than=7 * 86_400, dry_run=True)
             ...     done.selected
-            1
+            0
         """
 
     # Attempts.
@@ -530,13 +530,15 @@ class Store(AbstractContextManager["Store"], ABC):
         """Iterate over the triplets of a rollout, of one of its attempts, or of all rollouts.
 
         Rollouts follow one another in the order in which the first call of each arrived. Each is read as it is when it
-        is reached.
+        is reached. One of them that has too many calls or ids to be in memory at once is left out, with a warning in
+        the log.
 
         Args:
             attempt_id: `latest` for the latest.
 
         Raises:
             NotFound: there is no call of the rollout `after`.
+            RolloutTooLarge: the one rollout has more calls or ids than may be in memory at once.
         """
 
     @abstractmethod
@@ -554,6 +556,7 @@ class Store(AbstractContextManager["Store"], ABC):
         Raises:
             ValueError: an option has a value that makes no sense.
             NotFound: there is no call of the rollout `after`.
+            RolloutTooLarge: the one rollout has more calls or ids than may be in memory at once.
         """
 
     @abstractmethod

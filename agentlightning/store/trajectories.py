@@ -15,7 +15,7 @@ from sqlalchemy import Connection
 from agentlightning.generation import STATUSES
 from agentlightning.store import completeness, prompts, rollouts, rows, tables, texts
 from agentlightning.store.interface import TrajectoryOptions
-from agentlightning.store.triplets import CALLER, PROMPT, RolloutCalls, caller_of, calls_of, choices_of
+from agentlightning.store.triplets import CALLER, RolloutCalls, caller_of, calls_of, choices_of
 from agentlightning.trajectory import AttemptCalls, Call, LeftOut, Merged, MergeOptions, Trajectory, merge
 
 __all__ = ["attempts_of", "merge_all"]
@@ -33,12 +33,15 @@ def attempts_of(connection: Connection, rollout_id: str, attempt_id: str | None 
 
     Args:
         attempt_id: `latest` for the latest; None for all.
+
+    Raises:
+        RolloutTooLarge: it has more calls or ids than may be in memory at once.
     """
     if attempt_id == "latest" and (attempt_id := rollouts.attempt_id_of(connection, rollout_id, attempt_id)) is None:
         return []
-    columns = (*PROMPT, *CALLER, _GENERATIONS.logprobs_mode_key, _GENERATIONS.sampling_params_key)
+    columns = (*CALLER, _GENERATIONS.logprobs_mode_key, _GENERATIONS.sampling_params_key)
     # Calls of other attempts say whether those that name none belong to this one, so all are read.
-    found = calls_of(connection, rollout_id, None, columns)
+    found = calls_of(connection, rollout_id, None, columns, with_ids=True)
     named = {call.attempt_id for call in found.calls if call.attempt_id}
     only = named.pop() if len(named) == 1 else None
     attempts: defaultdict[str | None, list[Any]] = defaultdict(list)

@@ -23,6 +23,7 @@ from agentlightning.store.calls import (
     Call,
     Texts,
     call_keys,
+    check_size,
     group_calls,
     in_order,
     keys_with_answers,
@@ -153,23 +154,33 @@ def of_rollout(
     """
     if attempt_id == "latest" and (attempt_id := rollouts.attempt_id_of(connection, rollout_id, attempt_id)) is None:
         return []
-    return _triplets(
-        connection, rollout_id, calls_of(connection, rollout_id, attempt_id, (*PROMPT, *CALLER)), filters or {}
-    )
+    found = calls_of(connection, rollout_id, attempt_id, CALLER, with_ids=True)
+    return _triplets(connection, rollout_id, found, filters or {})
 
 
 def calls_of(
-    connection: Connection, rollout_id: str, attempt_id: str | None, more: Sequence[Column[Any]]
+    connection: Connection,
+    rollout_id: str,
+    attempt_id: str | None,
+    more: Sequence[Column[Any]],
+    *,
+    with_ids: bool = False,
 ) -> RolloutCalls:
     """Find the calls of a rollout by the rules of `of_rollout`.
 
     Args:
         attempt_id: None for all attempts.
         more: columns of generations to read besides those that the rules need.
+        with_ids: read the columns of prompts, too.
+
+    Raises:
+        RolloutTooLarge: `with_ids`, and it has more calls or ids than may be in memory at once.
     """
     spans = spans_of(connection, rollout_id, attempt_id)
     keys, shared = call_keys(connection, rollout_id, attempt_id, spans)
-    generations = read_generations(connection, keys, more)
+    if with_ids:
+        check_size(connection, rollout_id, keys)
+    generations = read_generations(connection, keys, (*PROMPT, *more) if with_ids else more)
     named = [column.name for column in (_GENERATIONS.model_key, _GENERATIONS.attempt_key, *more)]
     text_keys = [name for name in named if name.endswith("_key")]
     known = texts.texts_of(connection, {getattr(row, name) for row in generations for name in text_keys})

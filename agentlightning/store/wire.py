@@ -41,6 +41,7 @@ __all__ = [
     "IN_BLOCKS",
     "MEDIA_TYPE",
     "NOT_FOUND",
+    "TOO_LARGE",
     "VERSIONS",
     "Envelope",
     "Refusal",
@@ -63,6 +64,8 @@ ERROR_HEADER = "X-AGL-Error"
 """A header of every error of `agl store`: any FastAPI application on the way answers `{"detail": "..."}`, too."""
 NOT_FOUND = "not-found"
 """Its value where a rollout or another record is not found, rather than a route."""
+TOO_LARGE = "too-large"
+"""Its value where a rollout is too large to be read at once."""
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ import pytest
 
 from agentlightning.cli import export, formats
 from agentlightning.generation import Choice, Generation, RoutedExperts
-from agentlightning.store import open_store
+from agentlightning.store import calls, open_store
 from tests.common.generations import START, generation
 from tools.peer import environment
 
@@ -293,3 +293,15 @@ def test_an_unknown_object_store_is_refused_with_a_sentence(
     assert exported(store, "-o", url) == 1
 
     assert f"agl export: {url} cannot be written" in capsys.readouterr().err
+
+
+def test_a_rollout_that_is_too_large_is_named_and_the_others_are_written(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(calls, "MOST_CALLS", 1)
+
+    assert exported(store, "--rollout", "r0", "-o", tmp_path / "one.jsonl") == 1
+    assert "agl export: the rollout 'r0' has 2 calls, more than are read at once" in capsys.readouterr().err
+    assert not (tmp_path / "one.jsonl").exists()
+    assert exported(store, "-o", tmp_path / "rows.jsonl") == 0
+    assert len(lines(tmp_path / "rows.jsonl")) == 1

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from agentlightning.errors import NotFound
+from agentlightning.errors import NotFound, RolloutTooLarge
 from agentlightning.generation import Choice, Generation, RoutedExperts
 from agentlightning.rollout_records import Span
 from agentlightning.sender import LostCalls, Progress, Sender
-from agentlightning.store import Store
+from agentlightning.store import Store, calls
+from agentlightning.store.calls import MOST_IDS
 from agentlightning.trajectory import Trajectory, group_of
 from tests.common.generations import START, generation
 from tests.store.conftest import EVERY_KIND, new_store_of
@@ -327,6 +328,37 @@ def test_a_reward_for_an_attempt_that_was_neither_created_nor_recorded_is_not_fo
     for rollout_id, attempt_id in (("r", "b"), ("s", "latest"), (created.rollout_id, "a")):
         with pytest.raises(NotFound):
             store.add_reward(rollout_id, attempt_id, 1.0)
+
+
+@pytest.mark.tier("test")
+def test_a_rollout_that_is_too_large_is_refused_by_a_sentence_and_others_are_read(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids = 1 << 22
+    count = MOST_IDS // ids + 1
+    long = array("i", bytes(4 * ids))
+    for number in range(count):
+        # Stored once: all of them share its blocks.
+        store.add([call(number, [], [1], prompt_token_ids=long)])
+    store.add([call(count, [1, 2], [3], rollout_id="other")])
+
+    for read in (store.trajectories, store.triplets, store.drift):
+        reason = f"'r' has {count} calls, whose prompts have {count * ids:,} ids, more than are read at once"
+        with pytest.raises(RolloutTooLarge, match=reason):
+            list(read("r"))
+        with caplog.at_level(logging.WARNING):
+            assert {each.rollout_id for each in read()} == {"other"}
+        assert "the rollout 'r' has" in caplog.text
+        caplog.clear()
+
+
+@pytest.mark.parametrize("new_store", EVERY_KIND[:2], indirect=True)
+def test_a_rollout_of_too_many_calls_is_refused_by_a_sentence(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "MOST_CALLS", 1)
+    store.add(LINE)
+
+    with pytest.raises(RolloutTooLarge, match="the rollout 'r' has 2 calls, more than are read at once"):
+        list(store.trajectories("r"))
 
 
 def test_rows_are_json(store: Store) -> None:

@@ -10,6 +10,8 @@ from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 
+from agentlightning.errors import RolloutTooLarge
+from agentlightning.server.answers import encode
 from agentlightning.server.limits import NUMBER_LIMIT
 from agentlightning.server.schemas import Id, Nanoseconds
 from agentlightning.server.transactions import Transactions
@@ -49,29 +51,33 @@ async def lines_of_rollouts(
     """Answer with the lines of rollouts; those of one rollout are in memory at once.
 
     A page that is not the last one has the header `x-agl-next`: the id of its last rollout, percent-encoded. It is a
-    cursor: `after` it, the next page begins.
+    cursor: `after` it, the next page begins. Among several rollouts, one that is too large has a line with `detail`.
 
     Args:
         lines: reads the lines of a rollout.
 
     Raises:
         NotFound: there is no call of the rollout `after`.
+        RolloutTooLarge: the one rollout that is wanted has more calls or ids than are read at once.
     """
     headers: dict[str, str] = {}
-    rollout_ids = [] if wanted.rollout_id is None else [wanted.rollout_id]
-    if wanted.rollout_id is None:
-        limit = wanted.limit
-        rollout_ids = await database.read(
-            lambda connection: triplets.rollouts_of(
-                connection, since=wanted.since, after=wanted.after, limit=None if limit is None else limit + 1
-            )
+    if wanted.rollout_id is not None:
+        return Response(await lines(wanted.rollout_id), media_type=JSON_LINES)
+    limit = wanted.limit
+    rollout_ids = await database.read(
+        lambda connection: triplets.rollouts_of(
+            connection, since=wanted.since, after=wanted.after, limit=None if limit is None else limit + 1
         )
-        if limit is not None and len(rollout_ids) > limit:
-            del rollout_ids[limit:]
-            headers[NEXT] = quote(rollout_ids[-1], safe="", errors="replace")
+    )
+    if limit is not None and len(rollout_ids) > limit:
+        del rollout_ids[limit:]
+        headers[NEXT] = quote(rollout_ids[-1], safe="", errors="replace")
 
     async def parts() -> AsyncIterator[bytes]:
         for each in rollout_ids:
-            yield await lines(each)
+            try:
+                yield await lines(each)
+            except RolloutTooLarge as error:
+                yield encode({"detail": str(error)}) + b"\n"
 
     return StreamingResponse(parts(), media_type=JSON_LINES, headers=headers)
