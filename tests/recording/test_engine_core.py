@@ -217,14 +217,22 @@ def test_a_frontend_on_another_machine_is_recorded_by_one_side(
     headless = ("--config", str(config), "--data-parallel-start-rank=1")
     engine = RecordingServer(tmp_path / "engine.db", *elsewhere, *headless)
     engine._is_up = lambda engine: True
-    with side_by_side(server, engine), Load(server, rollout, endless()) as load:
-        until(lambda: len(load.answered) >= 100, "answers")
-        if instrumented:
-            answered = {str(stream.response_id) for stream in load.answered}
-            until(lambda: answered <= {str(each.response_id) for each in server.kept()}, "all of them")
-        else:
-            until(lambda: len(engine.kept()) > 10, "some of them")
-        by_engine = engine.kept()
-        answered = {str(stream.response_id) for stream in load.streams}
-        assert bool(by_engine) == (RECORDS in engine.log) == (not instrumented)
-        assert all(str(each.response_id) in answered for each in by_engine if each.status == "finished")
+    with side_by_side(server, engine):
+        with Load(server, rollout, endless()) as load:
+            until(lambda: len(load.answered) >= 100, "answers")
+            if instrumented:
+                answered = {str(stream.response_id) for stream in load.answered}
+                until(lambda: answered <= {str(each.response_id) for each in server.kept()}, "all of them")
+            else:
+                until(lambda: len(engine.kept()) > 10, "some of them")
+            by_engine = engine.kept()
+            answered = {str(stream.response_id) for stream in load.streams}
+            assert bool(by_engine) == (RECORDS in engine.log) == (not instrumented)
+            assert all(str(each.response_id) in answered for each in by_engine if each.status == "finished")
+        if not instrumented:
+            with Load(server, rollout, endless(900), by_request_id=True) as load:
+                until(lambda: len(load.begun) == 16, "answers that have begun")
+                engine.process.send_signal(signal.SIGTERM)
+                engine.process.wait(60)
+            kept = checked(engine.kept(rollout_id=rollout), load.streams)
+            assert {each.status for each in kept.values()} == {"aborted"}

@@ -7,6 +7,7 @@ import contextlib
 import gc
 import json
 import os
+import signal
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,7 +33,7 @@ from agentlightning.instrumentation.vllm.capture.session import session
 from agentlightning.instrumentation.vllm.endpoints import responses
 from agentlightning.instrumentation.vllm.endpoints.answer import ALL_IDS, NO_IDS, id_fields
 from agentlightning.patching import PatchSet
-from agentlightning.recorder import Counters
+from agentlightning.recorder import Counters, Recorder
 from tests.common.engine import Engine, kept
 
 pytestmark = pytest.mark.forked
@@ -159,6 +160,29 @@ def test_an_engine_core_records_neither_ends_of_input_nor_refusals(path: Path, m
 
     add(scheduler, Request("another", [1, 2], SamplingParams(), None))
     assert [*engine_core._unmarked[scheduler]._tracked] == ["another"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_engine_core_that_is_ended_twice_writes_what_was_unfinished(
+    path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    monkeypatch.setenv("AGL_STORE", str(path))
+    add, scheduler = engine_core.wrap_add_request(Scheduler.add_request), Scheduler()
+    add(scheduler, Request("one", [1, 2], SamplingParams(), None))
+    close = Recorder.close
+
+    def close_while_ended_again(recorder: Recorder) -> None:
+        os.kill(os.getpid(), number)
+        close(recorder)
+
+    signal.signal(number, signal.SIG_DFL)
+    with monkeypatch.context() as during:
+        during.setattr(Recorder, "close", close_while_ended_again)
+        engine_core.wrap_end("abort")(lambda core: None)(None)
+
+    assert signal.getsignal(number) is signal.SIG_DFL
+    [generation] = kept(path)
+    assert (generation.status, ends(generation)) == ("aborted", [(0, [], "abort")])
 
 
 def test_a_pooling_request_leaves_nothing(engine: Engine, path: Path) -> None:

@@ -7,7 +7,10 @@ each step, and `finish_requests` for those that end early.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import copy
 from types import ModuleType
 from typing import Any
@@ -140,7 +143,26 @@ def _end_all(finish_reason: str) -> None:
         for unmarked in list(_unmarked.values()):
             unmarked.end_all(finish_reason)
         # Here and not at interpreter exit: the process that started this one waits only so long for it.
-        session.recorder.close()
+        with _signals_ignored():
+            session.recorder.close()
+
+
+@contextmanager
+def _signals_ignored() -> Iterator[None]:
+    """Ignore SIGINT and SIGTERM in the block: vLLM has reset their handlers, so a second one would kill the process.
+
+    A signal to the whole process group is followed by one of the manager of engine cores.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            # None: not set by Python.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def wrap_init(init: Callable[..., Any]) -> Callable[..., Any]:
