@@ -60,6 +60,8 @@ class ChosenTokensWorker:
 
     def shutdown(self) -> None: ...
 
+    def get_kv_connector_handshake_metadata(self) -> None: ...
+
     def get_supported_tasks(self) -> tuple[str, ...]:
         return ("generate",)
 
