@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from agentlightning import instrumentation
+from agentlightning.instrumentation.vllm._releases import NEWEST_KNOWN
 from tests.common.environments import CHECKOUT
 from tests.common.made_up_vllm import made_up_vllm
 from tools.sources import Source
@@ -205,7 +206,7 @@ def test_a_release_before_what_is_patched_is_not_to_have_it(known: Path, tmp_pat
     checked = check(wheel_of(tmp_path, "0.18.0", edits, moved), known, "--json")
 
     assert checked.left_off == {
-        "chat batch": ["came with 0.19.0"],
+        "chat batch": ["came with vLLM 0.19.0"],
         "generate": ["GenerateRequest has no field return_token_ids, which came with vLLM 0.30.0"],
     }
     assert checked.status == 0
@@ -285,3 +286,11 @@ def test_functions_of_the_stubs_take_what_the_source_says(tmp_path: Path) -> Non
     assert isinstance(inspect.getattr_static(module.C, "f"), staticmethod)
     assert str(inspect.signature(module.h)) == "(x)"
     assert str(inspect.signature(module.i)) == "()"
+
+
+def test_the_documented_table_has_the_patch_sets_of_today() -> None:
+    page = (CHECKOUT / "docs" / "releases.md").read_text()
+
+    assert f"\n| {NEWEST_KNOWN} | {len(PATCH_SETS)} of {len(PATCH_SETS)} | - | - |" in page, (
+        "write it again: python -m tools.check_release --all"
+    )

@@ -66,7 +66,7 @@ def _check(patch_set: PatchSet, source: Source, version: str) -> Outcome:
     home = next((module for module in patch_set.modules if module in source), None)
     if home is None:
         if patch_set.since and _releases.is_before(version, patch_set.since):
-            return Outcome(patch_set.name, NOT_FOR_THIS_RELEASE, None, (f"came with {patch_set.since}",))
+            return Outcome(patch_set.name, NOT_FOR_THIS_RELEASE, None, (f"came with vLLM {patch_set.since}",))
         details = [f"no module {' or '.join(patch_set.modules)}"]
     else:
         details = []
