@@ -271,7 +271,7 @@ class PostgresqlDatabase(Database):
                 return
             if version == 0:
                 connection.exec_driver_sql(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}")
-                tables.metadata.create_all(connection, checkfirst=False)
+                tables.create(connection)
                 connection.exec_driver_sql("CREATE TABLE version (version integer NOT NULL)")
                 connection.exec_driver_sql("INSERT INTO version VALUES (%s)", (VERSION,))
                 return

@@ -260,7 +260,7 @@ class SqliteDatabase(Database):
             # Read again: another process may have got here first.
             version = self._version(connection)
             if version == 0:
-                tables.metadata.create_all(connection, checkfirst=False)
+                tables.create(connection)
                 connection.exec_driver_sql(f"PRAGMA application_id = {APPLICATION_ID}")
             else:
                 for statement in (statement for older in range(version, VERSION) for statement in MIGRATIONS[older]):

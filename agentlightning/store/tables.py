@@ -17,6 +17,8 @@ from sqlalchemy import (
     Boolean,
     Column,
     ColumnElement,
+    Connection,
+    Dialect,
     Double,
     Index,
     Integer,
@@ -27,6 +29,7 @@ from sqlalchemy import (
     Text,
     func,
 )
+from sqlalchemy.schema import CreateIndex, CreateTable
 
 __all__ = [
     "ATTEMPT_OF_SPAN",
@@ -35,6 +38,7 @@ __all__ = [
     "blocks",
     "breaks",
     "choices",
+    "create",
     "drift_totals",
     "drifts",
     "generations",
@@ -452,3 +456,21 @@ CLEAR_STALE_END_TIMES = (
     "UPDATE attempts SET end_time = NULL WHERE status IN ('preparing', 'running')",
 )
 """Migration: version 1 left the former end time on a rollout or attempt that ran again."""
+
+_creation: dict[str, list[str]] = {}
+"""The statements of `create`, by the name of a dialect: to write them takes longer than to execute them."""
+
+
+def create(connection: Connection) -> None:
+    """Create all tables and their indexes in an empty database."""
+    dialect = connection.dialect
+    if dialect.name not in _creation:
+        _creation[dialect.name] = _statements_to_create(dialect)
+    for statement in _creation[dialect.name]:
+        connection.exec_driver_sql(statement)
+
+
+def _statements_to_create(dialect: Dialect) -> list[str]:
+    indexes = sorted((index for table in metadata.sorted_tables for index in table.indexes), key=lambda each: each.name)
+    elements = (*map(CreateTable, metadata.sorted_tables), *map(CreateIndex, indexes))
+    return [str(element.compile(dialect=dialect)) for element in elements]
