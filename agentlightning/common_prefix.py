@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, AnyStr
+from typing import TYPE_CHECKING, AnyStr, cast
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["ID_BYTES", "common_ids", "common_length"]
 
@@ -14,7 +16,7 @@ FIRST_STEP = 1 << 12
 
 def common_length(one: AnyStr, other: AnyStr, low: int = 0) -> int:
     """Count the characters or bytes with which two sequences begin alike, of which `low` are known to be equal."""
-    has: Callable[[Any, int], bool] = one.startswith
+    has = cast("Callable[[AnyStr, int], bool]", one.startswith)
     high = min(len(one), len(other))
     low = min(low, high)
     # All first: most sequences continue the other one.
