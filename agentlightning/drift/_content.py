@@ -110,11 +110,12 @@ def _calls(part: str) -> list[_Part] | None:
     except (ValueError, RecursionError):
         return None
     found: list[_Part] = []
-    for each in value if isinstance(value, list) else [value]:
-        if not isinstance(each, dict):
+    parsed: list[Any] = value if isinstance(value, list) else [value]
+    for each in parsed:
+        if (written := _object(each)) is None:
             return [("", _canonical(value))]
-        inner: Any = each.get("function")
-        call: dict[str, Any] = inner if isinstance(inner, dict) else each
+        inner = _object(written.get("function"))
+        call = written if inner is None else inner
         name, arguments = call.get("name"), call.get("arguments", call.get("parameters"))
         if isinstance(name, str) and arguments is not None:
             found.append((name, _canonical(_parsed(arguments))))
@@ -188,10 +189,14 @@ def defines_tools(turn: str) -> bool:
 
 
 def _is_tool(value: Any) -> bool:
-    if not isinstance(value, dict):
-        return False
-    inner = value.get("function", value)
-    return isinstance(inner, dict) and "name" in inner and ("parameters" in inner or "input_schema" in inner)
+    outer = _object(value)
+    inner = None if outer is None else _object(outer.get("function", outer))
+    return inner is not None and "name" in inner and ("parameters" in inner or "input_schema" in inner)
+
+
+def _object(value: Any) -> dict[str, Any] | None:
+    """Return a JSON object; None for any other value."""
+    return value if isinstance(value, dict) else None
 
 
 def similarity_of(one: str, other: str) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from threading import Event, Lock, local
 
@@ -54,7 +54,7 @@ class Connection:
         self._registration_failures = 0
 
     @contextmanager
-    def opened(self) -> Iterator[Store]:
+    def opened(self) -> Generator[Store, None, None]:
         """Yield the store, which no fork closes meanwhile.
 
         Raises:

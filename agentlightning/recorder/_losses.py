@@ -93,5 +93,11 @@ class Losses:
 
 
 def _loss(count: int, reason: str, first_at: int, last_at: int) -> Loss:
-    where = {"host": os.uname().nodename, "pid": os.getpid()}
-    return Loss(count=count, reason=reason, first_at=first_at, last_at=last_at, **where)
+    return Loss(
+        count=count,
+        reason=reason,
+        first_at=first_at,
+        last_at=last_at,
+        host=os.uname().nodename,
+        pid=os.getpid(),
+    )

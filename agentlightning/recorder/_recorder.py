@@ -291,7 +291,7 @@ class Recorder:
             self._queue.put(_Mark(at, [UnfinishedCalls(*whose, count) for whose, count in counts.items()]))
 
     def _build(self, items: Iterable[_Queued]) -> list[Generation]:
-        generations = []
+        generations = list[Generation]()
         for build, _, whose in items:
             try:
                 generations.append(build())
