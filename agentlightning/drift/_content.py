@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 from agentlightning.common_prefix import common_length
 
@@ -110,8 +110,7 @@ def _calls(part: str) -> list[_Part] | None:
     except (ValueError, RecursionError):
         return None
     found: list[_Part] = []
-    parsed: list[Any] = value if isinstance(value, list) else [value]
-    for each in parsed:
+    for each in cast("list[Any]", value) if isinstance(value, list) else [value]:
         if (written := _object(each)) is None:
             return [("", _canonical(value))]
         inner = _object(written.get("function"))
@@ -196,7 +195,7 @@ def _is_tool(value: Any) -> bool:
 
 def _object(value: Any) -> dict[str, Any] | None:
     """Return a JSON object; None for any other value."""
-    return value if isinstance(value, dict) else None
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else None
 
 
 def similarity_of(one: str, other: str) -> float:
