@@ -17,6 +17,17 @@ from agentlightning.recorder._counters import (
     Counters,
     Whose,
 )
-from agentlightning.recorder._recorder import Recorder
+from agentlightning.recorder._recorder import BATCH_GENERATIONS, Recorder
 
-__all__ = ["LOST", "NOT_BUILT", "QUEUE_FULL", "REFUSED", "STOPPED", "WRITE_SECONDS", "Counters", "Recorder", "Whose"]
+__all__ = [
+    "BATCH_GENERATIONS",
+    "LOST",
+    "NOT_BUILT",
+    "QUEUE_FULL",
+    "REFUSED",
+    "STOPPED",
+    "WRITE_SECONDS",
+    "Counters",
+    "Recorder",
+    "Whose",
+]

@@ -24,7 +24,7 @@ from agentlightning.recorder._losses import Losses
 from agentlightning.recorder._trouble import TroubleLog, logger
 from agentlightning.sender import Progress, Sender, StoreTime, UnfinishedCalls
 
-__all__ = ["Recorder"]
+__all__ = ["BATCH_GENERATIONS", "Recorder"]
 
 ENDED = "the process ended before they were written"
 # How long the thread waits for more after the first generation: a transaction costs as much as writing many of them,
