@@ -74,7 +74,7 @@ def by_loop(rows: Sequence[Trajectory]) -> dict[str, torch.Tensor]:
         ids = torch.tensor(row.token_ids.tolist())
         logprobs = [] if row.logprobs is None else row.logprobs[start:].tolist()
         rewards = torch.zeros(length - start)
-        rewards[-1] = row.reward
+        rewards[-1] = row.reward or 0.0
         attended = pad(torch.ones_like(ids), around)
         found["input_ids"].append(pad(ids, around, value=PAD))
         found["attention_mask"].append(attended)

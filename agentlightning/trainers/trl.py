@@ -238,8 +238,8 @@ def _warn_of_sampling(rows: Iterable[Trajectory], temperature: float) -> None:
                     f"{name} {value}" for name, value in answer.sampling.items() if SAMPLING[name] != value
                 )
                 logger.warning(
-                    "%s was sampled with %s and has %s; TRL computes at temperature %g, so importance sampling is "
-                    "biased. Sample at the trainer's temperature, and start vLLM with --generation-config vllm "
+                    "Importance sampling is biased: %s was sampled with %s and has %s, but TRL computes at temperature "
+                    "%g. Sample at the trainer's temperature, and start vLLM with --generation-config vllm "
                     "--logprobs-mode processed_logprobs.",
                     name_of(row),
                     asked or "vLLM's defaults",

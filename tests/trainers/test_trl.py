@@ -288,7 +288,7 @@ def test_logprobs_that_importance_sampling_cannot_use_are_named(
     if says is None:
         assert "was sampled with" not in caplog.text
     else:
-        assert f"was sampled with {says}; TRL computes at temperature 1," in caplog.text
+        assert f"was sampled with {says}, but TRL computes at temperature 1." in caplog.text
         assert "start vLLM with --generation-config vllm --logprobs-mode processed_logprobs." in caplog.text
 
 

@@ -70,11 +70,16 @@ def train(trainer: Any, from_checkpoint: bool = False) -> list[int]:
     return synced
 
 
+def step_of(rollout: agl.Rollout) -> int:
+    assert rollout.metadata is not None
+    return rollout.metadata["step"]
+
+
 def check_crash(folder: str, store: agl.Store) -> None:
     """Fail unless a training that ended in its fourth step goes on from its second with new rollouts."""
 
     def crash(rollout: agl.Rollout) -> None:
-        if rollout.metadata["step"] == 3:
+        if step_of(rollout) == 3:
             raise SystemExit("a crash")
         act(rollout)
 
@@ -86,7 +91,7 @@ def check_crash(folder: str, store: agl.Store) -> None:
     assert train(trainer, from_checkpoint=True) == [2, 3, 4, 5]
     assert trainer.state.global_step == STEPS
     new = [each for each in store.query_rollouts() if each.rollout_id not in before]
-    assert Counter(each.metadata["step"] for each in new) == dict.fromkeys((2, 3, 4, 5), ROLLOUTS)
+    assert Counter(map(step_of, new)) == dict.fromkeys((2, 3, 4, 5), ROLLOUTS)
 
 
 def main() -> None:
