@@ -289,7 +289,7 @@ class Call:
 
     @property
     def length(self) -> int:
-        """How many ids prompt and answer have."""
+        """The number of ids that prompt and answer have."""
         return sum(map(len, self._parts()))
 
     def token_ids(self) -> list[int]:

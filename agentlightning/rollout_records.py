@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
     from agentlightning.generation import Generation
     from agentlightning.store import Store
-    from agentlightning.store.interface import TrajectoryOptions, TripletFilters
+    from agentlightning.store.filters import (
+        TrajectoryOptions,
+        TripletFilters,
+    )
     from agentlightning.trajectory import Trajectory
     from agentlightning.triplet import Triplet
 

@@ -417,8 +417,8 @@ def test_what_stands_in_a_prompt_is_shown_as_a_diff_for_each_cause(
 
 @given(st.data())
 def test_a_prompt_differs_from_the_templates_own_in_the_models_answers_alone(data: st.DataObject) -> None:
-    """Whatever is asked, answered and called: each difference is all of what the model wrote, where the template has
-    the answer."""
+    """Property: whatever is asked, answered and called, each difference is all of what the model wrote, in the place
+    where the template has the answer."""
     template = TEMPLATES[data.draw(st.sampled_from(sorted(TEMPLATES)))]
     served = Served(template)
     messages: list[Any] = data.draw(

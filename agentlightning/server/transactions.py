@@ -18,7 +18,7 @@ from agentlightning.errors import StoreRefused, StoreUnavailable
 from agentlightning.rollout_records import Pruned
 from agentlightning.store import deletion, lifecycle, pruning
 from agentlightning.store.database import Conflict, Database, savepoint
-from agentlightning.store.interface import PruneFilters
+from agentlightning.store.filters import PruneFilters
 
 __all__ = ["Busy", "Transactions"]
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from agentlightning import settings
 from agentlightning.errors import StoreRefused
-from agentlightning.store.interface import Filters, Store
+from agentlightning.store.filters import Filters
+from agentlightning.store.interface import Store
 
 if TYPE_CHECKING:
     from agentlightning.store.database import Database

@@ -35,7 +35,7 @@ __all__ = [
 Texts = Mapping[int | None, str | None]
 
 MOST_CALLS, MOST_IDS = 100_000, 1 << 27
-"""Of a rollout, in memory at once: some 3 kB a call, and at most 17 bytes an id, if each call becomes a row."""
+"""The most of a rollout in memory at once: some 3 kB a call, and at most 17 bytes an id, if each call becomes a row."""
 
 _SPANS, _GENERATIONS = tables.spans.c, tables.generations.c
 

@@ -50,7 +50,7 @@ from agentlightning.store import resources as resource_rows
 from agentlightning.store import trajectories as trajectory_rows
 from agentlightning.store import triplets as triplet_rows
 from agentlightning.store.database import Database
-from agentlightning.store.interface import (
+from agentlightning.store.filters import (
     AttemptChanges,
     DriftFilters,
     Filters,
@@ -59,10 +59,10 @@ from agentlightning.store.interface import (
     RolloutChanges,
     RolloutPage,
     SpanFilters,
-    Store,
     TrajectoryOptions,
     TripletFilters,
 )
+from agentlightning.store.interface import Store
 from agentlightning.store.pages import Listing
 from agentlightning.store.rows import storable
 from agentlightning.trajectory import AttemptCalls, Trajectory, check_options

@@ -37,8 +37,7 @@ from agentlightning.sender import Progress, Sender
 from agentlightning.store import wire
 from agentlightning.store.chains import Recent
 from agentlightning.store.documents import to_json
-from agentlightning.store.http_client import HttpClient, StrangeAnswer, TooLarge, UnknownMediaType
-from agentlightning.store.interface import (
+from agentlightning.store.filters import (
     AttemptChanges,
     DriftFilters,
     Filters,
@@ -46,10 +45,11 @@ from agentlightning.store.interface import (
     PruneFilters,
     RolloutChanges,
     SpanFilters,
-    Store,
     TrajectoryOptions,
     TripletFilters,
 )
+from agentlightning.store.http_client import HttpClient, StrangeAnswer, TooLarge, UnknownMediaType
+from agentlightning.store.interface import Store
 from agentlightning.store.rows import uuid_bytes
 from agentlightning.store.wire import Refusal
 from agentlightning.trajectory import Trajectory, check_options

@@ -10,7 +10,7 @@ from itertools import chain
 from agentlightning.rollout_records import Pruned
 from agentlightning.store import deletion
 from agentlightning.store.database import Database
-from agentlightning.store.interface import PruneFilters
+from agentlightning.store.filters import PruneFilters
 
 __all__ = ["prune"]
 

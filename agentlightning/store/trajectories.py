@@ -14,7 +14,7 @@ from sqlalchemy import Connection
 
 from agentlightning.generation import STATUSES
 from agentlightning.store import completeness, prompts, rollouts, rows, tables, texts
-from agentlightning.store.interface import TrajectoryOptions
+from agentlightning.store.filters import TrajectoryOptions
 from agentlightning.store.triplets import CALLER, RolloutCalls, caller_of, calls_of, choices_of
 from agentlightning.trajectory import AttemptCalls, Call, LeftOut, Merged, MergeOptions, Trajectory, merge
 

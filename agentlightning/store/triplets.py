@@ -31,7 +31,7 @@ from agentlightning.store.calls import (
     spans_of,
 )
 from agentlightning.store.database import in_parts
-from agentlightning.store.interface import TripletFilters
+from agentlightning.store.filters import TripletFilters
 from agentlightning.store.rewards import given_rewards, rewards_of
 from agentlightning.trajectory import was_sampled_with
 from agentlightning.triplet import Triplet

@@ -16,7 +16,7 @@ from agentlightning.server.limits import BATCH_LIMIT
 from agentlightning.server.routes.common import Database, errors, router
 from agentlightning.server.routes.lines import JSON_LINES
 from agentlightning.server.schemas import Id, Seconds, Sent, example
-from agentlightning.store.interface import PruneFilters
+from agentlightning.store.filters import PruneFilters
 
 __all__ = ["routes"]
 

@@ -18,7 +18,7 @@ from agentlightning.server.routes.lines import JSON_LINES, RolloutPage, lines_of
 from agentlightning.server.schemas import Id, NullableCallerFilters
 from agentlightning.server.transactions import Transactions
 from agentlightning.store import trajectories
-from agentlightning.store.interface import TrajectoryOptions
+from agentlightning.store.filters import TrajectoryOptions
 from agentlightning.trajectory import Drift, Flag, Reason
 
 __all__ = ["routes"]

@@ -19,7 +19,7 @@ from agentlightning.server.routes.spans import KeptSpan, span_item
 from agentlightning.server.schemas import Id, Nanoseconds, NullableCallerFilters, Sent, example
 from agentlightning.server.transactions import Transactions
 from agentlightning.store import completeness, ingestion, triplets
-from agentlightning.store.interface import TripletFilters
+from agentlightning.store.filters import TripletFilters
 
 __all__ = ["items", "routes"]
 

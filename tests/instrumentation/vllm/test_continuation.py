@@ -127,7 +127,7 @@ def test_a_token_at_which_a_client_stops_is_not_the_end_of_a_turn(stop: str) -> 
 def test_a_stop_string_does_not_come_back_in_a_prompt_unless_its_client_has_it(
     told: bool, kept: bool, goes_on: bool
 ) -> None:
-    """As smolagents, which is not told of it, and adds it again."""
+    """Add the stop string again, as smolagents does, which is not told of it."""
     said, stop = "Act: look\n", "Observation:"
     result = after(
         said + stop,

@@ -49,7 +49,7 @@ class Parsers:
 
     @property
     def look_at_prompts(self) -> bool:
-        """Whether a parser looks for the end of reasoning in prompts."""
+        """Tell whether a parser looks for the end of reasoning in prompts."""
         return self.whole is not None or self.reasoning is not None
 
     def is_reasoning_end(self, request: Any, ids: Sequence[int]) -> bool:
