@@ -434,7 +434,7 @@ class _Comparison:
         if has_other_tools and (has_answer or not self._has_tools_alone() or self._is_first_same()):
             return self._named("tools", True)
         if self._is_of_model():
-            return self._other_answer(turns_after, similarity)
+            return self._other_answer(turns_after)
         if has_kept and (has_answer or similarity > SIMILAR) and len(turns_after) >= len(turns_before) - 1:
             return None if self._has_answer_before else self._named("header", has_answer and similarity > SIMILAR)
         is_shorter = bool(self._message) and len(self._prompt) < len(self._before)
@@ -464,13 +464,14 @@ class _Comparison:
     def _has_tools_alone(self) -> bool:
         return defines_tools(self._text_before) or defines_tools(self._text_after)
 
-    def _other_answer(self, turns_after: Sequence[bytes], similarity: float) -> Difference | None:
+    def _other_answer(self, turns_after: Sequence[bytes]) -> Difference | None:
         """Explain another answer in the place of the model's own."""
         role, role_after = _ROLE.match(self._text_before), _ROLE.match(self._text_after)
         if role is not None and (role_after is None or role_after[1] != role[1]):
             # It is not there at all.
             return None
-        # Where much of it is the same, a change that is not known here may be the reason.
+        # Where much of it is the same, a change that is not known here may be the reason. Headers are always the same.
+        similarity = similarity_of(split_header(self._text_before)[1], split_header(self._text_after)[1])
         return self._named("foreign", bool(turns_after) and similarity < SIMILAR / 2)
 
     def _has_other_tools(self) -> bool:

@@ -60,8 +60,8 @@ def play(scripted: ScriptedServer, tmp_path: Path) -> Play:
         assert [(each.attempt_id, each.status) for each in found] == [("at-1", "finished")] * calls
         with open_store(server.store, read_only=True) as store:
             [drift] = store.drift(rollout)
-            calls = {str(each.choices[0].text): each for each in found}
-            return Played(output, calls, [*store.trajectories(rollout)], drift)
+            by_answer = {str(each.choices[0].text): each for each in found}
+            return Played(output, by_answer, [*store.trajectories(rollout)], drift)
 
     return play
 

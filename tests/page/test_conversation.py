@@ -80,7 +80,7 @@ def test_calls_of_an_agent_are_found_behind_those_that_are_shown(
     path = str(tmp_path / "store.db")
     late = {"agent_id": "late", "parent_agent_id": "main", "purpose": "review", "retry": 1}
     with open_store(path) as store:
-        store.add(generation(number, rollout_id="r", agent_id="main", retry=0) for number in range(9))
+        store.add([generation(number, rollout_id="r", agent_id="main", retry=0) for number in range(9)])
         store.add([generation(9, rollout_id="r", **late)])
     database = open_database(path)
     with database.reading() as connection:
