@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from array import array
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -46,6 +47,11 @@ def main() -> None:
     assert torch.equal(ours.batch["rollout_log_probs"], theirs.batch["rollout_log_probs"])
     assert torch.equal(ours.batch["token_level_scores"], theirs.batch["rm_scores"])
     assert not ours.batch["is_drop_mask"].any()
+    row = conversation()
+    masked = replace(row, response_mask=array("b", bytes(len(row.token_ids))), reward=0.0)
+    both = data_proto([row, masked], PAD, PROMPT, RESPONSE)
+    assert both.batch["is_drop_mask"].tolist() == [False, True]
+    assert both.batch["token_level_scores"].sum(1).tolist() == [1.0, 0.0]
     assert ours.non_tensor_batch["rollout_id_list"].tolist() == ["ro", "ro", "ro"]
     assert ours.non_tensor_batch["turn_index_list"].tolist() == [0, 0, 1]
     assert len({*ours.non_tensor_batch["data_id_list"]}) == 1
