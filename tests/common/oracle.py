@@ -59,7 +59,7 @@ def _logprobs(logits: Any, token_ids: Sequence[int], structured_outputs: dict[st
 
 
 @cache
-def _grammar(vocabulary: int, regex: str | None = None, structural_tag: str | None = None) -> Any:
+def _grammar(vocabulary: int, regex: str = "", structural_tag: str = "") -> Any:
     """Compile what vLLM gives to xgrammar; any other kind of structured outputs is a TypeError."""
     compiler = xgrammar.GrammarCompiler(xgrammar.TokenizerInfo.from_huggingface(tokenizer(), vocab_size=vocabulary))
     return compiler.compile_regex(regex) if regex else compiler.compile_structural_tag(structural_tag)

@@ -443,23 +443,45 @@ def test_text_that_continues_a_block_of_ids_is_refused(client: httpx.Client) -> 
     assert len(client.get(ROUTE).json()["items"]) == 1
 
 
-def test_prompt_of_very_many_blocks_is_refused_and_the_rest_kept(client: httpx.Client) -> None:
-    """Send a million empty blocks: none is unpacked."""
+def of_a_million_blocks() -> bytes:
+    """Return a message with a prompt of a million empty blocks, and another generation."""
     message = in_blocks(generation(1), generation(2))
     message["generations"][0][[*Generation.__slots__].index("prompt_text")] = [0, b"", [b""] * 1_000_000, b"", ""]
+    return msgspec.msgpack.encode(message)
 
-    answer = client.post(ROUTE, content=msgspec.msgpack.encode(message), headers=IN_BLOCKS).json()
+
+def that_becomes_very_large() -> bytes:
+    """Return a message of texts that are compressed to a hundredth: of 320 MiB in all."""
+    text = "\N{GRINNING FACE}" * (FIRST + NEXT * 20_000)
+    return wire.encode_in_blocks([generation(n, prompt_text=f"{n}{text}") for n in range(4)], None, Recent())[0]
+
+
+def test_prompt_of_very_many_blocks_is_refused_and_the_rest_kept(client: httpx.Client) -> None:
+    """Send a million empty blocks: none is unpacked."""
+    answer = client.post(ROUTE, content=of_a_million_blocks(), headers=IN_BLOCKS).json()
 
     assert answer["new"] == 1
     assert "1000000 blocks, which is more than" in answer["refused"][0]["reason"]
 
 
 def test_message_that_becomes_very_large_is_to_be_sent_in_parts(client: httpx.Client) -> None:
-    """Send texts that are compressed to a hundredth: 320 MiB in three messages' worth of bytes."""
-    text = "\N{GRINNING FACE}" * (FIRST + NEXT * 20_000)
-    body, _ = wire.encode_in_blocks([generation(n, prompt_text=f"{n}{text}") for n in range(4)], None, Recent())
+    body = that_becomes_very_large()
 
     answer = client.post(ROUTE, content=body, headers=IN_BLOCKS)
 
     assert len(body) < 8_000_000
     assert (answer.status_code, answer.json()["detail"]) == (413, "the prompts of this message are more than 256 MiB")
+
+
+def test_refused_blocks_leave_no_memory_behind(server: StoreServer, client: httpx.Client) -> None:
+    process = psutil.Process(server.process.pid)
+    bodies = of_a_million_blocks(), that_becomes_very_large()
+
+    def send(times: int) -> int:
+        for body in bodies * times:
+            client.post(ROUTE, content=body, headers=IN_BLOCKS)
+        return process.memory_info().rss
+
+    # What Python keeps for later is there after the first times.
+    before = send(2)
+    assert send(4) - before < 64 * MIB
