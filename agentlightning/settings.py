@@ -6,9 +6,11 @@ import functools
 import logging
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from _agentlightning import INSTRUMENT_OFF
+from agentlightning.sampling import Policy, parse_policy
 
 ON = ("1", "true", "on", "yes")
 OFF = tuple(filter(None, INSTRUMENT_OFF))
@@ -25,6 +27,7 @@ class Variable:
         values: the valid values, in lower case; empty where `pattern` says them.
         pattern: a regular expression that a valid value matches.
         otherwise: how to describe an invalid value, where there is a `pattern`.
+        parse: reads the value, or raises a `ValueError` that says what is wrong with it; in the place of a pattern.
         secret: never show the value.
     """
 
@@ -32,15 +35,20 @@ class Variable:
     values: tuple[str, ...] = ()
     pattern: str = ""
     otherwise: str = ""
+    parse: Callable[[str], object] | None = None
     secret: bool = False
 
-    def allows(self, value: str) -> bool:
-        return value in self.values if self.values else re.fullmatch(self.pattern, value) is not None
-
-    @property
-    def objection(self) -> str:
-        """A description of an invalid value."""
-        return f"not one of {', '.join(self.values)}" if self.values else self.otherwise
+    def objection(self, value: str) -> str | None:
+        """Describe an invalid value; None for a valid one."""
+        if self.parse is not None:
+            try:
+                self.parse(value)
+            except ValueError as error:
+                return f"not valid: {error}"
+            return None
+        if self.values:
+            return None if value in self.values else f"not one of {', '.join(self.values)}"
+        return None if re.fullmatch(self.pattern, value) else self.otherwise
 
 
 VARIABLES = {
@@ -59,6 +67,8 @@ VARIABLES = {
     "AGL_CONTINUE": Variable("off", (*ON, "report", *OFF)),
     "AGL_CONTINUE_REASONING": Variable("template", ("template", "keep")),
     "AGL_CONTINUE_MB": Variable("256", pattern=WHOLE_MB, otherwise=NOT_WHOLE_MB),
+    "AGL_SAMPLING": Variable("off", parse=parse_policy),
+    "AGL_MODEL_NAMES": Variable("served", ("served", "any")),
 }
 
 
@@ -76,6 +86,8 @@ class Settings:
     continues: str
     continue_reasoning: str
     continue_bytes: int
+    sampling: Policy
+    any_model_name: bool
 
 
 def read_all() -> Settings:
@@ -91,6 +103,8 @@ def read_all() -> Settings:
         continues(),
         continue_reasoning(),
         continue_bytes(),
+        sampling(),
+        any_model_name(),
     )
 
 
@@ -163,6 +177,16 @@ def continue_bytes() -> int:
     return int(_valid("AGL_CONTINUE_MB")) << 20
 
 
+def sampling() -> Policy:
+    """Return what becomes of the sampling parameters of requests (`AGL_SAMPLING`)."""
+    return parse_policy(_valid("AGL_SAMPLING"))
+
+
+def any_model_name() -> bool:
+    """Tell whether a request that names a rollout may call the model whatever it likes (`AGL_MODEL_NAMES`)."""
+    return _valid("AGL_MODEL_NAMES") == "any"
+
+
 def read(variable: str) -> str:
     """Return a variable's value, stripped, and in lower case unless case matters in it; empty if it is not set."""
     value = os.environ.get(variable, "").strip()
@@ -171,10 +195,9 @@ def read(variable: str) -> str:
 
 def objection(variable: str) -> str | None:
     """Say what is wrong with a variable's value, as a clause; None if it is valid or not set."""
-    value, allowed = read(variable), VARIABLES[variable]
-    if not value or allowed.allows(value):
-        return None
-    return f"{variable}={without_secrets(os.environ[variable])!r} is {allowed.objection}"
+    value = read(variable)
+    wrong = VARIABLES[variable].objection(value) if value else None
+    return wrong and f"{variable}={without_secrets(os.environ[variable])!r} is {wrong}"
 
 
 def complaint(variable: str) -> str | None:

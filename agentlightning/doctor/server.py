@@ -28,6 +28,7 @@ REPORTED = (
     "limits",
     "recording",
     "continuation",
+    "sampling",
 )
 
 BEHIND_ROUTER = (
@@ -93,6 +94,7 @@ def _is_status(answer: Any) -> TypeGuard[dict[str, Any]]:
         and isinstance(answer["limits"], list)
         and isinstance(answer["recording"], dict | None)
         and isinstance(answer["continuation"], dict | None)
+        and isinstance(answer["sampling"], dict | None)
     )
 
 
@@ -128,6 +130,8 @@ def findings(status: Mapping[str, Any]) -> Iterator[Finding]:
         yield from _recording(status["recording"])
     if status["continuation"] is not None:
         yield _continuation(status["continuation"])
+    if status["sampling"] is not None:
+        yield _sampling(status["sampling"])
     for kind, count in status["counters"]["failures"].items():
         yield Finding(
             "failures",
@@ -141,6 +145,16 @@ def _continuation(continuation: Mapping[str, Any]) -> Finding:
     results = ", ".join(f"{count} {result}" for result, count in continuation["results"].items() if count)
     kept = f"{continuation['calls']} calls kept in {continuation['bytes']} bytes, {continuation['dropped']} dropped"
     return Finding("continuation", Mark.OK, f"chat prompts of rollouts: {results or 'none so far'}; {kept}")
+
+
+def _sampling(sampling: Mapping[str, Any]) -> Finding:
+    pinned = {
+        "report": "nothing is pinned",
+        "rollout": "pinned to what rollouts name",
+        "pin": f"pinned to {sampling['pins']}",
+    }[sampling["mode"]]
+    differing = ", ".join(f"{count} by {name}" for name, count in sampling["differing"].items())
+    return Finding("sampling", Mark.OK, f"{pinned}; calls that asked for something else: {differing or 'none so far'}")
 
 
 def _recording(recording: Mapping[str, Any]) -> Iterator[Finding]:

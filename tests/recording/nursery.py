@@ -31,12 +31,18 @@ ENDED = "the program has ended"
 class Nursery:
     """The process that forks servers; a context manager.
 
-    Its path is not the servers': each has an `AGL_STORE` of its own, and says itself whether prompts go on.
+    Its path is not the servers': each has an `AGL_STORE` of its own, and says itself whether prompts go on, and what is
+    pinned.
     """
 
     def __enter__(self) -> Nursery:
         variables = {"AGL_INSTRUMENT": "1", "AGL_STORE": os.devnull, "AGL_RECORD_OFFLINE": "on"}
-        variables |= {"AGL_CONTINUE": "on", "PYTHONPATH": str(CHECKOUT)}
+        variables |= {
+            "AGL_CONTINUE": "on",
+            "AGL_SAMPLING": "rollout",
+            "AGL_MODEL_NAMES": "any",
+            "PYTHONPATH": str(CHECKOUT),
+        }
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__],
             env={**without_agl(os.environ), **QUIET, **variables},

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from agentlightning.rollout_name import RolloutName, is_id, parse_name
+from agentlightning.sampling import Pins
 
 __all__ = [
     "CARRIERS",
@@ -26,6 +27,7 @@ __all__ = [
     "Caller",
     "conflicting_names",
     "follow",
+    "has_probe_params",
     "ignored_ids",
     "is_forwarded",
     "is_probe",
@@ -83,6 +85,8 @@ class Caller:
         session_id, agent_id, parent_agent_id, purpose, retry: as in a `Generation`.
         trace_id: of the W3C `traceparent`.
         carrier: the one that named the rollout; None if none did.
+        sampling: the sampling parameters that the rollout has pinned, empty where it has the client's; None where it
+            names none.
     """
 
     rollout_id: str | None = None
@@ -95,6 +99,7 @@ class Caller:
     trace_id: str | None = None
     carrier: str | None = None
     carrier_agent_id: str | None = None
+    sampling: Pins | None = None
 
     @property
     def calling_agent_id(self) -> str | None:
@@ -268,13 +273,14 @@ def is_probe(caller: Caller | None) -> bool:
 def skips_probe(caller: Caller | None, request: Any) -> bool:
     """Tell whether one of vLLM's requests is not to be recorded, since `agl doctor` made it; such a one is counted."""
     is_named = is_probe(caller)
-    if not is_named and not _has_probe_params(request.sampling_params):
+    if not is_named and not has_probe_params(request.sampling_params):
         return False
     skipped_probes[(caller and is_named and caller.carrier) or "none"] += 1
     return True
 
 
-def _has_probe_params(params: Any) -> bool:
+def has_probe_params(params: Any) -> bool:
+    """Tell whether these are the sampling parameters of a call by `agl doctor`."""
     # Not for equality: some routers make float32 of numbers.
     return all(abs((getattr(params, name, None) or 0) - value) < 1e-6 for name, value in PROBE_PARAMS.items())
 

@@ -83,16 +83,20 @@ class RequestContext(Caller):
     Attributes:
         endpoint: the path of its route, or the method that the program called.
         model: the one that it asks for, or else the server's.
+        served_model: the one that answers in its place, if that is another (`AGL_MODEL_NAMES`).
         base_id: the part that the ids of its answer and of its engine requests share.
         text_limit: the number of ids from which on a prompt's ids may not match its text.
         prefix: the prefix that was removed from its path, if any.
         scope: the ASGI scope, with what vLLM keeps in its `state`.
         collects: whether `engine_requests` are wanted.
         turns: its chat prompts, as `continuation` describes them.
+        is_search: whether vLLM searches beams for it: then it draws no tokens.
+        differing: the client's values of sampling parameters that differ from those that are to be pinned.
     """
 
     endpoint: str | None = None
     model: str | None = None
+    served_model: str | None = None
     base_id: str | None = None
     text_limit: int | None = None
     prefix: RolloutPrefix | None = None
@@ -101,6 +105,8 @@ class RequestContext(Caller):
     collects: bool = False
     engine_requests: list[EngineRequest] = field(default_factory=list)
     turns: list[Any] = field(default_factory=list)
+    is_search: bool = False
+    differing: Mapping[str, Any] = field(default_factory=dict[str, Any])
     _call_id: str | None = None
 
     @property

@@ -21,6 +21,7 @@ from agentlightning.instrumentation.vllm import (
     _status,
     _strict,
     continuation,
+    sampling,
 )
 from agentlightning.instrumentation.vllm.capture import calls, engine_core, frontend, in_process, marks
 from agentlightning.instrumentation.vllm.capture.session import session
@@ -53,6 +54,7 @@ PATCH_SETS = (
     _patch_set("engine core", _releases.ENGINE_CORE, *engine_core.CORE_PATCHES),
     _patch_set("scheduler", _releases.SCHEDULER, *engine_core.SCHEDULER_PATCHES),
     _patch_set("engine messages", _releases.ENGINE_MESSAGES, *marks.MESSAGE_PATCHES, *engine_core.MESSAGE_PATCHES),
+    _patch_set(sampling.PATCH_SET, _releases.SAMPLING_PARAMS, *sampling.PATCHES),
     _patch_set("model check", _releases.SERVING_BASE, *calls.PATCHES, *_apps.PATCHES),
     _patch_set(continuation.PATCH_SETS[0], _releases.CHAT_PREPARATION, *continuation.CHAT_PATCHES),
     _patch_set(continuation.PATCH_SETS[1], _releases.CHAT_RENDERING, *continuation.RENDERING_PATCHES),
@@ -118,6 +120,7 @@ def undo_all() -> None:
             patch_set.undo()
         frontend.forget_all()
         continuation.forget()
+        sampling.forget()
         _armed = False
 
 

@@ -69,6 +69,7 @@ SERVING_BASE = Home(
         "vllm.entrypoints.openai.serving_engine",  # to 0.14.1
     )
 )
+SAMPLING_PARAMS = Home(("vllm.sampling_params",))
 OUTPUT_PROCESSOR = Home(("vllm.v1.engine.output_processor",))
 ENGINE_CLIENT = Home(("vllm.v1.engine.async_llm",))
 OFFLINE_ENGINE = Home(("vllm.v1.engine.llm_engine",))

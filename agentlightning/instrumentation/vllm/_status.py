@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import agentlightning
-from agentlightning.instrumentation.vllm import _strict, continuation
+from agentlightning.instrumentation.vllm import _strict, continuation, sampling
 from agentlightning.instrumentation.vllm._apps import add_middleware
 from agentlightning.instrumentation.vllm._carriers import conflicting_names, ignored_ids, skipped_probes
 from agentlightning.instrumentation.vllm._isolation import contained, failures
@@ -40,6 +40,13 @@ CONTINUES = {
     "off": "",
     "report": "; prompts that could go on from exact ids are counted",
     "on": "; prompts go on from exact ids",
+}
+
+SAMPLES = {
+    "off": "",
+    "report": "; sampling parameters that change the model's distribution are counted",
+    "rollout": "; tokens are sampled with the parameters that a rollout names",
+    "pin": "; tokens are sampled with {}",
 }
 
 logger = logging.getLogger("agentlightning")
@@ -95,10 +102,11 @@ def _announce(statuses: Statuses) -> None:
     import vllm
 
     logger.info(
-        "agentlightning: release %s is on in vLLM %s; %s; %s; %s%s",
+        "agentlightning: release %s is on in vLLM %s; %s; %s; %s%s%s",
         *(agentlightning.__version__, getattr(vllm, "__version__", "of unknown version")),
         *(_patched(statuses()), CARRIED[session.settings.return_token_ids], session.destination()),
         _continued(statuses()),
+        _sampled(statuses()),
     )
 
 
@@ -122,6 +130,13 @@ def _continued(statuses: Mapping[str, Status]) -> str:
     if mode != "off" and (chats is not State.APPLIED or rendering is State.FAILED):
         return "; AGL_CONTINUE has no effect here"
     return CONTINUES[mode]
+
+
+def _sampled(statuses: Mapping[str, Status]) -> str:
+    policy = session.settings.sampling
+    if policy.is_on and statuses[sampling.PATCH_SET].state is not State.APPLIED:
+        return "; AGL_SAMPLING has no effect here"
+    return SAMPLES[policy.mode].format(policy)
 
 
 def _set_up(app: Any, statuses: Statuses) -> None:
@@ -159,6 +174,8 @@ def _report(app: Any, statuses: Mapping[str, Status]) -> dict[str, Any]:
             "AGL_LOGPROBS": "on" if settings.logprobs else "off",
             "AGL_RECORD_OFFLINE": "on" if settings.record_offline else "off",
             "AGL_CONTINUE": settings.continues,
+            "AGL_SAMPLING": str(settings.sampling),
+            "AGL_MODEL_NAMES": "any" if settings.any_model_name else "served",
         },
         "patches": {name: status.as_dict() for name, status in statuses.items()},
         "counters": {
@@ -170,4 +187,5 @@ def _report(app: Any, statuses: Mapping[str, Status]) -> dict[str, Any]:
         "limits": _strict.limits(app),
         "recording": session.report(),
         "continuation": continuation.report(),
+        "sampling": sampling.report(),
     }

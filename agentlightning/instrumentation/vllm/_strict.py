@@ -29,6 +29,10 @@ RECORDED_BY_ENGINE = "the engine core records what it generates, for the rollout
 Failures = Callable[[], Sequence[str]]
 
 
+REFUSES_INVALID = ("AGL_SAMPLING",)
+"""Variables whose invalid value keeps a server from starting: it would answer in another way than it was told to."""
+
+
 def argument_patches(failures: Failures) -> tuple[Patch, ...]:
     """Return the patch of `validate_parsed_serve_args`, which every way to start a server from a command line calls.
 
@@ -53,6 +57,7 @@ def app_patches(failures: Failures) -> tuple[Patch, ...]:
 
     def wrap(build_app: Callable[..., Any]) -> Callable[..., Any]:
         def check_and_build_app(args: Any, *others: Any, **options: Any) -> Any:
+            refuse_invalid()
             if settings.instrument() == "strict":
                 refuse([*_troubles_with_settings(), *failures()])
             return build_app(args, *others, **options)
@@ -68,6 +73,7 @@ def server_patches(failures: Failures) -> tuple[Patch, ...]:
     def wrap(serve_http: Callable[..., Any]) -> Callable[..., Any]:
         async def check_and_serve_http(app: Any, *args: Any, **kwargs: Any) -> Any:
             limited = limits(app)
+            refuse_invalid()
             if settings.instrument() == "strict":
                 refuse([*limited, *_troubles_with_settings(), *failures()])
             for limit in limited:
@@ -99,7 +105,8 @@ def offline_patches(failures: Failures) -> tuple[Patch, ...]:
 
 def check_grpc(servicer: ModuleType) -> None:
     """Refuse or report vLLM's gRPC server, when its module is imported: it may read its arguments in its own way."""
-    reason = "vLLM's gRPC server (--grpc) has its own protocol, so its answers stay unchanged"
+    changes = ", whatever AGL_SAMPLING or AGL_MODEL_NAMES say" if _changes_requests() else ""
+    reason = f"vLLM's gRPC server (--grpc) has its own protocol, so its answers stay unchanged{changes}"
     if settings.instrument() == "strict":
         refuse([reason])
     logger.warning("agentlightning: %s", reason)
@@ -115,8 +122,16 @@ def refuse(reasons: Sequence[str], what: str = "this server") -> None:
         raise SystemExit(f"agentlightning: AGL_INSTRUMENT=strict refuses {what}: {'; '.join(reasons)}")
 
 
+def refuse_invalid() -> None:
+    """End the process as `refuse` does, strict or not, if a variable has a value that nothing can stand for."""
+    wrong = [each for each in map(settings.objection, REFUSES_INVALID) if each]
+    if wrong:
+        raise SystemExit(f"agentlightning: this server does not start: {'; '.join(wrong)}")
+
+
 def _check_arguments(args: Any, failures: Failures) -> None:
     unpatchable = _unpatchable(args)
+    refuse_invalid()
     if settings.instrument() == "strict":
         refuse([*unpatchable, *_troubles_with_settings(), *failures()])
     for reason in unpatchable:
@@ -150,7 +165,12 @@ def _unpatchable(args: Any) -> list[str]:
         return []
     answers = 'with token ids only where a request says "return_token_ids": true'
     records = f"; {RECORDED_BY_ENGINE}" if session.is_recording else ""
-    return [f"vLLM's Rust frontend (VLLM_USE_RUST_FRONTEND) answers without Python, {answers}{records}"]
+    changes = "; AGL_SAMPLING and AGL_MODEL_NAMES do not reach it" if _changes_requests() else ""
+    return [f"vLLM's Rust frontend (VLLM_USE_RUST_FRONTEND) answers without Python, {answers}{records}{changes}"]
+
+
+def _changes_requests() -> bool:
+    return session.settings.sampling.is_on or session.settings.any_model_name
 
 
 def limits(app: Any) -> list[str]:

@@ -50,12 +50,15 @@ def test_the_status_describes_the_server_and_its_patches(armed: RemoteOpenAIServ
             "AGL_LOGPROBS": "off",
             "AGL_RECORD_OFFLINE": "off",
             "AGL_CONTINUE": "off",
+            "AGL_SAMPLING": "off",
+            "AGL_MODEL_NAMES": "served",
         },
         "patches": WHOLE,
         "counters": {"failures": {}, "ignored_ids": {}, "conflicting_names": {}, "skipped_probes": {}},
         "limits": [],
         "recording": None,
         "continuation": None,
+        "sampling": None,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from http import HTTPStatus
 from types import ModuleType
 from typing import Any
 
@@ -34,20 +35,28 @@ def in_one_call(target: str, endpoint: str) -> Patch:
 
         return create_in_one_call
 
-    return Where(lambda module: session.follows_requests, Wrap(target, ("request",), wrap))
+    return Where(lambda module: session.describes_calls, Wrap(target, ("request",), wrap))
 
 
 def wrap_check_model(check: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `_check_model` of the serving classes' base: every endpoint hands its request to it first.
 
-    So the recording has the right names for endpoints that have no patches here, too.
+    So the recording has the right names for endpoints that have no patches here, too. With `AGL_MODEL_NAMES=any`, a
+    request that names a rollout, and a model that is not there, is checked again with the name of the one that is.
     """
 
     async def note_and_check_model(serving: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         context = _context.current()
         if context is not None:
             contained("reading a request", _note, context, serving, request)
-        return await check(serving, request, *args, **kwargs)
+        error = await check(serving, request, *args, **kwargs)
+        if (
+            error is not None
+            and context is not None
+            and contained("naming the model", _rename, context, serving, request, error)
+        ):
+            error = await check(serving, request, *args, **kwargs)
+        return error
 
     return note_and_check_model
 
@@ -56,9 +65,20 @@ def _note(context: RequestContext, serving: Any, request: Any) -> None:
     # An endpoint that is built upon this one has set them already.
     context.model = context.model or getattr(request, "model", None) or serving.models.base_model_paths[0].name
     context.base_id = context.base_id or _base_id(context, request)
+    context.is_search = context.is_search or bool(getattr(request, "use_beam_search", False))
     read_user(getattr(request, "user", None), context)
     if context.text_limit is None:
         context.text_limit = _text_limit(serving, request)
+
+
+def _rename(context: RequestContext, serving: Any, request: Any, error: Any) -> bool:
+    """Name the server's own model in the place of an unknown one, if that is to be; tell whether it was."""
+    # Up to 0.9 the fields of an error are its own.
+    is_unknown = getattr(error, "error", error).code == HTTPStatus.NOT_FOUND
+    if not (session.settings.any_model_name and is_unknown and context.rollout_id):
+        return False
+    request.model = context.served_model = serving.models.base_model_paths[0].name
+    return True
 
 
 def _base_id(context: RequestContext, request: Any) -> str | None:
@@ -90,12 +110,12 @@ def _has_base(module: ModuleType) -> bool:
 
 PATCHES: tuple[Patch, ...] = (
     Where(
-        lambda module: session.follows_requests and _has_base(module),
+        lambda module: session.describes_calls and _has_base(module),
         Wrap("BaseServing._check_model", ("request",), wrap_check_model),
     ),
     # Up to 0.23.
     Where(
-        lambda module: session.follows_requests and not _has_base(module),
+        lambda module: session.describes_calls and not _has_base(module),
         Wrap("OpenAIServing._check_model", ("request",), wrap_check_model),
     ),
 )

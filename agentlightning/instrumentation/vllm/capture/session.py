@@ -96,6 +96,11 @@ class Session:
         return self.is_recording or self.settings.continues != "off"
 
     @property
+    def describes_calls(self) -> bool:
+        """True if what a call asks for has to be known: to follow its requests, or to change what it asks for."""
+        return self.follows_requests or self.settings.sampling.is_on or self.settings.any_model_name
+
+    @property
     def recorder(self) -> Recorder:
         """The recorder of the store that `AGL_STORE` names; only for a session that records."""
         return self._recorder or self._find_recorder()

@@ -1,0 +1,74 @@
+"""Sampling parameters that the server pins (`AGL_SAMPLING`), where vLLM makes them of a request.
+
+Every endpoint of every release makes a `SamplingParams`, which verifies itself (`_verify_args`) before it does what a
+temperature of 0 implies: it forgets `top_p`, `top_k` and `min_p`, and refuses several answers. In between, the pinned
+values take the place of the client's, or of the generation config's. So vLLM refuses what it would refuse without us,
+and treats what is pinned as if the client had sent it. What is made outside of an HTTP request is left alone.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from agentlightning.instrumentation.vllm import _context
+from agentlightning.instrumentation.vllm._carriers import has_probe_params
+from agentlightning.instrumentation.vllm._context import RequestContext
+from agentlightning.instrumentation.vllm._isolation import contained
+from agentlightning.instrumentation.vllm.capture.session import session
+from agentlightning.patching import Patch, Where, Wrap
+from agentlightning.sampling import is_same, text_of
+
+__all__ = ["PATCHES", "PATCH_SET", "forget", "report"]
+
+PATCH_SET = "sampling"
+"""The name of the set of these patches."""
+
+_differing: Counter[str] = Counter()
+"""Number of calls whose own value of a parameter was another one, by the parameter's name."""
+
+
+def wrap_verify_args(verify: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `SamplingParams._verify_args`, which also runs for each copy that vLLM makes of them."""
+
+    def verify_and_pin(self: Any) -> None:
+        verify(self)
+        context = _context.current()
+        is_answered = context is not None and not context.is_search and (context.endpoint or "").startswith("/")
+        if is_answered and session.settings.sampling.is_on:
+            contained("pinning sampling parameters", _pin, self, context)
+
+    return verify_and_pin
+
+
+def _pin(params: Any, context: RequestContext) -> None:
+    policy = session.settings.sampling
+    pins = policy.pins if context.sampling is None else context.sampling
+    asked = {name: value for name in pins if not is_same(name, value := getattr(params, name), pins[name])}
+    if not asked or has_probe_params(params):
+        return
+    # A copy is the same call once more, and has what is pinned.
+    _differing.update(asked.keys() - context.differing.keys())
+    context.differing = {**asked, **context.differing}
+    if policy.mode != "report":
+        for name in asked:
+            setattr(params, name, pins[name])
+
+
+def report() -> dict[str, Any] | None:
+    """Return what is pinned, and how many calls differed, for the status; None if this is off."""
+    policy = session.settings.sampling
+    if not policy.is_on:
+        return None
+    return {"mode": policy.mode, "pins": text_of(policy.pins), "differing": dict(_differing)}
+
+
+def forget() -> None:
+    """Count from zero: the patches are being removed."""
+    _differing.clear()
+
+
+PATCHES: tuple[Patch, ...] = (
+    Where(lambda module: session.settings.sampling.is_on, Wrap("SamplingParams._verify_args", (), wrap_verify_args)),
+)
