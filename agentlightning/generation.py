@@ -6,6 +6,7 @@ import os
 import time
 from array import array
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from typing import Any, Literal, get_args, get_type_hints
 
 __all__ = [
@@ -15,7 +16,9 @@ __all__ = [
     "Generation",
     "Loss",
     "RoutedExperts",
+    "SamplingMask",
     "Status",
+    "TopLogprobs",
     "Via",
     "field_types",
     "new_id",
@@ -64,6 +67,51 @@ class RoutedExperts:
         return [rows[start : start + layers] for start in range(0, count * layers, layers)]
 
 
+@dataclass(slots=True, frozen=True)
+class SamplingMask:
+    """The ids that top-p, top-k and min-p left to choose from, for each sampled id.
+
+    Attributes:
+        offsets: where those of each sampled id begin in `ids`, and where the last ones end; `array('I')`.
+        ids: `array('i')`.
+    """
+
+    offsets: array[int]
+    ids: array[int]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def tolist(self) -> list[list[int]]:
+        """Return a list for each sampled id."""
+        ids, ends = self.ids.tolist(), self.offsets.tolist()
+        return [ids[start:end] for start, end in pairwise(ends)]
+
+
+@dataclass(slots=True, frozen=True)
+class TopLogprobs:
+    """For each id of a prompt or an answer the logprobs that a client asked for: of this id, then of others.
+
+    Attributes:
+        offsets: where those of each id begin in `ids` and `logprobs`, and where the last ones end; `array('I')`. The
+            first id of a prompt has none.
+        ids: `array('i')`.
+        logprobs: one for each of `ids`; `array('f')`.
+    """
+
+    offsets: array[int]
+    ids: array[int]
+    logprobs: array[float]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def tolist(self) -> list[list[dict[str, Any]]]:
+        """Return a list for each id, of `{"id": ..., "logprob": ...}`."""
+        pairs = [{"id": each, "logprob": value} for each, value in zip(self.ids, self.logprobs, strict=True)]
+        return [pairs[start:end] for start, end in pairwise(self.offsets)]
+
+
 @dataclass(slots=True, kw_only=True)
 class Choice:
     """An answer to a prompt. An unknown field is None.
@@ -78,6 +126,9 @@ class Choice:
         weight_versions: `(version, start, end)`: the weights that the ids from `start` up to `end` were sampled with.
         routed_experts: those of the ids of prompt and answer, as far as vLLM returns them; only if vLLM was started
             with `--enable-return-routed-experts`.
+        sampling_mask: the ids that each of those was chosen from; only if vLLM was started with
+            `--return-sampling-mask`.
+        top_logprobs: the alternatives to each of those ids; only if the client asked for them.
     """
 
     index: int = 0
@@ -88,6 +139,8 @@ class Choice:
     stop_reason: int | str | None = None
     weight_versions: list[tuple[str, int, int]] | None = None
     routed_experts: RoutedExperts | None = None
+    sampling_mask: SamplingMask | None = None
+    top_logprobs: TopLogprobs | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields for JSON, with lists in the place of arrays."""
@@ -105,6 +158,7 @@ class Generation:
         response_id: the `id` of the answer that the client saw.
         endpoint: path of the route, such as `/v1/chat/completions`, or the method of a program's call: `LLM.generate`.
         model: the name that the client asked for.
+        served_model: the name of the model that answered in its place (`AGL_MODEL_NAMES`).
         rollout_id, attempt_id, session_id: where the generation belongs, according to the call.
         trace_id: W3C trace id, 32 hexadecimal digits.
         agent_id, parent_agent_id: which of the rollout's agents called, and the one that had started it.
@@ -115,9 +169,12 @@ class Generation:
         status: `finished`, `aborted` or `error`.
         prompt_token_ids: the ids that went into the model; `array('i')`.
         prompt_text: the prompt as text, after the chat template.
-        sampling_params: the parameters that the client's request led to; JSON.
+        sampling_params: the parameters that the engine sampled with; JSON.
+        requested_params: of these, the values that the client's request led to, where others were pinned
+            (`AGL_SAMPLING`); JSON.
         logprobs_mode: the kind of the choices' logprobs, in vLLM's words: `raw_logprobs`, ...
         cached_tokens: number of the prompt's ids that came from the prefix cache.
+        prompt_logprobs: of the prompt's ids, and of alternatives to them; only if the client asked for them.
         choices: in index order; as many as `n` asked for.
     """
 
@@ -146,6 +203,9 @@ class Generation:
     logprobs_mode: str | None = None
     cached_tokens: int | None = None
     choices: list[Choice] = field(default_factory=list[Choice])
+    served_model: str | None = None
+    requested_params: str | None = None
+    prompt_logprobs: TopLogprobs | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields for JSON, with lists in the place of arrays, and choices as dictionaries."""
@@ -173,11 +233,12 @@ class Loss:
     pid: int
 
 
+_WITH_LISTS = (array, RoutedExperts, SamplingMask, TopLogprobs)
+
+
 def _as_dict(record: Generation | Choice) -> dict[str, Any]:
     values = {name: getattr(record, name) for name in record.__slots__}
-    return {
-        name: value.tolist() if isinstance(value, array | RoutedExperts) else value for name, value in values.items()
-    }
+    return {name: value.tolist() if isinstance(value, _WITH_LISTS) else value for name, value in values.items()}
 
 
 def field_types(kind: type) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from _agentlightning import INSTRUMENT_OFF
@@ -61,7 +61,7 @@ class Policy:
     """
 
     mode: Mode = "off"
-    pins: Pins = NEUTRAL
+    pins: Pins = field(default_factory=lambda: NEUTRAL)
 
     @property
     def is_on(self) -> bool:

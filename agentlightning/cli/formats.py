@@ -150,6 +150,8 @@ def _generation_schema(pyarrow: Any) -> Any:
             "stop_reason": text,
             "weight_versions": _versions(pyarrow),
             "routed_experts": _experts(pyarrow),
+            "sampling_mask": pyarrow.list_(ids),
+            "top_logprobs": _top(pyarrow),
         }
     )
     others = {
@@ -157,6 +159,7 @@ def _generation_schema(pyarrow: Any) -> Any:
         "prompt_token_ids": ids,
         **dict.fromkeys(("retry", "cached_tokens"), int64),
         "choices": pyarrow.list_(choice),
+        "prompt_logprobs": _top(pyarrow),
     }
     return pyarrow.schema({name: others.get(name, text) for name in Generation.__slots__})
 
@@ -233,6 +236,10 @@ def _triplet_schema(pyarrow: Any) -> Any:
 
 def _versions(pyarrow: Any) -> Any:
     return pyarrow.list_(pyarrow.struct(dict(zip(VERSION, (pyarrow.string(), *[pyarrow.int32()] * 2), strict=True))))
+
+
+def _top(pyarrow: Any) -> Any:
+    return pyarrow.list_(pyarrow.list_(pyarrow.struct({"id": pyarrow.int32(), "logprob": pyarrow.float32()})))
 
 
 def _experts(pyarrow: Any) -> Any:

@@ -46,11 +46,14 @@ OF_GENERATION, OF_CHOICE, OF_SPAN, OF_BLOCK, OF_ROLLOUT = 330, 20, 300, 70, 400
 
 _GENERATIONS = """
     SELECT key, ids_block, text_block, coalesce(length(prompt_token_ids), 0) + coalesce(length(prompt_text), 0)
+    + coalesce(length(prompt_logprobs), 0)
     FROM generations WHERE {}
 """
 _CHOICES = """
     SELECT count(*), coalesce(sum(coalesce(length(token_ids), 0) + coalesce(length(logprobs), 0)
-    + coalesce(length(text), 0) + coalesce(length(routed_experts), 0)), 0) FROM choices WHERE generation_key IN ({})
+    + coalesce(length(text), 0) + coalesce(length(routed_experts), 0)
+    + coalesce(length(sampling_mask), 0) + coalesce(length(top_logprobs), 0)), 0)
+    FROM choices WHERE generation_key IN ({})
 """
 _IS_UNASSIGNED = (
     "rollout_key IS NULL AND NOT EXISTS (SELECT 1 FROM spans WHERE spans.response_id = generations.response_id)"

@@ -23,7 +23,7 @@ __all__ = ["PostgresqlDatabase"]
 
 SCHEMA = "agentlightning"
 """Schema of the tables, so that the database may hold other programs' tables, too."""
-VERSION = 4
+VERSION = 5
 """Version of the tables, which the table `agentlightning.version` holds."""
 MIGRATIONS: Mapping[int, Sequence[str]] = {
     1: (
@@ -63,6 +63,13 @@ MIGRATIONS: Mapping[int, Sequence[str]] = {
         model TEXT COLLATE "C", agent_id TEXT COLLATE "C", PRIMARY KEY (rollout_id, generation_id))""",
         "CREATE INDEX breaks_by_time ON breaks (finished_at)",
         'CREATE TABLE drift_totals (name TEXT COLLATE "C" PRIMARY KEY, count BIGINT NOT NULL)',
+    ),
+    4: (
+        "ALTER TABLE generations ADD COLUMN served_model_key BIGINT",
+        "ALTER TABLE generations ADD COLUMN requested_params_key BIGINT",
+        "ALTER TABLE generations ADD COLUMN prompt_logprobs BYTEA",
+        "ALTER TABLE choices ADD COLUMN sampling_mask BYTEA",
+        "ALTER TABLE choices ADD COLUMN top_logprobs BYTEA",
     ),
 }
 """Statements that turn the tables of a version into those of the next."""

@@ -7,12 +7,21 @@ import struct
 import sys
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain
+from itertools import accumulate, chain, pairwise
 from operator import attrgetter
 from typing import Any, TypeVar
 
 from agentlightning.errors import InvalidRecord
-from agentlightning.generation import STATUSES, VIAS, Choice, Generation, Loss, RoutedExperts
+from agentlightning.generation import (
+    STATUSES,
+    VIAS,
+    Choice,
+    Generation,
+    Loss,
+    RoutedExperts,
+    SamplingMask,
+    TopLogprobs,
+)
 
 __all__ = [
     "array_of",
@@ -24,11 +33,15 @@ __all__ = [
     "generation_row",
     "loss_of",
     "loss_row",
+    "mask_bytes",
+    "mask_of",
     "output_tokens",
     "repeated_texts",
     "storable",
     "text_keys",
     "text_of",
+    "top_bytes",
+    "top_of",
     "uuid_bytes",
     "uuid_text",
     "versions_of",
@@ -50,6 +63,8 @@ _TEXT_KEYS = attrgetter(
     "purpose_key",
     "sampling_params_key",
     "logprobs_mode_key",
+    "served_model_key",
+    "requested_params_key",
 )
 
 
@@ -65,6 +80,8 @@ def repeated_texts(generation: Generation) -> Iterator[str | None]:
     yield generation.purpose
     yield generation.sampling_params
     yield generation.logprobs_mode
+    yield generation.served_model
+    yield generation.requested_params
     for choice in generation.choices:
         yield choice.finish_reason
 
@@ -124,6 +141,9 @@ def generation_row(
         keys[generation.purpose],
         generation.retry,
         None if generation.via is None else VIAS.index(generation.via),
+        keys[generation.served_model],
+        keys[generation.requested_params],
+        top_bytes(generation.prompt_logprobs),
     )
 
 
@@ -139,6 +159,8 @@ def choice_row(choice: Choice, generation_key: int, keys: Mapping[str | None, in
         None if choice.stop_reason is None else json.dumps(choice.stop_reason),
         None if choice.weight_versions is None else json.dumps(choice.weight_versions),
         experts_bytes(choice.routed_experts),
+        mask_bytes(choice.sampling_mask),
+        top_bytes(choice.top_logprobs),
     )
 
 
@@ -180,6 +202,9 @@ def generation_of(
         logprobs_mode=texts[row.logprobs_mode_key],
         cached_tokens=row.cached_tokens,
         choices=[_choice_of(choice, texts) for choice in choices],
+        served_model=texts[row.served_model_key],
+        requested_params=texts[row.requested_params_key],
+        prompt_logprobs=top_of(row.prompt_logprobs),
     )
 
 
@@ -193,6 +218,8 @@ def _choice_of(row: Any, texts: Mapping[int | None, str | None]) -> Choice:
         stop_reason=None if row.stop_reason is None else json.loads(row.stop_reason),
         weight_versions=versions_of(row.weight_versions),
         routed_experts=experts_of(row.routed_experts),
+        sampling_mask=mask_of(row.sampling_mask),
+        top_logprobs=top_of(row.top_logprobs),
     )
 
 
@@ -310,3 +337,60 @@ def experts_bytes(experts: RoutedExperts | None) -> bytes | None:
 def experts_of(found: bytes | None) -> RoutedExperts | None:
     """Unpack the routed experts that `experts_bytes` packed."""
     return None if found is None else RoutedExperts(_SHAPE.unpack_from(found), array_of("h", found[_SHAPE.size :]))
+
+
+def mask_bytes(mask: SamplingMask | None) -> bytes | None:
+    """Pack a sampling mask: its number of positions, the number of ids at each, and then the ids."""
+    return None if mask is None else _offset_bytes(mask.offsets) + (bytes_of(mask.ids) or b"")
+
+
+def mask_of(found: bytes | None) -> SamplingMask | None:
+    """Unpack the sampling mask that `mask_bytes` packed.
+
+    Raises:
+        ValueError: it is not as long as it says.
+    """
+    if found is None:
+        return None
+    offsets, ids = _offsets_of(found)
+    return SamplingMask(offsets, array_of("i", _exactly(ids, offsets[-1] * 4)))
+
+
+def top_bytes(top: TopLogprobs | None) -> bytes | None:
+    """Pack logprobs of ids and alternatives, as `mask_bytes` does, and then the logprobs."""
+    if top is None:
+        return None
+    return _offset_bytes(top.offsets) + (bytes_of(top.ids) or b"") + (bytes_of(top.logprobs) or b"")
+
+
+def top_of(found: bytes | None) -> TopLogprobs | None:
+    """Unpack the logprobs that `top_bytes` packed.
+
+    Raises:
+        ValueError: it is not as long as it says.
+    """
+    if found is None:
+        return None
+    offsets, rest = _offsets_of(found)
+    half = offsets[-1] * 4
+    rest = _exactly(rest, 2 * half)
+    return TopLogprobs(offsets, array_of("i", rest[:half]), array_of("f", rest[half:]))
+
+
+def _offset_bytes(offsets: array[int]) -> bytes:
+    counts = array("I", (end - start for start, end in pairwise(offsets)))
+    return struct.pack("<I", len(counts)) + (bytes_of(counts) or b"")
+
+
+def _offsets_of(found: bytes) -> tuple[array[int], bytes]:
+    """Return the offsets at the beginning, and what follows them."""
+    start = 4 + 4 * int.from_bytes(found[:4], "little")
+    if len(found) < start:
+        raise ValueError("numbers of ids are missing")
+    return array("I", accumulate(array_of("I", found[4:start]), initial=0)), found[start:]
+
+
+def _exactly(found: bytes, length: int) -> bytes:
+    if len(found) != length:
+        raise ValueError(f"{len(found)} bytes of ids, and not {length} as their numbers say")
+    return found

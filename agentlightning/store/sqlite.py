@@ -27,7 +27,7 @@ __all__ = ["SqliteDatabase"]
 
 APPLICATION_ID = int.from_bytes(b"AgL1", "big")
 """`PRAGMA application_id` of the files of agentlightning."""
-VERSION = 4
+VERSION = 5
 """Version of the schema, which `PRAGMA user_version` holds."""
 MIGRATIONS: Mapping[int, Sequence[str]] = {
     1: (
@@ -67,6 +67,13 @@ MIGRATIONS: Mapping[int, Sequence[str]] = {
         PRIMARY KEY (rollout_id, generation_id))""",
         "CREATE INDEX breaks_by_time ON breaks (finished_at)",
         "CREATE TABLE drift_totals (name TEXT NOT NULL, count BIGINT NOT NULL, PRIMARY KEY (name))",
+    ),
+    4: (
+        "ALTER TABLE generations ADD COLUMN served_model_key INTEGER",
+        "ALTER TABLE generations ADD COLUMN requested_params_key INTEGER",
+        "ALTER TABLE generations ADD COLUMN prompt_logprobs BLOB",
+        "ALTER TABLE choices ADD COLUMN sampling_mask BLOB",
+        "ALTER TABLE choices ADD COLUMN top_logprobs BLOB",
     ),
 }
 """Statements that turn a file of a version into one of the next."""

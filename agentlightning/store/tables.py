@@ -134,6 +134,9 @@ generations = Table(
     Column("retry", BigInteger),
     # Its position among `VIAS`.
     Column("via", SmallInteger),
+    Column("served_model_key", _Key),
+    Column("requested_params_key", _Key),
+    Column("prompt_logprobs", LargeBinary),
 )
 
 choices = Table(
@@ -148,8 +151,14 @@ choices = Table(
     Column("stop_reason", _Text),
     Column("weight_versions", _Text),
     Column("routed_experts", LargeBinary),
+    Column("sampling_mask", LargeBinary),
+    Column("top_logprobs", LargeBinary),
 )
-"""`stop_reason` and `weight_versions` are JSON; `routed_experts` is its shape, three uint32, and then int16."""
+"""`stop_reason` and `weight_versions` are JSON; `routed_experts` is its shape, three uint32, and then int16.
+
+`sampling_mask` and `top_logprobs`, as `generations.prompt_logprobs`, are their number of positions, the number of ids
+at each, all uint32, and then the ids; of the latter two, the logprobs follow.
+"""
 
 losses = Table(
     "losses",

@@ -29,6 +29,7 @@ _TEXT_KEYS = (
     *("endpoint_key", "model_key", "rollout_key", "attempt_key", "session_key"),
     *("agent_key", "parent_agent_key", "purpose_key"),
     *("sampling_params_key", "logprobs_mode_key"),
+    *("served_model_key", "requested_params_key"),
 )
 # With each block, those before it.
 _WITH_ANCESTORS = """

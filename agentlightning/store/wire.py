@@ -1,19 +1,22 @@
-"""Generations on their way to an `agl store` and back, in four versions of a message.
+"""Generations on their way to an `agl store` and back, in six versions of a message.
 
-`application/vnd.agl.generations.v3+msgpack` has whole prompts; `application/vnd.agl.generations.v4+msgpack`, which is
-for the way to the store alone, has what is new in them. Versions 1 and 2 are the same without `agent_id`,
-`parent_agent_id`, `purpose`, `retry` and `via`: servers of an earlier release send them.
+`application/vnd.agl.generations.v5+msgpack` has whole prompts; `application/vnd.agl.generations.v6+msgpack`, which is
+for the way to the store alone, has what is new in them. Versions 3 and 4 are the same without `served_model`,
+`requested_params` and `prompt_logprobs`, and without `sampling_mask` and `top_logprobs` of choices; versions 1 and 2
+also without `agent_id`, `parent_agent_id`, `purpose`, `retry` and `via`: servers of earlier releases send them.
 
 A message is a MessagePack map: `generations`, an array; `losses`, an array; `next`, the cursor of the next page; and
 `sender`, the id of the process that recorded the generations. Empty entries may be absent.
 
 Generations, choices and losses are arrays of all their fields, in the order of `agentlightning.generation`; what is
 unknown is nil. Token ids are bytes of little-endian int32; logprobs of little-endian float32; routed experts of their
-shape, three little-endian uint32, followed by int16. All other fields are plain MessagePack.
+shape, three little-endian uint32, followed by int16; sampling masks and top logprobs are as `store.tables` has them.
+All other fields are plain MessagePack.
 
-In versions 4 and 2, the ids and the text of a prompt are arrays (`store.chains` has what blocks are): the key and the
-name of a block that the store is assumed to have, 0 and no bytes where there is none; the blocks after it, those of ids
-packed; the name of the last of these, from which the store sees that it has put the right ones together; and the rest.
+In versions 6, 4 and 2, the ids and the text of a prompt are arrays (`store.chains` has what blocks are): the key and
+the name of a block that the store is assumed to have, 0 and no bytes where there is none; the blocks after it, those of
+ids packed; the name of the last of these, from which the store sees that it has put the right ones together; and the
+rest.
 A block may be one that came earlier in the same message; then its key is 0.
 
 A change of the format gets another version, so that no field is taken for another.
@@ -34,7 +37,16 @@ from msgspec.structs import asdict
 from agentlightning.errors import InvalidRecord
 from agentlightning.generation import Choice, Generation, Loss, RoutedExperts, field_types
 from agentlightning.store.chains import IDS, TEXTS, Chain, Kind, Prompt, Recent
-from agentlightning.store.rows import array_of, bytes_of, experts_bytes, experts_of
+from agentlightning.store.rows import (
+    array_of,
+    bytes_of,
+    experts_bytes,
+    experts_of,
+    mask_bytes,
+    mask_of,
+    top_bytes,
+    top_of,
+)
 
 __all__ = [
     "ERROR_HEADER",
@@ -55,9 +67,9 @@ __all__ = [
     "without_surrogates",
 ]
 
-VERSIONS = tuple(f"application/vnd.agl.generations.v{number}+msgpack" for number in (4, 3, 2, 1))
+VERSIONS = tuple(f"application/vnd.agl.generations.v{number}+msgpack" for number in (6, 5, 4, 3, 2, 1))
 """The media types of a message, newest first."""
-IN_BLOCKS, MEDIA_TYPE, _OLD_IN_BLOCKS, _OLD = VERSIONS
+IN_BLOCKS, MEDIA_TYPE = VERSIONS[:2]
 MOST_UNPACKED = 256 << 20
 """Bytes that the blocks of one message may become. Texts are compressed, and a few bytes can stand for many."""
 ERROR_HEADER = "X-AGL-Error"
@@ -110,12 +122,18 @@ _PACKED: dict[str, Any] = {
     "token_ids": bytes | None,
     "logprobs": bytes | None,
     "routed_experts": bytes | None,
+    "sampling_mask": bytes | None,
+    "top_logprobs": bytes | None,
+    "prompt_logprobs": bytes | None,
 }
 """Fields that a message has as bytes."""
 
 
-_NOT_IN_OLD = ("agent_id", "parent_agent_id", "purpose", "retry", "via")
-"""Fields of a generation that versions 1 and 2 do not have."""
+_NEW_OF_CHOICES = ("sampling_mask", "top_logprobs")
+_NEW = ("served_model", "requested_params", "prompt_logprobs")
+"""Fields that versions 1 to 4 do not have, of choices and of generations."""
+_NEW_BEFORE = ("agent_id", "parent_agent_id", "purpose", "retry", "via")
+"""Fields of generations that versions 1 and 2 do not have either."""
 
 
 def _message_type(kind: type, without: Sequence[str] = (), **packed: Any) -> Any:
@@ -129,6 +147,7 @@ def _message_type(kind: type, without: Sequence[str] = (), **packed: Any) -> Any
 
 
 _Choice = _message_type(Choice)
+_OldChoice = _message_type(Choice, _NEW_OF_CHOICES)
 _Loss = _message_type(Loss)
 
 
@@ -149,9 +168,8 @@ class _CutText(_Cut, array_like=True, forbid_unknown_fields=True):
     rest: str
 
 
-_WHOLE: dict[str, Any] = {"choices": list[_Choice]}
-_IN_BLOCKS: dict[str, Any] = {**_WHOLE, "prompt_token_ids": _CutIds | None, "prompt_text": _CutText | None}
-_Generation = _message_type(Generation, **_WHOLE)
+_IN_BLOCKS: dict[str, Any] = {"prompt_token_ids": _CutIds | None, "prompt_text": _CutText | None}
+_Generation = _message_type(Generation, choices=list[_Choice])
 
 
 def _whole_message(generation: Any) -> Any:
@@ -171,19 +189,28 @@ class _Unread(msgspec.Struct, forbid_unknown_fields=True):
 
 _encoder = msgspec.msgpack.Encoder()
 _unread = msgspec.msgpack.Decoder(_Unread)
-_KINDS = {
-    IN_BLOCKS: _message_type(Generation, **_IN_BLOCKS),
-    MEDIA_TYPE: _Generation,
-    _OLD_IN_BLOCKS: _message_type(Generation, _NOT_IN_OLD, **_IN_BLOCKS),
-    _OLD: _message_type(Generation, _NOT_IN_OLD, **_WHOLE),
-}
-_messages = {version: msgspec.msgpack.Decoder(_whole_message(kind)) for version, kind in _KINDS.items()}
-_generations = {version: msgspec.msgpack.Decoder(kind) for version, kind in _KINDS.items()}
+_MISSING: dict[str, Sequence[str]] = dict(
+    zip(VERSIONS, ((), (), _NEW, _NEW, (*_NEW, *_NEW_BEFORE), (*_NEW, *_NEW_BEFORE)), strict=True)
+)
+"""The fields of a generation that each version does not have."""
 
 
 def has_blocks(version: str) -> bool:
     """Tell whether a version of the message has prompts in blocks."""
-    return version in (IN_BLOCKS, _OLD_IN_BLOCKS)
+    return version in VERSIONS[::2]
+
+
+_KINDS = {
+    version: _message_type(
+        Generation,
+        missing,
+        choices=list[_OldChoice if missing else _Choice],
+        **(_IN_BLOCKS if has_blocks(version) else {}),
+    )
+    for version, missing in _MISSING.items()
+}
+_messages = {version: msgspec.msgpack.Decoder(_whole_message(kind)) for version, kind in _KINDS.items()}
+_generations = {version: msgspec.msgpack.Decoder(kind) for version, kind in _KINDS.items()}
 
 
 def encode(
@@ -327,6 +354,8 @@ def _take(envelope: Envelope, found: Any, version: str) -> None:
         return
     fields = asdict(found)
     fields["choices"] = [_choice_of(choice) for choice in found.choices]
+    if fields.get("prompt_logprobs") is not None:
+        fields["prompt_logprobs"] = top_of(fields["prompt_logprobs"])
     if has_blocks(version):
         ids, text = found.prompt_token_ids, found.prompt_text
         prompt = Prompt(_chain_of(IDS, ids, "prompt_token_ids"), _chain_of(TEXTS, text, "prompt_text"))
@@ -389,26 +418,41 @@ _generation_fields = attrgetter(*_Generation.__struct_fields__)
 _choice_fields = attrgetter(*_Choice.__struct_fields__)
 _loss_fields = attrgetter(*_Loss.__struct_fields__)
 _PROMPT, _TEXT, _CHOICES = map(_Generation.__struct_fields__.index, ("prompt_token_ids", "prompt_text", "choices"))
-_OLD_POSITIONS = [at for at, name in enumerate(_Generation.__struct_fields__) if name not in _NOT_IN_OLD]
-_IDS, _LOGPROBS, _EXPERTS = map(_Choice.__struct_fields__.index, ("token_ids", "logprobs", "routed_experts"))
+_PROMPT_LOGPROBS = _Generation.__struct_fields__.index("prompt_logprobs")
+_POSITIONS = {
+    version: [at for at, name in enumerate(_Generation.__struct_fields__) if name not in missing]
+    for version, missing in _MISSING.items()
+}
+_PACK: dict[str, Callable[[Any], bytes | None]] = {
+    "token_ids": bytes_of,
+    "logprobs": bytes_of,
+    "routed_experts": experts_bytes,
+    "sampling_mask": mask_bytes,
+    "top_logprobs": top_bytes,
+}
+_PACKED_AT = [(_Choice.__struct_fields__.index(name), pack) for name, pack in _PACK.items()]
 
 
 def _fields_of(generation: Generation) -> list[Any]:
     found = [*_generation_fields(generation)]
     found[_PROMPT] = bytes_of(generation.prompt_token_ids)
     found[_CHOICES] = [_fields_of_choice(choice) for choice in generation.choices]
+    found[_PROMPT_LOGPROBS] = top_bytes(generation.prompt_logprobs)
     return found
 
 
 def _fields_in(version: str, fields: list[Any]) -> list[Any]:
-    return [fields[at] for at in _OLD_POSITIONS] if version in (_OLD_IN_BLOCKS, _OLD) else fields
+    """Leave out the fields that a version does not have: those of choices are their last."""
+    if not _MISSING[version]:
+        return fields
+    fields[_CHOICES] = [choice[: -len(_NEW_OF_CHOICES)] for choice in fields[_CHOICES]]
+    return [fields[at] for at in _POSITIONS[version]]
 
 
 def _fields_of_choice(choice: Choice) -> list[Any]:
     found = [*_choice_fields(choice)]
-    found[_IDS] = bytes_of(choice.token_ids)
-    found[_LOGPROBS] = bytes_of(choice.logprobs)
-    found[_EXPERTS] = experts_bytes(choice.routed_experts)
+    for at, pack in _PACKED_AT:
+        found[at] = pack(found[at])
     return found
 
 
@@ -417,6 +461,9 @@ def _choice_of(found: Any) -> Choice:
     fields["token_ids"] = array_of("i", found.token_ids)
     fields["logprobs"] = array_of("f", found.logprobs)
     fields["routed_experts"] = _experts_of(found.routed_experts)
+    for name, unpack in (("sampling_mask", mask_of), ("top_logprobs", top_of)):
+        if fields.get(name) is not None:
+            fields[name] = unpack(fields[name])
     return Choice(**fields)
 
 

@@ -6,7 +6,7 @@ import uuid
 from array import array
 from typing import Any
 
-from agentlightning.generation import Choice, Generation, RoutedExperts, new_id
+from agentlightning.generation import Choice, Generation, RoutedExperts, SamplingMask, TopLogprobs, new_id
 
 SECOND = 1_000_000_000
 START = 1_790_000_000 * SECOND
@@ -57,10 +57,17 @@ FULL = Generation(
             stop_reason="7",
             weight_versions=[("v1", 0, 1), ("v2", 1, 2)],
             routed_experts=RoutedExperts((2, 3, 2), array("h", range(12))),
+            sampling_mask=SamplingMask(array("I", [0, 3, 4]), array("i", [7, 9, 2**31 - 1, 8])),
+            top_logprobs=TopLogprobs(
+                array("I", [0, 2, 3]), array("i", [7, 9, 8]), array("f", [-0.1, -2.5, float("-inf")])
+            ),
         ),
         Choice(index=1, token_ids=array("i"), finish_reason="abort", stop_reason=7, weight_versions=[]),
         Choice(index=2),
     ],
+    served_model="tiny",
+    requested_params='{"temperature": 0}',
+    prompt_logprobs=TopLogprobs(array("I", [0, 0, 1, 3, 4]), array("i", [1, 5, 6, 7]), array("f", [-1, -2, -3, -4])),
 )
 EMPTY = Generation(request_id="", finished_at=0, status="error")
 

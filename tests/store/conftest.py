@@ -22,21 +22,30 @@ EVERY_KIND = [
 """The kinds of stores: a file, a PostgreSQL database, and an `agl store`."""
 
 
+BACK_TO_VERSION_4 = (
+    *(
+        f"ALTER TABLE generations DROP COLUMN {name}"
+        for name in ("served_model_key", "requested_params_key", "prompt_logprobs")
+    ),
+    *(f"ALTER TABLE choices DROP COLUMN {name}" for name in ("sampling_mask", "top_logprobs")),
+)
+"""Statements that give a database of version 5 the tables of version 4."""
 BACK_TO_VERSION_3 = (
+    *BACK_TO_VERSION_4,
     *(
         f"ALTER TABLE generations DROP COLUMN {name}"
         for name in ("agent_key", "parent_agent_key", "purpose_key", "retry", "via")
     ),
     *(f"DROP TABLE {name}" for name in ("drifts", "breaks", "drift_totals")),
 )
-"""Statements that give a database of version 4 the tables of version 3."""
+"""Statements that give a database of version 5 the tables of version 3."""
 BACK_TO_VERSION_2 = (
     *BACK_TO_VERSION_3,
     *(f"DROP INDEX generations_by_{name}" for name in ("ids_block", "text_block")),
     *(f"ALTER TABLE generations DROP COLUMN {name}" for name in ("ids_block", "text_block")),
     *(f"DROP TABLE {name}" for name in ("blocks", "watermarks", "lost_calls")),
 )
-"""Statements that give a database of version 4 the tables of version 2."""
+"""Statements that give a database of version 5 the tables of version 2."""
 
 
 def new_store_of(kind: str, request: pytest.FixtureRequest) -> Callable[[Path], str]:

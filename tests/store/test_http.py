@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -712,10 +713,11 @@ def test_conversation_goes_on_after_the_store_was_restarted(tmp_path: Path) -> N
     assert len(lengths) == 2
 
 
-@pytest.mark.parametrize("newest", [2, 1])
+@pytest.mark.parametrize("newest", [4, 3, 2, 1])
 def test_server_of_an_earlier_release_gets_messages_that_it_knows(between: Between, newest: int) -> None:
     kept = growing(calls=3, growth=2048)
     kept[0].agent_id = "an agent"
+    kept[0].served_model, kept[0].choices = "tiny", FULL.choices
     posted: list[str] = []
 
     def refuse(handler: _Handler, body: bytes) -> None:
@@ -735,10 +737,12 @@ def test_server_of_an_earlier_release_gets_messages_that_it_knows(between: Betwe
         store.add(kept[:2])
         store.add(kept[2:])
 
-        kept[0].agent_id = None
+        kept[0].agent_id = "an agent" if newest > 2 else None
+        kept[0].served_model = None
+        kept[0].choices = [replace(choice, sampling_mask=None, top_logprobs=None) for choice in FULL.choices]
         assert [*store.generations()] == kept
         assert [loss.reason for loss in store.losses()] == ["full"]
-    assert posted == [*wire.VERSIONS[: 5 - newest], *[wire.VERSIONS[4 - newest]] * 2]
+    assert posted == [*wire.VERSIONS[: 7 - newest], *[wire.VERSIONS[6 - newest]] * 2]
 
 
 def test_refused_generation_takes_no_block_of_others_with_it(store: Store) -> None:

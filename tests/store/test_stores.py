@@ -15,7 +15,7 @@ from agentlightning.errors import InvalidRecord
 from agentlightning.generation import Choice, Generation, Loss
 from agentlightning.store import Store, open_database, open_store
 from tests.common.generations import EMPTY, FULL, HOSTILE, SECOND, START, generation
-from tests.store.conftest import BACK_TO_VERSION_3, EVERY_KIND, new_store_of
+from tests.store.conftest import BACK_TO_VERSION_3, BACK_TO_VERSION_4, EVERY_KIND, new_store_of
 
 pytestmark = pytest.mark.tier("check")
 
@@ -185,6 +185,26 @@ def test_store_of_the_former_version_is_read_and_goes_on(store: Store, url: str)
 
         assert [*migrated.generations()] == [old, new]
         assert [*migrated.generations(purpose=None)] == [old]
+
+
+def test_store_of_version_4_is_read_and_goes_on(store: Store, url: str) -> None:
+    if url.startswith("http"):
+        pytest.skip("a server's database is one of the other two")
+    old, new = generation(1), replace(FULL, id=generation(2).id)
+    store.add([old])
+    with closing(open_database(url)) as database, database.writing() as connection:
+        version = "UPDATE version SET version = 4" if "postgresql" in url else "PRAGMA user_version = 4"
+        for statement in (*BACK_TO_VERSION_4, version):
+            connection.exec_driver_sql(statement)
+
+    with open_store(url) as migrated:
+        migrated.add([new])
+
+        found = {each.id: each for each in migrated.generations()}
+        assert found[old.id] == old
+        assert found[new.id].choices[0].sampling_mask == FULL.choices[0].sampling_mask
+        assert found[new.id].prompt_logprobs == FULL.prompt_logprobs
+        assert found[new.id].requested_params == FULL.requested_params
 
 
 def test_add_twice_stores_once(store: Store) -> None:

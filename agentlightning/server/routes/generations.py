@@ -111,8 +111,20 @@ def cursor_of(end: Cursor | None) -> str | None:
     return None if end is None else f"{end.finished_at + 2**63:016x}{end.key:016x}"
 
 
+class IdLogprob(BaseModel):
+    """The logprob of an id."""
+
+    id: int
+    logprob: float | None
+
+
 # The fields are listed in `agentlightning.generation` alone. In JSON, an infinite logprob is null.
-_AS_JSON: dict[str, Any] = {"logprobs": list[float | None] | None, "routed_experts": list[list[list[int]]] | None}
+_AS_JSON: dict[str, Any] = {
+    "logprobs": list[float | None] | None,
+    "routed_experts": list[list[list[int]]] | None,
+    "sampling_mask": list[list[int]] | None,
+    **dict.fromkeys(("top_logprobs", "prompt_logprobs"), list[list[IdLogprob]] | None),
+}
 
 
 def _schema_of(kind: type, title: str, **as_json: Any) -> Any:
