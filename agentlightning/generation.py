@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import time
 from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
-from itertools import pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any, Literal, get_args, get_type_hints
 
 __all__ = [
@@ -59,6 +60,12 @@ class RoutedExperts:
     shape: tuple[int, int, int]
     ids: array[int]
 
+    @classmethod
+    def of_lists(cls, lists: Sequence[Sequence[Sequence[int]]]) -> RoutedExperts:
+        """Restore them from `tolist`."""
+        shape = (len(lists), len(lists[0]), len(lists[0][0])) if lists else (0, 0, 0)
+        return cls(shape, array("h", [each for of_id in lists for layer in of_id for each in layer]))
+
     def tolist(self) -> list[list[list[int]]]:
         """Return nested lists: for each id and layer its experts."""
         count, layers, experts = self.shape
@@ -78,6 +85,17 @@ class SamplingMask:
 
     offsets: array[int]
     ids: array[int]
+
+    @classmethod
+    def of_counts(cls, counts: Iterable[int], ids: array[int]) -> SamplingMask:
+        """Make it of the number of ids at each position."""
+        return cls(array("I", accumulate(counts, initial=0)), ids)
+
+    @classmethod
+    def of_lists(cls, lists: Iterable[Sequence[int]]) -> SamplingMask:
+        """Restore it from `tolist`."""
+        lists = list(lists)
+        return cls.of_counts(map(len, lists), array("i", chain.from_iterable(lists)))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -6,7 +6,7 @@ from array import array
 from dataclasses import dataclass
 from typing import Any
 
-from agentlightning.generation import Status
+from agentlightning.generation import RoutedExperts, SamplingMask, Status
 
 __all__ = ["Triplet"]
 
@@ -32,6 +32,8 @@ class Triplet:
         reward: the call's reward, by the rules of `agentlightning.store.triplets.of_rollout`.
         span_id: the first span of the rollout that names the answer.
         weight_versions: `(version, start, end)`, as in a `Choice`.
+        routed_experts: those of each id of prompt and response, by its position; -1 where vLLM gave none.
+        sampling_mask: as in a `Choice`.
         input, metadata: those of the rollout; None if it was only recorded.
     """
 
@@ -53,13 +55,15 @@ class Triplet:
     reward: float | None
     span_id: str | None
     weight_versions: list[tuple[str, int, int]] | None
+    routed_experts: RoutedExperts | None = None
+    sampling_mask: SamplingMask | None = None
     input: Any = None
     metadata: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields for JSON, with lists in the place of arrays, and each weight version as a dictionary."""
         found = {name: getattr(self, name) for name in self.__slots__}
-        for name in ("prompt_token_ids", "response_token_ids", "logprobs"):
+        for name in ("prompt_token_ids", "response_token_ids", "logprobs", "routed_experts", "sampling_mask"):
             if found[name] is not None:
                 found[name] = found[name].tolist()
         if self.weight_versions is not None:
@@ -81,4 +85,7 @@ class Triplet:
             values["logprobs"] = array("f", [float("-inf") if each is None else each for each in values["logprobs"]])
         if values["weight_versions"] is not None:
             values["weight_versions"] = [tuple(each[name] for name in VERSION) for each in values["weight_versions"]]
+        for name, kind in (("routed_experts", RoutedExperts), ("sampling_mask", SamplingMask)):
+            if values[name] is not None:
+                values[name] = kind.of_lists(values[name])
         return cls(**values)

@@ -71,6 +71,8 @@ def test_a_generation_as_a_dictionary_is_json_with_the_fields_names() -> None:
             "stop_reason": None,
             "weight_versions": [["v1", 0, 2]],
             "routed_experts": [[[4, 5]], [[6, 7]]],
+            "sampling_mask": None,
+            "top_logprobs": None,
         }
     ]
 

@@ -8,13 +8,14 @@ import random
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings, strategies
 
 from agentlightning.common_prefix import common_ids
-from agentlightning.generation import RoutedExperts
+from agentlightning.generation import RoutedExperts, SamplingMask
 from agentlightning.trajectory import AttemptCalls, Call, LeftOut, Merged, Parent, Trajectory, _tree, group_of, merge
 
 pytestmark = pytest.mark.tier("check")
@@ -338,21 +339,55 @@ def test_weights_sampling_and_experts_are_merged_by_position() -> None:
     assert row.temperature is None
     assert [each.sampling["temperature"] for each in row.spans if each.sampling] == [0.5, 1.0]
     assert row.routed_experts is not None
-    assert row.routed_experts.shape == (6, 1, 2)
-    assert row.routed_experts.ids.tolist() == [ord("a")] * 6 + [ord("b")] * 6
+    assert row.routed_experts.shape == (7, 1, 2)
+    assert row.routed_experts.ids.tolist() == [ord("a")] * 6 + [ord("b")] * 6 + [-1] * 2
+    assert row.missing_experts == 1
 
 
 def test_experts_are_kept_from_the_calls_that_have_them() -> None:
-    known = call("b", "pqABt", "CD", routed_experts=RoutedExperts((6, 1, 1), array("h", range(6))))
+    of_b = RoutedExperts((6, 1, 1), array("h", range(6)))
+    known = call("b", "pqABt", "CD", routed_experts=of_b)
+    later = replace(known, routed_experts=RoutedExperts((4, 1, 1), array("h", range(2, 6))))
+    later.sampling_params = '{"routed_experts_prompt_start":2}'
     other = call("c", "pqABtCDu", "EF", routed_experts=RoutedExperts((9, 2, 1), array("h", range(18))))
 
-    def experts(*calls: Call) -> RoutedExperts | None:
+    def experts(*calls: Call) -> tuple[list[int] | None, int | None]:
         (row,) = merged(*calls).rows
-        return row.routed_experts
+        found = row.routed_experts
+        return None if found is None else found.ids.tolist(), row.missing_experts
 
-    assert experts(LINE[0], known, LINE[2]) == experts(LINE[0], known) == known.routed_experts
-    assert experts(*LINE) is None
-    assert experts(LINE[0], known, other) is None
+    assert experts(LINE[0], known) == ([*range(6), -1], 1)
+    assert experts(LINE[0], later) == ([-1, -1, *range(2, 6), -1], 3)
+    assert experts(LINE[0], known, LINE[2]) == ([*range(6), -1, -1, -1, -1], 4)
+    assert experts(*LINE) == (None, None)
+    assert experts(LINE[0], known, other) == (None, None)
+
+
+def test_masks_are_put_together_by_position_or_the_row_is_flagged() -> None:
+    def masked(name: str, prompt: str, answer: str, mask: list[list[int]] | None, **params: float) -> Call:
+        return call(
+            name,
+            prompt,
+            answer,
+            sampling_mask=None if mask is None else SamplingMask.of_lists(mask),
+            logprobs_mode="processed_logprobs",
+            sampling_params=json.dumps(params),
+        )
+
+    first = masked("a", "pq", "AB", [[65, 1], [66]], top_p=0.9)
+
+    (row,) = merged(first, masked("b", "pqABt", "CD", [[67], [68, 2, 3]], top_p=0.9)).rows
+    assert row.sampling_mask is not None
+    assert row.sampling_mask.tolist() == [[], [], [65, 1], [66], [], [67], [68, 2, 3]]
+    assert row.flags == []
+    assert Trajectory.from_dict(json.loads(json.dumps(row.as_dict()))) == row
+
+    (row,) = merged(first, masked("b", "pqABt", "CD", None, top_p=0.9)).rows
+    assert (row.sampling_mask, row.flags) == (None, ["no_mask"])
+
+    # Nothing was cut off, so that there is nothing to know.
+    (row,) = merged(masked("a", "pq", "AB", None, temperature=0.7)).rows
+    assert (row.sampling_mask, row.flags) == (None, [])
 
 
 @pytest.mark.parametrize(

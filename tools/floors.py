@@ -26,7 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("generation", "errors", "rollout_name", "common_prefix"),
     ("_startup",),
     ("importhook", "patching"),
-    ("settings",),
+    ("settings", "sampling"),
     ("_agentlightning", "__init__"),
 )
 """Modules and folders of the package, from the top down; those of one floor may import each other."""

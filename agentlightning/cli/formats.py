@@ -105,16 +105,16 @@ def _some(records: Iterator[Any], kind: Kind) -> list[dict[str, Any]]:
     values = 0
     for record in islice(records, ROWS_AT_ONCE):
         rows.append(kind.row(record))
-        values += _experts_in(record)
+        values += _values_in(record)
         if values >= VALUES_AT_ONCE:
             break
     return rows
 
 
-def _experts_in(record: Any) -> int:
-    """Count the routed experts of a record, which has many times as many of them as ids."""
+def _values_in(record: Any) -> int:
+    """Count the routed experts of a record, and the ids in its mask: it may have many times as many of them as ids."""
     holders = record.choices if isinstance(record, Generation) else [record]
-    known = (getattr(each, "routed_experts", None) for each in holders)
+    known = (getattr(each, name) for each in holders for name in ("routed_experts", "sampling_mask"))
     return sum(len(each.ids) for each in known if each is not None)
 
 
@@ -213,6 +213,8 @@ def _trajectory_schema(pyarrow: Any) -> Any:
         "rewards": pyarrow.list_(pyarrow.struct({"position": int32, "reward": float64})),
         "weight_versions": _versions(pyarrow),
         "routed_experts": _experts(pyarrow),
+        "missing_experts": int32,
+        "sampling_mask": pyarrow.list_(pyarrow.list_(int32)),
         "temperature": float64,
         "flags": pyarrow.list_(text),
         "left_out": pyarrow.list_(pyarrow.struct({**call, "reason": text, "reward": float64})),
@@ -230,6 +232,8 @@ def _triplet_schema(pyarrow: Any) -> Any:
         "logprobs": pyarrow.list_(pyarrow.float32()),
         "reward": pyarrow.float64(),
         "weight_versions": _versions(pyarrow),
+        "routed_experts": _experts(pyarrow),
+        "sampling_mask": pyarrow.list_(ids),
     }
     return pyarrow.schema({name: others.get(name, pyarrow.string()) for name in Triplet.__slots__})
 

@@ -100,7 +100,7 @@ def _attempt(
     lost: int,
 ) -> AttemptCalls:
     generations = [row for call in calls for row in call.generations]
-    choices = choices_of(connection, [row.key for row in generations], _CHOICES.routed_experts)
+    choices = choices_of(connection, [row.key for row in generations], _CHOICES.routed_experts, _CHOICES.sampling_mask)
     reasons = texts.texts_of(connection, {each.finish_reason_key for some in choices.values() for each in some})
     made: list[Call] = []
     for row, prompt_token_ids in zip(generations, prompts.ids_of(connection, generations), strict=True):
@@ -126,6 +126,7 @@ def _attempt(
                 call.response_token_ids = rows.array_of("i", choice.token_ids)
                 call.logprobs = rows.array_of("f", choice.logprobs)
                 call.weight_versions = rows.versions_of(choice.weight_versions)
+                call.sampling_mask = rows.mask_of(choice.sampling_mask)
                 call.routed_experts = rows.experts_of(choice.routed_experts)
             made.append(call)
     return AttemptCalls(

@@ -7,6 +7,7 @@ are split into several.
 from __future__ import annotations
 
 import json
+from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 from sqlalchemy import Column, Connection, func, select
 
 from agentlightning.errors import NotFound
-from agentlightning.generation import STATUSES
+from agentlightning.generation import STATUSES, RoutedExperts
 from agentlightning.store import generations as kept
 from agentlightning.store import prompts, rollouts, rows, tables, texts
 from agentlightning.store.attributes import OUTCOME
@@ -33,7 +34,7 @@ from agentlightning.store.calls import (
 from agentlightning.store.database import in_parts
 from agentlightning.store.filters import TripletFilters
 from agentlightning.store.rewards import given_rewards, rewards_of
-from agentlightning.trajectory import was_sampled_with
+from agentlightning.trajectory import KnownExperts, first_position, place_experts, was_sampled_with
 from agentlightning.triplet import Triplet
 
 __all__ = [
@@ -154,7 +155,7 @@ def of_rollout(
     """
     if attempt_id == "latest" and (attempt_id := rollouts.attempt_id_of(connection, rollout_id, attempt_id)) is None:
         return []
-    found = calls_of(connection, rollout_id, attempt_id, CALLER, with_ids=True)
+    found = calls_of(connection, rollout_id, attempt_id, (*CALLER, _GENERATIONS.sampling_params_key), with_ids=True)
     return _triplets(connection, rollout_id, found, filters or {})
 
 
@@ -298,12 +299,14 @@ def _triplets(
         and (min_reward is None or found.rewards.get(row.key, float("-inf")) >= min_reward)
         and all(filters.get(name, value) == value for name, value in caller_of(row, found.texts).items())
     ]
-    choices = choices_of(connection, [row.key for _, row in generations])
+    of_positions = _CHOICES.routed_experts, _CHOICES.sampling_mask
+    choices = choices_of(connection, [row.key for _, row in generations], *of_positions)
     reasons = texts.texts_of(connection, {each.finish_reason_key for some in choices.values() for each in some})
     given, metadata = found.input, found.metadata
     triplets: list[Triplet] = []
     ids = prompts.ids_of(connection, [row for _, row in generations])
     for (call, row), prompt_token_ids in zip(generations, ids, strict=True):
+        params = found.texts[row.sampling_params_key]
         for choice in choices.get(row.key, (None,)):
             response_token_ids = rows.array_of("i", choice.token_ids) if choice else None
             versions = rows.versions_of(choice.weight_versions) if choice else None
@@ -326,11 +329,23 @@ def _triplets(
                     reward=found.rewards.get(row.key),
                     span_id=call.span.span_id if call.span else None,
                     weight_versions=versions,
+                    routed_experts=_experts_of(choice, prompt_token_ids, response_token_ids, params),
+                    sampling_mask=rows.mask_of(choice.sampling_mask) if choice else None,
                     input=given,
                     metadata=metadata,
                 )
             )
     return triplets
+
+
+def _experts_of(
+    choice: Any, prompt: array[int] | None, response: array[int] | None, params: str | None
+) -> RoutedExperts | None:
+    experts = rows.experts_of(choice.routed_experts) if choice else None
+    if experts is None or prompt is None or response is None:
+        return None
+    length = len(prompt) + len(response)
+    return place_experts([KnownExperts(experts, first_position(params), length)], length)
 
 
 def caller_of(row: Any, known: Texts) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from agentlightning.trajectory._calls import SAMPLING, AttemptCalls, Call, group_of, sampling_of, was_sampled_with
 from agentlightning.trajectory._merging import merge
 from agentlightning.trajectory._options import DRIFT_LIMIT, DRIFTS, Drift, MergeOptions, check_options
+from agentlightning.trajectory._positions import KnownExperts, first_position, place_experts
 from agentlightning.trajectory._row import FLAGS, Answer, Flag, LeftOut, Merged, Parent, Reason, Trajectory
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Call",
     "Drift",
     "Flag",
+    "KnownExperts",
     "LeftOut",
     "MergeOptions",
     "Merged",
@@ -31,8 +33,10 @@ __all__ = [
     "Reason",
     "Trajectory",
     "check_options",
+    "first_position",
     "group_of",
     "merge",
+    "place_experts",
     "sampling_of",
     "was_sampled_with",
 ]

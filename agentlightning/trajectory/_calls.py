@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from agentlightning.generation import RoutedExperts, Status
+from agentlightning.generation import RoutedExperts, SamplingMask, Status
 
 __all__ = ["SAMPLING", "AttemptCalls", "Call", "as_integer", "finite", "group_of", "sampling_of", "was_sampled_with"]
 
@@ -44,7 +44,7 @@ class Call:
         logprobs: one for each of `response_token_ids`; `array('f')`.
         reward: the call's own.
         weight_versions: `(version, start, end)`, as in a `Choice`.
-        routed_experts: those of the ids of prompt and answer, as far as vLLM returns them.
+        routed_experts, sampling_mask: as in a `Choice`.
         sampling_params: JSON, as in a `Generation`.
     """
 
@@ -65,6 +65,7 @@ class Call:
     reward: float | None = None
     weight_versions: Sequence[tuple[str, int, int]] | None = None
     routed_experts: RoutedExperts | None = None
+    sampling_mask: SamplingMask | None = None
     logprobs_mode: str | None = None
     sampling_params: str | None = None
 

@@ -8,9 +8,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from agentlightning.common_prefix import ID_BYTES
-from agentlightning.generation import RoutedExperts
+from agentlightning.generation import RoutedExperts, SamplingMask
 from agentlightning.trajectory._calls import AttemptCalls, Call, finite, group_of, sampling_of, was_sampled_with
 from agentlightning.trajectory._options import DRIFT_LIMIT, MergeOptions, check_options
+from agentlightning.trajectory._positions import (
+    KnownExperts,
+    KnownMask,
+    first_position,
+    missing_experts,
+    place_experts,
+    place_masks,
+)
 from agentlightning.trajectory._row import FLAGS, Answer, Flag, LeftOut, Merged, Parent, Reason, Trajectory
 from agentlightning.trajectory._tree import Node, link
 
@@ -198,6 +206,10 @@ class _Maker:
         sampled = [(each.sampling, each.logprobs_mode) for each in spans]
         if any(each != sampled[0] for each in sampled):
             flags.add("mixed_sampling")
+        masks = _masks([each for each in inside if id(each[0]) in trained], len(ids))
+        if masks is None and any(map(_needs_mask, answers)):
+            flags.add("no_mask")
+        experts = _experts(inside, len(ids))
         if finite(self._attempt.reward) != self._attempt.reward:
             flags.add("bad_reward")
         return Trajectory(
@@ -218,7 +230,9 @@ class _Maker:
             parent_agent_id=_only(node.call.parent_agent_id for node, _ in path),
             purpose=_only(node.call.purpose for node, _ in path),
             weight_versions=versions or None,
-            routed_experts=_experts(inside, len(ids)),
+            routed_experts=experts,
+            missing_experts=missing_experts(experts),
+            sampling_mask=masks,
             logprobs_mode=_only(each.logprobs_mode for each in answers),
             temperature=_only((each.sampling or {}).get("temperature") for each in answers),
             flags=[flag for flag in FLAGS if flag in flags],
@@ -307,22 +321,32 @@ def _versions(path: Iterable[tuple[Node, int]]) -> list[tuple[str, int, int]]:
 
 
 def _experts(path: Sequence[tuple[Node, int]], length: int) -> RoutedExperts | None:
-    """Merge the experts of a row: for each position those of the first call that has them."""
-    each = [(node.call.routed_experts, end) for node, end in path]
-    shape = next((known.shape for known, _ in each if known is not None), None)
-    if shape is None:
-        return None
-    _, layers, experts = shape
-    width, ids = layers * experts, array("h")
-    for position, (known, end) in enumerate(each):
-        if known is None:
-            continue
-        if known.shape[1:] != (layers, experts):
+    known: list[KnownExperts] = []
+    for position, (node, end) in enumerate(path):
+        if (experts := node.call.routed_experts) is not None:
+            # A call has none for its last id, which was never fed to the model, where the next one has.
+            stop = length if position == len(path) - 1 else end
+            known.append(KnownExperts(experts, first_position(node.call.sampling_params), stop))
+    return place_experts(known, length)
+
+
+def _masks(path: Iterable[tuple[Node, int]], length: int) -> SamplingMask | None:
+    """Merge the masks of trained answers; None where one has none."""
+    known: list[KnownMask] = []
+    for node, end in path:
+        mask = node.call.sampling_mask
+        if mask is None or len(mask) < end - node.start:
             return None
-        # A call has none for its last id, which was never fed to the model, where the next one has.
-        end = length if position == len(each) - 1 else end
-        ids.extend(known.ids[len(ids) : min(end, known.shape[0]) * width])
-    return RoutedExperts((len(ids) // width if width else 0, layers, experts), ids)
+        known.append(KnownMask(mask, node.start, end))
+    return place_masks(known, length) if known else None
+
+
+def _needs_mask(answer: Answer) -> bool:
+    """Tell whether the logprobs of an answer cannot be computed again without its mask."""
+    if not (answer.logprobs_mode or "").startswith("processed"):
+        return False
+    sampling = answer.sampling
+    return sampling is None or sampling["top_p"] < 1 or sampling["top_k"] > 0 or sampling["min_p"] > 0
 
 
 def _only(values: Iterable[Any]) -> Any:

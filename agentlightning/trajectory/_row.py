@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
-from agentlightning.generation import RoutedExperts, Status
+from agentlightning.generation import RoutedExperts, SamplingMask, Status
 
 __all__ = ["FLAGS", "Answer", "Flag", "LeftOut", "Merged", "Parent", "Reason", "Trajectory"]
 
@@ -19,6 +19,7 @@ Flag = Literal[
     "ambiguous",
     "mixed_weights",
     "mixed_sampling",
+    "no_mask",
     "missing_call",
     "drifted",
     "cut",
@@ -108,15 +109,19 @@ class Trajectory:
             the row of one that does.
         parent_agent_id, purpose: those of all calls; None where they differ, or one is unknown.
         weight_versions: `(version, start, end)`: the weights that these positions were sampled with.
-        routed_experts: those of the first ids, as far as they are known without a gap.
+        routed_experts: those of each id, by its position: of the first call that has them, or -1.
+        missing_experts: number of positions that no call gave, with the last one, which was never fed to the model.
+        sampling_mask: for each trained id those that it was chosen from, for others none. None as a whole where it is
+            unknown for one of them.
         logprobs_mode, temperature: those of all trained answers; None where they differ, or one is unknown.
         flags: why it is to be looked at twice, in the order of `FLAGS`: an answer ended early because its client hung
             up or the engine failed (`aborted`), or because of a limit of the engine (`truncated`); several calls had
             the same prompt, and none was continued (`retried`); several calls could be the one that was continued, so
             none was chosen (`ambiguous`); weights or sampling parameters changed in it (`mixed_weights`,
-            `mixed_sampling`); a call of the attempt has no ids here (`missing_call`); a prompt differs from an answer
-            that it repeats (`drifted`); ids were cut off by a limit of the caller (`cut`); a reward is infinite or not
-            a number, and therefore None (`bad_reward`).
+            `mixed_sampling`); its logprobs are of what top-p, top-k and min-p had left, which is unknown (`no_mask`); a
+            call of the attempt has no ids here (`missing_call`); a prompt differs from an answer that it repeats
+            (`drifted`); ids were cut off by a limit of the caller (`cut`); a reward is infinite or not a number, and
+            therefore None (`bad_reward`).
         left_out: calls of the attempt that are in no row; the first of its rows that are returned has them.
         input, metadata: those of the rollout.
         group: equal for all rollouts of one task; see `group_of`.
@@ -140,6 +145,8 @@ class Trajectory:
     purpose: str | None
     weight_versions: list[tuple[str, int, int]] | None
     routed_experts: RoutedExperts | None
+    missing_experts: int | None
+    sampling_mask: SamplingMask | None
     logprobs_mode: str | None
     temperature: float | None
     flags: list[Flag]
@@ -151,7 +158,7 @@ class Trajectory:
     def as_dict(self) -> dict[str, Any]:
         """Return the fields for JSON, with lists in the place of arrays, and dictionaries in that of tuples."""
         found: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
-        for name in ("token_ids", "response_mask", "logprobs", "routed_experts"):
+        for name in ("token_ids", "response_mask", "logprobs", "routed_experts", "sampling_mask"):
             if found[name] is not None:
                 found[name] = found[name].tolist()
         for name in ("spans", "left_out"):
@@ -180,10 +187,9 @@ class Trajectory:
         values["rewards"] = [tuple(each[name] for name in _REWARD) for each in values["rewards"]]
         if values["weight_versions"] is not None:
             values["weight_versions"] = [tuple(each[name] for name in _VERSION) for each in values["weight_versions"]]
-        if (experts := values["routed_experts"]) is not None:
-            shape = (len(experts), len(experts[0]), len(experts[0][0])) if experts else (0, 0, 0)
-            flat = array("h", [each for of_id in experts for layer in of_id for each in layer])
-            values["routed_experts"] = RoutedExperts(shape, flat)
+        for name, kind in (("routed_experts", RoutedExperts), ("sampling_mask", SamplingMask)):
+            if values[name] is not None:
+                values[name] = kind.of_lists(values[name])
         return cls(**values)
 
 

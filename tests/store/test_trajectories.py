@@ -75,7 +75,7 @@ def test_calls_of_an_attempt_are_one_row_with_all_that_is_known(store: Store) ->
     assert (row.reward, row.rewards) == (1.0, [(3, 0.25), (5, 1.0)])
     assert (row.rollout_id, row.attempt_id, row.model) == (rollout_id, attempt_id, "tiny-model")
     assert row.weight_versions == [("1", 2, 4), ("2", 5, 6)]
-    assert row.routed_experts == RoutedExperts((5, 1, 1), array("h", [7, 8, 9, 5, 6]))
+    assert row.routed_experts == RoutedExperts((6, 1, 1), array("h", [7, 8, 9, 5, 6, -1]))
     assert (row.logprobs_mode, row.temperature) == ("raw_logprobs", 0.7)
     assert row.spans[0].sampling is not None
     assert row.spans[0].sampling["top_p"] == 0.95

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,8 @@ def test_message_round_trips() -> None:
     assert wire.decode_each(sent) == (found, [])
 
 
-@pytest.mark.parametrize("number", [1, 2])
-def test_message_of_an_earlier_release_is_read_without_who_called(number: int) -> None:
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_message_of_an_earlier_release_is_read_without_what_is_new_since(number: int) -> None:
     body = (Path(__file__).parent / "messages" / f"v{number}.msgpack").read_bytes()
     version = f"application/vnd.agl.generations.v{number}+msgpack"
 
@@ -42,9 +42,14 @@ def test_message_of_an_earlier_release_is_read_without_who_called(number: int) -
     assert wire.decode_each(body, version) == (found, [])
     full, empty = found.generations
     assert (full.id, full.session_id, full.trace_id) == (found.sender, FULL.session_id, FULL.trace_id)
-    assert (full.started_at, full.cached_tokens, full.choices) == (FULL.started_at, FULL.cached_tokens, FULL.choices)
-    assert [full.agent_id, full.parent_agent_id, full.purpose, full.retry, full.via] == [None] * 5
-    if number == 1:
+    choices = [replace(choice, sampling_mask=None, top_logprobs=None) for choice in FULL.choices]
+    assert (full.started_at, full.cached_tokens, full.choices) == (FULL.started_at, FULL.cached_tokens, choices)
+    called = [FULL.agent_id, FULL.parent_agent_id, FULL.purpose, FULL.retry, FULL.via]
+    assert [full.agent_id, full.parent_agent_id, full.purpose, full.retry, full.via] == (
+        called if number > 2 else [None] * 5
+    )
+    assert [full.served_model, full.requested_params, full.prompt_logprobs] == [None] * 3
+    if number % 2:
         assert full.prompt_token_ids == FULL.prompt_token_ids
         assert [loss.reason for loss in found.losses] == [LOSS.reason]
         assert wire.encode([full, empty], found.losses, None, full.id, version) == body
@@ -127,6 +132,7 @@ def test_decode_of_an_invalid_message_is_refused(body: bytes) -> None:
 
 # The rest of the message is msgspec's.
 CANNOT_BE_READ = "cannot be read: "
+NOTHING = [None] * 7
 # An empty reason: the whole message is Python's.
 WRONG: dict[str, tuple[str, Any, str]] = {
     "half an id": ("prompt_token_ids", b"1234567", ""),
@@ -136,10 +142,12 @@ WRONG: dict[str, tuple[str, Any, str]] = {
     "a text as a number": ("model", 7, CANNOT_BE_READ),
     "a text that is not UTF-8": ("model", msgspec.Raw(b"\xa1\xff"), CANNOT_BE_READ),
     "choices": ("choices", [[0]], CANNOT_BE_READ),
-    "logprobs": ("choices", [[0, None, b"123", None, None, None, None, None]], ""),
-    "no shape": ("choices", [[0, None, None, None, None, None, None, b"1"]], "without their shape"),
-    "a shape": ("choices", [[0, None, None, None, None, None, None, bytes([2, 0, 0, 0] * 3)]], "what their shape says"),
-    "a version": ("choices", [[0, None, None, None, None, None, [["v", 0]], None]], CANNOT_BE_READ),
+    "logprobs": ("choices", [[0, None, b"123", *NOTHING]], ""),
+    "no shape": ("choices", [[0, *NOTHING[:6], b"1", None, None]], "without their shape"),
+    "a shape": ("choices", [[0, *NOTHING[:6], bytes([2, 0, 0, 0] * 3), None, None]], "what their shape says"),
+    "a mask": ("choices", [[0, *NOTHING, bytes([2, 0, 0, 0]), None]], "numbers of ids are missing"),
+    "alternatives": ("choices", [[0, *NOTHING, None, bytes([1, 0, 0, 0] * 3)]], "and not 8 as their numbers say"),
+    "a version": ("choices", [[0, None, None, None, None, None, [["v", 0]], None, None, None]], CANNOT_BE_READ),
 }
 
 

@@ -91,7 +91,8 @@ class RequestContext(Caller):
         collects: whether `engine_requests` are wanted.
         turns: its chat prompts, as `continuation` describes them.
         is_search: whether vLLM searches beams for it: then it draws no tokens.
-        differing: the client's values of sampling parameters that differ from those that are to be pinned.
+        differing: names of sampling parameters whose value is not the one to be pinned.
+        replaced: the client's values of those that were pinned.
     """
 
     endpoint: str | None = None
@@ -106,7 +107,8 @@ class RequestContext(Caller):
     engine_requests: list[EngineRequest] = field(default_factory=list)
     turns: list[Any] = field(default_factory=list)
     is_search: bool = False
-    differing: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    differing: frozenset[str] = frozenset()
+    replaced: Mapping[str, Any] | None = None
     _call_id: str | None = None
 
     @property

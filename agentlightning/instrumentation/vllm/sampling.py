@@ -50,8 +50,9 @@ def _pin(params: Any, context: RequestContext) -> None:
         return
     # A copy is the same call once more, and has what is pinned.
     _differing.update(asked.keys() - context.differing.keys())
-    context.differing = {**asked, **context.differing}
+    context.differing |= asked.keys()
     if policy.mode != "report":
+        context.replaced = {**asked, **(context.replaced or {})}
         for name in asked:
             setattr(params, name, pins[name])
 

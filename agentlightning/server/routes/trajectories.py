@@ -139,7 +139,9 @@ class Trajectory(BaseModel):
     parent_agent_id: str | None
     purpose: str | None = Field(description="That of all calls; null where they differ, or one is unknown.")
     weight_versions: list[WeightVersion] | None
-    routed_experts: list[list[list[int]]] | None
+    routed_experts: list[list[list[int]]] | None = Field(description="Of each id; -1 where no call gave them.")
+    missing_experts: int | None = Field(description="Number of ids that no call gave experts of.")
+    sampling_mask: list[list[int]] | None = Field(description="The ids that each trained id was chosen from.")
     logprobs_mode: str | None
     temperature: float | None
     flags: list[Flag] = Field(description="Why the row is to be looked at twice.")

@@ -95,6 +95,10 @@ class Triplet(BaseModel):
     reward: float | None
     span_id: str | None = Field(description="The first span of the rollout that names the answer.")
     weight_versions: list[WeightVersion] | None
+    routed_experts: list[list[list[int]]] | None = Field(
+        description="Of each id of prompt and response; -1 where vLLM gave none."
+    )
+    sampling_mask: list[list[int]] | None = Field(description="The ids that each response id was chosen from.")
     input: Any = Field(description="The rollout's; null if it was only recorded.")
     metadata: dict[str, Any] | None = Field(description="The rollout's; null if it was only recorded.")
 

@@ -9,11 +9,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from agentlightning.generation import Choice, Generation, RoutedExperts, Status, Via
+from agentlightning.generation import Choice, Generation, RoutedExperts, Status, TopLogprobs, Via
 from agentlightning.instrumentation.vllm import _releases
 from agentlightning.instrumentation.vllm._carriers import is_forwarded
 from agentlightning.instrumentation.vllm._context import RequestContext
-from agentlightning.instrumentation.vllm.capture import logprobs, request_names
+from agentlightning.instrumentation.vllm.capture import alternatives, logprobs, request_names
 
 __all__ = [
     "CapturedRequest",
@@ -39,12 +39,14 @@ class FinishedChoice:
         state: vLLM's `RequestState`; vLLM no longer changes its lists.
         finish_reason, stop_reason: those of vLLM's last `CompletionOutput` for it.
         routed_experts: arrays of the experts that its ids went through, in order.
+        masks: what the ids were chosen from, in order, as vLLM has it.
     """
 
     state: Any
     finish_reason: str | None
     stop_reason: int | str | None = None
     routed_experts: list[Any] = field(default_factory=list)
+    masks: list[Any] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -61,6 +63,7 @@ class CapturedRequest:
     context: RequestContext | None
     logprobs_mode: str | None = None
     n: int = 1
+    prompt_logprobs: Any = None
     unfinished: int = 0
     finished: list[FinishedChoice] = field(default_factory=list)
 
@@ -118,7 +121,20 @@ def from_frontend(captured: CapturedRequest, finished_at: int, keeps_text: bool)
         logprobs_mode=captured.logprobs_mode if any(choice.logprobs for choice in choices) else None,
         cached_tokens=getattr(state, "num_cached_tokens", None),
         choices=choices,
+        served_model=context.served_model,
+        requested_params=_requested(context),
+        prompt_logprobs=_prompt_logprobs(captured),
     )
+
+
+def _requested(context: RequestContext) -> str | None:
+    """Return what the client had asked for in place of what was pinned."""
+    return json.dumps(context.replaced, separators=(",", ":")) if context.replaced else None
+
+
+def _prompt_logprobs(captured: CapturedRequest) -> TopLogprobs | None:
+    positions, ids = captured.prompt_logprobs, captured.prompt_token_ids
+    return alternatives.of_positions(positions, len(ids), also_alone=True) if positions and ids else None
 
 
 def _prompt_text(captured: CapturedRequest, context: RequestContext) -> str | None:
@@ -157,7 +173,14 @@ def _choice(finished: FinishedChoice, keeps_text: bool) -> Choice:
         stop_reason=finished.stop_reason if keeps_text or not isinstance(finished.stop_reason, str) else None,
         weight_versions=weight_versions(getattr(state, "weight_version_starts", ()), len(token_ids)),
         routed_experts=routed_experts(finished.routed_experts),
+        sampling_mask=alternatives.mask_of(finished.masks, len(token_ids)),
+        top_logprobs=_top_logprobs(state, len(token_ids)),
     )
+
+
+def _top_logprobs(state: Any, count: int) -> TopLogprobs | None:
+    positions = state.logprobs_processor.logprobs
+    return alternatives.of_positions(positions, count) if positions else None
 
 
 def _logprobs(state: Any, token_ids: array[int]) -> array[float] | None:

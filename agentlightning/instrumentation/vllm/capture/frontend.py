@@ -16,13 +16,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from agentlightning.instrumentation.vllm import _context, continuation
 from agentlightning.instrumentation.vllm._carriers import skips_probe
 from agentlightning.instrumentation.vllm._context import EngineRequest, RequestContext
 from agentlightning.instrumentation.vllm._isolation import contained
-from agentlightning.instrumentation.vllm.capture import logprobs, marks
+from agentlightning.instrumentation.vllm.capture import alternatives, logprobs, marks
 from agentlightning.instrumentation.vllm.capture.conversion import (
     CapturedRequest,
     FinishedChoice,
@@ -57,6 +57,8 @@ BYTES_PER_LOGPROB = 300
 
 _pending: WeakKeyDictionary[Any, PendingRequests] = WeakKeyDictionary()
 _logprobs_modes: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+_masked: WeakSet[Any] = WeakSet()
+"""The output processors of engines that return sampling masks."""
 _offline: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 """The output processors of offline engines that are recorded: whether the engine core is in this process."""
 
@@ -84,7 +86,9 @@ def _pending_of(processor: Any) -> PendingRequests:
         # Before anything is kept: where the store cannot be opened, the next request tries again.
         if session.is_recording:
             start()
-        found = _pending[processor] = PendingRequests(_close, _logprobs_modes.get(processor), _note_lost)
+        found = _pending[processor] = PendingRequests(
+            _close, _logprobs_modes.get(processor), _note_lost, processor in _masked
+        )
         if session.is_recording:
             session.follow(found)
     return found
@@ -259,7 +263,16 @@ def is_recorded_offline(engine: Any) -> bool:
 
 
 def _note_logprobs_mode(client: Any, vllm_config: Any) -> None:
-    _logprobs_modes[client.output_processor] = logprobs.mode_of(vllm_config.model_config)
+    mode = _logprobs_modes[client.output_processor] = logprobs.mode_of(vllm_config.model_config)
+    if alternatives.gives_masks(vllm_config.model_config):
+        _masked.add(client.output_processor)
+    elif session.is_recording and logprobs.is_processed(mode):
+        has_option = hasattr(vllm_config.model_config, "return_sampling_mask")
+        logger.warning(
+            "agentlightning: logprobs are %s here, and what ids were chosen from is not recorded with them: %s",
+            mode,
+            "--return-sampling-mask is off" if has_option else "this release has no --return-sampling-mask",
+        )
 
 
 def _note_engine(client: Any, vllm_config: Any) -> None:
@@ -274,6 +287,7 @@ class PendingRequests:
     Args:
         record: called with each captured request when all its choices have ended.
         logprobs_mode: the kind of the engine's logprobs, in vLLM's words.
+        has_masks: whether the engine returns sampling masks.
         note_lost: called with each captured request that our code fails to record, and the reason.
     """
 
@@ -282,10 +296,12 @@ class PendingRequests:
         record: Callable[[CapturedRequest], object],
         logprobs_mode: str | None = None,
         note_lost: Callable[[CapturedRequest, Exception], object] = lambda captured, error: None,
+        has_masks: bool = False,
     ) -> None:
         self._record = record
         self._note_lost = note_lost
         self._logprobs_mode = logprobs_mode
+        self._has_masks = has_masks
         self._requests: dict[str, tuple[CapturedRequest, Any]] = {}
         self._parents: dict[str, CapturedRequest] = {}
 
@@ -308,6 +324,10 @@ class PendingRequests:
         else:
             captured = self._capture(name_of(parent), request, parent.sampling_params, context, parent.n)
             self._parents[parent.request_id] = captured
+        if captured.prompt_logprobs is None:
+            captured.prompt_logprobs = state.logprobs_processor.prompt_logprobs
+        if self._has_masks:
+            state.sampling_mask_chunks = alternatives.MaskChunks()
         captured.unfinished += 1
         self._requests[request.request_id] = (captured, state)
 
@@ -340,11 +360,13 @@ class PendingRequests:
     def _finish(self, output: Any, captured: CapturedRequest, state: Any, returned: Mapping[str, Any]) -> None:
         last = _last_completion(state, returned.get(captured.name))
         if last is not None:
-            choice = FinishedChoice(state, last.finish_reason, last.stop_reason, _routed_experts(state, last))
+            experts = _routed_experts(state, last)
+            choice = FinishedChoice(state, last.finish_reason, last.stop_reason, experts, _masks(state))
         else:
             # The engine gives no reason where vLLM's detokenizer has found a stop string.
             reason = "stop" if output.finish_reason is None else str(output.finish_reason)
-            choice = FinishedChoice(state, reason, output.stop_reason, _routed_experts(state, None))
+            experts = _routed_experts(state, None)
+            choice = FinishedChoice(state, reason, output.stop_reason, experts, _masks(state))
         captured.unfinished -= 1
         captured.finished.append(choice)
         if len(captured.finished) == captured.n:
@@ -362,7 +384,8 @@ class PendingRequests:
                 ended[request_id] = None
                 captured.unfinished -= 1
                 experts = _routed_experts(state, None)
-                captured.finished.append(FinishedChoice(state, finish_reason, routed_experts=experts))
+                ended_early = FinishedChoice(state, finish_reason, routed_experts=experts, masks=_masks(state))
+                captured.finished.append(ended_early)
                 # With n > 1: a choice that vLLM has not registered yet will never come.
                 if not captured.unfinished:
                     closing.append(captured)
@@ -433,6 +456,7 @@ def _bytes_of(choice: FinishedChoice) -> int:
     """Return how many bytes a finished choice keeps alive beside its ids."""
     state = choice.state
     nbytes = sum(chunk.nbytes for chunk in choice.routed_experts) if choice.routed_experts else 0
+    nbytes += alternatives.nbytes_of(choice.masks)
     # Missing in some releases.
     embeds = getattr(state, "prompt_embeds", None)
     if embeds is not None:
@@ -472,6 +496,12 @@ def _routed_experts(state: Any, last: Any) -> list[Any]:
         whole = getattr(last, "routed_experts", None)
         chunks = [] if whole is None else [whole]
     return chunks
+
+
+def _masks(state: Any) -> list[Any]:
+    """Return what the ids were chosen from, if vLLM was told to return it."""
+    chunks = getattr(state, "sampling_mask_chunks", None)
+    return chunks.all if isinstance(chunks, alternatives.MaskChunks) else []
 
 
 def _follows(module: ModuleType) -> bool:

@@ -19,6 +19,7 @@ __all__ = [
     "BYTES_PER_STEP",
     "LogprobsTap",
     "are_requested",
+    "is_processed",
     "join",
     "mode_of",
     "of_sampled_ids",
@@ -56,6 +57,11 @@ def mode_of(model_config: Any) -> str:
     # Up to 0.9 there is only the kind that later got this name; in 0.10 and 0.11.0 (as read) it is an Enum.
     mode = getattr(model_config, "logprobs_mode", "raw_logprobs")
     return str(getattr(mode, "value", mode))
+
+
+def is_processed(mode: str) -> bool:
+    """Tell whether logprobs of this kind are those after temperature, top-p and the like."""
+    return mode.startswith("processed")
 
 
 class LogprobsTap:

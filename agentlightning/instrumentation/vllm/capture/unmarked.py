@@ -12,11 +12,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from agentlightning.generation import Choice, Generation
+from agentlightning.generation import Choice, Generation, TopLogprobs
 from agentlightning.instrumentation.vllm import _releases
 from agentlightning.instrumentation.vllm._carriers import Caller, skips_probe
 from agentlightning.instrumentation.vllm._isolation import contained
-from agentlightning.instrumentation.vllm.capture import logprobs, request_names
+from agentlightning.instrumentation.vllm.capture import alternatives, logprobs, request_names
+from agentlightning.instrumentation.vllm.capture.alternatives import StepLogprobs
 from agentlightning.instrumentation.vllm.capture.conversion import (
     params_as_json,
     prompt_ids_of,
@@ -39,6 +40,8 @@ class TrackedRequest:
         sampling_params: as the frontend made them.
         drops_logprobs: only the recording wants the logprobs, so they are removed from the outputs.
         logprobs, routed_experts: one array for each step; of the logprobs, only those of the sampled ids.
+        masks: what the ids were chosen from, as vLLM has it.
+        top_logprobs, prompt_logprobs: those that the client asked for, if it did.
         weight_versions: each version of the weights, and the index of the first id sampled with it.
         finish_reason, stop_reason: the engine's.
     """
@@ -48,6 +51,9 @@ class TrackedRequest:
     drops_logprobs: bool = False
     logprobs: list[array[float]] = field(default_factory=list)
     routed_experts: list[Any] = field(default_factory=list)
+    masks: list[Any] = field(default_factory=list)
+    top_logprobs: StepLogprobs | None = None
+    prompt_logprobs: StepLogprobs | None = None
     weight_versions: list[tuple[str, int]] = field(default_factory=list)
     first_token_at: int | None = None
     cached_tokens: int | None = None
@@ -64,6 +70,14 @@ class TrackedRequest:
             logprobs.take(output, self.logprobs)
         elif output.new_logprobs is not None:
             self.logprobs.append(logprobs.of_sampled_ids(output.new_logprobs.logprobs))
+            if self.top_logprobs is not None:
+                self.top_logprobs.add((output.new_logprobs.logprob_token_ids, output.new_logprobs.logprobs))
+        prompt = getattr(output, "new_prompt_logprobs_tensors", None)
+        if prompt is not None and self.prompt_logprobs is not None:
+            self.prompt_logprobs.add(prompt)
+        mask = getattr(output, "new_sampling_mask", None)
+        if mask is not None:
+            self.masks.append(mask)
         experts = getattr(output, "routed_experts", None)
         if experts is not None:
             self.routed_experts.append(experts)
@@ -110,6 +124,10 @@ class UnmarkedRequests:
         if session.settings.logprobs and not logprobs.are_requested(params):
             logprobs.request_from_engine(request)
             tracked.drops_logprobs = True
+        if params.logprobs:
+            tracked.top_logprobs = StepLogprobs(params.logprobs)
+        if params.prompt_logprobs is not None:
+            tracked.prompt_logprobs = StepLogprobs(params.prompt_logprobs)
         if self._weights is not None:
             tracked.weight_versions.append((self._weights, 0))
 
@@ -171,10 +189,17 @@ class UnmarkedRequests:
         )
         ids = len(finished.prompt_token_ids or ()) + len(finished.token_ids)
         more = logprobs.BYTES_PER_STEP * len(tracked.logprobs)
-        more += sum(chunk.nbytes for chunk in tracked.routed_experts)
+        more += sum(chunk.nbytes for chunk in tracked.routed_experts) + alternatives.nbytes_of(tracked.masks)
+        more += sum(each.nbytes for each in (tracked.top_logprobs, tracked.prompt_logprobs) if each is not None)
         keeps_text = session.settings.record_text
         build = functools.partial(_generation_of, tracked, finished, self.config, time.time_ns(), keeps_text)
         session.record(build, ids, more, functools.partial(_whose, request.request_id))
+
+
+def _prompt_logprobs(tracked: TrackedRequest, finished: FinishedRequest) -> TopLogprobs | None:
+    found, ids = tracked.prompt_logprobs, finished.prompt_token_ids
+    # The first id has none.
+    return None if found is None or not ids else found.joined(len(ids), skipped=1)
 
 
 def _whose(request_id: str) -> tuple[str | None, str | None]:
@@ -219,6 +244,9 @@ def _generation_of(
                 stop_reason=tracked.stop_reason,
                 weight_versions=weight_versions(tracked.weight_versions, len(token_ids)),
                 routed_experts=routed_experts(tracked.routed_experts),
+                sampling_mask=alternatives.mask_of(tracked.masks, len(token_ids)),
+                top_logprobs=tracked.top_logprobs and tracked.top_logprobs.joined(len(token_ids)),
             )
         ],
+        prompt_logprobs=_prompt_logprobs(tracked, finished),
     )

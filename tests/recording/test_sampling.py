@@ -1,0 +1,148 @@
+"""What a server samples with (`AGL_SAMPLING`), and which model it calls it (`AGL_MODEL_NAMES`), of a real vLLM."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+
+import pytest
+
+from agentlightning.instrumentation.vllm._status import STATUS_ROUTE
+from tests.common.answers import fetch, post, steady
+from tests.recording.nursery import Nursery
+from tests.recording.server import RecordingServer
+
+PINNED = "temperature=1,top_p=1,top_k=-1,min_p=0,repetition_penalty=1"
+# As a model's own generation config would have it.
+GENERATION_CONFIG = '--override-generation-config={"top_p": 0.5, "repetition_penalty": 1.3}'
+ROUTES = ("--enable-scale-out",)
+NEUTRAL = {"temperature": 1, "top_p": 1, "top_k": -1, "min_p": 0, "repetition_penalty": 1}
+OTHER = {"temperature": 0, "top_p": 0.3, "top_k": 2, "min_p": 0.2, "repetition_penalty": 1.7}
+CHAT = [{"role": "user", "content": "Paris?"}]
+# Of each endpoint the body beside the sampling parameters, and which of these it takes.
+ALL = tuple(NEUTRAL)
+ENDPOINTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "/v1/chat/completions": ({"messages": CHAT, "max_tokens": 12}, ALL),
+    "/v1/completions": ({"prompt": "Paris?", "max_tokens": 12}, ALL),
+    "/v1/responses": ({"input": "Paris?", "max_output_tokens": 12}, ("temperature", "top_p", "top_k")),
+    "/v1/messages": ({"messages": CHAT, "max_tokens": 12}, ("temperature", "top_p", "top_k")),
+    "/inference/v1/generate": ({"token_ids": [1, 87, 85, 275]}, ALL),
+    "/v1/chat/completions/batch": ({"messages": [CHAT, CHAT], "max_tokens": 12}, ALL),
+}
+
+
+@pytest.fixture(scope="module")
+def pinned(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RecordingServer]:
+    env = {"AGL_SAMPLING": PINNED, "AGL_MODEL_NAMES": "any", "AGL_RETURN_TOKEN_IDS": "none"}
+    path = tmp_path_factory.mktemp("pinned") / "generations.db"
+    with nursery.server(path, GENERATION_CONFIG, *ROUTES, env=env) as server:
+        yield server
+
+
+def body_of(server: RecordingServer, endpoint: str, params: dict[str, Any]) -> dict[str, Any]:
+    fields, names = ENDPOINTS[endpoint]
+    chosen = {name: params[name] for name in names if name in params} | {"seed": 7}
+    if endpoint == "/inference/v1/generate":
+        return {"model": server.model, **fields, "sampling_params": {**chosen, "max_tokens": 12}}
+    return {"model": server.model, **fields, **chosen}
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_a_request_is_drawn_with_what_is_pinned_whatever_it_asks_for(pinned: RecordingServer, endpoint: str) -> None:
+    before = pinned.recorded()
+    for params in (NEUTRAL, OTHER, {}):
+        post(pinned, endpoint, body_of(pinned, endpoint, params))
+
+    known = {each.id for each in before}
+    new = [each for each in pinned.recorded() if each.id not in known and each.prompt_text != "last"]
+    neutral, other, nothing = (new[:1], new[1:2], new[2:3]) if len(new) == 3 else (new[:2], new[2:4], new[4:6])
+    for one, two, three in zip(neutral, other, nothing, strict=True):
+        # Neither all interfaces nor a batch have seeds that can be compared.
+        if endpoint not in ("/v1/messages", "/v1/responses"):
+            assert one.choices[0].token_ids == two.choices[0].token_ids == three.choices[0].token_ids
+        for each in (one, two, three):
+            assert not json.loads(each.sampling_params or "{}").keys() & {"temperature", "top_p", "repetition_penalty"}
+        asked = json.loads(two.requested_params or "{}")
+        assert asked == {name: OTHER[name] for name in asked}
+        assert asked.keys() >= set(ENDPOINTS[endpoint][1])
+
+
+def test_several_answers_to_a_greedy_request_are_drawn(pinned: RecordingServer) -> None:
+    body = {"model": pinned.model, "prompt": "Paris?", "max_tokens": 12, "temperature": 0, "n": 2, "seed": 3}
+
+    answers = post(pinned, "/v1/completions", body)["choices"]
+
+    assert len(answers) == 2
+    assert answers[0]["text"] != answers[1]["text"]
+    with pytest.raises(HTTPError, match="400"):
+        post(pinned, "/v1/completions", {**body, "temperature": 7})
+
+
+def test_the_status_counts_calls_that_asked_for_something_else(pinned: RecordingServer) -> None:
+    def differing() -> dict[str, int]:
+        found = fetch(pinned, STATUS_ROUTE)["sampling"]
+        assert (found["mode"], found["pins"]) == ("pin", PINNED)
+        return found["differing"]
+
+    before = differing()
+    post(pinned, "/v1/completions", body_of(pinned, "/v1/completions", {**NEUTRAL, "top_k": 5}))
+
+    assert {name: count - before.get(name, 0) for name, count in differing().items()} == {
+        **dict.fromkeys(before, 0),
+        "top_k": 1,
+    }
+
+
+def test_a_beam_search_is_left_alone(pinned: RecordingServer, recording: RecordingServer) -> None:
+    body = {"prompt": "Paris?", "max_tokens": 8, "use_beam_search": True, "n": 2, "temperature": 0}
+
+    texts = [
+        [each["text"] for each in post(server, "/v1/completions", {"model": server.model, **body})["choices"]]
+        for server in (pinned, recording)
+    ]
+
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("endpoint", ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"])
+def test_a_rollout_may_call_the_model_whatever_it_likes(pinned: RecordingServer, endpoint: str) -> None:
+    body = {**body_of(pinned, endpoint, {}), "model": "claude-opus-9"}
+
+    post(pinned, f"/rollout/named{endpoint}", body)
+
+    found = pinned.recorded(rollout_id="named")[-1]
+    assert (found.model, found.served_model) == ("claude-opus-9", pinned.model)
+    with pytest.raises(HTTPError, match="404"):
+        post(pinned, endpoint, body)
+
+
+def test_a_model_that_is_there_keeps_its_name(pinned: RecordingServer) -> None:
+    post(pinned, "/rollout/known/v1/completions", body_of(pinned, "/v1/completions", {}))
+
+    [found] = pinned.recorded(rollout_id="known")
+    assert (found.model, found.served_model) == (pinned.model, None)
+
+
+def test_reporting_counts_and_changes_no_answer(nursery: Nursery, recording: RecordingServer, tmp_path: Path) -> None:
+    env = {"AGL_SAMPLING": "report", "AGL_RETURN_TOKEN_IDS": "none"}
+    with nursery.server(tmp_path / "generations.db", *ROUTES, env=env) as reporting:
+        for endpoint in ENDPOINTS:
+            if endpoint == "/v1/chat/completions/batch":
+                continue
+            for params in (NEUTRAL, OTHER, {"temperature": 0.8, "top_p": 0.9}):
+                body = body_of(recording, endpoint, params)
+                answers = [steady(post(server, endpoint, body)) for server in (recording, reporting)]
+                if endpoint not in ("/v1/messages", "/v1/responses") or params is OTHER:
+                    assert answers[0] == answers[1]
+        generations = reporting.recorded()
+        counted = fetch(reporting, STATUS_ROUTE)["sampling"]
+
+    assert [each.requested_params for each in generations] == [None] * len(generations)
+    assert counted == {
+        "mode": "report",
+        "pins": "temperature=1,top_p=1,top_k=-1,min_p=0,repetition_penalty=1,presence_penalty=0,frequency_penalty=0",
+        "differing": {"temperature": 10, "top_p": 10, "top_k": 5, "min_p": 3, "repetition_penalty": 3},
+    }
