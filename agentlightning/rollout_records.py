@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 from urllib.parse import quote
 
+from agentlightning.sampling import Pins, pins_for, text_of
+
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
@@ -72,16 +74,23 @@ class RolloutConfig:
         unresponsive_seconds: longest time without a heartbeat or a span of an attempt; None for no limit.
         max_attempts: number of attempts, the first included.
         retry_condition: states of an attempt after which another one is queued.
+        sampling: sampling parameters that a server with `AGL_SAMPLING` pins for its calls, such as
+            `{"temperature": 0.6}`; `"client"` for those that its agent asks for; None for those of its resources, or
+            the server's.
     """
 
     timeout_seconds: float | None = None
     unresponsive_seconds: float | None = None
     max_attempts: int = 1
     retry_condition: Sequence[AttemptStatus] = ()
+    sampling: Mapping[str, Any] | str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields for JSON."""
-        return asdict(self)
+        """Return the fields for JSON, without `sampling` if there is none, as a LightningStore has them."""
+        found = asdict(self)
+        if self.sampling is None:
+            del found["sampling"]
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,25 +199,52 @@ class Rollout(_Portable):
     def base_url(self, server: str) -> str:
         """Return the base URL with which an OpenAI client's calls are recorded under this rollout and its attempt.
 
+        It also has the sampling parameters that its config or its resources pin.
+
         Args:
             server: URL of the vLLM server, such as `http://localhost:8000`; a trailing `/v1` is accepted.
+
+        Raises:
+            ValueError: these parameters are not valid.
         """
         root = server.rstrip("/").removesuffix("/v1")
         path = f"/rollout/{quote(self.rollout_id, safe='')}"
         if self.attempt is not None:
             path += f"/attempt/{quote(self.attempt.attempt_id, safe='')}"
+        if (pins := self._pins()) is not None:
+            path += f"/sampling/{quote(text_of(pins), safe='=,')}"
         return f"{root}{path}/v1"
 
     def api_key(self, key: str = "none") -> str:
         """Return the API key with which a client's calls are recorded under this rollout and its attempt.
 
-        It is for agents that take a key, and no base URL with a path, or stand behind a router.
+        It has what `base_url` has. It is for agents that take a key, and no base URL with a path, or stand behind a
+        router.
 
         Args:
             key: the key of the vLLM server; any text for a server without one.
+
+        Raises:
+            ValueError: the sampling parameters that are to be pinned are not valid.
         """
         named = f"{key}@rollout={quote(self.rollout_id, safe='')}"
-        return named if self.attempt is None else f"{named},attempt={quote(self.attempt.attempt_id, safe='')}"
+        if self.attempt is not None:
+            named += f",attempt={quote(self.attempt.attempt_id, safe='')}"
+        if (pins := self._pins()) is not None:
+            named += f",sampling={quote(text_of(pins), safe='')}"
+        return named
+
+    def _pins(self) -> Pins | None:
+        """Find the sampling parameters that are to be pinned: those of the config, or else of the resources."""
+        wanted = self.config.sampling
+        if wanted is None and self.resources_id is not None and self.store is not None:
+            found = self.store.get_resources_by_id(self.resources_id)
+            named = () if found is None else found.resources.values()
+            wanted = next((each["sampling"] for each in named if each.get("sampling") is not None), None)
+        try:
+            return pins_for(wanted, self.mode)
+        except ValueError as error:
+            raise ValueError(f"the sampling of rollout {self.rollout_id!r} is not valid: {error}") from error
 
     def reward(self, value: float, generation_id: str | None = None) -> None:
         """Reward the attempt that this object holds, or else the latest one; see `Store.add_reward`."""

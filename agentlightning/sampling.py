@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 from _agentlightning import INSTRUMENT_OFF
 
-__all__ = ["CLIENT", "NEUTRAL", "Pins", "Policy", "is_same", "parse_pins", "parse_policy", "text_of", "valid_pins"]
+__all__ = ["NEUTRAL", "Pins", "Policy", "is_same", "parse_pins", "parse_policy", "pins_for", "text_of"]
 
 Pins = Mapping[str, float]
 """Parameters by name, in the order of the table below."""
@@ -20,6 +20,7 @@ Mode = Literal["off", "report", "rollout", "pin"]
 
 CLIENT = "client"
 """In place of pins: whatever a client asks for, as without pinning."""
+_MODES = {"train", "val", "test"}
 
 
 class _Parameter(NamedTuple):
@@ -104,10 +105,10 @@ def parse_pins(text: str) -> Pins:
             found[name] = float(value)
         except ValueError:
             found[name] = value
-    return valid_pins(found)
+    return _valid(found)
 
 
-def valid_pins(values: Mapping[str, Any]) -> Pins:
+def _valid(values: Mapping[str, Any]) -> Pins:
     """Return parameters as pins, in their order.
 
     Raises:
@@ -121,6 +122,27 @@ def valid_pins(values: Mapping[str, Any]) -> Pins:
         if not is_number or not parameter.is_valid(value):
             raise ValueError(f"{name}={value!s:.50} is not {parameter.otherwise}")
     return {name: _normal(name, values[name]) for name in _PARAMETERS if name in values}
+
+
+def pins_for(wanted: Any, mode: str | None) -> Pins | None:
+    """Return the pins of a rollout.
+
+    Args:
+        wanted: a mapping of parameters, or `client`; or a mapping of these by the rollout's mode. None for none.
+        mode: of the rollout: `train`, `val` or `test`.
+
+    Raises:
+        ValueError: says in a clause what is wrong.
+    """
+    if isinstance(wanted, Mapping) and wanted.keys() & _MODES:
+        wanted = cast("Mapping[str, Any]", wanted).get(mode or "")
+    if wanted is None:
+        return None
+    if wanted == CLIENT:
+        return {}
+    if not isinstance(wanted, Mapping):
+        raise ValueError(f"{wanted!r:.50} is neither {CLIENT!r} nor an object of parameters")
+    return _valid(cast("Mapping[str, Any]", wanted))
 
 
 def text_of(pins: Pins) -> str:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from agentlightning.rollout_name import RolloutName, is_id, parse_name
-from agentlightning.sampling import Pins
+from agentlightning.sampling import Pins, parse_pins
 
 __all__ = [
     "CARRIERS",
@@ -25,6 +25,7 @@ __all__ = [
     "PROBE_PARAMS",
     "SOURCES",
     "Caller",
+    "InKey",
     "conflicting_names",
     "follow",
     "has_probe_params",
@@ -32,6 +33,7 @@ __all__ = [
     "is_forwarded",
     "is_probe",
     "names_rollout_in_key",
+    "pins_or_none",
     "read_headers",
     "read_user",
     "skipped_probes",
@@ -62,7 +64,9 @@ skipped_probes: Counter[str] = Counter()
 
 _PROBE_ID = re.compile(rf"{PROBE}[0-9a-f]{{32}}")
 # Values are percent-encoded, so that they can hold the characters that end them.
-_IN_KEY = re.compile(rb"@((?:rollout|attempt|agent)=[^,@\s]+(?:,(?:rollout|attempt|agent)=[^,@\s]+)*)\Z")
+_MEMBER = rb"(?:rollout|attempt|agent|sampling)=[^,@\s]+"
+_IN_KEY = re.compile(rb"@(%b(?:,%b)*)\Z" % (_MEMBER, _MEMBER))
+_SAMPLING_HEADER = b"x-agl-sampling"
 
 # Also what stands for bytes that were not UTF-8.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ufffd]")
@@ -165,7 +169,7 @@ SOURCES: Mapping[str, Sequence[Source]] = {
 _READ: Mapping[bytes, Sequence[str]] = {
     header: [field for field, sources in SOURCES.items() if header in {source.header for source in sources}]
     for header in (
-        *(b"x-agl-rollout-id", b"x-agl-attempt-id", b"baggage", *_TEXT_HEADERS, b"traceparent"),
+        *(b"x-agl-rollout-id", b"x-agl-attempt-id", b"baggage", _SAMPLING_HEADER, *_TEXT_HEADERS, b"traceparent"),
         *(source.header for sources in SOURCES.values() for source in sources),
     )
 }
@@ -181,17 +185,25 @@ _SAME_PURPOSE = {
 """The agents' words for a purpose that has a word here."""
 
 
-def without_name(headers: Iterable[tuple[bytes, bytes]]) -> tuple[list[tuple[bytes, bytes]], RolloutName | None]:
+class InKey(NamedTuple):
+    """What the end of an API key says: a rollout, and the sampling parameters that it has pinned, as text."""
+
+    name: RolloutName
+    sampling: str | None
+
+
+def without_name(headers: Iterable[tuple[bytes, bytes]]) -> tuple[list[tuple[bytes, bytes]], InKey | None]:
     """Return the headers with API keys as the server knows them, and what the first of these keys had named.
 
-    A key may end in `@rollout=ROLLOUT[,attempt=ATTEMPT][,agent=AGENT]`, in any order. Any other end is part of the key.
+    A key may end in `@rollout=ROLLOUT[,attempt=ATTEMPT][,agent=AGENT][,sampling=SAMPLING]`, in any order. Any other end
+    is part of the key.
     """
     found: list[tuple[bytes, bytes]] = []
     named = None
     for name, value in headers:
         if name in _KEY_HEADERS and (split := _split_key(value)) is not None:
             value, in_key = split
-            if named is not None and named != in_key:
+            if named is not None and named.name != in_key.name:
                 conflicting_names["key"] += 1
             named = named or in_key
         found.append((name, value))
@@ -203,7 +215,7 @@ def names_rollout_in_key(headers: Iterable[tuple[bytes, bytes]]) -> bool:
     return any(name in _KEY_HEADERS and b"@rollout=" in value for name, value in headers)
 
 
-def _split_key(key: bytes) -> tuple[bytes, RolloutName] | None:
+def _split_key(key: bytes) -> tuple[bytes, InKey] | None:
     """Return a key without its end, and what this names; None for a key that does not end so."""
     match = _IN_KEY.search(key)
     members = [member.partition(b"=")[::2] for member in match[1].split(b",")] if match else []
@@ -212,10 +224,11 @@ def _split_key(key: bytes) -> tuple[bytes, RolloutName] | None:
         if b"@rollout=" in key:
             ignored_ids["key"] += 1
         return None
-    return key[: match.start()], RolloutName(*(values.get(name) for name in ("rollout", "attempt", "agent")))
+    name = RolloutName(*(values.get(name) for name in ("rollout", "attempt", "agent")))
+    return key[: match.start()], InKey(name, values.get("sampling"))
 
 
-def read_headers(headers: Mapping[bytes, bytes], in_key: RolloutName | None, caller: Caller) -> None:
+def read_headers(headers: Mapping[bytes, bytes], in_key: InKey | None, caller: Caller) -> None:
     """Note what headers say of the caller, who may have been named in the path.
 
     Args:
@@ -227,8 +240,10 @@ def read_headers(headers: Mapping[bytes, bytes], in_key: RolloutName | None, cal
     if not found and in_key is None:
         return
     reader = _Reader(headers)
-    for carrier, named in _names(headers, in_key, reader):
+    for carrier, named in _names(headers, in_key and in_key.name, reader):
         follow(caller, carrier, named)
+    if caller.sampling is None:
+        caller.sampling = _sampling(reader, in_key)
     for field in {field for header in found for field in _READ[header]}:
         value = next(reader.values(field), None)
         if value is not None:
@@ -324,6 +339,29 @@ def follow(caller: Caller, carrier: str, named: RolloutName) -> None:
         other_rollout != caller.rollout_id or (other_attempt is not None and other_attempt != caller.attempt_id)
     ):
         conflicting_names[other] += 1
+
+
+def pins_or_none(carrier: str, text: str | None) -> Pins | None:
+    """Parse the sampling parameters that a rollout has pinned; None where there are none, or invalid ones."""
+    if not text:
+        return None
+    try:
+        return parse_pins(text)
+    except ValueError:
+        ignored_ids[f"sampling in {carrier}"] += 1
+        return None
+
+
+def _sampling(reader: _Reader, in_key: InKey | None) -> Pins | None:
+    """Return what the first carrier says that has sampling parameters."""
+    for carrier, text in (
+        ("x-agl-sampling", reader.value(_SAMPLING_HEADER)),
+        ("baggage", reader.value(b"baggage", "agentlightning.sampling")),
+        ("key", in_key and in_key.sampling),
+    ):
+        if (pins := pins_or_none(carrier, text)) is not None:
+            return pins
+    return None
 
 
 def _retry(text: str) -> int | None:

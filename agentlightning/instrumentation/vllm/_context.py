@@ -7,6 +7,8 @@ request, or in one that this task has started. A call of a program in vLLM's own
 
 from __future__ import annotations
 
+import functools
+import logging
 import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, MutableMapping
 from contextlib import aclosing
@@ -19,6 +21,7 @@ from agentlightning.generation import new_id
 from agentlightning.instrumentation.vllm import _carriers
 from agentlightning.instrumentation.vllm._carriers import CARRIER_HEADER, Caller, is_probe
 from agentlightning.instrumentation.vllm._isolation import contained
+from agentlightning.instrumentation.vllm.capture.session import session
 from agentlightning.rollout_name import is_id, outside_of_blocks
 
 __all__ = [
@@ -38,8 +41,13 @@ Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Any, Send], Awaitable[None]]
 
+logger = logging.getLogger("agentlightning")
+
 # On the path as it was sent: an encoded slash is part of an id, not the end of it.
-_PREFIX = re.compile(rb"/rollout/(?P<rollout>[^/]+)(?:/attempt/(?P<attempt>[^/]+))?(?P<rest>/.*)", re.DOTALL)
+_PREFIX = re.compile(
+    rb"/rollout/(?P<rollout>[^/]+)(?:/attempt/(?P<attempt>[^/]+))?(?:/sampling/(?P<sampling>[^/]+))?(?P<rest>/.*)",
+    re.DOTALL,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +243,17 @@ def _read_scope(scope: Scope) -> tuple[Scope, RequestContext]:
     context.scope = scope
     context.endpoint = scope["path"].removeprefix(scope.get("root_path", ""))
     _carriers.read_headers(dict(headers), in_key, context)
+    if context.sampling is not None and not session.settings.sampling.is_on:
+        _warn_unpinned()
     return scope, context
+
+
+@functools.cache
+def _warn_unpinned() -> None:
+    logger.warning(
+        "agentlightning: a call names sampling parameters of its rollout, but AGL_SAMPLING is off, so they are "
+        "ignored; this is logged once"
+    )
 
 
 def _without_prefix(scope: Scope, context: RequestContext) -> Scope:
@@ -249,6 +267,10 @@ def _without_prefix(scope: Scope, context: RequestContext) -> Scope:
     ids = [_decoded(part) if part else None for part in match.group("rollout", "attempt")]
     if not all(is_id(part) for part in ids if part):
         return scope
+    if match["sampling"]:
+        context.sampling = _carriers.pins_or_none("path", _decoded(match["sampling"]))
+        if context.sampling is None:
+            return scope
     context.rollout_id, context.attempt_id = ids
     context.carrier = "path"
     context.prefix = RolloutPrefix(before.decode(), path[len(before) : -len(match["rest"])].decode("latin-1"))

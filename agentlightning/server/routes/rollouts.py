@@ -10,12 +10,13 @@ import time
 from typing import Annotated, Any, Literal
 
 from fastapi import Body, Query, Request, Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 from sqlalchemy import Connection
 
 from agentlightning import rollout_records as records
 from agentlightning.errors import NotFound
 from agentlightning.rollout_records import AttemptStatus, Mode, RolloutStatus
+from agentlightning.sampling import pins_for
 from agentlightning.server import schemas
 from agentlightning.server.answers import Json, document, listed, raw
 from agentlightning.server.decoding import without_nan
@@ -47,6 +48,17 @@ class RolloutConfig(Sent):
     retry_condition: list[AttemptStatus] = Field(
         [], max_length=64, description="States of an attempt after which another one is queued."
     )
+
+    sampling: dict[str, Any] | Literal["client"] | None = Field(
+        None,
+        description="Sampling parameters that a vLLM with `AGL_SAMPLING` pins for its calls; see `docs/sampling.md`.",
+    )
+
+    @field_validator("sampling")
+    @classmethod
+    def _check_sampling(cls, value: Any) -> Any:
+        pins_for(value, None)
+        return value
 
     def as_record(self) -> records.RolloutConfig:
         return records.RolloutConfig(**self.model_dump())
