@@ -12,7 +12,7 @@ from typing import Any
 from markupsafe import Markup, escape
 from sqlalchemy import Connection
 
-from agentlightning.generation import Choice, Generation
+from agentlightning.generation import Choice, Generation, SamplingMask, TopLogprobs
 from agentlightning.store import generations, senders
 from agentlightning.token_text import TokenTexts
 
@@ -34,7 +34,8 @@ class TokenHtml:
     """Token ids as HTML.
 
     Attributes:
-        blocks: blocks of some hundred ids, each id an element with `data-t="ID LOGPROB"`.
+        blocks: blocks of some hundred ids, each an element with `data-t="ID LOGPROB"`; with `data-a`, the alternatives
+            to it as JSON, `[[id, text, logprob], ...]`; and with `data-m`, from how many ids it was chosen.
         length: the number of ids.
         has_texts: whether their texts are known.
     """
@@ -63,13 +64,15 @@ def choice_values(connection: Connection, generation_id: str, index: int) -> dic
     choice = next((each for each in choices if each.index == index), choices[0] if choices else None)
     texts = TokenTexts(senders.vocabulary_of(connection, generation_id))
     token_ids, logprobs = (None, None) if choice is None else (choice.token_ids, choice.logprobs)
+    top, mask = (None, None) if choice is None else (choice.top_logprobs, choice.sampling_mask)
     return {
         "generation": generation,
         "choice": choice,
-        "tokens": None if token_ids is None else _token_html(token_ids, logprobs, texts),
+        "tokens": None if token_ids is None else _token_html(token_ids, logprobs, texts, top, mask),
         "summary": None if not logprobs else _summary(logprobs),
         "fields": list(_fields(generation, choice)),
         "parameters": _indented(generation.sampling_params),
+        "requested": _indented(generation.requested_params),
         "prompt_length": None if generation.prompt_token_ids is None else len(generation.prompt_token_ids),
         "probabilities": PROBABILITIES,
     }
@@ -81,14 +84,49 @@ def prompt_tokens(connection: Connection, generation_id: str) -> TokenHtml | Non
     if generation is None:
         return None
     texts = TokenTexts(senders.vocabulary_of(connection, generation_id))
-    return _token_html(generation.prompt_token_ids or array("i"), None, texts)
+    top, ids = generation.prompt_logprobs, generation.prompt_token_ids or array("i")
+    return _token_html(ids, None if top is None else _own_logprobs(ids, top), texts, top)
 
 
-def _token_html(token_ids: array[int], logprobs: array[float] | None, texts: TokenTexts) -> TokenHtml:
-    return TokenHtml(list(_blocks(token_ids, logprobs, texts)), len(token_ids), texts.are_known)
+def _own_logprobs(token_ids: array[int], top: TopLogprobs) -> array[float]:
+    """Return the logprob of each id itself; NaN where it has none, as the first of a prompt."""
+    found = array("f")
+    for token_id, start, end in zip(token_ids, top.offsets, top.offsets[1:], strict=False):
+        pairs = zip(top.ids[start:end], top.logprobs[start:end], strict=True)
+        found.append(next((logprob for each, logprob in pairs if each == token_id), math.nan))
+    return found
 
 
-def _blocks(token_ids: array[int], logprobs: array[float] | None, texts: TokenTexts) -> Iterator[Markup]:
+def _token_html(
+    token_ids: array[int],
+    logprobs: array[float] | None,
+    texts: TokenTexts,
+    top: TopLogprobs | None = None,
+    mask: SamplingMask | None = None,
+) -> TokenHtml:
+    more = (
+        [_more(place, token_id, texts, top, mask) for place, token_id in enumerate(token_ids)] if top or mask else None
+    )
+    return TokenHtml(list(_blocks(token_ids, logprobs, texts, more)), len(token_ids), texts.are_known)
+
+
+def _more(place: int, token_id: int, texts: TokenTexts, top: TopLogprobs | None, mask: SamplingMask | None) -> str:
+    """Return the attributes of a token that say what else could have been there."""
+    found = ""
+    if top is not None and place < len(top):
+        start, end = top.offsets[place], top.offsets[place + 1]
+        pairs = zip(top.ids[start:end], top.logprobs[start:end], strict=True)
+        others = [[each, texts.text(each), f"{logprob:.5g}"] for each, logprob in pairs if each != token_id]
+        if others:
+            found += f' data-a="{escape(json.dumps(others, ensure_ascii=False))}"'
+    if mask is not None and place < len(mask):
+        found += f' data-m="{mask.offsets[place + 1] - mask.offsets[place]}"'
+    return found
+
+
+def _blocks(
+    token_ids: array[int], logprobs: array[float] | None, texts: TokenTexts, more: Sequence[str] | None
+) -> Iterator[Markup]:
     block: list[str] = []
     # A long answer repeats the same ids.
     written: dict[int, tuple[Markup, bool]] = {}
@@ -99,11 +137,13 @@ def _blocks(token_ids: array[int], logprobs: array[float] | None, texts: TokenTe
         text, ends_line = written[token_id]
         # By hand: for a long answer a template would take as long as everything else.
         special = " s" if texts.is_special(token_id) else ""
-        if logprobs is None or place >= len(logprobs):
-            block.append(f'<b class="t{special}" data-t="{token_id}">{text}</b>')
+        also = "" if more is None else more[place]
+        if logprobs is None or place >= len(logprobs) or math.isnan(logprobs[place]):
+            block.append(f'<b class="t{special}" data-t="{token_id}"{also}>{text}</b>')
         else:
             logprob = logprobs[place]
-            block.append(f'<b class="t l{_colour(logprob)}{special}" data-t="{token_id} {logprob:.5g}">{text}</b>')
+            values = f'data-t="{token_id} {logprob:.5g}"{also}'
+            block.append(f'<b class="t l{_colour(logprob)}{special}" {values}>{text}</b>')
         if len(block) >= MAX_BLOCK or (ends_line and len(block) >= MIN_BLOCK):
             yield Markup("".join(block))
             block = []
@@ -135,6 +175,7 @@ def _fields(generation: Generation, choice: Choice | None) -> Iterator[tuple[str
     found: dict[str, object] = {
         "Status": generation.status,
         "Model": generation.model,
+        "Answered by": generation.served_model,
         "Endpoint": generation.endpoint,
         "Finish reason": choice and choice.finish_reason,
         "Stop reason": choice and choice.stop_reason,

@@ -12,6 +12,8 @@ const logprobOf = (token) => {
   return text === undefined ? null : text === "-inf" ? -Infinity : Number(text);
 };
 
+const percent = (logprob) => `${(100 * Math.exp(logprob === "-inf" ? -Infinity : Number(logprob))).toPrecision(3)} %`;
+
 // One token at a time: of the prompt or of the answer.
 function chooseNone() {
   document.querySelector(".chosen")?.classList.remove("chosen");
@@ -23,8 +25,14 @@ function choose(text, token) {
   token.classList.add("chosen");
   const description = document.getElementById(`${text.id}-description`);
   const [id, logprob] = token.dataset.t.split(" ");
-  const chance = logprob === undefined ? "" : `, logprob ${logprob} (${(100 * Math.exp(logprobOf(token))).toPrecision(3)} %)`;
-  description.textContent = `Token ${place.get(token)}: ${JSON.stringify(token.textContent)}, id ${id}${chance}`;
+  const chance = logprob === undefined ? "" : `, logprob ${logprob} (${percent(logprob)})`;
+  const from = token.dataset.m === undefined ? "" : `, chosen from ${token.dataset.m}`;
+  const others = JSON.parse(token.dataset.a ?? "[]").map(
+    ([other, text, its]) => `${JSON.stringify(text)} (id ${other}, logprob ${its}, ${percent(its)})`,
+  );
+  const instead = others.length ? `. Alternatives: ${others.join(", ")}` : "";
+  const said = `${JSON.stringify(token.textContent)}, id ${id}${chance}${from}${instead}`;
+  description.textContent = `Token ${place.get(token)}: ${said}`;
   show(token);
   if (text.id === "answer") {
     history.replaceState(null, "", `#t${place.get(token)}`);
