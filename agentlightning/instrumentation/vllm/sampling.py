@@ -49,8 +49,8 @@ def _pin(params: Any, context: RequestContext) -> None:
     if not asked or has_probe_params(params):
         return
     # A copy is the same call once more, and has what is pinned.
-    _differing.update(asked.keys() - context.differing.keys())
-    context.differing |= asked.keys()
+    _differing.update(asked.keys() - context.differing)
+    context.differing = context.differing.union(asked)
     if policy.mode != "report":
         context.replaced = {**asked, **(context.replaced or {})}
         for name in asked:
