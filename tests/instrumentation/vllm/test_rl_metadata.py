@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy
 import pytest
+import torch
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
-from vllm.v1.outputs import LogprobsLists
+from vllm.v1.outputs import LogprobsLists, LogprobsTensors, SamplingMaskLists
 from vllm.v1.request import Request
 
 from agentlightning import instrumentation
@@ -54,6 +55,14 @@ def arrays(*logprobs: float) -> LogprobsLists:
 def experts(*of_ids: int) -> Any:
     """Return the experts of two layers for each of these ids, derived from its number."""
     return numpy.array([[[each, each + 1], [each + 2, each + 3]] for each in of_ids], dtype=numpy.uint8)
+
+
+def masks(*of_ids: Sequence[int]) -> SamplingMaskLists:
+    """Return what each of these ids was chosen from, as an engine sends it: for one id without offsets."""
+    ids = numpy.array([each for of_id in of_ids for each in of_id], dtype=numpy.int32)
+    if len(of_ids) == 1:
+        return SamplingMaskLists(ids)
+    return SamplingMaskLists(ids, numpy.cumsum([0, *map(len, of_ids)]))
 
 
 def output(name: str, ids: Sequence[int], end: FinishReason | None = None, **more: Any) -> EngineCoreOutput:
@@ -158,6 +167,90 @@ def test_a_finished_request_has_its_experts_and_weights(engine: Engine, path: Pa
     assert choice.routed_experts.tolist() == experts(1, 2, 3, 250).tolist()
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
+def test_a_mask_is_kept_for_each_id_and_the_client_still_gets_it(engine: Engine, path: Path, stream: bool) -> None:
+    engine.add("one", [1], stream=stream)
+    state = engine.processor.request_states["one-0"]
+    assert state.queue is not None
+    carried: list[list[int]] = []
+    for ids, mask, end in (([5], [[5, 9]], None), ([6, 7], [[6], [7, 8, 9]], None), ([8], [[8]], LENGTH)):
+        engine.steps([output("one-0", ids, end, new_sampling_mask=masks(*mask))])
+        if stream or end:
+            answer = state.queue.get_nowait()
+            assert answer is not None
+            carried += answer.outputs[0].sampling_mask.token_ids
+
+    [choice] = kept(path)[0].choices
+    assert choice.sampling_mask is not None
+    assert choice.sampling_mask.tolist() == carried == [[5, 9], [6], [7, 8, 9], [8]]
+
+
+def test_masks_of_each_choice_and_of_aborted_requests_are_kept(engine: Engine, path: Path) -> None:
+    engine.add("two", [1, 2, 3], n=2, stream=True)
+    engine.steps(
+        [
+            output("0_two-0", [5], new_sampling_mask=masks([5])),
+            output("1_two-0", [6], LENGTH, new_sampling_mask=masks([6, 7])),
+        ]
+    )
+    engine.processor.abort_requests(["0_two-0"], internal=True)
+    engine.add("none", [1])
+    engine.steps([output("none-0", [5], LENGTH)])
+
+    two, none = kept(path)
+    found = [choice.sampling_mask for choice in two.choices]
+    assert [each.tolist() for each in found if each is not None] == [[[5]], [[6, 7]]]
+    assert none.choices[0].sampling_mask is None
+
+
+def test_masks_and_alternatives_of_more_ids_than_are_kept_are_cut(engine: Engine, path: Path) -> None:
+    engine.add("one", [1])
+    engine.steps([output("one-0", [5], LENGTH, new_sampling_mask=masks([5], [6, 7]))])
+
+    [choice] = kept(path)[0].choices
+    assert choice.sampling_mask is not None
+    assert choice.sampling_mask.tolist() == [[5]]
+
+
+def top(*of_ids: tuple[int, float, int, float]) -> LogprobsLists:
+    """Return for each id its logprob, and that of the likeliest one."""
+    ids = numpy.array([[first, second] for first, _, second, _ in of_ids], dtype=numpy.int32)
+    logprobs = numpy.array([[first, second] for _, first, _, second in of_ids], dtype=numpy.float32)
+    return LogprobsLists(ids, logprobs, numpy.ones(len(of_ids), dtype=numpy.int32))
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["objects", "flat"])
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
+def test_alternatives_are_kept_where_the_client_asked_for_them(
+    engine: Engine, path: Path, stream: bool, flat: bool
+) -> None:
+    engine.add("asks", [1, 2, 3], stream=stream, logprobs=1, prompt_logprobs=1, flat_logprobs=flat)
+    engine.add("only its own", [1, 2, 3], stream=stream, logprobs=0)
+    of_prompt = LogprobsTensors(*(torch.from_numpy(each) for each in top((2, -1, 2, -1), (3, -2, 9, -0.5))[:3]))
+    for ids, found, end in (([5], top((5, -1, 4, -0.5)), None), ([6], top((6, -0.25, 6, -0.25)), LENGTH)):
+        prompt = of_prompt if end is None else None
+        both = (
+            output("asks-0", ids, end, new_logprobs=found, new_prompt_logprobs_tensors=prompt),
+            output("only its own-0", ids, end, new_logprobs=found),
+        )
+        engine.steps([*both])
+
+    asks, own = kept(path)
+    [choice] = asks.choices
+    assert choice.top_logprobs is not None
+    assert choice.top_logprobs.tolist() == [
+        [{"id": 5, "logprob": -1.0}, {"id": 4, "logprob": -0.5}],
+        [{"id": 6, "logprob": -0.25}],
+    ]
+    assert asks.prompt_logprobs is not None
+    assert asks.prompt_logprobs.tolist() == [
+        [],
+        [{"id": 2, "logprob": -1.0}],
+        [{"id": 3, "logprob": -2.0}, {"id": 9, "logprob": -0.5}],
+    ]
+    assert (own.choices[0].top_logprobs, own.prompt_logprobs) == (None, None)
+
+
 class Scheduler:
     """A stand-in for vLLM's scheduler, which needs a model; only used as a key."""
 
@@ -236,3 +329,29 @@ def test_logprobs_of_traced_requests_are_sent_unpacked() -> None:
 
     assert (traced.trace_headers, untraced.trace_headers) == ({"a": "b"}, None)
     assert logprobs.join(taken, 4) == array("f", [-0.5, -1, -0.5, -1])
+
+
+def test_an_engine_core_records_masks_and_alternatives(path: Path) -> None:
+    requests = UnmarkedRequests(Scheduler())
+    request = unmarked("cmpl-a-00000000", logprobs=1, prompt_logprobs=0)
+    requests.track(request)
+    of_prompt = LogprobsTensors(*(torch.from_numpy(each) for each in top((2, -1, 7, -0.5))[:3]))
+    first = step(
+        request,
+        [5],
+        new_logprobs=top((5, -1, 4, -0.5)),
+        new_prompt_logprobs_tensors=of_prompt,
+        new_sampling_mask=masks([5]),
+    )
+    last = step(request, [6], LENGTH, new_logprobs=top((6, -1, 6, -1)), new_sampling_mask=masks([6, 4]))
+    for each in (first, last):
+        requests.add_step({0: EngineCoreOutputs(outputs=[each])})
+
+    [generation] = kept(path)
+    [choice] = generation.choices
+    assert choice.sampling_mask is not None
+    assert choice.sampling_mask.tolist() == [[5], [6, 4]]
+    assert choice.top_logprobs is not None
+    assert [[each["id"] for each in of_id] for of_id in choice.top_logprobs.tolist()] == [[5, 4], [6]]
+    assert generation.prompt_logprobs is not None
+    assert generation.prompt_logprobs.tolist() == [[], [{"id": 2, "logprob": -1.0}]]

@@ -13,12 +13,7 @@ from typing import Any
 
 from agentlightning.generation import SamplingMask, TopLogprobs
 
-__all__ = ["MaskChunks", "StepLogprobs", "gives_masks", "mask_of", "nbytes_of", "of_positions"]
-
-
-def gives_masks(model_config: Any) -> bool:
-    """Tell whether an engine returns sampling masks."""
-    return bool(getattr(model_config, "return_sampling_mask", False))
+__all__ = ["MaskChunks", "StepLogprobs", "mask_of", "nbytes_of", "of_positions"]
 
 
 class MaskChunks(list[Any]):

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 from agentlightning.instrumentation.vllm import _context, continuation
 from agentlightning.instrumentation.vllm._carriers import skips_probe
@@ -57,8 +57,6 @@ BYTES_PER_LOGPROB = 300
 
 _pending: WeakKeyDictionary[Any, PendingRequests] = WeakKeyDictionary()
 _logprobs_modes: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
-_masked: WeakSet[Any] = WeakSet()
-"""The output processors of engines that return sampling masks."""
 _offline: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 """The output processors of offline engines that are recorded: whether the engine core is in this process."""
 
@@ -86,9 +84,7 @@ def _pending_of(processor: Any) -> PendingRequests:
         # Before anything is kept: where the store cannot be opened, the next request tries again.
         if session.is_recording:
             start()
-        found = _pending[processor] = PendingRequests(
-            _close, _logprobs_modes.get(processor), _note_lost, processor in _masked
-        )
+        found = _pending[processor] = PendingRequests(_close, _logprobs_modes.get(processor), _note_lost)
         if session.is_recording:
             session.follow(found)
     return found
@@ -264,9 +260,8 @@ def is_recorded_offline(engine: Any) -> bool:
 
 def _note_logprobs_mode(client: Any, vllm_config: Any) -> None:
     mode = _logprobs_modes[client.output_processor] = logprobs.mode_of(vllm_config.model_config)
-    if alternatives.gives_masks(vllm_config.model_config):
-        _masked.add(client.output_processor)
-    elif session.is_recording and logprobs.is_processed(mode):
+    has_masks = getattr(vllm_config.model_config, "return_sampling_mask", False)
+    if session.is_recording and logprobs.is_processed(mode) and not has_masks:
         has_option = hasattr(vllm_config.model_config, "return_sampling_mask")
         logger.warning(
             "agentlightning: logprobs are %s here, and what ids were chosen from is not recorded with them: %s",
@@ -287,7 +282,6 @@ class PendingRequests:
     Args:
         record: called with each captured request when all its choices have ended.
         logprobs_mode: the kind of the engine's logprobs, in vLLM's words.
-        has_masks: whether the engine returns sampling masks.
         note_lost: called with each captured request that our code fails to record, and the reason.
     """
 
@@ -296,12 +290,10 @@ class PendingRequests:
         record: Callable[[CapturedRequest], object],
         logprobs_mode: str | None = None,
         note_lost: Callable[[CapturedRequest, Exception], object] = lambda captured, error: None,
-        has_masks: bool = False,
     ) -> None:
         self._record = record
         self._note_lost = note_lost
         self._logprobs_mode = logprobs_mode
-        self._has_masks = has_masks
         self._requests: dict[str, tuple[CapturedRequest, Any]] = {}
         self._parents: dict[str, CapturedRequest] = {}
 
@@ -326,7 +318,8 @@ class PendingRequests:
             self._parents[parent.request_id] = captured
         if captured.prompt_logprobs is None:
             captured.prompt_logprobs = state.logprobs_processor.prompt_logprobs
-        if self._has_masks:
+        # From 0.28.
+        if hasattr(state, "sampling_mask_chunks"):
             state.sampling_mask_chunks = alternatives.MaskChunks()
         captured.unfinished += 1
         self._requests[request.request_id] = (captured, state)
