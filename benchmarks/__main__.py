@@ -21,6 +21,7 @@ BENCHMARKS = (
     "recording",
     "offline",
     "logprobs",
+    "masks",
     "gpu",
     "lightning_store",
     "beyond",

@@ -13,14 +13,15 @@ from typing import Any
 
 from agentlightning.instrumentation.vllm import _releases, instrument_vllm, uninstrument_vllm
 from agentlightning.instrumentation.vllm._context import App, RequestContextMiddleware
-from agentlightning.instrumentation.vllm.capture import marks
+from agentlightning.instrumentation.vllm.capture import frontend, marks
 from agentlightning.patching import PatchSet, Wrap
 
 __all__ = ["ROUTE", "Switch"]
 
 ROUTE = "/instrumented/"
-"""The route ends in `off`, `on`, `logprobs` (on, with `AGL_LOGPROBS`), or `marked`: off, but requests are marked, since
-the engine core, which is instrumented, would record those without a mark.
+"""The route ends in `off`, `on`, `logprobs` (on, with `AGL_LOGPROBS`), `unmasked` (on, as if vLLM gave no sampling
+masks), or `marked`: off, but requests are marked, since the engine core, which is instrumented, would record those
+without a mark.
 """
 
 
@@ -43,6 +44,13 @@ MARKING = (
 )
 
 
+_MASKS = frontend._masks
+
+
+def _no_masks(state: Any) -> list[Any]:
+    return []
+
+
 class Switch:
     """Turns the instrumentation on and off for all requests that come after."""
 
@@ -56,7 +64,7 @@ class Switch:
         return self._app(scope, receive, send)
 
     async def _turn(self, app: Any, position: str, send: Any) -> None:
-        on = position in ("on", "logprobs")
+        on = position in ("on", "logprobs", "unmasked")
         stack = self._vllms_stack or app.middleware_stack
         # As it is without us, who may have been there from the start.
         stack = self._vllms_stack = stack.app if isinstance(stack, RequestContextMiddleware) else stack
@@ -66,6 +74,7 @@ class Switch:
         uninstrument_vllm()
         # Read when the patches are put on.
         os.environ["AGL_LOGPROBS"] = "on" if position == "logprobs" else "off"
+        frontend._masks = _no_masks if position == "unmasked" else _MASKS
         if on:
             instrument_vllm()
         if position == "marked":
