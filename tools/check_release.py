@@ -162,7 +162,7 @@ def _as_if_imported(version: str) -> Iterator[None]:
     """Set what patches read besides the module: vLLM's version, and that all generations are recorded and continued."""
     vllm: Any = ModuleType("vllm")
     vllm.__version__ = version
-    asked_for = {"AGL_STORE": "checked.db", "AGL_RECORD_OFFLINE": "on", "AGL_CONTINUE": "on"}
+    asked_for = {"AGL_STORE": "checked.db", "AGL_RECORD_OFFLINE": "on", "AGL_CONTINUE": "on", "AGL_SAMPLING": "report"}
     with mock.patch.dict(sys.modules, {"vllm": vllm}), mock.patch.dict(os.environ, asked_for):
         session.begin()
         try:

@@ -64,7 +64,9 @@ def test_a_request_is_drawn_with_what_is_pinned_whatever_it_asks_for(pinned: Rec
         if endpoint not in ("/v1/messages", "/v1/responses"):
             assert one.choices[0].token_ids == two.choices[0].token_ids == three.choices[0].token_ids
         for each in (one, two, three):
-            assert not json.loads(each.sampling_params or "{}").keys() & {"temperature", "top_p", "repetition_penalty"}
+            ran = json.loads(each.sampling_params or "{}")
+            assert {name: ran.get(name, NEUTRAL[name]) for name in NEUTRAL} == NEUTRAL | {"top_k": ran.get("top_k", -1)}
+            assert ran.get("top_k", -1) <= 0
         asked = json.loads(two.requested_params or "{}")
         assert asked == {name: OTHER[name] for name in asked}
         assert asked.keys() >= set(ENDPOINTS[endpoint][1])
