@@ -18,6 +18,7 @@ from agentlightning.trajectory import Trajectory
 __all__ = [
     "check_models",
     "check_rows",
+    "experts_of",
     "group_of_row",
     "have_logprobs",
     "logprobs_of",
@@ -48,6 +49,27 @@ def check_rows(
         reward_of(row)
         _check_length(row, "prompt", row.prompt_length, max_prompt_length)
         _check_length(row, "response", len(row.token_ids) - row.prompt_length, max_response_length)
+
+
+def experts_of(row: Trajectory) -> np.ndarray | None:
+    """Return the routed experts of a row's first ids, [ids, layers, experts per id]: of all that were fed to the model.
+
+    Raises:
+        UnusableRows: an id in between has none, and its place can be taken by nothing.
+    """
+    experts = row.routed_experts
+    if experts is None:
+        return None
+    found = np.frombuffer(experts.ids, np.int16).reshape(experts.shape)
+    known = (found >= 0).all(axis=(1, 2))
+    length = int(known.nonzero()[0].max(initial=-1)) + 1
+    if not known[:length].all():
+        missing = length - int(known[:length].sum())
+        raise UnusableRows(
+            f"{name_of(row)} has no routed experts for {missing} ids in the middle",
+            "leave it out, or let clients not set routed_experts_prompt_start",
+        )
+    return found[:length]
 
 
 def check_models(trajectories: Iterable[Trajectory]) -> None:

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
-import numpy as np
-
 from agentlightning.errors import UnusableRows
-from agentlightning.trainers._rows import check_rows, group_of_row, have_logprobs, logprobs_of, name_of
+from agentlightning.trainers._rows import check_rows, experts_of, group_of_row, have_logprobs, logprobs_of, name_of
 from agentlightning.trajectory import Trajectory
 
 __all__ = ["generator_output"]
@@ -76,8 +74,8 @@ def generator_output(trajectories: Sequence[Trajectory], *, step_wise: bool = Fa
 
 
 def _experts(trajectories: Sequence[Trajectory]) -> list[Any] | None:
-    known = [row.routed_experts for row in trajectories if row.routed_experts is not None]
+    known = [found for row in trajectories if (found := experts_of(row)) is not None]
     if known and len(known) < len(trajectories):
         without = next(row for row in trajectories if row.routed_experts is None)
         raise UnusableRows(f"{name_of(without)} has no routed experts, but others have", "leave it out")
-    return [np.frombuffer(each.ids, np.int16).reshape(each.shape) for each in known] or None
+    return known or None

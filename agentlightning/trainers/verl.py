@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from agentlightning.trainers._rows import check_rows, group_of_row, have_logprobs, logprobs_of
+from agentlightning.trainers._rows import check_rows, experts_of, group_of_row, have_logprobs, logprobs_of
 from agentlightning.trainers.torch import collate
 from agentlightning.trajectory import Trajectory
 
@@ -37,13 +37,12 @@ def agent_loop_outputs(
     found = []
     for row in trajectories:
         steps = [int(version) for version, _, _ in row.weight_versions or () if version.isdecimal()]
-        experts = row.routed_experts
         output = AgentLoopOutput(
             prompt_ids=row.token_ids[: row.prompt_length].tolist(),
             response_ids=row.token_ids[row.prompt_length :].tolist(),
             response_mask=row.response_mask[row.prompt_length :].tolist(),
             response_logprobs=logprobs_of(row)[row.prompt_length :].tolist() if with_logprobs else None,
-            routed_experts=None if experts is None else np.frombuffer(experts.ids, np.int16).reshape(experts.shape),
+            routed_experts=experts_of(row),
             reward_score=row.reward,
             # An answer, and what stood before it.
             num_turns=2 * len(row.spans),

@@ -47,8 +47,9 @@ def forked(rollout_id: str = "ro", reward: float | None = 1.0) -> list[Trajector
 def with_experts() -> Trajectory:
     """Make a row with the experts of all ids but the last, which was never fed to the model."""
     row = conversation()
-    count = len(row.token_ids) - 1
-    row.routed_experts = RoutedExperts((count, LAYERS, EXPERTS), array("h", range(count * LAYERS * EXPERTS)))
+    count, width = len(row.token_ids), LAYERS * EXPERTS
+    ids = array("h", [*range((count - 1) * width), *[-1] * width])
+    row.routed_experts, row.missing_experts = RoutedExperts((count, LAYERS, EXPERTS), ids), 1
     return row
 
 

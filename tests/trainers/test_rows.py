@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 
 from agentlightning.errors import UnusableRows
-from agentlightning.trainers._rows import check_rows, group_of_row, logprobs_of
-from tests.trainers.rows import conversation
+from agentlightning.trainers._rows import check_rows, experts_of, group_of_row, logprobs_of
+from tests.trainers.rows import conversation, with_experts
 
 pytestmark = pytest.mark.tier("check")
 
@@ -60,3 +60,18 @@ def test_a_rollout_without_input_is_of_no_task() -> None:
         UnusableRows, match=r"row 0 of rollout 'ro' belongs to no task.*: create the rollout with an input"
     ):
         group_of_row(replace(conversation(), group=None))
+
+
+def test_experts_are_those_of_all_ids_that_were_fed_to_the_model() -> None:
+    row = with_experts()
+    assert row.routed_experts is not None
+
+    found = experts_of(row)
+
+    assert found is not None
+    assert found.tolist() == row.routed_experts.tolist()[:-1]
+    assert experts_of(conversation()) is None
+
+    row.routed_experts.ids[:6] = array("h", [-1] * 6)
+    with pytest.raises(UnusableRows, match="has no routed experts for 1 ids in the middle"):
+        experts_of(row)

@@ -73,7 +73,7 @@ def main() -> None:
     experts = padded_by_verl(agent_loop_outputs([row])).batch["routed_experts"][0]
     assert row.routed_experts is not None
     start = PROMPT - row.prompt_length
-    known = np.array(row.routed_experts.tolist())
+    known = np.array(row.routed_experts.tolist())[:-1]
     assert (experts[start : start + len(known)].numpy() == known).all()
     assert experts[:start].sum() == experts[start + len(known) :].sum() == 0
 
