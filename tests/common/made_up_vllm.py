@@ -75,6 +75,11 @@ class OpenAIServingCompletion:
         yield "data: [DONE]\\n\\n"
 """
 
+SAMPLING_PARAMS = """\
+class SamplingParams:
+    def _verify_args(self): ...
+"""
+
 OUTPUT_PROCESSOR = """\
 class OutputProcessor:
     def add_request(self, request, prompt, parent_req=None, request_index=0, queue=None):
@@ -348,6 +353,7 @@ SERVING_FROM_0_15 = {
 
 # Where these have been in every release that has them, or in the newest.
 THE_SAME_EVERYWHERE = {
+    "sampling_params.py": SAMPLING_PARAMS,
     "v1/engine/output_processor.py": OUTPUT_PROCESSOR,
     "v1/engine/async_llm.py": ENGINE_CLIENT,
     "v1/engine/llm_engine.py": OFFLINE_ENGINE,

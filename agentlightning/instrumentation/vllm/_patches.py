@@ -169,6 +169,8 @@ def _report_missing_modules(vllm: ModuleType) -> None:
             patch_set.skip(f"came with vLLM {patch_set.since}")
         elif patch_set.name in continuation.PATCH_SETS and session.settings.continues == "off":
             patch_set.skip(f"vLLM {version} has no {' or '.join(patch_set.modules)}, and AGL_CONTINUE is off")
+        elif patch_set.name == sampling.PATCH_SET and not session.settings.sampling.is_on:
+            patch_set.skip(f"vLLM {version} has no {' or '.join(patch_set.modules)}, and AGL_SAMPLING is off")
         else:
             patch_set.fail(f"vLLM {version} has no {' or '.join(patch_set.modules)}")
     _refuse_without_start_up_check()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from agentlightning.instrumentation.vllm import _carriers
-from agentlightning.instrumentation.vllm._carriers import PROBE_PARAMS, SOURCES, Caller, without_name
+from agentlightning.instrumentation.vllm._carriers import PROBE_PARAMS, SOURCES, Caller, InKey, without_name
 from agentlightning.instrumentation.vllm.capture import request_names
 from agentlightning.rollout_name import RolloutName, parse_name
 from tests.common.environments import CHECKOUT
@@ -208,7 +208,29 @@ def test_end_of_a_key_names_the_rollout_and_is_removed(
     found, named = without_name([(b"host", b"x@rollout=no"), (header.encode(), f"{scheme}{sent}".encode())])
 
     assert found == [(b"host", b"x@rollout=no"), (header.encode(), f"{scheme}{key}".encode())]
-    assert named == RolloutName(*names)
+    assert named == InKey(RolloutName(*names), None)
+
+
+@pytest.mark.parametrize(
+    ("headers", "pins"),
+    [
+        ({"x-agl-sampling": "temperature=0.5"}, {"temperature": 0.5}),
+        ({"x-agl-sampling": "client", "baggage": "agentlightning.sampling=top_k%3D5"}, {}),
+        ({"x-agl-sampling": "heat=1", "baggage": "agentlightning.sampling=top_k%3D5"}, {"top_k": 5}),
+        ({"authorization": "Bearer k@sampling=top_p%3D0.9%2Cmin_p%3D0,rollout=ro"}, {"top_p": 0.9, "min_p": 0}),
+        ({"authorization": "Bearer k@rollout=ro"}, None),
+    ],
+)
+def test_a_carrier_sends_on_what_a_rollout_has_pinned(headers: dict[str, str], pins: dict[str, float] | None) -> None:
+    before = _carriers.ignored_ids.copy()
+
+    found, in_key = without_name([(name.encode(), value.encode()) for name, value in headers.items()])
+    caller = Caller()
+    _carriers.read_headers(dict(found), in_key, caller)
+
+    assert caller.sampling == pins
+    ignored = {"sampling in x-agl-sampling": 1} if headers.get("x-agl-sampling") == "heat=1" else {}
+    assert _carriers.ignored_ids - before == ignored
 
 
 @pytest.mark.parametrize("key", WHOLE_KEYS)

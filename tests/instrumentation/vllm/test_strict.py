@@ -12,7 +12,7 @@ import pytest
 from pydantic.fields import FieldInfo
 
 from agentlightning import instrumentation
-from agentlightning.instrumentation.vllm import continuation
+from agentlightning.instrumentation.vllm import continuation, sampling
 from tests.common.made_up_vllm import VERSION, Layout, made_up_vllm
 from tests.common.rust_frontend import rust_frontend
 from tests.common.tiny_model import tiny_model
@@ -171,7 +171,8 @@ def test_a_vllm_without_the_start_up_check_is_not_imported(tmp_path: Path) -> No
     refused = reasons(python(tmp_path, "-c", "import vllm\nprint('served')"))
 
     named = [reason.partition(":")[0] for reason in refused]
-    assert named == [name for name in instrumentation.status() if name not in continuation.PATCH_SETS]
+    optional = (*continuation.PATCH_SETS, sampling.PATCH_SET)
+    assert named == [name for name in instrumentation.status() if name not in optional]
     assert all(f"vLLM {VERSION} has no " in reason for reason in refused)
 
 
@@ -190,6 +191,30 @@ def test_a_release_that_is_too_old_for_agl_continue_is_refused(tmp_path: Path) -
 
     assert python(tmp_path, *VLLM_SERVE).returncode == 0
     assert reasons(python(tmp_path, *VLLM_SERVE, AGL_CONTINUE="report")) == ["continuation: came with vLLM 0.14.0"]
+
+
+def test_a_release_in_which_sampling_cannot_be_pinned_is_refused_only_where_that_is_asked_for(tmp_path: Path) -> None:
+    made_up_vllm(tmp_path, edits={"_verify_args": "_verify"})
+
+    assert python(tmp_path, *VLLM_SERVE).returncode == 0
+    for value in ("top_p=1", "report", "rollout"):
+        assert reasons(python(tmp_path, *VLLM_SERVE, AGL_SAMPLING=value)) == [
+            "sampling: vllm.sampling_params has no SamplingParams._verify_args"
+        ]
+
+
+@pytest.mark.parametrize("how", [VLLM_SERVE, API_SERVER], ids=["vllm serve", "api_server"])
+def test_a_server_does_not_start_with_sampling_that_makes_no_sense(tmp_path: Path, how: tuple[str, ...]) -> None:
+    made_up_vllm(tmp_path)
+
+    ended = python(tmp_path, *how, AGL_INSTRUMENT="on", AGL_SAMPLING="temprature=1")
+
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    assert (
+        "agentlightning: this server does not start: AGL_SAMPLING='temprature=1' is not valid: 'temprature' is not one "
+        "of temperature, top_p, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty"
+    ) in ended.stderr
 
 
 def test_a_finder_that_hides_a_module_from_ours_is_named(tmp_path: Path) -> None:
