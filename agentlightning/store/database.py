@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from functools import lru_cache
 from typing import Any, TypeVar
 
-from sqlalchemy import Column, Connection, CursorResult, Dialect, Insert, Table, func, insert, select
+from sqlalchemy import Column, Connection, CursorResult, Dialect, Insert, Table, insert
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -217,7 +217,7 @@ def now(connection: Connection) -> float:
 def next_keys(connection: Connection, table: Table, how_many: int) -> Sequence[int]:
     """Reserve unique, ascending numbers for the column `key` of new rows."""
     if is_single_writer(connection):
-        first = (connection.execute(select(func.max(table.c.key))).scalar() or 0) + 1
+        first = (run(connection, f"SELECT max(key) FROM {table.name}", ()).scalar() or 0) + 1
         return range(first, first + how_many)
     query = "SELECT nextval(%s::regclass) FROM generate_series(1, %s)"
     return connection.exec_driver_sql(query, (f"{table.name}_key_seq", how_many)).scalars().all()
