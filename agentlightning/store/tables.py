@@ -480,6 +480,8 @@ def create(connection: Connection) -> None:
 
 
 def _statements_to_create(dialect: Dialect) -> list[str]:
-    indexes = sorted((index for table in metadata.sorted_tables for index in table.indexes), key=lambda each: each.name)
+    indexes = sorted(
+        (index for table in metadata.sorted_tables for index in table.indexes), key=lambda each: str(each.name)
+    )
     elements = (*map(CreateTable, metadata.sorted_tables), *map(CreateIndex, indexes))
     return [str(element.compile(dialect=dialect)) for element in elements]

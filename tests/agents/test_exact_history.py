@@ -11,7 +11,7 @@ from agentlightning.continuation import CONTINUED
 from agentlightning.instrumentation.vllm._status import STATUS_ROUTE
 from agentlightning.store import open_store
 from tests.agents import test_frameworks as frameworks
-from tests.common.agents import ANSWER, STORIES, block, run
+from tests.common.agents import ANSWER, STORIES, blocks, run
 from tests.common.answers import fetch
 from tests.common.oracle import check_logprobs
 from tests.common.script import arguments, compact_call, environment
@@ -71,7 +71,7 @@ def test_no_call_of_a_framework_breaks_the_one_before(
     exact: ScriptedServer, scripted: ScriptedServer, name: str, tmp_path: Path
 ) -> None:
     framework = name.partition(" over ")[0]
-    text = block(framework, "python")
+    [text, *_] = blocks(framework, "python")
     if name == RESPONSES:
         text = text.replace("OpenAIChatCompletionsModel", "OpenAIResponsesModel")
     story = frameworks.STORIES[framework] if framework == "smolagents" else TOOL
