@@ -38,7 +38,7 @@ def check_logprobs(rows: Sequence[Trajectory], calls: Iterable[Generation]) -> N
         for answer in row.spans:
             if answer.is_trained:
                 ids = row.token_ids[answer.start : answer.end]
-                before = of_model[answer.start - 1 : answer.end - 1]
+                before = of_model[answer.start - 1 : answer.end - 1].clone()
                 expected[answer.start : answer.end] = _logprobs(before, ids, leads[answer.generation_id])
         assert row.logprobs.tolist() == pytest.approx(expected, abs=TOLERANCE)
         assert not any(each for each, is_trained in zip(row.logprobs, row.response_mask, strict=True) if not is_trained)
