@@ -37,17 +37,9 @@ __all__ = [
 ]
 
 FILTERED = {
-    "rollout_id": tables.generations.c.rollout_key,
-    "attempt_id": tables.generations.c.attempt_key,
-    "session_id": tables.generations.c.session_key,
-    "call_id": tables.generations.c.call_id,
-    "response_id": tables.generations.c.response_id,
-    "model": tables.generations.c.model_key,
-    "agent_id": tables.generations.c.agent_key,
-    "parent_agent_id": tables.generations.c.parent_agent_key,
-    "purpose": tables.generations.c.purpose_key,
-    "retry": tables.generations.c.retry,
-    "via": tables.generations.c.via,
+    name: tables.generations.c[rows.TEXT_KEYS.get(name, name)]
+    for name in Filters.__annotations__
+    if name not in ("since", "until", "status")
 }
 IN_ORDER = (tables.generations.c.finished_at, tables.generations.c.key)
 

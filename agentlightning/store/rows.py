@@ -24,6 +24,7 @@ from agentlightning.generation import (
 )
 
 __all__ = [
+    "TEXT_KEYS",
     "array_of",
     "bytes_of",
     "choice_row",
@@ -52,43 +53,36 @@ Text = TypeVar("Text", str, None)
 Row = tuple[Any, ...]
 """Values of a row, in the order of its table's columns."""
 
-_TEXT_KEYS = attrgetter(
-    "endpoint_key",
-    "model_key",
-    "rollout_key",
-    "attempt_key",
-    "session_key",
-    "agent_key",
-    "parent_agent_key",
-    "purpose_key",
-    "sampling_params_key",
-    "logprobs_mode_key",
-    "served_model_key",
-    "requested_params_key",
-)
+TEXT_KEYS = {
+    "endpoint": "endpoint_key",
+    "model": "model_key",
+    "rollout_id": "rollout_key",
+    "attempt_id": "attempt_key",
+    "session_id": "session_key",
+    "agent_id": "agent_key",
+    "parent_agent_id": "parent_agent_key",
+    "purpose": "purpose_key",
+    "sampling_params": "sampling_params_key",
+    "logprobs_mode": "logprobs_mode_key",
+    "served_model": "served_model_key",
+    "requested_params": "requested_params_key",
+}
+"""Fields of a generation that are repeated texts, and the columns with the keys of these."""
+_texts_of = attrgetter(*TEXT_KEYS)
+_keys_of = attrgetter(*TEXT_KEYS.values())
 
 
 def repeated_texts(generation: Generation) -> Iterator[str | None]:
     """Yield the texts of a generation that its rows refer to by keys; an empty attempt id is none."""
-    yield generation.endpoint
-    yield generation.model
-    yield generation.rollout_id
-    yield generation.attempt_id or None
-    yield generation.session_id
-    yield generation.agent_id
-    yield generation.parent_agent_id
-    yield generation.purpose
-    yield generation.sampling_params
-    yield generation.logprobs_mode
-    yield generation.served_model
-    yield generation.requested_params
+    for name, text in zip(TEXT_KEYS, _texts_of(generation), strict=True):
+        yield text or None if name == "attempt_id" else text
     for choice in generation.choices:
         yield choice.finish_reason
 
 
 def text_keys(generations: Iterable[Any], choices: Iterable[Any]) -> set[int | None]:
     """Collect the keys of texts in these rows."""
-    of_generations = chain.from_iterable(map(_TEXT_KEYS, generations))
+    of_generations = chain.from_iterable(map(_keys_of, generations))
     return {*of_generations, *(choice.finish_reason_key for choice in choices)}
 
 
@@ -176,20 +170,14 @@ def generation_of(
         texts: maps the keys of repeated texts to them, and None to None.
         prompt: the ids and the text of the prompt.
     """
+    known: dict[str, Any] = dict(zip(TEXT_KEYS, map(texts.__getitem__, _keys_of(row)), strict=True))
+    known["attempt_id"] = known["attempt_id"] or None
     return Generation(
         id=uuid_text(row.id),
         call_id=None if row.call_id is None else uuid_text(row.call_id),
         request_id=text_of(row.request_id),
         response_id=text_of(row.response_id),
-        endpoint=texts[row.endpoint_key],
-        model=texts[row.model_key],
-        rollout_id=texts[row.rollout_key],
-        attempt_id=texts[row.attempt_key] or None,
-        session_id=texts[row.session_key],
         trace_id=text_of(row.trace_id),
-        agent_id=texts[row.agent_key],
-        parent_agent_id=texts[row.parent_agent_key],
-        purpose=texts[row.purpose_key],
         retry=row.retry,
         via=None if row.via is None else VIAS[row.via],
         started_at=row.started_at,
@@ -198,13 +186,10 @@ def generation_of(
         status=STATUSES[row.status],
         prompt_token_ids=prompt[0],
         prompt_text=prompt[1],
-        sampling_params=texts[row.sampling_params_key],
-        logprobs_mode=texts[row.logprobs_mode_key],
         cached_tokens=row.cached_tokens,
         choices=[_choice_of(choice, texts) for choice in choices],
-        served_model=texts[row.served_model_key],
-        requested_params=texts[row.requested_params_key],
         prompt_logprobs=top_of(row.prompt_logprobs),
+        **known,
     )
 
 

@@ -78,8 +78,8 @@ texts = Table(
 )
 """Repeated texts.
 
-In `generations` and `choices`, columns whose names end in `_key` refer to them, but for `sender_key` and
-`generation_key`; so does `spans.common_key`.
+The columns of `rows.TEXT_KEYS` in `generations` refer to them, and so do `choices.finish_reason_key` and
+`spans.common_key`.
 """
 
 blocks = Table(

@@ -16,6 +16,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from agentlightning.store.database import Database, fetch, in_parts, run
+from agentlightning.store.rows import TEXT_KEYS
 
 __all__ = ["BlockUse", "delete_keys", "sweep", "unused_blocks"]
 
@@ -25,12 +26,6 @@ FEW_ROWS = 2_000
 SENDER_KEPT = 7 * 24 * 3600 * 10**9
 """Nanoseconds for which a sender without generations is kept after it was last seen: it may only be idle."""
 
-_TEXT_KEYS = (
-    *("endpoint_key", "model_key", "rollout_key", "attempt_key", "session_key"),
-    *("agent_key", "parent_agent_key", "purpose_key"),
-    *("sampling_params_key", "logprobs_mode_key"),
-    *("served_model_key", "requested_params_key"),
-)
 # With each block, those before it.
 _WITH_ANCESTORS = """
     WITH RECURSIVE chain(key, parent) AS (
@@ -223,7 +218,8 @@ class _Marking:
                 query = "SELECT DISTINCT common_key FROM spans WHERE key > ? AND key <= ?"
                 self.texts.add(run(connection, query, between).scalars())
             else:
-                query = f"SELECT sender_key, {', '.join(_TEXT_KEYS)} FROM generations WHERE key > ? AND key <= ?"
+                columns = ", ".join(("sender_key", *TEXT_KEYS.values()))
+                query = f"SELECT {columns} FROM generations WHERE key > ? AND key <= ?"
                 senders, *keys = [*zip(*fetch(connection, query, between), strict=True)] or [()]
                 self.senders.update(senders)
                 for each in keys:
