@@ -108,7 +108,7 @@ class SamplingMask:
 
 @dataclass(slots=True, frozen=True)
 class TopLogprobs:
-    """For each id of a prompt or an answer the logprobs that a client asked for: of this id, then of others.
+    """The logprobs that a client asked for, for each id of a prompt or an answer: of this id, then of others.
 
     Attributes:
         offsets: where those of each id begin in `ids` and `logprobs`, and where the last ones end; `array('I')`. The

@@ -19,7 +19,7 @@ Pins = Mapping[str, float]
 Mode = Literal["off", "report", "rollout", "pin"]
 
 CLIENT = "client"
-"""In place of pins: whatever a client asks for, as without pinning."""
+"""A stand-in for pins: whatever a client asks for, as without pinning."""
 _MODES = {"train", "val", "test"}
 
 
@@ -53,7 +53,7 @@ NEUTRAL: Pins = {name: parameter.neutral for name, parameter in _PARAMETERS.item
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What a server does with the sampling parameters of requests.
+    """The treatment of the sampling parameters of requests by a server.
 
     Attributes:
         mode: `off`; `report`: count those that differ, and change none; `rollout`: pin those that a request's rollout

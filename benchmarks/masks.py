@@ -1,4 +1,4 @@
-"""What it costs to record the ids that each token was chosen from, and how many bytes that takes.
+"""The cost of recording the ids that each token was chosen from, and the bytes that it takes.
 
 As in `benchmarks/serving.py`, all turns are taken by one server process. Its engine core gives masks all the time
 (`tests/plugins/masks.py`): so what is compared is recording with them, and recording as if vLLM gave none.
@@ -24,7 +24,7 @@ from tests.common.vllm import RemoteOpenAIServer
 STARTS, SECONDS = 2, 100
 QUICK_STARTS, QUICK_SECONDS = 1, 40
 MIN_ROUNDS = 10
-"""Of each start and length, however slow the machine is."""
+"""Seconds of each start and length, however slow the machine is."""
 IDS_LEFT = 8
 PATH = "/v1/chat/completions"
 WITHOUT, AGAIN, WITH = "recording without masks", "the same, again", "recording with masks"

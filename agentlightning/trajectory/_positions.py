@@ -1,4 +1,4 @@
-"""What is known of single positions of a row, put together from its calls: routed experts, and sampling masks."""
+"""Values of single positions of a row, put together from its calls: routed experts, and sampling masks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from agentlightning.generation import RoutedExperts, SamplingMask
 __all__ = ["KnownExperts", "KnownMask", "first_position", "missing_experts", "place_experts", "place_masks"]
 
 UNKNOWN = -1
-"""In the place of each expert at a position that no call gave."""
+"""The stand-in for each expert at a position that no call gave."""
 
 
 class KnownExperts(NamedTuple):
@@ -30,7 +30,7 @@ class KnownExperts(NamedTuple):
 
 
 class KnownMask(NamedTuple):
-    """What the ids of an answer were chosen from.
+    """The ids that those of an answer were chosen from.
 
     Attributes:
         start, stop: the positions of the first of these ids, and behind the last one that the row has.

@@ -99,7 +99,7 @@ def check_causes(found: AttemptDrift) -> None:
 
 
 @pytest.mark.takes_long("installs the agent the first time")
-def test_mini_swe_agent(play: Play) -> None:
+def test_mini_swe_agent_is_recorded_under_its_rollout(play: Play) -> None:
     done = play("mini", 2)
 
     assert ANSWER in done.output
@@ -110,7 +110,7 @@ def test_mini_swe_agent(play: Play) -> None:
 
 
 @NEEDS_NPM
-def test_claude_code_and_its_sub_agent(play: Play) -> None:
+def test_claude_code_and_its_sub_agent_are_recorded_apart(play: Play) -> None:
     done = play("claude", 4)
     sub = done.calls[REPLY]
     main = [each for each in done.calls.values() if each is not sub]
@@ -125,7 +125,7 @@ def test_claude_code_and_its_sub_agent(play: Play) -> None:
 
 
 @NEEDS_NPM
-def test_codex_and_its_sub_agent(play: Play) -> None:
+def test_codex_and_its_sub_agent_are_recorded_apart(play: Play) -> None:
     done = play("codex", 5)
     sub = done.calls[REPLY]
     main = [each for each in done.calls.values() if each is not sub]
@@ -143,7 +143,7 @@ def test_codex_and_its_sub_agent(play: Play) -> None:
 
 
 @NEEDS_NPM
-def test_opencode_with_a_title_and_a_sub_agent(play: Play) -> None:
+def test_opencode_its_title_and_its_sub_agent_are_recorded_apart(play: Play) -> None:
     done = play("opencode", 5)
     sub, title = done.calls[REPLY], done.calls[TITLE]
     main = [each for each in done.calls.values() if each is not sub]
@@ -162,7 +162,7 @@ def test_opencode_with_a_title_and_a_sub_agent(play: Play) -> None:
 
 
 @NEEDS_NPM
-def test_qwen_code_and_its_sub_agent_which_says_nothing_of_itself(play: Play) -> None:
+def test_qwen_code_and_its_unnamed_sub_agent_are_recorded(play: Play) -> None:
     done = play("qwen", 4)
 
     assert ANSWER in done.output

@@ -38,7 +38,7 @@ def target(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_all_is_well(environment: Environment) -> None:
+def test_a_usual_installation_is_well(environment: Environment) -> None:
     said = doctor(environment)
 
     assert said.status == 0, said.stdout

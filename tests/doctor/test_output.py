@@ -150,7 +150,7 @@ def test_help_tells_the_options_and_what_the_exit_status_means(environment: Envi
     assert "secret" not in said.text
 
 
-def test_version(environment: Environment) -> None:
+def test_version_is_printed(environment: Environment) -> None:
     assert doctor(environment, "--version").stdout == f"agl {__version__}\n"
 
 

@@ -60,7 +60,7 @@ def test_it_counts_what_belongs_to_a_rollout(said: Any) -> None:
 
 
 @pytest.mark.parametrize("arguments", [(), ("--rollout", "rollout-0")])
-def test_never_called(said: Any, arguments: tuple[str, ...]) -> None:
+def test_a_rollout_that_no_call_named_is_said_to_have_none(said: Any, arguments: tuple[str, ...]) -> None:
     answer = said([], [], *arguments)
 
     assert answer.status == 1
@@ -71,7 +71,7 @@ def test_never_called(said: Any, arguments: tuple[str, ...]) -> None:
     )
 
 
-def test_called_without_naming_the_rollout(said: Any) -> None:
+def test_calls_that_name_no_rollout_are_pointed_out(said: Any) -> None:
     unnamed = [generation(number, rollout_id=None) for number in range(3)]
 
     answer = said([*unnamed, generation(30)], [], "--rollout", "rollout-0")
@@ -106,7 +106,7 @@ def test_calls_without_a_rollout_are_told_apart_by_how_they_came(said: Any, via:
     assert cure in answer.text
 
 
-def test_called_for_other_rollouts_only(said: Any) -> None:
+def test_calls_of_other_rollouts_are_pointed_out(said: Any) -> None:
     answer = said([generation(1)], [], "--rollout", "ROLLOUT-0")
 
     assert answer.status == 1
@@ -114,7 +114,7 @@ def test_called_for_other_rollouts_only(said: Any) -> None:
     assert "compare its id with the one in the agent's base URL or headers" in answer.text
 
 
-def test_one_that_waits_in_the_queue(said: Any, path: Path) -> None:
+def test_a_rollout_that_waits_in_the_queue_is_said_to_wait(said: Any, path: Path) -> None:
     database = open_database(str(path))
     with database.writing() as connection:
         [waiting] = lifecycle.enqueue(connection, [NewRollout(1)])
@@ -127,7 +127,7 @@ def test_one_that_waits_in_the_queue(said: Any, path: Path) -> None:
     assert "check that a runner is running, and that it asks this store" in answer.text
 
 
-def test_aborted(said: Any) -> None:
+def test_a_rollout_whose_client_hung_up_is_said_to_be_aborted(said: Any) -> None:
     answer = said([generation(1, status="aborted"), generation(2, status="error")], [], "--rollout", "rollout-0")
 
     assert answer.status == 1
@@ -135,7 +135,7 @@ def test_aborted(said: Any) -> None:
     assert "look at the client's timeout, and at the server's log" in answer.text
 
 
-def test_dropped(said: Any) -> None:
+def test_a_rollout_whose_calls_were_dropped_is_a_problem(said: Any) -> None:
     losses = [loss(30, "queue full"), loss(12, "queue full"), loss(1, "not built: KeyError('x')")]
 
     answer = said([], losses, "--rollout", "rollout-0")
@@ -155,7 +155,7 @@ def test_what_was_lost_is_a_note_where_the_rest_was_kept(said: Any) -> None:
     assert "note lost 1 could not be kept" in answer.text
 
 
-def test_no_rollouts_at_all(said: Any) -> None:
+def test_a_store_without_rollouts_says_so(said: Any) -> None:
     answer = said([generation(1, rollout_id=None)], [])
 
     assert answer.status == 0

@@ -110,7 +110,7 @@ def the_problem(said: Said) -> str:
     return problem
 
 
-def test_a_server_that_answers_with_ids(armed: RemoteOpenAIServer) -> None:
+def test_a_server_that_answers_with_ids_is_well(armed: RemoteOpenAIServer) -> None:
     said = ask(armed.url)
 
     assert said.status == 0, said.stdout
@@ -162,7 +162,7 @@ def test_the_address_may_be_written_in_many_ways(scheme: str, ending: str) -> No
 
 
 @pytest.mark.parametrize("arguments", [(), ("--json",)])
-def test_nobody_there(arguments: tuple[str, ...]) -> None:
+def test_an_address_where_nothing_listens_is_a_problem(arguments: tuple[str, ...]) -> None:
     url = f"http://127.0.0.1:{free_port()}"
 
     said = ask(url, *arguments)
@@ -177,7 +177,7 @@ def test_nobody_there(arguments: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     "url", ["", "http://", "localhost:port", "gopher://localhost", "http://[::1", "http://no such/"]
 )
-def test_an_address_that_is_none(url: str) -> None:
+def test_an_address_that_is_none_is_refused_by_a_sentence(url: str) -> None:
     assert " does not answer: " in the_problem(ask(url))
 
 
@@ -198,7 +198,7 @@ def test_an_address_that_is_none(url: str) -> None:
         ),
     ],
 )
-def test_a_server_that_speaks_of_something_else(body: bytes) -> None:
+def test_an_answer_about_something_else_is_a_problem(body: bytes) -> None:
     with answering(body) as url:
         said = the_problem(ask(url))
 
@@ -209,7 +209,7 @@ def test_a_server_that_speaks_of_something_else(body: bytes) -> None:
 @pytest.mark.parametrize(
     "said", [b"", b"SSH-2.0-OpenSSH_9.2\r\n", b"\x00\x01\x02", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{"]
 )
-def test_a_server_that_speaks_something_else(said: bytes) -> None:
+def test_a_server_of_another_protocol_is_a_problem(said: bytes) -> None:
     with saying(said) as url:
         problem = the_problem(ask(url))
 
@@ -217,7 +217,7 @@ def test_a_server_that_speaks_something_else(said: bytes) -> None:
 
 
 @pytest.mark.parametrize("status", [500, 503])
-def test_a_server_that_is_in_trouble(status: int) -> None:
+def test_a_server_that_answers_with_an_error_is_a_problem(status: int) -> None:
     with answering(b"", status) as url:
         said = the_problem(ask(url))
 
@@ -225,14 +225,14 @@ def test_a_server_that_is_in_trouble(status: int) -> None:
 
 
 @pytest.mark.parametrize("key", [None, "", "another"])
-def test_a_server_that_wants_its_key(key: str | None) -> None:
+def test_a_server_asked_without_its_key_is_a_problem(key: str | None) -> None:
     with answering(json.dumps(STATUS).encode(), key=KEY) as url:
         said = the_problem(ask(url, *([] if key is None else ["--api-key", key])))
 
     assert "needs the server's API key -> pass --api-key KEY, or set VLLM_API_KEY" in said
 
 
-def test_a_server_that_is_given_its_key() -> None:
+def test_a_server_asked_with_its_key_answers() -> None:
     with answering(json.dumps(STATUS).encode(), key=KEY) as url:
         assert ask(url, "--api-key", KEY).status == 0
         assert ask(url, VLLM_API_KEY=KEY).status == 0
@@ -259,7 +259,7 @@ def test_an_engine_that_does_not_give_all_ids_is_a_note() -> None:
     assert f"note engine {limit}" in said.text
 
 
-def test_a_server_that_keeps_what_it_generates() -> None:
+def test_a_server_that_records_says_where_and_how_much() -> None:
     with answering_status(recording=RECORDING) as url:
         said = ask(url)
 
@@ -267,7 +267,7 @@ def test_a_server_that_keeps_what_it_generates() -> None:
     assert "ok store this API server has recorded 12 generations in run.db, 0 bytes wait for it" in said.text
 
 
-def test_what_became_of_the_prompts_that_could_go_on() -> None:
+def test_prompts_that_could_go_on_are_counted_by_result() -> None:
     with answering_status(continuation=CONTINUATION) as url:
         said = ask(url)
 

@@ -22,7 +22,9 @@ from tests.doctor.command import doctor
         ("STRICT", "ok AGL_INSTRUMENT strict "),
     ],
 )
-def test_whether_it_is_on_in_this_shell(environment: Environment, value: str | None, said_of_it: str) -> None:
+def test_the_variable_of_this_shell_says_whether_it_is_on(
+    environment: Environment, value: str | None, said_of_it: str
+) -> None:
     said = doctor(environment, "--quick", **({} if value is None else {"AGL_INSTRUMENT": value}))
 
     assert said.status == 0, said.stdout
@@ -44,7 +46,7 @@ def test_patches_are_tried_as_if_it_were_on(environment: Environment) -> None:
         ("none", "note AGL_RETURN_TOKEN_IDS none: answers carry ids only where a request asks"),
     ],
 )
-def test_what_answers_carry(environment: Environment, value: str, said_of_it: str) -> None:
+def test_the_variable_says_which_ids_answers_carry(environment: Environment, value: str, said_of_it: str) -> None:
     said = doctor(environment, "--quick", AGL_RETURN_TOKEN_IDS=value)
 
     assert said.status == 0, said.stdout
@@ -73,7 +75,9 @@ def test_nonsense_is_a_problem(environment: Environment, variable: str) -> None:
         ("AGL_CONTINUE_MB", "1", "ok AGL_CONTINUE_MB 1"),
     ],
 )
-def test_what_is_recorded_and_continued(environment: Environment, variable: str, value: str, said_of_it: str) -> None:
+def test_the_variables_say_what_is_recorded_and_continued(
+    environment: Environment, variable: str, value: str, said_of_it: str
+) -> None:
     said = doctor(environment, "--quick", **{variable: value})
 
     assert said.status == 0, said.stdout
@@ -88,7 +92,7 @@ def test_what_is_recorded_and_continued(environment: Environment, variable: str,
         ("", "note AGL_RECORD_OFFLINE off: what vLLM's LLM generates without a server is not recorded"),
     ],
 )
-def test_whether_an_offline_model_is_recorded(
+def test_the_variable_says_whether_an_offline_model_is_recorded(
     environment: Environment, tmp_path: Path, value: str, said_of_it: str
 ) -> None:
     said = doctor(environment, "--quick", AGL_STORE=str(tmp_path / "run.db"), AGL_RECORD_OFFLINE=value)

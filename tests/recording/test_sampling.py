@@ -1,4 +1,4 @@
-"""What a server samples with (`AGL_SAMPLING`), and which model it calls it (`AGL_MODEL_NAMES`), of a real vLLM."""
+"""A real vLLM's sampling parameters (`AGL_SAMPLING`), and the names of its model (`AGL_MODEL_NAMES`)."""
 
 from __future__ import annotations
 

@@ -186,7 +186,7 @@ _SAME_PURPOSE = {
 
 
 class InKey(NamedTuple):
-    """What the end of an API key says: a rollout, and the sampling parameters that it has pinned, as text."""
+    """The end of an API key: a rollout, and the sampling parameters that it has pinned, as text."""
 
     name: RolloutName
     sampling: str | None
