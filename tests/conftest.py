@@ -19,6 +19,10 @@ from tests.common.vllm import AGL, RemoteOpenAIServer
 from tests.recording.nursery import Nursery
 from tests.recording.server import RecordingServer
 
+# Before torch is imported, here and in what the tests start: several threads of the tiny model wait for each other by
+# spinning, which takes forty times the CPU on busy cores.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 pytest_plugins = ("tests.common.tiers", "tests.common.forked", "tests.common.groups")
 
 PARSERS = (
