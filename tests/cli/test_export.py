@@ -31,6 +31,7 @@ import pytest
 from agentlightning.generation import Choice, Generation, RoutedExperts
 from agentlightning.store import open_database, open_store, spans
 from agentlightning.store.spans import NewSpan
+from tests.common.forking import run_agl
 from tests.common.generations import START, generation
 from tests.common.terminal import on_terminal
 from tests.common.vllm import SCRIPTS
@@ -48,9 +49,11 @@ sys.exit(status)
 
 
 def run(*arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(
-        [*EXPORT, *arguments], capture_output=True, env=environment(**variables), timeout=SECONDS, check=False
-    )
+    if any(name.startswith("PYTHON") for name in variables):
+        # Python reads them when it starts.
+        command, env = [*EXPORT, *arguments], environment(**variables)
+        return subprocess.run(command, capture_output=True, env=env, timeout=SECONDS, check=False)
+    return run_agl("export", *arguments, env=environment(**variables), timeout=SECONDS)
 
 
 def environment(**variables: str) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import subprocess
 from collections.abc import Callable
@@ -12,10 +13,11 @@ import pytest
 
 from agentlightning.rollout_records import RolloutConfig
 from agentlightning.store import open_store, sqlite
-from tests.common.environments import CHECKOUT
+from tests.common.forking import run_agl
 from tests.common.generations import generation
-from tests.common.vllm import run
+from tests.common.vllm import without_agl
 
+SECONDS = 120
 READERS = {
     "doctor": ("doctor", "--quick"),
     "doctor --store": ("doctor", "--store"),
@@ -29,10 +31,10 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def read(reader: str, path: Path) -> subprocess.CompletedProcess[str]:
+def read(reader: str, path: Path) -> subprocess.CompletedProcess[bytes]:
     command = READERS[reader]
     arguments = command if reader == "doctor" else (*command, str(path))
-    return run("agl", *arguments, env={"AGL_STORE": str(path), "PYTHONPATH": str(CHECKOUT)})
+    return run_agl(*arguments, env={**without_agl(os.environ), "AGL_STORE": str(path)}, timeout=SECONDS)
 
 
 def store(path: Path) -> None:
@@ -78,7 +80,7 @@ def test_reader_changes_nothing_and_says_why_it_cannot_read(
         assert result.returncode == 0, result.stdout + result.stderr
         return
     assert result.returncode == 1
-    told = " ".join((result.stdout + result.stderr).split())
+    told = " ".join((result.stdout + result.stderr).decode().split())
     assert said in told.replace(" -> ", ": ")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.common.environments import Environment
+from tests.common.forking import run_agl
 
 SECONDS = 300
 NOT_INHERITED = ("AGL_", "PYTHON", "VLLM_", "NO_COLOR")
@@ -57,6 +58,12 @@ def run(*command: str | Path, **changes: str) -> Said:
         check=False,
     )
     return Said(result.returncode, result.stdout, result.stderr)
+
+
+def doctor_elsewhere(*arguments: str, **changes: str) -> Said:
+    """Run what does not look at the environment that it runs in: `agl doctor --url` and `--store`."""
+    ended = run_agl("doctor", *arguments, env=variables(**changes), folder=Path("/"), timeout=SECONDS)
+    return Said(ended.returncode, ended.stdout.decode(), ended.stderr.decode())
 
 
 def doctor(environment: Environment, *arguments: str, **changes: str) -> Said:

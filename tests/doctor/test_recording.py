@@ -12,7 +12,7 @@ from agentlightning.rollout_records import NewRollout
 from agentlightning.store import lifecycle, open_database, open_store
 from tests.common.environments import Environment
 from tests.common.generations import START, generation
-from tests.doctor.command import Said, doctor
+from tests.doctor.command import Said, doctor, doctor_elsewhere
 
 NEVER_CALLED = "problem generations none: no server that records here was ever called"
 HOW_TO_NAME_IT = "call http://HOST:PORT/rollout/ROLLOUT/v1, or send the header x-agl-rollout-id"
@@ -28,14 +28,14 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def said(pristine: Environment, path: Path) -> Any:
+def said(path: Path) -> Any:
     """Run `agl doctor` on a store with these generations."""
 
     def said(generations: list[Generation], losses: list[Loss], *arguments: str) -> Said:
         with open_store(str(path)) as store:
             store.add(generations)
             store.add_losses(losses)
-        return doctor(pristine, "--store", str(path), *arguments)
+        return doctor_elsewhere("--store", str(path), *arguments)
 
     return said
 
@@ -165,18 +165,18 @@ def test_a_store_without_rollouts_says_so(said: Any) -> None:
     )
 
 
-def test_a_store_that_is_not_there_is_a_problem_and_is_not_made(pristine: Environment, path: Path) -> None:
-    answer = doctor(pristine, "--store", str(path))
+def test_a_store_that_is_not_there_is_a_problem_and_is_not_made(path: Path) -> None:
+    answer = doctor_elsewhere("--store", str(path))
 
     assert answer.status == 1
     assert f"problem store {path} cannot be opened: No such file or directory -> check the path" in answer.text
     assert not path.exists()
 
 
-def test_a_file_that_is_none_of_ours_is_a_problem(pristine: Environment, path: Path) -> None:
+def test_a_file_that_is_none_of_ours_is_a_problem(path: Path) -> None:
     path.write_text("a text " * 1000)
 
-    answer = doctor(pristine, "--store", str(path))
+    answer = doctor_elsewhere("--store", str(path))
 
     assert answer.status == 1
     assert f"problem store {path} is not a SQLite file, or is damaged" in answer.text
@@ -209,8 +209,8 @@ def test_json_has_the_counts(said: Any) -> None:
     }
 
 
-def test_json_of_a_store_that_is_not_there_is_a_problem(pristine: Environment, path: Path) -> None:
-    answer = doctor(pristine, "--store", str(path), "--json")
+def test_json_of_a_store_that_is_not_there_is_a_problem(path: Path) -> None:
+    answer = doctor_elsewhere("--store", str(path), "--json")
 
     assert answer.status == 1
     assert answer.json["store"] == {}

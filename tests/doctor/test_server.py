@@ -14,8 +14,8 @@ import pytest
 
 from agentlightning import __version__, instrumentation
 from tests.common.http_server import Quiet, serving
-from tests.common.vllm import SCRIPTS, RemoteOpenAIServer, free_port
-from tests.doctor.command import Said, run
+from tests.common.vllm import RemoteOpenAIServer, free_port
+from tests.doctor.command import Said, doctor_elsewhere
 
 PATCH_SETS = tuple(instrumentation.status())
 KEY = "a-key"
@@ -56,7 +56,7 @@ FAILURES = {"attaching ids: KeyError": 3, "editing a stream: ValueError": 1}
 
 
 def ask(url: str, *arguments: str, **variables: str) -> Said:
-    return run(SCRIPTS / "agl", "doctor", "--url", url, *arguments, **variables)
+    return doctor_elsewhere("--url", url, *arguments, **variables)
 
 
 @contextlib.contextmanager

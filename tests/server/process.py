@@ -16,8 +16,8 @@ from typing import Any
 import httpx
 
 from tests.common.environments import CHECKOUT
+from tests.common.forking import ForkedProcess, fork_agl
 from tests.common.vllm import without_agl
-from tests.server.forking import ForkedProcess, fork_agl
 
 AGL = (sys.executable, "-m", "agentlightning")
 AGL_STORE = (*AGL, "store")

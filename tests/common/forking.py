@@ -1,7 +1,7 @@
-"""Fork servers from one process that has imported what `agl store` imports: a second of CPU less for each start.
+"""Fork `agl` from one process that has imported what its commands import: up to a second of CPU less for each start.
 
-Run as a module, this is that process. A server that it has forked is none of the tests' own children, so it writes each
-exit status to a file before it waits for the process.
+Run as a module, this is that process. What it has forked is none of the tests' own children, so it writes each exit
+status to a file before it waits for the process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ from agentlightning.cli import main as agl
 from tests.common.environments import CHECKOUT
 from tests.common.vllm import without_agl
 
-__all__ = ["ForkedProcess", "fork_agl"]
+__all__ = ["ForkedProcess", "fork_agl", "run_agl"]
+
+IMPORTED = (
+    *("uvicorn", "agentlightning.server", "agentlightning.server.agentops"),
+    *("agentlightning.cli.doctor", "agentlightning.cli.export"),
+)
 
 
 class ForkedProcess:
@@ -76,10 +81,11 @@ class _ForkServer:
         )
         atexit.register(self._stop)
 
-    def fork(self, arguments: Sequence[str], env: Mapping[str, str], log: IO[bytes]) -> ForkedProcess:
+    def fork(self, arguments: Sequence[str], env: Mapping[str, str], folder: Path, *files: IO[bytes]) -> ForkedProcess:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps([arguments, dict(env), log.name]) + "\n")
+        request = [arguments, dict(env), str(folder), *(file.name for file in files)]
+        self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         pid, number = self._process.stdout.readline().split()
         return ForkedProcess(int(pid), Path(self._folder.name) / number)
@@ -96,11 +102,33 @@ _server: _ForkServer | None = None
 
 def fork_agl(arguments: Sequence[str], env: Mapping[str, str], log: IO[bytes]) -> ForkedProcess:
     """Start `agl` with these arguments; it appends what it prints to the log."""
+    return _fork_server().fork(arguments, env, Path.cwd(), log, log)
+
+
+def run_agl(
+    *arguments: str | Path, env: Mapping[str, str], folder: Path | None = None, timeout: float
+) -> subprocess.CompletedProcess[bytes]:
+    """Run `agl` in this folder to its end, and keep its output.
+
+    For what depends on the arguments and on variables that `agl` reads: Python itself has been started without them.
+    """
+    command = [str(each) for each in arguments]
+    with tempfile.NamedTemporaryFile() as stdout, tempfile.NamedTemporaryFile() as stderr:
+        process = _fork_server().fork(command, env, folder or Path.cwd(), stdout, stderr)
+        try:
+            status = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+        return subprocess.CompletedProcess(["agl", *command], status, stdout.read(), stderr.read())
+
+
+def _fork_server() -> _ForkServer:
     global _server
     # A forked test has none of its own yet, and must not write into its parent's pipe.
     if _server is None or _server.owner != os.getpid():
         _server = _ForkServer()
-    return _server.fork(arguments, env, log)
+    return _server
 
 
 def _keep_statuses(files: dict[int, Path]) -> None:
@@ -121,7 +149,7 @@ def _keep_statuses(files: dict[int, Path]) -> None:
 
 
 def _serve(folder: Path) -> None:
-    for module in ("uvicorn", "agentlightning.server", "agentlightning.server.agentops"):
+    for module in IMPORTED:
         importlib.import_module(module)
     # No server looks through all of this for garbage again, nor copies it by doing so.
     gc.collect()
@@ -131,7 +159,7 @@ def _serve(folder: Path) -> None:
     files: dict[int, Path] = {}
     signal.signal(signal.SIGCHLD, lambda *_: _keep_statuses(files))
     for number, request in enumerate(iter(sys.stdin.readline, "")):
-        arguments, env, log = json.loads(request)
+        arguments, env, cwd, *outputs = json.loads(request)
         # A server may end before it is known here which it is.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
         pid = os.fork()
@@ -146,12 +174,14 @@ def _serve(folder: Path) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
-    file = os.open(log, os.O_WRONLY | os.O_APPEND)
     null = os.open(os.devnull, os.O_RDONLY)
-    for old, new in ((null, 0), (file, 1), (file, 2)):
+    stdout, stderr = (os.open(output, os.O_WRONLY | os.O_APPEND) for output in outputs)
+    for old, new in ((null, 0), (stdout, 1), (stderr, 2)):
         os.dup2(old, new)
+    os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
+    time.tzset()
     sys.argv = ["agl", *arguments]
     sys.exit(agl(arguments))
 
