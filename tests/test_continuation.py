@@ -27,6 +27,7 @@ from agentlightning.continuation import (
 )
 from tests.common.continued import END, Served
 from tests.common.templates import CHATML, QWEN3, TEMPLATES, TOOLS_LAST, rendered
+from tests.common.unhurried import UNHURRIED
 
 pytestmark = pytest.mark.tier("check")
 
@@ -253,6 +254,7 @@ def test_other_tools_or_another_model_find_nothing() -> None:
     assert fingerprints(MESSAGES, b"one") != fingerprints(MESSAGES, b"other")
 
 
+@UNHURRIED
 @given(st.data())
 def test_equal_json_is_equal_however_it_is_written(data: st.DataObject) -> None:
     import json
@@ -415,6 +417,7 @@ def test_what_stands_in_a_prompt_is_shown_as_a_diff_for_each_cause(
     assert replaced(rendered(served.template, messages), prompt) == expected
 
 
+@UNHURRIED
 @given(st.data())
 def test_a_prompt_differs_from_the_templates_own_in_the_models_answers_alone(data: st.DataObject) -> None:
     """Property: whatever is asked, answered and called, each difference is all of what the model wrote, in the place
@@ -447,6 +450,7 @@ TEXTS = st.text(st.sampled_from("ab \n<>|?!{}"), max_size=8)
 ANSWERS = st.builds(Answer, TEXTS, st.sampled_from([(), canonical_calls([tool_call()])]), TEXTS)
 
 
+@UNHURRIED
 @given(st.sampled_from(sorted(TEMPLATES)), st.lists(st.tuples(ANSWERS, TEXTS, st.booleans()), min_size=1, max_size=5))
 def test_a_prompt_is_the_templates_own_but_for_what_the_model_wrote(name: str, turns: list[Any]) -> None:
     """A prompt is the template's, or that with what the model wrote in the place of the answers."""

@@ -12,11 +12,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings, strategies
+from hypothesis import given, strategies
 
 from agentlightning.common_prefix import common_ids
 from agentlightning.generation import RoutedExperts, SamplingMask
 from agentlightning.trajectory import AttemptCalls, Call, LeftOut, Merged, Parent, Trajectory, _tree, group_of, merge
+from tests.common.unhurried import UNHURRIED
 
 pytestmark = pytest.mark.tier("check")
 
@@ -697,7 +698,7 @@ def rows_and_left_out(calls: Sequence[Call], **options: Any) -> Merged:
     return merge(AttemptCalls(calls=calls), **options)
 
 
-@settings(deadline=None)
+@UNHURRIED
 @given(attempts(), strategies.sampled_from(EXACT))
 def test_every_sampled_id_of_a_kept_call_is_trained_once(calls: list[Call], drift: Any) -> None:
     rows, left_out = rows_and_left_out(calls, drift=drift)
@@ -713,7 +714,7 @@ def test_every_sampled_id_of_a_kept_call_is_trained_once(calls: list[Call], drif
         assert (name in gone) != (name in trained)
 
 
-@settings(deadline=None)
+@UNHURRIED
 @given(attempts(), strategies.sampled_from([*EXACT, "realign"]), strategies.integers(0, 3))
 def test_rows_have_the_ids_of_their_calls_each_trained_in_its_own_context(
     calls: list[Call], drift: Any, limit: int
@@ -749,7 +750,7 @@ def test_rows_have_the_ids_of_their_calls_each_trained_in_its_own_context(
         assert all(not row.logprobs[at] for at in {*range(len(row.token_ids))} - inside)
 
 
-@settings(deadline=None)
+@UNHURRIED
 @given(attempts(), strategies.randoms(), strategies.sampled_from([*EXACT, "realign"]))
 def test_the_order_of_calls_changes_nothing(calls: list[Call], order: random.Random, drift: Any) -> None:
     shuffled = order.sample(calls, len(calls))
@@ -757,7 +758,7 @@ def test_the_order_of_calls_changes_nothing(calls: list[Call], order: random.Ran
     assert rows_and_left_out(shuffled, drift=drift) == rows_and_left_out(calls, drift=drift)
 
 
-@settings(deadline=None)
+@UNHURRIED
 @given(attempts(), strategies.data())
 def test_removing_a_leaf_changes_no_other_row(calls: list[Call], data: strategies.DataObject) -> None:
     """Only what the leaf's row alone had trained is then trained in another row that has it."""
@@ -802,7 +803,7 @@ def linear(calls: Iterable[Call]) -> list[tuple[list[int], list[int]]]:
     return found
 
 
-@settings(deadline=None)
+@UNHURRIED
 @given(
     strategies.lists(
         strategies.lists(strategies.tuples(ids, ids.filter(bool)), min_size=1, max_size=4), min_size=1, max_size=4

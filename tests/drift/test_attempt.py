@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from agentlightning.drift import AttemptDrift, CallDetails, Report, analyse
@@ -16,6 +16,7 @@ from agentlightning.drift import _attempt as attempt_module
 from agentlightning.drift._classification import turn_names
 from agentlightning.token_text import TokenTexts
 from agentlightning.trajectory import AttemptCalls, Call, merge
+from tests.common.unhurried import UNHURRIED
 from tests.drift.templates import CHATML, Message, Template
 
 pytestmark = pytest.mark.tier("check")
@@ -313,7 +314,7 @@ def test_a_report_adds_attempts_and_has_the_names_of_other_tools() -> None:
     assert sessions["tito_session_mismatch_rate"] == sessions["tito_session_mismatch_rate/assistant_text"] == 1
 
 
-@settings(deadline=None)
+@UNHURRIED
 @given(
     st.lists(st.tuples(st.lists(st.integers(0, 3), max_size=6), st.lists(st.integers(0, 3), max_size=3)), max_size=8)
 )

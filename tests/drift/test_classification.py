@@ -9,12 +9,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from agentlightning.drift import CAUSES, Cause, classify
 from agentlightning.sender import Vocabulary
 from agentlightning.token_text import TokenTexts
+from tests.common.unhurried import UNHURRIED
 from tests.drift.breaks import MAKERS, Made, make
 from tests.drift.templates import TEMPLATES, TINY, TOOLS_FIRST, Message, Mistral, Template
 
@@ -204,7 +205,7 @@ def test_ids_of_two_vocabularies_are_compared_as_texts() -> None:
     assert classify([0, 3], 1, [0, 1, 1], other, one).cause == "other"
 
 
-@settings(deadline=None)
+@UNHURRIED
 @given(some_ids, some_ids, some_ids, some_ids)
 def test_any_ids_have_a_cause_and_a_first_difference(
     shared: list[int], rest: list[int], answer: list[int], other: list[int]
@@ -218,7 +219,7 @@ def test_any_ids_have_a_cause_and_a_first_difference(
     assert found == classify(array("i", before), len(shared) + len(rest), array("i", prompt), FEW)
 
 
-@settings(deadline=None)
+@UNHURRIED
 @given(some_ids, st.integers(0, 60), st.integers(0, 25))
 def test_what_is_the_same_text_is_never_named_otherwise_with_certainty(shared: list[int], at: int, other: int) -> None:
     """The word ab is one id in the answer, and two in the prompt."""

@@ -21,6 +21,7 @@ from agentlightning.store.blocks import Lacking
 from agentlightning.store.chains import FIRST, IDS, NEXT, TEXTS, Chain, Recent
 from agentlightning.store.database import Database
 from tests.common.generations import generation
+from tests.common.unhurried import UNHURRIED
 from tests.store.conftest import BACK_TO_VERSION_2, new_store_of
 
 pytestmark = pytest.mark.tier("check")
@@ -202,7 +203,7 @@ def test_ids_and_a_text_of_the_same_bytes_are_told_apart(store: Store) -> None:
     assert (found.prompt_token_ids, found.prompt_text) == (ids, text)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(UNHURRIED, max_examples=20)
 @given(
     st.lists(
         st.tuples(st.integers(0, 5), st.integers(0, 3 * FIRST_IDS), st.lists(st.integers(0, 9), max_size=3)),

@@ -30,6 +30,7 @@ from agentlightning.store.chains import FIRST, NEXT
 from agentlightning.store.database import Database
 from tests.common.generations import SECOND, START, generation
 from tests.common.processes import SECONDS, fork
+from tests.common.unhurried import UNHURRIED
 from tests.store.conftest import EVERY_KIND, new_store_of
 
 pytestmark = pytest.mark.tier("check")
@@ -394,7 +395,7 @@ def test_file_becomes_smaller_by_about_what_the_estimate_says(store: Store, data
     assert len([*kept.generations()]) == 3
 
 
-@settings(max_examples=8, deadline=None)
+@settings(UNHURRIED, max_examples=8)
 @given(
     st.lists(
         st.tuples(st.integers(0, 2), st.integers(0, 3 * FIRST_IDS), st.lists(st.integers(0, 2), max_size=2)),
