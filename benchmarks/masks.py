@@ -24,7 +24,7 @@ from tests.common.vllm import RemoteOpenAIServer
 STARTS, SECONDS = 2, 100
 QUICK_STARTS, QUICK_SECONDS = 1, 40
 MIN_ROUNDS = 10
-"""Seconds of each start and length, however slow the machine is."""
+"""Rounds of each start and length, however slow the machine is."""
 IDS_LEFT = 8
 PATH = "/v1/chat/completions"
 WITHOUT, AGAIN, WITH = "recording without masks", "the same, again", "recording with masks"
