@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from agentlightning import settings
 from agentlightning.rollout_records import Attempt, Rollout, RolloutConfig
 from agentlightning.sampling import NEUTRAL, Policy, parse_pins, parse_policy, pins_for, text_of
+from agentlightning.store import open_store
 
 pytestmark = pytest.mark.tier("check")
 
@@ -89,3 +91,23 @@ def test_sampling_may_depend_on_the_mode() -> None:
 def test_a_config_without_sampling_is_that_of_a_lightning_store() -> None:
     assert "sampling" not in RolloutConfig().as_dict()
     assert RolloutConfig(sampling="client").as_dict()["sampling"] == "client"
+
+
+def test_resources_pin_for_the_rollouts_that_use_them(tmp_path: Path) -> None:
+    model = {"resource_type": "llm", "endpoint": "http://host/v1", "model": "m"}
+    by_mode = {"train": {"temperature": 1}, "val": "client"}
+    with open_store(str(tmp_path / "store.db")) as store:
+        resources = store.add_resources({"main": {**model, "sampling": by_mode}})
+
+        def path(mode: Any, **config: Any) -> str:
+            rollout = store.enqueue_rollout(
+                "a task", mode=mode, resources_id=resources.resources_id, config=RolloutConfig(**config)
+            )
+            assert store.get_rollout_by_id(rollout.rollout_id) == rollout
+            return rollout.base_url("http://host").partition(rollout.rollout_id)[2]
+
+        assert path("train") == "/sampling/temperature=1/v1"
+        assert path("val") == "/sampling/client/v1"
+        assert path(None) == "/v1"
+        # The config comes first.
+        assert path("train", sampling={"top_p": 0.9}) == "/sampling/top_p=0.9/v1"
