@@ -537,3 +537,16 @@ def test_thousands_of_bad_requests_leave_no_memory_behind(careful: StoreServer, 
     before = process.memory_info().rss
     send(240)
     assert process.memory_info().rss - before < 16 * MIB
+
+
+def test_sampling_that_cannot_be_pinned_is_refused(client: httpx.Client) -> None:
+    def enqueue(sampling: Any) -> httpx.Response:
+        return client.post("/v1/agl/rollouts", json={"input": 1, "config": {"sampling": sampling}})
+
+    assert "sampling.Sampling.heat" in assert_refused(enqueue({"heat": 1}), 422)
+    assert "temperature" in assert_refused(enqueue({"temperature": 9}), 422)
+    assert "top_p" in assert_refused(enqueue({"top_p": 0}), 422)
+    assert_refused(enqueue("mine"), 422)
+
+    found = enqueue({"temperature": 0.7}).json()
+    assert found["config"]["sampling"] == {"temperature": 0.7}

@@ -10,13 +10,12 @@ import time
 from typing import Annotated, Any, Literal
 
 from fastapi import Body, Query, Request, Response
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection
 
 from agentlightning import rollout_records as records
 from agentlightning.errors import NotFound
 from agentlightning.rollout_records import AttemptStatus, Mode, RolloutStatus
-from agentlightning.sampling import pins_for
 from agentlightning.server import schemas
 from agentlightning.server.answers import Json, document, listed, raw
 from agentlightning.server.decoding import without_nan
@@ -31,6 +30,24 @@ __all__ = ["routes"]
 SHORTEST_NAP, LONGEST_NAP = 0.02, 0.5
 
 routes = router("rollouts", mend=without_nan)
+
+
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+
+
+class Sampling(BaseModel):
+    """Sampling parameters that a vLLM with `AGL_SAMPLING` pins, as `agentlightning.sampling` has them."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": [{"temperature": 0.7}]})
+
+    # vLLM itself makes 0.01 of what is nearer to 0.
+    temperature: Annotated[float, Field(ge=0, le=0)] | Annotated[float, Field(ge=0.01, le=2)] = LEFT_OUT
+    top_p: Annotated[float, Field(gt=0, le=1)] = LEFT_OUT
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1, description="-1 or 0 for all.")] = LEFT_OUT
+    min_p: Annotated[float, Field(ge=0, le=1)] = LEFT_OUT
+    repetition_penalty: Annotated[float, Field(gt=0, le=2)] = LEFT_OUT
+    presence_penalty: Penalty = LEFT_OUT
+    frequency_penalty: Penalty = LEFT_OUT
 
 
 class RolloutConfig(Sent):
@@ -48,20 +65,17 @@ class RolloutConfig(Sent):
     retry_condition: list[AttemptStatus] = Field(
         [], max_length=64, description="States of an attempt after which another one is queued."
     )
-
-    sampling: dict[str, Any] | Literal["client"] | None = Field(
+    sampling: Sampling | Literal["client"] | None = Field(
         None,
         description="Sampling parameters that a vLLM with `AGL_SAMPLING` pins for its calls; see `docs/sampling.md`.",
     )
 
-    @field_validator("sampling")
-    @classmethod
-    def _check_sampling(cls, value: Any) -> Any:
-        pins_for(value, None)
-        return value
-
     def as_record(self) -> records.RolloutConfig:
-        return records.RolloutConfig(**self.model_dump())
+        found = self.model_dump(exclude={"sampling"})
+        pins = self.sampling
+        if isinstance(pins, Sampling):
+            pins = pins.model_dump(exclude_unset=True)
+        return records.RolloutConfig(**found, sampling=pins)
 
 
 class NewRollout(Sent):
