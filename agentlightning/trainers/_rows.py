@@ -9,6 +9,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -51,8 +52,8 @@ def check_rows(
         _check_length(row, "response", len(row.token_ids) - row.prompt_length, max_response_length)
 
 
-def experts_of(row: Trajectory) -> np.ndarray | None:
-    """Return the routed experts of a row's first ids, [ids, layers, experts per id]: of all that were fed to the model.
+def experts_of(row: Trajectory) -> Any:
+    """Return the routed experts of all ids of a row that were fed to the model, by id and layer; None without any.
 
     Raises:
         UnusableRows: an id in between has none, and its place can be taken by nothing.
@@ -60,16 +61,16 @@ def experts_of(row: Trajectory) -> np.ndarray | None:
     experts = row.routed_experts
     if experts is None:
         return None
-    found = np.frombuffer(experts.ids, np.int16).reshape(experts.shape)
-    known = (found >= 0).all(axis=(1, 2))
-    length = int(known.nonzero()[0].max(initial=-1)) + 1
-    if not known[:length].all():
-        missing = length - int(known[:length].sum())
+    count, layers, each = experts.shape
+    # All experts of an id are known, or none.
+    known = [expert >= 0 for expert in experts.ids[:: layers * each]]
+    length = max((place for place in range(count) if known[place]), default=-1) + 1
+    if missing := length - sum(known[:length]):
         raise UnusableRows(
             f"{name_of(row)} has no routed experts for {missing} ids in the middle",
             "leave it out, or let clients not set routed_experts_prompt_start",
         )
-    return found[:length]
+    return np.frombuffer(experts.ids, np.int16)[: length * layers * each].reshape(length, layers, each)
 
 
 def check_models(trajectories: Iterable[Trajectory]) -> None:

@@ -24,7 +24,7 @@ PARAMETER_SETS = 200
 ARGUMENTS = (
     "--scheduler-cls=tests.plugins.masks.Scheduler",
     "--logprobs-mode=processed_logprobs",
-    "--max-logprobs=1000",
+    "--max-logprobs=-1",
 )
 
 
@@ -99,7 +99,7 @@ def test_logprobs_are_those_of_the_same_distribution_in_transformers(server: Rec
     rng = random.Random(11)
     # All of the vocabulary as alternatives: those that were cut off are there with minus infinity.
     bodies = [
-        {"model": server.model, "max_tokens": 4, "ignore_eos": True, "logprobs": 1000, **drawn(rng)}
+        {"model": server.model, "max_tokens": 4, "ignore_eos": True, "logprobs": -1, **drawn(rng)}
         for _ in range(PARAMETER_SETS)
     ]
     with ThreadPoolExecutor(16) as pool:

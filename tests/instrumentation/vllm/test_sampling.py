@@ -73,7 +73,7 @@ def test_what_vllm_refuses_is_still_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
     for invalid in ({"temperature": 7}, {"top_p": 0}, {"max_tokens": 0}):
         with pytest.raises(VLLMValidationError):
-            made(**invalid)
+            made(None, **invalid)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_a_rollouts_own_pins_come_before_the_servers(monkeypatch: pytest.MonkeyP
 def test_calls_of_the_doctor_keep_the_parameters_that_tell_them(monkeypatch: pytest.MonkeyPatch) -> None:
     armed(monkeypatch, PINNED)
 
-    params, _ = made(**PROBE_PARAMS)
+    params, _ = made(None, **PROBE_PARAMS)
 
     assert (params.temperature, params.top_p) == tuple(PROBE_PARAMS.values())
 
