@@ -40,6 +40,7 @@ REQUIREMENTS = (
     f"{CHECKOUT}[agentops,parquet,postgresql]",
     *("datasets>=3", "httpx>=0.27", "hypothesis>=6.100", "opentelemetry-exporter-otlp-proto-http>=1.38"),
     *("orjson>=3.10", "pandas>=2", "psutil>=5.9", "pytest>=8,<9.2", "pytest-forked>=1.6", "pytest-xdist>=3.8"),
+    "tokenizers>=0.21",
 )
 
 
