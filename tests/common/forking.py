@@ -7,6 +7,7 @@ status to a file before it waits for the process.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import importlib
 import json
@@ -56,8 +57,9 @@ class ForkedProcess:
         return status
 
     def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
+        # By the descriptor, and as `subprocess` does it: it may end at any moment, and its id then be another's.
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, number)
 
     def terminate(self) -> None:
         self.send_signal(signal.SIGTERM)
