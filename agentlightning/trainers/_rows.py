@@ -70,7 +70,8 @@ def experts_of(row: Trajectory) -> Any:
             f"{name_of(row)} has no routed experts for {missing} ids in the middle",
             "leave it out, or let clients not set routed_experts_prompt_start",
         )
-    return np.frombuffer(experts.ids, np.int16)[: length * layers * each].reshape(length, layers, each)
+    found: Any = np.frombuffer(experts.ids, np.int16)
+    return found[: length * layers * each].reshape(length, layers, each)
 
 
 def check_models(trajectories: Iterable[Trajectory]) -> None:

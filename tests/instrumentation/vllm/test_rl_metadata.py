@@ -176,8 +176,7 @@ def test_a_mask_is_kept_for_each_id_and_the_client_still_gets_it(engine: Engine,
     for ids, mask, end in (([5], [[5, 9]], None), ([6, 7], [[6], [7, 8, 9]], None), ([8], [[8]], LENGTH)):
         engine.steps([output("one-0", ids, end, new_sampling_mask=masks(*mask))])
         if stream or end:
-            answer = state.queue.get_nowait()
-            assert answer is not None
+            answer: Any = state.queue.get_nowait()
             carried += answer.outputs[0].sampling_mask.token_ids
 
     [choice] = kept(path)[0].choices
@@ -219,6 +218,12 @@ def top(*of_ids: tuple[int, float, int, float]) -> LogprobsLists:
     return LogprobsLists(ids, logprobs, numpy.ones(len(of_ids), dtype=numpy.int32))
 
 
+def tensors(found: LogprobsLists) -> LogprobsTensors:
+    """Return the same for a prompt."""
+    ids, logprobs, ranks = (torch.from_numpy(each) for each in found[:3])
+    return LogprobsTensors(ids, logprobs, ranks)
+
+
 @pytest.mark.parametrize("flat", [False, True], ids=["objects", "flat"])
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
 def test_alternatives_are_kept_where_the_client_asked_for_them(
@@ -226,7 +231,7 @@ def test_alternatives_are_kept_where_the_client_asked_for_them(
 ) -> None:
     engine.add("asks", [1, 2, 3], stream=stream, logprobs=1, prompt_logprobs=1, flat_logprobs=flat)
     engine.add("only its own", [1, 2, 3], stream=stream, logprobs=0)
-    of_prompt = LogprobsTensors(*(torch.from_numpy(each) for each in top((2, -1, 2, -1), (3, -2, 9, -0.5))[:3]))
+    of_prompt = tensors(top((2, -1, 2, -1), (3, -2, 9, -0.5)))
     for ids, found, end in (([5], top((5, -1, 4, -0.5)), None), ([6], top((6, -0.25, 6, -0.25)), LENGTH)):
         prompt = of_prompt if end is None else None
         both = (
@@ -335,7 +340,7 @@ def test_an_engine_core_records_masks_and_alternatives(path: Path) -> None:
     requests = UnmarkedRequests(Scheduler())
     request = unmarked("cmpl-a-00000000", logprobs=1, prompt_logprobs=0)
     requests.track(request)
-    of_prompt = LogprobsTensors(*(torch.from_numpy(each) for each in top((2, -1, 7, -0.5))[:3]))
+    of_prompt = tensors(top((2, -1, 7, -0.5)))
     first = step(
         request,
         [5],
