@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -47,7 +48,7 @@ def test_each_id_has_the_mask_that_the_engine_gave(
     server: RecordingServer, rollout: str, options: dict[str, Any], stream: bool
 ) -> None:
     body = {"model": server.model, "prompt": "Paris?", "max_tokens": 24, "top_k": 8, "seed": 5, **options}
-    post(server, f"/rollout/{rollout}/v1/completions", {**body, "stream": stream})
+    post(server, f"/rollout/{quote(rollout)}/v1/completions", {**body, "stream": stream})
 
     [generation] = server.recorded(rollout_id=rollout)
     assert len(generation.choices) == options.get("n", 1)
@@ -56,7 +57,7 @@ def test_each_id_has_the_mask_that_the_engine_gave(
 
 def test_masks_go_into_triplets_rows_and_files(server: RecordingServer, rollout: str, tmp_path: Path) -> None:
     body = {"model": server.model, "prompt": "Paris?", "max_tokens": 6, "top_p": 0.95, "ignore_eos": True}
-    post(server, f"/rollout/{rollout}/v1/completions", body)
+    post(server, f"/rollout/{quote(rollout)}/v1/completions", body)
     [generation] = server.recorded(rollout_id=rollout)
     masks = [mask_of(each) for each in generation.choices[0].token_ids or ()]
 
@@ -103,7 +104,7 @@ def test_logprobs_are_those_of_the_same_distribution_in_transformers(server: Rec
         for _ in range(PARAMETER_SETS)
     ]
     with ThreadPoolExecutor(16) as pool:
-        list(pool.map(lambda body: post(server, f"/rollout/{rollout}/v1/completions", body), bodies))
+        list(pool.map(lambda body: post(server, f"/rollout/{quote(rollout)}/v1/completions", body), bodies))
 
     differences = []
     for generation in server.recorded(rollout_id=rollout):
