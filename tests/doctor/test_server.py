@@ -32,12 +32,15 @@ STATUS: dict[str, Any] = {
         "AGL_LOGPROBS": "off",
         "AGL_RECORD_OFFLINE": "off",
         "AGL_CONTINUE": "off",
+        "AGL_SAMPLING": "off",
+        "AGL_MODEL_NAMES": "served",
     },
     "patches": {"chat": {"state": "applied", "reason": None}},
     "counters": {"failures": {}},
     "limits": [],
     "recording": None,
     "continuation": None,
+    "sampling": None,
 }
 CONTINUATION: dict[str, Any] = {
     "results": {"continued": 7, "first call": 2, "no match": 0, "seam": 1},

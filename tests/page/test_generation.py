@@ -19,7 +19,9 @@ from tests.common.rollouts import END, START, Rollout, tokens
 from tests.page.conftest import LONG_IDS, Filled, Open
 from tests.server.process import StoreServer
 
-DESCRIPTION = re.compile(r"Token (\d+): (\".*\"), id (-?\d+)(?:, logprob (\S+) \((\S+) %\))?")
+DESCRIPTION = re.compile(
+    r"Token (\d+): (\".*?\"), id (-?\d+)(?:, logprob (\S+) \((\S+) %\))?(?:, chosen from \d+)?(?:\. Alternatives: .*)?"
+)
 
 
 def answer(page: Page) -> Locator:
@@ -273,6 +275,10 @@ def test_unknown_values_are_said_to_be_unknown(visit: Callable[..., Visit], tmp_
         answer(page).focus()
         page.keyboard.press("End")
         assert selected_token(page) == (1, "[8]", 8, -math.inf)
+        # With what it was chosen from, and what the client had asked for beside it.
+        page.keyboard.press("Home")
+        beside = 'chosen from 3. Alternatives: "[9]" (id 9, logprob -2.5'
+        expect(page.get_by_text("Token 0:")).to_contain_text(beside)
         page.goto(f"/generation?id={FULL.id}&choice=1")
         expect(page.get_by_text("No logprobs are recorded")).to_be_visible()
         page.goto(f"/generation?id={FULL.id}&choice=2")

@@ -80,6 +80,8 @@ def test_a_strict_server_that_started_is_patched_completely(guarded: RemoteOpenA
         "AGL_LOGPROBS": "off",
         "AGL_RECORD_OFFLINE": "off",
         "AGL_CONTINUE": "off",
+        "AGL_SAMPLING": "off",
+        "AGL_MODEL_NAMES": "served",
     }
     # All that there is to patch has been imported, to judge it.
     assert told["patches"] == dict.fromkeys(WHOLE, WHOLE["capture"])
