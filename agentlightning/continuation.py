@@ -33,6 +33,7 @@ __all__ = [
     "REASONING_DROPPED",
     "RESULTS",
     "SEAM",
+    "STORE_NOT_AVAILABLE",
     "TOO_LONG",
     "Answer",
     "Call",
@@ -54,6 +55,7 @@ CONTINUED_EARLIER = "continued from an earlier call"
 FIRST_CALL = "first call"
 NO_MATCH = "no match"
 ELSEWHERE = "elsewhere"
+STORE_NOT_AVAILABLE = "store not available"
 NOT_APPEND_ONLY = "template not append-only"
 REASONING_DROPPED = "reasoning dropped"
 SEAM = "seam"
@@ -67,7 +69,8 @@ RESULTS = {
     CONTINUED_EARLIER: "the prompt goes on from a call whose answer is not the last in the request: that is not known",
     FIRST_CALL: "the request has no answer in it",
     NO_MATCH: "no call of this rollout had these messages and this answer",
-    ELSEWHERE: "this server knows no call of this rollout, or no longer, and the store had none in time",
+    ELSEWHERE: "this server knows no call of this rollout, or no longer, and the store has none with these messages",
+    STORE_NOT_AVAILABLE: "this server knows no call of this rollout, and the store did not answer in time, or failed",
     NOT_APPEND_ONLY: "the chat template writes what came before in another way once something follows",
     REASONING_DROPPED: "the chat template leaves out the reasoning that the model wrote",
     SEAM: "the answer does not end with the token that ends a turn in the template",
@@ -366,10 +369,6 @@ class Histories:
     def knows(self, key: Hashable) -> bool:
         """Tell whether any call is kept under this key."""
         return key in self._conversations
-
-    def count(self, key: Hashable) -> int:
-        """Return how many calls are kept under this key."""
-        return len(self._conversations[key].members) if key in self._conversations else 0
 
     def with_messages(self, key: Hashable, fingerprint: bytes) -> Sequence[Call]:
         """Return the calls whose messages have this fingerprint."""

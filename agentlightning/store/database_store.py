@@ -62,7 +62,7 @@ from agentlightning.store.filters import (
     TrajectoryOptions,
     TripletFilters,
 )
-from agentlightning.store.interface import Store
+from agentlightning.store.interface import GENERATIONS_AT_ONCE, Store
 from agentlightning.store.pages import Listing
 from agentlightning.store.rows import storable
 from agentlightning.trajectory import AttemptCalls, Trajectory, check_options
@@ -73,7 +73,6 @@ if TYPE_CHECKING:
 
 __all__ = ["DatabaseStore"]
 
-GENERATIONS_AT_ONCE = 64
 SHORTEST_NAP, LONGEST_NAP = 0.02, 0.5
 
 T = TypeVar("T")
@@ -282,12 +281,12 @@ class DatabaseStore(Store):
             raise InvalidRecord(added.refused, added.new)
         return added.new
 
-    def generations(self, **filters: Unpack[Filters]) -> Iterator[Generation]:
+    def generations(self, at_once: int = GENERATIONS_AT_ONCE, /, **filters: Unpack[Filters]) -> Iterator[Generation]:
         end = None
         while True:
             # A transaction for each page: a long one would keep SQLite from emptying its WAL file.
             with self._database.reading() as connection:
-                found, end = generation_rows.page(connection, filters, end, GENERATIONS_AT_ONCE)
+                found, end = generation_rows.page(connection, filters, end, at_once)
             yield from found
             if end is None:
                 return

@@ -49,7 +49,7 @@ from agentlightning.store.filters import (
     TripletFilters,
 )
 from agentlightning.store.http_client import HttpClient, StrangeAnswer, TooLarge, UnknownMediaType
-from agentlightning.store.interface import Store
+from agentlightning.store.interface import GENERATIONS_AT_ONCE, Store
 from agentlightning.store.rows import uuid_bytes
 from agentlightning.store.wire import Refusal
 from agentlightning.trajectory import Trajectory, check_options
@@ -65,7 +65,6 @@ logger = logging.getLogger("agentlightning.store")
 Row = TypeVar("Row", AttemptDrift, Trajectory, Triplet)
 
 CALLER = ("agent_id", "parent_agent_id", "purpose", "retry")
-GENERATIONS_AT_ONCE = 64
 ROLLOUTS_AT_ONCE = 1_000
 SECONDS_OF_WAITING = 20.0
 
@@ -324,8 +323,8 @@ class HttpStore(Store):
             raise InvalidRecord({each.id: each.reason for each in refused}, new)
         return new
 
-    def generations(self, **filters: Unpack[Filters]) -> Iterator[Generation]:
-        wanted = [*_query(filters), ("limit", str(GENERATIONS_AT_ONCE))]
+    def generations(self, at_once: int = GENERATIONS_AT_ONCE, /, **filters: Unpack[Filters]) -> Iterator[Generation]:
+        wanted = [*_query(filters), ("limit", str(at_once))]
         cursor: list[tuple[str, str]] = []
         while True:
             found = self._envelope(self._http.ask("GET", "/generations", [*wanted, *cursor]))

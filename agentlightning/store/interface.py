@@ -42,7 +42,9 @@ from agentlightning.triplet import Triplet
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["Store"]
+__all__ = ["GENERATIONS_AT_ONCE", "Store"]
+
+GENERATIONS_AT_ONCE = 64
 
 
 class Store(AbstractContextManager["Store"], ABC):
@@ -371,11 +373,14 @@ class Store(AbstractContextManager["Store"], ABC):
         """
 
     @abstractmethod
-    def generations(self, **filters: Unpack[Filters]) -> Iterator[Generation]:
+    def generations(self, at_once: int = GENERATIONS_AT_ONCE, /, **filters: Unpack[Filters]) -> Iterator[Generation]:
         """Iterate over the generations that match the filters, in the order in which they finished.
 
         Reading continues while the caller iterates, so that memory stays small and no writer waits. What is written
         meanwhile may be included or not.
+
+        Args:
+            at_once: how many are read together; fewer where the first of them is wanted soon.
         """
 
     @abstractmethod

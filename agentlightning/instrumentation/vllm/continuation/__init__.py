@@ -6,9 +6,11 @@ take the place of the text. All that comes before and after is vLLM's. When the 
 for the next one, in this process; what others have answered is read from the store that all record into.
 """
 
-from agentlightning.instrumentation.vllm.continuation.kept import forget, report, start
-from agentlightning.instrumentation.vllm.continuation.patches import CHAT_PATCHES, RENDERING_PATCHES, ROUTES
+from agentlightning.instrumentation.vllm.continuation.chats import ROUTES
+from agentlightning.instrumentation.vllm.continuation.kept import report, start
+from agentlightning.instrumentation.vllm.continuation.patches import CHAT_PATCHES, RENDERING_PATCHES
 from agentlightning.instrumentation.vllm.continuation.prompts import note_finished
+from agentlightning.instrumentation.vllm.continuation.recall import forget
 
 __all__ = [
     "CHAT_PATCHES",

@@ -10,7 +10,9 @@ from typing import Any, Protocol
 from agentlightning.continuation import NotText
 from agentlightning.instrumentation.vllm.continuation.parsing import Parsers, parsers_of
 
-__all__ = ["Chat", "OlderChat", "RenderedChat", "as_text"]
+__all__ = ["ROUTES", "Chat", "OlderChat", "RenderedChat", "as_text"]
+
+ROUTES = ("/v1/chat/completions", "/v1/messages", "/v1/responses")
 
 
 class Chat(Protocol):
@@ -46,12 +48,12 @@ class Chat(Protocol):
         """
         ...
 
-    async def tokenise(self, text: str) -> list[int]:
-        """Return the ids of a text that is a part of a prompt."""
-        ...
+    async def tokenise(self, text: str, *, is_whole: bool = False) -> list[int]:
+        """Return the ids of a text.
 
-    async def own_ids(self) -> Sequence[int]:
-        """Return the ids of vLLM's own prompt."""
+        Args:
+            is_whole: whether it is a prompt, or else a part of one.
+        """
         ...
 
 
@@ -93,7 +95,7 @@ class RenderedChat:
         self.limit = params.max_input_tokens
         self.tokenizer = renderer.get_tokenizer()
         self.parsers = parsers_of(preparing, arguments, self.tokenizer, chat_params.chat_template_kwargs)
-        self._renderer, self._prompt, self._chat_params = renderer, prompt, chat_params
+        self._renderer, self._chat_params = renderer, chat_params
         self._params, self._tokenize = params, tokenize
 
     def is_truncated(self) -> bool:
@@ -107,15 +109,11 @@ class RenderedChat:
         _, prompt = await self._renderer.render_messages_async([*messages], params)
         return as_text(prompt)
 
-    async def tokenise(self, text: str) -> list[int]:
+    async def tokenise(self, text: str, *, is_whole: bool = False) -> list[int]:
         if self.as_ids:
             return [ord(each) for each in text]
-        params = replace(self._params, add_special_tokens=False)
+        params = self._params if is_whole else replace(self._params, add_special_tokens=False)
         (prompt,) = await self._tokenize(self._renderer, [{"prompt": text}], params)
-        return prompt["prompt_token_ids"]
-
-    async def own_ids(self) -> Sequence[int]:
-        (prompt,) = await self._tokenize(self._renderer, [self._prompt], self._params)
         return prompt["prompt_token_ids"]
 
 
@@ -180,8 +178,5 @@ class OlderChat:
             capturing.reset(token)
         raise NotText("a template of ids")
 
-    async def tokenise(self, text: str) -> list[int]:
+    async def tokenise(self, text: str, *, is_whole: bool = False) -> list[int]:
         return (await self._tokenize(text))["prompt_token_ids"]
-
-    async def own_ids(self) -> Sequence[int]:
-        return (await self._tokenize(self.own))["prompt_token_ids"]

@@ -39,7 +39,7 @@ def report() -> dict[str, Any] | None:
 
 
 def forget() -> None:
-    """Forget all calls: the patches that use them are being removed."""
+    """Forget all calls."""
     global _histories
     _histories = None
 

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from agentlightning import continuation
 from agentlightning.continuation import Answer
 from agentlightning.instrumentation.vllm._isolation import contained
 
-__all__ = ["Parsers", "Said", "parsers_of"]
+__all__ = ["Parsers", "Said", "parsers_of", "possible_tool_choices"]
 
 
 @dataclass(slots=True)
 class Said:
-    """The text of an answer, and the options of its request that decide how it is parsed."""
+    """The text of an answer, and the options of its request that decide how it is parsed.
+
+    Attributes:
+        tool_choices: the one of its request; several where that is not known, since another server has answered it.
+        one_call: whether at most one tool call was to be told.
+    """
 
     text: str
-    tool_choice: Any
+    tool_choices: Sequence[Any]
     one_call: bool
 
     @property
@@ -62,11 +69,17 @@ class Parsers:
         if not (self.whole or self.tools or self.reasoning):
             return [Answer(said.text)]
         # The parsers read the tools, which are the same, and these options.
-        request = request.model_copy(update={"tool_choice": said.tool_choice})
+        requests = [request.model_copy(update={"tool_choice": each}) for each in said.tool_choices]
         ways = (self._plain, self._streamed) if self.whole is not None else (self._separately,)
         found: list[Answer] = []
-        for parse in ways:
-            answer = contained("parsing an answer", parse, request, said.text, prompt, response)
+        for asked, parse in product(requests, ways):
+            answer = None
+            if len(requests) == 1:
+                answer = contained("parsing an answer", parse, asked, said.text, prompt, response)
+            else:
+                # A parser may refuse an answer to a request of another kind.
+                with suppress(Exception):
+                    answer = parse(asked, said.text, prompt, response)
             if answer is not None and answer not in found:
                 found.append(answer)
                 if said.one_call:
@@ -151,3 +164,10 @@ def parsers_of(
         preparing.model_config,
         options or {},
     )
+
+
+def possible_tool_choices(request: Any) -> Sequence[Any]:
+    """Return the tool choices that an earlier request of this conversation may have had, as far as one can try them."""
+    own = getattr(request, "tool_choice", None)
+    others = ("auto", "none") if getattr(request, "tools", None) else ()
+    return [own, *(each for each in others if each != own)]

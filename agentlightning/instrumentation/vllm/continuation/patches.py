@@ -18,6 +18,7 @@ from agentlightning.instrumentation.vllm._isolation import contained, contained_
 from agentlightning.instrumentation.vllm.capture.session import session
 from agentlightning.instrumentation.vllm.continuation import kept, recall
 from agentlightning.instrumentation.vllm.continuation.chats import (
+    ROUTES,
     Chat,
     OlderChat,
     RenderedChat,
@@ -27,9 +28,7 @@ from agentlightning.instrumentation.vllm.continuation.chats import (
 from agentlightning.instrumentation.vllm.continuation.prompts import Conversation, Exact, Turn, is_plain
 from agentlightning.patching import NotForThisRelease, Patch, Where, Wrap
 
-__all__ = ["CHAT_PATCHES", "RENDERING_PATCHES", "ROUTES"]
-
-ROUTES = ("/v1/chat/completions", "/v1/messages", "/v1/responses")
+__all__ = ["CHAT_PATCHES", "RENDERING_PATCHES"]
 
 
 @dataclass(slots=True)
@@ -81,12 +80,19 @@ class _Preparing:
         if last is None:
             return continuation.FIRST_CALL
         match = conversation.match()
-        if (match is None or match.call.position < last) and session.is_recording:
-            await contained_async("reading calls of others", recall.recall, conversation, match, self.context)
+        is_available = True
+        if (match is None or match.call.position < last) and self._may_recall():
+            is_available = await recall.recall(conversation, match, self.context)
             match = conversation.match()
+        if match is None and kept.calls().knows(self.key):
+            return continuation.NO_MATCH
         if match is None:
-            return continuation.NO_MATCH if kept.calls().knows(self.key) else continuation.ELSEWHERE
+            return continuation.ELSEWHERE if is_available else continuation.STORE_NOT_AVAILABLE
         return await conversation.go_on(match)
+
+    def _may_recall(self) -> bool:
+        # A request whose prompt stays as it is does not wait.
+        return session.is_recording and session.settings.continues == "on"
 
 
 _preparing: ContextVar[_Preparing | None] = ContextVar("agentlightning.preparing", default=None)
@@ -209,7 +215,7 @@ def wrap_tokenize_prompt(tokenize: Callable[..., Any]) -> Callable[..., Any]:
         async def tokenize_text(text: str) -> Any:
             return await tokenize(self, request, tokenizer, text, *args, **kwargs)
 
-        def chat() -> Chat:
+        def chat() -> OlderChat:
             return OlderChat(self, preparing.arguments, preparing.method, prompt_input, tokenizer, tokenize_text)
 
         ids = await contained_async("continuing a call", preparing.ids, chat)

@@ -28,7 +28,7 @@ class Turn:
         key: whose it is.
         position: the number of its messages.
         fingerprint: that of all of them.
-        tool_choice, one_call: options of its request, for its answer's parser.
+        parsed_as: how its answer is parsed: by which of these tool choices, and whether to one tool call at most.
         rendered: the template's text.
         continued: the call that it continues, or would, and the ids that its exact prompt adds to that call's.
         prompt_token_ids: vLLM's own list.
@@ -37,8 +37,7 @@ class Turn:
     key: Hashable
     position: int
     fingerprint: bytes
-    tool_choice: Any
-    one_call: bool
+    parsed_as: tuple[Sequence[Any], bool]
     rendered: Rendered
     continued: Call | None = None
     more: Sequence[int] = ()
@@ -98,8 +97,7 @@ class Conversation:
             self.key,
             len(self.messages),
             self.fingerprints[-1],
-            getattr(request, "tool_choice", None),
-            getattr(request, "parallel_tool_calls", None) is False,
+            ((getattr(request, "tool_choice", None),), getattr(request, "parallel_tool_calls", None) is False),
             self.rendered,
         )
 
@@ -179,7 +177,7 @@ class Conversation:
         has_ended = chat.parsers.is_reasoning_end(chat.request, exact.ids())
         if has_ended == chat.parsers.is_reasoning_end(chat.request, new):
             return False
-        return has_ended != chat.parsers.is_reasoning_end(chat.request, await chat.own_ids())
+        return has_ended != chat.parsers.is_reasoning_end(chat.request, await chat.tokenise(self.own, is_whole=True))
 
 
 def is_plain(chat: Chat) -> bool:
@@ -206,7 +204,9 @@ def _keeps_reasoning() -> bool:
 
 def _kind(chat: Chat) -> bytes:
     """Return a digest of what has to be equal beside the messages: model or adapter, template, its arguments, tools."""
-    options = [chat.request.model, *chat.options]
+    # Requests of one interface have no such option, and no special tokens are added for them.
+    adds_special_tokens = bool(getattr(chat.request, "add_special_tokens", False))
+    options = [chat.request.model, adds_special_tokens, *chat.options]
     return hashlib.sha256(json.dumps(options, sort_keys=True, default=repr).encode()).digest()
 
 
@@ -262,7 +262,7 @@ def keep(
             ids,
             ends,
             bool(ids) and ids[-1] in ends,
-            Said(text, turn.tool_choice, turn.one_call),
+            Said(text, *turn.parsed_as),
             turn.continued,
         )
         kept.calls().add(turn.key, turn.fingerprint, call)

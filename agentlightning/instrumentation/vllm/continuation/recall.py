@@ -1,102 +1,132 @@
 """The calls that other processes have answered, or this one before it was restarted: from the store of all of them.
 
 What a store has of a call are its ids and its text. So a conversation is gone through from the latest call that is
-known: if the template makes the text of a recorded prompt of its first messages, or if going on from the call before
-makes the recorded ids of them, and if the recorded answer is what the next message says, that call is known, too.
+known: if the template makes the text of a recorded prompt of its first messages, and the tokenizer its ids, or if going
+on from the call before makes the recorded ids of them, that call is known, too.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from typing import Any, TypeVar
+from array import array
+from collections.abc import Sequence
 
 from agentlightning.continuation import Match
-from agentlightning.errors import StoreRefused, StoreUnavailable
-from agentlightning.generation import Choice, Generation
 from agentlightning.instrumentation.vllm._context import RequestContext
-from agentlightning.instrumentation.vllm.capture.session import session
-from agentlightning.instrumentation.vllm.continuation import kept
-from agentlightning.instrumentation.vllm.continuation.prompts import Conversation, Exact, keep, special_ids, whole_text
-from agentlightning.store import Filters, Store, open_store
+from agentlightning.instrumentation.vllm._isolation import contained_async
+from agentlightning.instrumentation.vllm.continuation import kept, reading
+from agentlightning.instrumentation.vllm.continuation.parsing import possible_tool_choices
+from agentlightning.instrumentation.vllm.continuation.prompts import Conversation, Turn, keep
+from agentlightning.instrumentation.vllm.continuation.reading import Log, RecordedCall
+from agentlightning.store import Filters
 
-__all__ = ["SECONDS", "recall"]
+__all__ = ["SECONDS", "forget", "recall"]
 
 SECONDS = 0.05
 """The most that a request waits."""
 
-T = TypeVar("T")
-
-_reading = threading.Lock()
-_opened: tuple[tuple[int, str], Store] | None = None
-"""The store, opened by the process of this id from this place."""
+_under_way: set[asyncio.Task[None]] = set()
 
 
-async def recall(conversation: Conversation, known: Match | None, context: RequestContext) -> None:
-    """Keep the calls of a conversation that others have answered.
+def forget() -> None:
+    """Forget all calls, and close the store: the patches that use them are being removed."""
+    kept.forget()
+    reading.close()
 
-    What does not arrive in time is left: the next request may find it.
+
+async def recall(conversation: Conversation, known: Match | None, context: RequestContext) -> bool:
+    """Keep the calls of a conversation that others have answered; tell whether the store is available.
+
+    What does not arrive in time is left: the next request goes on from there.
 
     Args:
         known: the latest call of the conversation that is known.
         context: the HTTP request.
     """
-    # Before Python 3.11 it is not the built-in TimeoutError.
-    with suppress(asyncio.TimeoutError):
-        await asyncio.wait_for(_recall(conversation, known, context), SECONDS)
-
-
-async def _recall(conversation: Conversation, known: Match | None, context: RequestContext) -> None:
-    generations = await _in_a_thread(lambda: _read(_calls_like(context), kept.calls().count(conversation.key)))
+    reader = reading.reader()
     first = -1 if known is None else known.call.position
+    deadline = time.monotonic() + SECONDS
+    task = asyncio.create_task(
+        contained_async("reading calls of others", _recall, conversation, first, context, deadline)
+    )
+    # Kept here: the loop alone would not keep it from being collected.
+    _under_way.add(task)
+    task.add_done_callback(_under_way.discard)
+    # Not cancelled when time is up: vLLM's renderer may swallow that, or leave its work half done. It ends by itself,
+    # after the one step that it is at.
+    await asyncio.wait({task}, timeout=SECONDS)
+    return reader.is_available()
+
+
+async def _recall(conversation: Conversation, first: int, context: RequestContext, deadline: float) -> None:
+    reader, calls = reading.reader(), kept.calls()
+    log = reader.log((conversation.key, context.model), calls.knows(conversation.key))
+    await reader.read_on(log, _calls_like(context), context.served_model or context.model, deadline)
     for position, message in enumerate(conversation.messages[:-1]):
-        if generations and position > first and message["role"] == "assistant":
-            try:
-                beginning = await conversation.up_to(position)
-            except Exception:
-                # No request of its own: an example that the agent has made up.
-                continue
-            await _keep_answers(beginning, generations)
-
-
-async def _keep_answers(beginning: Conversation, generations: Sequence[Generation]) -> None:
-    """Keep the recorded calls with these messages."""
-    match = beginning.match()
-    exact = await beginning.go_on(match) if match is not None else None
-    ids = exact.ids() if isinstance(exact, Exact) else None
-    special = special_ids(beginning.chat.tokenizer)
-    known = {call.response_token_ids.tobytes() for call in kept.calls().with_messages(*beginning.place())}
-    for generation in generations:
-        turn, prompt = beginning.turn(), generation.prompt_token_ids
-        if prompt is None:
+        if position <= first or message["role"] != "assistant":
             continue
-        if generation.prompt_text != beginning.own:
-            if not isinstance(exact, Exact) or prompt.tolist() != ids:
-                continue
+        place, seen = conversation.fingerprints[position], len(log.seen)
+        if not log.calls or time.monotonic() > deadline:
+            return
+        if log.tried.get(place) == seen:
+            continue
+        try:
+            beginning = await conversation.up_to(position)
+        except Exception:
+            # No request of its own: an example that the agent has made up.
+            log.tried[place] = seen
+            continue
+        if await _keep_calls(beginning, log, deadline):
+            log.tried[place] = seen
+
+
+async def _keep_calls(beginning: Conversation, log: Log, deadline: float) -> bool:
+    """Keep the recorded calls with these messages; tell whether there was time to look for all of them."""
+    found = list(log.calls.items())
+    same_text = [(name, call) for name, call in found if call.rendered == beginning.rendered]
+    if same_text:
+        if time.monotonic() > deadline:
+            return False
+        # A model of the same name may have another vocabulary.
+        ids = array("i", await beginning.chat.tokenise(beginning.own, is_whole=True))
+        for name, call in same_text:
+            if call.prompt_token_ids == ids:
+                _keep(beginning.turn(), ids, name, call, log, beginning)
+    match = beginning.match()
+    longer = [(name, call) for name, call in found if call.rendered is None]
+    longer = [each for each in longer if match and len(each[1].prompt_token_ids) > match.call.length]
+    if match is None or not longer:
+        return True
+    if time.monotonic() > deadline:
+        return False
+    exact = await beginning.go_on(match)
+    if isinstance(exact, str):
+        return True
+    length = exact.call.length + len(exact.more)
+    longer = [each for each in longer if len(each[1].prompt_token_ids) == length]
+    ids = array("i", exact.ids() if longer else ())
+    for name, call in longer:
+        if call.prompt_token_ids == ids:
+            turn = beginning.turn()
             turn.continued, turn.more, turn.rendered = exact.call, exact.more, exact.rendered
-        for choice in generation.choices:
-            if choice.token_ids and choice.token_ids.tobytes() not in known:
-                ends = _ends(choice, special, beginning.chat.tokenizer.eos_token_id)
-                more = prompt if turn.continued is None else turn.more
-                keep(turn, more, choice.token_ids, _text(generation, choice), choice.finish_reason, ends)
+            _keep(turn, exact.more, name, call, log, beginning)
+    return True
 
 
-def _ends(choice: Choice, special: set[int], eos_token_id: int | None) -> set[int]:
-    """Return the ids that end an answer: its last, if that is such a one; a store does not know the model's."""
-    last = choice.token_ids[-1] if choice.token_ids else None
-    if choice.finish_reason == "stop" and last in special:
-        return {last}
-    return set() if eos_token_id is None else {eos_token_id}
-
-
-def _text(generation: Generation, choice: Choice) -> str | None:
-    is_told = json.loads(generation.sampling_params or "{}").get("include_stop_str_in_output", False)
-    return whole_text(choice.text, choice.stop_reason, is_told)
+def _keep(turn: Turn, more: Sequence[int], name: str, call: RecordedCall, log: Log, beginning: Conversation) -> None:
+    tokenizer, request = beginning.chat.tokenizer, beginning.chat.request
+    ends = {each for each in (tokenizer.eos_token_id, *call.stop_token_ids) if each is not None}
+    # A store does not know with which of these the answer was parsed.
+    turn.parsed_as = possible_tool_choices(request), True
+    known = {each.response_token_ids.tobytes() for each in kept.calls().with_messages(*beginning.place())}
+    for answer in call.answers:
+        if answer.token_ids.tobytes() not in known:
+            known.add(answer.token_ids.tobytes())
+            keep(turn, more, answer.token_ids, answer.text, answer.finish_reason, ends)
+    log.take(name)
+    # What goes on from this one may be found now.
+    log.tried.clear()
 
 
 def _calls_like(context: RequestContext) -> Filters:
@@ -109,61 +139,3 @@ def _calls_like(context: RequestContext) -> Filters:
     else:
         filters["attempt_id"] = context.attempt_id
     return filters
-
-
-def _read(filters: Filters, known: int) -> list[Generation]:
-    """Return the generations of a store, unless it has no more than are known."""
-    # Whoever waited for the one before has given up, and so would this one.
-    if not _reading.acquire(blocking=False):
-        return []
-    try:
-        until = time.monotonic() + SECONDS
-        store = _store()
-        found: list[Generation] = []
-        if store.tally(**filters)["finished"] > known:
-            for generation in store.generations(**filters):
-                found.append(generation)
-                if time.monotonic() > until:
-                    break
-        return found
-    except (StoreUnavailable, StoreRefused):
-        return []
-    finally:
-        _reading.release()
-
-
-def _store() -> Store:
-    global _opened
-    place = session.settings.store
-    assert place is not None
-    # A connection of the process that this one was forked from is never used.
-    if _opened is None or _opened[0] != (os.getpid(), place):
-        _opened = (os.getpid(), place), open_store(place, read_only=True, patience=SECONDS)
-    return _opened[1]
-
-
-async def _in_a_thread(function: Callable[[], T]) -> T:
-    """Return `function()`, run by a thread that does not keep the process from ending."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def set_result(result: Any, error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(result)
-
-    def run() -> None:
-        result, failed = None, None
-        try:
-            result = function()
-        except BaseException as error:
-            failed = error
-        # The loop may have ended meanwhile.
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(set_result, result, failed)
-
-    threading.Thread(target=run, name="agentlightning-recall", daemon=True).start()
-    return await future
