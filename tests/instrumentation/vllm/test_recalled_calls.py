@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import threading
 import time
 from array import array
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.parser import ParserManager
 
 from agentlightning import continuation as decisions
@@ -20,6 +22,7 @@ from agentlightning.generation import Choice, Generation
 from agentlightning.instrumentation.vllm import _isolation, continuation
 from agentlightning.instrumentation.vllm.continuation import reading, recall
 from agentlightning.instrumentation.vllm.continuation.chats import RenderedChat
+from agentlightning.instrumentation.vllm.continuation.parsing import Parsers, Said, possible_tool_choices
 from agentlightning.store import Store, open_store
 from tests.common.rendering import answered, online_renderer, prompt_of
 from tests.common.templates import CHATML, QWEN3
@@ -397,9 +400,64 @@ def test_while_prompts_are_only_counted_no_request_waits_for_the_store(
     async def turns() -> bool:
         server = Server(store)
         await server.turn()
+        instrumentation.uninstrument_vllm()
         monkeypatch.setenv("AGL_CONTINUE", "report")
         instrumentation.instrument_vllm()
         return await server.goes_on_elsewhere()
 
     assert not asyncio.run(turns())
     assert watched.asked == 0
+
+
+def test_a_call_that_is_stored_long_after_it_has_ended_is_found_by_the_request_after_the_next(store: Path) -> None:
+    async def turns() -> list[bool]:
+        other = Server(store)
+        other.messages = [{"role": "user", "content": "Rome?"}]
+        await other.turn()
+        server = Server(store, finished_at=time.time_ns() - 6 * reading.OVERLAP)
+        await other.goes_on_elsewhere()
+        await server.turn(is_kept=False)
+        return [await server.goes_on(), await server.goes_on()]
+
+    assert asyncio.run(turns()) == [False, True]
+
+
+def test_a_forked_process_does_not_wait_for_a_read_of_its_parent(
+    store: Path, watched: WatchedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def goes_on() -> bool:
+        server = Server(store)
+        await server.turn()
+        watched.gate.clear()
+        monkeypatch.setattr(recall, "SECONDS", 0.05)
+        return await server.goes_on_elsewhere()
+
+    assert not asyncio.run(goes_on())
+    assert not reading.reader().is_available()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if reading.reader().is_available() else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    watched.gate.set()
+
+
+@pytest.mark.parametrize(("recorded", "asked"), [("auto", "none"), ("none", "auto")])
+def test_an_answer_of_another_server_is_parsed_by_the_tool_choices_that_its_request_may_have_had(
+    recorded: str, asked: str
+) -> None:
+    renderer = online_renderer(CHATML)
+    tokenizer = renderer.renderer.get_tokenizer()
+    parser = ParserManager.get_parser("hermes", enable_auto_tools=True, tokenizer=tokenizer)
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+    fields = {"model": "tiny", "messages": [USER], "tools": tools, "tool_choice": asked}
+    request = ChatCompletionRequest.model_validate(fields)
+    text = '<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call>'
+    ids = tokenizer.encode(text)
+    parsers = Parsers(parser, None, None, True, tokenizer, renderer.model_config, {})
+
+    [said, *_] = parsers.answers(request, Said(text, [recorded], False), [1], ids)
+    answers = parsers.answers(request, Said(text, possible_tool_choices(request), True), [1], ids)
+
+    assert said in answers
+    assert bool(said.tool_calls) is (recorded == "auto")
+    assert not _isolation.failures

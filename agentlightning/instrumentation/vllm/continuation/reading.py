@@ -34,11 +34,14 @@ THREADS = 4
 CALLS_AT_ONCE = 8
 SHARE = 0.5
 """The part of a request's time after which no further page is read: the rest is for looking at what was read."""
+PATIENCE = 1.0
+"""Seconds that a thread waits while a database is written. Over HTTP it may wait for longer; no request does."""
 SECONDS_BETWEEN_FAILURES = 5.0
 OVERLAP = 10 * 1_000_000_000
 """Nanoseconds that are read again: a call may be stored later than one that has ended after it."""
 MOST_CONVERSATIONS = 64
 MOST_BYTES = 64 << 20
+MOST_TRIED = 4096
 
 logger = logging.getLogger("agentlightning")
 
@@ -149,6 +152,12 @@ class Log:
                 self._drop(next(iter(self.calls)))
         self.latest = max(self.latest, generation.finished_at)
         self.seen.add(generation.id)
+
+    def note_tried(self, fingerprint: bytes, seen: int) -> None:
+        """Note that calls with these messages were looked for among so many."""
+        if len(self.tried) >= MOST_TRIED:
+            self.tried.clear()
+        self.tried[fingerprint] = seen
 
     def take(self, generation_id: str) -> None:
         """Leave out a call that is known."""
@@ -281,9 +290,7 @@ def reader() -> Reader:
     assert place is not None
     if _reader is None or _reader[0] != place:
         close()
-        # A database's; over HTTP, a thread may wait for longer, and no request does.
-        patience = 1.0
-        _reader = place, Reader(lambda: open_store(place, read_only=True, patience=patience))
+        _reader = place, Reader(lambda: open_store(place, read_only=True, patience=PATIENCE))
     return _reader[1]
 
 

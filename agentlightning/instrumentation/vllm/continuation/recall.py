@@ -75,10 +75,10 @@ async def _recall(conversation: Conversation, first: int, context: RequestContex
             beginning = await conversation.up_to(position)
         except Exception:
             # No request of its own: an example that the agent has made up.
-            log.tried[place] = seen
+            log.note_tried(place, seen)
             continue
         if await _keep_calls(beginning, log, deadline):
-            log.tried[place] = seen
+            log.note_tried(place, seen)
 
 
 async def _keep_calls(beginning: Conversation, log: Log, deadline: float) -> bool:
