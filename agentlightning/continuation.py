@@ -370,9 +370,16 @@ class Histories:
         """Tell whether any call is kept under this key."""
         return key in self._conversations
 
-    def with_messages(self, key: Hashable, fingerprint: bytes) -> Sequence[Call]:
-        """Return the calls whose messages have this fingerprint."""
-        return self._conversations[key].calls.get(fingerprint, ()) if key in self._conversations else ()
+    def has(self, key: Hashable, prompt: array[int], response: array[int]) -> bool:
+        """Tell whether a call with these ids is kept under this key, whatever its messages are."""
+        conversation = self._conversations.get(key)
+        return conversation is not None and any(
+            # In this order: most calls have another answer, and of the others few are as long.
+            call.response_token_ids == response
+            and call.length == len(prompt) + len(response)
+            and array("i", call.prompt()) == prompt
+            for call in conversation.members
+        )
 
     def find(
         self,

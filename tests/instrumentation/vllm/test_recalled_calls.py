@@ -18,6 +18,7 @@ from vllm.parser import ParserManager
 
 from agentlightning import continuation as decisions
 from agentlightning import instrumentation
+from agentlightning.errors import StoreUnavailable
 from agentlightning.generation import Choice, Generation
 from agentlightning.instrumentation.vllm import _isolation, continuation
 from agentlightning.instrumentation.vllm.continuation import reading, recall
@@ -255,6 +256,33 @@ def test_a_store_that_cannot_be_reached_is_no_failure(store: Path) -> None:
 
     assert not asyncio.run(goes_on())
     assert results() == {decisions.FIRST_CALL: 1, decisions.STORE_NOT_AVAILABLE: 1}
+    assert not _isolation.failures
+
+
+def test_after_a_failure_the_store_is_left_alone_for_a_while_and_the_log_says_so_once(
+    store: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened = 0
+
+    def refuse(*_: Any, **__: Any) -> Store:
+        nonlocal opened
+        opened += 1
+        raise StoreUnavailable("it is away")
+
+    async def goes_on() -> list[bool]:
+        server = Server(store)
+        await server.turn()
+        continuation.forget()
+        found = [await server.goes_on() for _ in range(5)]
+        monkeypatch.setattr(reading, "SECONDS_BETWEEN_FAILURES", 0)
+        reading.close()
+        return [*found, *[await server.goes_on() for _ in range(5)]]
+
+    monkeypatch.setattr(reading, "open_store", refuse)
+    monkeypatch.setattr(reading, "SECONDS_BETWEEN_FAILURES", 3600)
+    assert not any(asyncio.run(goes_on()))
+    assert opened == 1 + 5
+    assert sum("it is away" in each.message for each in caplog.records) == 2
     assert not _isolation.failures
 
 

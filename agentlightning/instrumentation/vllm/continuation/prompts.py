@@ -108,10 +108,6 @@ class Conversation:
         fingerprints = self.fingerprints[: position + 1]
         return Conversation(self.chat, self.key, messages, fingerprints, own, Rendered.of(own))
 
-    def place(self) -> tuple[Hashable, bytes]:
-        """Return where calls with these very messages are kept."""
-        return self.key, self.fingerprints[-1]
-
     def match(self) -> Match | None:
         """Return the call that the messages continue."""
         return kept.calls().find(self.key, self.messages, self.fingerprints, self.answers_of)

@@ -103,7 +103,7 @@ def _answer(choice: Choice, is_told: bool) -> RecordedAnswer:
 
 @dataclass(slots=True, eq=False)
 class Log:
-    """What was read of the calls of one conversation.
+    """The calls of one conversation, as far as they were read.
 
     Attributes:
         seen: the ids of all that were read.
@@ -127,8 +127,12 @@ class Log:
     def read_on(self, store: Store, filters: Filters, served_model: str | None, until: float) -> None:
         """Read the calls that are new in the store, one page at least."""
         count = store.tally(**filters)["finished"]
-        if count <= len(self.seen):
+        if count == len(self.seen):
             return
+        if count < len(self.seen):
+            # Some were deleted, and there may be new ones.
+            self.seen.clear()
+            self.latest = 0
         wanted = filters.copy()
         wanted["since"] = self.latest if self.is_behind else max(0, self.latest - OVERLAP)
         self.is_behind, new = True, 0

@@ -119,10 +119,9 @@ def _keep(turn: Turn, more: Sequence[int], name: str, call: RecordedCall, log: L
     ends = {each for each in (tokenizer.eos_token_id, *call.stop_token_ids) if each is not None}
     # A store does not know with which of these the answer was parsed.
     turn.parsed_as = possible_tool_choices(request), True
-    known = {each.response_token_ids.tobytes() for each in kept.calls().with_messages(*beginning.place())}
     for answer in call.answers:
-        if answer.token_ids.tobytes() not in known:
-            known.add(answer.token_ids.tobytes())
+        # What this server has answered has its place: with other tools, it is not continued though the text is the same.
+        if not kept.calls().has(turn.key, call.prompt_token_ids, answer.token_ids):
             keep(turn, more, answer.token_ids, answer.text, answer.finish_reason, ends)
     log.take(name)
     # What goes on from this one may be found now.
