@@ -372,7 +372,11 @@ def _offsets_of(found: bytes) -> tuple[array[int], bytes]:
     start = 4 + 4 * int.from_bytes(found[:4], "little")
     if len(found) < start:
         raise ValueError("numbers of ids are missing")
-    return array("I", accumulate(array_of("I", found[4:start]), initial=0)), found[start:]
+    counts = array_of("I", found[4:start])
+    if sum(counts) * 4 > len(found):
+        # Not only for the message: an offset has no room for more than 2^32.
+        raise ValueError(f"{len(found) - start} bytes of ids, which are fewer than their numbers say")
+    return array("I", accumulate(counts, initial=0)), found[start:]
 
 
 def _exactly(found: bytes, length: int) -> bytes:

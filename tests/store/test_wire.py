@@ -146,6 +146,16 @@ WRONG: dict[str, tuple[str, Any, str]] = {
     "no shape": ("choices", [[0, *NOTHING[:6], b"1", None, None]], "without their shape"),
     "a shape": ("choices", [[0, *NOTHING[:6], bytes([2, 0, 0, 0] * 3), None, None]], "what their shape says"),
     "a mask": ("choices", [[0, *NOTHING, bytes([2, 0, 0, 0]), None]], "numbers of ids are missing"),
+    "numbers that are huge": (
+        "choices",
+        [[0, *NOTHING, b"\2\0\0\0" + b"\xff" * 8, None]],
+        "fewer than their numbers say",
+    ),
+    "numbers beyond 32 bits": (
+        "choices",
+        [[0, *NOTHING, None, b"\3\0\0\0" + b"\0\0\0\x80" * 3 + bytes(64)]],
+        "fewer than their numbers say",
+    ),
     "alternatives": ("choices", [[0, *NOTHING, None, bytes([1, 0, 0, 0] * 3)]], "and not 8 as their numbers say"),
     "a version": ("choices", [[0, None, None, None, None, None, [["v", 0]], None, None, None]], CANNOT_BE_READ),
 }
