@@ -16,7 +16,18 @@ from hypothesis import given, strategies
 
 from agentlightning.common_prefix import common_ids
 from agentlightning.generation import RoutedExperts, SamplingMask
-from agentlightning.trajectory import AttemptCalls, Call, LeftOut, Merged, Parent, Trajectory, _tree, group_of, merge
+from agentlightning.trajectory import (
+    SAMPLING,
+    AttemptCalls,
+    Call,
+    LeftOut,
+    Merged,
+    Parent,
+    Trajectory,
+    _tree,
+    group_of,
+    merge,
+)
 from tests.common.unhurried import UNHURRIED
 
 pytestmark = pytest.mark.tier("check")
@@ -364,6 +375,30 @@ def test_experts_are_kept_from_the_calls_that_have_them() -> None:
     assert experts(LINE[0], known, other) == (None, None)
 
 
+def test_experts_of_a_row_that_is_cut_are_those_of_its_calls_up_to_there() -> None:
+    def known(name: str, ids: str) -> Call:
+        experts = RoutedExperts(
+            (len(ids) - 1, 1, 1), array("h", range(1000 * ord(name), 1000 * ord(name) + len(ids) - 1))
+        )
+        return call(name, ids[:-10], ids[-10:], routed_experts=experts)
+
+    def experts(*ids: str, **options: Any) -> tuple[list[int], int | None]:
+        (row,) = merged(*(known(chr(number), each) for number, each in enumerate(ids, 1)), **options).rows
+        assert row.routed_experts is not None
+        return row.routed_experts.ids.tolist(), row.missing_experts
+
+    first = "abcdefghijABCDEFGHIJ"
+
+    # The second call's prompt repeats eight ids of the answer: from there on, the row's ids are its own.
+    drifted = experts(first, first[:18] + "xyklmnopqrKLMNOPQRST", drift="realign", max_length=22)
+    assert drifted == ([*range(1000, 1018), *range(2018, 2022)], 0)
+    # What is cut off begins in the second call's prompt, whose experts that call has given.
+    assert experts(first, first + "klmnopqrstKLMNOPQRST", max_length=25) == (
+        [*range(1000, 1019), *range(2019, 2025)],
+        0,
+    )
+
+
 def test_masks_are_put_together_by_position_or_the_row_is_flagged() -> None:
     def masked(name: str, prompt: str, answer: str, mask: list[list[int]] | None, **params: float) -> Call:
         return call(
@@ -546,6 +581,26 @@ def test_strange_sampling_parameters_are_unknown(params: str) -> None:
     (row,) = merged(call("a", "pq", "AB", sampling_params=params)).rows
 
     assert row.spans[0].sampling is None
+
+
+@pytest.mark.parametrize("value", ["null", '"x"', "true", "[1]", "NaN", "1e999"])
+@pytest.mark.parametrize("name", ["temperature", "top_p", "top_k", "min_p"])
+def test_a_sampling_parameter_that_is_no_number_is_the_default(name: str, value: str) -> None:
+    params = f'{{"{name}":{value}}}'
+    (row,) = merged(call("a", "pq", "AB", logprobs_mode="processed_logprobs", sampling_params=params)).rows
+
+    assert row.spans[0].sampling == SAMPLING
+    assert row.flags == []
+
+
+def test_both_values_that_stand_for_all_tokens_are_one() -> None:
+    first = call("a", "pq", "AB", sampling_params='{"top_k":0}')
+    second = call("b", "pqABt", "CD", sampling_params='{"top_k":-1}')
+
+    (row,) = merged(first, second).rows
+
+    assert [each.sampling for each in row.spans] == [SAMPLING, SAMPLING]
+    assert row.flags == []
 
 
 def test_logprobs_of_another_length_are_unknown() -> None:

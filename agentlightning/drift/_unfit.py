@@ -59,6 +59,4 @@ def _versions(call: Call) -> Iterator[int]:
 
 def _shapes(sampling: Mapping[str, Any]) -> bool:
     """Tell whether parameters change the distribution that ids are drawn from."""
-    # vLLM has -1 and 0 for all tokens.
-    given = {**sampling, "top_k": max(sampling.get("top_k") or 0, 0)}
-    return any((given.get(name) or None) != (usual or None) for name, usual in SAMPLING.items())
+    return any((sampling[name] or None) != (usual or None) for name, usual in SAMPLING.items())

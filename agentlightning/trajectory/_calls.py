@@ -110,13 +110,23 @@ def sampling_of(params: str | None) -> dict[str, Any] | None:
     """Return the parameters that change the distribution that ids are drawn from, by vLLM's names; see `SAMPLING`.
 
     Args:
-        params: JSON, as in a `Generation`.
+        params: JSON, as in a `Generation`. A number that is none there is taken for the default.
     """
     try:
         found: Any = None if params is None else json.loads(params)
-        return None if found is None else {name: found.get(name, usual) for name, usual in SAMPLING.items()}
-    except (AttributeError, ValueError):
+    except ValueError:
         return None
+    if not isinstance(found, dict):
+        return None
+    given = {name: _number(value, usual) for name, usual in SAMPLING.items() for value in [found.get(name, usual)]}
+    # vLLM has -1 and 0 for all tokens.
+    return given | {"top_k": max(given["top_k"], 0)}
+
+
+def _number(value: Any, usual: Any) -> Any:
+    """Return a value, or the usual one in the place of what should be a number and is none; other kinds stay."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+    return value if usual is None or is_number else usual
 
 
 def was_sampled_with(

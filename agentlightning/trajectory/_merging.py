@@ -209,7 +209,7 @@ class _Maker:
         masks = _masks([each for each in inside if id(each[0]) in trained], len(ids))
         if masks is None and any(map(_needs_mask, answers)):
             flags.add("no_mask")
-        experts = _experts(inside, len(ids))
+        experts = _experts(path, len(ids))
         if finite(self._attempt.reward) != self._attempt.reward:
             flags.add("bad_reward")
         return Trajectory(
@@ -321,12 +321,13 @@ def _versions(path: Iterable[tuple[Node, int]]) -> list[tuple[str, int, int]]:
 
 
 def _experts(path: Sequence[tuple[Node, int]], length: int) -> RoutedExperts | None:
-    known: list[KnownExperts] = []
-    for position, (node, end) in enumerate(path):
-        if (experts := node.call.routed_experts) is not None:
-            # A call has none for its last id, which was never fed to the model, where the next one has.
-            stop = length if position == len(path) - 1 else end
-            known.append(KnownExperts(experts, first_position(node.call.sampling_params), stop))
+    # Also of calls whose answers are cut off: their prompts are in the row. A call has none for its last id, which was
+    # never fed to the model; the next one has.
+    known = [
+        KnownExperts(experts, first_position(node.call.sampling_params), end)
+        for node, end in path
+        if (experts := node.call.routed_experts) is not None
+    ]
     return place_experts(known, length)
 
 

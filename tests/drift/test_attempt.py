@@ -291,6 +291,13 @@ def test_what_is_unfit_in_other_ways_is_counted() -> None:
     }
 
 
+@pytest.mark.parametrize("params", ['{"top_p":null}', '{"top_k":"x"}', '{"top_k":-1}', '{"logit_bias":{}}'])
+def test_parameters_that_change_nothing_leave_raw_logprobs_fit(params: str) -> None:
+    logprobs = {"logprobs": array("f", [-0.5] * 20), "logprobs_mode": "raw_logprobs"}
+
+    assert "raw_logprobs" not in drift(call(1, FIRST, "It is.", sampling_params=params, **logprobs)).unfit
+
+
 def test_a_report_adds_attempts_and_has_the_names_of_other_tools() -> None:
     report = Report()
     for _ in range(3):
