@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -67,6 +68,8 @@ Row = TypeVar("Row", AttemptDrift, Trajectory, Triplet)
 CALLER = ("agent_id", "parent_agent_id", "purpose", "retry")
 ROLLOUTS_AT_ONCE = 1_000
 SECONDS_OF_WAITING = 20.0
+SECONDS_OF_AN_OLDER_VERSION = 60.0
+"""How long messages are sent in an older version before the newest is tried again."""
 
 
 class _Added(msgspec.Struct):
@@ -98,6 +101,8 @@ class HttpStore(Store):
         self._sender: Sender | None = None
         self._blocks = Recent()
         self._version = wire.VERSIONS[0]
+        self._version_until = math.inf
+        self._told_missing: set[str] = set()
         try:
             is_ours = self._json("GET", "/health") == {"status": "ok"}
         except StrangeAnswer:
@@ -481,16 +486,39 @@ class HttpStore(Store):
         return added
 
     def _ask_in_any_version(self, encode: Callable[[str], bytes]) -> bytes:
-        """Send a message in the newest version that the server knows, and return its answer."""
+        """Send a message in the newest version that the server knows, and return its answer.
+
+        The server may be replaced by that of a newer release: once it was away, or after a while, newer ones are tried.
+        """
+        if time.monotonic() > self._version_until:
+            self._version = wire.VERSIONS[0]
         while True:
             version = self._version
             try:
-                return self._http.ask("POST", "/generations", body=encode(version), kind=version, repeatable=True)
+                answer = self._http.ask("POST", "/generations", body=encode(version), kind=version, repeatable=True)
             except UnknownMediaType:
                 older = wire.VERSIONS[wire.VERSIONS.index(version) + 1 :]
                 if not older:
                     raise
-                self._version = older[0]
+                self._version, self._version_until = older[0], time.monotonic() + SECONDS_OF_AN_OLDER_VERSION
+            except StoreUnavailable:
+                self._version = wire.VERSIONS[0]
+                raise
+            else:
+                self._warn_of_missing(version)
+                return answer
+
+    def _warn_of_missing(self, version: str) -> None:
+        """Name the fields that the server does not get in this version, each once."""
+        new = [name for name in wire.missing_in(version) if name not in self._told_missing]
+        if new:
+            self._told_missing.update(new)
+            logger.warning(
+                "agentlightning: %s is of an earlier release, which does not keep %s: these are not recorded until it "
+                "is updated",
+                self._http.shown,
+                ", ".join(new),
+            )
 
     def _json(
         self, method: str, route: str, query: Sequence[tuple[str, str]] = (), body: Any = None, repeatable: bool = False

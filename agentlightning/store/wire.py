@@ -64,6 +64,7 @@ __all__ = [
     "encode",
     "encode_in_blocks",
     "has_blocks",
+    "missing_in",
     "without_surrogates",
 ]
 
@@ -193,6 +194,12 @@ _MISSING: dict[str, Sequence[str]] = dict(
     zip(VERSIONS, ((), (), _NEW, _NEW, (*_NEW, *_NEW_BEFORE), (*_NEW, *_NEW_BEFORE)), strict=True)
 )
 """The fields of a generation that each version does not have."""
+
+
+def missing_in(version: str) -> Sequence[str]:
+    """Return the fields of generations and their choices that a version of the message does not have."""
+    missing = _MISSING[version]
+    return (*missing, *_NEW_OF_CHOICES) if missing else ()
 
 
 def has_blocks(version: str) -> bool:

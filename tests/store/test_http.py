@@ -26,7 +26,7 @@ import pytest
 from agentlightning.errors import InvalidRecord, StoreRefused, StoreUnavailable
 from agentlightning.generation import Generation, Loss
 from agentlightning.recorder import Recorder
-from agentlightning.store import Store, http_client, open_database, open_store, wire
+from agentlightning.store import Store, http, http_client, open_database, open_store, wire
 from tests.common.generations import FULL, generation
 from tests.server.process import StoreServer
 from tests.store.conftest import emptied
@@ -713,14 +713,10 @@ def test_conversation_goes_on_after_the_store_was_restarted(tmp_path: Path) -> N
     assert len(lengths) == 2
 
 
-@pytest.mark.parametrize("newest", [4, 3, 2, 1])
-def test_server_of_an_earlier_release_gets_messages_that_it_knows(between: Between, newest: int) -> None:
-    kept = growing(calls=3, growth=2048)
-    kept[0].agent_id = "an agent"
-    kept[0].served_model, kept[0].choices = "tiny", FULL.choices
-    posted: list[str] = []
+def of_an_earlier_release(newest: int, posted: list[str]) -> Callable[[_Handler, bytes], None]:
+    """Answer as a server that knows versions of the message up to this one, and list those that it gets."""
 
-    def refuse(handler: _Handler, body: bytes) -> None:
+    def answer_or_refuse(handler: _Handler, body: bytes) -> None:
         content_type = handler.headers["Content-Type"]
         is_message = (handler.command, handler.path) == ("POST", "/v1/agl/generations")
         if is_message:
@@ -731,7 +727,19 @@ def test_server_of_an_earlier_release_gets_messages_that_it_knows(between: Betwe
         status, headers, answer = handler.forwarded(body)
         handler.answer(status, answer, **headers)
 
-    between.answered = refuse
+    return answer_or_refuse
+
+
+@pytest.mark.parametrize("newest", [4, 3, 2, 1])
+def test_server_of_an_earlier_release_gets_messages_that_it_knows(
+    between: Between, newest: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = growing(calls=3, growth=2048)
+    kept[0].agent_id = "an agent"
+    kept[0].served_model, kept[0].choices = "tiny", FULL.choices
+    posted: list[str] = []
+
+    between.answered = of_an_earlier_release(newest, posted)
     with open_store(between.url) as store:
         store.add_losses([Loss(count=1, reason="full", first_at=1, last_at=2, host="a", pid=1)])
         store.add(kept[:2])
@@ -743,6 +751,34 @@ def test_server_of_an_earlier_release_gets_messages_that_it_knows(between: Betwe
         assert [*store.generations()] == kept
         assert [loss.reason for loss in store.losses()] == ["full"]
     assert posted == [*wire.VERSIONS[: 7 - newest], *[wire.VERSIONS[6 - newest]] * 2]
+    missing = "served_model, requested_params, prompt_logprobs, "
+    missing += "agent_id, parent_agent_id, purpose, retry, via, " if newest <= 2 else ""
+    [told] = [each.getMessage() for each in caplog.records if "earlier release" in each.getMessage()]
+    assert f"does not keep {missing}sampling_mask, top_logprobs: these are not recorded" in told
+
+
+@pytest.mark.parametrize("was_away", [True, False], ids=["away", "after a while"])
+def test_server_that_is_updated_gets_all_again(
+    between: Between, was_away: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = growing(calls=3, growth=2048)
+    for each in kept:
+        each.served_model = "tiny"
+    posted: list[str] = []
+    with open_store(between.url) as store:
+        between.answered = of_an_earlier_release(4, posted)
+        monkeypatch.setattr(http, "SECONDS_OF_AN_OLDER_VERSION", math.inf if was_away else -1.0)
+        store.add(kept[:1])
+        if was_away:
+            between.answered = lambda handler, body: handler.answer(503, b"")
+            with pytest.raises(StoreUnavailable):
+                store.add(kept[1:2])
+        between.answered = of_an_earlier_release(6, posted)
+        store.add(kept[1:])
+
+        assert [each.served_model for each in store.generations()] == [None, "tiny", "tiny"]
+    assert posted == [*wire.VERSIONS[:3], wire.VERSIONS[0]]
+    assert len([each for each in caplog.records if "earlier release" in each.getMessage()]) == 1
 
 
 def test_refused_generation_takes_no_block_of_others_with_it(store: Store) -> None:
