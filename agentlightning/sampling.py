@@ -41,7 +41,12 @@ _PARAMETERS: Mapping[str, _Parameter] = {
     # vLLM itself makes 0.01 of what is nearer to 0.
     "temperature": _Parameter(1.0, lambda value: value == 0 or 0.01 <= value <= 2, "0, or a number from 0.01 to 2"),
     "top_p": _Parameter(1.0, lambda value: 0 < value <= 1, "a number above 0, up to 1"),
-    "top_k": _Parameter(-1, lambda value: value >= -1 and value == int(value), "a whole number, or -1 for all"),
+    # The engine has it as an int32.
+    "top_k": _Parameter(
+        -1,
+        lambda value: -1 <= value < 2**31 and value == int(value),
+        "a whole number up to 2147483647, or -1 for all",
+    ),
     "min_p": _Parameter(0.0, lambda value: 0 <= value <= 1, "a number from 0 to 1"),
     "repetition_penalty": _Parameter(1.0, lambda value: 0 < value <= 2, "a number above 0, up to 2"),
     "presence_penalty": _Parameter(0.0, lambda value: -2 <= value <= 2, "a number from -2 to 2"),
@@ -118,14 +123,14 @@ def _valid(values: Mapping[str, Any]) -> Pins:
         parameter = _PARAMETERS.get(name)
         if parameter is None:
             raise ValueError(f"{name!r:.50} is not one of {', '.join(_PARAMETERS)}")
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
         if not is_number or not parameter.is_valid(value):
             raise ValueError(f"{name}={value!s:.50} is not {parameter.otherwise}")
     return {name: _normal(name, values[name]) for name in _PARAMETERS if name in values}
 
 
 def pins_for(wanted: Any, mode: str | None) -> Pins | None:
-    """Return the pins of a rollout.
+    """Return the pins of a rollout, and validate those of other modes, too.
 
     Args:
         wanted: a mapping of parameters, or `client`; or a mapping of these by the rollout's mode. None for none.
@@ -134,8 +139,16 @@ def pins_for(wanted: Any, mode: str | None) -> Pins | None:
     Raises:
         ValueError: says in a clause what is wrong.
     """
-    if isinstance(wanted, Mapping) and wanted.keys() & _MODES:
-        wanted = cast("Mapping[str, Any]", wanted).get(mode or "")
+    if not (isinstance(wanted, Mapping) and wanted.keys() & _MODES):
+        return _pins_of(wanted)
+    by_mode = cast("Mapping[str, Any]", wanted)
+    for name in by_mode:
+        if name not in _MODES:
+            raise ValueError(f"{name!r:.50} stands beside modes, and is none of {', '.join(sorted(_MODES))}")
+    return {name: _pins_of(each) for name, each in by_mode.items()}.get(mode or "")
+
+
+def _pins_of(wanted: Any) -> Pins | None:
     if wanted is None:
         return None
     if wanted == CLIENT:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from agentlightning import settings
+from agentlightning.errors import InvalidRecord
 from agentlightning.rollout_records import Attempt, Rollout, RolloutConfig
 from agentlightning.sampling import NEUTRAL, Policy, parse_pins, parse_policy, pins_for, text_of
 from agentlightning.store import open_store
@@ -38,6 +39,7 @@ def test_pins_are_written_as_they_are_read() -> None:
         ("temperature=1,temperature=1", "temperature is there twice"),
         ("top_p=0", "top_p=0.0 is not a number above 0, up to 1"),
         ("top_k=1.5", "top_k=1.5 is not a whole number"),
+        ("top_k=2147483648", "top_k=2147483648.0 is not a whole number up to 2147483647"),
         ("n=2", "'n' is not one of"),
         ("max_tokens=2", "'max_tokens' is not one of"),
     ],
@@ -86,6 +88,31 @@ def test_sampling_may_depend_on_the_mode() -> None:
     assert [pins_for(by_mode, mode) for mode in ("train", "val", "test", None)] == [{"temperature": 1}, {}, None, None]
     assert rollout(by_mode, mode="val").base_url("http://host") == "http://host/rollout/ro%201/sampling/client/v1"
     assert rollout(by_mode, mode="test").base_url("http://host") == "http://host/rollout/ro%201/v1"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "reason"),
+    [
+        ({"heat": 1}, "'heat' is not one of temperature"),
+        ({"top_k": 2**31}, "top_k=2147483648 is not a whole number up to 2147483647"),
+        ({"temperature": 10**400}, "is not 0, or a number from 0.01 to 2"),
+        ({"temperature": True}, "temperature=True is not 0"),
+        ({"train": {"top_p": 0.9}, "temperature": 1}, "'temperature' stands beside modes"),
+        ({"train": "client", "val": {"top_p": 9}}, "top_p=9 is not a number above 0"),
+        ("mine", "'mine' is neither 'client' nor an object of parameters"),
+    ],
+)
+def test_a_store_refuses_sampling_that_cannot_be_pinned(tmp_path: Path, wanted: Any, reason: str) -> None:
+    with open_store(str(tmp_path / "store.db")) as store:
+        queued = store.enqueue_rollout("a task")
+        for refused in (
+            lambda: store.enqueue_rollout("a task", config=RolloutConfig(sampling=wanted)),
+            lambda: store.start_rollout("a task", config=RolloutConfig(sampling=wanted)),
+            lambda: store.update_rollout(queued.rollout_id, config=RolloutConfig(sampling=wanted)),
+            lambda: store.add_resources({"main": {"resource_type": "llm", "sampling": wanted}}),
+        ):
+            with pytest.raises(InvalidRecord, match=f"sampling: .*{reason}"):
+                refused()
 
 
 def test_a_config_without_sampling_is_that_of_a_lightning_store() -> None:

@@ -21,6 +21,7 @@ from agentlightning.rollout_records import (
     RolloutConfig,
     RolloutStatus,
 )
+from agentlightning.sampling import pins_for
 from agentlightning.store import resources, workers
 from agentlightning.store.database import now
 from agentlightning.store.documents import to_json
@@ -356,6 +357,10 @@ def _check_config(config: RolloutConfig | None) -> None:
         _check("retry_condition", status, ATTEMPT_STATUSES)
     if config.max_attempts < 1:
         raise InvalidRecord(f"max_attempts: must be at least 1, not {config.max_attempts}")
+    try:
+        pins_for(config.sampling, None)
+    except ValueError as error:
+        raise InvalidRecord(f"sampling: {error}") from error
 
 
 def _nanoseconds(at: float) -> int:

@@ -10,6 +10,7 @@ from sqlalchemy import Connection, select, update
 
 from agentlightning.errors import InvalidRecord
 from agentlightning.generation import new_id
+from agentlightning.sampling import pins_for
 from agentlightning.store.database import insert_if_new, now
 from agentlightning.store.documents import to_json
 from agentlightning.store.pages import Listing, contains, matching
@@ -59,6 +60,10 @@ def put(connection: Connection, resources_id: str, content: Mapping[str, Any]) -
     for name, each in content.items():
         if not isinstance(each, Mapping) or each.get("resource_type") not in KINDS:
             raise InvalidRecord(f"{name}: must be an object whose resource_type is one of {', '.join(KINDS)}")
+        try:
+            pins_for(each.get("sampling"), None)
+        except ValueError as error:
+            raise InvalidRecord(f"{name}.sampling: {error}") from error
     at = now(connection)
     text = to_json(content)
     new = {

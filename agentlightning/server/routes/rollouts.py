@@ -10,7 +10,7 @@ import time
 from typing import Annotated, Any, Literal
 
 from fastapi import Body, Query, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, WrapValidator
 from sqlalchemy import Connection
 
 from agentlightning import rollout_records as records
@@ -50,6 +50,21 @@ class Sampling(BaseModel):
     frequency_penalty: Penalty = LEFT_OUT
 
 
+class SamplingByMode(BaseModel):
+    """The same by the mode of a rollout."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    train: Sampling | Literal["client"] | None = LEFT_OUT
+    val: Sampling | Literal["client"] | None = LEFT_OUT
+    test: Sampling | Literal["client"] | None = LEFT_OUT
+
+
+def _as_sent(value: Any, _: Any) -> Any:
+    """Leave a value to the store, which validates it for all that it stores; the type above is for the document."""
+    return value
+
+
 class RolloutConfig(Sent):
     """Timeouts of an attempt, and when another one follows."""
 
@@ -65,17 +80,14 @@ class RolloutConfig(Sent):
     retry_condition: list[AttemptStatus] = Field(
         [], max_length=64, description="States of an attempt after which another one is queued."
     )
-    sampling: Sampling | Literal["client"] | None = Field(
+    sampling: Annotated[Sampling | SamplingByMode | Literal["client"] | None, WrapValidator(_as_sent)] = Field(
         None,
         description="Sampling parameters that a vLLM with `AGL_SAMPLING` pins for its calls; see `docs/sampling.md`.",
     )
 
     def as_record(self) -> records.RolloutConfig:
-        found = self.model_dump(exclude={"sampling"})
-        pins = self.sampling
-        if isinstance(pins, Sampling):
-            pins = pins.model_dump(exclude_unset=True)
-        return records.RolloutConfig(**found, sampling=pins)
+        sampling: Any = self.sampling
+        return records.RolloutConfig(**self.model_dump(exclude={"sampling"}), sampling=sampling)
 
 
 class NewRollout(Sent):
