@@ -39,7 +39,8 @@ def attempts_of(connection: Connection, rollout_id: str, attempt_id: str | None 
     """
     if attempt_id == "latest" and (attempt_id := rollouts.attempt_id_of(connection, rollout_id, attempt_id)) is None:
         return []
-    columns = (*CALLER, _GENERATIONS.logprobs_mode_key, _GENERATIONS.sampling_params_key)
+    of_sampling = _GENERATIONS.logprobs_mode_key, _GENERATIONS.sampling_params_key
+    columns = (*CALLER, *of_sampling, _GENERATIONS.served_model_key)
     # Calls of other attempts say whether those that name none belong to this one, so all are read.
     found = calls_of(connection, rollout_id, None, columns, with_ids=True)
     named = {call.attempt_id for call in found.calls if call.attempt_id}
@@ -110,7 +111,7 @@ def _attempt(
                 call_id=None if row.call_id is None else rows.uuid_text(row.call_id),
                 finished_at=row.finished_at,
                 status=STATUSES[row.status],
-                model=found.texts[row.model_key],
+                model=found.texts[row.served_model_key] or found.texts[row.model_key],
                 **caller_of(row, found.texts),
                 prompt_token_ids=prompt_token_ids,
                 reward=found.rewards.get(row.key),

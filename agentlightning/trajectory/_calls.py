@@ -39,6 +39,7 @@ class Call:
         generation_id, index: the generation, and the position of the choice in it. Together they are unique.
         call_id: the HTTP call; generations that share it are no retries of one another. None: the generation's own.
         finished_at: nanoseconds since the epoch, by the clock of vLLM's host.
+        model: the one that answered, by whatever name the client asked for it.
         agent_id, parent_agent_id, purpose, retry: as in a `Generation`.
         prompt_token_ids, response_token_ids: the ids that went into the model, and those that it sampled; `array('i')`.
         logprobs: one for each of `response_token_ids`; `array('f')`.

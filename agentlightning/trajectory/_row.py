@@ -104,7 +104,7 @@ class Trajectory:
         reward: the attempt's final reward.
         rewards: `(position, reward)` of each trained answer that has a reward of its own; the position is that of its
             last id.
-        model: the name that the client asked for. Calls of two models are never in one row.
+        model: the one that answered, by whatever name the client asked for it. Calls of two are never in one row.
         agent_id: the agent of its calls. Calls of two agents are never in one row, nor is one that names no agent in
             the row of one that does.
         parent_agent_id, purpose: those of all calls; None where they differ, or one is unknown.

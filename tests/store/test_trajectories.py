@@ -95,6 +95,24 @@ def test_options_reach_the_merging(store: Store) -> None:
     assert [*store.trajectories("r", min_reward=0.0)] == []
 
 
+def test_calls_by_two_names_that_one_model_answered_are_one_conversation(store: Store) -> None:
+    named = {"served_model": "tiny-model"}
+    store.add(
+        [
+            call(1, [1, 2], [3, 4], model="claude-opus-9", **named),
+            call(2, [1, 2, 3, 4, 5], [6], model="claude-haiku-9", **named),
+            call(3, [1, 2, 3, 4, 5, 6, 7], [8], model="tiny-model"),
+        ]
+    )
+
+    [row] = store.trajectories("r")
+    assert (row.model, row.response_mask.tolist()) == ("tiny-model", [0, 0, 1, 1, 0, 1, 0, 1])
+    assert [*store.trajectories("r", model="tiny-model")] == [row]
+    assert [*store.trajectories("r", model="claude-opus-9")] == []
+    [drift] = store.drift("r")
+    assert (drift.calls, drift.breaks) == (3, [])
+
+
 def test_attempts_have_rows_and_rewards_of_their_own(store: Store) -> None:
     rollout = store.start_rollout(None)
     assert rollout.attempt is not None
