@@ -24,6 +24,7 @@ from agentlightning import instrumentation
 from agentlightning.generation import RoutedExperts
 from agentlightning.instrumentation.vllm import _isolation
 from agentlightning.instrumentation.vllm.capture import logprobs
+from agentlightning.instrumentation.vllm.capture.session import session
 from agentlightning.instrumentation.vllm.capture.unmarked import UnmarkedRequests
 from tests.common.engine import Engine, kept
 
@@ -202,6 +203,29 @@ def test_masks_of_each_choice_and_of_aborted_requests_are_kept(engine: Engine, p
     assert none.choices[0].sampling_mask is None
 
 
+def test_recorded_masks_keep_no_message_alive_and_are_counted(
+    engine: Engine, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.add("one", [1])
+    counted: list[int] = []
+    record = session.record
+    monkeypatch.setattr(session, "record", lambda *args: [counted.append(args[2]), record(*args)])
+    gc.disable()
+    whole = numpy.arange(5000, dtype=numpy.int32)
+    # As an engine gives it: a view of what it has for all requests of a step.
+    found = SamplingMaskLists(whole[5:9])
+    seen = weakref.ref(whole)
+    engine.steps([output("one-0", [5], LENGTH, new_sampling_mask=found)])
+    del whole, found
+    assert seen() is None
+    # Four ids, and how many they are.
+    assert counted == [20]
+
+    [choice] = kept(path)[0].choices
+    assert choice.sampling_mask is not None
+    assert choice.sampling_mask.tolist() == [[5, 6, 7, 8]]
+
+
 def test_masks_and_alternatives_of_more_ids_than_are_kept_are_cut(engine: Engine, path: Path) -> None:
     engine.add("one", [1])
     engine.steps([output("one-0", [5], LENGTH, new_sampling_mask=masks([5], [6, 7]))])
@@ -297,6 +321,27 @@ def test_an_engine_core_records_logprobs_weights_and_experts(path: Path) -> None
     experts_of_both = RoutedExperts((2, 2, 2), array("h", [3, 4, 5, 6, 4, 5, 6, 7]))
     assert finished.routed_experts == failed.routed_experts == experts_of_both
     assert (by_name["cmpl-a"].status, by_name["cmpl-b"].status) == ("error", "finished")
+
+
+def test_an_engine_core_copies_what_it_keeps_of_a_step(path: Path) -> None:
+    requests = UnmarkedRequests(Scheduler())
+    request = unmarked("cmpl-a-00000000", logprobs=1)
+    requests.track(request)
+    gc.disable()
+    ids, logprobs_of_ids = numpy.arange(5000, dtype=numpy.int32), top((5, -1, 4, -0.5))
+    mask = SamplingMaskLists(ids[5:9])
+    seen = [weakref.ref(each) for each in (ids, *logprobs_of_ids[:2])]
+    more = {"new_logprobs": logprobs_of_ids, "new_sampling_mask": mask}
+    requests.add_step({0: EngineCoreOutputs(outputs=[step(request, [5], **more)])})
+    del ids, mask, more, logprobs_of_ids
+    assert [each() for each in seen] == [None] * 3
+    requests.add_step({0: EngineCoreOutputs(outputs=[step(request, [6], LENGTH, new_logprobs=top((6, -1, 6, -1)))])})
+
+    [choice] = kept(path)[0].choices
+    assert choice.top_logprobs is not None
+    assert [[each["id"] for each in of_id] for of_id in choice.top_logprobs.tolist()] == [[5, 4], [6]]
+    # The second id has no mask.
+    assert choice.sampling_mask is None
 
 
 def test_an_unreadable_output_leaves_the_others_of_its_step_intact(path: Path) -> None:

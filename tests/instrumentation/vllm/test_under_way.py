@@ -23,11 +23,17 @@ Whose = tuple[str | None, str | None]
 
 
 def request(name: str) -> Any:
-    return SimpleNamespace(request_id=name, arrival_time=0.0, prompt_token_ids=[1], sampling_params=None)
+    params = SimpleNamespace(logprobs=None, prompt_logprobs=None)
+    return SimpleNamespace(request_id=name, arrival_time=0.0, prompt_token_ids=[1], sampling_params=params)
 
 
 def state(parent: Any = None, index: int = 0) -> Any:
-    return SimpleNamespace(queue=SimpleNamespace(output=None), parent_req=parent, request_index=index)
+    return SimpleNamespace(
+        queue=SimpleNamespace(output=None),
+        parent_req=parent,
+        request_index=index,
+        logprobs_processor=SimpleNamespace(prompt_logprobs=None),
+    )
 
 
 def output(name: str) -> Any:

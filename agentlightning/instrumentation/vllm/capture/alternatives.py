@@ -1,61 +1,64 @@
 """The ids that sampled ones were chosen from (`--return-sampling-mask`), and the logprobs of others, for clients.
 
 vLLM hands both out, and forgets with each part of a stream what it has handed out. So the masks of a request that is
-recorded are kept in a list that forgets nothing, and the list of the prompt's logprobs is kept itself.
+recorded are also kept by a list that forgets nothing, and the list of the prompt's logprobs is kept itself. What the
+engine gives are views of what it has for all requests of a step, which would keep all of it in memory: they are copied.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate, chain
 from typing import Any
 
 from agentlightning.generation import SamplingMask, TopLogprobs
+from agentlightning.instrumentation.vllm._isolation import contained
 
-__all__ = ["MaskChunks", "StepLogprobs", "mask_of", "nbytes_of", "of_positions"]
+__all__ = ["MaskChunks", "StepLogprobs", "StepMasks", "of_positions"]
+
+
+class StepMasks:
+    """The masks of one request, step by step."""
+
+    def __init__(self) -> None:
+        self._counts = array("I")
+        self._ids = array("i")
+
+    def add(self, found: Any) -> None:
+        """Add vLLM's `SamplingMaskLists` of a step."""
+        ids, ends = found.token_ids, found.offsets
+        counts = [len(ids)] if ends is None else (ends[1:] - ends[:-1]).tolist()
+        self._ids.frombytes(ids.astype("int32", copy=False).tobytes())
+        self._counts.extend(counts)
+
+    def joined(self, count: int) -> SamplingMask | None:
+        """Return those of `count` ids; None if the engine gave fewer. There may be more: of ids after a stop string."""
+        if not self._counts or len(self._counts) < count:
+            return None
+        counts = self._counts[:count]
+        return SamplingMask.of_counts(counts, self._ids[: sum(counts)])
+
+    @property
+    def nbytes(self) -> int:
+        return 4 * (len(self._counts) + len(self._ids))
 
 
 class MaskChunks(list[Any]):
     """vLLM's list of the masks that no output has carried yet, for one request.
 
     Attributes:
-        carried: those that one has, in order.
+        masks: those of all ids so far.
     """
 
     def __init__(self) -> None:
-        self.carried: list[Any] = []
+        self.masks = StepMasks()
 
-    def clear(self) -> None:
-        """Forget them, as vLLM does once an output carries them."""
-        self.carried += self
-        super().clear()
-
-    @property
-    def all(self) -> list[Any]:
-        """The masks of all ids so far."""
-        return [*self.carried, *self]
-
-
-def mask_of(chunks: Sequence[Any], count: int) -> SamplingMask | None:
-    """Make one mask of vLLM's `SamplingMaskLists`.
-
-    Args:
-        count: how many ids it is for. There may be masks of more: of ids after a stop string.
-    """
-    counts: list[int] = []
-    ids = array("i")
-    for chunk in chunks:
-        ids.frombytes(chunk.token_ids.astype("int32", copy=False).tobytes())
-        counts += [len(chunk.token_ids)] if chunk.offsets is None else (chunk.offsets[1:] - chunk.offsets[:-1]).tolist()
-    if not chunks or len(counts) < count:
-        return None
-    return SamplingMask.of_counts(counts[:count], ids[: sum(counts[:count])])
-
-
-def nbytes_of(chunks: Iterable[Any]) -> int:
-    """Return how many bytes these masks keep alive."""
-    return sum(chunk.token_ids.nbytes for chunk in chunks)
+    def append(self, chunk: Any) -> None:
+        """Add those of a step."""
+        # An error here would end vLLM's loop, and with it the engine.
+        contained("keeping sampling masks", self.masks.add, chunk)
+        super().append(chunk)
 
 
 def of_positions(positions: Sequence[Any], count: int, *, also_alone: bool = False) -> TopLogprobs | None:
@@ -83,28 +86,44 @@ class StepLogprobs:
 
     def __init__(self, most: int) -> None:
         self._columns = None if most < 0 else most + 1
-        self._counts = array("I")
-        self._ids = array("i")
-        self._logprobs = array("f")
+        self._steps: list[tuple[Any, Any]] = []
 
     def add(self, found: Any) -> None:
         """Add vLLM's `LogprobsLists` of a step, or the `LogprobsTensors` of a prompt."""
-        # Up to 0.11.0 they are lists.
-        ids, logprobs = (each if isinstance(each, list) else each.tolist() for each in found[:2])
-        for ids_of_one, logprobs_of_one in zip(ids, logprobs, strict=True):
-            # An id that is among the likeliest is there twice, and there may be more than this request wants.
-            pairs = dict(zip(ids_of_one[: self._columns], logprobs_of_one[: self._columns], strict=True))
-            self._counts.append(len(pairs))
-            self._ids.extend(pairs)
-            self._logprobs.extend(pairs.values())
+        ids, logprobs = (self._copy(each) for each in found[:2])
+        self._steps.append((ids, logprobs))
+
+    def _copy(self, rows: Any) -> Any:
+        # There may be more columns than this request wants. Up to 0.11.0 they are lists.
+        if isinstance(rows, list):
+            return [row[: self._columns] for row in rows]
+        rows = rows[:, : self._columns]
+        return rows.clone() if hasattr(rows, "clone") else rows.copy()
 
     def joined(self, count: int, skipped: int = 0) -> TopLogprobs | None:
-        """Return those of `count` ids, of which so many at the beginning have none; None if the engine gave fewer."""
-        if len(self._counts) < count - skipped:
+        """Return those of `count` ids, of which so many at the beginning have none; None if the engine gave fewer.
+
+        For the writing thread: of a long prompt, this takes a while.
+        """
+        counts, ids, logprobs = [0] * skipped, array("i"), array("f")
+        for rows in self._steps:
+            for row in zip(*(each if isinstance(each, list) else each.tolist() for each in rows), strict=True):
+                # An id that is among the likeliest is there twice.
+                pairs = dict(zip(*row, strict=True))
+                counts.append(len(pairs))
+                ids.extend(pairs)
+                logprobs.extend(pairs.values())
+        if len(counts) < count:
             return None
-        offsets = array("I", accumulate([0] * skipped + self._counts[: count - skipped].tolist(), initial=0))
-        return TopLogprobs(offsets, self._ids[: offsets[-1]], self._logprobs[: offsets[-1]])
+        offsets = array("I", accumulate(counts[:count], initial=0))
+        return TopLogprobs(offsets, ids[: offsets[-1]], logprobs[: offsets[-1]])
 
     @property
     def nbytes(self) -> int:
-        return 12 * len(self._ids)
+        """How many bytes are kept until then."""
+        return sum(map(_nbytes, chain.from_iterable(self._steps)))
+
+
+def _nbytes(rows: Any) -> int:
+    # A Python number and its place in a list.
+    return sum(map(len, rows)) * 40 if isinstance(rows, list) else rows.nbytes

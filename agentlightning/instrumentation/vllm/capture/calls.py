@@ -73,9 +73,10 @@ def _note(context: RequestContext, serving: Any, request: Any) -> None:
 
 def _rename(context: RequestContext, serving: Any, request: Any, error: Any) -> bool:
     """Name the server's own model in the place of an unknown one, if that is to be; tell whether it was."""
+    if not (session.settings.any_model_name and context.rollout_id):
+        return False
     # Up to 0.9 the fields of an error are its own.
-    is_unknown = getattr(error, "error", error).code == HTTPStatus.NOT_FOUND
-    if not (session.settings.any_model_name and is_unknown and context.rollout_id):
+    if getattr(error, "error", error).code != HTTPStatus.NOT_FOUND:
         return False
     request.model = context.served_model = serving.models.base_model_paths[0].name
     return True

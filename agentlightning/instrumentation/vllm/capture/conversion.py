@@ -39,14 +39,14 @@ class FinishedChoice:
         state: vLLM's `RequestState`; vLLM no longer changes its lists.
         finish_reason, stop_reason: those of vLLM's last `CompletionOutput` for it.
         routed_experts: arrays of the experts that its ids went through, in order.
-        masks: what the ids were chosen from, in order, as vLLM has it.
+        masks: what the ids were chosen from, if vLLM was told to return it.
     """
 
     state: Any
     finish_reason: str | None
     stop_reason: int | str | None = None
     routed_experts: list[Any] = field(default_factory=list)
-    masks: list[Any] = field(default_factory=list)
+    masks: alternatives.StepMasks | None = None
 
 
 @dataclass(slots=True)
@@ -173,7 +173,7 @@ def _choice(finished: FinishedChoice, keeps_text: bool) -> Choice:
         stop_reason=finished.stop_reason if keeps_text or not isinstance(finished.stop_reason, str) else None,
         weight_versions=weight_versions(getattr(state, "weight_version_starts", ()), len(token_ids)),
         routed_experts=routed_experts(finished.routed_experts),
-        sampling_mask=alternatives.mask_of(finished.masks, len(token_ids)),
+        sampling_mask=finished.masks and finished.masks.joined(len(token_ids)),
         top_logprobs=_top_logprobs(state, len(token_ids)),
     )
 

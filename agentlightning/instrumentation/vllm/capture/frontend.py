@@ -318,8 +318,8 @@ class PendingRequests:
             self._parents[parent.request_id] = captured
         if captured.prompt_logprobs is None:
             captured.prompt_logprobs = state.logprobs_processor.prompt_logprobs
-        # From 0.28.
-        if hasattr(state, "sampling_mask_chunks"):
+        # From 0.28. The recording alone wants them.
+        if session.is_recording and hasattr(state, "sampling_mask_chunks"):
             state.sampling_mask_chunks = alternatives.MaskChunks()
         captured.unfinished += 1
         self._requests[request.request_id] = (captured, state)
@@ -449,7 +449,7 @@ def _bytes_of(choice: FinishedChoice) -> int:
     """Return how many bytes a finished choice keeps alive beside its ids."""
     state = choice.state
     nbytes = sum(chunk.nbytes for chunk in choice.routed_experts) if choice.routed_experts else 0
-    nbytes += alternatives.nbytes_of(choice.masks)
+    nbytes += 0 if choice.masks is None else choice.masks.nbytes
     # Missing in some releases.
     embeds = getattr(state, "prompt_embeds", None)
     if embeds is not None:
@@ -491,10 +491,14 @@ def _routed_experts(state: Any, last: Any) -> list[Any]:
     return chunks
 
 
-def _masks(state: Any) -> list[Any]:
+def _masks(state: Any) -> alternatives.StepMasks | None:
     """Return what the ids were chosen from, if vLLM was told to return it."""
     chunks = getattr(state, "sampling_mask_chunks", None)
-    return chunks.all if isinstance(chunks, alternatives.MaskChunks) else []
+    if not isinstance(chunks, alternatives.MaskChunks):
+        return None
+    # vLLM has made its last output; until the generation is written, they would keep the engine's messages in memory.
+    chunks.clear()
+    return chunks.masks
 
 
 def _follows(module: ModuleType) -> bool:

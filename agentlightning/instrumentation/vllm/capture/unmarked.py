@@ -16,8 +16,8 @@ from agentlightning.generation import Choice, Generation, TopLogprobs
 from agentlightning.instrumentation.vllm import _releases
 from agentlightning.instrumentation.vllm._carriers import Caller, skips_probe
 from agentlightning.instrumentation.vllm._isolation import contained
-from agentlightning.instrumentation.vllm.capture import alternatives, logprobs, request_names
-from agentlightning.instrumentation.vllm.capture.alternatives import StepLogprobs
+from agentlightning.instrumentation.vllm.capture import logprobs, request_names
+from agentlightning.instrumentation.vllm.capture.alternatives import StepLogprobs, StepMasks
 from agentlightning.instrumentation.vllm.capture.conversion import (
     params_as_json,
     prompt_ids_of,
@@ -40,7 +40,7 @@ class TrackedRequest:
         sampling_params: as the frontend made them.
         drops_logprobs: only the recording wants the logprobs, so they are removed from the outputs.
         logprobs, routed_experts: one array for each step; of the logprobs, only those of the sampled ids.
-        masks: what the ids were chosen from, as vLLM has it.
+        masks: what the ids were chosen from.
         top_logprobs, prompt_logprobs: those that the client asked for, if it did.
         weight_versions: each version of the weights, and the index of the first id sampled with it.
         finish_reason, stop_reason: the engine's.
@@ -51,7 +51,7 @@ class TrackedRequest:
     drops_logprobs: bool = False
     logprobs: list[array[float]] = field(default_factory=list)
     routed_experts: list[Any] = field(default_factory=list)
-    masks: list[Any] = field(default_factory=list)
+    masks: StepMasks = field(default_factory=StepMasks)
     top_logprobs: StepLogprobs | None = None
     prompt_logprobs: StepLogprobs | None = None
     weight_versions: list[tuple[str, int]] = field(default_factory=list)
@@ -77,7 +77,7 @@ class TrackedRequest:
             self.prompt_logprobs.add(prompt)
         mask = getattr(output, "new_sampling_mask", None)
         if mask is not None:
-            self.masks.append(mask)
+            self.masks.add(mask)
         experts = getattr(output, "routed_experts", None)
         if experts is not None:
             self.routed_experts.append(experts)
@@ -189,7 +189,7 @@ class UnmarkedRequests:
         )
         ids = len(finished.prompt_token_ids or ()) + len(finished.token_ids)
         more = logprobs.BYTES_PER_STEP * len(tracked.logprobs)
-        more += sum(chunk.nbytes for chunk in tracked.routed_experts) + alternatives.nbytes_of(tracked.masks)
+        more += sum(chunk.nbytes for chunk in tracked.routed_experts) + tracked.masks.nbytes
         more += sum(each.nbytes for each in (tracked.top_logprobs, tracked.prompt_logprobs) if each is not None)
         keeps_text = session.settings.record_text
         build = functools.partial(_generation_of, tracked, finished, self.config, time.time_ns(), keeps_text)
@@ -244,7 +244,7 @@ def _generation_of(
                 stop_reason=tracked.stop_reason,
                 weight_versions=weight_versions(tracked.weight_versions, len(token_ids)),
                 routed_experts=routed_experts(tracked.routed_experts),
-                sampling_mask=alternatives.mask_of(tracked.masks, len(token_ids)),
+                sampling_mask=tracked.masks.joined(len(token_ids)),
                 top_logprobs=tracked.top_logprobs and tracked.top_logprobs.joined(len(token_ids)),
             )
         ],
