@@ -78,13 +78,14 @@ class _Patience:
         finally:
             self.timeout = SECONDS_TO_ANSWER
         self.sock.settimeout(SECONDS_TO_ANSWER)
+        # Over TLS, urllib3 connects before the request.
+        self.last_used = time.monotonic()
 
     def request(self, *arguments: Any, **options: Any) -> None:
         if self.sock is not None and time.monotonic() - self.last_used > SECONDS_KEPT:
             self.close()  # type: ignore[attr-defined]
         if self.sock is None:
             self.connect()
-        self.last_used = time.monotonic()
         with suppress(*CLOSED):
             super().request(*arguments, **options)  # type: ignore[misc]
 
@@ -210,12 +211,14 @@ class HttpClient:
                 if not repeatable or (isinstance(error, SSLError) and not isinstance(_cause(error), CLOSED)):
                     raise
                 response = self._pool.urlopen(method, target, enforce_content_length=True, **request)
-            is_read = False
+            is_read, connection = False, response.connection
             try:
                 if response.status not in (200, 201, 204):
                     raise self._error(response, response.read())
                 yield response
                 is_read = True
+                if connection is not None:
+                    connection.last_used = time.monotonic()
             finally:
                 if not is_read:
                     # The rest of this answer would be taken for the beginning of the next one.
