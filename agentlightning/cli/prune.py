@@ -99,7 +99,7 @@ def _done(store: Store, options: argparse.Namespace) -> Pruned:
         ):
             bar.total = done.selected
             bar.update(done.records.get("rollouts", 0) - bar.n)
-            if bar.n == done.selected:
+            if done.records and bar.n == done.selected:
                 bar.set_description("looking for what nothing refers to")
     return done
 

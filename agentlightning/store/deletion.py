@@ -22,7 +22,7 @@ from agentlightning.store.database import Database, fetch, in_parts, is_single_w
 from agentlightning.store.rows import storable, text_of
 from agentlightning.store.unused import delete_keys, sweep, unused_blocks
 
-__all__ = ["ESTIMATED", "KINDS", "Selection", "delete", "estimate", "finish", "select"]
+__all__ = ["ESTIMATED", "KINDS", "Selection", "check", "delete", "estimate", "finish", "select"]
 
 KINDS = ("rollouts", "attempts", "generations", "spans", "uploads", "blocks", "texts", "senders", "vocabularies")
 """The kinds of records that are counted, besides `bytes`."""
@@ -91,6 +91,19 @@ class Selection:
     takes_unassigned: bool = False
 
 
+def check(database: Database, rollout_ids: Sequence[str]) -> None:
+    """Refuse rollouts that have not ended, once those whose time is up have.
+
+    Raises:
+        RolloutUnderWay: some have not ended.
+    """
+    if not database.is_read_only:
+        database.write(lambda connection: lifecycle.expire(connection) if lifecycle.is_anything_due(connection) else [])
+    with database.reading() as connection:
+        states = rollouts.statuses(connection, [storable(each) or "" for each in rollout_ids])
+    _refuse({text_of(each): status for each, (status, _) in states.items() if status not in FINISHED})
+
+
 def select(
     database: Database,
     *,
@@ -108,13 +121,9 @@ def select(
     Raises:
         RolloutUnderWay: some of `rollout_ids` have not ended.
     """
-    if not database.is_read_only:
-        database.write(lambda connection: lifecycle.expire(connection) if lifecycle.is_anything_due(connection) else [])
+    check(database, rollout_ids or ())
     with database.reading() as connection:
-        if rollout_ids is not None:
-            states = rollouts.statuses(connection, [storable(each) or "" for each in rollout_ids])
-            _refuse({text_of(each): status for each, (status, _) in states.items() if status not in FINISHED})
-        found = [*_created(connection, rollout_ids, statuses or FINISHED, before)]
+        found = [*_created(connection, rollout_ids, FINISHED if statuses is None else statuses, before)]
         if statuses is None:
             found += _only_recorded(connection, rollout_ids, before)
     return Selection(found, before, takes_unassigned=rollout_ids is None and statuses is None and before is not None)
@@ -133,6 +142,8 @@ def _created(
         for stored, (status, end_time) in rollouts.statuses(connection, [*names]).items():
             if status in statuses and (before is None or (end_time or 0) < before):
                 yield names[stored]
+        return
+    if not statuses:
         return
     query = f"SELECT rollout_id, end_time FROM rollouts WHERE status IN ({', '.join('?' * len(statuses))})"
     for rollout_id, end_time in fetch(connection, query, statuses):

@@ -25,6 +25,7 @@ __all__ = [
     "SpanFilters",
     "TrajectoryOptions",
     "TripletFilters",
+    "check_prune_filters",
 ]
 
 
@@ -156,6 +157,17 @@ class PruneFilters(TypedDict, total=False):
     rollout_ids: Sequence[str] | None
     status_in: Sequence[RolloutStatus] | None
     older_than: float | None
+
+
+def check_prune_filters(filters: PruneFilters) -> None:
+    """Refuse unknown names: a misspelt filter would leave the others to select more than was meant.
+
+    Raises:
+        TypeError: a name is no filter.
+    """
+    if unknown := [*filters.keys() - PruneFilters.__annotations__.keys()]:
+        known = ", ".join(PruneFilters.__annotations__)
+        raise TypeError(f"prune has no filter {unknown[0]!r}: it has {known}; nothing was deleted")
 
 
 class AttemptChanges(TypedDict, total=False):

@@ -48,6 +48,7 @@ from agentlightning.store.filters import (
     SpanFilters,
     TrajectoryOptions,
     TripletFilters,
+    check_prune_filters,
 )
 from agentlightning.store.http_client import HttpClient, StrangeAnswer, TooLarge, UnknownMediaType
 from agentlightning.store.interface import GENERATIONS_AT_ONCE, Store
@@ -70,6 +71,8 @@ ROLLOUTS_AT_ONCE = 1_000
 SECONDS_OF_WAITING = 20.0
 SECONDS_OF_AN_OLDER_VERSION = 60.0
 """How long messages are sent in an older version before the newest is tried again."""
+PRUNE_ERRORS = {each.__name__: each for each in (RolloutUnderWay, StoreRefused)}
+"""Errors that the last line of an answer to `prune` names; all others may pass."""
 
 
 class _Added(msgspec.Struct):
@@ -209,11 +212,14 @@ class HttpStore(Store):
         return deleted
 
     def prune(self, *, dry_run: bool = False, **filters: Unpack[PruneFilters]) -> Iterator[Pruned]:
+        check_prune_filters(filters)
         body = to_json({**filters, "dry_run": dry_run}).encode()
         with self._http.lines("/prune", body=body) as lines:
             for line in lines:
                 found = self._read(line, dict[str, Any])
                 if "detail" in found:
+                    if found.get("error") in PRUNE_ERRORS:
+                        raise PRUNE_ERRORS[found["error"]](found["detail"])
                     raise StoreUnavailable(f"{self._http.shown} did not finish: {found['detail']}")
                 try:
                     yield Pruned(**found)

@@ -10,13 +10,17 @@ from itertools import chain
 from agentlightning.rollout_records import Pruned
 from agentlightning.store import deletion
 from agentlightning.store.database import Database
-from agentlightning.store.filters import PruneFilters
+from agentlightning.store.filters import PruneFilters, check_prune_filters
 
 __all__ = ["prune"]
 
 
 def prune(database: Database, filters: PruneFilters, *, dry_run: bool) -> Iterator[Pruned]:
     """Delete, or only count, as `Store.prune` says."""
+    check_prune_filters(filters)
+    deletion.check(database, filters.get("rollout_ids") or ())
+    # Before the search, which may take long: whoever waits learns that nothing is refused.
+    yield Pruned(0)
     selection = deletion.Selection(())
     given = {name: value for name, value in filters.items() if value is not None}
     if given:

@@ -75,7 +75,14 @@ def test_agl_prune_says_where_a_servers_database_is_written_anew(
 
 @pytest.mark.parametrize(
     "body",
-    [{"older_than": -1}, {"older_than": "7d"}, {"status_in": ["running"]}, {"rollout_ids": [""]}, {"dry_run": 1}],
+    [
+        {"older_than": -1},
+        {"older_than": "7d"},
+        {"status_in": ["running"]},
+        {"rollout_ids": [""]},
+        {"dry_run": 1},
+        {"dryRun": True},
+    ],
 )
 def test_senseless_filters_are_refused_and_delete_nothing(client: httpx.Client, body: dict[str, Any]) -> None:
     refused = client.post("/v1/agl/prune", json=body)

@@ -133,9 +133,10 @@ def test_prune_deletes_what_a_dry_run_announces_and_tells_how_far_it_is(store: S
 
     *_, announced = store.prune(dry_run=True, **wanted)
     assert len(store.query_rollouts()) == 4
-    first, *steps = store.prune(**wanted)
+    begun, first, *steps = store.prune(**wanted)
 
     done = steps[-1]
+    assert (begun.selected, begun.records) == (0, {})
     assert (first.selected, first.records.get("rollouts", 0), first.size_after) == (2, 0, None)
     assert [each.bytes for each in steps] == sorted(each.bytes for each in steps)
     counted = ("rollouts", "attempts", "generations", "spans", "blocks")
@@ -171,6 +172,38 @@ def test_prune_refuses_rollouts_under_way_by_name_and_deletes_nothing(store: Sto
         list(store.prune(rollout_ids=[ended.rollout_id, running.rollout_id]))
 
     assert len([*ended.generations()]) == 3
+
+
+@pytest.mark.parametrize("filters", [{"older_then": 60}, {"rollout_id": "ro-1"}, {"dryRun": True, "older_than": 0}])
+def test_prune_refuses_a_name_that_is_no_filter_and_deletes_nothing(store: Store, filters: Any) -> None:
+    rollout_of(store)
+
+    with pytest.raises(TypeError, match=next(iter(filters))):
+        list(store.prune(**filters))
+
+    assert store.statistics()["total_rollouts"] == 1
+
+
+@pytest.mark.parametrize("filters", [{"status_in": []}, {"rollout_ids": []}, {"status_in": [], "older_than": 0}])
+def test_prune_deletes_nothing_where_none_can_match(store: Store, filters: Any) -> None:
+    rollout_of(store)
+
+    *_, done = store.prune(**filters)
+
+    assert (done.selected, done.records["rollouts"]) == (0, 0)
+    assert store.statistics()["total_rollouts"] == 1
+
+
+@IN_DATABASES
+def test_prune_names_a_rollout_that_runs_again_since_it_was_selected(store: Store) -> None:
+    ended = rollout_of(store)
+
+    steps = store.prune(rollout_ids=[ended.rollout_id])
+    assert [next(steps).selected for _ in range(2)] == [0, 1]
+    store.update_rollout(ended.rollout_id, status="running")
+
+    with pytest.raises(agl.RolloutUnderWay, match=f"'{ended.rollout_id}' is running"):
+        list(steps)
 
 
 def test_prune_without_a_filter_deletes_no_rollout(store: Store) -> None:

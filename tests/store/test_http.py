@@ -15,17 +15,20 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import urllib3
 
-from agentlightning.errors import InvalidRecord, StoreRefused, StoreUnavailable
+from agentlightning.errors import InvalidRecord, RolloutUnderWay, StoreError, StoreRefused, StoreUnavailable
 from agentlightning.generation import Generation, Loss
 from agentlightning.recorder import Recorder
+from agentlightning.rollout_records import Pruned
 from agentlightning.store import Store, http, http_client, open_database, open_store, wire
 from tests.common.generations import FULL, generation
 from tests.server.process import StoreServer
@@ -238,6 +241,48 @@ def test_idle_connection_is_replaced_before_the_server_closes_it(
         assert [store.add([generation(number)]) for number in range(5)] == [1] * 5
 
     assert between.connections == before + 5
+
+
+def test_connection_that_is_made_before_the_request_is_made_once(
+    between: Between, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As urllib3 makes those over TLS.
+    monkeypatch.setattr(urllib3.HTTPConnectionPool, "_validate_conn", lambda _, made: made.is_closed and made.connect())
+
+    with open_store(between.url) as store:
+        assert store.tally()["finished"] == 0
+
+    assert between.connections == 1
+
+
+def test_connection_of_an_answer_that_took_long_is_kept(between: Between, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def answer_late(handler: _Handler, body: bytes) -> None:
+        nonlocal now
+        now += 10 * http_client.SECONDS_KEPT
+        status, headers, answer = handler.forwarded(body)
+        handler.answer(status, answer, **headers)
+
+    monkeypatch.setattr(http_client, "time", SimpleNamespace(monotonic=lambda: now))
+    with answers(between, answer_late), open_store(between.url) as store:
+        assert [store.add([generation(number)]) for number in range(5)] == [1] * 5
+
+    assert between.connections == 1
+
+
+@pytest.mark.parametrize("kind", [RolloutUnderWay, StoreRefused, StoreUnavailable])
+def test_prune_that_fails_midway_raises_the_error_that_a_file_does(between: Between, kind: type[StoreError]) -> None:
+    def fail(handler: _Handler, _: bytes) -> None:
+        told = [asdict(Pruned(1)), {"detail": "it runs again", "error": kind.__name__}]
+        handler.answer(200, b"".join(json.dumps(each).encode() + b"\n" for each in told))
+
+    with open_store(between.url) as store:
+        steps = store.prune(status_in=["failed"])
+        with answers(between, fail):
+            assert next(steps) == Pruned(1)
+            with pytest.raises(kind, match=r"it runs again$"):
+                next(steps)
 
 
 def test_connection_closed_by_the_server_is_replaced(between: Between) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from agentlightning.errors import RolloutUnderWay, StoreRefused, StoreUnavailable
 from agentlightning.server.answers import encode
@@ -24,7 +24,8 @@ routes = router("rollouts")
 
 LINES: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "What was done so far, after each step; the last line is the result, or a `detail`",
+        "description": "What was done so far, after each step; the last line is the result, or "
+        "a `detail` beside the name of the `error`",
         "content": {JSON_LINES: {"schema": {"type": "string"}}},
     }
 }
@@ -33,7 +34,8 @@ LINES: dict[int | str, dict[str, Any]] = {
 class Prune(Sent):
     """Rollouts to delete: those that have ended and match all filters; without any, only what nothing refers to."""
 
-    model_config = example(older_than=604800.0, dry_run=True)
+    # A misspelt filter would leave the others to select more than was meant, a misspelt `dry_run` delete it.
+    model_config = ConfigDict(**example(older_than=604800.0, dry_run=True), extra="forbid")
 
     rollout_ids: list[Id] | None = Field(None, max_length=BATCH_LIMIT)
     status_in: list[Literal["failed", "succeeded", "cancelled"]] | None = Field(None, max_length=64)
@@ -63,6 +65,6 @@ async def prune(request: Request, body: Prune, database: Database) -> Response:
                     raise StoreUnavailable("the store is being stopped")
                 yield encode(asdict(each)) + b"\n"
         except (RolloutUnderWay, StoreRefused, StoreUnavailable) as error:
-            yield encode({"detail": str(error)}) + b"\n"
+            yield encode({"detail": str(error), "error": type(error).__name__}) + b"\n"
 
     return StreamingResponse(lines(), media_type=JSON_LINES)
