@@ -357,13 +357,14 @@ class _Comparison:
         if len(turns) <= len(before):
             return False
         later = self._messages(before[1:])
-        if later:
-            return not {*later}.isdisjoint(turns)
+        if not {*later}.isdisjoint(turns):
+            return True
         rest = self._text_after.strip()
         # A template may have moved what stood in front of the question.
-        return bool(rest and self._text_before.strip().endswith(rest)) or any(
-            self._is_same_answer(each, turn) for each in said for turn in turns
-        )
+        if not later and rest and self._text_before.strip().endswith(rest):
+            return True
+        # Headers and questions may all have changed, as those with the time or the state of a session do.
+        return any(self._is_same_answer(each, turn) for each in said for turn in turns)
 
     def _is_same_answer(self, said: bytes, turn: bytes) -> bool:
         """Tell whether a turn is the answer, but for its reasoning, the form of its tool calls, and its ends."""
@@ -441,7 +442,8 @@ class _Comparison:
         if is_shorter and self._role() == "user" and (has_kept or _SUMMARY.search(self._text_after)):
             return self._named("compaction", has_kept)
         if not self._has_answer_before and not has_answer:
-            if similarity > SIMILAR and len(turns_after) >= len(turns_before):
+            is_longer = similarity > SIMILAR and len(turns_after) >= len(turns_before)
+            if is_longer or any(self._is_same_answer(turns_before[-1], each) for each in known if turns_before):
                 return self._named("header", False)
             is_apart = not self._message and similarity < SIMILAR
             return self._named("sub_agent", is_apart or has_other_tools)

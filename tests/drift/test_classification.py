@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentlightning.drift import CAUSES, Cause, classify
+from agentlightning.drift._classification import continues
 from agentlightning.sender import Vocabulary
 from agentlightning.token_text import TokenTexts
 from tests.common.unhurried import UNHURRIED
@@ -76,6 +77,37 @@ def test_a_longer_conversation_with_other_turns_is_no_change_of_a_header(templat
     found = classify([*begin, *template.answer(said)], len(begin), template.prompt(asked), template.texts)
 
     assert (found.cause, found.is_certain) == ("sub_agent", False)
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda each: each.name)
+@pytest.mark.parametrize(
+    ("systems", "questions"),
+    [
+        (
+            ("It is 10:00. Be brief.", "It is 10:05. Be brief."),
+            ("<env>/tmp, 3 files</env>\nIs it cold?", "Is it cold?"),
+        ),
+        (("You plan. Be brief.", "You act. Be brief."), ("plan mode: Is it cold?", "act mode: Is it cold?")),
+        (("You are in plan mode: only read files.", "Act mode: write now."), ("Is it cold?", "Is it cold?")),
+        (("You are in plan mode: only read files.", "Act mode: write now."), ("Is it cold?", "Do what you planned.")),
+    ],
+    ids=["trimmed", "mode", "another system prompt", "both"],
+)
+@pytest.mark.parametrize("thoughts", ["", "<think>\nLet me look at the thermometer.\n</think>\n\n"])
+def test_a_conversation_goes_on_that_has_the_answer_though_all_in_front_of_it_changed(
+    template: Template, systems: tuple[str, str], questions: tuple[str, str], thoughts: str
+) -> None:
+    said = {**ANSWER, "content": "It is one degree."}
+    begin, prompt = (
+        template.prompt([{**SYSTEM, "content": system}, {**QUESTION, "content": question}, *more])
+        for system, question, more in zip(systems, questions, ([], [said, AGAIN]), strict=True)
+    )
+    answer = [*template.encode(thoughts), *template.answer(said)]
+
+    found = classify([*begin, *answer], len(begin), prompt, template.texts)
+
+    assert found.cause == "header"
+    assert continues([*begin, *answer], len(begin), prompt, template.texts)
 
 
 def test_tools_behind_the_last_message_move_and_what_else_breaks_is_named_too() -> None:
