@@ -472,9 +472,14 @@ class _Comparison:
         if role is not None and (role_after is None or role_after[1] != role[1]):
             # It is not there at all.
             return None
-        # Where much of it is the same, a change that is not known here may be the reason. Headers are always the same.
-        similarity = similarity_of(split_header(self._text_before)[1], split_header(self._text_after)[1])
-        return self._named("foreign", bool(turns_after) and similarity < SIMILAR / 2)
+        # Headers are always the same, and how long the model has thought says nothing of the answer.
+        one, other = (split_header(each)[1] for each in (self._text_before, self._text_after))
+        similarity = similarity_of(without_thoughts(one).strip(), without_thoughts(other).strip())
+        # Where much of it is the same, a change that is not known here may be the reason.
+        is_changed = similarity >= SIMILAR / 2
+        if is_changed and thoughts_in(one) != thoughts_in(other):
+            return self._named("reasoning", False, ("foreign",))
+        return self._named("foreign", bool(turns_after) and not is_changed)
 
     def _has_other_tools(self) -> bool:
         tokens = [

@@ -179,6 +179,27 @@ def test_a_stop_string_that_is_sampled_is_missing_at_the_end_of_the_history(thou
     assert [found.cause, *found.also] == causes
 
 
+@pytest.mark.parametrize(
+    ("written", "cause", "is_certain", "also"),
+    [
+        ('The answer is "forty two"', "reasoning", False, ("foreign",)),
+        ("Nobody knows, and it is far too late.", "foreign", True, ()),
+        ("<think>\nLess.\n</think>\n\nThe answer is 'forty two'.", "reasoning", False, ("foreign",)),
+    ],
+)
+def test_an_answer_is_compared_without_its_reasoning_however_long_that_is(
+    written: str, cause: Cause, is_certain: bool, also: tuple[Cause, ...]
+) -> None:
+    begin = TINY.prompt([QUESTION])
+    thoughts = "I should compute this, and then check it again. " * 20
+    answer = TINY.encode(f"<think>\n{thoughts}\n</think>\n\nThe answer is 'forty two'<|im_end|>")
+    history = [QUESTION, {**ANSWER, "content": written}, AGAIN]
+
+    found = classify([*begin, *answer], len(begin), TINY.prompt(history), TINY.texts)
+
+    assert (found.cause, found.is_certain, found.also) == (cause, is_certain, also)
+
+
 def test_a_number_written_without_its_point_is_the_same_tool_call() -> None:
     begin = TINY.prompt([QUESTION])
     answer = TINY.encode('<tool_call>\n{"name": "look", "arguments": {"at": 1.0}}\n</tool_call><|im_end|>')
