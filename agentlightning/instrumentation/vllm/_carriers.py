@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from agentlightning.rollout_name import RolloutName, is_id, parse_name
-from agentlightning.sampling import Pins, parse_pins
+from agentlightning.sampling import Pins, parse_pins, text_of
 
 __all__ = [
     "CARRIERS",
@@ -26,6 +26,7 @@ __all__ = [
     "SOURCES",
     "Caller",
     "InKey",
+    "as_headers",
     "conflicting_names",
     "follow",
     "has_probe_params",
@@ -213,6 +214,24 @@ def without_name(headers: Iterable[tuple[bytes, bytes]]) -> tuple[list[tuple[byt
 def names_rollout_in_key(headers: Iterable[tuple[bytes, bytes]]) -> bool:
     """Tell whether an API key ends as one that names a rollout does."""
     return any(name in _KEY_HEADERS and b"@rollout=" in value for name, value in headers)
+
+
+def as_headers(caller: Caller, headers: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, bytes]]:
+    """Yield headers that name what was taken off a path or a key, for servers to which the request is forwarded.
+
+    A caller's own headers stay. Of ids that are not ASCII there is none: not every HTTP client could forward it.
+    """
+    there = {name for name, _ in headers}
+    if caller.rollout_id is None or b"x-agl-rollout-id" in there:
+        return
+    for name, value in (
+        (b"x-agl-rollout-id", caller.rollout_id),
+        (b"x-agl-attempt-id", caller.attempt_id),
+        (b"x-agl-agent-id", caller.carrier_agent_id),
+        (_SAMPLING_HEADER, None if caller.sampling is None else text_of(caller.sampling)),
+    ):
+        if value is not None and value.isascii() and name not in there:
+            yield name, value.encode()
 
 
 def _split_key(key: bytes) -> tuple[bytes, InKey] | None:

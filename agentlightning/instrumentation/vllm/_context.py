@@ -34,7 +34,9 @@ __all__ = [
     "collect_engine_requests",
     "context_of",
     "current",
+    "is_read",
     "run_in",
+    "without_prefix",
 ]
 
 Scope = MutableMapping[str, Any]
@@ -42,6 +44,9 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Any, Send], Awaitable[None]]
 
 logger = logging.getLogger("agentlightning")
+
+# In the scope rather than beside it: middleware may hand on a copy.
+_CONTEXT = "agentlightning.context"
 
 # On the path as it was sent: an encoded slash is part of an id, not the end of it.
 _PREFIX = re.compile(
@@ -204,17 +209,18 @@ class RequestContextMiddleware:
 
     Attributes:
         app: the application behind it.
+        reads_path: whether a prefix is taken off.
     """
 
-    def __init__(self, app: App) -> None:
+    def __init__(self, app: App, *, reads_path: bool = True) -> None:
         self.app = app
+        self.reads_path = reads_path
 
     async def __call__(self, scope: Scope, receive: Any, send: Send) -> None:
-        known = _current.get()
         # An app around this one may have read it already.
-        if scope["type"] not in ("http", "websocket") or (known is not None and known.scope is scope):
+        if scope["type"] not in ("http", "websocket") or is_read(scope):
             return await self.app(scope, receive, send)
-        found = contained("reading a request's rollout", _read_scope, scope)
+        found = contained("reading a request's rollout", _read_scope, scope, self.reads_path)
         scope, context = found or (scope, RequestContext())
         if context.prefix:
             send = _keep_prefix_in_redirects(scope, context.prefix, send)
@@ -231,12 +237,19 @@ class RequestContextMiddleware:
             _current.reset(token)
 
 
-def _read_scope(scope: Scope) -> tuple[Scope, RequestContext]:
+def is_read(scope: Scope) -> bool:
+    """Tell whether what names a rollout in the path or the key was taken off already."""
+    return _CONTEXT in scope
+
+
+def _read_scope(scope: Scope, reads_path: bool = True) -> tuple[Scope, RequestContext]:
     """Return the scope without what names a rollout in its path or key, and the context that it describes."""
+    if is_read(scope):
+        return scope, scope[_CONTEXT]
     context = RequestContext()
     # A cheap test first, since this runs for every request.
-    if "/rollout/" in scope["path"]:
-        scope = _without_prefix(scope, context)
+    if reads_path and "/rollout/" in scope["path"]:
+        scope = without_prefix(scope, context)
     headers, in_key = _carriers.without_name(scope.get("headers", ()))
     if in_key is not None:
         scope = {**scope, "headers": headers}
@@ -245,6 +258,9 @@ def _read_scope(scope: Scope) -> tuple[Scope, RequestContext]:
     _carriers.read_headers(dict(headers), in_key, context)
     if context.sampling is not None and not session.settings.sampling.is_on:
         _warn_unpinned()
+    if context.prefix is not None or in_key is not None:
+        # Not in the context's own scope, which would hold itself.
+        scope = {**scope, "headers": [*headers, *_carriers.as_headers(context, headers)], _CONTEXT: context}
     return scope, context
 
 
@@ -256,7 +272,8 @@ def _warn_unpinned() -> None:
     )
 
 
-def _without_prefix(scope: Scope, context: RequestContext) -> Scope:
+def without_prefix(scope: Scope, context: RequestContext) -> Scope:
+    """Return the scope without what names a rollout in its path, and note that; the scope itself if nothing does."""
     root = scope.get("root_path", "").encode()
     path: bytes = scope.get("raw_path") or scope["path"].encode()
     # Behind a proxy, the path comes either with --root-path in front or without, if the proxy removes it.

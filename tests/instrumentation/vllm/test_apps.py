@@ -10,10 +10,11 @@ from typing import Any
 import fastapi
 import httpx
 import pytest
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 
 from agentlightning.instrumentation.vllm import _context
 from agentlightning.instrumentation.vllm._apps import PATCHES, add_middleware
+from agentlightning.instrumentation.vllm._isolation import failures
 from agentlightning.patching import PatchSet, State
 
 pytestmark = [pytest.mark.forked, pytest.mark.tier("check")]
@@ -44,6 +45,29 @@ def app_of(path: str) -> FastAPI:
     return app
 
 
+def without_routes(app: FastAPI) -> FastAPI:
+    """Make an app that hands each request on to another one by middleware, as a proxy does, with a scope of its own."""
+    proxy = FastAPI()
+
+    @proxy.middleware("http")
+    async def forward(request: Request, _: Any) -> Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://vllm") as client:
+            answer = await client.request(request.method, request.url.path, headers=dict(request.headers))
+        return Response(answer.content, answer.status_code, media_type="application/json")
+
+    return proxy
+
+
+class Around:
+    """Middleware that hands on a copy of each scope."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self.app({**scope}, receive, send)
+
+
 def ask(app: Any, path: str, **headers: str) -> Any:
     """Return the body of an answer, or else its status."""
 
@@ -72,6 +96,74 @@ def test_a_route_of_the_programs_own_keeps_its_path(patches: PatchSet) -> None:
 
     assert ask(app_of("/rollout/{name}/v1/generate"), path)["path"] == path
     assert ask(app_of("/{anything:path}"), path)["path"] == path
+
+
+def test_a_key_is_taken_off_on_a_route_that_begins_as_a_prefix_does(patches: PatchSet) -> None:
+    path = "/rollout/ro-1/v1/generate"
+
+    found = ask(app_of("/rollout/{name}/v1/generate"), path, authorization=KEY)
+
+    assert found == {"path": path, "key": "Bearer K", "names": ["ro-key", None, "planner"]}
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "names"),
+    [
+        (f"/rollout/ro-1/attempt/at-1{CHAT}", {}, ["ro-1", "at-1", None]),
+        (CHAT, {"authorization": KEY}, ["ro-key", None, "planner"]),
+        (f"/rollout/ro-1{CHAT}", {"x-agl-agent-id": "critic"}, ["ro-1", None, "critic"]),
+        (CHAT, {"authorization": KEY, "x-agl-rollout-id": "ro-header"}, ["ro-header", None, None]),
+    ],
+)
+def test_an_app_that_forwards_requests_passes_the_rollout_on(
+    patches: PatchSet, path: str, headers: dict[str, str], names: list[str | None]
+) -> None:
+    vllms = app_of(CHAT)
+    add_middleware(vllms)
+    routed = without_routes(vllms)
+    routed.post(CHAT)(lambda: None)
+
+    for proxy in (without_routes(vllms), routed):
+        assert ask(proxy, path, **headers)["names"] == names
+
+
+def test_an_app_that_has_neither_path_gets_it_as_it_came(patches: PatchSet) -> None:
+    seen: list[str] = []
+    app = app_of(CHAT)
+
+    @app.middleware("http")
+    async def note(request: Request, call: Any) -> Response:
+        seen.append(request.url.path)
+        return await call(request)
+
+    assert ask(app, "/rollout/ro-1/nowhere") == 404
+    assert seen == ["/rollout/ro-1/nowhere"]
+
+
+def test_a_rollout_is_known_behind_middleware_that_copies_the_scope(patches: PatchSet) -> None:
+    vllms = app_of(CHAT)
+    add_middleware(vllms)
+    around = FastAPI()
+    around.mount("/llm", Around(vllms))
+    around.add_middleware(Around)
+
+    for headers, path, names in (
+        ({}, f"/rollout/rö-1/attempt/at-1/llm{CHAT}", ["rö-1", "at-1", None]),
+        ({"authorization": KEY}, f"/llm{CHAT}", ["ro-key", None, "planner"]),
+    ):
+        assert ask(around, path, **headers)["names"] == names
+
+
+def test_an_app_that_cannot_be_hashed_answers(patches: PatchSet) -> None:
+    class Unhashable(FastAPI):
+        __hash__: Any = None
+
+    app = Unhashable()
+    app.mount("/", app_of(CHAT))
+
+    assert ask(app, CHAT)["path"] == CHAT
+    assert ask(app, CHAT, authorization=KEY)["names"] == ["ro-key", None, "planner"]
+    assert not failures
 
 
 def test_vllms_app_takes_off_one_prefix_also_within_another_app(patches: PatchSet) -> None:
