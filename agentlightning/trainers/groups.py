@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypedDict
 
+from agentlightning.errors import RolloutTooLarge
 from agentlightning.rollout_records import FINISHED, Mode, Rollout
 from agentlightning.store import Store
 from agentlightning.trainers._rows import masked
@@ -107,8 +108,8 @@ class GroupReader:
             failed: what becomes of the rows of a rollout that did not succeed, or has no reward. `leave_out`: they are
                 not in the group. `mask`: they are, with a mask of 0 throughout and the reward that they have, or 0.0:
                 the group keeps its size, and the mean of its rewards counts the failure.
-            limit: most groups to return, the oldest first; the next call returns others. `state` has all that were
-                returned, so ask for what is trained before it is saved.
+            limit: most groups to return, those first whose last rollout was created first; the next call returns
+                others. `state` has all that were returned, so ask for what is trained before it is saved.
             incomplete: return all others, too, as they are: for when no more rollouts come.
             options: those of `store.trajectories()`, such as `weight_version` and `max_staleness`.
 
@@ -119,20 +120,23 @@ class GroupReader:
         candidates = self._candidates(rollouts, incomplete)
         ids = [rollout_id for group, _ in candidates for rollout_id in group.rollout_ids]
         written = {each.rollout_id: each for each in self._store.wait_for_rollouts(ids, 0, recorded=True)}
-        ready: list[Group] = []
+        taken: list[Group] = []
+        trained: list[Group] = []
         for group, is_overdue in candidates:
+            if limit is not None and len(trained) >= limit:
+                break
             is_complete = len(group.rollout_ids) == self._size and written.keys() >= {*group.rollout_ids}
             if is_overdue and not is_complete:
                 logger.warning("Group %r is overdue, and returned without what is missing of it.", group.key)
-            if is_complete or is_overdue or incomplete:
-                ready.append(group)
-        ready = ready[:limit]
-        for group in ready:
+            if not (is_complete or is_overdue or incomplete):
+                continue
             for rollout_id in group.rollout_ids:
                 self._add(group, rollout_id, written.get(rollout_id), failed == "mask", options)
-        self._advance(rollouts, ready)
-        trained = [group for group in ready if {row.rollout_id for row in group.rows} - {*group.masked}]
-        for group in ready:
+            taken.append(group)
+            if {row.rollout_id for row in group.rows} - {*group.masked}:
+                trained.append(group)
+        self._advance(rollouts, taken)
+        for group in taken:
             if group not in trained:
                 reasons = "; ".join(dict.fromkeys([*group.masked.values(), *group.left_out.values()]))
                 logger.warning("Group %r has no row to train: %s.", group.key, reasons)
@@ -166,7 +170,7 @@ class GroupReader:
         ]
 
     def _candidates(self, rollouts: Sequence[Rollout], incomplete: bool) -> list[tuple[Group, bool]]:
-        """Return the groups that may be returned, each with whether it is overdue."""
+        """Return the groups that may be returned, by their last rollouts, each with whether it is overdue."""
         waiting: dict[str, list[Rollout]] = defaultdict(list)
         # How many rollouts that were created before a waiting one have been returned.
         earlier: dict[str, int] = {}
@@ -185,13 +189,18 @@ class GroupReader:
                 has_ended = len(some) == self._size and all(each.status in FINISHED for each in some)
                 if has_ended or is_overdue or incomplete:
                     found.append((Group(key, [each.rollout_id for each in some]), is_overdue))
-        return found
+        positions = {each.rollout_id: position for position, each in enumerate(rollouts)}
+        return sorted(found, key=lambda each: positions[each[0].rollout_ids[-1]])
 
     def _add(self, group: Group, rollout_id: str, written: Rollout | None, mask: bool, options: MergeOptions) -> None:
         if written is None:
             group.left_out[rollout_id] = "it has not ended, or its calls are not written"
             return
-        rows = [*self._store.trajectories(rollout_id, "latest", **options)]
+        try:
+            rows = [*self._store.trajectories(rollout_id, "latest", **options)]
+        except RolloutTooLarge as error:
+            group.left_out[rollout_id] = str(error)
+            return
         if written.status == "succeeded" and rows and rows[0].reward is not None:
             group.rows += rows
             return
@@ -205,8 +214,8 @@ class GroupReader:
         else:
             group.left_out[rollout_id] = reason
 
-    def _advance(self, rollouts: Sequence[Rollout], ready: Sequence[Group]) -> None:
-        given = self._given.union(rollout_id for group in ready for rollout_id in group.rollout_ids)
+    def _advance(self, rollouts: Sequence[Rollout], taken: Sequence[Group]) -> None:
+        given = self._given.union(rollout_id for group in taken for rollout_id in group.rollout_ids)
         waiting = [each.start_time for each in rollouts if each.rollout_id not in given]
         newest = max((each.start_time for each in rollouts), default=self._since)
         self._since = max(self._since, min([newest - MARGIN, *waiting]))

@@ -68,6 +68,45 @@ def test_a_limited_read_leaves_later_groups_to_the_next_one(store: agl.Store) ->
     assert [group.rollout_ids for group in again.read()] == [ids(rollouts[2:4]), ids(rollouts[4:])]
 
 
+def test_the_group_comes_first_whose_last_rollout_was_created_first(store: agl.Store) -> None:
+    ended(rollouts := started(store, *"566577"))
+    reader = GroupReader(store, 2)
+
+    assert [group.rollout_ids for group in reader.read(limit=1)] == [ids(rollouts[1:3])]
+    assert [group.rollout_ids for group in reader.read()] == [ids([rollouts[0], rollouts[3]]), ids(rollouts[4:])]
+
+
+def test_groups_without_a_row_do_not_count_to_the_limit(store: agl.Store) -> None:
+    for rollout in started(store, *"5566"):
+        rollout.finish("failed")
+    ended(rollouts := started(store, *"7788"))
+    reader = GroupReader(store, 2)
+
+    assert [group.rollout_ids for group in reader.read(limit=1)] == [ids(rollouts[:2])]
+    assert [group.rollout_ids for group in reader.read(limit=1)] == [ids(rollouts[2:])]
+    assert reader.read(limit=1) == []
+
+
+def test_a_rollout_that_is_too_large_is_left_out(store: agl.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    large, good = started(store, "5", "5")
+    ended([large, good])
+    trajectories = store.trajectories
+
+    def read(rollout_id: str, *options: Any, **more: Any) -> Iterator[agl.Trajectory]:
+        if rollout_id == large.rollout_id:
+            raise agl.RolloutTooLarge("the rollout has too many calls")
+        return trajectories(rollout_id, *options, **more)
+
+    monkeypatch.setattr(store, "trajectories", read)
+    reader = GroupReader(store, 2)
+
+    [group] = reader.read()
+
+    assert [row.rollout_id for row in group.rows] == [good.rollout_id]
+    assert group.left_out == {large.rollout_id: "the rollout has too many calls"}
+    assert reader.read() == []
+
+
 def test_a_task_that_is_queued_again_is_a_group_of_its_own(store: agl.Store) -> None:
     rollouts = started(store, *"5555")
     ended(rollouts)
