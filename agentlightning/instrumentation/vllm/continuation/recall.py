@@ -120,7 +120,7 @@ def _keep(turn: Turn, more: Sequence[int], name: str, call: RecordedCall, log: L
     # A store does not know with which of these the answer was parsed.
     turn.parsed_as = possible_tool_choices(request), True
     for answer in call.answers:
-        # What this server has answered has its place: with other tools, it is not continued though the text is the same.
+        # What this server has answered is where it belongs: with other tools, say, no such text continues it.
         if not kept.calls().has(turn.key, call.prompt_token_ids, answer.token_ids):
             keep(turn, more, answer.token_ids, answer.text, answer.finish_reason, ends)
     log.take(name)
