@@ -69,7 +69,7 @@ RESULTS = {
     CONTINUED_EARLIER: "the prompt goes on from a call whose answer is not the last in the request: that is not known",
     FIRST_CALL: "the request has no answer in it",
     NO_MATCH: "no call of this rollout had these messages and this answer",
-    ELSEWHERE: "this server knows no call of this rollout, or no longer, and the store has none with these messages",
+    ELSEWHERE: "this server knows no call of this rollout, or no longer, and found none in the store in time",
     STORE_NOT_AVAILABLE: "this server knows no call of this rollout, and the store did not answer in time, or failed",
     NOT_APPEND_ONLY: "the chat template writes what came before in another way once something follows",
     REASONING_DROPPED: "the chat template leaves out the reasoning that the model wrote",

@@ -31,6 +31,8 @@ from agentlightning.store import Filters, Store, open_store
 __all__ = ["Log", "Reader", "RecordedAnswer", "RecordedCall", "close", "reader"]
 
 THREADS = 4
+MOST_WAITING = 32
+"""Requests that wait for these threads, each in one of its own."""
 CALLS_AT_ONCE = 8
 SHARE = 0.5
 """The part of a request's time after which no further page is read: the rest is for looking at what was read."""
@@ -186,6 +188,7 @@ class Reader:
         self._store: Store | None = None
         self._opening = threading.Lock()
         self._threads = threading.Semaphore(THREADS)
+        self._waiting = threading.Semaphore(MOST_WAITING)
         self._deadlines: dict[int, float] = {}
         self._logs: OrderedDict[Hashable, Log] = OrderedDict()
         self._paused_until = 0.0
@@ -215,7 +218,7 @@ class Reader:
     async def read_on(self, log: Log, filters: Filters, served_model: str | None, deadline: float) -> None:
         """Read the calls that are new in the store, as far as time allows."""
         left = deadline - time.monotonic()
-        if left <= 0 or not self.is_available():
+        if left <= 0 or not self.is_available() or not self._waiting.acquire(blocking=False):
             return
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] = loop.create_future()
@@ -226,6 +229,7 @@ class Reader:
 
         def run() -> None:
             contained("reading calls of others", self._read_on, log, filters, served_model, deadline, left)
+            self._waiting.release()
             # The loop may have ended meanwhile.
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(note_done)
