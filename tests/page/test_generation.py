@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
@@ -260,6 +262,26 @@ def test_page_without_scripts_shows_the_answer(look: Open, recorded: Generation)
 
     assert answer(page).text_content() == f"{recorded.choices[0].text}{END}"
     expect(page.get_by_text("Logprobs: mean")).to_be_visible()
+
+
+def test_html_has_the_alternatives_and_the_size_of_the_mask_at_each_token(tmp_path: Path) -> None:
+    with StoreServer(tmp_path / "store.db") as server:
+        with open_store(server.url) as store:
+            store.add([FULL])
+        answer = httpx.get(f"{server.url}/generation", params={"id": FULL.id}).text
+        prompt = httpx.get(f"{server.url}/generation/prompt", params={"id": FULL.id}).text
+
+    def alternatives(page: str) -> list[tuple[str, list[list[str]] | None, str | None]]:
+        tokens = re.findall(r'<b class="[^"]*" data-t="(-?\d+)[^"]*"(?: data-a="([^"]*)")?(?: data-m="(\d+)")?>', page)
+        return [
+            (each, json.loads(html.unescape(others)) if others else None, size or None) for each, others, size in tokens
+        ]
+
+    assert alternatives(answer) == [("7", [[9, "[9]", "-2.5"]], "3"), ("8", None, "1")]
+    of_prompt = [("0", None, None), ("1", None, None), (f"{2**31 - 1}", None, None), ("-1", None, None)]
+    of_prompt[2] = (f"{2**31 - 1}", [[5, "[5]", "-2"], [6, "[6]", "-3"]], None)
+    of_prompt[3] = ("-1", [[7, "[7]", "-4"]], None)
+    assert alternatives(prompt) == of_prompt
 
 
 def test_unknown_values_are_said_to_be_unknown(visit: Callable[..., Visit], tmp_path: Path) -> None:
