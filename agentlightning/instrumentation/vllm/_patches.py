@@ -43,7 +43,13 @@ START_UP_CHECK = _patch_set(
 )
 PATCH_SETS = (
     _patch_set("capture", _releases.OUTPUT_PROCESSOR, *frontend.CAPTURE_PATCHES),
-    _patch_set("engine client", _releases.ENGINE_CLIENT, *frontend.CLIENT_PATCHES, *in_process.CLIENT_PATCHES),
+    _patch_set(
+        "engine client",
+        _releases.ENGINE_CLIENT,
+        *frontend.CLIENT_PATCHES,
+        *in_process.CLIENT_PATCHES,
+        *_strict.client_patches(),
+    ),
     _patch_set(
         "offline engine",
         _releases.OFFLINE_ENGINE,

@@ -15,12 +15,21 @@ from typing import Any
 
 from agentlightning import settings
 from agentlightning.errors import StoreRefused, StoreUnavailable
-from agentlightning.instrumentation.vllm import _releases
+from agentlightning.instrumentation.vllm import _releases, sampling
 from agentlightning.instrumentation.vllm.capture.session import session
 from agentlightning.patching import Patch, Where, Wrap
 from agentlightning.store import open_store
 
-__all__ = ["app_patches", "argument_patches", "check_grpc", "limits", "offline_patches", "refuse", "server_patches"]
+__all__ = [
+    "app_patches",
+    "argument_patches",
+    "check_grpc",
+    "client_patches",
+    "limits",
+    "offline_patches",
+    "refuse",
+    "server_patches",
+]
 
 logger = logging.getLogger("agentlightning")
 
@@ -83,6 +92,19 @@ def server_patches(failures: Failures) -> tuple[Patch, ...]:
         return check_and_serve_http
 
     return (Wrap("serve_http", ("app",), wrap),)
+
+
+def client_patches() -> tuple[Patch, ...]:
+    """Return the patch of `AsyncLLM.__init__`, for `vllm run-batch`, which answers requests without a server."""
+
+    def wrap(init: Callable[..., Any]) -> Callable[..., Any]:
+        def check_and_init(self: Any, *args: Any, **kwargs: Any) -> None:
+            refuse_invalid()
+            init(self, *args, **kwargs)
+
+        return check_and_init
+
+    return (Where(lambda module: any(map(settings.objection, REFUSES_INVALID)), Wrap("AsyncLLM.__init__", (), wrap)),)
 
 
 def offline_patches(failures: Failures) -> tuple[Patch, ...]:
@@ -174,9 +196,9 @@ def _changes_requests() -> bool:
 
 
 def limits(app: Any) -> list[str]:
-    """Return a sentence for each thing that the engine behind an app keeps out of its answers, patched or not."""
+    """Return a sentence for each thing that the engine behind an app keeps out of its answers, or refuses to answer."""
     engine = getattr(app.state, "engine_client", None)
     if _releases.is_v0_engine(engine):
         why = "VLLM_USE_V1=0, or what V1 of this release cannot do"
         return [f"vLLM's V0 engine answers ({why}): only chat and completions carry ids, and nothing is recorded"]
-    return []
+    return sampling.refused_with_masks(getattr(engine, "model_config", None))

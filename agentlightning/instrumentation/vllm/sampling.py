@@ -46,7 +46,7 @@ def _pin(params: Any, context: RequestContext) -> None:
     policy = session.settings.sampling
     pins = policy.pins if context.sampling is None else context.sampling
     asked = {name: value for name in pins if not is_same(name, value := getattr(params, name), pins[name])}
-    if not asked or has_probe_params(params):
+    if not asked or has_probe_params(params) or _only_scores(params):
         return
     # A copy is the same call once more, and has what is pinned.
     _differing.update(asked.keys() - context.differing)
@@ -55,6 +55,28 @@ def _pin(params: Any, context: RequestContext) -> None:
         context.replaced = {**asked, **(context.replaced or {})}
         for name in asked:
             setattr(params, name, pins[name])
+
+
+def _only_scores(params: Any) -> bool:
+    """Tell whether a request wants the logprobs of given ids, or of its prompt: what it draws besides, nobody reads."""
+    # From 0.22 on; a diffusion model writes two ids to read one. Up to there, and with echo, those of the prompt.
+    asks_of_ids = getattr(params, "logprob_token_ids", None) is not None
+    most = params.max_tokens
+    return most is not None and ((asks_of_ids and most <= 2) or (params.prompt_logprobs is not None and most <= 1))
+
+
+def refused_with_masks(model_config: Any) -> list[str]:
+    """Return a sentence if vLLM refuses every request that has what is pinned, since it returns sampling masks."""
+    if not getattr(model_config, "return_sampling_mask", False):
+        return []
+    policy = session.settings.sampling
+    pins = policy.pins if policy.mode == "pin" else {}
+    wrong = {name: value for name, value in pins.items() if name in ("temperature", "top_k") and value <= 0}
+    sentence = (
+        f"AGL_SAMPLING pins {text_of(wrong)}, and with --return-sampling-mask vLLM refuses every request in which "
+        "temperature and top_k are not above 0"
+    )
+    return [sentence] if wrong else []
 
 
 def report() -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ import httpx
 import openai
 import pytest
 
+from agentlightning.instrumentation.vllm import _context
 from agentlightning.instrumentation.vllm._context import RequestContextMiddleware
 from tests.common.answers import gather, get
 from tests.common.vllm import RemoteOpenAIServer
@@ -267,3 +268,37 @@ def test_a_final_slash_is_redirected_below_the_prefix(guarded: RemoteOpenAIServe
 
 def test_a_prefix_is_unknown_without_instrumentation(plain: RemoteOpenAIServer) -> None:
     assert get(plain, "/rollout/x/v1/models")[0] == 404
+
+
+@pytest.mark.tier("check")
+@pytest.mark.parametrize(
+    ("path", "headers", "pins"),
+    [
+        ("/rollout/x/sampling/temperature=0.7,top_p=0.9/v1/models", {}, {"temperature": 0.7, "top_p": 0.9}),
+        ("/rollout/x/attempt/1/sampling/client/v1/models", {}, {}),
+        ("/rollout/x/v1/models", {"x-agl-sampling": "top_k=5"}, {"top_k": 5}),
+        ("/rollout/x/sampling/min_p=0.1/v1/models", {"x-agl-sampling": "top_k=5"}, {"min_p": 0.1}),
+        (MODELS, {"authorization": "Bearer k@rollout=x,sampling=temperature%3D0.7"}, {"temperature": 0.7}),
+        ("/rollout/x/v1/models", {}, None),
+    ],
+    ids=["path", "path with an attempt", "header", "path before header", "key", "none"],
+)
+def test_the_pins_of_a_rollout_arrive_in_the_context_of_its_request(
+    path: str, headers: dict[str, str], pins: dict[str, float] | None
+) -> None:
+    seen: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        context = _context.current()
+        assert context is not None
+        seen.append((scope["path"], context.rollout_id, context.sampling))
+
+    scope = {
+        "type": "http",
+        "path": unquote(path),
+        "raw_path": path.encode(),
+        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+    }
+    asyncio.run(RequestContextMiddleware(app)(scope, None, None))  # type: ignore[arg-type]
+
+    assert seen == [(MODELS, "x", pins)]

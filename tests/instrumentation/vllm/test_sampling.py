@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
 from agentlightning import instrumentation
-from agentlightning.instrumentation.vllm import _context, sampling
+from agentlightning.instrumentation.vllm import _context, _strict, sampling
 from agentlightning.instrumentation.vllm._carriers import PROBE_PARAMS
 from agentlightning.instrumentation.vllm._context import RequestContext
 from agentlightning.sampling import NEUTRAL
@@ -111,6 +112,49 @@ def test_calls_of_the_doctor_keep_the_parameters_that_tell_them(monkeypatch: pyt
     params, _ = made(None, **PROBE_PARAMS)
 
     assert (params.temperature, params.top_p) == tuple(PROBE_PARAMS.values())
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"logprob_token_ids": [5, 6], "max_tokens": 1},
+        {"logprob_token_ids": [5, 6], "max_tokens": 2},
+        {"prompt_logprobs": 0, "max_tokens": 1},
+    ],
+)
+def test_requests_that_only_score_are_left_alone(monkeypatch: pytest.MonkeyPatch, params: dict[str, Any]) -> None:
+    armed(monkeypatch, PINNED)
+
+    scored, context = made(None, temperature=0, **params)
+    drawn, _ = made(None, temperature=0, **params | {"max_tokens": 16})
+
+    assert (scored.temperature, context.replaced) == (0, None)
+    assert drawn.temperature == 1
+
+
+@pytest.mark.parametrize(
+    ("pins", "wrong"),
+    [
+        (PINNED, "top_k=-1"),
+        ("temperature=0,top_k=20", "temperature=0"),
+        ("temperature=1,top_p=0.9", None),
+        ("temperature=1,top_k=20", None),
+        ("report", None),
+        ("rollout", None),
+    ],
+)
+def test_pins_that_vllm_refuses_with_masks_are_named(
+    monkeypatch: pytest.MonkeyPatch, pins: str, wrong: str | None
+) -> None:
+    def limits(**options: bool) -> list[str]:
+        engine = SimpleNamespace(model_config=SimpleNamespace(**options))
+        return _strict.limits(SimpleNamespace(state=SimpleNamespace(engine_client=engine)))
+
+    armed(monkeypatch, pins)
+
+    assert limits() == limits(return_sampling_mask=False) == []
+    found = limits(return_sampling_mask=True)
+    assert [each.partition(", and")[0] for each in found] == ([f"AGL_SAMPLING pins {wrong}"] if wrong else [])
 
 
 def test_reporting_counts_each_call_once_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -217,6 +217,19 @@ def test_a_server_does_not_start_with_sampling_that_makes_no_sense(tmp_path: Pat
     ) in ended.stderr
 
 
+def test_a_batch_is_not_run_with_sampling_that_makes_no_sense(tmp_path: Path) -> None:
+    made_up_vllm(tmp_path)
+    run_batch = "-c", "from vllm.v1.engine.async_llm import AsyncLLM; AsyncLLM(None); print('ran')"
+
+    for value, code in (("temprature=1", 1), ("temperature=1", 0)):
+        ended = python(tmp_path, *run_batch, AGL_INSTRUMENT="on", AGL_SAMPLING=value)
+
+        assert ended.returncode == code, ended.stderr
+        assert "Traceback" not in ended.stderr
+        assert ("this server does not start: AGL_SAMPLING='temprature=1'" in ended.stderr) == bool(code)
+        assert ("ran" in ended.stdout) != bool(code)
+
+
 def test_a_finder_that_hides_a_module_from_ours_is_named(tmp_path: Path) -> None:
     made_up_vllm(tmp_path)
     (tmp_path / "sitecustomize.py").write_text(FINDER_AHEAD.format(module=CHAT))

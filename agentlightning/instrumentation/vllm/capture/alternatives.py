@@ -7,6 +7,7 @@ engine gives are views of what it has for all requests of a step, which would ke
 
 from __future__ import annotations
 
+import logging
 from array import array
 from collections.abc import Sequence
 from itertools import accumulate, chain
@@ -14,8 +15,23 @@ from typing import Any
 
 from agentlightning.generation import SamplingMask, TopLogprobs
 from agentlightning.instrumentation.vllm._isolation import contained
+from agentlightning.instrumentation.vllm.capture import logprobs
 
-__all__ = ["MaskChunks", "StepLogprobs", "StepMasks", "of_positions"]
+__all__ = ["MaskChunks", "StepLogprobs", "StepMasks", "of_positions", "warn_of_missing_masks"]
+
+logger = logging.getLogger("agentlightning")
+
+
+def warn_of_missing_masks(model_config: Any) -> None:
+    """Log that masks are not recorded with logprobs that cannot be computed again without them."""
+    mode = logprobs.mode_of(model_config)
+    if logprobs.is_processed(mode) and not getattr(model_config, "return_sampling_mask", False):
+        has_option = hasattr(model_config, "return_sampling_mask")
+        logger.warning(
+            "agentlightning: logprobs are %s here, and what ids were chosen from is not recorded with them: %s",
+            mode,
+            "--return-sampling-mask is off" if has_option else "this release has no --return-sampling-mask",
+        )
 
 
 class StepMasks:

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 
 from agentlightning.instrumentation.vllm import _releases
 from agentlightning.instrumentation.vllm._isolation import contained
-from agentlightning.instrumentation.vllm.capture import logprobs, marks
+from agentlightning.instrumentation.vllm.capture import alternatives, logprobs, marks
 from agentlightning.instrumentation.vllm.capture.session import session
 from agentlightning.instrumentation.vllm.capture.unmarked import UnmarkedRequests
 from agentlightning.patching import Patch, Where, Wrap
@@ -185,6 +185,7 @@ def wrap_init(init: Callable[..., Any]) -> Callable[..., Any]:
 def _register(vllm_config: Any) -> None:
     session.identity.note_model(vllm_config.model_config)
     session.recorder.start()
+    alternatives.warn_of_missing_masks(vllm_config.model_config)
 
 
 def wrap_set_weight_version(set_weight_version: Callable[..., Any]) -> Callable[..., Any]:

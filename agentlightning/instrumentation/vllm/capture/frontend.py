@@ -259,15 +259,9 @@ def is_recorded_offline(engine: Any) -> bool:
 
 
 def _note_logprobs_mode(client: Any, vllm_config: Any) -> None:
-    mode = _logprobs_modes[client.output_processor] = logprobs.mode_of(vllm_config.model_config)
-    has_masks = getattr(vllm_config.model_config, "return_sampling_mask", False)
-    if session.is_recording and logprobs.is_processed(mode) and not has_masks:
-        has_option = hasattr(vllm_config.model_config, "return_sampling_mask")
-        logger.warning(
-            "agentlightning: logprobs are %s here, and what ids were chosen from is not recorded with them: %s",
-            mode,
-            "--return-sampling-mask is off" if has_option else "this release has no --return-sampling-mask",
-        )
+    _logprobs_modes[client.output_processor] = logprobs.mode_of(vllm_config.model_config)
+    if session.is_recording:
+        alternatives.warn_of_missing_masks(vllm_config.model_config)
 
 
 def _note_engine(client: Any, vllm_config: Any) -> None:
