@@ -67,6 +67,8 @@ def measure(quick: bool) -> Part:
 
 async def take_turns(server: RemoteOpenAIServer, tokens: int, seconds: float) -> list[Mapping[str, Load]]:
     request: dict[str, Any] = {"model": server.model, **CHAT, "temperature": 1, "top_p": 0.95, "max_tokens": tokens}
+    # With masks, vLLM takes no request without it.
+    request["top_k"] = IDS_LEFT
     bodies = dict.fromkeys(POSITIONS, request)
     async with session(server.url) as client_session:
         client = Client(client_session, server.process.pid, PATH, bodies, POSITIONS, SIZES[tokens])

@@ -70,7 +70,7 @@ CALLER = ("agent_id", "parent_agent_id", "purpose", "retry")
 ROLLOUTS_AT_ONCE = 1_000
 SECONDS_OF_WAITING = 20.0
 SECONDS_OF_AN_OLDER_VERSION = 60.0
-"""How long messages are sent in an older version before the newest is tried again."""
+"""Time for which messages are sent in an older version before the newest is tried again."""
 PRUNE_ERRORS = {each.__name__: each for each in (RolloutUnderWay, StoreRefused)}
 """Errors that the last line of an answer to `prune` names; all others may pass."""
 

@@ -136,7 +136,7 @@ class StepLogprobs:
 
     @property
     def nbytes(self) -> int:
-        """How many bytes are kept until then."""
+        """Bytes that are kept until then."""
         return sum(map(_nbytes, chain.from_iterable(self._steps)))
 
 
