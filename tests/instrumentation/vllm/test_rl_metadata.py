@@ -10,6 +10,7 @@ import weakref
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -22,8 +23,8 @@ from vllm.v1.request import Request
 
 from agentlightning import instrumentation
 from agentlightning.generation import RoutedExperts
-from agentlightning.instrumentation.vllm import _isolation
-from agentlightning.instrumentation.vllm.capture import logprobs
+from agentlightning.instrumentation.vllm import _isolation, _releases
+from agentlightning.instrumentation.vllm.capture import alternatives, engine_core, logprobs
 from agentlightning.instrumentation.vllm.capture.session import session
 from agentlightning.instrumentation.vllm.capture.unmarked import UnmarkedRequests
 from tests.common.engine import Engine, kept
@@ -342,6 +343,30 @@ def test_an_engine_core_copies_what_it_keeps_of_a_step(path: Path) -> None:
     assert [[each["id"] for each in of_id] for of_id in choice.top_logprobs.tolist()] == [[5, 4], [6]]
     # The second id has no mask.
     assert choice.sampling_mask is None
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"logprobs_mode": "processed_logprobs"}, "this release has no --return-sampling-mask"),
+        ({"logprobs_mode": "processed_logprobs", "return_sampling_mask": False}, "--return-sampling-mask is off"),
+        ({"logprobs_mode": "processed_logprobs", "return_sampling_mask": True}, None),
+        ({"logprobs_mode": "raw_logprobs"}, None),
+    ],
+)
+def test_an_engine_core_behind_the_rust_frontend_says_that_masks_are_missing(
+    path: Path, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], told: str | None
+) -> None:
+    logged: list[str] = []
+    monkeypatch.setattr(alternatives.logger, "warning", lambda words, *args: logged.append(words % args))
+    monkeypatch.setattr(_releases, "uses_rust_frontend", lambda: True)
+    core = SimpleNamespace(
+        vllm_config=SimpleNamespace(model_config=SimpleNamespace(served_model_name="tiny", **config))
+    )
+
+    engine_core.wrap_init(lambda self: None)(core)
+
+    assert [line.partition("with them: ")[2] for line in logged] == ([] if told is None else [told])
 
 
 def test_an_unreadable_output_leaves_the_others_of_its_step_intact(path: Path) -> None:
