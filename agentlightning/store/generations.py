@@ -88,14 +88,16 @@ def add(
         InvalidRecord, ValueError: one of them cannot be stored by any store.
         Lacking: prompts continue blocks that are not there.
     """
-    new = _unknown(connection, tables.generations, generations)
+    by_id = _unknown(connection, tables.generations, generations)
+    new = [*by_id.values()]
     stored = prompts.add(connection, new, cut)
     counts = [(prompt[0], rows.output_tokens(each)) for prompt, each in zip(stored, new, strict=True)]
     sender_key = senders.count_generations(connection, sender_id, new, counts, time.time_ns())
-    keys = texts.keys_of(connection, {text for generation in new for text in rows.repeated_texts(generation)})
-    numbered = list(zip(new, stored, next_keys(connection, tables.generations, len(new)), strict=True))
-    insert_rows(connection, tables.generations, [rows.generation_row(*each, keys, sender_key) for each in numbered])
-    choices = ((choice, key) for generation, _, key in numbered for choice in generation.choices)
+    keys = texts.keys_of(connection, rows.repeated_texts(new))
+    numbered = next_keys(connection, tables.generations, len(new))
+    every = zip(new, by_id, stored, counts, numbered, strict=True)
+    insert_rows(connection, tables.generations, [rows.generation_row(*each, keys, sender_key) for each in every])
+    choices = ((choice, key) for each, key in zip(new, numbered, strict=True) for choice in each.choices)
     insert_rows(connection, tables.choices, [rows.choice_row(*each, keys) for each in choices])
     return len(new)
 
@@ -201,7 +203,7 @@ def has_any(connection: Connection, filters: Filters) -> bool:
 
 def add_losses(connection: Connection, new: Sequence[Loss]) -> int:
     """Store reports of losses; returns how many are new. One whose id is known already is left unchanged."""
-    unknown = _unknown(connection, tables.losses, new)
+    unknown = _unknown(connection, tables.losses, new).values()
     keys = next_keys(connection, tables.losses, len(unknown))
     insert_rows(connection, tables.losses, [rows.loss_row(*each) for each in zip(unknown, keys, strict=True)])
     return len(unknown)
@@ -232,13 +234,13 @@ def _generations_of(connection: Connection, found: Sequence[Any]) -> list[Genera
     ]
 
 
-def _unknown(connection: Connection, table: Table, records: Iterable[Record]) -> list[Record]:
-    """Return the records that the table does not have yet, each once."""
+def _unknown(connection: Connection, table: Table, records: Iterable[Record]) -> dict[bytes, Record]:
+    """Return the records that the table does not have yet, by their ids in bytes."""
     by_id = {rows.uuid_bytes(record.id): record for record in records}
     for some in in_parts(list(by_id)):
         for (known,) in found(connection, table, ("id",), "id", some):
             del by_id[bytes(known)]
-    return list(by_id.values())
+    return by_id
 
 
 def _conditions(connection: Connection, filters: Filters) -> list[ColumnElement[bool]]:

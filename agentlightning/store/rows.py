@@ -6,7 +6,7 @@ import json
 import struct
 import sys
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, chain, pairwise
 from operator import attrgetter
 from typing import Any, TypeVar
@@ -68,16 +68,16 @@ TEXT_KEYS = {
     "requested_params": "requested_params_key",
 }
 """Fields of a generation that are repeated texts, and the columns with the keys of these."""
-_texts_of = attrgetter(*TEXT_KEYS)
+_always_texts_of = attrgetter(*(name for name in TEXT_KEYS if name != "attempt_id"))
 _keys_of = attrgetter(*TEXT_KEYS.values())
 
 
-def repeated_texts(generation: Generation) -> Iterator[str | None]:
-    """Yield the texts of a generation that its rows refer to by keys; an empty attempt id is none."""
-    for name, text in zip(TEXT_KEYS, _texts_of(generation), strict=True):
-        yield text or None if name == "attempt_id" else text
-    for choice in generation.choices:
-        yield choice.finish_reason
+def repeated_texts(generations: Sequence[Generation]) -> set[str | None]:
+    """Collect the texts of generations that their rows refer to by keys; an empty attempt id is none."""
+    found = {*chain.from_iterable(map(_always_texts_of, generations))}
+    found.update([each.attempt_id or None for each in generations])
+    found.update([choice.finish_reason for each in generations for choice in each.choices])
+    return found
 
 
 def text_keys(generations: Iterable[Any], choices: Iterable[Any]) -> set[int | None]:
@@ -93,7 +93,9 @@ def output_tokens(generation: Generation) -> int:
 
 def generation_row(
     generation: Generation,
+    generation_id: bytes,
     prompt: tuple[int, bytes | None, str | None, int | None, int | None],
+    tokens: tuple[int, int],
     key: int,
     keys: Mapping[str | None, int | None],
     sender_key: int | None,
@@ -101,15 +103,17 @@ def generation_row(
     """Make the row of `generations`.
 
     Args:
+        generation_id: its id, as `uuid_bytes` parses it.
         prompt: as `prompts.add` has stored it, in the columns' order.
+        tokens: the numbers of ids of its prompt and of all its choices.
         keys: maps its `repeated_texts` to their keys, and None to None.
 
     Raises:
-        ValueError: an id is not a UUID, or the status is unknown.
+        ValueError: the id of its call is not a UUID, or the status is unknown.
     """
     return (
         key,
-        uuid_bytes(generation.id),
+        generation_id,
         None if generation.call_id is None else uuid_bytes(generation.call_id),
         storable(generation.request_id),
         storable(generation.response_id),
@@ -127,8 +131,7 @@ def generation_row(
         keys[generation.logprobs_mode],
         generation.cached_tokens,
         sender_key,
-        prompt[0],
-        output_tokens(generation),
+        *tokens,
         *prompt[1:],
         keys[generation.agent_id],
         keys[generation.parent_agent_id],
