@@ -53,7 +53,7 @@ def _wrap(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Named(NamedTuple):
-    """Where a request names a rollout that is to be taken off."""
+    """The places of a request that name a rollout, to be taken off."""
 
     in_path: bool
     in_key: bool
