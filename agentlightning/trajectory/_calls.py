@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 from agentlightning.generation import RoutedExperts, SamplingMask, Status
 
@@ -117,9 +117,10 @@ def sampling_of(params: str | None) -> dict[str, Any] | None:
         found: Any = None if params is None else json.loads(params)
     except ValueError:
         return None
-    if not isinstance(found, dict):
+    if not isinstance(found, Mapping):
         return None
-    given = {name: _number(value, usual) for name, usual in SAMPLING.items() for value in [found.get(name, usual)]}
+    found = cast("Mapping[str, Any]", found)
+    given = {name: _number(found.get(name, usual), usual) for name, usual in SAMPLING.items()}
     # vLLM has -1 and 0 for all tokens.
     return given | {"top_k": max(given["top_k"], 0)}
 
