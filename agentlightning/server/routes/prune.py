@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from agentlightning.errors import RolloutUnderWay, StoreRefused, StoreUnavailable
 from agentlightning.server.answers import encode
@@ -31,11 +31,11 @@ LINES: dict[int | str, dict[str, Any]] = {
 }
 
 
-class Prune(Sent):
+# A misspelt filter would leave the others to select more than was meant, a misspelt `dry_run` delete it.
+class Prune(Sent, extra="forbid"):
     """Rollouts to delete: those that have ended and match all filters; without any, only what nothing refers to."""
 
-    # A misspelt filter would leave the others to select more than was meant, a misspelt `dry_run` delete it.
-    model_config = ConfigDict(**example(older_than=604800.0, dry_run=True), extra="forbid")
+    model_config = example(older_than=604800.0, dry_run=True)
 
     rollout_ids: list[Id] | None = Field(None, max_length=BATCH_LIMIT)
     status_in: list[Literal["failed", "succeeded", "cancelled"]] | None = Field(None, max_length=64)
