@@ -137,7 +137,7 @@ def test_a_vllm_in_which_nothing_is_known_is_a_problem_for_each_patch_set(
     for module in {package.parent.joinpath(*name.split(".")) for known in vllm.PATCH_SETS for name in known.modules}:
         module.with_suffix(".py").unlink(missing_ok=True)
 
-    said = doctor(environment, AGL_INSTRUMENT=switch, AGL_CONTINUE="on")
+    said = doctor(environment, AGL_INSTRUMENT=switch, AGL_CONTINUE="on", AGL_SAMPLING="report")
 
     assert said.status == 1
     for patch_set in PATCH_SETS:
