@@ -276,8 +276,9 @@ def of_responses(connection: Connection, response_ids: Iterable[str]) -> dict[st
     """
     answers = keys_with_answers(connection, {rows.storable(each) or "" for each in response_ids})
     last = [calls[0][-1] for calls in answers.values() if len(calls) == 1]
-    generations = read_generations(connection, last, (*PROMPT, *CALLER))
-    known = texts.texts_of(connection, {key for row in generations for key in (row.model_key, *_caller_keys(row))})
+    generations = read_generations(connection, last, (*PROMPT, *CALLER, _GENERATIONS.sampling_params_key))
+    keys = {key for row in generations for key in (row.model_key, row.sampling_params_key, *_caller_keys(row))}
+    known = texts.texts_of(connection, keys)
     calls = [Call([row], [], None) for row in generations]
     found: dict[str, Triplet] = {}
     for triplet in _triplets(connection, None, RolloutCalls(calls, None, known, {}, ()), {}):

@@ -102,6 +102,8 @@ def test_triplets_of_a_rollout_are_its_calls_with_rewards(client: httpx.Client, 
             "reward": value,
             "span_id": span["span_id"],
             "weight_versions": [{"version": "v1", "start": 0, "end": 2}],
+            "routed_experts": None,
+            "sampling_mask": None,
             "input": 1,
             "metadata": {},
         }
