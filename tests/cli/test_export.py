@@ -349,6 +349,8 @@ def test_parquet_has_a_row_for_each_triplet_with_its_fields_and_ids_as_int32(rew
         "logprobs": "list<element: float>",
         "reward": "double",
         "weight_versions": "list<element: struct<version: string, start: int32, end: int32>>",
+        "routed_experts": "list<element: list<element: list<element: int16>>>",
+        "sampling_mask": "list<element: list<element: int32>>",
     }
 
 

@@ -69,7 +69,8 @@ def test_jsonl_and_parquet_have_the_same_rows(store: Path, tmp_path: Path) -> No
     assert [row["reward"] for row in rows] == [0.0, 0.25, 0.5, 0.75, 1.0, None]
     assert [row["input"] for row in rows] == [None] * 5 + ['{"question": "Paris?"}']
     assert rows[5]["group"] == "g"
-    assert rows[0]["routed_experts"] == [[[3]]]
+    assert rows[0]["routed_experts"] == [[[3]], *[[[-1]]] * 5]
+    assert rows[0]["missing_experts"] == 5
     assert table.schema.field("token_ids").type == pyarrow.list_(pyarrow.int32())
     assert table.schema.field("response_mask").type == pyarrow.list_(pyarrow.int8())
 

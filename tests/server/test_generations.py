@@ -145,6 +145,7 @@ def test_get_by_id_returns_json(client: httpx.Client) -> None:
     wanted = FULL.as_dict()
     wanted["choices"][0]["logprobs"][1] = None
     wanted["choices"][0]["weight_versions"] = [["v1", 0, 1], ["v2", 1, 2]]
+    wanted["choices"][0]["top_logprobs"][1][0]["logprob"] = None
     assert found["choices"][0]["logprobs"] == pytest.approx([-0.1, None])
     found["choices"][0]["logprobs"] = wanted["choices"][0]["logprobs"]
     assert found == wanted
