@@ -63,7 +63,7 @@ def test_no_call_breaks_the_one_before_and_the_agent_notices_nothing(
 TOOL = {"Count the planets": compact_call("count", things="planets"), "There are 8 planets": frameworks.ANSWER}
 RESPONSES = "OpenAI Agents SDK over Responses"
 STRICT = {"OpenAI Agents SDK", "pydantic-ai"}
-"""Those with strict tools: their grammar lets the model write a call in one way alone, which is the template's."""
+"""Frameworks with strict tools: their grammar lets the model write a call in one way alone, which is the template's."""
 UNMATCHED = ("smolagents", "AutoGen")
 NO_MATCH = pytest.mark.xfail(reason="the second call is counted as `no match`, and it is not known why")
 
