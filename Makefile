@@ -23,7 +23,7 @@ help:
 	@echo '             TRL or verl trains a tiny model on the ids that vLLM recorded: the reward goes up within minutes'
 	@echo 'make demo-agent AGENT=claude|codex|opencode|qwen|mini'
 	@echo '             a real coding agent, its calls as a tree, and the rows a trainer would use'
-	@echo 'make check   lint, types and the tests that start no server: what to run after each edit (two minutes)'
+	@echo 'make check   lint, types and the tests that start no server: what to run after each edit (a minute)'
 	@echo 'make test    every part, with a real vLLM, real clients and databases (a quarter of an hour)'
 	@echo 'make test-all'
 	@echo '             also endurance, every way to install, other Pythons and three releases of vLLM (an hour and a half)'

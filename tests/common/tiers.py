@@ -44,7 +44,7 @@ class Tier:
 
 
 TIERS = (
-    Tier("check", "what starts no server and no interpreter of another environment; two minutes with lint", 5),
+    Tier("check", "what starts no server and no interpreter of another environment; a minute with lint", 5),
     Tier("test", "every part of the product, with real servers, clients and databases; a quarter of an hour", 60),
     Tier("all", "also endurance, every way to install and each start of a server; an hour", None),
 )
