@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
+from functools import partial
 
 import psycopg
 from psycopg import errors
@@ -17,6 +18,7 @@ from agentlightning.settings import without_secrets
 from agentlightning.store import tables
 from agentlightning.store.blocks import RECENT
 from agentlightning.store.chains import Recent
+from agentlightning.store.compaction import compact
 from agentlightning.store.database import Conflict, Database, accept_to_read, newer, transaction
 
 __all__ = ["PostgresqlDatabase"]
@@ -220,24 +222,22 @@ class PostgresqlDatabase(Database):
 
     def shrink(self) -> Iterator[None]:
         for table in tables.metadata.tables:
-            with self.explained(), self._engine.connect() as connection:
-                connection.exec_driver_sql(f"VACUUM {table}")
-            yield
+            yield from compact(table, self.reading, partial(self.writing, alone=True), self._run_alone)
 
     def space_advice(self) -> str | None:
-        return (
-            "PostgreSQL uses the freed space for what is written next, and has returned to the file system what was at "
-            f"the end of a table; to return all, run `agl prune --store '{self._name}' --vacuum`, which locks readers "
-            "and writers out, one table at a time"
-        )
+        return None
 
     def rewrite(self) -> None:
         for table in tables.metadata.tables:
-            with self.explained(), self._engine.connect() as connection:
-                connection.exec_driver_sql(f"VACUUM FULL {table}")
+            self._run_alone(f"VACUUM FULL {table}")
 
     def close(self) -> None:
         self._engine.dispose()
+
+    def _run_alone(self, statement: str) -> None:
+        """Run a statement that PostgreSQL refuses inside a transaction."""
+        with self.explained(), self._engine.connect() as connection:
+            connection.exec_driver_sql(statement)
 
     def _unreachable(self, message: str) -> StoreUnavailable | StoreRefused:
         """Classify an error by its message: psycopg gives errors that precede the login no code."""
