@@ -17,7 +17,7 @@ from sqlalchemy import Connection
 
 from agentlightning.errors import RolloutUnderWay
 from agentlightning.rollout_records import FINISHED, RolloutStatus
-from agentlightning.store import lifecycle, rollouts, texts
+from agentlightning.store import changes, lifecycle, rollouts, texts
 from agentlightning.store.database import Database, fetch, in_parts, is_single_writer, run
 from agentlightning.store.rows import storable, text_of
 from agentlightning.store.unused import delete_keys, sweep, unused_blocks
@@ -224,6 +224,8 @@ def _in_transactions(database: Database, work: Iterable[Part]) -> Iterator[Count
                 some, is_done = parts[done](connection)
                 deleted.update(some)
                 done += is_done
+            if deleted:
+                changes.note_deletion(connection)
             waits = is_single_writer(connection)
         for _ in range(done):
             parts.popleft()

@@ -23,6 +23,7 @@ from agentlightning.rollout_records import (
 )
 from agentlightning.sampling import pins_for
 from agentlightning.store import resources, workers
+from agentlightning.store.changes import next_change
 from agentlightning.store.database import now
 from agentlightning.store.documents import to_json
 from agentlightning.store.rollouts import config_of, find, find_known
@@ -46,11 +47,11 @@ MICROSECONDS = 1_000_000
 
 # Made once: SQLAlchemy takes longer to build a statement than SQLite takes to execute it. No parameter has the name of
 # a column: SQLAlchemy would take it for a value to set.
-_CHANGE_ROLLOUT = update(rollouts).where(rollouts.c.key == bindparam("of_key"))
+_CHANGE_ROLLOUT = update(rollouts).where(rollouts.c.key == bindparam("of_key")).values(changed=next_change())
 _IS = and_(attempts.c.rollout_key == bindparam("of_rollout"), attempts.c.sequence_id == bindparam("number"))
 _ATTEMPT = select(attempts).where(_IS)
 _CHANGE_ATTEMPT = update(attempts).where(_IS)
-_NEW_ROLLOUTS, _NEW_ATTEMPT = insert(rollouts), insert(attempts)
+_NEW_ROLLOUTS, _NEW_ATTEMPT = insert(rollouts).values(changed=next_change()), insert(attempts)
 _DUE = select(attempts.c.rollout_key).where(attempts.c.deadline < bindparam("now")).limit(1)
 _WAITING = (
     select(rollouts.c.key, rollouts.c.rollout_id, rollouts.c.attempts, rollouts.c.config)
@@ -295,16 +296,19 @@ def _settle(connection: Connection, found: Any, number: int, changes: dict[str, 
     if changes:
         _change_attempt(connection, found.key, number, **changes)
     attempt = _attempt_row(connection, found.key, number)
+    status = found.status
     if number == found.attempts:
         config = config_of(found)
         status = _status_after(attempt, config)
-        if status != found.status:
-            _change_rollout(connection, found, status, at)
         deadline = None
         if status in UNDER_WAY:
             deadline = _deadline(config, attempt.start_time, attempt.last_heartbeat_time)
         if deadline != attempt.deadline:
             _change_attempt(connection, found.key, number, deadline=deadline)
+    if status != found.status:
+        _change_rollout(connection, found, status, at)
+    else:
+        connection.execute(_CHANGE_ROLLOUT, {"of_key": found.key})
     if attempt.worker_id and changes.keys() & {"status", "worker_id"}:
         known = workers.of_attempt(attempt.status, at, found.rollout_id, attempt.attempt_id)
         workers.note(connection, attempt.worker_id, **known)

@@ -25,7 +25,7 @@ __all__ = ["PostgresqlDatabase"]
 
 SCHEMA = "agentlightning"
 """Schema of the tables, so that the database may hold other programs' tables, too."""
-VERSION = 5
+VERSION = 6
 """Version of the tables, which the table `agentlightning.version` holds."""
 MIGRATIONS: Mapping[int, Sequence[str]] = {
     1: (
@@ -72,6 +72,10 @@ MIGRATIONS: Mapping[int, Sequence[str]] = {
         "ALTER TABLE generations ADD COLUMN prompt_logprobs BYTEA",
         "ALTER TABLE choices ADD COLUMN sampling_mask BYTEA",
         "ALTER TABLE choices ADD COLUMN top_logprobs BYTEA",
+    ),
+    5: (
+        "ALTER TABLE rollouts ADD COLUMN changed BIGINT DEFAULT '0' NOT NULL",
+        "CREATE INDEX rollouts_by_change ON rollouts (changed, rollout_id, status, end_time)",
     ),
 }
 """Statements that turn the tables of a version into those of the next."""

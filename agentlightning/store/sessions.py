@@ -15,7 +15,7 @@ from typing import Any, Literal
 from sqlalchemy import ColumnElement, Connection, and_, bindparam, delete, exists, select, update
 
 from agentlightning.rollout_records import NewRollout
-from agentlightning.store import attributes, lifecycle, rollouts
+from agentlightning.store import attributes, changes, lifecycle, rollouts
 from agentlightning.store.database import insert_if_new
 from agentlightning.store.spans import NewSpan, next_sequence_ids
 from agentlightning.store.tables import sessions, span_sequences, spans
@@ -108,6 +108,7 @@ def _place(
         _move(connection, spans.c.rollout_id == found.rollout_id, named)
         connection.execute(delete(span_sequences).where(span_sequences.c.rollout_id == found.rollout_id))
         rollouts.remove(connection, found.rollout_id)
+        changes.note_deletion(connection)
         _set(connection, trace_id, named, is_own=False)
         return named, False
     return (found.rollout_id, found.attempt_id), found.is_own

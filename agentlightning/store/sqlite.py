@@ -27,7 +27,7 @@ __all__ = ["SqliteDatabase"]
 
 APPLICATION_ID = int.from_bytes(b"AgL1", "big")
 """`PRAGMA application_id` of the files of agentlightning."""
-VERSION = 5
+VERSION = 6
 """Version of the schema, which `PRAGMA user_version` holds."""
 MIGRATIONS: Mapping[int, Sequence[str]] = {
     1: (
@@ -74,6 +74,10 @@ MIGRATIONS: Mapping[int, Sequence[str]] = {
         "ALTER TABLE generations ADD COLUMN prompt_logprobs BLOB",
         "ALTER TABLE choices ADD COLUMN sampling_mask BLOB",
         "ALTER TABLE choices ADD COLUMN top_logprobs BLOB",
+    ),
+    5: (
+        "ALTER TABLE rollouts ADD COLUMN changed BIGINT DEFAULT '0' NOT NULL",
+        "CREATE INDEX rollouts_by_change ON rollouts (changed, rollout_id, status, end_time)",
     ),
 }
 """Statements that turn a file of a version into one of the next."""

@@ -230,6 +230,8 @@ rollouts = Table(
     Column("queued_at", BigInteger),
     # The number of attempts, which is the `sequence_id` of the latest.
     Column("attempts", Integer, nullable=False),
+    # Grows with each change of the rollout or of its attempts; `store.changes` says how.
+    Column("changed", BigInteger, nullable=False, server_default="0"),
 )
 
 attempts = Table(
@@ -447,6 +449,8 @@ _index_where_set(generations, "by_text_block", "text_block")
 
 _index_where_set(rollouts, "queued", "queued_at", "key")
 _index("rollouts_by_status", rollouts.c.status)
+# Who waits reads from this index alone what has changed: an input may be long, and stands before the status in its row.
+_index("rollouts_by_change", *(rollouts.c[column] for column in ("changed", "rollout_id", "status", "end_time")))
 _index_where_set(attempts, "by_deadline", "deadline")
 _SPAN_OF_ROLLOUT = (spans.c.rollout_id, spans.c.attempt_id, spans.c.span_id)
 _index("spans_of_rollout", *_SPAN_OF_ROLLOUT, where=spans.c.rollout_id.is_not(None), unique=True)

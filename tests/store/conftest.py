@@ -22,14 +22,17 @@ EVERY_KIND = [
 """The kinds of stores: a file, a PostgreSQL database, and an `agl store`."""
 
 
+BACK_TO_VERSION_5 = ("DROP INDEX rollouts_by_change", "ALTER TABLE rollouts DROP COLUMN changed")
+"""Statements that give a database of version 6 the tables of version 5."""
 BACK_TO_VERSION_4 = (
+    *BACK_TO_VERSION_5,
     *(
         f"ALTER TABLE generations DROP COLUMN {name}"
         for name in ("served_model_key", "requested_params_key", "prompt_logprobs")
     ),
     *(f"ALTER TABLE choices DROP COLUMN {name}" for name in ("sampling_mask", "top_logprobs")),
 )
-"""Statements that give a database of version 5 the tables of version 4."""
+"""Statements that give a database of version 6 the tables of version 4."""
 BACK_TO_VERSION_3 = (
     *BACK_TO_VERSION_4,
     *(
@@ -38,14 +41,14 @@ BACK_TO_VERSION_3 = (
     ),
     *(f"DROP TABLE {name}" for name in ("drifts", "breaks", "drift_totals")),
 )
-"""Statements that give a database of version 5 the tables of version 3."""
+"""Statements that give a database of version 6 the tables of version 3."""
 BACK_TO_VERSION_2 = (
     *BACK_TO_VERSION_3,
     *(f"DROP INDEX generations_by_{name}" for name in ("ids_block", "text_block")),
     *(f"ALTER TABLE generations DROP COLUMN {name}" for name in ("ids_block", "text_block")),
     *(f"DROP TABLE {name}" for name in ("blocks", "watermarks", "lost_calls")),
 )
-"""Statements that give a database of version 5 the tables of version 2."""
+"""Statements that give a database of version 6 the tables of version 2."""
 
 
 def new_store_of(kind: str, request: pytest.FixtureRequest) -> Callable[[Path], str]:

@@ -1,0 +1,106 @@
+"""What has changed since: asked for often, and answered from a few entries of indexes. The caller owns the transaction.
+
+Generations and spans are only added, so the highest keys tell that some are new. Rollouts and their attempts change in
+place, so each change gives the rollout a higher number in its column `changed`.
+
+In PostgreSQL a transaction may commit later than one that began after it, so keys and numbers below the highest may
+still appear. There the number is that of the transaction; who reads takes in all that were open, and a revision looks
+at the last `KEYS_LOOKED_AT_AGAIN`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import Connection
+from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.ext.compiler import compiles
+
+from agentlightning.rollout_records import RolloutStatus
+from agentlightning.store import texts
+from agentlightning.store.database import fetch, is_single_writer, run
+from agentlightning.store.rows import storable
+
+__all__ = ["KEYS_LOOKED_AT_AGAIN", "changed_rollouts", "next_change", "note_deletion", "now_at", "revision", "revision_of"]
+
+KEYS_LOOKED_AT_AGAIN = 1_000
+
+# Microseconds, so that the number of a deleted rollout does not come again; higher than all, whatever the clock says.
+_NEXT = """
+    max(CAST((julianday('now') - 2440587.5) * 86400000000 AS INTEGER),
+    1 + coalesce((SELECT max(changed) FROM rollouts), 0))
+"""
+_LATEST = {
+    name: f"SELECT sum({column}) FROM {name} WHERE {column} >= (SELECT max({column}) FROM {name}) - ?"
+    for name, column in {"generations": "key", "spans": "key", "rollouts": "changed"}.items()
+}
+_REVISION = f"SELECT {', '.join(f'({each})' for each in _LATEST.values())}, (SELECT sum(count) FROM drift_totals)"
+_OF_ROLLOUT = """
+    SELECT (SELECT changed FROM rollouts WHERE rollout_id = ?),
+    (SELECT count(*) FROM spans WHERE rollout_id = ?),
+    (SELECT count(*) FROM generations WHERE rollout_key = ?),
+    (SELECT max(finished_at) FROM generations WHERE rollout_key = ?),
+    (SELECT calls FROM drifts WHERE rollout_id = ?)
+"""
+_NOW = {
+    "sqlite": "SELECT coalesce(max(changed), 0) FROM rollouts",
+    "postgresql": "SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint - 1",
+}
+_CHANGED = "SELECT rollout_id, status, end_time FROM rollouts WHERE changed > ?"
+_DELETED = """
+    INSERT INTO drift_totals VALUES ('deleted', 1) ON CONFLICT (name) DO UPDATE SET count = drift_totals.count + 1
+"""
+
+
+class next_change(FunctionElement[int]):  # noqa: N801
+    """The value of `rollouts.changed` for a change that is made now."""
+
+    inherit_cache = True
+
+
+@compiles(next_change, "sqlite")
+def _in_sqlite(_: next_change, __: Any, **___: Any) -> str:
+    return _NEXT
+
+
+@compiles(next_change, "postgresql")
+def _in_postgresql(_: next_change, __: Any, **___: Any) -> str:
+    return "pg_current_xact_id()::text::bigint"
+
+
+def revision(connection: Connection) -> str:
+    """Return a text that is another one once rollouts, attempts, calls, spans or breaks were added, changed or deleted.
+
+    Signs of life of attempts, workers and senders change nothing.
+    """
+    again = 0 if is_single_writer(connection) else KEYS_LOOKED_AT_AGAIN
+    return _joined(run(connection, _REVISION, [again] * len(_LATEST)).one())
+
+
+def revision_of(connection: Connection, rollout_id: str) -> str:
+    """Return the same for one rollout."""
+    stored, key = storable(rollout_id), texts.key_of(connection, rollout_id)
+    return _joined(run(connection, _OF_ROLLOUT, (stored, stored, key, key, stored)).one())
+
+
+def now_at(connection: Connection) -> int:
+    """Return the number after which `changed_rollouts` finds what this transaction does not see yet."""
+    return run(connection, _NOW[connection.dialect.name], ()).scalar_one()
+
+
+def changed_rollouts(connection: Connection, after: int) -> dict[str, tuple[RolloutStatus, float | None]]:
+    """Read the states of the rollouts that have changed, and when they ended, by their ids.
+
+    Args:
+        after: what `now_at` returned in an earlier transaction; what that one has seen may be among them again.
+    """
+    return {row[0]: (row[1], row[2]) for row in fetch(connection, _CHANGED, (after,))}
+
+
+def note_deletion(connection: Connection) -> None:
+    """Make the revision another one, though none of the highest keys may have changed."""
+    run(connection, _DELETED, ())
+
+
+def _joined(values: Any) -> str:
+    return ".".join("" if each is None else str(each) for each in values)

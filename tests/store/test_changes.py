@@ -1,0 +1,122 @@
+"""Tests of revisions and of what has changed since: rollouts, calls, spans and breaks count, signs of life do not."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from agentlightning.rollout_records import Span
+from agentlightning.sender import Progress, Sender
+from agentlightning.store import Store, changes, open_database, open_store
+from agentlightning.store.database import Database
+from tests.common.generations import generation
+from tests.store.conftest import BACK_TO_VERSION_5, EVERY_KIND, new_store_of
+
+pytestmark = pytest.mark.tier("check")
+
+
+@pytest.fixture(scope="session", params=EVERY_KIND[:2])
+def new_store(request: pytest.FixtureRequest) -> Callable[[Path], str]:
+    return new_store_of(request.param, request)
+
+
+def revision(database: Database, rollout_id: str | None = None) -> str:
+    with database.reading() as connection:
+        return changes.revision(connection) if rollout_id is None else changes.revision_of(connection, rollout_id)
+
+
+def test_each_change_gives_another_revision_and_signs_of_life_do_not(store: Store, database: Database) -> None:
+    seen = [revision(database)]
+    rollout = store.enqueue_rollout({"n": 1})
+    seen.append(revision(database))
+    taken = store.dequeue_rollout(worker_id="w")
+    assert taken is not None and taken.attempt is not None
+    attempt_id = taken.attempt.attempt_id
+    seen.append(revision(database))
+    store.add([generation(1, rollout_id=rollout.rollout_id)])
+    seen.append(revision(database))
+    store.add_span(Span("a span", rollout.rollout_id, attempt_id))
+    seen.append(revision(database))
+    store.update_attempt(rollout.rollout_id, attempt_id, metadata={"a": 1})
+    seen.append(revision(database))
+    store.update_rollout(rollout.rollout_id, status="succeeded")
+    seen.append(revision(database))
+    store.start_rollout("another")
+    seen.append(revision(database))
+    store.delete_rollouts([rollout.rollout_id])
+    seen.append(revision(database))
+    assert len({*seen}) == len(seen)
+
+    sender = Sender(host="h", pid=1, started_at=1, version="1")
+    store.register_sender(sender)
+    store.report_progress(sender.id, Progress(watermark=time.time_ns()))
+    store.update_worker("w", {"load": 1})
+    assert revision(database) == seen[-1]
+
+
+def test_revision_of_a_rollout_changes_with_it_alone(store: Store, database: Database) -> None:
+    one, other = store.start_rollout(1), store.start_rollout(2)
+    before, of_other = revision(database, one.rollout_id), revision(database, other.rollout_id)
+    found = {before}
+
+    store.add([generation(1, rollout_id=one.rollout_id)])
+    found.add(revision(database, one.rollout_id))
+    store.add_span(Span("a span", one.rollout_id, one.attempt.attempt_id if one.attempt else None))
+    found.add(revision(database, one.rollout_id))
+    store.update_rollout(one.rollout_id, status="failed")
+    found.add(revision(database, one.rollout_id))
+
+    assert len(found) == 4
+    assert revision(database, other.rollout_id) == of_other
+
+
+def test_rollouts_that_changed_since_are_found_whatever_commits_first(store: Store, database: Database) -> None:
+    one, other, third = (store.enqueue_rollout(n).rollout_id for n in range(3))
+    with database.reading() as connection:
+        before = changes.now_at(connection)
+    store.update_rollout(one, status="failed")
+    store.update_rollout(other, status="running")
+
+    with database.reading() as connection:
+        found = changes.changed_rollouts(connection, before)
+
+    assert found[one][0] == "failed"
+    assert found[other] == ("running", None)
+    assert third not in found
+
+
+def test_transaction_that_commits_late_is_not_missed(store: Store, database: Database, url: str) -> None:
+    if "postgresql" not in url:
+        pytest.skip("a file has one writer at a time")
+    rollout_id = store.enqueue_rollout(1).rollout_id
+    with closing(open_database(url)) as late:
+        with late.writing() as slow:
+            slow.exec_driver_sql(
+                "UPDATE rollouts SET status = 'failed', changed = pg_current_xact_id()::text::bigint "
+                "WHERE rollout_id = %s",
+                (rollout_id,),
+            )
+            store.enqueue_rollout(2)
+            seen = revision(database)
+            with database.reading() as connection:
+                before = changes.now_at(connection)
+        with database.reading() as connection:
+            assert changes.changed_rollouts(connection, before)[rollout_id][0] == "failed"
+        assert revision(database) != seen
+
+
+def test_store_of_version_5_is_migrated(store: Store, url: str) -> None:
+    rollout_id = store.enqueue_rollout(1).rollout_id
+    with closing(open_database(url)) as database, database.writing() as connection:
+        version = "UPDATE version SET version = 5" if "postgresql" in url else "PRAGMA user_version = 5"
+        for statement in (*BACK_TO_VERSION_5, version):
+            connection.exec_driver_sql(statement)
+
+    with open_store(url) as migrated, closing(open_database(url)) as database:
+        before = revision(database)
+        assert migrated.dequeue_rollouts(1)[0].rollout_id == rollout_id
+        assert revision(database) != before
