@@ -483,7 +483,7 @@ def fill(path: Path, count: int) -> None:
     database = open_database(str(path))
     now, config = time.time(), to_json(RolloutConfig().as_dict())
     task, metadata = (msgspec.json.encode(ROLLOUT[name]).decode() for name in ("input", "metadata"))
-    columns = task, now, now, "train", None, "succeeded", config, metadata, None, 1
+    columns = task, now, now, "train", None, "succeeded", config, metadata, None, 1, 0
     rollouts = ((key, f"ro-{new_id()}", *columns) for key in range(1, count + 1))
     ended = now, now, "succeeded", "runner-0", now, None, None
     attempts = ((key, 1, f"at-{new_id()}", *ended) for key in range(1, count + 1))

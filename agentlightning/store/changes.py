@@ -10,18 +10,27 @@ at the last `KEYS_LOOKED_AT_AGAIN`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection
-from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
 
 from agentlightning.rollout_records import RolloutStatus
 from agentlightning.store import texts
 from agentlightning.store.database import fetch, is_single_writer, run
 from agentlightning.store.rows import storable
 
-__all__ = ["KEYS_LOOKED_AT_AGAIN", "changed_rollouts", "next_change", "note_deletion", "now_at", "revision", "revision_of"]
+__all__ = [
+    "KEYS_LOOKED_AT_AGAIN",
+    "Moment",
+    "changed_rollouts",
+    "next_change",
+    "note_deletion",
+    "now_at",
+    "revision",
+    "revision_of",
+]
 
 KEYS_LOOKED_AT_AGAIN = 1_000
 
@@ -43,13 +52,21 @@ _OF_ROLLOUT = """
     (SELECT calls FROM drifts WHERE rollout_id = ?)
 """
 _NOW = {
-    "sqlite": "SELECT coalesce(max(changed), 0) FROM rollouts",
-    "postgresql": "SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint - 1",
+    "sqlite": "(SELECT max(changed) FROM rollouts)",
+    "postgresql": "pg_snapshot_xmin(pg_current_snapshot())::text::bigint - 1",
 }
+_DELETIONS = "(SELECT count FROM drift_totals WHERE name = 'deleted')"
 _CHANGED = "SELECT rollout_id, status, end_time FROM rollouts WHERE changed > ?"
 _DELETED = """
     INSERT INTO drift_totals VALUES ('deleted', 1) ON CONFLICT (name) DO UPDATE SET count = drift_totals.count + 1
 """
+
+
+class Moment(NamedTuple):
+    """A moment in the life of a store: the number of the last change that is seen, and how often was deleted."""
+
+    change: int
+    deletions: int
 
 
 class next_change(FunctionElement[int]):  # noqa: N801
@@ -83,18 +100,19 @@ def revision_of(connection: Connection, rollout_id: str) -> str:
     return _joined(run(connection, _OF_ROLLOUT, (stored, stored, key, key, stored)).one())
 
 
-def now_at(connection: Connection) -> int:
-    """Return the number after which `changed_rollouts` finds what this transaction does not see yet."""
-    return run(connection, _NOW[connection.dialect.name], ()).scalar_one()
+def now_at(connection: Connection) -> Moment:
+    """Return the moment after which `changed_rollouts` finds what this transaction does not see yet."""
+    change, deletions = run(connection, f"SELECT {_NOW[connection.dialect.name]}, {_DELETIONS}", ()).one()
+    return Moment(change or 0, deletions or 0)
 
 
-def changed_rollouts(connection: Connection, after: int) -> dict[str, tuple[RolloutStatus, float | None]]:
+def changed_rollouts(connection: Connection, after: Moment) -> dict[str, tuple[RolloutStatus, float | None]]:
     """Read the states of the rollouts that have changed, and when they ended, by their ids.
 
     Args:
-        after: what `now_at` returned in an earlier transaction; what that one has seen may be among them again.
+        after: a moment of an earlier transaction; what that one has seen may be among them again.
     """
-    return {row[0]: (row[1], row[2]) for row in fetch(connection, _CHANGED, (after,))}
+    return {row[0]: (row[1], row[2]) for row in fetch(connection, _CHANGED, (after.change,))}
 
 
 def note_deletion(connection: Connection) -> None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection, exists, select
 
 from agentlightning.completeness import Completeness, Shortfall
-from agentlightning.rollout_records import FINISHED
+from agentlightning.rollout_records import FINISHED, RolloutStatus
 from agentlightning.sender import UnfinishedCalls
-from agentlightning.store import rollouts, rows, tables, watermarks
+from agentlightning.store import changes, rollouts, rows, tables, watermarks
+from agentlightning.store.changes import Moment
 from agentlightning.store.watermarks import Watermark
 
-__all__ = ["FELL_SILENT", "SECONDS_A_SILENT_SERVER_COUNTS", "ended", "lost_calls", "of_rollout"]
+__all__ = ["FELL_SILENT", "SECONDS_A_SILENT_SERVER_COUNTS", "Endings", "endings", "lost_calls", "of_rollout"]
 
 SECONDS_A_SILENT_SERVER_COUNTS = 900.0
 """The time after its last report in which a silent sender may still answer: cut off, it keeps calls in memory."""
@@ -24,23 +26,50 @@ UNDER_WAY = ("preparing", "running")
 _SPANS, _GENERATIONS, _LOST = tables.spans.c, tables.generations.c, tables.lost_calls.c
 
 
-def ended(connection: Connection, rollout_ids: Sequence[str], recorded: bool) -> tuple[set[str], list[str]]:
+@dataclass(frozen=True, slots=True)
+class Endings:
+    """What is known of rollouts that are waited for.
+
+    Attributes:
+        states: their states, and when they ended, by id; without those that no store knows.
+        seen: the moment up to which changes are in `states`.
+        ended: the ids of those that have ended, in the order in which they were asked for.
+    """
+
+    states: Mapping[str, tuple[RolloutStatus, float | None]]
+    seen: Moment
+    ended: Sequence[str]
+
+    @property
+    def are_all(self) -> bool:
+        """Whether all that are known have ended."""
+        return len(self.ended) == len(self.states)
+
+
+def endings(
+    connection: Connection, rollout_ids: Sequence[str], recorded: bool, before: Endings | None = None
+) -> Endings:
     """Find out which rollouts have ended.
 
     Args:
         recorded: only those whose calls every live sender has written.
-
-    Returns:
-        The known ones of these rollouts, and those that have ended, in the order of `rollout_ids`.
+        before: what was known in an earlier transaction: then only what has changed since is read, of all rollouts.
     """
-    known = rollouts.statuses(connection, rollout_ids)
+    # First: what is committed meanwhile is read again next time.
+    seen = changes.now_at(connection)
+    if before is None or before.seen.deletions != seen.deletions:
+        states = rollouts.statuses(connection, rollout_ids)
+    else:
+        wanted = frozenset(rollout_ids)
+        changed = changes.changed_rollouts(connection, before.seen)
+        states = {**before.states, **{name: state for name, state in changed.items() if name in wanted}}
     until = watermarks.recorded_until(connection) if recorded else float("inf")
     found: list[str] = []
     for each in rollout_ids:
-        status, end_time = known.get(each, (None, None))
+        status, end_time = states.get(each, (None, None))
         if status in FINISHED and (end_time is None or end_time <= until):
             found.append(each)
-    return set(known), found
+    return Endings(states, seen, found)
 
 
 def of_rollout(connection: Connection, rollout_id: str, attempt_id: str | None = None) -> Completeness:

@@ -49,6 +49,7 @@ from agentlightning.store import generations as generation_rows
 from agentlightning.store import resources as resource_rows
 from agentlightning.store import trajectories as trajectory_rows
 from agentlightning.store import triplets as triplet_rows
+from agentlightning.store.completeness import Endings, endings
 from agentlightning.store.database import Database
 from agentlightning.store.filters import (
     AttemptChanges,
@@ -159,12 +160,14 @@ class DatabaseStore(Store):
         ends = None if timeout is None else time.monotonic() + timeout
         wanted = list(dict.fromkeys(rollout_ids))
         nap = SHORTEST_NAP
+        found: Endings | None = None
         while True:
-            known, ended = self._read(lambda connection: completeness_rows.ended(connection, wanted, recorded))
-            if len(ended) == len(known) or (ends is not None and time.monotonic() >= ends):
+            found = self._read(lambda connection, found=found: endings(connection, wanted, recorded, found))
+            if found.are_all or (ends is not None and time.monotonic() >= ends):
                 break
             time.sleep(nap if ends is None else max(0.0, min(nap, ends - time.monotonic())))
             nap = min(2 * nap, LONGEST_NAP)
+        ended = found.ended
         return [self._rollout(row) for row in self._read(lambda connection: rollouts.find_all(connection, ended))]
 
     def delete_rollouts(self, rollout_ids: Sequence[str]) -> int:

@@ -6,12 +6,14 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from agentlightning.rollout_records import Span
 from agentlightning.sender import Progress, Sender
 from agentlightning.store import Store, changes, open_database, open_store
+from agentlightning.store.completeness import endings
 from agentlightning.store.database import Database
 from tests.common.generations import generation
 from tests.store.conftest import BACK_TO_VERSION_5, EVERY_KIND, new_store_of
@@ -34,7 +36,8 @@ def test_each_change_gives_another_revision_and_signs_of_life_do_not(store: Stor
     rollout = store.enqueue_rollout({"n": 1})
     seen.append(revision(database))
     taken = store.dequeue_rollout(worker_id="w")
-    assert taken is not None and taken.attempt is not None
+    assert taken is not None
+    assert taken.attempt is not None
     attempt_id = taken.attempt.attempt_id
     seen.append(revision(database))
     store.add([generation(1, rollout_id=rollout.rollout_id)])
@@ -87,6 +90,42 @@ def test_rollouts_that_changed_since_are_found_whatever_commits_first(store: Sto
     assert found[one][0] == "failed"
     assert found[other] == ("running", None)
     assert third not in found
+
+
+def test_wait_reads_changes_from_an_index_alone(store: Store, database: Database, url: str) -> None:
+    if "postgresql" in url:
+        pytest.skip("the plan of a query on a few rows is another one there")
+    ids = [store.enqueue_rollout("long " * 10_000).rollout_id for _ in range(3)]
+    with database.reading() as connection:
+        before = endings(connection, ids, recorded=False)
+    store.update_rollout(ids[1], status="succeeded")
+    statements: list[str] = []
+
+    with database.reading() as connection:
+        driver: Any = connection.connection.driver_connection
+        driver.set_trace_callback(statements.append)
+        found = endings(connection, ids, recorded=False, before=before)
+        driver.set_trace_callback(None)
+        plans = [connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {each}").all() for each in statements]
+
+    assert (found.ended, found.are_all) == ([ids[1]], False)
+    details = [row.detail for plan in plans for row in plan if "rollouts" in row.detail]
+    assert details
+    assert all("COVERING INDEX rollouts_by_change" in each for each in details), details
+
+
+def test_wait_sees_that_a_rollout_was_deleted(store: Store, database: Database) -> None:
+    gone, stays = (store.enqueue_rollout(n).rollout_id for n in range(2))
+    store.update_rollout(gone, status="failed")
+    with database.reading() as connection:
+        before = endings(connection, [gone, stays], recorded=False)
+    store.delete_rollouts([gone])
+
+    with database.reading() as connection:
+        found = endings(connection, [gone, stays], recorded=False, before=before)
+
+    assert found.ended == []
+    assert {*found.states} == {stays}
 
 
 def test_transaction_that_commits_late_is_not_missed(store: Store, database: Database, url: str) -> None:

@@ -23,7 +23,8 @@ from agentlightning.server.errors import sentence
 from agentlightning.server.limits import BATCH_LIMIT, DEQUEUE_LIMIT
 from agentlightning.server.routes.common import Database, errors, router
 from agentlightning.server.schemas import LEFT_OUT, Id, Logic, Page, Part, Seconds, Sent, Whole, example
-from agentlightning.store import completeness, lifecycle, rollouts
+from agentlightning.store import lifecycle, rollouts
+from agentlightning.store.completeness import Endings, endings
 
 __all__ = ["routes"]
 
@@ -390,11 +391,12 @@ async def wait_for_rollouts(request: Request, body: WaitForRollouts, database: D
     ends = None if body.timeout is None else time.monotonic() + body.timeout
     wanted = list(dict.fromkeys(body.rollout_ids))
     nap = SHORTEST_NAP
+    found: Endings | None = None
     while True:
-        known, ended = await database.read(lambda connection: completeness.ended(connection, wanted, body.recorded))
-        if len(ended) == len(known) or (ends is not None and time.monotonic() >= ends):
-            found = await database.read(lambda connection, ended=ended: rollouts.find_all(connection, ended))
-            return Json([_rollout(row, with_attempt=False) for row in found])
+        found = await database.read(lambda connection, found=found: endings(connection, wanted, body.recorded, found))
+        if found.are_all or (ends is not None and time.monotonic() >= ends):
+            ended = await database.read(lambda connection, found=found: rollouts.find_all(connection, found.ended))
+            return Json([_rollout(row, with_attempt=False) for row in ended])
         if request.app.state.is_stopping():
             # Not those that have ended so far: a client without a timeout would take them for all.
             return sentence(503, "the store is being stopped", {"Retry-After": "1"})
