@@ -326,7 +326,9 @@ def train_with_verl(training: Training, model: Any, steps: int, seed: int) -> No
     from examples.verl_step import train_step
 
     tokenizer, state = training.tokenizer, SimpleNamespace(global_step=0)
-    trainer = SimpleNamespace(model=model, state=state, processing_class=tokenizer, temperature=1.0)
+    trainer = SimpleNamespace(
+        model=model, state=state, processing_class=tokenizer, temperature=1.0, max_completion_length=None
+    )
     optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.0)
     draw = random.Random(seed)
     for state.global_step in range(steps):

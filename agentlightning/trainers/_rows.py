@@ -9,7 +9,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -34,8 +34,14 @@ def check_rows(
     *,
     max_prompt_length: int | None = None,
     max_response_length: int | None = None,
+    max_length: int | None = None,
 ) -> None:
     """Refuse rows that a trainer cannot take or would train wrongly.
+
+    Args:
+        max_prompt_length: most ids before the first sampled one.
+        max_response_length: most ids from there on.
+        max_length: most ids of a whole row.
 
     Raises:
         UnusableRows: there is no row, rows are of several models, or one has no reward or is too long.
@@ -50,6 +56,7 @@ def check_rows(
         reward_of(row)
         _check_length(row, "prompt", row.prompt_length, max_prompt_length)
         _check_length(row, "response", len(row.token_ids) - row.prompt_length, max_response_length)
+        _check_length(row, "whole", len(row.token_ids), max_length)
 
 
 def experts_of(row: Trajectory) -> Any:
@@ -162,10 +169,13 @@ def name_of(row: Trajectory) -> str:
     return f"row {row.index} of rollout {row.rollout_id!r}"
 
 
-def _check_length(row: Trajectory, part: str, length: int, limit: int | None) -> None:
+def _check_length(
+    row: Trajectory, part: Literal["prompt", "response", "whole"], length: int, limit: int | None
+) -> None:
     if limit is not None and length > limit:
+        option = "max_length" if part == "whole" else f"max_{part}_length"
         raise UnusableRows(
             f"the {part} of {name_of(row)} has {length} ids, more than the {limit} that the trainer takes",
-            f"raise the trainer's limit, or read the rows with max_{part}_length={limit}, which "
+            f"raise the trainer's limit, or read the rows with {option}={limit}, which "
             f"{'leaves such rows out' if part == 'prompt' else 'cuts such rows, and flags them'}",
         )

@@ -14,12 +14,15 @@ from agentlightning.trajectory import Trajectory
 __all__ = ["generator_output"]
 
 
-def generator_output(trajectories: Sequence[Trajectory], *, step_wise: bool = False) -> Any:
+def generator_output(
+    trajectories: Sequence[Trajectory], *, step_wise: bool = False, max_length: int | None = None
+) -> Any:
     """Return the `GeneratorOutput` of rows, those of an attempt next to each other.
 
     Args:
         step_wise: take several rows of a rollout as its steps, with the reward at the last id of the last one. Without
             it, each rollout has exactly one row.
+        max_length: most ids of a row: the trainer's `algorithm.max_seq_len`, above which SkyRL only warns.
 
     Raises:
         UnusableRows: a rollout has several rows and `step_wise` is off, its rows are not next to each other, or it has
@@ -30,7 +33,7 @@ def generator_output(trajectories: Sequence[Trajectory], *, step_wise: bool = Fa
         TrajectoryID,
     )
 
-    check_rows(trajectories)
+    check_rows(trajectories, max_length=max_length)
     steps = [list(rows) for _, rows in groupby(trajectories, key=lambda row: (row.rollout_id, row.attempt_id))]
     if len(steps) > len({(rows[0].rollout_id, rows[0].attempt_id) for rows in steps}):
         raise UnusableRows("the rows of a rollout are not next to each other", "sort them by rollout_id")

@@ -15,7 +15,11 @@ __all__ = ["datums"]
 
 
 def datums(
-    trajectories: Sequence[Trajectory], advantages: Iterable[float] | None = None, *, with_mask: bool = False
+    trajectories: Sequence[Trajectory],
+    advantages: Iterable[float] | None = None,
+    *,
+    with_mask: bool = False,
+    max_length: int | None = None,
 ) -> list[Any]:
     """Return a `Datum` for each row, in order, for the loss functions `importance_sampling` and `ppo`.
 
@@ -24,13 +28,14 @@ def datums(
     Args:
         advantages: of each row; None for its reward without the mean of the rollouts of its `group`.
         with_mask: add `mask`, which tinker-cookbook reads for its metrics and removes before it trains.
+        max_length: most ids of a row: those of the model's context.
 
     Raises:
         UnusableRows: a row has no logprobs, or infinite ones, or without `advantages` no group; or see `check_rows`.
     """
     from tinker import types  # pyright: ignore[reportAttributeAccessIssue]
 
-    check_rows(trajectories)
+    check_rows(trajectories, max_length=max_length)
     found = []
     if advantages is None:
         advantages = _advantages(trajectories)

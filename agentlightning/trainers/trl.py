@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,16 +26,19 @@ INCOMPLETE: Set[Flag] = {"aborted", "truncated", "cut", "missing_call"}
 """Flags of rows that the option `complete` leaves out; the others, as `drifted`, damage no answer."""
 
 
-def columns(trajectories: Sequence[Trajectory]) -> dict[str, list[Any]]:
+def columns(trajectories: Sequence[Trajectory], max_response_length: int | None = None) -> dict[str, list[Any]]:
     """Return rows as the dictionary that a `rollout_func` returns, one row for each, in order.
 
     Besides what TRL itself reads it has `reward`, for the function `reward`, and `rollout_id` and `flags`, which any
     reward function may take.
 
+    Args:
+        max_response_length: `GRPOConfig(max_completion_length=…)`, which TRL itself does not apply to these rows.
+
     Raises:
         UnusableRows: a row has no logprobs, or infinite ones; or see `check_rows`.
     """
-    check_rows(trajectories)
+    check_rows(trajectories, max_response_length=max_response_length)
     return {
         "prompt_ids": [row.token_ids[: row.prompt_length].tolist() for row in trajectories],
         "completion_ids": [row.token_ids[row.prompt_length :].tolist() for row in trajectories],
@@ -101,14 +104,15 @@ def rollout_func(
         timeout: seconds from the start of a step until all of its rollouts have ended and their calls are written; None
             for no limit. What has not ended by then is cancelled; an agent that has not returned goes on in its thread,
             and nothing of it is trained.
-        failed: what becomes of a rollout that failed, or has no row or no reward. `mask`: its row is masked whole, and
-            its reward is None. `raise`: an error ends the training.
+        failed: what becomes of a rollout that failed, has no row or no reward, or whose row has a response longer than
+            `GRPOConfig(max_completion_length=…)`. `mask`: its row is masked whole, and its reward is None. `raise`: an
+            error ends the training.
         read: returns the rows of a rollout that succeeded; None for those of its latest attempt.
         options: those of `store.trajectories()`, without `read`; such as `model`, where agents call several models.
 
     Raises, when it is called:
-        UnusableRows: no rollout of the step has a row, rows are of several models, or `failed` is `raise` and a rollout
-            has no row; or see `check_rows`.
+        UnusableRows: every rollout of the step is masked, rows are of several models, or `failed` is `raise` and a
+            rollout would be masked; or see `check_rows`.
         StoreUnavailable: the store went away. Nothing of the step was trained; start again from the last checkpoint.
     """
 
@@ -135,8 +139,12 @@ def rollout_func(
         }
         # Of all rows: a judge's row, which might be the longest of its rollout, must not be trained as the policy's.
         check_models(row for of_rollout in rows.values() for row in of_rollout)
-        chosen = [_chosen(each, ended.get(each), rows.get(each, ()), failed) for each in rollout_ids]
-        trained = [row for row in chosen if row is not None]
+        longest = trainer.max_completion_length
+        chosen = [_chosen(ended.get(each), rows.get(each, ()), longest) for each in rollout_ids]
+        trained = [row for row in chosen if not isinstance(row, str)]
+        _refuse_or_warn(
+            {each: row for each, row in zip(rollout_ids, chosen, strict=True) if isinstance(row, str)}, failed
+        )
         found = columns(trained)
         _warn_of_others(rows.values())
         _warn_of_sampling(trained, trainer.temperature)
@@ -144,7 +152,7 @@ def rollout_func(
         tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
         masked = _masked(tokenizer.pad_token_id)
         for place, row in enumerate(chosen):
-            if row is None:
+            if isinstance(row, str):
                 for name, value in (masked | {"rollout_id": rollout_ids[place]}).items():
                     found[name].insert(place, value)
         return found
@@ -190,22 +198,32 @@ def _run(run_agent: Callable[[Rollout], None], rollout: Rollout) -> None:
         rollout.finish("succeeded")
 
 
-def _chosen(rollout_id: str, ended: Rollout | None, rows: Sequence[Trajectory], failed: str) -> Trajectory | None:
-    """Return the row that is trained for a rollout; None for one that is masked."""
+def _chosen(ended: Rollout | None, rows: Sequence[Trajectory], longest: int | None) -> Trajectory | str:
+    """Return the row that is trained for a rollout, or why it has none."""
     if ended is None:
-        reason = "has not ended, or its calls are not written: raise timeout, or look at store.completeness()"
-    elif ended.status != "succeeded":
-        reason = f"has the status {ended.status}"
-    elif not rows:
-        reason = "has no row: its calls name another rollout, or an option left the row out"
-    elif rows[0].reward is None:
-        reason = "has no reward: let run_agent call rollout.reward(1.0)"
-    else:
-        return max(rows, key=lambda row: (INCOMPLETE.isdisjoint(row.flags), sum(row.response_mask)))
-    if failed == "raise":
-        raise UnusableRows(f"rollout {rollout_id!r} {reason}")
-    logger.warning("Rollout %r %s. It is masked: nothing of it is trained.", rollout_id, reason)
-    return None
+        return "has not ended, or its calls are not written: raise timeout, or look at store.completeness()"
+    if ended.status != "succeeded":
+        return f"has the status {ended.status}"
+    if not rows:
+        return "has no row: its calls name another rollout, or an option left the row out"
+    if rows[0].reward is None:
+        return "has no reward: let run_agent call rollout.reward(1.0)"
+    row = max(rows, key=lambda row: (INCOMPLETE.isdisjoint(row.flags), sum(row.response_mask)))
+    length = len(row.token_ids) - row.prompt_length
+    if longest is not None and length > longest:
+        return (
+            f"has a response of {length} ids, more than the {longest} that the trainer takes: raise "
+            f"GRPOConfig(max_completion_length=…), or pass max_response_length={longest} to cut such rows and flag them"
+        )
+    return row
+
+
+def _refuse_or_warn(reasons: Mapping[str, str], failed: str) -> None:
+    """Say why rollouts have no row to train, by their ids."""
+    for rollout_id, reason in reasons.items():
+        if failed == "raise":
+            raise UnusableRows(f"rollout {rollout_id!r} {reason}")
+        logger.warning("Rollout %r %s. It is masked: nothing of it is trained.", rollout_id, reason)
 
 
 def _masked(pad_id: int) -> dict[str, Any]:

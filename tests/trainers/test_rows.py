@@ -16,7 +16,7 @@ pytestmark = pytest.mark.tier("check")
 
 
 def test_rows_that_fit_are_taken() -> None:
-    check_rows([conversation()], max_prompt_length=3, max_response_length=6)
+    check_rows([conversation()], max_prompt_length=3, max_response_length=6, max_length=9)
 
 
 def test_no_row_at_all_is_refused() -> None:
@@ -39,6 +39,8 @@ def test_a_row_that_is_too_long_is_refused_with_the_option_that_helps() -> None:
         check_rows([conversation()], max_prompt_length=2)
     with pytest.raises(UnusableRows, match=r"response .* has 6 ids, .* 5 .*max_response_length=5, which cuts"):
         check_rows([conversation()], max_response_length=5)
+    with pytest.raises(UnusableRows, match=r"the whole of row 0 of rollout 'ro' has 9 ids, .* 8 .*max_length=8, which"):
+        check_rows([conversation()], max_length=8)
 
 
 def test_missing_logprobs_are_refused_with_the_switch_that_helps() -> None:

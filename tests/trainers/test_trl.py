@@ -21,7 +21,10 @@ from tests.trainers.rows import PAD, conversation, forked
 pytestmark = pytest.mark.tier("check")
 
 TRAINER: Any = SimpleNamespace(
-    state=SimpleNamespace(global_step=7), processing_class=SimpleNamespace(pad_token_id=PAD), temperature=1.0
+    state=SimpleNamespace(global_step=7),
+    processing_class=SimpleNamespace(pad_token_id=PAD),
+    temperature=1.0,
+    max_completion_length=6,
 )
 
 
@@ -148,7 +151,7 @@ def test_a_rollout_is_masked_with_the_padding_of_a_processors_tokenizer(store: a
         agent(rollout)
 
     processor = SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=77))
-    trainer: Any = SimpleNamespace(state=TRAINER.state, processing_class=processor, temperature=1.0)
+    trainer: Any = SimpleNamespace(**{**vars(TRAINER), "processing_class": processor})
 
     assert rollout_func(store, run)(["5", "6"], trainer)["completion_ids"] == [[5, 3, 4, 5], [77]]
 
@@ -292,6 +295,28 @@ def test_logprobs_that_importance_sampling_cannot_use_are_named(
         assert "start vLLM with --generation-config vllm --logprobs-mode processed_logprobs." in caplog.text
 
 
+def test_a_row_that_is_longer_than_the_trainer_takes_is_masked_or_ends_the_training(
+    store: agl.Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run(rollout: agl.Rollout) -> None:
+        answered(rollout, ([1, 2], [*range(3, 3 + int(rollout.input))]))
+        rollout.reward(1.0)
+
+    found = rollout_func(store, run)(["6", "7"], TRAINER)
+    cut = rollout_func(store, run, max_response_length=6)(["6", "7"], TRAINER)
+
+    assert found["completion_ids"] == [[3, 4, 5, 6, 7, 8], [PAD]]
+    assert (found["env_mask"][1], found["reward"]) == ([0], [1.0, None])
+    why = "has a response of 7 ids, more than the 6 that the trainer takes: raise GRPOConfig(max_completion_length=…)"
+    assert caplog.text.count(f"Rollout {found['rollout_id'][1]!r} {why}") == 1
+    assert cut["completion_ids"] == [[3, 4, 5, 6, 7, 8]] * 2
+    assert cut["flags"] == [[], ["cut"]]
+    with pytest.raises(agl.UnusableRows, match="has a response of 7 ids, more than the 6"):
+        rollout_func(store, run, failed="raise")(["6", "7"], TRAINER)
+    unlimited: Any = SimpleNamespace(**{**vars(TRAINER), "max_completion_length": None})
+    assert [*map(len, rollout_func(store, run)(["6", "7"], unlimited)["completion_ids"])] == [6, 7]
+
+
 def test_columns_have_a_line_for_each_row() -> None:
     found = columns([conversation("one"), *forked("two", 0.5)])
 
@@ -299,3 +324,5 @@ def test_columns_have_a_line_for_each_row() -> None:
     assert found["reward"] == [1.0, 0.5, 0.5]
     with pytest.raises(agl.UnusableRows, match="AGL_LOGPROBS=on"):
         columns([conversation(logprobs=None)])
+    with pytest.raises(agl.UnusableRows, match=r"response of row 0 of rollout 'ro' has 6 ids, more than the 5"):
+        columns([conversation()], max_response_length=5)

@@ -46,7 +46,12 @@ def test_rows_of_a_step_are_those_that_vllm_sampled_and_the_trainers_logprobs_ag
         rows.extend(found)
         return found
 
-    trainer: Any = SimpleNamespace(state=SimpleNamespace(global_step=0), processing_class=tokenizer(), temperature=1.0)
+    trainer: Any = SimpleNamespace(
+        state=SimpleNamespace(global_step=0),
+        processing_class=tokenizer(),
+        temperature=1.0,
+        max_completion_length=TOKENS,
+    )
     with agl.open_store(server.store) as store:
         found = rollout_func(store, agent, read=read)(["What is one?", "What is two?"], trainer)
 

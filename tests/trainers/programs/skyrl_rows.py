@@ -49,6 +49,8 @@ def main() -> None:
         generator_output([conversation("one"), conversation("two", logprobs=None)])
     with pytest.raises(UnusableRows, match="row 0 of rollout 'ro' belongs to no task"):
         generator_output([replace(conversation(), group=None)])
+    with pytest.raises(UnusableRows, match="the whole of row 0 of rollout 'ro' has 9 ids, more than the 8"):
+        generator_output([conversation()], max_length=8)
     with pytest.raises(UnusableRows, match="has no routed experts, but others have"):
         generator_output([conversation("one"), with_experts()])
 

@@ -38,6 +38,8 @@ def main() -> None:
 
     with pytest.raises(UnusableRows, match="row 0 of rollout 'ro' belongs to no task"):
         datums([replace(conversation(), group=None)])
+    with pytest.raises(UnusableRows, match="the whole of row 0 of rollout 'ro' has 9 ids, more than the 8"):
+        datums([conversation()], max_length=8)
     with pytest.raises(UnusableRows, match="AGL_LOGPROBS=on"):
         datums([conversation(logprobs=None)])
 

@@ -65,6 +65,12 @@ def main() -> None:
         ):
             adapter([conversation("one"), conversation("two", logprobs=None)])
 
+    for adapter in (agent_loop_outputs, lambda rows, *limits: data_proto(rows, PAD, *limits)):
+        with pytest.raises(UnusableRows, match="prompt of row 0 of rollout 'ro' has 3 ids, more than the 2"):
+            adapter([conversation()], 2, RESPONSE)
+        with pytest.raises(UnusableRows, match="response of row 0 of rollout 'ro' has 6 ids, more than the 5"):
+            adapter([conversation()], PROMPT, 5)
+
     with pytest.raises(UnusableRows, match="row 0 of rollout 'ro' belongs to no task"):
         data_proto([replace(conversation(), group=None)], PAD, PROMPT, RESPONSE)
 
