@@ -50,6 +50,19 @@ FILE, MODEL, WEIGHTS, PICTURE = FOLDER / "store.db", FOLDER / "model", FOLDER / 
 STEPS, TASKS, GENERATIONS, TOKENS, RATE = 20, 2, 8, 12, 1e-2
 BOUND = 0.01
 HEAD = "step  reward  masked  rows  merged  breaks   ids  stale   off by      max     s"
+COLUMNS = {
+    "reward": "mean of the rollouts: 1 when both answers are digits alone",
+    "masked": "rollouts of which nothing is trained, since they failed; 0 is right",
+    "rows": "of all rollouts: one each, or two where a prompt breaks",
+    "merged": "calls that go on in the row of the call before",
+    "breaks": "prompts that are not what the model said before: text got other ids",
+    "ids": "sampled ids that are trained",
+    "stale": "steps since the weights that answered; 0 is right",
+    "off by": "how far vLLM's logprobs are from the trainer's; 1e-6 is rounding",
+    "max": "the same for the id with the highest difference",
+    "s": "seconds that the step took",
+}
+"""The columns of the table, and what they say to somebody who sees them for the first time."""
 # With these, the recorded logprobs are those of the distribution that each id was drawn from.
 SAMPLING = ("--generation-config=vllm", "--logprobs-mode=processed_logprobs")
 # What the rows are made of, and what vLLM is started with for it.
@@ -351,6 +364,35 @@ def line(number: int, step: Step) -> str:
 
 
 TRAINERS = {"trl": train_with_trl, "verl": train_with_verl}
+NAMES = {"trl": "TRL", "verl": "verl"}
+ROWS = {
+    "text": "rows made of the text, tokenised again",
+    "exact": "the exact ids that vLLM recorded",
+    "continued": "exact ids, with which vLLM's prompts go on",
+}
+
+
+def introduction(trainer: str, rows: str) -> list[str]:
+    """Return what happens in a step, and what the columns of its line say."""
+    return [
+        "",
+        "An agent asks the model for digits, has a tool add them up, and asks again.",
+        f"{NAMES[trainer]} trains it by GRPO, on {ROWS[rows]};",
+        "its new weights go to vLLM before each step. The columns of a step's line:",
+        *(f"  {name:<8}{meaning}" for name, meaning in COLUMNS.items()),
+    ]
+
+
+def conclusion(steps: Sequence[Step]) -> str:
+    """Return in words what the table shows."""
+    first, last = steps[0], steps[-1]
+    tokens, differ = (sum(getattr(step, name) for step in steps) for name in ("tokens", "differ"))
+    learnt = f"In {len(steps)} steps the reward went from {first.reward:.3f} to {last.reward:.3f}. "
+    if differ:
+        return f"{learnt}Of {tokens} trained ids, vLLM sampled {differ} otherwise."
+    highest = max(step.highest for step in steps)
+    exact = f"All {tokens} trained ids are those that\nvLLM sampled, and its logprobs are the trainer's"
+    return f"{learnt}{exact} but for {highest:.1e}."
 
 
 def be_quiet() -> None:
@@ -388,6 +430,7 @@ def main() -> None:
         env |= MODES[options.rows]
         command = (str(scripts / "vllm"), "serve", str(MODEL), "--port", vllm.rpartition(":")[2], *SMALL, *SAMPLING)
         with serving(command, f"{vllm}/health", FOLDER / "vllm.log", **env):
+            print("\n".join(introduction(options.trainer, options.rows)))
             for seed in range(options.seeds):
                 print(f"\n{options.steps} steps of {TASKS * GENERATIONS} rollouts\n{HEAD}", flush=True)
                 with tqdm(total=options.steps, unit="step", disable=None) as bar:
@@ -399,8 +442,9 @@ def main() -> None:
                 results[seed] = training.steps
         rewards = [[step.reward for step in steps] for steps in results.values()]
         print("\n" + terminal(rewards[0], "reward by step"))
+        print("\n" + conclusion(results[0]))
         png({options.rows: rewards}, PICTURE)
-        print(f"\nits picture: {os.path.relpath(PICTURE)}")
+        print(f"the curve as a picture: {os.path.relpath(PICTURE)}")
         if options.results:
             found = {seed: [asdict(step) for step in steps] for seed, steps in results.items()}
             options.results.write_text(json.dumps(found))

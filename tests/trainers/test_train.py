@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,14 +19,21 @@ import agentlightning as agl
 from examples.plot import png, terminal
 from examples.train import (
     BOUND,
+    COLUMNS,
     GENERATIONS,
     HEAD,
+    MODES,
+    NAMES,
+    ROWS,
     STEPS,
     TASKS,
+    TRAINERS,
     Conversation,
     Step,
     add_up,
+    conclusion,
     from_text,
+    introduction,
     line,
     share_of_digits,
     with_known_logprobs,
@@ -60,6 +69,8 @@ def test_the_trainer_learns_from_the_rows_of_each_step_and_vllm_has_its_weights(
     assert done.returncode == 0, done.stdout
     assert HEAD in done.stdout
     assert "reward by step" in done.stdout
+    assert "the curve as a picture: .cache/demo-train/reward.png" in done.stdout
+    assert "the page: serve it with " in done.stdout
     steps = [Step(**each) for each in json.loads(results.read_text())["0"]]
     assert len(steps) == count
     if count == STEPS:
@@ -124,6 +135,23 @@ def test_a_line_of_the_table_stands_below_its_head_in_80_columns() -> None:
     assert len(line(30, step)) == len(HEAD) <= 80
     for name, value in (("reward", "1.000"), ("masked", "1"), ("rows", "32"), ("ids", "384")):
         assert line(30, step)[: HEAD.index(name) + len(name)].endswith(f" {value}"), name
+
+
+def test_each_column_is_explained_before_the_table_and_the_outcome_behind_it() -> None:
+    step = Step(0.25, 16, 0, 32, 0, 16, 200, 0, 0, 0, 2.5e-7, 1.2e-6, 1.0, 12.3)
+    better = replace(step, reward=0.75, highest=3e-6)
+
+    assert re.split(r" {2,}", HEAD) == ["step", *COLUMNS]
+    assert (NAMES.keys(), ROWS.keys()) == (TRAINERS.keys(), MODES.keys())
+    for trainer in TRAINERS:
+        for rows in MODES:
+            assert max(map(len, introduction(trainer, rows))) <= 80
+    said = conclusion([step, better]).replace("\n", " ")
+    assert said == (
+        "In 2 steps the reward went from 0.250 to 0.750. All 400 trained ids are those that vLLM sampled, "
+        "and its logprobs are the trainer's but for 3.0e-06."
+    )
+    assert conclusion([replace(step, differ=7), better]).endswith("Of 400 trained ids, vLLM sampled 7 otherwise.")
 
 
 def test_values_are_drawn_from_left_to_right() -> None:
