@@ -28,7 +28,7 @@ import pyarrow.json
 import pyarrow.parquet
 import pytest
 
-from agentlightning.generation import Choice, Generation, RoutedExperts
+from agentlightning.generation import Choice, Generation, RoutedExperts, SamplingMask, TopLogprobs
 from agentlightning.store import open_database, open_store, spans
 from agentlightning.store.spans import NewSpan
 from tests.common.forking import run_agl
@@ -100,9 +100,15 @@ GENERATIONS[3] = generation(
             stop_reason=7,
             weight_versions=[("v1", 0, 1), ("v2", 1, 2)],
             routed_experts=RoutedExperts((2, 3, 2), array("h", range(12))),
+            sampling_mask=SamplingMask(array("I", [0, 2, 3]), array("i", [2**31 - 1, 5, 0])),
+            top_logprobs=TopLogprobs(
+                array("I", [0, 2, 3]), array("i", [5, 2**31 - 1, 0]), array("f", [-2, -0.25, -1.5])
+            ),
         ),
         Choice(index=1, token_ids=array("i"), finish_reason="abort", stop_reason="</s>"),
     ],
+    # The first id of a prompt has none.
+    prompt_logprobs=TopLogprobs(array("I", [0, *range(12)]), array("i", range(11)), array("f", [-0.5] * 11)),
 )
 GENERATIONS[4] = Generation(request_id="chatcmpl-4", finished_at=GENERATIONS[4].finished_at, status="error")
 
@@ -181,6 +187,10 @@ def test_parquet_has_a_row_for_each_generation_with_its_fields_and_ids_as_int32(
     assert (result.returncode, result.stderr) == (0, b"agl export: generations written to stdout: 25\n")
     table = pyarrow.parquet.read_table(pyarrow.BufferReader(result.stdout))
     assert table.to_pylist() == ROWS
+    known = table.to_pylist()[3]
+    assert known["choices"][0]["sampling_mask"] == [[2**31 - 1, 5], [0]]
+    assert [[each["id"] for each in of_id] for of_id in known["choices"][0]["top_logprobs"]] == [[5, 2**31 - 1], [0]]
+    assert known["prompt_logprobs"][:2] == [[], [{"id": 0, "logprob": -0.5}]]
     assert table.schema.names == list(Generation.__slots__)
     assert table.schema.field("prompt_token_ids").type == pyarrow.list_(pyarrow.int32())
     choice = table.schema.field("choices").type.value_type
@@ -295,7 +305,13 @@ def rewarded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with two rollouts, the first of which has a reward for its last call."""
     path = tmp_path_factory.mktemp("rewarded") / "store.db"
     logprobs = array("f", [float("-inf"), -0.5])
-    choice = Choice(token_ids=array("i", [1, 2]), logprobs=logprobs, weight_versions=[("v1", 0, 2)])
+    choice = Choice(
+        token_ids=array("i", [1, 2]),
+        logprobs=logprobs,
+        weight_versions=[("v1", 0, 2)],
+        routed_experts=RoutedExperts((13, 1, 2), array("h", range(26))),
+        sampling_mask=SamplingMask(array("I", [0, 1, 3]), array("i", [1, 2, 7])),
+    )
     kept = [generation(number, choices=[choice]) for number in (0, 1, 10)]
     kept[1] = Generation(
         request_id="1", rollout_id="rollout-0", attempt_id="b", finished_at=kept[1].finished_at, status="error"
@@ -322,6 +338,8 @@ def test_jsonl_has_a_line_for_each_triplet_with_its_fields(rewarded: Path) -> No
     for each in (expected[0], expected[2]):
         each["logprobs"] = [None, -0.5]
         assert each["weight_versions"] == [{"version": "v1", "start": 0, "end": 2}]
+        assert each["sampling_mask"] == [[1], [2, 7]]
+        assert each["routed_experts"][:2] == [[[0, 1]], [[2, 3]]]
     assert found == expected
     assert [(each["rollout_id"], each["reward"]) for each in found] == [
         ("rollout-0", None),

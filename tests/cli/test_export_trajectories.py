@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from agentlightning.cli import export, formats
-from agentlightning.generation import Choice, Generation, RoutedExperts
+from agentlightning.generation import Choice, Generation, RoutedExperts, SamplingMask
 from agentlightning.store import calls, open_store
 from tests.common.generations import START, generation
 from tools.peer import environment
@@ -29,6 +29,9 @@ def call(rollout: int, turn: int, prompt: list[int], answer: list[int], **fields
         finish_reason="abort" if fields.get("status") == "aborted" else "stop",
         weight_versions=[("7", 0, len(answer))],
         routed_experts=RoutedExperts((1, 1, 1), array("h", [3])) if rollout == 0 else None,
+        sampling_mask=SamplingMask.of_counts(array("I", [2] * len(answer)), array("i", [*answer, *answer]))
+        if rollout == 0
+        else None,
     )
     ids = {"rollout_id": f"r{rollout}", "attempt_id": "a"}
     usual = {**ids, "prompt_token_ids": array("i", prompt), "choices": [choice]}
@@ -71,6 +74,8 @@ def test_jsonl_and_parquet_have_the_same_rows(store: Path, tmp_path: Path) -> No
     assert rows[5]["group"] == "g"
     assert rows[0]["routed_experts"] == [[[3]], *[[[-1]]] * 5]
     assert rows[0]["missing_experts"] == 5
+    assert rows[0]["sampling_mask"] == [[], [], [3, 3], [], [5, 6], [5, 6]]
+    assert [row["sampling_mask"] for row in rows[1:]] == [None] * 5
     assert table.schema.field("token_ids").type == pyarrow.list_(pyarrow.int32())
     assert table.schema.field("response_mask").type == pyarrow.list_(pyarrow.int8())
 
