@@ -6,6 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -16,11 +17,15 @@ from sqlalchemy.exc import SQLAlchemyError
 from agentlightning.errors import StoreRefused, StoreUnavailable
 
 __all__ = [
+    "EARLIEST_DEADLINE",
+    "STARTED",
     "Conflict",
     "Database",
     "NotCreated",
     "NotMigrated",
+    "Start",
     "accept_to_read",
+    "earliest_deadline",
     "fetch",
     "found",
     "in_parts",
@@ -169,10 +174,15 @@ def newer(name: str, version: int, current: int) -> StoreRefused:
 
 
 @contextmanager
-def transaction(connection: Connection, begin: str) -> Iterator[None]:
-    """Run the block in a transaction that `begin` opens; commit it, or roll it back if the block raises."""
+def transaction(connection: Connection, begin: str | None) -> Iterator[None]:
+    """Run the block in a transaction that `begin` opens; commit it, or roll it back if the block raises.
+
+    Args:
+        begin: None for a transaction that has begun.
+    """
     try:
-        connection.exec_driver_sql(begin)
+        if begin is not None:
+            connection.exec_driver_sql(begin)
         yield
         connection.exec_driver_sql("COMMIT")
     except BaseException:
@@ -204,14 +214,44 @@ def is_single_writer(connection: Connection) -> bool:
     return connection.dialect.name == "sqlite"
 
 
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a transaction of a database that several hosts write to was told when it began.
+
+    Attributes:
+        clock: the database's own, in seconds since the epoch.
+        at: `time.monotonic()` when that had arrived.
+        deadline: the earliest of all attempts; None where none has one.
+    """
+
+    clock: float
+    at: float
+    deadline: float | None
+
+
+STARTED = "agl_started"
+"""Key of the `Start` of a connection's transaction, in `Connection.info`."""
+EARLIEST_DEADLINE = "SELECT min(deadline) FROM attempts WHERE deadline IS NOT NULL"
+
+
 def now(connection: Connection) -> float:
     """Return the time in seconds since the epoch, by the one clock that all writers share.
 
-    A database that several hosts write to has a clock of its own.
+    A database that several hosts write to has a clock of its own. It is read when a transaction begins, so that the
+    time is never ahead of it: behind by the time that the answer took.
     """
     if is_single_writer(connection):
         return time.time()
-    return connection.exec_driver_sql("SELECT extract(epoch FROM clock_timestamp())::float8").scalar_one()
+    start: Start = connection.info[STARTED]
+    return start.clock + time.monotonic() - start.at
+
+
+def earliest_deadline(connection: Connection) -> float | None:
+    """Return the earliest deadline of an attempt, as it was when the transaction began; None where none has one."""
+    if is_single_writer(connection):
+        return run(connection, EARLIEST_DEADLINE, ()).scalar()
+    start: Start = connection.info[STARTED]
+    return start.deadline
 
 
 def next_keys(connection: Connection, table: Table, how_many: int) -> Sequence[int]:

@@ -24,7 +24,7 @@ from agentlightning.rollout_records import (
 from agentlightning.sampling import pins_for
 from agentlightning.store import resources, workers
 from agentlightning.store.changes import next_change
-from agentlightning.store.database import now
+from agentlightning.store.database import earliest_deadline, now
 from agentlightning.store.documents import to_json
 from agentlightning.store.rollouts import config_of, find, find_known
 from agentlightning.store.tables import attempts, rollouts
@@ -52,7 +52,6 @@ _IS = and_(attempts.c.rollout_key == bindparam("of_rollout"), attempts.c.sequenc
 _ATTEMPT = select(attempts).where(_IS)
 _CHANGE_ATTEMPT = update(attempts).where(_IS)
 _NEW_ROLLOUTS, _NEW_ATTEMPT = insert(rollouts).values(changed=next_change()), insert(attempts)
-_DUE = select(attempts.c.rollout_key).where(attempts.c.deadline < bindparam("now")).limit(1)
 _WAITING = (
     select(rollouts.c.key, rollouts.c.rollout_id, rollouts.c.attempts, rollouts.c.config)
     .where(rollouts.c.queued_at.is_not(None))
@@ -186,7 +185,8 @@ def heartbeat(connection: Connection, rollout_id: str, attempt_id: str) -> bool:
 
 def is_anything_due(connection: Connection) -> bool:
     """Tell whether `expire` would find an attempt."""
-    return connection.execute(_DUE, {"now": now(connection)}).first() is not None
+    earliest = earliest_deadline(connection)
+    return earliest is not None and earliest < now(connection)
 
 
 def expire(connection: Connection, limit: int = 1_000) -> list[str]:

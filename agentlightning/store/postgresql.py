@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from functools import partial
+from typing import Any
 
 import psycopg
 from psycopg import errors
@@ -19,7 +21,16 @@ from agentlightning.store import tables
 from agentlightning.store.blocks import RECENT
 from agentlightning.store.chains import Recent
 from agentlightning.store.compaction import compact
-from agentlightning.store.database import Conflict, Database, accept_to_read, newer, transaction
+from agentlightning.store.database import (
+    EARLIEST_DEADLINE,
+    STARTED,
+    Conflict,
+    Database,
+    Start,
+    accept_to_read,
+    newer,
+    transaction,
+)
 
 __all__ = ["PostgresqlDatabase"]
 
@@ -83,6 +94,15 @@ MIGRATIONS: Mapping[int, Sequence[str]] = {
 ADVISORY_LOCK = int.from_bytes(b"AgL1", "big")
 WRITERS_LOCK = int.from_bytes(b"AgLw", "big")
 """Advisory lock that each write transaction has: shared with others, unless it must be alone."""
+
+# A transaction begins with these, in one message. The lock is taken before all others, so that it cannot be part of a
+# deadlock.
+READ = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
+WRITE = f"BEGIN ISOLATION LEVEL READ COMMITTED; SELECT pg_advisory_xact_lock_shared({WRITERS_LOCK})"
+WRITE_ALONE = f"BEGIN ISOLATION LEVEL READ COMMITTED; SELECT pg_advisory_xact_lock({WRITERS_LOCK})"
+START = f"SELECT extract(epoch FROM clock_timestamp())::float8, ({EARLIEST_DEADLINE})"
+CLOCK = "SELECT extract(epoch FROM clock_timestamp())::float8, NULL"
+"""The same as `START`, where there may be no tables."""
 
 CONNECTIONS = 8
 # Options of libpq. Without them a connection to a vanished host would wait for TCP's timeout, a quarter of an hour.
@@ -152,14 +172,12 @@ class PostgresqlDatabase(Database):
             paramstyle="format",
             pool_size=CONNECTIONS,
             max_overflow=0,
-            # A restarted server has closed every connection, and each statement that fails delays a write.
-            pool_pre_ping=True,
             pool_reset_on_return=None,
         )
         event.listen(self._engine, "connect", self._configure)
         try:
             if read_only:
-                with self.reading() as connection:
+                with self._transaction(READ, CLOCK) as connection:
                     self._check_encoding(connection)
                     self._accept(connection, self._version(connection))
             else:
@@ -177,14 +195,12 @@ class PostgresqlDatabase(Database):
             return f"a server {'migrates' if found.version else 'creates'} its tables in {name} when it starts"
 
     def reading(self) -> AbstractContextManager[Connection]:
-        return self._transaction("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        return self._transaction(READ, START)
 
     def writing(self, *, alone: bool = False) -> AbstractContextManager[Connection]:
         if self.is_read_only:
             raise StoreRefused(f"{self._name} was opened for reading only", "open it without read_only")
-        # One message to the server. Taken before all other locks, so that it cannot be part of a deadlock.
-        take = "pg_advisory_xact_lock" if alone else "pg_advisory_xact_lock_shared"
-        return self._transaction(f"BEGIN ISOLATION LEVEL READ COMMITTED; SELECT {take}({WRITERS_LOCK})")
+        return self._transaction(WRITE_ALONE if alone else WRITE, START)
 
     def explanation(self, error: Exception) -> Exception | None:
         reason = error.orig if isinstance(error, DBAPIError) else error
@@ -274,7 +290,7 @@ class PostgresqlDatabase(Database):
 
     def _prepare(self) -> None:
         """Create the tables, or migrate them; refuse those of another program."""
-        with self.writing() as connection:
+        with self._transaction(WRITE, CLOCK) as connection:
             self._check_encoding(connection)
             connection.exec_driver_sql("SELECT pg_advisory_xact_lock(%s)", (ADVISORY_LOCK,))
             version = self._version(connection)
@@ -306,9 +322,37 @@ class PostgresqlDatabase(Database):
         return version
 
     @contextmanager
-    def _transaction(self, begin: str) -> Iterator[Connection]:
-        with self.explained(), self._engine.connect() as connection, transaction(connection, begin):
+    def _transaction(self, *begin: str) -> Iterator[Connection]:
+        with self.explained(), self._begun("; ".join(begin)) as connection, transaction(connection, None):
             yield connection
+
+    def _begun(self, message: str) -> Connection:
+        """Return a connection whose transaction has begun by one message to the server, which brings the `Start`, too.
+
+        A restarted server has closed all connections of the pool, which is not known before they are used: then
+        another one takes its place.
+        """
+        while True:
+            connection = self._engine.connect()
+            driver: Any = connection.connection.driver_connection
+            try:
+                found = driver.execute(message)
+                while found.nextset():
+                    pass
+                clock, deadline = found.fetchone()
+                connection.info[STARTED] = Start(clock, time.monotonic(), deadline)
+                return connection
+            except BaseException as error:
+                is_gone = driver.broken
+                was_used = STARTED in connection.info
+                if is_gone:
+                    connection.invalidate()
+                else:
+                    with suppress(psycopg.Error):
+                        driver.execute("ROLLBACK")
+                connection.close()
+                if not (is_gone and was_used and isinstance(error, psycopg.OperationalError)):
+                    raise
 
 
 class _Trial(PostgresqlDatabase):
