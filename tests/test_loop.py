@@ -14,6 +14,8 @@ import httpx
 import pytest
 
 import agentlightning as agl
+from agentlightning.cli.drift import lines_of
+from agentlightning.drift import Report
 from examples import demo_rollout, loop, servers
 from examples.demo_rollout import SHOWS, drift, is_exact, table
 from examples.loop import ROLLOUTS, TOOLS, Run, run
@@ -23,6 +25,7 @@ from tests.common.reference import tokenizer
 from tests.common.vllm import RemoteOpenAIServer
 from tests.recording.nursery import Nursery
 from tests.server.process import StoreServer
+from tools.drift_report import BEGIN, END, PAGE
 
 AT_A_TERMINAL = """\
 import pathlib, sys
@@ -158,6 +161,23 @@ def test_each_rollout_breaks_at_its_tool_call_and_the_report_has_eight_lines(
     assert [(each.cause, each.is_certain, each.also) for each in breaks] == [("template", True, ["tool_call"])] * len(
         runs
     )
+
+
+def without_numbers(report: str) -> list[str]:
+    """Return the lines of a report up to what is unfit besides, without numbers, ids and the tokens of examples."""
+    lines = report.partition("\n\nbesides")[0].splitlines()
+    return [re.sub(r"\S*\d\S*", "#", re.sub(r"(before|now):.*", r"\1", line)).strip() for line in lines]
+
+
+def test_the_page_on_drift_has_such_a_report(runs: list[tuple[Run, list[agl.Triplet]]], file: Path) -> None:
+    report = Report()
+    with agl.open_store(str(file)) as store:
+        for attempt in store.drift():
+            report.add(attempt)
+
+    written = PAGE.read_text().partition(BEGIN)[2].partition(END)[0]
+    shown = written.partition("```text\n")[2].partition("\n```")[0]
+    assert without_numbers(shown) == without_numbers("\n".join(lines_of(report, brief=False)))
 
 
 def test_without_a_terminal_it_says_how_to_serve_the_file_again(
