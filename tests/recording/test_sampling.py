@@ -9,8 +9,11 @@ from typing import Any
 from urllib.error import HTTPError
 
 import pytest
+from openai import OpenAI
 
+import agentlightning as agl
 from agentlightning.instrumentation.vllm._status import STATUS_ROUTE
+from agentlightning.sampling import is_same
 from tests.common.answers import fetch, post, steady
 from tests.recording.nursery import Nursery
 from tests.recording.server import RecordingServer
@@ -73,6 +76,47 @@ def test_a_request_is_drawn_with_what_is_pinned_whatever_it_asks_for(pinned: Rec
         expected = OTHER | (FROM_CONFIG if "repetition_penalty" not in ENDPOINTS[endpoint][1] else {})
         assert asked == {name: expected[name] for name in asked}
         assert asked.keys() >= set(ENDPOINTS[endpoint][1])
+
+
+def test_a_rollouts_own_pins_arrive_and_are_sampled_with(pinned: RecordingServer) -> None:
+    by_mode = {"train": {"temperature": 0.7}, "val": "client", "test": {"temperature": 1.3, "top_k": 5}}
+    resources = {"main": {"resource_type": "llm", "model": "m", "endpoint": "e", "sampling": by_mode}}
+    own = agl.RolloutConfig(sampling={"temperature": 0.7})
+    greedy, warm = {"temperature": 0, "top_p": 0.9}, {"temperature": 0.7, "top_p": 0.9}
+
+    def ids_of(rollout: agl.Rollout, asked: dict[str, Any], by_key: bool = False) -> list[int]:
+        """Return the ids of an answer to the rollout's agent, which names the rollout by its base URL or its key."""
+        url = f"{pinned.url}/v1" if by_key else rollout.base_url(pinned.url)
+        with OpenAI(base_url=url, api_key=rollout.api_key("k") if by_key else "k", max_retries=0) as client:
+            client.completions.create(model=pinned.model, prompt="Paris?", max_tokens=12, seed=7, **asked)
+        return [*(pinned.recorded(rollout_id=rollout.rollout_id)[-1].choices[0].token_ids or ())]
+
+    def params_of(rollout: agl.Rollout) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """Return what ran and changes the model's distribution, and what was asked for in place of what was pinned."""
+        found = pinned.recorded(rollout_id=rollout.rollout_id)[-1]
+        ran, asked = json.loads(found.sampling_params or "{}"), found.requested_params
+        changing = {name: ran[name] for name in NEUTRAL if name in ran and not is_same(name, ran[name], NEUTRAL[name])}
+        return changing, None if asked is None else json.loads(asked)
+
+    with agl.open_store(pinned.store) as store:
+        of_resources = store.add_resources(resources).resources_id
+        of_config = store.start_rollout("a task", config=own)
+        of_train, of_val, of_test = (
+            store.start_rollout("a task", mode=mode, resources_id=of_resources) for mode in ("train", "val", "test")
+        )
+        expected = ids_of(of_val, warm)
+        # The config's, and the resources' for the mode; in the path, and in the key. The client asks for another one.
+        assert (
+            ids_of(of_config, greedy) == ids_of(of_train, greedy) == ids_of(of_train, greedy, by_key=True) == expected
+        )
+        assert ids_of(of_val, greedy) != expected
+        ids_of(of_test, greedy)
+
+        rest = {"top_p": 0.9, **FROM_CONFIG}
+        assert params_of(of_config) == params_of(of_train) == ({"temperature": 0.7, **rest}, {"temperature": 0.0})
+        # Of a greedy request, vLLM itself forgets top_p.
+        assert params_of(of_val) == ({"temperature": 0.0, **FROM_CONFIG}, None)
+        assert params_of(of_test) == ({"temperature": 1.3, "top_k": 5, **rest}, {"temperature": 0.0, "top_k": 0})
 
 
 def test_several_answers_to_a_greedy_request_are_drawn(pinned: RecordingServer) -> None:
