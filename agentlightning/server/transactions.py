@@ -6,8 +6,9 @@ import asyncio
 import logging
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
@@ -23,7 +24,10 @@ from agentlightning.store.filters import PruneFilters
 __all__ = ["Busy", "Transactions"]
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 Work = Callable[[Connection], T]
+WorkTogether = Callable[[Connection, Sequence[Item]], Sequence[T]]
+"""Writes several items, and returns the outcome of each; raises if one of them cannot be written."""
 
 WRITES_AT_ONCE = 256
 WRITES_WAITING = 10_000
@@ -43,7 +47,8 @@ class Busy(StoreUnavailable):
 
 @dataclass(slots=True)
 class _Write:
-    work: Work[Any]
+    work: WorkTogether[Any, Any]
+    item: Any
     future: asyncio.Future[Any]
     outcome: Any = None
     error: BaseException | None = None
@@ -53,7 +58,8 @@ class Transactions:
     """Transactions on a database, for the event loop in which this object is made.
 
     A write is answered when it is committed. Writes that wait during a commit are committed together, so that a disk
-    keeps up with an in-memory store; a write that raises is rolled back alone.
+    keeps up with an in-memory store; a write that raises is rolled back alone. For that, all are rolled back and run
+    again, each in a savepoint: this is rare, and savepoints for all would cost more than it.
 
     Attempts that have timed out are ended before anything is read or written, so no client sees one that should have
     ended.
@@ -103,10 +109,19 @@ class Transactions:
             Busy: too many writes wait.
             StoreUnavailable: the store cannot be written now; nothing of this write is stored.
         """
+        return await self.write_together(lambda connection, _: [work(connection)], None)
+
+    async def write_together(self, work: WorkTogether[Item, T], item: Item) -> T:
+        """Run `work` in a write transaction for this item and those that wait beside it, and return its outcome.
+
+        Raises:
+            Busy: too many writes wait.
+            StoreUnavailable: the store cannot be written now; nothing of this write is stored.
+        """
         if self._waiting >= WRITES_WAITING:
             raise Busy(f"{self._waiting} writes wait already")
         self._waiting += 1
-        write = _Write(work, self._loop.create_future())
+        write = _Write(work, item, self._loop.create_future())
         self._writes.put(write)
         return await write.future
 
@@ -196,32 +211,56 @@ class Transactions:
                 return
 
     def _commit(self, batch: list[_Write]) -> None:
+        together: dict[WorkTogether[Any, Any], list[_Write]] = {}
+        for write in batch:
+            together.setdefault(write.work, []).append(write)
         try:
-            with self._database.writing() as connection:
-                if lifecycle.is_anything_due(connection):
-                    lifecycle.expire(connection)
+            with self._begun() as connection:
+                for work, writes in together.items():
+                    outcomes = work(connection, [each.item for each in writes])
+                    for write, outcome in zip(writes, outcomes, strict=True):
+                        write.outcome = outcome
+        except Exception as error:
+            if len(batch) > 1 and not isinstance(error, (StoreUnavailable, StoreRefused)):
+                self._commit_apart(batch)
+            else:
+                self._resolve(batch, error)
+
+    def _commit_apart(self, batch: list[_Write]) -> None:
+        """Commit writes together, of which some raise."""
+        try:
+            with self._begun() as connection:
                 for write in batch:
                     self._do(connection, write)
-        except Conflict:
-            # Other servers write to the same database, and locked the same rows in another order.
-            for write in batch:
-                self._commit_alone(write)
         except Exception as error:
-            # The whole batch is rolled back, including the writes that had worked.
-            for write in batch:
-                write.error = error
+            self._resolve(batch, error)
+
+    def _resolve(self, batch: list[_Write], error: Exception) -> None:
+        """Answer a batch that was rolled back with the error, or commit each write alone."""
+        for write in batch:
+            write.error = error
+            if isinstance(error, Conflict):
+                # Other servers write to the same database, and locked the same rows in another order.
+                self._commit_alone(write)
+
+    @contextmanager
+    def _begun(self) -> Iterator[Connection]:
+        with self._database.writing() as connection:
+            if lifecycle.is_anything_due(connection):
+                lifecycle.expire(connection)
+            yield connection
 
     def _commit_alone(self, write: _Write) -> None:
         write.error = None
         try:
-            write.outcome = self._database.write(write.work)
+            [write.outcome] = self._database.write(lambda connection: write.work(connection, [write.item]))
         except Exception as error:
             write.error = error
 
     def _do(self, connection: Connection, write: _Write) -> None:
         try:
             with savepoint(connection):
-                write.outcome = write.work(connection)
+                [write.outcome] = write.work(connection, [write.item])
         except Exception as error:
             meaning = self._database.explanation(error) or error
             # An error of the database concerns the whole batch; an error in a value concerns its sender alone.

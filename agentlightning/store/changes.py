@@ -102,8 +102,8 @@ def revision_of(connection: Connection, rollout_id: str) -> str:
 
 def now_at(connection: Connection) -> Moment:
     """Return the moment after which `changed_rollouts` finds what this transaction does not see yet."""
-    change, deletions = run(connection, f"SELECT {_NOW[connection.dialect.name]}, {_DELETIONS}", ()).one()
-    return Moment(change or 0, deletions or 0)
+    found = run(connection, f"SELECT {_NOW[connection.dialect.name]}, {_DELETIONS}", ()).one()
+    return Moment(*(each or 0 for each in found))
 
 
 def changed_rollouts(connection: Connection, after: Moment) -> dict[str, tuple[RolloutStatus, float | None]]:

@@ -37,6 +37,7 @@ __all__ = [
     "next_keys",
     "now",
     "run",
+    "run_many",
     "savepoint",
     "transaction",
 ]
@@ -273,6 +274,15 @@ def run(connection: Connection, statement: str, values: Sequence[Any]) -> Cursor
     return connection.exec_driver_sql(statement, tuple(values))
 
 
+def run_many(connection: Connection, statement: str, values: Sequence[tuple[Any, ...]]) -> None:
+    """Execute a statement given as text, with a ? for each value, once for each row of values, if there are any."""
+    if not values:
+        return
+    if not is_single_writer(connection):
+        statement = statement.replace("?", "%s")
+    connection.exec_driver_sql(statement, values[0] if len(values) == 1 else [*values])
+
+
 def fetch(connection: Connection, query: str, values: Sequence[Any]) -> Sequence[Any]:
     """Read the rows of a query given as text, with a ? for each value."""
     return run(connection, query, values).all()
@@ -282,8 +292,11 @@ def found(
     connection: Connection, table: Table, columns: Sequence[str], by: str, values: Sequence[Any]
 ) -> Iterable[Sequence[Any]]:
     """Select columns of the rows whose column `by` has one of the values: at most as many as a part of `in_parts`."""
-    query = f"SELECT {', '.join(columns)} FROM {table.name} WHERE {by} IN ({', '.join('?' * len(values))})"
-    return run(connection, query, values)
+    selected = f"SELECT {', '.join(columns)} FROM {table.name} WHERE {by}"
+    if not is_single_writer(connection):
+        # The same statement however many there are, so that it is prepared once.
+        return run(connection, f"{selected} = ANY(?)", ([*values],))
+    return run(connection, f"{selected} IN ({', '.join('?' * len(values))})", values)
 
 
 def insert_rows(

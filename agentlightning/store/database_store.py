@@ -102,8 +102,7 @@ class DatabaseStore(Store):
 
     def dequeue_rollouts(self, limit: int, worker_id: str | None = None) -> list[Rollout]:
         def work(connection: Connection) -> list[Rollout]:
-            taken = lifecycle.dequeue(connection, limit, worker_id)
-            return [self._rollout(row) for row in rollouts.find_all(connection, taken)]
+            return [self._rollout(row) for row in lifecycle.dequeue(connection, limit, worker_id)]
 
         return self._write(work)
 
@@ -118,11 +117,8 @@ class DatabaseStore(Store):
         worker_id: str | None = None,
     ) -> Rollout:
         new = NewRollout(input, mode, resources_id, config or RolloutConfig(), metadata or {})
-
-        def work(connection: Connection) -> Rollout:
-            return self._rollout(rollouts.find(connection, lifecycle.start(connection, new, worker_id)))
-
-        return self._write(work)
+        [row] = self._write(lambda connection: lifecycle.start_all(connection, [lifecycle.Start(new, worker_id)]))
+        return self._rollout(row)
 
     def start_attempt(self, rollout_id: str, worker_id: str | None = None) -> Rollout:
         def work(connection: Connection) -> Rollout:
@@ -199,7 +195,7 @@ class DatabaseStore(Store):
 
     def add_span(self, span: Span) -> Span | None:
         new = spans.new_span(with_ids(span.as_dict()))
-        stored = self._write(lambda connection: ingestion.add_span(connection, new))
+        [stored] = self._write(lambda connection: ingestion.add_spans(connection, [new]))
         return None if stored is None else _span(stored)
 
     def query_spans(

@@ -261,7 +261,8 @@ def _delete_some(
     rollout_id: str, before: float | None, under_way: dict[str, str], connection: Connection
 ) -> tuple[Counter[str], bool]:
     """Delete a part of a rollout, which includes the rollout itself only if nothing else is left."""
-    row = rollouts.find(connection, storable(rollout_id) or "", to_change=True)
+    stored = storable(rollout_id) or ""
+    row = rollouts.find_to_change(connection, [stored]).get(stored)
     if row is None and before is not None and not _is_recorded(connection, rollout_id, before):
         # Its id is in use again, or all of it is gone.
         return Counter(), True

@@ -15,23 +15,34 @@ from agentlightning.store import attributes, lifecycle, rollouts, sessions, span
 from agentlightning.store.database import now
 from agentlightning.store.spans import NewSpan, new_span
 
-__all__ = ["add_reward", "add_span", "ingest"]
+__all__ = ["Mixed", "add_reward", "add_spans", "ingest"]
 
 
-def add_span(connection: Connection, new: NewSpan) -> NewSpan | None:
-    """Store a span of an attempt, which is a sign of life of the attempt.
+class Mixed(Exception):
+    """Raised where several are written together and the outcomes differ: each of them is to be written alone."""
+
+
+def add_spans(connection: Connection, received: Sequence[NewSpan]) -> list[NewSpan | None]:
+    """Store spans of attempts, each of which is a sign of life of its attempt.
 
     Returns:
-        The span with its `sequence_id`; None where it was stored before.
+        The spans with their `sequence_id`; None for one that was stored before.
 
     Raises:
-        NotFound: no such attempt.
+        NotFound: there is no such attempt as one of them names.
+        Mixed: some were stored before.
     """
-    new = replace(new)
-    rollout_id, attempt_id = new.rollout_id or "", new.attempt_id or ""
-    if not lifecycle.heartbeat(connection, rollout_id, attempt_id):
-        raise NotFound(f"there is no attempt {attempt_id!r} of a rollout {rollout_id!r}")
-    return new if spans.add(connection, [new]) else None
+    new = [replace(each) for each in received]
+    named = [(each.rollout_id or "", each.attempt_id or "") for each in new]
+    for (rollout_id, attempt_id), is_there in zip(named, lifecycle.heartbeats(connection, named), strict=True):
+        if not is_there:
+            raise NotFound(f"there is no attempt {attempt_id!r} of a rollout {rollout_id!r}")
+    stored = spans.add(connection, new)
+    if stored == len(new):
+        return [*new]
+    if len(new) > 1:
+        raise Mixed("some of the spans were stored before")
+    return [None]
 
 
 def add_reward(
@@ -90,9 +101,7 @@ def ingest(connection: Connection, received: Sequence[NewSpan], project_id: str 
             each.attempt_id = attempts[named]
     own = {} if project_id is None else sessions.join(connection, new, project_id)
     alive: set[Any] = {(each.rollout_id, each.attempt_id or "") for each in new if each.rollout_id is not None}
-    # Sorted: each locks its rollout, and two writers of the same rollouts must lock in the same order.
-    for rollout_id, attempt_id in sorted(alive):
-        lifecycle.heartbeat(connection, rollout_id, attempt_id)
+    lifecycle.heartbeats(connection, sorted(alive))
     stored = spans.add(connection, new)
     sessions.end(connection, new, own)
     return stored

@@ -1,12 +1,17 @@
 """The life of a rollout: queued, taken, attempted, timed out, retried and ended, as Agent Lightning 0.3 defines it.
 
-The caller owns the transaction.
+What many ask for at once is done for all of them by the same statements: a database at the other end of a network takes
+as long for one row as for a hundred. The caller owns the transaction.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Integer, and_, bindparam, insert, select, update
 
@@ -24,20 +29,27 @@ from agentlightning.rollout_records import (
 from agentlightning.sampling import pins_for
 from agentlightning.store import resources, workers
 from agentlightning.store.changes import next_change
-from agentlightning.store.database import earliest_deadline, now
+from agentlightning.store.database import earliest_deadline, next_keys, now
 from agentlightning.store.documents import to_json
-from agentlightning.store.rollouts import config_of, find, find_known
+from agentlightning.store.rollouts import config_of, find_known, find_to_change
 from agentlightning.store.tables import attempts, rollouts
 
 __all__ = [
+    "AttemptChange",
+    "Dequeue",
+    "Start",
     "dequeue",
+    "dequeue_all",
     "enqueue",
     "expire",
     "heartbeat",
+    "heartbeats",
     "is_anything_due",
     "start",
+    "start_all",
     "start_attempt",
     "update_attempt",
+    "update_attempts",
     "update_rollout",
 ]
 
@@ -49,11 +61,10 @@ MICROSECONDS = 1_000_000
 # a column: SQLAlchemy would take it for a value to set.
 _CHANGE_ROLLOUT = update(rollouts).where(rollouts.c.key == bindparam("of_key")).values(changed=next_change())
 _IS = and_(attempts.c.rollout_key == bindparam("of_rollout"), attempts.c.sequence_id == bindparam("number"))
-_ATTEMPT = select(attempts).where(_IS)
 _CHANGE_ATTEMPT = update(attempts).where(_IS)
-_NEW_ROLLOUTS, _NEW_ATTEMPT = insert(rollouts).values(changed=next_change()), insert(attempts)
+_NEW_ROLLOUTS, _NEW_ATTEMPTS = insert(rollouts).values(changed=next_change()), insert(attempts)
 _WAITING = (
-    select(rollouts.c.key, rollouts.c.rollout_id, rollouts.c.attempts, rollouts.c.config)
+    select(rollouts)
     .where(rollouts.c.queued_at.is_not(None))
     .order_by(rollouts.c.queued_at, rollouts.c.key)
     .limit(bindparam("most", type_=Integer))
@@ -61,30 +72,95 @@ _WAITING = (
 )
 
 
+class Start(NamedTuple):
+    """A rollout that is run at once, and the worker that runs it."""
+
+    rollout: NewRollout
+    worker_id: str | None = None
+
+
+class Dequeue(NamedTuple):
+    """The number of rollouts that a worker takes."""
+
+    limit: int
+    worker_id: str | None = None
+
+
+class AttemptChange(NamedTuple):
+    """A change of an attempt.
+
+    Attributes:
+        attempt_id: `latest` stands for the latest.
+        changes: by name: `status`, `worker_id`, `last_heartbeat_time`, `metadata`.
+    """
+
+    rollout_id: str
+    attempt_id: str
+    changes: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """An attempt's row."""
+
+    rollout_key: int
+    sequence_id: int
+    attempt_id: str
+    start_time: float
+    end_time: float | None
+    status: str
+    worker_id: str | None
+    last_heartbeat_time: float | None
+    metadata: str | None
+    deadline: float | None
+
+
+_COLUMNS = tuple(_Attempt.__dataclass_fields__)
+_CHANGING = ("end_time", "status", "worker_id", "last_heartbeat_time", "metadata", "deadline")
+
+
 def start(connection: Connection, new: NewRollout, worker_id: str | None) -> str:
     """Create a rollout that is run at once, with its first attempt; returns its id."""
+    [row] = start_all(connection, [Start(new, worker_id)])
+    return row.rollout_id
+
+
+def start_all(connection: Connection, wanted: Sequence[Start]) -> list[Any]:
+    """Create rollouts that are run at once, each with its first attempt; returns rows as `rollouts.find` does."""
     at = now(connection)
-    [rollout_id], key = _insert(connection, [new], "preparing", at, attempts_made=1)
-    _insert_attempt(connection, key, rollout_id, 1, worker_id, at, _deadline(new.config, at, None))
-    return rollout_id
+    made = _insert(connection, [each.rollout for each in wanted], "preparing", at, attempts_made=1)
+    of_each = [
+        _new_attempt(row["key"], 1, each.worker_id, at, _deadline(each.rollout.config, at, None))
+        for each, row in zip(wanted, made, strict=True)
+    ]
+    found = [_with_attempt(row, attempt) for row, attempt in zip(made, of_each, strict=True)]
+    _insert_attempts(connection, found, of_each, at)
+    return found
 
 
 def enqueue(connection: Connection, new: Sequence[NewRollout]) -> list[str]:
     """Append rollouts to the queue, in this order; returns their ids."""
     at = now(connection)
-    made, _ = _insert(connection, new, "queuing", at, queued_at=_nanoseconds(at))
-    return made
+    return [row["rollout_id"] for row in _insert(connection, new, "queuing", at, queued_at=_nanoseconds(at))]
 
 
-def dequeue(connection: Connection, limit: int, worker_id: str | None) -> list[str]:
-    """Take the rollouts that have been queued longest, each with a new attempt; returns their ids."""
-    found = connection.execute(_WAITING, {"most": max(limit, 0)}).all()
+def dequeue(connection: Connection, limit: int, worker_id: str | None) -> list[Any]:
+    """Take the rollouts that have been queued longest, each with a new attempt; returns their rows."""
+    return dequeue_all(connection, [Dequeue(limit, worker_id)])[0]
+
+
+def dequeue_all(connection: Connection, wanted: Sequence[Dequeue]) -> list[list[Any]]:
+    """Take the rollouts that have been queued longest, for each worker as many as it takes."""
+    most = sum(max(each.limit, 0) for each in wanted)
+    left = iter(connection.execute(_WAITING, {"most": most}).all() if most else ())
     at = now(connection)
-    if worker_id:
-        workers.note(connection, worker_id, last_dequeue_time=at, **({} if found else workers.without_work(at)))
-    for each in found:
-        _begin_attempt(connection, each, worker_id, at)
-    return [each.rollout_id for each in found]
+    shares = [[*islice(left, max(each.limit, 0))] for each in wanted]
+    idle = {each.worker_id for each, rows in zip(wanted, shares, strict=True) if each.worker_id and not rows}
+    without_work = {"last_dequeue_time": at, **workers.idle(at)}
+    workers.note_all(connection, dict.fromkeys(idle, without_work), stay_idle=True)
+    taken = [(row, each.worker_id) for each, rows in zip(wanted, shares, strict=True) for row in rows]
+    begun = iter(_begin_attempts(connection, taken, at, last_dequeue_time=at))
+    return [[*islice(begun, len(rows))] for rows in shares]
 
 
 def start_attempt(connection: Connection, rollout_id: str, worker_id: str | None) -> None:
@@ -93,7 +169,7 @@ def start_attempt(connection: Connection, rollout_id: str, worker_id: str | None
     Raises:
         NotFound: no such rollout.
     """
-    _begin_attempt(connection, find_known(connection, rollout_id), worker_id, now(connection))
+    _begin_attempts(connection, [(find_known(connection, rollout_id), worker_id)], now(connection))
 
 
 def update_rollout(connection: Connection, rollout_id: str, changes: Mapping[str, Any]) -> None:
@@ -126,61 +202,53 @@ def update_rollout(connection: Connection, rollout_id: str, changes: Mapping[str
         deadline = None
         if status in UNDER_WAY:
             deadline = _deadline(config, found.attempt_start_time, found.attempt_last_heartbeat_time)
-        _change_attempt(connection, found.key, found.attempts, deadline=deadline)
+        connection.execute(_CHANGE_ATTEMPT, {"of_rollout": found.key, "number": found.attempts, "deadline": deadline})
 
 
 def update_attempt(connection: Connection, rollout_id: str, attempt_id: str, changes: Mapping[str, Any]) -> Any:
-    """Change an attempt, and apply what follows for its rollout and its worker.
-
-    Args:
-        attempt_id: `latest` stands for the latest.
-        changes: by name: `status`, `worker_id`, `last_heartbeat_time`, `metadata`.
-
-    Returns:
-        The attempt's row.
+    """Change an attempt, and apply what follows for its rollout and its worker; returns the attempt's row.
 
     Raises:
         NotFound: no such rollout or attempt.
     """
-    columns = dict(changes)
-    _check("status", columns.get("status", "preparing"), ATTEMPT_STATUSES)
-    if columns.get("metadata") is not None:
-        columns["metadata"] = to_json(columns["metadata"])
-    found = find_known(connection, rollout_id)
-    number = found.attempts if attempt_id == "latest" else _number_of(connection, found.key, attempt_id)
-    if not number:
-        raise NotFound(f"the rollout {rollout_id!r} has no attempt {attempt_id!r}")
-    _settle(connection, found, number, columns)
-    return _attempt_row(connection, found.key, number)
+    return update_attempts(connection, [AttemptChange(rollout_id, attempt_id, changes)])[0]
+
+
+def update_attempts(connection: Connection, wanted: Sequence[AttemptChange]) -> list[Any]:
+    """Change attempts, in this order, and apply what follows for their rollouts and workers; returns their rows.
+
+    Raises:
+        NotFound: there is no such rollout or attempt as one of them names.
+    """
+    changed: dict[int, Any] = {}
+    for places in _rounds(wanted):
+        some = [wanted[place] for place in places]
+        of_rollouts = find_to_change(connection, [each.rollout_id for each in some])
+        at = now(connection)
+        settled = [_settled(connection, of_rollouts, each, at) for each in some]
+        _write(connection, settled, at)
+        changed |= {place: each.attempt for place, each in zip(places, settled, strict=True)}
+    return [changed[place] for place in range(len(wanted))]
 
 
 def heartbeat(connection: Connection, rollout_id: str, attempt_id: str) -> bool:
     """Record a sign of life of an attempt; False where there is no such attempt."""
-    found = find(connection, rollout_id, to_change=True)
-    if found is None:
-        return False
-    if found.attempt_id == attempt_id:
-        number, status, before = found.attempts, found.attempt_status, found.attempt_last_heartbeat_time
-    else:
-        number = _number_of(connection, found.key, attempt_id)
-        if not number:
-            return False
-        status = _attempt_row(connection, found.key, number).status
-        before = None
-    at = now(connection)
-    changes: dict[str, Any] = {"last_heartbeat_time": at if before is None else max(before, at)}
-    revived = status in ("preparing", "unresponsive")
-    if revived:
-        changes["status"] = "running"
-    if number == found.attempts:
-        rollout_status = found.status
-        if (revived or status == "running") and rollout_status in ("preparing", "requeuing"):
-            rollout_status = "running"
-            _change_rollout(connection, found, rollout_status, at)
-        if rollout_status in UNDER_WAY:
-            changes["deadline"] = _deadline(config_of(found), found.attempt_start_time, at)
-    _change_attempt(connection, found.key, number, **changes)
-    return True
+    return heartbeats(connection, [(rollout_id, attempt_id)])[0]
+
+
+def heartbeats(connection: Connection, wanted: Sequence[tuple[str, str]]) -> list[bool]:
+    """Record signs of life of attempts, each named by its rollout's id and its own; False where there is none."""
+    are_there: dict[tuple[str, str], bool] = {}
+    changes = [AttemptChange(*each, {}) for each in dict.fromkeys(wanted)]
+    for places in _rounds(changes):
+        some = [changes[place] for place in places]
+        of_rollouts = find_to_change(connection, [each.rollout_id for each in some])
+        at = now(connection)
+        revived = [_revived(connection, of_rollouts.get(each.rollout_id), each.attempt_id, at) for each in some]
+        _write(connection, [each for each in revived if each is not None], at)
+        for each, found in zip(some, revived, strict=True):
+            are_there[each.rollout_id, each.attempt_id] = found is not None
+    return [are_there[each] for each in wanted]
 
 
 def is_anything_due(connection: Connection) -> bool:
@@ -200,17 +268,20 @@ def expire(connection: Connection, limit: int = 1_000) -> list[str]:
         .limit(limit)
         .with_for_update(skip_locked=True, of=rollouts)
     )
-    ended: list[str] = []
-    for rollout_id in connection.execute(due).scalars().all():
-        found = find(connection, rollout_id)
+    locked = connection.execute(due).scalars().all()
+    of_rollouts = find_to_change(connection, locked)
+    ended: list[_Settled] = []
+    for each in locked:
+        found = of_rollouts[each]
         # A heartbeat may have arrived between the query and its lock.
-        if found is not None and found.attempt_deadline is not None and found.attempt_deadline < at:
+        if found.attempt_deadline is not None and found.attempt_deadline < at:
             timeout = config_of(found).timeout_seconds
             # Added in the same order as the deadline was: a difference may be rounded the other way.
             late = timeout is not None and found.attempt_start_time + timeout < at
-            _settle(connection, found, found.attempts, {"status": "timeout" if late else "unresponsive"})
-            ended.append(rollout_id)
-    return ended
+            changes = {"status": "timeout" if late else "unresponsive"}
+            ended.append(_settled(connection, of_rollouts, AttemptChange(each, "latest", changes), at))
+    _write(connection, ended, at)
+    return [each.rollout.rollout_id for each in ended]
 
 
 def _insert(
@@ -221,18 +292,20 @@ def _insert(
     *,
     queued_at: int | None = None,
     attempts_made: int = 0,
-) -> tuple[list[str], int]:
-    """Insert rollouts; returns their ids, and the key if there is just one."""
+) -> list[dict[str, Any]]:
+    """Insert rollouts; returns their rows."""
     for each in new:
         _check("mode", each.mode, MODES)
         _check_config(each.config)
     latest = None if all(each.resources_id for each in new) else resources.latest_id(connection)
     made = [
         {
+            "key": key,
             "rollout_id": f"ro-{new_id()}",
             "input": to_json(each.input),
             # Distinct start times keep the order of a batch, ascending and descending.
             "start_time": at + place / MICROSECONDS,
+            "end_time": None,
             "mode": each.mode,
             "resources_id": latest if each.resources_id is None else each.resources_id,
             "status": status,
@@ -241,85 +314,208 @@ def _insert(
             "queued_at": queued_at,
             "attempts": attempts_made,
         }
-        for place, each in enumerate(new)
+        for place, (each, key) in enumerate(zip(new, next_keys(connection, rollouts, len(new)), strict=True))
     ]
-    key = 0
-    if len(made) == 1:
-        [key] = connection.execute(_NEW_ROLLOUTS, made[0]).inserted_primary_key or (0,)
-    elif made:
-        connection.execute(_NEW_ROLLOUTS, made)
-    return [each["rollout_id"] for each in made], key
+    _execute(connection, _NEW_ROLLOUTS, made)
+    return made
 
 
-def _begin_attempt(connection: Connection, found: Any, worker_id: str | None, at: float) -> None:
-    """Create the next attempt of a rollout, which leaves the queue."""
-    number = found.attempts + 1
+def _begin_attempts(
+    connection: Connection, taken: Sequence[tuple[Any, str | None]], at: float, **of_workers: Any
+) -> list[Any]:
+    """Create the next attempts of rollouts, which leave the queue; returns the rollouts' rows.
+
+    Args:
+        taken: the rows of rollouts, each with the worker that takes it.
+        of_workers: columns of these workers to set as well.
+    """
     columns = _status_columns("preparing", None, at)
-    connection.execute(_CHANGE_ROLLOUT, {"of_key": found.key, "attempts": number, **columns})
-    if number > 1:
-        _change_attempt(connection, found.key, number - 1, deadline=None)
-    deadline = _deadline(config_of(found), at, None)
-    _insert_attempt(connection, found.key, found.rollout_id, number, worker_id, at, deadline)
+    changed = [{**_dict(row), **columns, "attempts": row.attempts + 1} for row, _ in taken]
+    _execute(
+        connection,
+        _CHANGE_ROLLOUT,
+        [{"of_key": row["key"], "attempts": row["attempts"], **columns} for row in changed],
+    )
+    again = [
+        {"of_rollout": row["key"], "number": row["attempts"] - 1, "deadline": None}
+        for row in changed
+        if row["attempts"] > 1
+    ]
+    _execute(connection, _CHANGE_ATTEMPT, again)
+    begun = [
+        _new_attempt(row["key"], row["attempts"], worker_id, at, _deadline(config_of(found), at, None))
+        for row, (found, worker_id) in zip(changed, taken, strict=True)
+    ]
+    found = [_with_attempt(row, attempt) for row, attempt in zip(changed, begun, strict=True)]
+    _insert_attempts(connection, found, begun, at, **of_workers)
+    return found
 
 
-def _insert_attempt(
-    connection: Connection,
-    rollout_key: int,
-    rollout_id: str,
-    number: int,
-    worker_id: str | None,
-    at: float,
-    deadline: float | None,
+def _new_attempt(rollout_key: int, number: int, worker_id: str | None, at: float, deadline: float | None) -> _Attempt:
+    return _Attempt(rollout_key, number, f"at-{new_id()}", at, None, "preparing", worker_id, None, None, deadline)
+
+
+def _insert_attempts(
+    connection: Connection, found: Sequence[Any], new: Sequence[_Attempt], at: float, **of_workers: Any
 ) -> None:
-    attempt_id = f"at-{new_id()}"
-    values = {
-        "rollout_key": rollout_key,
-        "sequence_id": number,
-        "attempt_id": attempt_id,
-        "start_time": at,
-        "status": "preparing",
-        "worker_id": worker_id,
-        "deadline": deadline,
-    }
-    connection.execute(_NEW_ATTEMPT, values)
-    if worker_id:
-        workers.note(connection, worker_id, **workers.busy(at, rollout_id, attempt_id))
+    """Insert the attempts of these rollouts, and note what their workers do."""
+    _execute(connection, _NEW_ATTEMPTS, [asdict(each) for each in new])
+    workers.note_all(
+        connection,
+        {
+            each.worker_id: {**workers.busy(at, row.rollout_id, each.attempt_id), **of_workers}
+            for row, each in zip(found, new, strict=True)
+            if each.worker_id
+        },
+    )
 
 
-def _settle(connection: Connection, found: Any, number: int, changes: dict[str, Any]) -> None:
-    """Change an attempt; the state of the latest attempt decides the state of its rollout."""
-    at = now(connection)
-    if changes.get("status") in ("failed", "succeeded"):
-        changes["end_time"] = at
-    elif changes.get("status") in UNDER_WAY:
-        changes["end_time"] = None
-    if changes:
-        _change_attempt(connection, found.key, number, **changes)
-    attempt = _attempt_row(connection, found.key, number)
-    status = found.status
-    if number == found.attempts:
+class _Settled(NamedTuple):
+    """An attempt that has changed, and its rollout.
+
+    Attributes:
+        rollout: the rollout's row as it was.
+        attempt: the attempt as it is now.
+        status: of the rollout, as it is now.
+        is_noted: whether the rollout counts as changed, though its status may be the same.
+        worker: columns of the attempt's worker to set.
+    """
+
+    rollout: Any
+    attempt: _Attempt
+    status: RolloutStatus
+    is_noted: bool
+    worker: Mapping[str, Any] | None = None
+
+
+def _settled(connection: Connection, of_rollouts: Mapping[str, Any], wanted: AttemptChange, at: float) -> _Settled:
+    """Apply changes to an attempt; the state of the latest attempt decides the state of its rollout."""
+    columns = dict(wanted.changes)
+    _check("status", columns.get("status", "preparing"), ATTEMPT_STATUSES)
+    if columns.get("metadata") is not None:
+        columns["metadata"] = to_json(columns["metadata"])
+    found = of_rollouts.get(wanted.rollout_id)
+    if found is None:
+        raise NotFound(f"there is no rollout {wanted.rollout_id!r}")
+    attempt = _attempt_of(connection, found, wanted.attempt_id)
+    if attempt is None:
+        raise NotFound(f"the rollout {wanted.rollout_id!r} has no attempt {wanted.attempt_id!r}")
+    if columns.get("status") in ("failed", "succeeded"):
+        columns["end_time"] = at
+    elif columns.get("status") in UNDER_WAY:
+        columns["end_time"] = None
+    attempt = replace(attempt, **columns)
+    status: RolloutStatus = found.status
+    if attempt.sequence_id == found.attempts:
         config = config_of(found)
         status = _status_after(attempt, config)
         deadline = None
         if status in UNDER_WAY:
             deadline = _deadline(config, attempt.start_time, attempt.last_heartbeat_time)
-        if deadline != attempt.deadline:
-            _change_attempt(connection, found.key, number, deadline=deadline)
-    if status != found.status:
-        _change_rollout(connection, found, status, at)
-    else:
-        connection.execute(_CHANGE_ROLLOUT, {"of_key": found.key})
-    if attempt.worker_id and changes.keys() & {"status", "worker_id"}:
-        known = workers.of_attempt(attempt.status, at, found.rollout_id, attempt.attempt_id)
-        workers.note(connection, attempt.worker_id, **known)
+        attempt = replace(attempt, deadline=deadline)
+    worker = None
+    if attempt.worker_id and columns.keys() & {"status", "worker_id"}:
+        worker = workers.of_attempt(attempt.status, at, found.rollout_id, attempt.attempt_id)
+    return _Settled(found, attempt, status, bool(columns), worker)
 
 
-def _status_after(attempt: Any, config: RolloutConfig) -> RolloutStatus:
+def _revived(connection: Connection, found: Any | None, attempt_id: str, at: float) -> _Settled | None:
+    """Apply a sign of life to an attempt; None where there is no such attempt."""
+    attempt = None if found is None else _attempt_of(connection, found, attempt_id)
+    if found is None or attempt is None or attempt_id == "latest":
+        return None
+    is_latest = attempt.sequence_id == found.attempts
+    before = attempt.last_heartbeat_time if is_latest else None
+    status = "running" if attempt.status in ("preparing", "unresponsive") else attempt.status
+    attempt = replace(attempt, status=status, last_heartbeat_time=at if before is None else max(before, at))
+    rollout_status: RolloutStatus = found.status
+    if is_latest:
+        if status == "running" and rollout_status in ("preparing", "requeuing"):
+            rollout_status = "running"
+        if rollout_status in UNDER_WAY:
+            attempt = replace(attempt, deadline=_deadline(config_of(found), attempt.start_time, at))
+    return _Settled(found, attempt, rollout_status, is_noted=False)
+
+
+def _write(connection: Connection, settled: Sequence[_Settled], at: float) -> None:
+    """Write attempts that have changed, and what follows for their rollouts and workers."""
+    _execute(
+        connection,
+        _CHANGE_ATTEMPT,
+        [
+            {
+                "of_rollout": each.attempt.rollout_key,
+                "number": each.attempt.sequence_id,
+                **{name: getattr(each.attempt, name) for name in _CHANGING},
+            }
+            for each in settled
+        ],
+    )
+    _execute(
+        connection,
+        _CHANGE_ROLLOUT,
+        [
+            {"of_key": each.rollout.key, **_status_columns(each.status, each.rollout.queued_at, at)}
+            if each.status != each.rollout.status
+            else {"of_key": each.rollout.key, **{name: getattr(each.rollout, name) for name in _OF_STATUS}}
+            for each in settled
+            if each.is_noted or each.status != each.rollout.status
+        ],
+    )
+    workers.note_all(
+        connection,
+        {each.attempt.worker_id: each.worker for each in settled if each.attempt.worker_id and each.worker},
+    )
+
+
+def _rounds(wanted: Sequence[AttemptChange]) -> Iterator[list[int]]:
+    """Split changes, given by their places, so that those of the same rollout follow each other."""
+    by_rollout: defaultdict[str, list[int]] = defaultdict(list)
+    for place, each in enumerate(wanted):
+        by_rollout[each.rollout_id].append(place)
+    number, left = 0, [*by_rollout.values()]
+    while left:
+        yield [places[number] for places in left]
+        number += 1
+        left = [places for places in left if len(places) > number]
+
+
+def _attempt_of(connection: Connection, found: Any, attempt_id: str) -> _Attempt | None:
+    """Return an attempt of a rollout; None where there is no such attempt."""
+    if found.attempts and attempt_id in ("latest", found.attempt_id):
+        names = (f"attempt_{name.removeprefix('attempt_')}" for name in _COLUMNS[1:])
+        return _Attempt(found.key, *(getattr(found, name) for name in names))
+    of_both = attempts.c.rollout_key == found.key, attempts.c.attempt_id == attempt_id
+    row = connection.execute(select(attempts).where(*of_both)).first()
+    return None if row is None else _Attempt(*(getattr(row, name) for name in _COLUMNS))
+
+
+def _with_attempt(row: Mapping[str, Any], attempt: _Attempt) -> Any:
+    """Return a rollout's row with its latest attempt, as `rollouts.find` does."""
+    of_attempt = {f"attempt_{name.removeprefix('attempt_')}": getattr(attempt, name) for name in _COLUMNS[1:]}
+    return SimpleNamespace(**row, **of_attempt)
+
+
+def _dict(row: Any) -> dict[str, Any]:
+    """Return the columns of a rollout in its row."""
+    return {column.name: getattr(row, column.name) for column in rollouts.columns}
+
+
+def _execute(connection: Connection, statement: Any, values: Sequence[Mapping[str, Any]]) -> None:
+    """Execute a statement once for each, if there are any."""
+    if values:
+        connection.execute(statement, values[0] if len(values) == 1 else values)
+
+
+def _status_after(attempt: _Attempt, config: RolloutConfig) -> RolloutStatus:
     """Derive a rollout's state from its latest attempt."""
     if attempt.status in ("preparing", "running", "succeeded"):
-        return attempt.status
+        return attempt.status  # type: ignore[return-value]
     again = attempt.status in config.retry_condition and attempt.sequence_id < config.max_attempts
     return "requeuing" if again else "failed"
+
+
+_OF_STATUS = ("status", "queued_at", "end_time")
 
 
 def _status_columns(status: RolloutStatus, queued_at: int | None, at: float) -> dict[str, Any]:
@@ -329,23 +525,6 @@ def _status_columns(status: RolloutStatus, queued_at: int | None, at: float) -> 
         changes["queued_at"] = queued_at or _nanoseconds(at)
     changes["end_time"] = at if status in FINISHED else None
     return changes
-
-
-def _change_rollout(connection: Connection, found: Any, status: RolloutStatus, at: float) -> None:
-    connection.execute(_CHANGE_ROLLOUT, {"of_key": found.key, **_status_columns(status, found.queued_at, at)})
-
-
-def _change_attempt(connection: Connection, rollout_key: int, number: int, **changes: Any) -> None:
-    connection.execute(_CHANGE_ATTEMPT, {"of_rollout": rollout_key, "number": number, **changes})
-
-
-def _attempt_row(connection: Connection, rollout_key: int, number: int) -> Any:
-    return connection.execute(_ATTEMPT, {"of_rollout": rollout_key, "number": number}).one()
-
-
-def _number_of(connection: Connection, rollout_key: int, attempt_id: str) -> int | None:
-    of_both = attempts.c.rollout_key == rollout_key, attempts.c.attempt_id == attempt_id
-    return connection.execute(select(attempts.c.sequence_id).where(*of_both)).scalar()
 
 
 def _check(name: str, value: Any, allowed: Sequence[str | None]) -> None:

@@ -122,7 +122,7 @@ FORM = "write it as postgresql://USER:PASSWORD@HOST:PORT/DATABASE"
 # Caused by other writers: a deadlock, or an id that another writer has inserted since this one looked for it.
 CONFLICTS = (errors.DeadlockDetected, errors.SerializationFailure)
 IDS = ("generations_id_key", "losses_id_key", "blocks_by_parent")
-KEYS = ("generations_pkey", "losses_pkey", "texts_pkey", "blocks_pkey")
+KEYS = ("generations_pkey", "rollouts_pkey", "losses_pkey", "texts_pkey", "blocks_pkey")
 # Parts of the messages with which a login fails, and what to do.
 LOGIN_REFUSALS = {
     "password authentication failed": "correct the user and the password in the URL",

@@ -10,7 +10,7 @@ from sqlalchemy import Connection, Select, and_, bindparam, delete, func, select
 
 from agentlightning.errors import InvalidRecord, NotFound
 from agentlightning.rollout_records import ROLLOUT_STATUSES, RolloutConfig, RolloutStatus
-from agentlightning.store.database import in_parts, is_single_writer
+from agentlightning.store.database import in_parts, is_single_writer, run
 from agentlightning.store.pages import Listing, Logic, contains, matching
 from agentlightning.store.tables import attempts, rollouts
 
@@ -26,6 +26,7 @@ __all__ = [
     "find_all",
     "find_attempt",
     "find_known",
+    "find_to_change",
     "listing",
     "remove",
     "rollout_fields",
@@ -53,21 +54,23 @@ def _with_latest_attempt() -> Select[Any]:
 
 # Made once: SQLAlchemy takes longer to build a statement than SQLite takes to execute it.
 _FIND = _with_latest_attempt().where(rollouts.c.rollout_id == bindparam("rollout"))
-_LOCK = select(rollouts.c.key).where(rollouts.c.rollout_id == bindparam("rollout")).with_for_update()
+_LOCK = "SELECT key FROM rollouts WHERE rollout_id = ANY(?) ORDER BY rollout_id FOR UPDATE"
 
 
-def find(connection: Connection, rollout_id: str, *, to_change: bool = False) -> Any | None:
-    """Find a rollout's row with its latest attempt.
+def find(connection: Connection, rollout_id: str) -> Any | None:
+    """Find a rollout's row with its latest attempt."""
+    return connection.execute(_FIND, {"rollout": rollout_id}).first()
 
-    Args:
-        to_change: lock the rollout until the transaction ends.
-    """
-    wanted = {"rollout": rollout_id}
-    if to_change and not is_single_writer(connection):
+
+def find_to_change(connection: Connection, rollout_ids: Sequence[str]) -> dict[str, Any]:
+    """Find the rows of these rollouts by their ids, and lock them until the transaction ends."""
+    if not rollout_ids:
+        return {}
+    if not is_single_writer(connection):
         # A statement of its own: a query that waits for a lock continues with the rollout as it is then, but with the
-        # attempt as it was before.
-        connection.execute(_LOCK, wanted)
-    return connection.execute(_FIND, wanted).first()
+        # attempt as it was before. In the order of ids, so that two writers do not wait for each other.
+        run(connection, _LOCK, ([*rollout_ids],))
+    return {row.rollout_id: row for row in find_all(connection, rollout_ids)}
 
 
 def find_known(connection: Connection, rollout_id: str) -> Any:
@@ -76,7 +79,7 @@ def find_known(connection: Connection, rollout_id: str) -> Any:
     Raises:
         NotFound: no such rollout.
     """
-    found = find(connection, rollout_id, to_change=True)
+    found = find_to_change(connection, [rollout_id]).get(rollout_id)
     if found is None:
         raise NotFound(f"there is no rollout {rollout_id!r}")
     return found
@@ -84,6 +87,9 @@ def find_known(connection: Connection, rollout_id: str) -> Any:
 
 def find_all(connection: Connection, rollout_ids: Sequence[str]) -> list[Any]:
     """Find the rows of these rollouts, in this order; unknown ids are left out."""
+    if len(rollout_ids) == 1:
+        row = find(connection, rollout_ids[0])
+        return [] if row is None else [row]
     found: dict[str, Any] = {}
     for some in in_parts(rollout_ids):
         query = _with_latest_attempt().where(rollouts.c.rollout_id.in_(some))
@@ -177,17 +183,16 @@ def attempt_fields(row: Any, rollout_id: str, document: Document = json.loads, p
     Args:
         prefix: what its columns begin with in a row of both; `attempt_id` never has it twice.
     """
-    columns = row._mapping
-    metadata = columns[f"{prefix}metadata"]
+    metadata = getattr(row, f"{prefix}metadata")
     return {
         "rollout_id": rollout_id,
-        "attempt_id": columns["attempt_id"],
-        "sequence_id": columns[f"{prefix}sequence_id"],
-        "start_time": columns[f"{prefix}start_time"],
-        "end_time": columns[f"{prefix}end_time"],
-        "status": columns[f"{prefix}status"],
-        "worker_id": columns[f"{prefix}worker_id"],
-        "last_heartbeat_time": columns[f"{prefix}last_heartbeat_time"],
+        "attempt_id": row.attempt_id,
+        "sequence_id": getattr(row, f"{prefix}sequence_id"),
+        "start_time": getattr(row, f"{prefix}start_time"),
+        "end_time": getattr(row, f"{prefix}end_time"),
+        "status": getattr(row, f"{prefix}status"),
+        "worker_id": getattr(row, f"{prefix}worker_id"),
+        "last_heartbeat_time": getattr(row, f"{prefix}last_heartbeat_time"),
         "metadata": None if metadata is None else document(metadata),
     }
 
@@ -205,7 +210,7 @@ def count_by_status(connection: Connection) -> dict[str, int]:
 
 def remove(connection: Connection, rollout_id: str) -> None:
     """Delete a placeholder rollout with its attempts; does nothing where there is none."""
-    found = find(connection, rollout_id, to_change=True)
+    found = find_to_change(connection, [rollout_id]).get(rollout_id)
     if found is not None:
         connection.execute(delete(attempts).where(attempts.c.rollout_key == found.key))
         connection.execute(delete(rollouts).where(rollouts.c.key == found.key))

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, bindparam, case, false, func, select, update
+from sqlalchemy import ColumnElement, Connection, case, false, func, select
 
 from agentlightning.store import attributes, rollouts, tables, texts, triplets
-from agentlightning.store.database import in_parts, insert_if_new, insert_rows
+from agentlightning.store.database import found, in_parts, insert_rows, run_many
 from agentlightning.store.documents import to_json
 from agentlightning.store.pages import Listing, Logic, contains, matching
 from agentlightning.store.rows import storable, text_of
@@ -27,12 +27,14 @@ __all__ = ["NewSpan", "add", "listing", "new_span", "next_sequence_ids", "outlin
 SEARCHED = ("trace_id", "span_id", "parent_id", "name")
 LOGPROBS = "logprobs.content"
 
-# Made once: SQLAlchemy takes longer to build a statement than SQLite takes to execute it.
-_OF_ROLLOUT = span_sequences.c.rollout_id == bindparam("rollout")
-_LAST = select(span_sequences.c.last).where(_OF_ROLLOUT)
-_MORE = update(span_sequences).where(_OF_ROLLOUT).values(last=span_sequences.c.last + bindparam("more"))
-_HIGHER = case((span_sequences.c.last < bindparam("least"), bindparam("least")), else_=span_sequences.c.last)
-_AT_LEAST = update(span_sequences).where(_OF_ROLLOUT).values(last=_HIGHER)
+_MORE = """
+    INSERT INTO span_sequences VALUES (?, ?)
+    ON CONFLICT (rollout_id) DO UPDATE SET last = span_sequences.last + excluded.last
+"""
+_AT_LEAST = """
+    INSERT INTO span_sequences VALUES (?, ?) ON CONFLICT (rollout_id) DO UPDATE SET last =
+    CASE WHEN span_sequences.last < excluded.last THEN excluded.last ELSE span_sequences.last END
+"""
 
 
 @dataclass(slots=True)
@@ -98,10 +100,7 @@ def add(connection: Connection, new: Sequence[NewSpan]) -> int:
     Each span without a `sequence_id` gets one, so a transaction that is run again must begin with fresh spans.
     """
     wanted = Counter(each.rollout_id for each in new if each.rollout_id is not None and each.sequence_id is None)
-    # Sorted: each locks the row of its rollout, and two writers of the same rollouts must lock in the same order.
-    given = {
-        rollout_id: iter(next_sequence_ids(connection, rollout_id, wanted[rollout_id])) for rollout_id in sorted(wanted)
-    }
+    given = {rollout_id: iter(ids) for rollout_id, ids in _reserve(connection, wanted).items()}
     keys = texts.keys_of(connection, {_text(each.common) for each in new})
     are_numbered = [each.rollout_id is not None and each.sequence_id is not None for each in new]
     highest: dict[str, int] = {}
@@ -112,8 +111,8 @@ def add(connection: Connection, new: Sequence[NewSpan]) -> int:
             each.sequence_id = next(given[each.rollout_id])
         else:
             highest[each.rollout_id] = max(each.sequence_id, highest.get(each.rollout_id, 0))
-    for rollout_id, sequence_id in sorted(highest.items()):
-        _at_least(connection, rollout_id, sequence_id)
+    # Sorted: each locks the row of its rollout, and two writers of the same rollouts must lock in the same order.
+    run_many(connection, _AT_LEAST, sorted(highest.items()))
     values = [
         (
             each.rollout_id,
@@ -155,20 +154,18 @@ def place_again(connection: Connection, new: Sequence[NewSpan]) -> None:
 
 def next_sequence_ids(connection: Connection, rollout_id: str, how_many: int = 1) -> range:
     """Reserve unique sequence ids for spans of a rollout, higher than those of its stored spans."""
-    more = {"rollout": rollout_id, "more": how_many}
-    if not connection.execute(_MORE, more).rowcount:
-        insert_if_new(connection, span_sequences, rollout_id=rollout_id, last=0)
-        connection.execute(_MORE, more)
-    last = connection.execute(_LAST, {"rollout": rollout_id}).scalar_one()
-    return range(last - how_many + 1, last + 1)
+    return _reserve(connection, {rollout_id: how_many})[rollout_id]
 
 
-def _at_least(connection: Connection, rollout_id: str, sequence_id: int) -> None:
-    least = {"rollout": rollout_id, "least": sequence_id}
-    if connection.execute(_AT_LEAST, least).rowcount:
-        return
-    if not insert_if_new(connection, span_sequences, rollout_id=rollout_id, last=sequence_id):
-        connection.execute(_AT_LEAST, least)
+def _reserve(connection: Connection, how_many: Mapping[str, int]) -> dict[str, range]:
+    """Reserve sequence ids for spans of rollouts."""
+    # Sorted as in `add`.
+    run_many(connection, _MORE, sorted(how_many.items()))
+    reserved: dict[str, range] = {}
+    for some in in_parts([*how_many]):
+        for rollout_id, last in found(connection, span_sequences, ("rollout_id", "last"), "rollout_id", some):
+            reserved[rollout_id] = range(last - how_many[rollout_id] + 1, last + 1)
+    return reserved
 
 
 def _text(common: bytes | None) -> str | None:

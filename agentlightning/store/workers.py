@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Connection, case, select, update
+from sqlalchemy import Connection, select
 
 from agentlightning.rollout_records import WorkerStatus
-from agentlightning.store.database import insert_if_new, now
+from agentlightning.store.database import now, run_many
 from agentlightning.store.documents import to_json
 from agentlightning.store.pages import Listing, Logic, contains, matching
 from agentlightning.store.rollouts import Document
 from agentlightning.store.tables import workers
 
-__all__ = ["busy", "find", "heartbeat", "idle", "listing", "note", "of_attempt", "without_work", "worker_fields"]
+__all__ = ["busy", "find", "heartbeat", "idle", "listing", "note", "note_all", "of_attempt", "worker_fields"]
 
 
 def find(connection: Connection, worker_id: str) -> Any | None:
@@ -63,12 +65,38 @@ def heartbeat(connection: Connection, worker_id: str, heartbeat_stats: Any = Non
 
 def note(connection: Connection, worker_id: str, **columns: Any) -> None:
     """Set columns of a worker, which may be new."""
-    known = update(workers).where(workers.c.worker_id == worker_id).values(**columns)
-    if columns and connection.execute(known).rowcount:
-        return
-    insert_if_new(connection, workers, worker_id=worker_id, status="unknown")
-    if columns:
-        connection.execute(known)
+    note_all(connection, {worker_id: columns})
+
+
+def note_all(connection: Connection, columns: Mapping[str, Mapping[str, Any]], *, stay_idle: bool = False) -> None:
+    """Set columns of workers, each of which may be new, by their ids.
+
+    Args:
+        stay_idle: one that is idle already stays idle since then.
+    """
+    by_names: defaultdict[tuple[str, ...], list[tuple[Any, ...]]] = defaultdict(list)
+    # Sorted, so that two writers of the same workers lock them in the same order.
+    for worker_id in sorted(columns):
+        values = {"worker_id": worker_id, "status": "unknown", **columns[worker_id]}
+        by_names[tuple(columns[worker_id])].append((*values.values(),))
+    for names, values in by_names.items():
+        run_many(connection, _upsert(names, stay_idle), values)
+
+
+@lru_cache(64)
+def _upsert(names: tuple[str, ...], stay_idle: bool) -> str:
+    """Return the statement that sets these columns of a worker, which may be new."""
+    columns = [*dict.fromkeys(("worker_id", "status", *names))]
+    values = {name: f"excluded.{name}" for name in names or ("worker_id",)}
+    if stay_idle:
+        values["last_idle_time"] = (
+            "CASE workers.status WHEN 'idle' THEN workers.last_idle_time ELSE excluded.last_idle_time END"
+        )
+    changes = ", ".join(f"{name} = {value}" for name, value in values.items())
+    marks = ", ".join("?" * len(columns))
+    return (
+        f"INSERT INTO workers ({', '.join(columns)}) VALUES ({marks}) ON CONFLICT (worker_id) DO UPDATE SET {changes}"
+    )
 
 
 def busy(at: float, rollout_id: str, attempt_id: str) -> dict[str, Any]:
@@ -84,12 +112,6 @@ def busy(at: float, rollout_id: str, attempt_id: str) -> dict[str, Any]:
 def idle(at: float, status: WorkerStatus = "idle") -> dict[str, Any]:
     """Return the columns of a worker without known work."""
     return {"status": status, "last_idle_time": at, "current_rollout_id": None, "current_attempt_id": None}
-
-
-def without_work(at: float) -> dict[str, Any]:
-    """Return the columns of a worker that found the queue empty; one that is idle already stays idle since then."""
-    since = case((workers.c.status == "idle", workers.c.last_idle_time), else_=at)
-    return {**idle(at), "last_idle_time": since}
 
 
 def of_attempt(status: str, at: float, rollout_id: str, attempt_id: str) -> dict[str, Any]:

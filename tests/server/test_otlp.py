@@ -491,15 +491,19 @@ def test_span_sent_again_stays_with_its_attempt(client: httpx.Client) -> None:
 def test_batch_locks_rollouts_in_one_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Regression test: in different orders, two servers with spans of the same rollouts would deadlock."""
     ids = [new_id("ro") for _ in range(20)]
-    alive, numbered = [], []
-    number = spans.next_sequence_ids
+    alive: list[str] = []
+    numbered: list[str] = []
+    write = spans.run_many
 
-    def note(connection: Any, rollout_id: str, how_many: int) -> range:
-        numbered.append(rollout_id)
-        return number(connection, rollout_id, how_many)
+    def note(connection: Any, statement: str, rows: Any) -> None:
+        numbered.extend(rollout_id for rollout_id, _ in rows)
+        write(connection, statement, rows)
 
-    monkeypatch.setattr(lifecycle, "heartbeat", lambda _, rollout_id, attempt_id: alive.append(rollout_id))
-    monkeypatch.setattr(spans, "next_sequence_ids", note)
+    def note_alive(_: Any, named: Any) -> None:
+        alive.extend(rollout_id for rollout_id, _ in named)
+
+    monkeypatch.setattr(lifecycle, "heartbeats", note_alive)
+    monkeypatch.setattr(spans, "run_many", note)
     app = create_app(open_database(str(tmp_path / "store.db")), body_limit=1 << 20)
     with TestClient(app) as client:
         post_json(client, *(a_span(attributes=of_rollout(each)) for each in ids))

@@ -275,23 +275,16 @@ async def dequeue_rollouts(database: Database, body: Annotated[Dequeue | None, B
     if wanted.limit < 1:
         return Json([])
 
-    def work(connection: Connection) -> list[Any]:
-        # Fewer than were asked for is a good answer: 0.3's client takes a refusal for an empty queue.
-        taken = lifecycle.dequeue(connection, min(wanted.limit, DEQUEUE_LIMIT), wanted.worker_id)
-        return rollouts.find_all(connection, taken)
-
-    return Json([_rollout(row) for row in await database.write(work)])
+    # Fewer than were asked for is a good answer: 0.3's client takes a refusal for an empty queue.
+    taken = lifecycle.Dequeue(min(wanted.limit, DEQUEUE_LIMIT), wanted.worker_id)
+    return Json([_rollout(row) for row in await database.write_together(lifecycle.dequeue_all, taken)])
 
 
 @routes.post("/rollouts", status_code=201, response_model=AttemptedRollout, responses=errors())
 async def start_rollout(body: StartRollout, database: Database) -> Response:
     """Create a rollout that the client runs at once, with its first attempt."""
-    new = body.as_record()
-
-    def work(connection: Connection) -> Any:
-        return rollouts.find(connection, lifecycle.start(connection, new, body.worker_id))
-
-    return Json(_rollout(await database.write(work)), 201)
+    new = lifecycle.Start(body.as_record(), body.worker_id)
+    return Json(_rollout(await database.write_together(lifecycle.start_all, new)), 201)
 
 
 @routes.get("/rollouts", response_model=Page[AttemptedRollout | Rollout], responses=errors())
@@ -369,7 +362,8 @@ async def get_latest_attempt(rollout_id: Id, database: Database) -> Response:
 async def update_attempt(rollout_id: Id, attempt_id: Id, body: ChangeAttempt, database: Database) -> Response:
     """Change an attempt, `latest` or of this id; the state of the latest decides the state of its rollout."""
     changes = {name: getattr(body, name) for name in body.model_fields_set}
-    row = await database.write(lambda connection: lifecycle.update_attempt(connection, rollout_id, attempt_id, changes))
+    change = lifecycle.AttemptChange(rollout_id, attempt_id, changes)
+    row = await database.write_together(lifecycle.update_attempts, change)
     return Json(rollouts.attempt_fields(row, rollout_id, document))
 
 

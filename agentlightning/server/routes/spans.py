@@ -210,7 +210,7 @@ async def add_span(request: Request, database: Database) -> Response:
     checked = Span.model_validate(sent)
     new = spans.new_span({**sent, "sequence_id": checked.sequence_id}, encode)
     new.start_time, new.end_time = checked.start_time, checked.end_time
-    stored = await database.write(lambda connection: ingestion.add_span(connection, new))
+    stored = await database.write_together(ingestion.add_spans, new)
     return Json(None if stored is None else span_item(stored), 201)
 
 
