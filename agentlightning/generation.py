@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import time
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import accumulate, chain, pairwise
-from typing import Any, Literal, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 __all__ = [
     "STATUSES",
@@ -16,13 +17,17 @@ __all__ = [
     "Choice",
     "Generation",
     "Loss",
+    "RecordField",
     "RoutedExperts",
     "SamplingMask",
+    "SharedText",
     "Status",
     "TopLogprobs",
+    "Uuid",
     "Via",
     "field_types",
     "new_id",
+    "record_fields",
 ]
 
 Status = Literal["finished", "aborted", "error"]
@@ -32,6 +37,10 @@ Via = Literal["http", "router", "process", "grpc", "engine"]
 """The way that a request came: over HTTP, over HTTP through a router, from a program in vLLM's own process, over gRPC,
 or to an engine core from a frontend that is not instrumented."""
 VIAS: tuple[Via, ...] = get_args(Via)
+Uuid = Annotated[str, "UUID"]
+"""A UUID as `new_id` writes one."""
+SharedText = Annotated[str, "shared"]
+"""A text that many records have, so that stores keep it once."""
 
 
 def new_id(at: int | None = None) -> str:
@@ -153,7 +162,7 @@ class Choice:
     token_ids: array[int] | None = None
     logprobs: array[float] | None = None
     text: str | None = None
-    finish_reason: str | None = None
+    finish_reason: SharedText | None = None
     stop_reason: int | str | None = None
     weight_versions: list[tuple[str, int, int]] | None = None
     routed_experts: RoutedExperts | None = None
@@ -196,19 +205,19 @@ class Generation:
         choices: in index order; as many as `n` asked for.
     """
 
-    id: str = field(default_factory=new_id)
-    call_id: str | None = None
+    id: Uuid = field(default_factory=new_id)
+    call_id: Uuid | None = None
     request_id: str
     response_id: str | None = None
-    endpoint: str | None = None
-    model: str | None = None
-    rollout_id: str | None = None
-    attempt_id: str | None = None
-    session_id: str | None = None
+    endpoint: SharedText | None = None
+    model: SharedText | None = None
+    rollout_id: SharedText | None = None
+    attempt_id: SharedText | None = None
+    session_id: SharedText | None = None
     trace_id: str | None = None
-    agent_id: str | None = None
-    parent_agent_id: str | None = None
-    purpose: str | None = None
+    agent_id: SharedText | None = None
+    parent_agent_id: SharedText | None = None
+    purpose: SharedText | None = None
     retry: int | None = None
     via: Via | None = None
     started_at: int | None = None
@@ -217,12 +226,12 @@ class Generation:
     status: Status
     prompt_token_ids: array[int] | None = None
     prompt_text: str | None = None
-    sampling_params: str | None = None
-    logprobs_mode: str | None = None
+    sampling_params: SharedText | None = None
+    logprobs_mode: SharedText | None = None
     cached_tokens: int | None = None
     choices: list[Choice] = field(default_factory=list[Choice])
-    served_model: str | None = None
-    requested_params: str | None = None
+    served_model: SharedText | None = None
+    requested_params: SharedText | None = None
     prompt_logprobs: TopLogprobs | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -242,7 +251,7 @@ class Loss:
         host, pid: the process that lost them.
     """
 
-    id: str = field(default_factory=new_id)
+    id: Uuid = field(default_factory=new_id)
     count: int
     reason: str
     first_at: int
@@ -259,10 +268,40 @@ def _as_dict(record: Generation | Choice) -> dict[str, Any]:
     return {name: value.tolist() if isinstance(value, _WITH_LISTS) else value for name, value in values.items()}
 
 
-def field_types(kind: type) -> dict[str, Any]:
+class RecordField(NamedTuple):
+    """A field of a record.
+
+    Attributes:
+        type: without None; an array is a list, since before Python 3.12 `array[int]` is an annotation only.
+        is_nullable: True where the value may be None.
+    """
+
+    name: str
+    type: Any
+    is_nullable: bool
+
+
+def record_fields(kind: type) -> list[RecordField]:
+    """Return the fields of a record, in order.
+
+    Tables, messages, HTTP schemas and files list no fields: each maps these types to its own.
+    """
+    types = get_type_hints(kind, localns={"array": list}, include_extras=True)
+    return [RecordField(each.name, *_without_none(types[each.name])) for each in fields(kind)]
+
+
+def field_types(kind: type, replaced: Mapping[Any, Any] | None = None) -> dict[str, Any]:
     """Return the types of a record's fields by name and in order, arrays as lists.
 
-    Messages, HTTP schemas and files derive their fields from it. Before Python 3.12 `array[int]` is an annotation only.
+    Args:
+        replaced: maps types to others that take their places.
     """
-    types = get_type_hints(kind, localns={"array": list})
-    return {each.name: types[each.name] for each in fields(kind)}
+    others: dict[Any, Any] = {Uuid: str, SharedText: str, **(replaced or {})}
+    found = [(each.name, others.get(each.type, each.type), each.is_nullable) for each in record_fields(kind)]
+    return {name: of | None if is_nullable else of for name, of, is_nullable in found}
+
+
+def _without_none(of: Any) -> tuple[Any, bool]:
+    members = get_args(of) if get_origin(of) in (Union, UnionType) else (of,)
+    known = tuple(each for each in members if each is not NoneType)
+    return Union[known], len(known) < len(members)  # noqa: UP007

@@ -21,6 +21,7 @@ from agentlightning.cli.output_file import STDOUT, CannotWrite
 from agentlightning.errors import StoreError
 from agentlightning.generation import STATUSES, VIAS
 from agentlightning.store import Filters, Store, open_store
+from agentlightning.store.filters import TripletFilters, nullable
 from agentlightning.trajectory import DRIFTS, MergeOptions, check_options
 
 DESCRIPTION = """\
@@ -32,11 +33,10 @@ once it is complete, and only its owner can read it. On stderr it says how many 
 
 OUTPUT_CLOSED = 128 + signal.SIGPIPE
 WRITERS = {"jsonl": formats.write_jsonl, "parquet": formats.write_parquet}
-CALLER = ("agent_id", "parent_agent_id", "purpose", "retry")
 OF_ROLLOUTS = ("rollout_id", "attempt_id", "since")
 FILTERS: dict[str, tuple[str, ...]] = {
     "generations": (*Filters.__annotations__,),
-    "triplets": (*OF_ROLLOUTS, *CALLER, "status", "min_reward", "weight_version"),
+    "triplets": (*OF_ROLLOUTS, *nullable(TripletFilters), "status", "min_reward", "weight_version"),
     "trajectories": (*OF_ROLLOUTS, *MergeOptions.__annotations__),
 }
 KINDS = {"generations": formats.GENERATIONS, "triplets": formats.TRIPLETS, "trajectories": formats.TRAJECTORIES}

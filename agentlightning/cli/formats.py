@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import IO, Any
 
-from agentlightning.generation import Generation
+from agentlightning.generation import (
+    Choice,
+    Generation,
+    RoutedExperts,
+    SamplingMask,
+    TopLogprobs,
+    record_fields,
+)
 from agentlightning.trajectory import SAMPLING, Trajectory
 from agentlightning.triplet import VERSION, Triplet
 
@@ -138,30 +145,26 @@ def _generation_row(generation: Generation) -> dict[str, Any]:
 
 
 def _generation_schema(pyarrow: Any) -> Any:
-    text, int32, int64 = pyarrow.string(), pyarrow.int32(), pyarrow.int64()
+    choice = pyarrow.struct(_columns(pyarrow, Choice, index=pyarrow.int32()))
+    return pyarrow.schema(_columns(pyarrow, Generation, choices=pyarrow.list_(choice)))
+
+
+def _columns(pyarrow: Any, kind: type, **others: Any) -> dict[str, Any]:
+    """Derive the columns of a record from its fields. A field of any other type is a text."""
+    int32, float32 = pyarrow.int32(), pyarrow.float32()
     ids = pyarrow.list_(int32)
-    choice = pyarrow.struct(
-        {
-            "index": int32,
-            "token_ids": ids,
-            "logprobs": pyarrow.list_(pyarrow.float32()),
-            "text": text,
-            "finish_reason": text,
-            "stop_reason": text,
-            "weight_versions": _versions(pyarrow),
-            "routed_experts": _experts(pyarrow),
-            "sampling_mask": pyarrow.list_(ids),
-            "top_logprobs": _top(pyarrow),
-        }
-    )
-    others = {
-        **dict.fromkeys(("started_at", "first_token_at", "finished_at"), int64),
-        "prompt_token_ids": ids,
-        **dict.fromkeys(("retry", "cached_tokens"), int64),
-        "choices": pyarrow.list_(choice),
-        "prompt_logprobs": _top(pyarrow),
+    version = dict(zip(VERSION, (pyarrow.string(), int32, int32), strict=True))
+    types = {
+        int: pyarrow.int64(),
+        float: pyarrow.float64(),
+        list[int]: ids,
+        list[float]: pyarrow.list_(float32),
+        list[tuple[str, int, int]]: pyarrow.list_(pyarrow.struct(version)),
+        RoutedExperts: pyarrow.list_(pyarrow.list_(pyarrow.list_(pyarrow.int16()))),
+        SamplingMask: pyarrow.list_(ids),
+        TopLogprobs: pyarrow.list_(pyarrow.list_(pyarrow.struct({"id": int32, "logprob": float32}))),
     }
-    return pyarrow.schema({name: others.get(name, text) for name in Generation.__slots__})
+    return {each.name: others.get(each.name, types.get(each.type, pyarrow.string())) for each in record_fields(kind)}
 
 
 def _triplet_row(triplet: Triplet) -> dict[str, Any]:
@@ -203,51 +206,19 @@ def _trajectory_schema(pyarrow: Any) -> Any:
         "sampling": sampling,
     }
     others = {
-        **dict.fromkeys(("index", "count", "prompt_length"), int32),
+        **dict.fromkeys(("index", "count", "prompt_length", "missing_experts"), int32),
         "parent": pyarrow.struct({"index": int32, "position": int32}),
-        "token_ids": pyarrow.list_(int32),
         "response_mask": pyarrow.list_(pyarrow.int8()),
-        "logprobs": pyarrow.list_(pyarrow.float32()),
         "spans": pyarrow.list_(pyarrow.struct(span)),
-        "reward": float64,
         "rewards": pyarrow.list_(pyarrow.struct({"position": int32, "reward": float64})),
-        "weight_versions": _versions(pyarrow),
-        "routed_experts": _experts(pyarrow),
-        "missing_experts": int32,
-        "sampling_mask": pyarrow.list_(pyarrow.list_(int32)),
-        "temperature": float64,
         "flags": pyarrow.list_(text),
         "left_out": pyarrow.list_(pyarrow.struct({**call, "reason": text, "reward": float64})),
     }
-    return pyarrow.schema({name: others.get(name, text) for name in Trajectory.__slots__})
+    return pyarrow.schema(_columns(pyarrow, Trajectory, **others))
 
 
 def _triplet_schema(pyarrow: Any) -> Any:
-    ids = pyarrow.list_(pyarrow.int32())
-    others = {
-        "index": pyarrow.int32(),
-        "retry": pyarrow.int64(),
-        "prompt_token_ids": ids,
-        "response_token_ids": ids,
-        "logprobs": pyarrow.list_(pyarrow.float32()),
-        "reward": pyarrow.float64(),
-        "weight_versions": _versions(pyarrow),
-        "routed_experts": _experts(pyarrow),
-        "sampling_mask": pyarrow.list_(ids),
-    }
-    return pyarrow.schema({name: others.get(name, pyarrow.string()) for name in Triplet.__slots__})
-
-
-def _versions(pyarrow: Any) -> Any:
-    return pyarrow.list_(pyarrow.struct(dict(zip(VERSION, (pyarrow.string(), *[pyarrow.int32()] * 2), strict=True))))
-
-
-def _top(pyarrow: Any) -> Any:
-    return pyarrow.list_(pyarrow.list_(pyarrow.struct({"id": pyarrow.int32(), "logprob": pyarrow.float32()})))
-
-
-def _experts(pyarrow: Any) -> Any:
-    return pyarrow.list_(pyarrow.list_(pyarrow.list_(pyarrow.int16())))
+    return pyarrow.schema(_columns(pyarrow, Triplet, index=pyarrow.int32()))
 
 
 GENERATIONS = Kind(_generation_row, _generation_schema)

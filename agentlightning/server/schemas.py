@@ -24,7 +24,7 @@ __all__ = [
     "Id",
     "Logic",
     "Nanoseconds",
-    "NullableCallerFilters",
+    "NullableFilters",
     "Page",
     "Part",
     "Query",
@@ -79,19 +79,27 @@ class CallerFilters(BaseModel):
     )
 
 
-CallerField = Literal["agent_id", "parent_agent_id", "purpose", "retry"]
+Name = TypeVar("Name")
 
 
-class NullableCallerFilters(CallerFilters):
-    """Filters by what calls say of their callers, or do not say."""
+class NullableFilters(BaseModel, Generic[Name]):
+    """Filters, of which those with a name may also select records that have no such value."""
 
-    without: list[CallerField] = Field([], description="Only those without these fields.")
+    # A misspelt filter would match everything.
+    model_config = ConfigDict(extra="forbid")
+
+    without: list[Name] = Field([], description="Only those without these fields.")
 
     @model_validator(mode="after")
     def _not_with_and_without(self) -> Self:
-        if both := [name for name in self.without if getattr(self, name) is not None]:
+        if both := [name for name in map(str, self.without) if getattr(self, name) is not None]:
             raise ValueError(f"{both[0]} is given, and listed in without")
         return self
+
+    def given(self, filters: type) -> Any:
+        """Return those of a store's filters that are given."""
+        known = {name: getattr(self, name, None) for name in filters.__annotations__}
+        return {name: value for name, value in known.items() if value is not None} | dict.fromkeys(self.without)
 
 
 Item = TypeVar("Item")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypedDict
+from types import NoneType
+from typing import Any, Literal, TypedDict, get_args, get_type_hints
 
 from agentlightning.generation import Status, Via
 from agentlightning.rollout_records import (
@@ -26,6 +27,7 @@ __all__ = [
     "TrajectoryOptions",
     "TripletFilters",
     "check_prune_filters",
+    "nullable",
 ]
 
 
@@ -49,6 +51,11 @@ class Filters(TypedDict, total=False):
     since: int
     until: int
     status: Status
+
+
+def nullable(filters: type) -> tuple[str, ...]:
+    """Return the names of filters for which None selects records without such a value."""
+    return tuple(name for name, of in get_type_hints(filters).items() if NoneType in get_args(of))
 
 
 class RolloutPage(TypedDict, total=False):

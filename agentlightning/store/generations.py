@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import ColumnElement, Connection, Table, false, func, select, tuple_
 
 from agentlightning.errors import InvalidRecord
-from agentlightning.generation import STATUSES, VIAS, Generation, Loss, Status
+from agentlightning.generation import STATUSES, Choice, Generation, Loss, SharedText, Status, Uuid
 from agentlightning.store import Filters, blocks, prompts, rows, senders, tables, texts
 from agentlightning.store.blocks import Lacking
 from agentlightning.store.chains import Prompt
@@ -36,11 +36,6 @@ __all__ = [
     "tally",
 ]
 
-FILTERED = {
-    name: tables.generations.c[rows.TEXT_KEYS.get(name, name)]
-    for name in Filters.__annotations__
-    if name not in ("since", "until", "status")
-}
 IN_ORDER = (tables.generations.c.finished_at, tables.generations.c.key)
 
 Record = TypeVar("Record", Generation, Loss)
@@ -90,15 +85,24 @@ def add(
     """
     by_id = _unknown(connection, tables.generations, generations)
     new = [*by_id.values()]
-    stored = prompts.add(connection, new, cut)
-    counts = [(prompt[0], rows.output_tokens(each)) for prompt, each in zip(stored, new, strict=True)]
-    sender_key = senders.count_generations(connection, sender_id, new, counts, time.time_ns())
-    keys = texts.keys_of(connection, rows.repeated_texts(new))
+    if not new:
+        return 0
+    # Column by column: a function called for each value would cost as much as SQLite.
+    prompt_columns = [*zip(*prompts.add(connection, new, cut), strict=True)]
+    output_tokens = [_output_tokens(each) for each in new]
+    sender_key = senders.count_generations(connection, sender_id, new, prompt_columns[0], output_tokens, time.time_ns())
+    choices = [choice for each in new for choice in each.choices]
+    values, values_of_choices = rows.GENERATION.values_of(new), rows.CHOICE.values_of(choices)
+    values["attempt_id"] = [each or None for each in values["attempt_id"]]
+    wanted = rows.GENERATION.texts_in(values) | rows.CHOICE.texts_in(values_of_choices)
+    keys = texts.keys_of(connection, wanted)
+    columns = rows.GENERATION.columns_of(values, keys)
     numbered = next_keys(connection, tables.generations, len(new))
-    every = zip(new, by_id, stored, counts, numbered, strict=True)
-    insert_rows(connection, tables.generations, [rows.generation_row(*each, keys, sender_key) for each in every])
-    choices = ((choice, key) for each, key in zip(new, numbered, strict=True) for choice in each.choices)
-    insert_rows(connection, tables.choices, [rows.choice_row(*each, keys) for each in choices])
+    own = numbered, by_id, [sender_key] * len(new), output_tokens, *prompt_columns[:3]
+    insert_rows(connection, tables.generations, [*zip(*own, *columns, *prompt_columns[3:], strict=True)])
+    keys_of_choices = [key for each, key in zip(new, numbered, strict=True) for _ in each.choices]
+    columns = rows.CHOICE.columns_of(values_of_choices, keys)
+    insert_rows(connection, tables.choices, [*zip(keys_of_choices, *columns, strict=True)])
     return len(new)
 
 
@@ -203,15 +207,17 @@ def has_any(connection: Connection, filters: Filters) -> bool:
 
 def add_losses(connection: Connection, new: Sequence[Loss]) -> int:
     """Store reports of losses; returns how many are new. One whose id is known already is left unchanged."""
-    unknown = _unknown(connection, tables.losses, new).values()
+    unknown = [*_unknown(connection, tables.losses, new).values()]
     keys = next_keys(connection, tables.losses, len(unknown))
-    insert_rows(connection, tables.losses, [rows.loss_row(*each) for each in zip(unknown, keys, strict=True)])
+    columns = rows.LOSS.columns_of(rows.LOSS.values_of(unknown), {})
+    insert_rows(connection, tables.losses, [*zip(keys, *columns, strict=True)])
     return len(unknown)
 
 
 def losses(connection: Connection) -> Iterator[Loss]:
     """Iterate over the reports of losses, in the order in which they were stored."""
-    return map(rows.loss_of, connection.execute(select(tables.losses).order_by(tables.losses.c.key)))
+    found = connection.execute(select(tables.losses).order_by(tables.losses.c.key)).all()
+    return (Loss(**fields) for fields in rows.LOSS.records_of(found, {}))
 
 
 def has_losses(connection: Connection) -> bool:
@@ -225,13 +231,23 @@ def _generations_of(connection: Connection, found: Sequence[Any]) -> list[Genera
     in_order = table.c.generation_key, table.c.index
     query = select(table).where(table.c.generation_key.in_([row.key for row in found])).order_by(*in_order)
     choices = connection.execute(query).all()
-    known = texts.texts_of(connection, rows.text_keys(found, choices))
-    of_each = {key: list(group) for key, group in groupby(choices, lambda choice: choice.generation_key)}
+    known = texts.texts_of(connection, rows.GENERATION.keys_in(found) | rows.CHOICE.keys_in(choices))
+    of_each: defaultdict[int, list[Choice]] = defaultdict(list)
+    for row, fields in zip(choices, rows.CHOICE.records_of(choices, known), strict=True):
+        of_each[row.generation_key].append(Choice(**fields))
+    generations: list[Generation] = []
+    all_fields = rows.GENERATION.records_of(found, known)
     ids, whole = prompts.ids_of(connection, found), prompts.texts_of(connection, found)
-    return [
-        rows.generation_of(row, of_each.get(row.key, ()), known, prompt)
-        for row, prompt in zip(found, zip(ids, whole, strict=True), strict=True)
-    ]
+    for row, fields, prompt_token_ids, prompt_text in zip(found, all_fields, ids, whole, strict=True):
+        fields |= {"id": rows.uuid_text(row.id), "attempt_id": fields["attempt_id"] or None}
+        fields |= {"prompt_token_ids": prompt_token_ids, "prompt_text": prompt_text, "choices": of_each[row.key]}
+        generations.append(Generation(**fields))
+    return generations
+
+
+def _output_tokens(generation: Generation) -> int:
+    """Count the ids of all choices."""
+    return sum([len(choice.token_ids) for choice in generation.choices if choice.token_ids is not None])
 
 
 def _unknown(connection: Connection, table: Table, records: Iterable[Record]) -> dict[bytes, Record]:
@@ -247,32 +263,21 @@ def _conditions(connection: Connection, filters: Filters) -> list[ColumnElement[
     return [_condition(connection, name, value) for name, value in filters.items()]
 
 
-def _number_of(values: Sequence[str], name: str, value: str) -> int:
-    if value not in values:
-        raise InvalidRecord(f"{name}: {value!r:.100} is not one of {', '.join(values)}")
-    return values.index(value)
-
-
 def _condition(connection: Connection, name: str, value: Any) -> ColumnElement[bool]:
     """Translate a filter into a condition on a row."""
     if name == "since":
         return tables.generations.c.finished_at >= value
     if name == "until":
         return tables.generations.c.finished_at < value
-    if name == "status":
-        return tables.generations.c.status == _number_of(STATUSES, name, value)
-    column = FILTERED[name]
+    column, of = tables.generations.c[rows.GENERATION.columns[name]], rows.GENERATION.fields[name].type
     if value is None or (name == "attempt_id" and value == ""):
         return column.is_(None)
-    if name == "call_id":
-        with suppress(InvalidRecord):
-            return column == rows.uuid_bytes(value)
-        return false()
-    if name == "response_id":
-        return column == rows.storable(value)
-    if name == "retry":
-        return column == value
-    if name == "via":
-        return column == _number_of(VIAS, name, value)
-    key = texts.key_of(connection, value)
-    return false() if key is None else column == key
+    if of == SharedText:
+        key = texts.key_of(connection, value)
+        return false() if key is None else column == key
+    try:
+        return column == (rows.PACKINGS[of][0](value) if of in rows.PACKINGS else value)
+    except InvalidRecord as error:
+        if of == Uuid:
+            return false()
+        raise InvalidRecord(f"{name}: {error}") from error

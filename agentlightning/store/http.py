@@ -49,6 +49,7 @@ from agentlightning.store.filters import (
     TrajectoryOptions,
     TripletFilters,
     check_prune_filters,
+    nullable,
 )
 from agentlightning.store.http_client import HttpClient, StrangeAnswer, TooLarge, UnknownMediaType
 from agentlightning.store.interface import GENERATIONS_AT_ONCE, Store
@@ -66,7 +67,8 @@ logger = logging.getLogger("agentlightning.store")
 
 Row = TypeVar("Row", AttemptDrift, Trajectory, Triplet)
 
-CALLER = ("agent_id", "parent_agent_id", "purpose", "retry")
+NULLABLE = nullable(TripletFilters)
+"""Filters of triplets and trajectories for which None selects those without such a value."""
 ROLLOUTS_AT_ONCE = 1_000
 SECONDS_OF_WAITING = 20.0
 SECONDS_OF_AN_OLDER_VERSION = 60.0
@@ -375,8 +377,7 @@ class HttpStore(Store):
         # In the query, not in the path: an id may have a slash in it.
         wanted = {"rollout_id": rollout_id, "attempt_id": attempt_id, **filters}
         query = [(name, _text(value)) for name, value in wanted.items() if value is not None]
-        # None is a filter of these alone.
-        query += [("without", name) for name in CALLER if wanted.get(name, "") is None]
+        query += [("without", name) for name in NULLABLE if wanted.get(name, "") is None]
         with ExitStack() as stack:
             try:
                 lines = stack.enter_context(self._http.lines(route, query))

@@ -23,7 +23,7 @@ KEYS_AT_ONCE = 5_000
 
 _IS_WHOLE = "ids_block IS NULL AND text_block IS NULL"
 _BODIES = "SELECT id, prompt_token_ids, prompt_text FROM generations WHERE key IN ({})"
-_CHANGE = "UPDATE generations SET prompt_token_ids = ?, prompt_text = ?, ids_block = ?, text_block = ? WHERE id = ?"
+_CHANGE = "UPDATE generations SET ids_block = ?, text_block = ?, prompt_token_ids = ?, prompt_text = ? WHERE id = ?"
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,10 +18,11 @@ __all__ = ["StoredPrompt", "add", "add_cut", "ids_of", "texts_of"]
 BYTES_OF_AN_ID = 4
 NOTHING: Chain[Any] = Chain(b"")
 
-StoredPrompt = tuple[int, "bytes | None", "str | None", "int | None", "int | None"]
+StoredPrompt = tuple[int, "int | None", "int | None", "bytes | None", "str | None"]
 """A prompt as the row of its generation has it.
 
-The number of its ids; the ids and the text that follow the blocks; and the keys of the last blocks, None without any.
+The number of its ids; the keys of the last blocks of the ids and of the text, None without any; and the ids and the
+text that follow the blocks.
 """
 UNKNOWN: StoredPrompt = (0, None, None, None, None)
 
@@ -46,7 +47,7 @@ def add(
             prompt = Prompt.of(generation, blocks.recent_of(connection))
         if prompt is not None:
             long.append((len(stored), prompt))
-        stored.append((len(ids or ()), bytes_of(ids), storable(text), None, None) if prompt is None else UNKNOWN)
+        stored.append((len(ids or ()), None, None, bytes_of(ids), storable(text)) if prompt is None else UNKNOWN)
     if long:
         for (position, _), found in zip(long, add_cut(connection, [prompt for _, prompt in long]), strict=True):
             stored[position] = found
@@ -70,7 +71,7 @@ def _stored(prompt: Prompt, ids: blocks.Stored, text: blocks.Stored) -> StoredPr
     tokens = (in_blocks + len(rest or b"")) // BYTES_OF_AN_ID
     text_rest = None if prompt.text is None else storable(prompt.text.rest)
     packed = IDS.pack(rest) if rest and ids.key else rest
-    return tokens, packed, text_rest, ids.key or None, text.key or None
+    return tokens, ids.key or None, text.key or None, packed, text_rest
 
 
 def ids_of(connection: Connection, rows: Sequence[Any]) -> list[array[int] | None]:

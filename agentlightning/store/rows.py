@@ -1,4 +1,7 @@
-"""Conversion of generations and losses to rows of the tables, and back."""
+"""Conversion of records to rows of the tables, and back.
+
+Records list their fields, with types, once; a field's type says how its column keeps it.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,11 @@ import json
 import struct
 import sys
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import accumulate, chain, pairwise
+from json.encoder import encode_basestring_ascii
+from math import prod
 from operator import attrgetter
 from typing import Any, TypeVar
 
@@ -20,28 +26,27 @@ from agentlightning.generation import (
     Loss,
     RoutedExperts,
     SamplingMask,
+    SharedText,
+    Status,
     TopLogprobs,
+    Uuid,
+    Via,
+    record_fields,
 )
 
 __all__ = [
-    "TEXT_KEYS",
+    "ARRAYS",
+    "CHOICE",
+    "GENERATION",
+    "LOSS",
+    "PACKINGS",
+    "Layout",
     "array_of",
     "bytes_of",
-    "choice_row",
-    "experts_bytes",
     "experts_of",
-    "generation_of",
-    "generation_row",
-    "loss_of",
-    "loss_row",
-    "mask_bytes",
     "mask_of",
-    "output_tokens",
-    "repeated_texts",
     "storable",
-    "text_keys",
     "text_of",
-    "top_bytes",
     "top_of",
     "uuid_bytes",
     "uuid_text",
@@ -50,197 +55,93 @@ __all__ = [
 
 Text = TypeVar("Text", str, None)
 
-Row = tuple[Any, ...]
-"""Values of a row, in the order of its table's columns."""
-
-TEXT_KEYS = {
-    "endpoint": "endpoint_key",
-    "model": "model_key",
-    "rollout_id": "rollout_key",
-    "attempt_id": "attempt_key",
-    "session_id": "session_key",
-    "agent_id": "agent_key",
-    "parent_agent_id": "parent_agent_key",
-    "purpose": "purpose_key",
-    "sampling_params": "sampling_params_key",
-    "logprobs_mode": "logprobs_mode_key",
-    "served_model": "served_model_key",
-    "requested_params": "requested_params_key",
-}
-"""Fields of a generation that are repeated texts, and the columns with the keys of these."""
-_always_texts_of = attrgetter(*(name for name in TEXT_KEYS if name != "attempt_id"))
-_keys_of = attrgetter(*TEXT_KEYS.values())
+Values = Mapping[str, Sequence[Any]]
+"""The values that each field has in some records."""
 
 
-def repeated_texts(generations: Sequence[Generation]) -> set[str | None]:
-    """Collect the texts of generations that their rows refer to by keys; an empty attempt id is none."""
-    found = {*chain.from_iterable(map(_always_texts_of, generations))}
-    found.update([each.attempt_id or None for each in generations])
-    found.update([choice.finish_reason for each in generations for choice in each.choices])
-    return found
+Packing = tuple[Callable[[Any], Any], Callable[[Any], Any]]
+"""A function that packs a value, and one that unpacks it."""
+_AS_IT_IS = (None, None)
 
 
-def text_keys(generations: Iterable[Any], choices: Iterable[Any]) -> set[int | None]:
-    """Collect the keys of texts in these rows."""
-    of_generations = chain.from_iterable(map(_keys_of, generations))
-    return {*of_generations, *(choice.finish_reason_key for choice in choices)}
+class Layout:
+    """The columns that keep fields of a record.
 
-
-def output_tokens(generation: Generation) -> int:
-    """Count the ids of all choices."""
-    return sum([len(choice.token_ids) for choice in generation.choices if choice.token_ids is not None])
-
-
-def generation_row(
-    generation: Generation,
-    generation_id: bytes,
-    prompt: tuple[int, bytes | None, str | None, int | None, int | None],
-    tokens: tuple[int, int],
-    key: int,
-    keys: Mapping[str | None, int | None],
-    sender_key: int | None,
-) -> Row:
-    """Make the row of `generations`.
-
-    Args:
-        generation_id: its id, as `uuid_bytes` parses it.
-        prompt: as `prompts.add` has stored it, in the columns' order.
-        tokens: the numbers of ids of its prompt and of all its choices.
-        keys: maps its `repeated_texts` to their keys, and None to None.
-
-    Raises:
-        ValueError: the id of its call is not a UUID, or the status is unknown.
+    Attributes:
+        fields: the fields, by name and in order.
+        columns: the name of each one's column. That of a `SharedText` has the key of the text.
+        shared: the names of the fields that are a `SharedText`.
     """
-    return (
-        key,
-        generation_id,
-        None if generation.call_id is None else uuid_bytes(generation.call_id),
-        storable(generation.request_id),
-        storable(generation.response_id),
-        keys[generation.endpoint],
-        keys[generation.model],
-        keys[generation.rollout_id],
-        keys[generation.attempt_id or None],
-        keys[generation.session_id],
-        storable(generation.trace_id),
-        generation.started_at,
-        generation.first_token_at,
-        generation.finished_at,
-        STATUSES.index(generation.status),
-        keys[generation.sampling_params],
-        keys[generation.logprobs_mode],
-        generation.cached_tokens,
-        sender_key,
-        *tokens,
-        *prompt[1:],
-        keys[generation.agent_id],
-        keys[generation.parent_agent_id],
-        keys[generation.purpose],
-        generation.retry,
-        None if generation.via is None else VIAS.index(generation.via),
-        keys[generation.served_model],
-        keys[generation.requested_params],
-        top_bytes(generation.prompt_logprobs),
-    )
+
+    def __init__(self, kind: type, without: Sequence[str] = ()) -> None:
+        self.fields = {each.name: each for each in record_fields(kind) if each.name not in without}
+        self.shared = {name for name, each in self.fields.items() if each.type == SharedText}
+        self.columns = {
+            name: f"{name.removesuffix('_id')}_key" if name in self.shared else name for name in self.fields
+        }
+        # Looked up once: the hash of a type takes longer than the packing of a value.
+        self._packings = {name: PACKINGS.get(each.type, _AS_IT_IS) for name, each in self.fields.items()}
+        self._values_of = attrgetter(*self.fields)
+        self._columns_of = attrgetter(*self.columns.values())
+
+    def values_of(self, records: Sequence[Any]) -> dict[str, Sequence[Any]]:
+        """Collect the values of each field in records.
+
+        They are converted column by column: to call a function for each value would take as long as SQLite does.
+        """
+        columns = [*zip(*map(self._values_of, records), strict=True)] or [()] * len(self.fields)
+        return dict(zip(self.fields, columns, strict=True))
+
+    def texts_in(self, values: Values) -> set[str | None]:
+        """Collect the shared texts among values."""
+        return {*chain.from_iterable([values[name] for name in self.shared])}
+
+    def columns_of(self, values: Values, keys: Mapping[str | None, int | None]) -> list[Iterable[Any]]:
+        """Convert values of fields to those of their columns.
+
+        Args:
+            keys: maps the shared texts to their keys, and None to None.
+
+        Raises:
+            ValueError: no store can hold one of them, such as an unknown status.
+        """
+        return [
+            map(keys.__getitem__, values[name]) if name in self.shared else _converted(values[name], pack)
+            for name, (pack, _) in self._packings.items()
+        ]
+
+    def keys_in(self, found: Sequence[Any]) -> set[int | None]:
+        """Collect the keys of shared texts in rows."""
+        return {getattr(row, self.columns[name]) for row in found for name in self.shared}
+
+    def records_of(self, found: Sequence[Any], texts: Mapping[int | None, str | None]) -> list[dict[str, Any]]:
+        """Convert rows to the fields of records.
+
+        Args:
+            texts: maps the keys of shared texts to these, and None to None.
+        """
+        columns = [*zip(*map(self._columns_of, found), strict=True)] or [()] * len(self.fields)
+        values = [
+            map(texts.__getitem__, column) if name in self.shared else _converted(column, unpack)
+            for (name, (_, unpack)), column in zip(self._packings.items(), columns, strict=True)
+        ]
+        return [dict(zip(self.fields, each, strict=True)) for each in zip(*values, strict=True)]
 
 
-def choice_row(choice: Choice, generation_key: int, keys: Mapping[str | None, int | None]) -> Row:
-    """Make the row of `choices`; `keys` is as for `generation_row`."""
-    return (
-        generation_key,
-        choice.index,
-        bytes_of(choice.token_ids),
-        bytes_of(choice.logprobs),
-        storable(choice.text),
-        keys[choice.finish_reason],
-        None if choice.stop_reason is None else json.dumps(choice.stop_reason),
-        None if choice.weight_versions is None else json.dumps(choice.weight_versions),
-        experts_bytes(choice.routed_experts),
-        mask_bytes(choice.sampling_mask),
-        top_bytes(choice.top_logprobs),
-    )
+def _converted(values: Sequence[Any], convert: Callable[[Any], Any] | None) -> Iterable[Any]:
+    if convert is None:
+        return values
+    return [None if value is None else convert(value) for value in values]
 
 
-def generation_of(
-    row: Any,
-    choices: Iterable[Any],
-    texts: Mapping[int | None, str | None],
-    prompt: tuple[array[int] | None, str | None],
-) -> Generation:
-    """Read a generation from its rows.
-
-    Args:
-        texts: maps the keys of repeated texts to them, and None to None.
-        prompt: the ids and the text of the prompt.
-    """
-    known: dict[str, Any] = dict(zip(TEXT_KEYS, map(texts.__getitem__, _keys_of(row)), strict=True))
-    known["attempt_id"] = known["attempt_id"] or None
-    return Generation(
-        id=uuid_text(row.id),
-        call_id=None if row.call_id is None else uuid_text(row.call_id),
-        request_id=text_of(row.request_id),
-        response_id=text_of(row.response_id),
-        trace_id=text_of(row.trace_id),
-        retry=row.retry,
-        via=None if row.via is None else VIAS[row.via],
-        started_at=row.started_at,
-        first_token_at=row.first_token_at,
-        finished_at=row.finished_at,
-        status=STATUSES[row.status],
-        prompt_token_ids=prompt[0],
-        prompt_text=prompt[1],
-        cached_tokens=row.cached_tokens,
-        choices=[_choice_of(choice, texts) for choice in choices],
-        prompt_logprobs=top_of(row.prompt_logprobs),
-        **known,
-    )
-
-
-def _choice_of(row: Any, texts: Mapping[int | None, str | None]) -> Choice:
-    return Choice(
-        index=row.index,
-        token_ids=array_of("i", row.token_ids),
-        logprobs=array_of("f", row.logprobs),
-        text=text_of(row.text),
-        finish_reason=texts[row.finish_reason_key],
-        stop_reason=None if row.stop_reason is None else json.loads(row.stop_reason),
-        weight_versions=versions_of(row.weight_versions),
-        routed_experts=experts_of(row.routed_experts),
-        sampling_mask=mask_of(row.sampling_mask),
-        top_logprobs=top_of(row.top_logprobs),
-    )
+def versions_text(versions: list[tuple[str, int, int]]) -> str:
+    """Write the weight versions of a choice as JSON, in less time than `json.dumps`."""
+    return f"[{', '.join([f'[{encode_basestring_ascii(name)}, {start:d}, {end:d}]' for name, start, end in versions])}]"
 
 
 def versions_of(found: str | None) -> list[tuple[str, int, int]] | None:
     """Parse the weight versions of a choice."""
     return None if found is None else [tuple(version) for version in json.loads(found)]
-
-
-def loss_row(loss: Loss, key: int) -> Row:
-    """Make the row of `losses`."""
-    return (
-        key,
-        uuid_bytes(loss.id),
-        loss.count,
-        storable(loss.reason),
-        loss.first_at,
-        loss.last_at,
-        storable(loss.host),
-        loss.pid,
-    )
-
-
-def loss_of(row: Any) -> Loss:
-    """Read a loss from its row."""
-    return Loss(
-        id=uuid_text(row.id),
-        count=row.count,
-        reason=text_of(row.reason),
-        first_at=row.first_at,
-        last_at=row.last_at,
-        host=text_of(row.host),
-        pid=row.pid,
-    )
 
 
 def uuid_bytes(text: str) -> bytes:
@@ -323,8 +224,19 @@ def experts_bytes(experts: RoutedExperts | None) -> bytes | None:
 
 
 def experts_of(found: bytes | None) -> RoutedExperts | None:
-    """Unpack the routed experts that `experts_bytes` packed."""
-    return None if found is None else RoutedExperts(_SHAPE.unpack_from(found), array_of("h", found[_SHAPE.size :]))
+    """Unpack the routed experts that `experts_bytes` packed.
+
+    Raises:
+        ValueError: there are not as many as their shape says.
+    """
+    if found is None:
+        return None
+    if len(found) < _SHAPE.size:
+        raise ValueError("routed experts without their shape")
+    experts = RoutedExperts(_SHAPE.unpack_from(found), array_of("h", found[_SHAPE.size :]))
+    if prod(experts.shape) != len(experts.ids):
+        raise ValueError(f"{len(experts.ids)} routed experts, which is not what their shape says: {experts.shape}")
+    return experts
 
 
 def mask_bytes(mask: SamplingMask | None) -> bytes | None:
@@ -340,8 +252,8 @@ def mask_of(found: bytes | None) -> SamplingMask | None:
     """
     if found is None:
         return None
-    offsets, ids = _offsets_of(found)
-    return SamplingMask(offsets, array_of("i", _exactly(ids, offsets[-1] * 4)))
+    offsets, (ids,) = _parts_of(found, 1)
+    return SamplingMask(offsets, array_of("i", ids))
 
 
 def top_bytes(top: TopLogprobs | None) -> bytes | None:
@@ -359,10 +271,8 @@ def top_of(found: bytes | None) -> TopLogprobs | None:
     """
     if found is None:
         return None
-    offsets, rest = _offsets_of(found)
-    half = offsets[-1] * 4
-    rest = _exactly(rest, 2 * half)
-    return TopLogprobs(offsets, array_of("i", rest[:half]), array_of("f", rest[half:]))
+    offsets, (ids, logprobs) = _parts_of(found, 2)
+    return TopLogprobs(offsets, array_of("i", ids), array_of("f", logprobs))
 
 
 def _offset_bytes(offsets: array[int]) -> bytes:
@@ -370,19 +280,51 @@ def _offset_bytes(offsets: array[int]) -> bytes:
     return struct.pack("<I", len(counts)) + (bytes_of(counts) or b"")
 
 
-def _offsets_of(found: bytes) -> tuple[array[int], bytes]:
-    """Return the offsets at the beginning, and what follows them."""
+def _parts_of(found: bytes, how_many: int) -> tuple[array[int], list[bytes]]:
+    """Split what is packed into the offsets at its beginning, and so many parts of 4 bytes for each id after them."""
     start = 4 + 4 * int.from_bytes(found[:4], "little")
     if len(found) < start:
         raise ValueError("numbers of ids are missing")
     counts = array_of("I", found[4:start])
-    if sum(counts) * 4 > len(found):
-        # Not only for the message: an offset has no room for more than 2^32.
-        raise ValueError(f"{len(found) - start} bytes of ids, which are fewer than their numbers say")
-    return array("I", accumulate(counts, initial=0)), found[start:]
+    length = 4 * sum(counts)
+    if how_many * length != len(found) - start:
+        # Before they are added up: an offset has no room for more than 2^32.
+        raise ValueError(f"{len(found) - start} bytes of ids, and not {how_many * length} as their numbers say")
+    ends = range(start, len(found) + 1, length) if length else [start] * (how_many + 1)
+    return array("I", accumulate(counts, initial=0)), [found[low:high] for low, high in pairwise(ends)]
 
 
-def _exactly(found: bytes, length: int) -> bytes:
-    if len(found) != length:
-        raise ValueError(f"{len(found)} bytes of ids, and not {length} as their numbers say")
-    return found
+class _Numbers(dict[str, int]):
+    """The position of each value among all."""
+
+    def __missing__(self, value: Any) -> int:
+        raise InvalidRecord(f"{value!r:.100} is not one of {', '.join(self)}")
+
+
+def _numbered(values: Sequence[str]) -> Packing:
+    return _Numbers(zip(values, range(len(values)), strict=True)).__getitem__, values.__getitem__
+
+
+ARRAYS: dict[Any, Packing] = {
+    list[int]: (bytes_of, partial(array_of, "i")),
+    list[float]: (bytes_of, partial(array_of, "f")),
+    RoutedExperts: (experts_bytes, experts_of),
+    SamplingMask: (mask_bytes, mask_of),
+    TopLogprobs: (top_bytes, top_of),
+}
+"""Packings of arrays, by the type of a field: the same in columns and in messages."""
+PACKINGS: dict[Any, Packing] = {
+    **ARRAYS,
+    Uuid: (uuid_bytes, uuid_text),
+    str: (storable, text_of),
+    Status: _numbered(STATUSES),
+    Via: _numbered(VIAS),
+    int | str: (json.dumps, json.loads),
+    list[tuple[str, int, int]]: (versions_text, versions_of),
+}
+"""Packings of columns. Other types are kept as they are, and a `SharedText` by the key of its text."""
+
+GENERATION = Layout(Generation, without=("id", "prompt_token_ids", "prompt_text", "choices"))
+"""All but the id, and what `store.prompts` converts, and the choices, which have a table of their own."""
+CHOICE = Layout(Choice)
+LOSS = Layout(Loss)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -154,25 +154,26 @@ def count_generations(
     connection: Connection,
     sender_id: str | None,
     new: Collection[Generation],
-    counts: Collection[tuple[int, int]],
+    prompt_tokens: Iterable[int],
+    output_tokens: Iterable[int],
     now: int,
 ) -> int | None:
     """Add new generations to the counts of their sender; returns its key, or None for an unregistered sender.
 
     Args:
-        counts: the `rows.token_counts` of each generation.
+        prompt_tokens, output_tokens: the numbers of ids of each generation's prompt and choices.
         now: nanoseconds since the epoch.
     """
     known = _find(connection, sender_id)
     if known is None or not new:
         return None if known is None else known[0]
     key, seen_at = known
-    minute, (prompts, outputs) = now // MINUTE, map(sum, zip(*counts, strict=True))
+    prompts, outputs = sum(prompt_tokens), sum(output_tokens)
     lags = [now - generation.finished_at for generation in new]
     if min(lags) < 0:
         # The sender's clock is ahead of the store's.
         lags = [max(lag, 0) for lag in lags]
-    run(connection, _COUNT, (key, minute, len(new), prompts, outputs, float(sum(lags)), float(max(lags))))
+    run(connection, _COUNT, (key, now // MINUTE, len(new), prompts, outputs, float(sum(lags)), float(max(lags))))
     _note_seen(connection, key, seen_at, now)
     return key
 

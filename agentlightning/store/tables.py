@@ -31,6 +31,10 @@ from sqlalchemy import (
 )
 from sqlalchemy.schema import CreateIndex, CreateTable
 
+from agentlightning.generation import SharedText, Status, Via
+from agentlightning.store import rows
+from agentlightning.store.rows import Layout
+
 __all__ = [
     "ATTEMPT_OF_SPAN",
     "CLEAR_STALE_END_TIMES",
@@ -78,8 +82,7 @@ texts = Table(
 )
 """Repeated texts.
 
-The columns of `rows.TEXT_KEYS` in `generations` refer to them, and so do `choices.finish_reason_key` and
-`spans.common_key`.
+The columns of `generations` and `choices` for a `SharedText` refer to them, and so does `spans.common_key`.
 """
 
 blocks = Table(
@@ -95,64 +98,58 @@ blocks = Table(
 )
 """Parts of the prompts' ids and texts, as `store.blocks` makes them."""
 
+_TYPES: dict[Any, Any] = {
+    SharedText: _Key,
+    int: BigInteger,
+    Status: SmallInteger,
+    Via: SmallInteger,
+    str: _Text,
+    int | str: _Text,
+    list[tuple[str, int, int]]: _Text,
+}
+"""Types of columns by those of fields; all others are bytes."""
+
+
+def _columns(layout: Layout, **options: Any) -> list[Column[Any]]:
+    """Derive columns from the fields of a record.
+
+    Args:
+        options: of a field's column.
+    """
+    return [
+        Column(
+            layout.columns[name], _TYPES.get(each.type, LargeBinary), nullable=each.is_nullable, **options.get(name, {})
+        )
+        for name, each in layout.fields.items()
+    ]
+
+
 generations = Table(
     "generations",
     metadata,
     # Numbered as they are written: appended rows fill their pages, rows in the order of ids would not.
     Column("key", _Key, primary_key=True),
     Column("id", LargeBinary, nullable=False, unique=True),
-    Column("call_id", LargeBinary),
-    Column("request_id", _Text, nullable=False),
-    Column("response_id", _Text),
-    Column("endpoint_key", _Key),
-    Column("model_key", _Key),
-    Column("rollout_key", _Key),
-    Column("attempt_key", _Key),
-    Column("session_key", _Key),
-    Column("trace_id", _Text),
-    Column("started_at", BigInteger),
-    Column("first_token_at", BigInteger),
-    Column("finished_at", BigInteger, nullable=False),
-    Column("status", SmallInteger, nullable=False),
-    Column("sampling_params_key", _Key),
-    Column("logprobs_mode_key", _Key),
-    Column("cached_tokens", BigInteger),
     # The sender that wrote it; null for an unregistered one.
     Column("sender_key", _Key),
     # The numbers of ids, the output's of all choices, so that counting need not read the ids.
-    Column("prompt_tokens", Integer, nullable=False),
     Column("output_tokens", Integer, nullable=False),
+    Column("prompt_tokens", Integer, nullable=False),
+    # Key of the last block of the prompt's ids and of its text; null where there is none.
+    Column("ids_block", _Key),
+    Column("text_block", _Key),
+    *_columns(rows.GENERATION),
     # The whole, or what follows the last of its blocks, ids packed as these are.
     Column("prompt_token_ids", LargeBinary),
     Column("prompt_text", _Text),
-    # Key of the last block of the ids and of the text; null where there is none.
-    Column("ids_block", _Key),
-    Column("text_block", _Key),
-    Column("agent_key", _Key),
-    Column("parent_agent_key", _Key),
-    Column("purpose_key", _Key),
-    Column("retry", BigInteger),
-    # Its position among `VIAS`.
-    Column("via", SmallInteger),
-    Column("served_model_key", _Key),
-    Column("requested_params_key", _Key),
-    Column("prompt_logprobs", LargeBinary),
 )
+"""Files of earlier versions have these columns in another order."""
 
 choices = Table(
     "choices",
     metadata,
     Column("generation_key", _Key, primary_key=True),
-    Column("index", BigInteger, primary_key=True, autoincrement=False),
-    Column("token_ids", LargeBinary),
-    Column("logprobs", LargeBinary),
-    Column("text", _Text),
-    Column("finish_reason_key", _Key),
-    Column("stop_reason", _Text),
-    Column("weight_versions", _Text),
-    Column("routed_experts", LargeBinary),
-    Column("sampling_mask", LargeBinary),
-    Column("top_logprobs", LargeBinary),
+    *_columns(rows.CHOICE, index={"primary_key": True, "autoincrement": False}),
 )
 """`stop_reason` and `weight_versions` are JSON; `routed_experts` is its shape, three uint32, and then int16.
 
@@ -164,13 +161,7 @@ losses = Table(
     "losses",
     metadata,
     Column("key", _Key, primary_key=True),
-    Column("id", LargeBinary, nullable=False, unique=True),
-    Column("count", BigInteger, nullable=False),
-    Column("reason", _Text, nullable=False),
-    Column("first_at", BigInteger, nullable=False),
-    Column("last_at", BigInteger, nullable=False),
-    Column("host", _Text, nullable=False),
-    Column("pid", BigInteger, nullable=False),
+    *_columns(rows.LOSS, id={"unique": True}),
 )
 
 senders = Table(

@@ -16,7 +16,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from agentlightning.store.database import Database, fetch, in_parts, run
-from agentlightning.store.rows import TEXT_KEYS
+from agentlightning.store.rows import GENERATION
 
 __all__ = ["BlockUse", "delete_keys", "sweep", "unused_blocks"]
 
@@ -218,7 +218,7 @@ class _Marking:
                 query = "SELECT DISTINCT common_key FROM spans WHERE key > ? AND key <= ?"
                 self.texts.add(run(connection, query, between).scalars())
             else:
-                columns = ", ".join(("sender_key", *TEXT_KEYS.values()))
+                columns = ", ".join(("sender_key", *(GENERATION.columns[name] for name in GENERATION.shared)))
                 query = f"SELECT {columns} FROM generations WHERE key > ? AND key <= ?"
                 senders, *keys = [*zip(*fetch(connection, query, between), strict=True)] or [()]
                 self.senders.update(senders)

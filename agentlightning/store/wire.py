@@ -25,9 +25,8 @@ A change of the format gets another version, so that no field is taken for anoth
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from operator import attrgetter
 from typing import Annotated, Any, AnyStr, TypeVar
 
@@ -35,18 +34,9 @@ import msgspec
 from msgspec.structs import asdict
 
 from agentlightning.errors import InvalidRecord
-from agentlightning.generation import Choice, Generation, Loss, RoutedExperts, field_types
+from agentlightning.generation import Choice, Generation, Loss, field_types, record_fields
 from agentlightning.store.chains import IDS, TEXTS, Chain, Kind, Prompt, Recent
-from agentlightning.store.rows import (
-    array_of,
-    bytes_of,
-    experts_bytes,
-    experts_of,
-    mask_bytes,
-    mask_of,
-    top_bytes,
-    top_of,
-)
+from agentlightning.store.rows import ARRAYS, Packing
 
 __all__ = [
     "ERROR_HEADER",
@@ -118,18 +108,6 @@ class Refusal:
     reason: str
 
 
-_PACKED: dict[str, Any] = {
-    "prompt_token_ids": bytes | None,
-    "token_ids": bytes | None,
-    "logprobs": bytes | None,
-    "routed_experts": bytes | None,
-    "sampling_mask": bytes | None,
-    "top_logprobs": bytes | None,
-    "prompt_logprobs": bytes | None,
-}
-"""Fields that a message has as bytes."""
-
-
 _NEW_OF_CHOICES = ("sampling_mask", "top_logprobs")
 _NEW = ("served_model", "requested_params", "prompt_logprobs")
 """Fields that versions 1 to 4 do not have, of choices and of generations."""
@@ -137,14 +115,16 @@ _NEW_BEFORE = ("agent_id", "parent_agent_id", "purpose", "retry", "via")
 """Fields of generations that versions 1 and 2 do not have either."""
 
 
-def _message_type(kind: type, without: Sequence[str] = (), **packed: Any) -> Any:
+def _message_type(kind: type, without: Sequence[str] = (), **others: Any) -> Any:
     """Derive the type of a message's part from a record's dataclass: its fields, as an array in their order."""
-    types = [
-        (name, {**_PACKED, **packed}.get(name, known))
-        for name, known in field_types(kind).items()
-        if name not in without
-    ]
-    return msgspec.defstruct(f"_{kind.__name__}", types, array_like=True, forbid_unknown_fields=True)
+    types = field_types(kind, dict.fromkeys(ARRAYS, bytes)) | others
+    known = [each for each in types.items() if each[0] not in without]
+    return msgspec.defstruct(f"_{kind.__name__}", known, array_like=True, forbid_unknown_fields=True)
+
+
+def _packings(kind: type) -> dict[str, Packing]:
+    """Return how the fields of a record are packed that are arrays."""
+    return {each.name: ARRAYS[each.type] for each in record_fields(kind) if each.type in ARRAYS}
 
 
 _Choice = _message_type(Choice)
@@ -360,20 +340,23 @@ def _take(envelope: Envelope, found: Any, version: str) -> None:
         # The same once more: the first is kept, whose blocks the second continues.
         return
     fields = asdict(found)
-    fields["choices"] = [_choice_of(choice) for choice in found.choices]
-    if fields.get("prompt_logprobs") is not None:
-        fields["prompt_logprobs"] = top_of(fields["prompt_logprobs"])
+    fields["choices"] = [Choice(**_unpacked(asdict(choice), _PACKED_OF_CHOICES)) for choice in found.choices]
     if has_blocks(version):
-        ids, text = found.prompt_token_ids, found.prompt_text
+        ids, text = fields.pop("prompt_token_ids"), fields.pop("prompt_text")
         prompt = Prompt(_chain_of(IDS, ids, "prompt_token_ids"), _chain_of(TEXTS, text, "prompt_text"))
         envelope.unpacked += sum(len(block) for chain in (prompt.ids, prompt.text) if chain for block in chain.blocks)
         if envelope.unpacked > MOST_UNPACKED:
             raise TooMuch(f"the prompts of this message are more than {MOST_UNPACKED >> 20} MiB")
-        fields |= {"prompt_token_ids": None, "prompt_text": None}
         envelope.prompts[found.id] = prompt
-    else:
-        fields["prompt_token_ids"] = array_of("i", found.prompt_token_ids)
-    envelope.generations.append(Generation(**fields))
+    envelope.generations.append(Generation(**_unpacked(fields, _PACKED)))
+
+
+def _unpacked(fields: dict[str, Any], packings: Mapping[str, Packing]) -> dict[str, Any]:
+    """Unpack the arrays among fields of a message."""
+    for name, (_, unpack) in packings.items():
+        if fields.get(name) is not None:
+            fields[name] = unpack(fields[name])
+    return fields
 
 
 def _chain_of(kind: Kind[Any], found: Any, name: str) -> Chain[Any] | None:
@@ -425,27 +408,29 @@ _generation_fields = attrgetter(*_Generation.__struct_fields__)
 _choice_fields = attrgetter(*_Choice.__struct_fields__)
 _loss_fields = attrgetter(*_Loss.__struct_fields__)
 _PROMPT, _TEXT, _CHOICES = map(_Generation.__struct_fields__.index, ("prompt_token_ids", "prompt_text", "choices"))
-_PROMPT_LOGPROBS = _Generation.__struct_fields__.index("prompt_logprobs")
 _POSITIONS = {
     version: [at for at, name in enumerate(_Generation.__struct_fields__) if name not in missing]
     for version, missing in _MISSING.items()
 }
-_PACK: dict[str, Callable[[Any], bytes | None]] = {
-    "token_ids": bytes_of,
-    "logprobs": bytes_of,
-    "routed_experts": experts_bytes,
-    "sampling_mask": mask_bytes,
-    "top_logprobs": top_bytes,
-}
-_PACKED_AT = [(_Choice.__struct_fields__.index(name), pack) for name, pack in _PACK.items()]
+_PACKED, _PACKED_OF_CHOICES = _packings(Generation), _packings(Choice)
+_PACKED_AT = [(_Generation.__struct_fields__.index(name), pack) for name, (pack, _) in _PACKED.items()]
+_PACKED_OF_CHOICES_AT = [
+    (_Choice.__struct_fields__.index(name), pack) for name, (pack, _) in _PACKED_OF_CHOICES.items()
+]
 
 
 def _fields_of(generation: Generation) -> list[Any]:
-    found = [*_generation_fields(generation)]
-    found[_PROMPT] = bytes_of(generation.prompt_token_ids)
-    found[_CHOICES] = [_fields_of_choice(choice) for choice in generation.choices]
-    found[_PROMPT_LOGPROBS] = top_bytes(generation.prompt_logprobs)
+    found = _packed([*_generation_fields(generation)], _PACKED_AT)
+    found[_CHOICES] = [_packed([*_choice_fields(choice)], _PACKED_OF_CHOICES_AT) for choice in generation.choices]
     return found
+
+
+def _packed(fields: list[Any], packings: Iterable[tuple[int, Callable[[Any], Any]]]) -> list[Any]:
+    """Pack the arrays among fields, each of which stands at a position."""
+    for at, pack in packings:
+        if fields[at] is not None:
+            fields[at] = pack(fields[at])
+    return fields
 
 
 def _fields_in(version: str, fields: list[Any]) -> list[Any]:
@@ -454,34 +439,6 @@ def _fields_in(version: str, fields: list[Any]) -> list[Any]:
         return fields
     fields[_CHOICES] = [choice[: -len(_NEW_OF_CHOICES)] for choice in fields[_CHOICES]]
     return [fields[at] for at in _POSITIONS[version]]
-
-
-def _fields_of_choice(choice: Choice) -> list[Any]:
-    found = [*_choice_fields(choice)]
-    for at, pack in _PACKED_AT:
-        found[at] = pack(found[at])
-    return found
-
-
-def _choice_of(found: Any) -> Choice:
-    fields = asdict(found)
-    fields["token_ids"] = array_of("i", found.token_ids)
-    fields["logprobs"] = array_of("f", found.logprobs)
-    fields["routed_experts"] = _experts_of(found.routed_experts)
-    for name, unpack in (("sampling_mask", mask_of), ("top_logprobs", top_of)):
-        if fields.get(name) is not None:
-            fields[name] = unpack(fields[name])
-    return Choice(**fields)
-
-
-def _experts_of(found: bytes | None) -> RoutedExperts | None:
-    try:
-        experts = experts_of(found)
-    except struct.error as error:
-        raise ValueError("routed experts without their shape") from error
-    if experts is not None and prod(experts.shape) != len(experts.ids):
-        raise ValueError(f"{len(experts.ids)} routed experts, which is not what their shape says: {experts.shape}")
-    return experts
 
 
 def _losses_of(found: Sequence[Any]) -> list[Loss]:

@@ -48,7 +48,9 @@ def rows_of(database: Database, table: Any) -> int:
 
 def count(database: Database, each: Sender, at: int, finished_at: int, how_many: int = 1) -> None:
     new = [dataclasses.replace(generation(number), finished_at=finished_at) for number in range(how_many)]
-    database.write(lambda connection: senders.count_generations(connection, each.id, new, [(12, 5)] * how_many, at))
+    database.write(
+        lambda connection: senders.count_generations(connection, each.id, new, [12] * how_many, [5] * how_many, at)
+    )
 
 
 def test_register_twice_keeps_the_last(store: Store, database: Database) -> None:

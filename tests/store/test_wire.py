@@ -149,12 +149,12 @@ WRONG: dict[str, tuple[str, Any, str]] = {
     "numbers that are huge": (
         "choices",
         [[0, *NOTHING, b"\2\0\0\0" + b"\xff" * 8, None]],
-        "fewer than their numbers say",
+        "as their numbers say",
     ),
     "numbers beyond 32 bits": (
         "choices",
         [[0, *NOTHING, None, b"\3\0\0\0" + b"\0\0\0\x80" * 3 + bytes(64)]],
-        "fewer than their numbers say",
+        "as their numbers say",
     ),
     "alternatives": ("choices", [[0, *NOTHING, None, bytes([1, 0, 0, 0] * 3)]], "and not 8 as their numbers say"),
     "a version": ("choices", [[0, None, None, None, None, None, [["v", 0]], None, None, None]], CANNOT_BE_READ),

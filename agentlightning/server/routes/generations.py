@@ -6,24 +6,25 @@ Times are nanoseconds since the epoch, as vLLM servers send them.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import msgspec
 from fastapi import Query, Request, Response
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import BaseModel, Field, create_model
 from sqlalchemy import Connection
 
 from agentlightning import generation as records
 from agentlightning.errors import StoreRefused, StoreUnavailable
-from agentlightning.generation import Status, Via, field_types
+from agentlightning.generation import RoutedExperts, SamplingMask, TopLogprobs, field_types
 from agentlightning.server.answers import Json, encode
 from agentlightning.server.errors import sentence
 from agentlightning.server.limits import BATCH_LIMIT
 from agentlightning.server.routes.common import Database, errors, media_type, router, shown
-from agentlightning.server.schemas import CallerFilters, Id, Nanoseconds
+from agentlightning.server.schemas import CallerFilters, Id, Nanoseconds, NullableFilters
 from agentlightning.server.transactions import Transactions
 from agentlightning.store import Filters, generations, senders, wire
+from agentlightning.store.filters import nullable
 from agentlightning.store.generations import Cursor
 from agentlightning.store.wire import IN_BLOCKS, MEDIA_TYPE, VERSIONS, Envelope, Refusal
 
@@ -44,50 +45,19 @@ FOUND = {
 }
 
 
-NullableFilter = Literal[
-    "rollout_id",
-    "attempt_id",
-    "session_id",
-    "call_id",
-    "response_id",
-    "model",
-    "agent_id",
-    "parent_agent_id",
-    "purpose",
-    "retry",
-    "via",
-]
+_FILTERS: Any = {name: (of | None, None) for name, of in get_type_hints(Filters).items()}
+_NULLABLE: type[NullableFilters[Any]] = NullableFilters[Literal[nullable(Filters)]]
 
 
-class GenerationFilters(CallerFilters):
+class GenerationFilters(CallerFilters, create_model("_Filters", __base__=_NULLABLE, **_FILTERS)):
     """Filters of generations: those that match all of them."""
 
-    # A misspelt filter would match everything.
-    model_config = ConfigDict(extra="forbid")
-
-    rollout_id: str | None = None
-    attempt_id: str | None = None
-    session_id: str | None = None
-    call_id: str | None = None
-    response_id: str | None = None
-    model: str | None = None
-    via: Via | None = None
-    status: Status | None = None
     since: Nanoseconds | None = Field(None, description="Only those that finished at this time or later.")
     until: Nanoseconds | None = Field(None, description="Only those that finished before this time.")
-    without: list[NullableFilter] = Field([], description="Only those without these ids.")
-
-    @model_validator(mode="after")
-    def _not_with_and_without(self) -> GenerationFilters:
-        if both := [name for name in self.without if getattr(self, name) is not None]:
-            raise ValueError(f"{both[0]} is given, and listed in without")
-        return self
 
     def filters(self) -> Filters:
         """Return the filters of the store."""
-        given = {name: value for name in Filters.__annotations__ if (value := getattr(self, name)) is not None}
-        filters: Any = given | dict.fromkeys(self.without)
-        return filters
+        return self.given(Filters)
 
 
 class GenerationQuery(GenerationFilters):
@@ -118,19 +88,19 @@ class IdLogprob(BaseModel):
     logprob: float | None
 
 
-# The fields are listed in `agentlightning.generation` alone. In JSON, an infinite logprob is null.
-_AS_JSON: dict[str, Any] = {
-    "logprobs": list[float | None] | None,
-    "routed_experts": list[list[list[int]]] | None,
-    "sampling_mask": list[list[int]] | None,
-    **dict.fromkeys(("top_logprobs", "prompt_logprobs"), list[list[IdLogprob]] | None),
+_AS_JSON: dict[Any, Any] = {
+    # An infinite logprob is null.
+    list[float]: list[float | None],
+    RoutedExperts: list[list[list[int]]],
+    SamplingMask: list[list[int]],
+    TopLogprobs: list[list[IdLogprob]],
 }
 
 
-def _schema_of(kind: type, title: str, **as_json: Any) -> Any:
+def _schema_of(kind: type, title: str, **others: Any) -> Any:
     """Derive the schema of a record from its dataclass; unknown fields are null, never absent."""
-    types = {**_AS_JSON, **as_json}
-    found: Any = {name: (types.get(name, known), ...) for name, known in field_types(kind).items()}
+    types = field_types(kind, _AS_JSON) | others
+    found: Any = {name: (of, ...) for name, of in types.items()}
     return create_model(kind.__name__, __doc__=title, **found)
 
 

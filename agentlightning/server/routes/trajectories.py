@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from fastapi import HTTPException, Query, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from agentlightning import trajectory
 from agentlightning.generation import Status
@@ -15,10 +15,10 @@ from agentlightning.server.answers import Json, encode
 from agentlightning.server.limits import NUMBER_LIMIT
 from agentlightning.server.routes.common import Database, errors, router
 from agentlightning.server.routes.lines import JSON_LINES, RolloutPage, lines_of_rollouts, wants_lines
-from agentlightning.server.schemas import Id, NullableCallerFilters
+from agentlightning.server.schemas import CallerFilters, Id, NullableFilters
 from agentlightning.server.transactions import Transactions
 from agentlightning.store import trajectories
-from agentlightning.store.filters import TrajectoryOptions
+from agentlightning.store.filters import TrajectoryOptions, nullable
 from agentlightning.trajectory import Drift, Flag, Reason
 
 __all__ = ["routes"]
@@ -28,11 +28,8 @@ routes = router("trajectories")
 Count = Annotated[int, Field(ge=0, le=NUMBER_LIMIT)]
 
 
-class TrajectoryQuery(NullableCallerFilters):
+class TrajectoryQuery(NullableFilters[Literal[nullable(trajectory.MergeOptions)]], CallerFilters):
     """Options: how calls become rows, and which rows to select."""
-
-    # A misspelt filter would match everything.
-    model_config = ConfigDict(extra="forbid")
 
     drift: Drift = Field("fork", description="What becomes of a prompt that breaks the context it should extend.")
     drift_limit: Count = Field(trajectory.DRIFT_LIMIT, description="Most ids that `realign` overwrites.")
@@ -54,12 +51,7 @@ class TrajectoryQuery(NullableCallerFilters):
 
     def options(self) -> TrajectoryOptions:
         """Return the options of the store."""
-        given: Any = {
-            name: value
-            for name in trajectory.MergeOptions.__annotations__
-            if (value := getattr(self, name)) is not None
-        }
-        given |= dict.fromkeys(self.without)
+        given = self.given(trajectory.MergeOptions)
         try:
             trajectory.check_options(given)
         except ValueError as error:

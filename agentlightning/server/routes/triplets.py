@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from fastapi import Query, Request, Response
@@ -16,10 +16,10 @@ from agentlightning.server.answers import Json, encode
 from agentlightning.server.routes.common import Database, errors, router
 from agentlightning.server.routes.lines import JSON_LINES, RolloutPage, lines_of_rollouts, wants_lines
 from agentlightning.server.routes.spans import KeptSpan, span_item
-from agentlightning.server.schemas import Id, Nanoseconds, NullableCallerFilters, Sent, example
+from agentlightning.server.schemas import CallerFilters, Id, Nanoseconds, NullableFilters, Sent, example
 from agentlightning.server.transactions import Transactions
 from agentlightning.store import completeness, ingestion, triplets
-from agentlightning.store.filters import TripletFilters
+from agentlightning.store.filters import TripletFilters, nullable
 
 __all__ = ["items", "routes"]
 
@@ -41,11 +41,8 @@ class Reward(Sent):
     )
 
 
-class SomeTriplets(NullableCallerFilters):
+class SomeTriplets(NullableFilters[Literal[nullable(TripletFilters)]], CallerFilters):
     """Filters of triplets: those that match all of them."""
-
-    # A misspelt filter would match everything.
-    model_config = ConfigDict(extra="forbid")
 
     status: Status | None = Field(None, description="Only those of generations with this status.")
     min_reward: float | None = Field(None, allow_inf_nan=False, description="Only those with at least this reward.")
@@ -56,10 +53,7 @@ class SomeTriplets(NullableCallerFilters):
 
     def filters(self) -> TripletFilters:
         """Return the filters of the store."""
-        given: Any = {
-            name: value for name in TripletFilters.__annotations__ if (value := getattr(self, name, None)) is not None
-        }
-        return given | dict.fromkeys(self.without)
+        return self.given(TripletFilters)
 
 
 class QueryTriplets(SomeTriplets, RolloutPage):
