@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from tests.recording.server import RecordingServer
 # spinning, which takes forty times the CPU on busy cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-pytest_plugins = ("tests.common.tiers", "tests.common.forked", "tests.common.groups")
+pytest_plugins = ("tests.common.tiers", "tests.common.forked", "tests.common.groups", "tests.common.ending")
 
 PARSERS = (
     "--enable-auto-tool-choice",
@@ -46,10 +45,6 @@ def pytest_report_header() -> list[str]:
 def pytest_sessionstart(session: pytest.Session) -> None:
     # Before any test is forked: each would make a base folder of its own, which nobody removes.
     session.config._tmp_path_factory.getbasetemp()  # type: ignore[attr-defined]
-    # Ended in this way too, pytest ends its fixtures, and so the servers that it has started.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # A shell lets what it starts in the background ignore it, and that goes on to what the tests start and interrupt.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

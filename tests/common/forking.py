@@ -26,7 +26,7 @@ from agentlightning.cli import main as agl
 from tests.common.environments import CHECKOUT
 from tests.common.vllm import without_agl
 
-__all__ = ["ForkedProcess", "fork_agl", "run_agl"]
+__all__ = ["ForkedProcess", "end_fork_server", "fork_agl", "run_agl"]
 
 IMPORTED = (
     *("uvicorn", "agentlightning.server", "agentlightning.server.agentops"),
@@ -81,7 +81,7 @@ class _ForkServer:
             stdout=subprocess.PIPE,
             text=True,
         )
-        atexit.register(self._stop)
+        atexit.register(self.end)
 
     def fork(self, arguments: Sequence[str], env: Mapping[str, str], folder: Path, *files: IO[bytes]) -> ForkedProcess:
         assert self._process.stdin is not None
@@ -92,7 +92,7 @@ class _ForkServer:
         pid, number = self._process.stdout.readline().split()
         return ForkedProcess(int(pid), Path(self._folder.name) / number)
 
-    def _stop(self) -> None:
+    def end(self) -> None:
         if os.getpid() == self.owner:
             self._process.kill()
             self._process.wait()
@@ -131,6 +131,12 @@ def _fork_server() -> _ForkServer:
     if _server is None or _server.owner != os.getpid():
         _server = _ForkServer()
     return _server
+
+
+def end_fork_server() -> None:
+    """End the process that forks, if this process has started it."""
+    if _server is not None:
+        _server.end()
 
 
 def _keep_statuses(files: dict[int, Path]) -> None:
