@@ -75,7 +75,6 @@ demo-train: $(VENV)/.ready .cache/tiny-model/config.json
 demo-agent: $(VENV)/.ready .cache/tiny-model/config.json
 	@$(VENV)/bin/python -m examples.agent $(AGENT)
 
-# In one process, the tests would take twice as long as pyright.
 # In one process, the tests would take nearly twice as long as pyright (67 s of CPU beside 38).
 check: $(VENV)/.ready
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target quick-tests lint

@@ -17,6 +17,7 @@ import yaml
 from agentlightning.drift import ABOUT, UNFIT
 from agentlightning.settings import VARIABLES
 from tests.common.environments import CHECKOUT, Environment, build, run, virtual_environment
+from tests.common.tiers import TIERS, Tier
 
 ENGLISH, CHINESE = CHECKOUT / "README.md", CHECKOUT / "README.zh.md"
 PAGES = (ENGLISH, CHINESE, CHECKOUT / "CONTRIBUTING.md", *sorted((CHECKOUT / "docs").glob("*.md")))
@@ -179,6 +180,19 @@ def test_the_chinese_readme_has_tables_of_the_shapes_of_the_english_one() -> Non
 
 def test_the_chinese_readme_has_the_links_of_the_english_one() -> None:
     assert set(relative_links(CHINESE)) - {ENGLISH.name} == set(relative_links(ENGLISH)) - {CHINESE.name}
+
+
+@pytest.mark.parametrize("tier", TIERS, ids=lambda tier: tier.name)
+def test_every_page_says_the_same_time_for_a_command_that_runs_tests(tier: Tier) -> None:
+    [help_text] = re.findall(rf"'make {tier.target}[ '][^(=]*\(([^)]+)\)'", (CHECKOUT / "Makefile").read_text())
+    [table_row] = re.findall(rf"^\| `make {tier.target}` .*\| (.+) \|$", PAGES[2].read_text(), re.MULTILINE)
+    elsewhere = [
+        found
+        for page in (ENGLISH, CHINESE)
+        for found in re.findall(rf"^make {tier.target} .*; (.+)$", page.read_text(), re.MULTILINE)
+    ]
+
+    assert {help_text, table_row, *elsewhere} == {tier.takes}
 
 
 def test_each_readme_leads_to_the_other_below_its_title() -> None:

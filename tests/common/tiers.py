@@ -31,22 +31,26 @@ __all__ = ["LARGEST", "TIERS", "Tier", "selected", "thorough"]
 
 @dataclass(frozen=True)
 class Tier:
-    """A selection of the tests, each with a make target of its own name.
+    """A selection of the tests, each with a make target.
 
     Attributes:
-        promise: what it runs, and how long that takes on two cores.
+        target: the make target that runs it.
+        promise: what it runs.
+        takes: how long the target takes on two cores.
         seconds: that one test may take, where `pace.fixed_work` takes `pace.REFERENCE_SECONDS`; None for any.
     """
 
     name: str
+    target: str
     promise: str
+    takes: str
     seconds: float | None
 
 
 TIERS = (
-    Tier("check", "what starts no server and no interpreter of another environment; a minute with lint", 5),
-    Tier("test", "every part of the product, with real servers, clients and databases; a quarter of an hour", 60),
-    Tier("all", "also endurance, every way to install and each start of a server; an hour", None),
+    Tier("check", "check", "what starts no server and no interpreter of another environment", "a minute", 5),
+    Tier("test", "test", "every part, with real servers, clients and databases", "a quarter of an hour", 60),
+    Tier("all", "test-all", "also endurance and every way to install", "an hour and a half", None),
 )
 LARGEST = TIERS[-1].name
 _NAMES = [tier.name for tier in TIERS]
@@ -73,7 +77,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header(config: pytest.Config) -> str:
     tier = TIERS[_NAMES.index(selected(config))]
-    return f"tier {tier.name}: {tier.promise}"
+    return f"tier {tier.name}: {tier.promise}; make {tier.target} takes {tier.takes} on two quiet cores"
 
 
 def selected(config: pytest.Config) -> str:
