@@ -76,9 +76,15 @@ def run_tests(version: str, python: Path) -> tuple[dict[str, int], bool]:
     return counts(output), tests.returncode == 0
 
 
+def written_rows() -> dict[str, str]:
+    """Return the rows of the table as it stands, by version: those that are not run now stay in it."""
+    _, _, section = PAGE.read_text().partition(f"## {SECTION}\n")
+    return {row[1]: row[0] for row in re.finditer(r"^\| (3\.\d+) \|.*\n", section, re.MULTILINE)}
+
+
 def main(versions: Iterable[str]) -> None:
     """Run them; exits with 1 where any fails."""
-    lines, all_well = [], True
+    rows, all_well = written_rows(), True
     for version in versions:
         if version == THIS_PYTHON:
             continue
@@ -88,9 +94,9 @@ def main(versions: Iterable[str]) -> None:
             continue
         found, is_well = run_tests(version, python_of(version, python))
         all_well &= is_well
-        lines.append(f"| {version} | {' | '.join(map(str, found.values()))} | {describe_machine()['date']} |\n")
-    if lines:
-        replace_section(PAGE, SECTION, INTRODUCTION + "".join(lines))
+        rows[version] = f"| {version} | {' | '.join(map(str, found.values()))} | {describe_machine()['date']} |\n"
+        table = [rows[each] for each in VERSIONS if each in rows]
+        replace_section(PAGE, SECTION, INTRODUCTION + "".join(table))
     sys.exit(0 if all_well else 1)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -36,7 +35,6 @@ from agentlightning.rollout_records import (
 )
 from agentlightning.sender import Progress, Sender
 from agentlightning.store import wire
-from agentlightning.store.chains import Recent
 from agentlightning.store.documents import to_json
 from agentlightning.store.filters import (
     AttemptChanges,
@@ -51,10 +49,10 @@ from agentlightning.store.filters import (
     check_prune_filters,
     nullable,
 )
-from agentlightning.store.http_client import HttpClient, StrangeAnswer, TooLarge, UnknownMediaType
+from agentlightning.store.http_client import HttpClient, StrangeAnswer
+from agentlightning.store.http_generations import GenerationSender
 from agentlightning.store.interface import GENERATIONS_AT_ONCE, Store
 from agentlightning.store.rows import uuid_bytes
-from agentlightning.store.wire import Refusal
 from agentlightning.trajectory import Trajectory, check_options
 from agentlightning.triplet import Triplet
 
@@ -71,18 +69,8 @@ NULLABLE = nullable(TripletFilters)
 """Filters of triplets and trajectories for which None selects those without such a value."""
 ROLLOUTS_AT_ONCE = 1_000
 SECONDS_OF_WAITING = 20.0
-SECONDS_OF_AN_OLDER_VERSION = 60.0
-"""Time for which messages are sent in an older version before the newest is tried again."""
 PRUNE_ERRORS = {each.__name__: each for each in (RolloutUnderWay, StoreRefused)}
 """Errors that the last line of an answer to `prune` names; all others may pass."""
-
-
-class _Added(msgspec.Struct):
-    new: int
-    refused: list[Refusal]
-    sender: Literal["known", "unknown"] | None = None
-    blocks: dict[str, tuple[list[int], list[int]]] = {}
-    lacking: list[str] = []
 
 
 class _Registered(msgspec.Struct):
@@ -104,10 +92,7 @@ class HttpStore(Store):
     def __init__(self, url: str) -> None:
         self._http = HttpClient(url)
         self._sender: Sender | None = None
-        self._blocks = Recent()
-        self._version = wire.VERSIONS[0]
-        self._version_until = math.inf
-        self._told_missing: set[str] = set()
+        self._generations = GenerationSender(self._http, self._register_again)
         try:
             is_ours = self._json("GET", "/health") == {"status": "ok"}
         except StrangeAnswer:
@@ -218,7 +203,7 @@ class HttpStore(Store):
         body = to_json({**filters, "dry_run": dry_run}).encode()
         with self._http.lines("/prune", body=body) as lines:
             for line in lines:
-                found = self._read(line, dict[str, Any])
+                found = self._http.read(line, dict[str, Any])
                 if "detail" in found:
                     if found.get("error") in PRUNE_ERRORS:
                         raise PRUNE_ERRORS[found["error"]](found["detail"])
@@ -312,7 +297,7 @@ class HttpStore(Store):
         told["vocabulary"] = None if vocabulary is None else vocabulary.digest.hex()
         body = msgspec.json.encode(wire.without_surrogates(told))
         answer = self._http.ask("PUT", f"/senders/{sender.id}", body=body, kind="application/json")
-        if vocabulary is not None and self._read(answer, _Registered).vocabulary == "wanted":
+        if vocabulary is not None and self._http.read(answer, _Registered).vocabulary == "wanted":
             route = f"/vocabularies/{vocabulary.digest.hex()}"
             self._http.ask("PUT", route, body=vocabulary.to_bytes(), kind="application/octet-stream")
 
@@ -323,15 +308,13 @@ class HttpStore(Store):
         try:
             answer = self._json("PUT", route, body=body)
         except NotFound:
-            # The server has another database since the sender was registered.
-            if self._sender is None or self._sender.id != sender_id:
+            if not self._register_again(sender_id):
                 raise
-            self.register_sender(self._sender)
             answer = self._json("PUT", route, body=body)
         return self._field(answer, "time")
 
     def add(self, generations: Sequence[Generation], sender_id: str | None = None) -> int:
-        new, refused = self._send(generations, sender_id)
+        new, refused = self._generations.send(generations, sender_id)
         if refused:
             raise InvalidRecord({each.id: each.reason for each in refused}, new)
         return new
@@ -348,7 +331,7 @@ class HttpStore(Store):
 
     def tally(self, **filters: Unpack[Filters]) -> dict[Status, int]:
         answer = self._http.ask("GET", "/generations/tally", list(_query(filters)))
-        return self._read(answer, dict[Status, int])
+        return self._http.read(answer, dict[Status, int])
 
     def triplets(
         self, rollout_id: str | None = None, attempt_id: str | None = None, **filters: Unpack[TripletFilters]
@@ -387,7 +370,7 @@ class HttpStore(Store):
                 # A text that is no id to the queue is the id of none of its rollouts.
                 return
             for line in lines:
-                fields = self._read(line, dict[str, Any])
+                fields = self._http.read(line, dict[str, Any])
                 if fields.keys() == {"detail"}:
                     logger.warning("%s", fields["detail"])
                     continue
@@ -410,129 +393,27 @@ class HttpStore(Store):
             raise self._http.strange() from error
 
     def add_losses(self, losses: Sequence[Loss]) -> None:
-        self._ask_in_any_version(lambda version: wire.encode((), losses, version=version))
+        self._generations.send_losses(losses)
 
     def losses(self) -> Iterator[Loss]:
-        yield from self._read(self._http.ask("GET", "/losses"), dict[str, list[Loss]])["items"]
+        yield from self._http.read(self._http.ask("GET", "/losses"), dict[str, list[Loss]])["items"]
 
     def close(self) -> None:
         self._http.close()
 
-    def _send(
-        self, generations: Sequence[Generation], sender_id: str | None, recent: Recent | None = None
-    ) -> tuple[int, list[Refusal]]:
-        """Send generations; returns how many are new, and those that were refused.
-
-        Args:
-            recent: blocks that the store is assumed to have; None for those of earlier answers.
-        """
-        if not generations:
-            return 0, []
-        try:
-            answer = self._post(generations, sender_id, self._blocks if recent is None else recent)
-        except TooLarge as error:
-            if len(generations) == 1:
-                return 0, [Refusal(str(generations[0].id), str(error))]
-        except InvalidRecord as error:
-            # The store refused the message, not one of its generations.
-            return 0, [Refusal(str(each.id), str(error)) for each in generations]
-        else:
-            return self._send_lacking(generations, sender_id, answer, was_whole=recent is not None)
-        middle = len(generations) // 2
-        first, refused = self._send(generations[:middle], sender_id, recent)
-        second, more = self._send(generations[middle:], sender_id, recent)
-        return first + second, [*refused, *more]
-
-    def _send_lacking(
-        self, generations: Sequence[Generation], sender_id: str | None, answer: _Added, was_whole: bool
-    ) -> tuple[int, list[Refusal]]:
-        """Send those of which the store lacks blocks again, with all of their blocks; returns what `_send` does.
-
-        The store has another database, or the blocks were deleted.
-
-        Args:
-            was_whole: all blocks were sent already: they go on after a generation that was refused.
-        """
-        new, refused = answer.new, answer.refused
-        lacking = frozenset(answer.lacking)
-        again = [generation for generation in generations if generation.id in lacking]
-        if was_whole and len(again) == len(generations) == 1:
-            raise self._http.strange()
-        for part in [[each] for each in again] if was_whole else [again]:
-            more, more_refused = self._send(part, sender_id, Recent())
-            new, refused = new + more, [*refused, *more_refused]
-        return new, refused
-
-    def _post(self, generations: Sequence[Generation], sender_id: str | None, recent: Recent) -> _Added:
-        answer = self._post_message(generations, sender_id, recent)
-        if answer.sender == "unknown" and self._sender is not None and self._sender.id == sender_id:
-            # The server has another database since the sender was registered.
-            with suppress(StoreError):
-                self.register_sender(self._sender)
-        return answer
-
-    def _post_message(self, generations: Sequence[Generation], sender_id: str | None, recent: Recent) -> _Added:
-        """Send one message, in blocks unless the server is too old for them, and keep what the store has since."""
-        sent: wire.Sent = {}
-
-        def encode(version: str) -> bytes:
-            nonlocal sent
-            try:
-                if not wire.has_blocks(version):
-                    return wire.encode(generations, sender_id=sender_id, version=version)
-                body, sent = wire.encode_in_blocks(generations, sender_id, recent, version)
-            except InvalidRecord as error:
-                raise TooLarge(str(error)) from error
-            return body
-
-        added: _Added = self._read(self._ask_in_any_version(encode), _Added)
-        for generation_id, keys_of_each in added.blocks.items():
-            for names, keys in zip(sent.get(generation_id, ()), keys_of_each, strict=False):
-                for name, key in zip(names, keys, strict=False):
-                    self._blocks.put(name, key)
-        return added
-
-    def _ask_in_any_version(self, encode: Callable[[str], bytes]) -> bytes:
-        """Send a message in the newest version that the server knows, and return its answer.
-
-        The server may be replaced by that of a newer release: once it was away, or after a while, newer ones are tried.
-        """
-        if time.monotonic() > self._version_until:
-            self._version = wire.VERSIONS[0]
-        while True:
-            version = self._version
-            try:
-                answer = self._http.ask("POST", "/generations", body=encode(version), kind=version, repeatable=True)
-            except UnknownMediaType:
-                older = wire.VERSIONS[wire.VERSIONS.index(version) + 1 :]
-                if not older:
-                    raise
-                self._version, self._version_until = older[0], time.monotonic() + SECONDS_OF_AN_OLDER_VERSION
-            except StoreUnavailable:
-                self._version = wire.VERSIONS[0]
-                raise
-            else:
-                self._warn_of_missing(version)
-                return answer
-
-    def _warn_of_missing(self, version: str) -> None:
-        """Name the fields that the server does not get in this version, each once."""
-        new = [name for name in wire.missing_in(version) if name not in self._told_missing]
-        if new:
-            self._told_missing.update(new)
-            logger.warning(
-                "agentlightning: %s is of an earlier release, which does not keep %s: these are not recorded until it "
-                "is updated",
-                self._http.shown,
-                ", ".join(new),
-            )
+    def _register_again(self, sender_id: str) -> bool:
+        """Register a sender with a server that has another database since; tell whether it is this store's."""
+        if self._sender is None or self._sender.id != sender_id:
+            return False
+        self.register_sender(self._sender)
+        return True
 
     def _json(
         self, method: str, route: str, query: Sequence[tuple[str, str]] = (), body: Any = None, repeatable: bool = False
     ) -> Any:
         content = None if body is None else to_json(body).encode()
         answer = self._http.ask(method, route, query, content, kind="application/json", repeatable=repeatable)
-        return self._read(answer, Any)
+        return self._http.read(answer, Any)
 
     def _items(self, route: str, wanted: Mapping[str, Any]) -> list[Any]:
         body = {name: value for name, value in wanted.items() if value is not None}
@@ -554,12 +435,6 @@ class HttpStore(Store):
         if not isinstance(found, list):
             raise self._http.strange()
         return [self._record(kind, each) for each in found]
-
-    def _read(self, answer: bytes, kind: Any) -> Any:
-        try:
-            return msgspec.json.decode(answer, type=kind)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise self._http.strange() from error
 
     def _envelope(self, answer: bytes) -> wire.Envelope:
         try:

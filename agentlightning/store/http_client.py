@@ -179,6 +179,17 @@ class HttpClient:
         with self._answer(method, route, query, body, LINES, JSON, True) as response:
             yield _lines_of(response)
 
+    def read(self, answer: bytes, kind: Any) -> Any:
+        """Parse an answer that is JSON of this type.
+
+        Raises:
+            StrangeAnswer: it is not.
+        """
+        try:
+            return msgspec.json.decode(answer, type=kind)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise self.strange() from error
+
     def strange(self) -> StrangeAnswer:
         """Make the error for an answer that no `agl store` gives."""
         return StrangeAnswer(f"{self.shown} does not answer as an agl store does")

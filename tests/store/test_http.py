@@ -29,7 +29,7 @@ from agentlightning.errors import InvalidRecord, RolloutUnderWay, StoreError, St
 from agentlightning.generation import Generation, Loss
 from agentlightning.recorder import Recorder
 from agentlightning.rollout_records import Pruned
-from agentlightning.store import Store, http, http_client, open_database, open_store, wire
+from agentlightning.store import Store, http_client, http_generations, open_database, open_store, wire
 from tests.common.generations import FULL, generation
 from tests.server.process import StoreServer
 from tests.store.conftest import emptied
@@ -812,7 +812,7 @@ def test_server_that_is_updated_gets_all_again(
     posted: list[str] = []
     with open_store(between.url) as store:
         between.answered = of_an_earlier_release(4, posted)
-        monkeypatch.setattr(http, "SECONDS_OF_AN_OLDER_VERSION", math.inf if was_away else -1.0)
+        monkeypatch.setattr(http_generations, "SECONDS_OF_AN_OLDER_VERSION", math.inf if was_away else -1.0)
         store.add(kept[:1])
         if was_away:
             between.answered = lambda handler, body: handler.answer(503, b"")
