@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
+import numpy as np
+
 from agentlightning.errors import UnusableRows
 from agentlightning.trainers._rows import check_rows, experts_of, group_of_row, have_logprobs, logprobs_of, name_of
 from agentlightning.trajectory import Trajectory
@@ -19,6 +21,8 @@ def generator_output(
 ) -> Any:
     """Return the `GeneratorOutput` of rows, those of an attempt next to each other.
 
+    Processed logprobs come with the sampling masks, so that SkyRL computes its own logprobs among the same ids.
+
     Args:
         step_wise: take several rows of a rollout as its steps, with the reward at the last id of the last one. Without
             it, each rollout has exactly one row.
@@ -26,7 +30,7 @@ def generator_output(
 
     Raises:
         UnusableRows: a rollout has several rows and `step_wise` is off, its rows are not next to each other, or it has
-            no group; or see `check_rows` and `have_logprobs`.
+            no group; a row lacks experts or sampling masks that others have; or see `check_rows` and `have_logprobs`.
     """
     from skyrl.train.generators.base import (  # pyright: ignore[reportMissingImports]
         GeneratorOutput,
@@ -68,7 +72,7 @@ def generator_output(
         trajectory_generation_times=None,
         trajectory_time_splits=None,
         rollout_expert_indices=_experts(trajectories),
-        rollout_sample_support=None,
+        rollout_sample_support=_support(trajectories),
         is_last_step=is_last if step_wise else None,
         env_metrics=None,
         pixel_values=None,
@@ -82,3 +86,26 @@ def _experts(trajectories: Sequence[Trajectory]) -> list[Any] | None:
         without = next(row for row in trajectories if row.routed_experts is None)
         raise UnusableRows(f"{name_of(without)} has no routed experts, but others have", "leave it out")
     return known or None
+
+
+def _support(trajectories: Sequence[Trajectory]) -> list[Any] | None:
+    """Return for each id of a response those that it was chosen from, and -1 behind them; None if nothing was cut off.
+
+    An id without any was chosen from the whole vocabulary. So were those that raw logprobs are of.
+    """
+    masks = [row.sampling_mask if (row.logprobs_mode or "").startswith("processed") else None for row in trajectories]
+    if not any(masks):
+        return None
+    without = next((row for row in trajectories if "no_mask" in row.flags), None)
+    if without is not None:
+        raise UnusableRows(f"{name_of(without)} has no sampling masks, but others have", "leave it out")
+    width = max(int(np.diff(np.frombuffer(mask.offsets, np.uint32)).max()) for mask in masks if mask)
+    found = []
+    for row, mask in zip(trajectories, masks, strict=True):
+        of_row = np.full((len(row.token_ids) - row.prompt_length, width), -1, np.int32)
+        if mask:
+            offsets = np.frombuffer(mask.offsets, np.uint32)[row.prompt_length :]
+            # A row of the array takes as many as stand there.
+            of_row[np.arange(width) < np.diff(offsets)[:, None]] = np.frombuffer(mask.ids, np.int32)[offsets[0] :]
+        found.append(of_row)
+    return found

@@ -5,10 +5,10 @@ from __future__ import annotations
 from array import array
 from typing import Any
 
-from agentlightning.generation import RoutedExperts
+from agentlightning.generation import RoutedExperts, SamplingMask
 from agentlightning.trajectory import AttemptCalls, Call, Trajectory, merge
 
-__all__ = ["PAD", "call", "conversation", "forked", "with_experts"]
+__all__ = ["PAD", "call", "conversation", "forked", "with_experts", "with_masks"]
 
 PAD = 0
 LAYERS, EXPERTS = 2, 3
@@ -50,6 +50,19 @@ def with_experts() -> Trajectory:
     count, width = len(row.token_ids), LAYERS * EXPERTS
     ids = array("h", [*range((count - 1) * width), *[-1] * width])
     row.routed_experts, row.missing_experts = RoutedExperts((count, LAYERS, EXPERTS), ids), 1
+    return row
+
+
+def with_masks(rollout_id: str) -> Trajectory:
+    """Make a row whose ids were chosen from one, two or three."""
+    left = {4: [4, 1, 2], 7: [7, 1], 9: [9, 2]}
+    masks = [SamplingMask.of_lists([left.get(each, [each]) for each in answer]) for answer in ([4, 5], [7, 8, 9])]
+    usual = {"logprobs_mode": "processed_logprobs", "sampling_params": '{"top_p": 0.9}'}
+    calls = [
+        call("1", [1, 2, 3], [4, 5], sampling_mask=masks[0], **usual),
+        call("2", [1, 2, 3, 4, 5, 6], [7, 8, 9], sampling_mask=masks[1], **usual),
+    ]
+    [row] = _merged(calls, rollout_id, 1.0)
     return row
 
 

@@ -11,6 +11,9 @@ import typing_extensions
 # SkyRL is for Python 3.12, where pydantic takes this one.
 typing.TypedDict = typing_extensions.TypedDict
 
+from skyrl.backends.skyrl_train.utils.sample_support import (  # noqa: E402  # pyright: ignore[reportMissingImports]
+    validate_sample_support,
+)
 from skyrl.train.generators.base import GeneratorOutput  # noqa: E402  # pyright: ignore[reportMissingImports]
 from skyrl.train.utils.trainer_utils import (  # noqa: E402  # pyright: ignore[reportMissingImports]
     validate_generator_output,
@@ -18,7 +21,7 @@ from skyrl.train.utils.trainer_utils import (  # noqa: E402  # pyright: ignore[r
 
 from agentlightning.errors import UnusableRows  # noqa: E402
 from agentlightning.trainers.skyrl import generator_output  # noqa: E402
-from tests.trainers.rows import conversation, forked, with_experts  # noqa: E402
+from tests.trainers.rows import conversation, forked, with_experts, with_masks  # noqa: E402
 
 
 def main() -> None:
@@ -37,6 +40,20 @@ def main() -> None:
     assert steps["rewards"] == [[0, 0], [1.0], [0, 0, 0, 0, 0, 1.0]]
 
     validate_generator_output(1, generator_output([with_experts()]), routes_expected=True)
+
+    rows = [with_masks("one"), replace(conversation("two"), logprobs_mode="processed_logprobs")]
+    supported = generator_output(rows)
+    validate_generator_output(2, supported)
+    # Of ids that the model did not sample, and of a row of which nothing was cut off, all of the vocabulary was left.
+    nothing = [-1, -1, -1]
+    first, second = (validate_sample_support(each).tolist() for each in supported["rollout_sample_support"])
+    assert first == [[4, 1, 2], [5, -1, -1], nothing, [7, 1, -1], [8, -1, -1], [9, 2, -1]]
+    assert second == [nothing] * 6
+    assert generator_output([replace(rows[0], logprobs_mode="raw_logprobs")])["rollout_sample_support"] is None
+    assert generator_output([rows[1]])["rollout_sample_support"] is None
+    with pytest.raises(UnusableRows, match="row 0 of rollout 'two' has no sampling masks, but others have"):
+        generator_output([rows[0], replace(rows[1], flags=["no_mask"])])
+    rows = [*forked("one"), conversation("two")]
 
     with pytest.raises(
         UnusableRows, match="rollout 'one' has 2 rows, and SkyRL takes one a prompt: pass step_wise=True"
