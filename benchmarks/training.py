@@ -119,7 +119,9 @@ def section(found: Mapping[str, Sequence[Steps]], seeds: int, steps: int) -> str
     machine = ", ".join(describe_machine().values())
     return f"""\
 Written by `python -m benchmarks.training`: {seeds} runs of {steps} steps for each kind of rows, each with other random
-weights, and {TASKS * GENERATIONS} rollouts a step. Medians, and quartiles in brackets. Measured on\n{machine}.
+weights, and {TASKS * GENERATIONS} rollouts a step. Truncated importance sampling corrects the loss of `exact` and
+`continued` rows; that of `text` rows it does not, as the engine's logprobs do not belong to their ids. Medians, and
+quartiles in brackets. Measured on\n{machine}.
 
 {table(found, steps)}
 
