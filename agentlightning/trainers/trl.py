@@ -257,8 +257,8 @@ def _warn_of_sampling(rows: Iterable[Trajectory], temperature: float) -> None:
                 )
                 logger.warning(
                     "Importance sampling is biased: %s was sampled with %s and has %s, but TRL computes at temperature "
-                    "%g. Sample at the trainer's temperature, and start vLLM with --generation-config vllm "
-                    "--logprobs-mode processed_logprobs.",
+                    "%g. Sample at the trainer's temperature and from the whole vocabulary, as AGL_SAMPLING pins it, "
+                    "and start vLLM with --logprobs-mode processed_logprobs.",
                     name_of(row),
                     asked or "vLLM's defaults",
                     answer.logprobs_mode or "raw_logprobs",
@@ -268,7 +268,6 @@ def _warn_of_sampling(rows: Iterable[Trajectory], temperature: float) -> None:
 
 
 def _is_comparable(answer: Answer, temperature: float) -> bool:
-    """Tell whether the logprobs of an answer are those that its ids were drawn by, at the trainer's temperature."""
-    if answer.sampling is None or answer.sampling["temperature"] != temperature:
-        return False
-    return answer.sampling == SAMPLING or (answer.logprobs_mode or "").startswith("processed")
+    """Tell whether the logprobs of an answer are of the distribution that TRL computes, of the whole vocabulary."""
+    is_processed = (answer.logprobs_mode or "").startswith("processed")
+    return answer.sampling == {**SAMPLING, "temperature": temperature} and (is_processed or temperature == 1)

@@ -275,7 +275,8 @@ def test_options_and_read_decide_which_rows_there_are(store: agl.Store) -> None:
         ('{"temperature": 0.6, "top_k": 20}', "raw_logprobs", "temperature 0.6, top_k 20 and has raw_logprobs"),
         ('{"temperature": 0.6}', "processed_logprobs", "temperature 0.6 and has processed_logprobs"),
         ('{"top_p": 0.9}', None, "top_p 0.9 and has raw_logprobs"),
-        ('{"top_p": 0.9}', "processed_logprobs", None),
+        ('{"top_p": 0.9}', "processed_logprobs", "top_p 0.9 and has processed_logprobs"),
+        ('{"presence_penalty": 1}', "processed_logprobs", "presence_penalty 1 and has processed_logprobs"),
         ("{}", "raw_logprobs", None),
     ],
 )
@@ -292,7 +293,21 @@ def test_logprobs_that_importance_sampling_cannot_use_are_named(
         assert "was sampled with" not in caplog.text
     else:
         assert f"was sampled with {says}, but TRL computes at temperature 1." in caplog.text
-        assert "start vLLM with --generation-config vllm --logprobs-mode processed_logprobs." in caplog.text
+        assert "from the whole vocabulary, as AGL_SAMPLING pins it, and start vLLM with" in caplog.text
+
+
+def test_logprobs_at_the_trainers_own_temperature_are_right_where_they_are_processed(
+    store: agl.Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run(rollout: agl.Rollout) -> None:
+        answered(rollout, ([1, 2], [3]), sampling_params='{"temperature": 0.6}', logprobs_mode=rollout.input)
+        rollout.reward(1.0)
+
+    cooler: Any = SimpleNamespace(**{**vars(TRAINER), "temperature": 0.6})
+    rollout_func(store, run)(["processed_logprobs"], cooler)
+    assert "was sampled with" not in caplog.text
+    rollout_func(store, run)(["raw_logprobs"], cooler)
+    assert "was sampled with temperature 0.6 and has raw_logprobs, but TRL computes at temperature 0.6." in caplog.text
 
 
 def test_a_row_that_is_longer_than_the_trainer_takes_is_masked_or_ends_the_training(
