@@ -11,6 +11,7 @@ from typing import Any, TypedDict
 import numpy as np
 
 from agentlightning.errors import LogprobsDiffer
+from agentlightning.generation import SamplingMask
 from agentlightning.trainers._rows import check_rows, have_logprobs, logprobs_of, reward_of
 from agentlightning.trajectory import Trajectory
 
@@ -114,7 +115,8 @@ def logprob_gap(trajectories: Sequence[Trajectory], model: Any) -> dict[str | No
     """Compare the recorded logprobs with those that the trainer's model gives to the same ids.
 
     With the weights that the engine had, only rounding differs. Where vLLM's logprobs are processed ones, the
-    temperature of each answer is applied; other sampling parameters are not, and so are in the difference.
+    temperature of each answer is applied, and only the ids of the row's sampling masks are left; penalties, and what
+    was cut off without a mask, are in the difference.
 
     Args:
         model: a causal language model of transformers, or another module that returns `logits` for `input_ids`. It is
@@ -170,12 +172,28 @@ def _logprobs(row: Trajectory, positions: Any, model: Any) -> Any:
 
     ids = torch.from_numpy(np.frombuffer(row.token_ids, np.int32).astype(np.int64)).to(model.device)
     temperatures = torch.from_numpy(_temperatures(row)).to(model.device)
+    masks = row.sampling_mask if (row.logprobs_mode or "").startswith("processed") else None
     all_logits = model(input_ids=ids[None]).logits[0]
     found = [torch.zeros(0)]
     for part in torch.from_numpy(positions).to(model.device).split(POSITIONS_AT_ONCE):
         logits = all_logits[part - 1].float() / temperatures[part, None]
+        if masks is not None:
+            left, counts = _left_at(masks, part.cpu().numpy())
+            lines = torch.from_numpy(np.repeat(np.arange(len(counts)), counts)).to(model.device)
+            # An id without any was chosen from all.
+            is_left = torch.from_numpy(counts == 0).to(model.device)[:, None].repeat(1, logits.shape[1])
+            is_left[lines, torch.from_numpy(left).to(model.device)] = True
+            logits = logits.masked_fill(~is_left, -torch.inf)
         found.append((logits.gather(1, ids[part, None])[:, 0] - logits.logsumexp(1)).cpu())
     return torch.cat(found).numpy()
+
+
+def _left_at(masks: SamplingMask, positions: Any) -> tuple[Any, Any]:
+    """Return the ids that those at these positions were chosen from, one position after the other, and their counts."""
+    offsets = np.frombuffer(masks.offsets, np.uint32).astype(np.int64)
+    starts, counts = offsets[positions], np.diff(offsets)[positions]
+    places = np.repeat(starts - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
+    return np.frombuffer(masks.ids, np.int32)[places].astype(np.int64), counts
 
 
 @contextmanager

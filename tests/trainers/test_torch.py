@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from array import array
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from agentlightning.errors import LogprobsDiffer, UnusableRows
 from agentlightning.trainers.torch import Gap, check_gap, collate, logprob_gap
 from agentlightning.trajectory import Trajectory
-from tests.trainers.rows import PAD, conversation, forked
+from tests.trainers.rows import PAD, conversation, forked, with_masks
 
 IDS = 20
 
@@ -180,6 +181,22 @@ def test_processed_logprobs_are_compared_at_the_temperature_of_the_answer() -> N
 
     assert logprob_gap([row], MODEL)["3"].highest < 1e-6
     assert logprob_gap([raw], MODEL)["3"].highest > 0.1
+
+
+def test_processed_logprobs_are_compared_among_the_ids_of_the_sampling_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agentlightning.trainers.torch.POSITIONS_AT_ONCE", 2)
+    row = with_masks("ro")
+    assert row.sampling_mask is not None
+    left = [*map(torch.tensor, row.sampling_mask.tolist())]
+    chosen = [
+        float(MODEL.logits[token_id] - MODEL.logits[ids].logsumexp(0)) if mask else 0.0
+        for token_id, mask, ids in zip(row.token_ids, row.response_mask, left, strict=True)
+    ]
+    row.logprobs = array("f", chosen)
+
+    assert logprob_gap([row], MODEL)["3"].highest < 1e-6
+    assert logprob_gap([replace(row, logprobs_mode="raw_logprobs")], MODEL)["3"].highest > 0.1
+    assert logprob_gap([replace(row, sampling_mask=None)], MODEL)["3"].highest > 0.1
 
 
 def test_without_logprobs_there_is_no_gap_and_it_says_which_switch() -> None:
