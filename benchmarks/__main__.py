@@ -14,6 +14,7 @@ from tools.measurements import update_pages
 
 BENCHMARKS = (
     "startup",
+    "counted",
     "serving",
     "step",
     "store",

@@ -16,7 +16,7 @@ from agentlightning.instrumentation.vllm._context import App, RequestContextMidd
 from agentlightning.instrumentation.vllm.capture import frontend, marks
 from agentlightning.patching import PatchSet, Wrap
 
-__all__ = ["ROUTE", "Switch"]
+__all__ = ["ROUTE", "Switch", "answer"]
 
 ROUTE = "/instrumented/"
 """The route ends in `off`, `on`, `logprobs` (on, with `AGL_LOGPROBS`), `unmasked` (on, as if vLLM gave no sampling
@@ -65,6 +65,17 @@ class Switch:
 
     async def _turn(self, app: Any, position: str, send: Any) -> None:
         on = position in ("on", "logprobs", "unmasked")
+        # Read when the patches are put on.
+        os.environ["AGL_LOGPROBS"] = "on" if position == "logprobs" else "off"
+        frontend._masks = _no_masks if position == "unmasked" else _MASKS
+        self.put(app, on)
+        if position == "marked":
+            for patch_set in MARKING:
+                patch_set.apply(import_module(patch_set.modules[0]))
+        await answer(send)
+
+    def put(self, app: Any, on: bool) -> None:
+        """Put the patches on, or take them off."""
         stack = self._vllms_stack or app.middleware_stack
         # As it is without us, who may have been there from the start.
         stack = self._vllms_stack = stack.app if isinstance(stack, RequestContextMiddleware) else stack
@@ -72,15 +83,13 @@ class Switch:
         for patch_set in MARKING:
             patch_set.undo()
         uninstrument_vllm()
-        # Read when the patches are put on.
-        os.environ["AGL_LOGPROBS"] = "on" if position == "logprobs" else "off"
-        frontend._masks = _no_masks if position == "unmasked" else _MASKS
         if on:
             instrument_vllm()
-        if position == "marked":
-            for patch_set in MARKING:
-                patch_set.apply(import_module(patch_set.modules[0]))
         # What is put on when a server starts.
         app.middleware_stack = RequestContextMiddleware(stack) if on else stack
-        await send({"type": "http.response.start", "status": 204, "headers": []})
-        await send({"type": "http.response.body", "body": b""})
+
+
+async def answer(send: Any) -> None:
+    """Answer a request for a turn."""
+    await send({"type": "http.response.start", "status": 204, "headers": []})
+    await send({"type": "http.response.body", "body": b""})
