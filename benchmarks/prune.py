@@ -17,7 +17,7 @@ from sqlalchemy import Connection
 
 from agentlightning.recorder import BATCH_GENERATIONS
 from agentlightning.store import open_store
-from agentlightning.store.postgresql import PostgresqlDatabase
+from agentlightning.store.postgresql import START, PostgresqlDatabase
 from benchmarks.environments import interleaved
 from benchmarks.machine import BusyMeter
 from benchmarks.report import Part, Row, Section, Summary, Target, say
@@ -88,7 +88,7 @@ def in_postgresql(server: PostgresServer, rounds: int) -> Section:
     """Measure the lock that each write transaction takes."""
 
     def plain(self: PostgresqlDatabase, *, alone: bool = False) -> AbstractContextManager[Connection]:
-        return self._transaction("BEGIN ISOLATION LEVEL READ COMMITTED")
+        return self._transaction("BEGIN ISOLATION LEVEL READ COMMITTED", START)
 
     generations = some(WRITTEN)
     ways = {

@@ -438,8 +438,10 @@ def test_postgresql_returns_the_space_of_deleted_rollouts_that_lay_among_others(
     empty = database.size()
     dice = random.Random(1)
     store.add(
-        generation(n, rollout_id=f"ro-{n % 4}", prompt_token_ids=array("i", dice.choices(range(100_000), k=2_000)))
-        for n in range(400)
+        [
+            generation(n, rollout_id=f"ro-{n % 4}", prompt_token_ids=array("i", dice.choices(range(100_000), k=2_000)))
+            for n in range(400)
+        ]
     )
     gone = ["ro-1", "ro-2", "ro-3"]
     before = [*store.generations(rollout_id="ro-0")]
