@@ -30,7 +30,7 @@ from agentlightning.store.database import Database
 from agentlightning.store.postgresql import SCHEMA
 from benchmarks import lightning_store
 from benchmarks.environments import interleaved
-from benchmarks.lightning_store import VOCABULARY, agl_store
+from benchmarks.lightning_store import ADDED, STARTED, VOCABULARY, agl_store
 from benchmarks.load import HOST, UnexpectedAnswer, get, send
 from benchmarks.machine import BusyMeter
 from benchmarks.report import Part, Row, Section, Target, say
@@ -41,7 +41,7 @@ CALLS = 50
 LONG_PROMPT, LONG_OUTPUT = 7_168, 1_024
 READS = 8
 ROLLOUT = "rollout"
-HALF = Target(0.5, at_least=True)
+HALF, MOST = Target(0.5, at_least=True), Target(0.7, at_least=True)
 
 ABOUT = "Every server is on the machine of who asks it."
 
@@ -239,7 +239,10 @@ async def serving(folder: Path, url: str, sizes: lightning_store.Sizes) -> list[
         agl_store(url, folder / "postgresql.log", "agl store, PostgreSQL on a disk") as postgresql,
     ):
         both = (sqlite, postgresql)
-        sections = [*await lightning_store.rates(both, sizes, {}), await lightning_store.dequeued(both, sizes)]
+        sections = [
+            *await lightning_store.rates(both, sizes, {STARTED: MOST, ADDED: MOST}),
+            await lightning_store.dequeued(both, sizes, Target(1.5)),
+        ]
         return [replace(section, title=f"agl store on PostgreSQL: {section.title}") for section in sections]
 
 

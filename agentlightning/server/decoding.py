@@ -19,13 +19,24 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from starlette.types import Scope
 
-__all__ = ["has_more_in_json", "has_more_in_protobuf", "header", "repair_json", "repair_protobuf", "without_nan"]
+__all__ = [
+    "has_more_containers",
+    "has_more_in_json",
+    "has_more_in_protobuf",
+    "header",
+    "repair_json",
+    "repair_protobuf",
+    "without_nan",
+]
 
 LEAST_BYTES = 2
 """The size of the smallest protobuf message, with its header, and of the smallest JSON value, with its separator."""
 
+BYTES_AT_ONCE = 1 << 20
+
 _STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
-_SEPARATORS = b",[{"
+_OPENING = b"[{"
+_SEPARATORS = b"," + _OPENING
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _ELEMENT, _TEXT, _INTEGER, _DOUBLE = 0x0A, 0x0A, 0x18, 0x21
@@ -59,14 +70,31 @@ def header(scope: Scope, name: str) -> str | None:
 
 def has_more_in_json(body: bytes, limit: int) -> bool:
     """Tell whether a JSON body has more values than the limit, counting commas and opening brackets."""
-    if len(body) <= LEAST_BYTES * limit or sum(body.count(each) for each in _SEPARATORS) <= limit:
+    return len(body) > LEAST_BYTES * limit and _has_more(body, _SEPARATORS, limit)
+
+
+def has_more_containers(body: bytes, limit: int) -> bool:
+    """Tell whether a JSON body has more objects and arrays than the limit: each takes far more memory than a number."""
+    return len(body) > LEAST_BYTES * limit and _has_more(body, _OPENING, limit)
+
+
+def _has_more(body: bytes, signs: bytes, limit: int) -> bool:
+    """Tell whether a JSON body has more of these characters than the limit, outside of its strings."""
+    if sum(body.count(each) for each in signs) <= limit:
         return False
     # A value has at most two strings, its name and itself, of two quotes each.
-    if body.count(b'"') - body.count(b'\\"') > 4 * limit:
+    if signs == _SEPARATORS and body.count(b'"') - body.count(b'\\"') > 4 * limit:
         return True
-    # Separators within strings do not count.
-    bare = _STRINGS.sub(b"", body)
-    return sum(bare.count(each) for each in _SEPARATORS) > limit
+    # Those within strings do not count. In parts: each string that is left out takes memory meanwhile.
+    found, position, rest = 0, 0, b""
+    while position < len(body) and found <= limit:
+        # Up to the end of a string that the last part has cut off: a long one is not to be read again and again.
+        closing = body.find(b'"', position) + 1 if rest else 0
+        end = max(position + max(BYTES_AT_ONCE, len(rest)), closing)
+        bare, quote, cut_off = _STRINGS.sub(b"", rest + body[position:end]).partition(b'"')
+        found += sum(bare.count(each) for each in signs)
+        position, rest = end, quote + cut_off
+    return found > limit
 
 
 def without_nan(body: bytes) -> bytes:

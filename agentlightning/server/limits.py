@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "ARRIVING_LIMIT",
     "BATCH_LIMIT",
+    "CONTAINERS_LIMIT",
     "DEPTH_LIMIT",
     "DEQUEUE_LIMIT",
     "DETAILS_LIMIT",
@@ -26,6 +27,8 @@ DETAILS_LIMIT = 100_000
 """Events and links of all spans in one OTLP request. An empty one is two bytes on the wire, and much more in memory."""
 PAGE_LIMIT = 10_000
 """Items on a page with a limit. A page without one is streamed."""
+CONTAINERS_LIMIT = 500_000
+"""Objects and arrays in a JSON body. One of two bytes takes a hundred in memory, and an object with one field 240."""
 DEPTH_LIMIT = 200
 """Nesting of arrays and objects in a JSON body. Readers have limits as well: Python's is near 1,000."""
 ID_LIMIT = 512

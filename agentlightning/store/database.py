@@ -36,6 +36,7 @@ __all__ = [
     "newer",
     "next_keys",
     "now",
+    "pipelined",
     "run",
     "run_many",
     "savepoint",
@@ -281,6 +282,17 @@ def run_many(connection: Connection, statement: str, values: Sequence[tuple[Any,
     if not is_single_writer(connection):
         statement = statement.replace("?", "%s")
     connection.exec_driver_sql(statement, values[0] if len(values) == 1 else [*values])
+
+
+@contextmanager
+def pipelined(connection: Connection) -> Iterator[None]:
+    """Send the statements of the block, whose results are not read, without waiting for each of them."""
+    if is_single_writer(connection):
+        yield
+        return
+    driver: Any = connection.connection.driver_connection
+    with driver.pipeline():
+        yield
 
 
 def fetch(connection: Connection, query: str, values: Sequence[Any]) -> Sequence[Any]:

@@ -29,7 +29,7 @@ from agentlightning.rollout_records import (
 from agentlightning.sampling import pins_for
 from agentlightning.store import resources, workers
 from agentlightning.store.changes import next_change
-from agentlightning.store.database import earliest_deadline, next_keys, now
+from agentlightning.store.database import earliest_deadline, next_keys, now, pipelined
 from agentlightning.store.documents import to_json
 from agentlightning.store.rollouts import config_of, find_known, find_to_change
 from agentlightning.store.tables import attempts, rollouts
@@ -128,20 +128,24 @@ def start(connection: Connection, new: NewRollout, worker_id: str | None) -> str
 def start_all(connection: Connection, wanted: Sequence[Start]) -> list[Any]:
     """Create rollouts that are run at once, each with its first attempt; returns rows as `rollouts.find` does."""
     at = now(connection)
-    made = _insert(connection, [each.rollout for each in wanted], "preparing", at, attempts_made=1)
+    made = _rows(connection, [each.rollout for each in wanted], "preparing", at, attempts_made=1)
     of_each = [
         _new_attempt(row["key"], 1, each.worker_id, at, _deadline(each.rollout.config, at, None))
         for each, row in zip(wanted, made, strict=True)
     ]
     found = [_with_attempt(row, attempt) for row, attempt in zip(made, of_each, strict=True)]
-    _insert_attempts(connection, found, of_each, at)
+    with pipelined(connection):
+        _execute(connection, _NEW_ROLLOUTS, made)
+        _insert_attempts(connection, found, of_each, at)
     return found
 
 
 def enqueue(connection: Connection, new: Sequence[NewRollout]) -> list[str]:
     """Append rollouts to the queue, in this order; returns their ids."""
     at = now(connection)
-    return [row["rollout_id"] for row in _insert(connection, new, "queuing", at, queued_at=_nanoseconds(at))]
+    made = _rows(connection, new, "queuing", at, queued_at=_nanoseconds(at))
+    _execute(connection, _NEW_ROLLOUTS, made)
+    return [row["rollout_id"] for row in made]
 
 
 def dequeue(connection: Connection, limit: int, worker_id: str | None) -> list[Any]:
@@ -284,7 +288,7 @@ def expire(connection: Connection, limit: int = 1_000) -> list[str]:
     return [each.rollout.rollout_id for each in ended]
 
 
-def _insert(
+def _rows(
     connection: Connection,
     new: Sequence[NewRollout],
     status: RolloutStatus,
@@ -293,12 +297,12 @@ def _insert(
     queued_at: int | None = None,
     attempts_made: int = 0,
 ) -> list[dict[str, Any]]:
-    """Insert rollouts; returns their rows."""
+    """Make the rows of new rollouts."""
     for each in new:
         _check("mode", each.mode, MODES)
         _check_config(each.config)
     latest = None if all(each.resources_id for each in new) else resources.latest_id(connection)
-    made = [
+    return [
         {
             "key": key,
             "rollout_id": f"ro-{new_id()}",
@@ -316,8 +320,6 @@ def _insert(
         }
         for place, (each, key) in enumerate(zip(new, next_keys(connection, rollouts, len(new)), strict=True))
     ]
-    _execute(connection, _NEW_ROLLOUTS, made)
-    return made
 
 
 def _begin_attempts(
@@ -331,23 +333,21 @@ def _begin_attempts(
     """
     columns = _status_columns("preparing", None, at)
     changed = [{**_dict(row), **columns, "attempts": row.attempts + 1} for row, _ in taken]
-    _execute(
-        connection,
-        _CHANGE_ROLLOUT,
-        [{"of_key": row["key"], "attempts": row["attempts"], **columns} for row in changed],
-    )
     again = [
         {"of_rollout": row["key"], "number": row["attempts"] - 1, "deadline": None}
         for row in changed
         if row["attempts"] > 1
     ]
-    _execute(connection, _CHANGE_ATTEMPT, again)
     begun = [
         _new_attempt(row["key"], row["attempts"], worker_id, at, _deadline(config_of(found), at, None))
         for row, (found, worker_id) in zip(changed, taken, strict=True)
     ]
     found = [_with_attempt(row, attempt) for row, attempt in zip(changed, begun, strict=True)]
-    _insert_attempts(connection, found, begun, at, **of_workers)
+    changes = [{"of_key": row["key"], "attempts": row["attempts"], **columns} for row in changed]
+    with pipelined(connection):
+        _execute(connection, _CHANGE_ROLLOUT, changes)
+        _execute(connection, _CHANGE_ATTEMPT, again)
+        _insert_attempts(connection, found, begun, at, **of_workers)
     return found
 
 
@@ -439,33 +439,32 @@ def _revived(connection: Connection, found: Any | None, attempt_id: str, at: flo
 
 def _write(connection: Connection, settled: Sequence[_Settled], at: float) -> None:
     """Write attempts that have changed, and what follows for their rollouts and workers."""
-    _execute(
-        connection,
-        _CHANGE_ATTEMPT,
-        [
-            {
-                "of_rollout": each.attempt.rollout_key,
-                "number": each.attempt.sequence_id,
-                **{name: getattr(each.attempt, name) for name in _CHANGING},
-            }
-            for each in settled
-        ],
-    )
-    _execute(
-        connection,
-        _CHANGE_ROLLOUT,
-        [
-            {"of_key": each.rollout.key, **_status_columns(each.status, each.rollout.queued_at, at)}
-            if each.status != each.rollout.status
-            else {"of_key": each.rollout.key, **{name: getattr(each.rollout, name) for name in _OF_STATUS}}
-            for each in settled
-            if each.is_noted or each.status != each.rollout.status
-        ],
-    )
-    workers.note_all(
-        connection,
-        {each.attempt.worker_id: each.worker for each in settled if each.attempt.worker_id and each.worker},
-    )
+    of_attempts = [
+        {
+            "of_rollout": each.attempt.rollout_key,
+            "number": each.attempt.sequence_id,
+            **{name: getattr(each.attempt, name) for name in _CHANGING},
+        }
+        for each in settled
+    ]
+    of_rollouts = [
+        {"of_key": each.rollout.key, **_columns_of(each, at)}
+        for each in settled
+        if each.is_noted or each.status != each.rollout.status
+    ]
+    of_workers = {each.attempt.worker_id: each.worker for each in settled if each.attempt.worker_id and each.worker}
+    with pipelined(connection):
+        _execute(connection, _CHANGE_ATTEMPT, of_attempts)
+        _execute(connection, _CHANGE_ROLLOUT, of_rollouts)
+        workers.note_all(connection, of_workers)
+
+
+def _columns_of(settled: _Settled, at: float) -> dict[str, Any]:
+    """Return the columns of a rollout that its state sets; they are set anew where that is as before."""
+    found = settled.rollout
+    if settled.status == found.status:
+        return {"status": found.status, "queued_at": found.queued_at, "end_time": found.end_time}
+    return _status_columns(settled.status, found.queued_at, at)
 
 
 def _rounds(wanted: Sequence[AttemptChange]) -> Iterator[list[int]]:
@@ -513,9 +512,6 @@ def _status_after(attempt: _Attempt, config: RolloutConfig) -> RolloutStatus:
         return attempt.status  # type: ignore[return-value]
     again = attempt.status in config.retry_condition and attempt.sequence_id < config.max_attempts
     return "requeuing" if again else "failed"
-
-
-_OF_STATUS = ("status", "queued_at", "end_time")
 
 
 def _status_columns(status: RolloutStatus, queued_at: int | None, at: float) -> dict[str, Any]:

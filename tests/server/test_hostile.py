@@ -105,6 +105,28 @@ def test_json_bomb_is_refused_before_it_is_decoded(target: StoreServer) -> None:
         assert grown < 400
 
 
+@pytest.mark.parametrize("each", [b"{}", b'{"a":0}', b"[[]]"])
+def test_json_of_fewer_values_but_many_objects_is_refused_before_it_is_decoded(
+    each: bytes, target: StoreServer
+) -> None:
+    """Regression test: such a body took forty times its size in memory."""
+    body = b'{"input":[' + (each + b",") * 900_000 + b"0]}"
+    with target.client() as client:
+        answer, grown = most_memory_while(target, lambda: client.post("/v1/agl/rollouts", content=body, headers=JSON))
+        assert "the body has more than 500000 objects and arrays" in assert_refused(answer, 400)
+        # The body itself, as it arrives and in one piece.
+        assert grown < 64
+        assert_works(client)
+
+
+def test_brackets_in_a_text_are_no_objects(target: StoreServer) -> None:
+    text = '{"[' * 400_000
+    with target.client() as client:
+        made = client.post("/v1/agl/rollouts", json={"input": text})
+        assert made.status_code == 201
+        assert made.json()["input"] == text
+
+
 def test_message_of_too_many_generations_is_refused_before_it_is_decoded(target: StoreServer) -> None:
     body = b"\x81\xabgenerations\xdd" + MANY.to_bytes(4, "big") + b"\xc0" * MANY
     with target.client() as client:

@@ -92,7 +92,7 @@ def beat(connection: Connection, rows: Sequence[Any]) -> None:
     assert all(lifecycle.heartbeats(connection, [(row.rollout_id, row.attempt_id) for row in rows]))
 
 
-@pytest.mark.parametrize(("write", "round_trips"), [(start, 0), (dequeue, 0), (finish, 0), (add_spans, 0), (beat, 0)])
+@pytest.mark.parametrize(("write", "round_trips"), [(start, 5), (dequeue, 4), (finish, 5), (add_spans, 9), (beat, 5)])
 @pytest.mark.parametrize("how_many", [1, MANY])
 def test_call_takes_as_many_round_trips_for_many_as_for_one(
     database: Database, write: Callable[[Connection, Sequence[Any]], None], round_trips: int, how_many: int

@@ -9,8 +9,8 @@ import msgspec
 from fastapi import APIRouter, Depends, HTTPException, Request, Response
 from fastapi.routing import APIRoute
 
-from agentlightning.server.decoding import has_more_in_json, header
-from agentlightning.server.limits import DEPTH_LIMIT, VALUES_LIMIT
+from agentlightning.server.decoding import has_more_containers, has_more_in_json, header
+from agentlightning.server.limits import CONTAINERS_LIMIT, DEPTH_LIMIT, VALUES_LIMIT
 from agentlightning.server.transactions import Transactions
 
 __all__ = ["Database", "errors", "media_type", "router", "shown"]
@@ -56,6 +56,8 @@ class _Request(Request):
             body = await self.body()
             if has_more_in_json(body, VALUES_LIMIT):
                 raise HTTPException(400, f"the body has more than {VALUES_LIMIT} values")
+            if has_more_containers(body, CONTAINERS_LIMIT):
+                raise HTTPException(400, f"the body has more than {CONTAINERS_LIMIT} objects and arrays")
             try:
                 self._json = self._decoded(body)
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
