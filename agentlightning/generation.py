@@ -7,12 +7,15 @@ import time
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import lru_cache, partial
 from itertools import accumulate, chain, pairwise
+from math import inf
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 __all__ = [
     "STATUSES",
+    "VERSION",
     "VIAS",
     "Choice",
     "Generation",
@@ -26,8 +29,12 @@ __all__ = [
     "Uuid",
     "Via",
     "field_types",
+    "named",
     "new_id",
     "record_fields",
+    "unnamed",
+    "with_arrays",
+    "with_lists",
 ]
 
 Status = Literal["finished", "aborted", "error"]
@@ -171,7 +178,7 @@ class Choice:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields for JSON, with lists in the place of arrays."""
-        return _as_dict(self)
+        return with_lists(self)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -236,7 +243,7 @@ class Generation:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields for JSON, with lists in the place of arrays, and choices as dictionaries."""
-        return _as_dict(self) | {"choices": [choice.as_dict() for choice in self.choices]}
+        return with_lists(self) | {"choices": [choice.as_dict() for choice in self.choices]}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -258,14 +265,6 @@ class Loss:
     last_at: int
     host: str
     pid: int
-
-
-_WITH_LISTS = (array, RoutedExperts, SamplingMask, TopLogprobs)
-
-
-def _as_dict(record: Generation | Choice) -> dict[str, Any]:
-    values = {name: getattr(record, name) for name in record.__slots__}
-    return {name: value.tolist() if isinstance(value, _WITH_LISTS) else value for name, value in values.items()}
 
 
 class RecordField(NamedTuple):
@@ -305,3 +304,57 @@ def _without_none(of: Any) -> tuple[Any, bool]:
     members = get_args(of) if get_origin(of) in (Union, UnionType) else (of,)
     known = tuple(each for each in members if each is not NoneType)
     return Union[known], len(known) < len(members)  # noqa: UP007
+
+
+_ARRAYS = (array, RoutedExperts, SamplingMask, TopLogprobs)
+
+
+def _logprobs_of(found: Iterable[float | None]) -> array[float]:
+    # JSON has no infinity.
+    return array("f", [-inf if each is None else each for each in found])
+
+
+_OF_LISTS: dict[Any, Any] = {
+    list[int]: partial(array, "i"),
+    list[float]: _logprobs_of,
+    RoutedExperts: RoutedExperts.of_lists,
+    SamplingMask: SamplingMask.of_lists,
+}
+
+
+def with_lists(record: Any) -> dict[str, Any]:
+    """Return the fields of a record with lists in the place of arrays, for JSON."""
+    values = {name: getattr(record, name) for name in record.__slots__}
+    return {name: value.tolist() if isinstance(value, _ARRAYS) else value for name, value in values.items()}
+
+
+def with_arrays(kind: type, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a record from those of `with_lists`, in which a logprob of null is negative infinity.
+
+    Raises:
+        KeyError, TypeError, ValueError: they are not those of such a record.
+    """
+    values = {name: (found[name], array_of) for name, array_of in _arrays_in(kind)}
+    return {
+        name: value if value is None or array_of is None else array_of(value)
+        for name, (value, array_of) in values.items()
+    }
+
+
+@lru_cache(16)
+def _arrays_in(kind: type) -> list[tuple[str, Any]]:
+    return [(each.name, _OF_LISTS.get(each.type)) for each in record_fields(kind)]
+
+
+VERSION = ("version", "start", "end")
+"""Names of the parts of a weight version, where JSON has it as an object."""
+
+
+def named(names: Sequence[str], tuples: Iterable[Sequence[Any]]) -> list[dict[str, Any]]:
+    """Turn tuples into dictionaries with these names."""
+    return [dict(zip(names, each, strict=True)) for each in tuples]
+
+
+def unnamed(names: Sequence[str], dictionaries: Iterable[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
+    """Turn the dictionaries of `named` back into tuples."""
+    return [tuple(each[name] for name in names) for each in dictionaries]

@@ -6,11 +6,18 @@ from array import array
 from dataclasses import dataclass
 from typing import Any
 
-from agentlightning.generation import RoutedExperts, SamplingMask, Status
+from agentlightning.generation import (
+    VERSION,
+    RoutedExperts,
+    SamplingMask,
+    Status,
+    named,
+    unnamed,
+    with_arrays,
+    with_lists,
+)
 
 __all__ = ["Triplet"]
-
-VERSION = ("version", "start", "end")
 
 
 @dataclass(slots=True)
@@ -62,12 +69,9 @@ class Triplet:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields for JSON, with lists in the place of arrays, and each weight version as a dictionary."""
-        found = {name: getattr(self, name) for name in self.__slots__}
-        for name in ("prompt_token_ids", "response_token_ids", "logprobs", "routed_experts", "sampling_mask"):
-            if found[name] is not None:
-                found[name] = found[name].tolist()
+        found = with_lists(self)
         if self.weight_versions is not None:
-            found["weight_versions"] = [dict(zip(VERSION, each, strict=True)) for each in self.weight_versions]
+            found["weight_versions"] = named(VERSION, self.weight_versions)
         return found
 
     @classmethod
@@ -77,15 +81,7 @@ class Triplet:
         Raises:
             KeyError, TypeError, ValueError: the object is not a triplet.
         """
-        values = {name: found[name] for name in cls.__slots__}
-        for name in ("prompt_token_ids", "response_token_ids"):
-            if values[name] is not None:
-                values[name] = array("i", values[name])
-        if values["logprobs"] is not None:
-            values["logprobs"] = array("f", [float("-inf") if each is None else each for each in values["logprobs"]])
+        values = with_arrays(cls, found)
         if values["weight_versions"] is not None:
-            values["weight_versions"] = [tuple(each[name] for name in VERSION) for each in values["weight_versions"]]
-        for name, kind in (("routed_experts", RoutedExperts), ("sampling_mask", SamplingMask)):
-            if values[name] is not None:
-                values[name] = kind.of_lists(values[name])
+            values["weight_versions"] = unnamed(VERSION, values["weight_versions"])
         return cls(**values)

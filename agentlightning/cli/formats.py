@@ -11,15 +11,17 @@ from itertools import islice
 from typing import IO, Any
 
 from agentlightning.generation import (
+    VERSION,
     Choice,
     Generation,
     RoutedExperts,
     SamplingMask,
     TopLogprobs,
+    named,
     record_fields,
 )
 from agentlightning.trajectory import SAMPLING, Trajectory
-from agentlightning.triplet import VERSION, Triplet
+from agentlightning.triplet import Triplet
 
 __all__ = [
     "GENERATIONS",
@@ -140,7 +142,7 @@ def _generation_row(generation: Generation) -> dict[str, Any]:
         if choice["stop_reason"] is not None:
             choice["stop_reason"] = str(choice["stop_reason"])
         if choice["weight_versions"] is not None:
-            choice["weight_versions"] = [dict(zip(VERSION, span, strict=True)) for span in choice["weight_versions"]]
+            choice["weight_versions"] = named(VERSION, choice["weight_versions"])
     return row
 
 

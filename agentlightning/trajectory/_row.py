@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from array import array
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
-from agentlightning.generation import RoutedExperts, SamplingMask, Status
+from agentlightning.generation import (
+    VERSION,
+    RoutedExperts,
+    SamplingMask,
+    Status,
+    named,
+    unnamed,
+    with_arrays,
+    with_lists,
+)
 
 __all__ = ["FLAGS", "Answer", "Flag", "LeftOut", "Merged", "Parent", "Reason", "Trajectory"]
 
@@ -157,16 +165,13 @@ class Trajectory:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields for JSON, with lists in the place of arrays, and dictionaries in that of tuples."""
-        found: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
-        for name in ("token_ids", "response_mask", "logprobs", "routed_experts", "sampling_mask"):
-            if found[name] is not None:
-                found[name] = found[name].tolist()
+        found = with_lists(self)
         for name in ("spans", "left_out"):
             found[name] = [asdict(each) for each in found[name]]
         found["parent"] = None if self.parent is None else asdict(self.parent)
-        found["rewards"] = [dict(zip(_REWARD, each, strict=True)) for each in self.rewards]
+        found["rewards"] = named(_REWARD, self.rewards)
         if self.weight_versions is not None:
-            found["weight_versions"] = [dict(zip(_VERSION, each, strict=True)) for each in self.weight_versions]
+            found["weight_versions"] = named(VERSION, self.weight_versions)
         return found
 
     @classmethod
@@ -176,25 +181,18 @@ class Trajectory:
         Raises:
             KeyError, TypeError, ValueError: the object is not a trajectory.
         """
-        values = {name: found[name] for name in cls.__slots__}
-        values["token_ids"] = array("i", values["token_ids"])
+        values = with_arrays(cls, found)
         values["response_mask"] = array("b", values["response_mask"])
-        if values["logprobs"] is not None:
-            values["logprobs"] = array("f", [-math.inf if each is None else each for each in values["logprobs"]])
         values["spans"] = [Answer(**each) for each in values["spans"]]
         values["left_out"] = [LeftOut(**each) for each in values["left_out"]]
         values["parent"] = None if values["parent"] is None else Parent(**values["parent"])
-        values["rewards"] = [tuple(each[name] for name in _REWARD) for each in values["rewards"]]
+        values["rewards"] = unnamed(_REWARD, values["rewards"])
         if values["weight_versions"] is not None:
-            values["weight_versions"] = [tuple(each[name] for name in _VERSION) for each in values["weight_versions"]]
-        for name, kind in (("routed_experts", RoutedExperts), ("sampling_mask", SamplingMask)):
-            if values[name] is not None:
-                values[name] = kind.of_lists(values[name])
+            values["weight_versions"] = unnamed(VERSION, values["weight_versions"])
         return cls(**values)
 
 
 _REWARD = ("position", "reward")
-_VERSION = ("version", "start", "end")
 
 
 class Merged(NamedTuple):
