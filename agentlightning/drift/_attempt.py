@@ -16,11 +16,10 @@ from agentlightning.drift._classification import (
     Difference,
     classify,
     continues,
-    turn_names,
-    turn_start,
 )
 from agentlightning.drift._other_names import mismatches, session_mismatch
 from agentlightning.drift._records import AttemptDrift, Break, CallDetails, Token
+from agentlightning.drift._turns import turn_names, turn_start
 from agentlightning.drift._unfit import count_unfit
 from agentlightning.token_text import TokenTexts
 from agentlightning.trajectory import AttemptCalls, Call, Trajectory, merge

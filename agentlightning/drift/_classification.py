@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 from agentlightning.common_prefix import ID_BYTES, common_ids
 from agentlightning.drift._causes import Cause
@@ -26,6 +25,7 @@ from agentlightning.drift._content import (
     without_thoughts,
     without_tools,
 )
+from agentlightning.drift._turns import boundaries_in, bounds, find_ids, ids_array, next_of, turn_names, turn_start
 from agentlightning.token_text import TokenTexts
 
 __all__ = [
@@ -33,16 +33,8 @@ __all__ = [
     "Difference",
     "classify",
     "continues",
-    "turn_names",
-    "turn_start",
 ]
 
-# Tokens that stand inside a turn.
-_MARKUP = re.compile(
-    r"think|tool_?calls?\b|TOOL_CALLS|\[ARGS\]|\[CALL_ID\]|python_tag|tool▁(?:call|sep)|end_header_id|header_end"
-    r"|<\|(?:message|channel|constrain|call)\|>",
-    re.IGNORECASE,
-)
 _ROLE = re.compile(r"\s*(system|user|assistant|tool|developer|ipython|model|observation)\b")
 _ROLES_WRITTEN = ("assistant", "model")
 _ROLE_OF_TOKEN = {
@@ -61,8 +53,6 @@ MOST_MOVED = 64
 # Share of a text that is the same at both its ends, from which on it is the same text, changed.
 SIMILAR = 0.5
 SHORT_TURN = 4
-# Special tokens that are sought one by one: more than this take longer.
-MOST_SOUGHT = 16
 ROLE_IDS = 16
 HEAD_IDS = 1_024
 # Characters at the end of a part that may be cut differently.
@@ -108,7 +98,7 @@ def classify(
         texts: the texts of the prompt's ids; None where its vocabulary is unknown.
         texts_before: those of the earlier ids, where they are of another vocabulary.
     """
-    first, second = _array(before), _array(prompt)
+    first, second = ids_array(before), ids_array(prompt)
     position = common_ids(first.tobytes(), second.tobytes())
     if texts is None or not texts.are_known or (texts_before is not None and not texts_before.are_known):
         return _by_ids(answer_start, second, position)
@@ -117,57 +107,11 @@ def classify(
     return _Comparison(first, answer_start, second, texts, position).difference()
 
 
-def turn_names(token_ids: Sequence[int], texts: TokenTexts) -> list[bytes]:
-    """Return the turns of a sequence, each as the bytes of its ids; those without any id between are left out."""
-    whole, found, start = _array(token_ids), list[bytes](), 0
-    for end in [*_bounds(whole, texts), len(whole)]:
-        if end > start:
-            found.append(whole[start:end].tobytes())
-        start = end + 1
-    return found
-
-
-def turn_start(token_ids: Sequence[int], position: int, texts: TokenTexts) -> int:
-    """Return where the turn begins that a position is in."""
-    boundaries = _boundaries(texts)
-    while position and token_ids[position - 1] not in boundaries:
-        position -= 1
-    return position
-
-
 def continues(before: Sequence[int], answer_start: int, prompt: Sequence[int], texts: TokenTexts) -> bool:
     """Tell whether a prompt goes on behind an earlier call's prompt and answer, whatever was changed in them."""
-    first, second = _array(before), _array(prompt)
+    first, second = ids_array(before), ids_array(prompt)
     position = common_ids(first.tobytes(), second.tobytes())
     return _Comparison(first, answer_start, second, texts, position).continues()
-
-
-def _array(token_ids: Sequence[int]) -> array[int]:
-    if isinstance(token_ids, array):
-        return token_ids
-    # A view is copied as bytes, not id by id.
-    return array("i", token_ids.tobytes() if isinstance(token_ids, memoryview) else token_ids)
-
-
-_known: WeakKeyDictionary[TokenTexts, frozenset[int]] = WeakKeyDictionary()
-
-
-def _boundaries(texts: TokenTexts) -> frozenset[int]:
-    """Return the special tokens that stand between turns."""
-    if (found := _known.get(texts)) is None:
-        found = frozenset(each for each in texts.special if not _MARKUP.search(texts.text(each)))
-        _known[texts] = found
-    return found
-
-
-def _bounds(token_ids: array[int], texts: TokenTexts) -> list[int]:
-    """Return where the special tokens are that stand between turns."""
-    boundaries = _boundaries(texts)
-    if len(boundaries) > MOST_SOUGHT:
-        return [place for place, each in enumerate(token_ids) if each in boundaries]
-    # Searching bytes for a few of them is quicker than looking at each id.
-    whole = token_ids.tobytes()
-    return sorted(place for each in boundaries for place in _places(whole, array("i", [each]).tobytes()))
 
 
 def _by_ids(answer_start: int, prompt: array[int], position: int) -> Difference:
@@ -196,14 +140,14 @@ class _Comparison:
         self._before, self._prompt = before, prompt
         self._texts, self._position = texts, position
         self._answer_start = answer_start
-        boundaries = _boundaries(texts)
+        boundaries = boundaries_in(texts)
         self._is_answer = position >= answer_start or not any(
             each in boundaries for each in before[position:answer_start]
         )
         start = min(position, answer_start) if self._is_answer else position
         self._start = start = turn_start(before, start, texts)
-        self._end_after = _next(prompt, max(position, start), boundaries)
-        self._end_before = _next(before, max(position, start), boundaries)
+        self._end_after = next_of(prompt, max(position, start), boundaries)
+        self._end_before = next_of(before, max(position, start), boundaries)
         if self._is_answer:
             # Its turn is all of it, whatever special tokens the model sampled.
             self._end_before = len(before) - (bool(before) and before[-1] in boundaries and len(before) > answer_start)
@@ -235,7 +179,7 @@ class _Comparison:
         """Count the messages before this one, which have more than white space in them; tell if one is an answer."""
         text = self._texts.text
         count, has_answer, opened = 0, False, 0
-        for end in _bounds(self._before[: self._start], self._texts):
+        for end in bounds(self._before[: self._start], self._texts):
             if not all(text(each).isspace() for each in self._before[opened:end]):
                 count += 1
                 opener = text(self._before[opened - 1]) if opened else ""
@@ -394,19 +338,19 @@ class _Comparison:
         cut, moved = self._before[:], 0
         limit = self._answer_start
         position = self._position
-        boundaries = _boundaries(self._texts)
+        boundaries = boundaries_in(self._texts)
         while moved < MOST_MOVED and position < limit:
             start = turn_start(cut, position + (cut[position] in boundaries), self._texts)
-            end = _next(cut, start, boundaries)
+            end = next_of(cut, start, boundaries)
             # With what stands between it and the next turn.
-            stop = _next(cut, end + 1, boundaries)
+            stop = next_of(cut, end + 1, boundaries)
             if stop > limit or end - start < 2:
                 break
             turn = cut[start : end + 1].tobytes()
-            if _find(whole, turn, position) < 0:
+            if find_ids(whole, turn, position) < 0:
                 break
             rest = cut[start:limit].tobytes()
-            if not moved and 0 <= _find(whole, rest, position) < len(whole) - len(rest):
+            if not moved and 0 <= find_ids(whole, rest, position) < len(whole) - len(rest):
                 # All of it is there, behind something new, and goes on.
                 return self._named("header", False)
             opener = start - 1 if start else start
@@ -503,27 +447,3 @@ class _Comparison:
 
     def _boundary_after(self) -> int | None:
         return self._prompt[self._end_after] if self._end_after < len(self._prompt) else None
-
-
-def _next(token_ids: array[int], start: int, wanted: frozenset[int]) -> int:
-    """Return the position of the first of these ids from a position on; the length where there is none."""
-    for place in range(start, len(token_ids)):
-        if token_ids[place] in wanted:
-            return place
-    return len(token_ids)
-
-
-def _places(whole: bytes, one: bytes) -> Iterator[int]:
-    """Yield the positions of an id among others."""
-    at = _find(whole, one, 0)
-    while at >= 0:
-        yield at // ID_BYTES
-        at = _find(whole, one, at // ID_BYTES + 1)
-
-
-def _find(whole: bytes, part: bytes, start: int) -> int:
-    """Find ids among others, behind a position."""
-    at = whole.find(part, start * ID_BYTES)
-    while at >= 0 and at % ID_BYTES:
-        at = whole.find(part, at + 1)
-    return at

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from agentlightning.drift import AttemptDrift, CallDetails, Report, analyse
 from agentlightning.drift import _attempt as attempt_module
-from agentlightning.drift._classification import turn_names
+from agentlightning.drift._turns import turn_names
 from agentlightning.token_text import TokenTexts
 from agentlightning.trajectory import AttemptCalls, Call, merge
 from tests.common.unhurried import UNHURRIED
