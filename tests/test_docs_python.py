@@ -33,7 +33,7 @@ from tools.trainers import python_path
 pytestmark = pytest.mark.tier("all")
 
 SECONDS = 600
-"""For one block: the longest starts an engine, which compiles its model."""
+"""The most that one block may take: the longest starts an engine, which compiles its model."""
 IMPORTED = re.compile(r"^(?:import|from) (\w+)", re.MULTILINE)
 PRINTS = {
     "print(answer.prompt_token_ids": r"^\[\d+(, \d+)+\] \[\[\d+, \d+, \d+, \d+\]\]$",
