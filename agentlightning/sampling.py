@@ -6,6 +6,7 @@ temperature=1,top_p=1,top_k=-1,min_p=0,repetition_penalty=1
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, cast
@@ -165,7 +166,12 @@ def text_of(pins: Pins) -> str:
 
 def is_same(name: str, value: Any, pinned: float) -> bool:
     """Tell whether a request's value of a parameter means what the pinned one does."""
-    return _normal(name, value) == pinned
+    found = _normal(name, value)
+    if found == pinned or name == "top_k":
+        return found == pinned
+    # The engine has all others as float32, and the Rust frontend sends them so.
+    one, other = array("f", [found, pinned])
+    return one == other
 
 
 def _normal(name: str, value: float) -> float:

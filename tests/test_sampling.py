@@ -10,7 +10,7 @@ import pytest
 from agentlightning import settings
 from agentlightning.errors import InvalidRecord
 from agentlightning.rollout_records import Attempt, Rollout, RolloutConfig
-from agentlightning.sampling import NEUTRAL, Policy, parse_pins, parse_policy, pins_for, text_of
+from agentlightning.sampling import NEUTRAL, Policy, is_same, parse_pins, parse_policy, pins_for, text_of
 from agentlightning.store import open_store
 
 pytestmark = pytest.mark.tier("check")
@@ -138,3 +138,19 @@ def test_resources_pin_for_the_rollouts_that_use_them(tmp_path: Path) -> None:
         assert path(None) == "/v1"
         # The config comes first.
         assert path("train", sampling={"top_p": 0.9}) == "/sampling/top_p=0.9/v1"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "pinned", "expected"),
+    [
+        ("top_p", 0.8999999761581421, 0.9, True),  # 0.9 as float32
+        ("top_p", 0.8999, 0.9, False),
+        ("temperature", 1, 1.0, True),
+        ("top_k", 0, -1, True),
+        ("top_k", 2**31 - 1, 2**31 - 2, False),
+    ],
+)
+def test_a_value_is_the_same_that_the_engine_cannot_tell_from_it(
+    name: str, value: float, pinned: float, expected: bool
+) -> None:
+    assert is_same(name, value, pinned) is expected

@@ -43,7 +43,7 @@ engine = vllm_engine_pb2_grpc.VllmEngineStub(grpc.insecure_channel(f"127.0.0.1:{
 request = vllm_engine_pb2.GenerateRequest(
     request_id=request_id,
     tokenized=vllm_engine_pb2.TokenizedInput(input_ids=prompt),
-    sampling_params=vllm_engine_pb2.SamplingParams(temperature=0, max_tokens=tokens),
+    sampling_params=vllm_engine_pb2.SamplingParams(temperature=float(sys.argv[5]), max_tokens=tokens),
 )
 print([list(answer.complete.output_ids) for answer in engine.Generate(request)])
 """
@@ -61,28 +61,34 @@ def grpc_packages(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def test_grpc_answers_are_unchanged_and_recorded_for_the_rollout_in_the_request_id(
-    grpc_packages: str, tmp_path: Path
+@pytest.mark.parametrize("pins", [None, "temperature=0"], ids=["not pinned", "pinned"])
+def test_grpc_answers_are_unchanged_but_for_pins_and_recorded_for_the_rollout_in_the_request_id(
+    grpc_packages: str, tmp_path: Path, pins: str | None
 ) -> None:
     environment = {"PYTHONPATH": grpc_packages}
     store = str(tmp_path / "generations.db")
+    pinned = {} if pins is None else {"AGL_SAMPLING": pins}
     with RemoteOpenAIServer(
         "--grpc",
-        env={**environment, "AGL_INSTRUMENT": "1", "AGL_STORE": store, "AGL_LOGPROBS": "on"},
+        env={**environment, "AGL_INSTRUMENT": "1", "AGL_STORE": store, "AGL_LOGPROBS": "on", **pinned},
         # The words of smg-grpc-servicer, whose version is above.
         is_up=lambda server: "Server is ready to accept requests" in server.log,
     ) as server:
         prompt = prompt_token_ids()
-        asked = (str(server.port), json.dumps(prompt), str(TOKENS), f"{ROLLOUT}.{ATTEMPT}")
+        temperature = "0" if pins is None else "1.5"
+        asked = (str(server.port), json.dumps(prompt), str(TOKENS), f"{ROLLOUT}.{ATTEMPT}", temperature)
         told = run("python", "-c", ASK, *asked, env=environment)
 
         assert told.stdout == f"{[greedy(prompt, TOKENS)]}\n", told.stderr
         assert server.log.count(WHY) == server.log.count("agentlightning: ") == 1
+        assert (f"{WHY}; temperature=0 is pinned" in server.log) == (pins is not None)
     with open_store(store) as recorded:
         # The server warms up with requests of its own, which are for none.
         [kept] = [each for each in recorded.generations() if each.rollout_id is not None]
     assert (kept.rollout_id, kept.attempt_id, kept.request_id) == (ROLLOUT, ATTEMPT, f"{ROLLOUT}.{ATTEMPT}")
     assert kept.via == "grpc"
+    assert json.loads(kept.sampling_params or "{}")["temperature"] == 0
+    assert kept.requested_params == (None if pins is None else '{"temperature":1.5}')
     assert kept.prompt_token_ids is not None
     assert kept.prompt_token_ids.tolist() == prompt
     [choice] = kept.choices

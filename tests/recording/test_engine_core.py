@@ -168,6 +168,23 @@ def test_both_engine_cores_record_answered_and_aborted_requests(rust: RecordingS
     assert rust.log.count(RECORDS) == 2
 
 
+def test_what_the_server_pins_is_pinned_behind_the_rust_frontend(
+    tmp_path: Path, rollout: str, nursery: Nursery
+) -> None:
+    env = {**rust_environment(), "AGL_SAMPLING": "temperature=0,top_p=0.9"}
+    with nursery.server(tmp_path / "generations.db", env=env) as server:
+        options = {"prompt": "The quick brown", "temperature": 1.5, "top_p": 0.9, "ignore_eos": True}
+        answer = ask(server, COMPLETIONS, rollout, **options, return_token_ids=True)
+        kept = kept_of(server, rollout_id=rollout)
+
+    prompt, said = ids_of(kept)
+    assert [choice["token_ids"] for choice in answer["choices"]] == said == [greedy(prompt, 24)]
+    params = json.loads(str(kept.sampling_params))
+    # The frontend sends float32.
+    assert params["top_p"] == pytest.approx(0.9)
+    assert (params["temperature"], kept.requested_params) == (0, '{"temperature":1.5}')
+
+
 def test_requests_unfinished_when_the_server_stops_are_recorded(tmp_path: Path, rollout: str, nursery: Nursery) -> None:
     with nursery.server(tmp_path / "generations.db", env=rust_environment()) as server:
         with Load(server, rollout, endless(900), by_request_id=True) as load:

@@ -29,6 +29,7 @@ __all__ = [
     "offline_patches",
     "refuse",
     "server_patches",
+    "unreached",
 ]
 
 logger = logging.getLogger("agentlightning")
@@ -127,8 +128,7 @@ def offline_patches(failures: Failures) -> tuple[Patch, ...]:
 
 def check_grpc(servicer: ModuleType) -> None:
     """Refuse or report vLLM's gRPC server, when its module is imported: it may read its arguments in its own way."""
-    changes = ", whatever AGL_SAMPLING or AGL_MODEL_NAMES say" if _changes_requests() else ""
-    reason = f"vLLM's gRPC server (--grpc) has its own protocol, so its answers stay unchanged{changes}"
+    reason = f"vLLM's gRPC server (--grpc) has its own protocol, so its answers stay unchanged{unreached()}"
     if settings.instrument() == "strict":
         refuse([reason])
     logger.warning("agentlightning: %s", reason)
@@ -187,12 +187,19 @@ def _unpatchable(args: Any) -> list[str]:
         return []
     answers = 'with token ids only where a request says "return_token_ids": true'
     records = f"; {RECORDED_BY_ENGINE}" if session.is_recording else ""
-    changes = "; AGL_SAMPLING and AGL_MODEL_NAMES do not reach it" if _changes_requests() else ""
-    return [f"vLLM's Rust frontend (VLLM_USE_RUST_FRONTEND) answers without Python, {answers}{records}{changes}"]
+    return [f"vLLM's Rust frontend (VLLM_USE_RUST_FRONTEND) answers without Python, {answers}{records}{unreached()}"]
 
 
-def _changes_requests() -> bool:
-    return session.settings.sampling.is_on or session.settings.any_model_name
+def unreached() -> str:
+    """Say in a clause what changes no request of a frontend that has none of our patches, or not those for HTTP."""
+    policy, clauses = session.settings.sampling, list[str]()
+    if sampling.is_pinned():
+        clauses.append(f"{policy} is pinned for all, and a rollout's own parameters do not reach it")
+    elif policy.is_on:
+        clauses.append(f"AGL_SAMPLING={policy} does not reach it")
+    if session.settings.any_model_name:
+        clauses.append("AGL_MODEL_NAMES does not reach it")
+    return "".join(f"; {clause}" for clause in clauses)
 
 
 def limits(app: Any) -> list[str]:

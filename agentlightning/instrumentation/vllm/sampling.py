@@ -3,13 +3,17 @@
 Every endpoint of every release makes a `SamplingParams`, which verifies itself (`_verify_args`) before it does what a
 temperature of 0 implies: it forgets `top_p`, `top_k` and `min_p`, and refuses several answers. In between, the pinned
 values take the place of the client's, or of the generation config's. So vLLM refuses what it would refuse without us,
-and treats what is pinned as if the client had sent it. What is made outside of an HTTP request is left alone.
+and treats what is pinned as if the client had sent it. What a program makes outside of an HTTP request is left alone.
+
+Requests of vLLM's Rust frontend, of frontends that are not instrumented, and of its gRPC server are no HTTP requests to
+this package. They get the server's values when they enter the engine core, or the gRPC server's client of it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from copy import copy
 from typing import Any
 
 from agentlightning.instrumentation.vllm import _context
@@ -20,7 +24,7 @@ from agentlightning.instrumentation.vllm.capture.session import session
 from agentlightning.patching import Patch, Where, Wrap
 from agentlightning.sampling import is_same, text_of
 
-__all__ = ["PATCHES", "PATCH_SET", "forget", "report"]
+__all__ = ["PATCHES", "PATCH_SET", "forget", "is_pinned", "pin_unseen", "report"]
 
 PATCH_SET = "sampling"
 """The name of the set of these patches."""
@@ -45,8 +49,8 @@ def wrap_verify_args(verify: Callable[..., Any]) -> Callable[..., Any]:
 def _pin(params: Any, context: RequestContext) -> None:
     policy = session.settings.sampling
     pins = policy.pins if context.sampling is None else context.sampling
-    asked = {name: value for name in pins if not is_same(name, value := getattr(params, name), pins[name])}
-    if not asked or has_probe_params(params) or _only_scores(params):
+    asked = _others(params, pins)
+    if not asked:
         return
     # A copy is the same call once more, and has what is pinned.
     _differing.update(asked.keys() - context.differing)
@@ -55,6 +59,37 @@ def _pin(params: Any, context: RequestContext) -> None:
         context.replaced = {**asked, **(context.replaced or {})}
         for name in asked:
             setattr(params, name, pins[name])
+
+
+def is_pinned() -> bool:
+    """Tell whether this server pins values for whatever names no rollout."""
+    return session.settings.sampling.mode == "pin"
+
+
+def pin_unseen(request: Any, parent: Any = None) -> Mapping[str, Any] | None:
+    """Pin the parameters of a request to the engine that no HTTP request of this package stands behind.
+
+    Args:
+        request: vLLM's `EngineCoreRequest` or `Request`. It gets its own copy of its parameters, which may be shared.
+        parent: the one that vLLM makes it of, with n > 1; from it, vLLM makes the others.
+
+    Returns:
+        What was asked for in place of what is pinned; None if nothing was.
+    """
+    pins = session.settings.sampling.pins
+    asked = _others(request.sampling_params, pins)
+    for each in (request, parent) if asked else ():
+        if each is not None:
+            each.sampling_params = copy(each.sampling_params)
+            for name in asked:
+                setattr(each.sampling_params, name, pins[name])
+    return asked or None
+
+
+def _others(params: Any, pins: Mapping[str, float]) -> dict[str, Any]:
+    """Return a request's own values of the parameters that are pinned to others; none if it is left alone."""
+    asked = {name: value for name in pins if not is_same(name, value := getattr(params, name), pins[name])}
+    return {} if has_probe_params(params) or _only_scores(params) else asked
 
 
 def _only_scores(params: Any) -> bool:

@@ -13,9 +13,10 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
 from agentlightning import instrumentation
-from agentlightning.instrumentation.vllm import _context, _strict, sampling
+from agentlightning.instrumentation.vllm import _context, _releases, _strict, sampling
 from agentlightning.instrumentation.vllm._carriers import PROBE_PARAMS
 from agentlightning.instrumentation.vllm._context import RequestContext
+from agentlightning.instrumentation.vllm.capture import engine_core
 from agentlightning.sampling import NEUTRAL
 
 pytestmark = pytest.mark.forked
@@ -104,6 +105,63 @@ def test_a_rollouts_own_pins_come_before_the_servers(monkeypatch: pytest.MonkeyP
     params, context = made(RequestContext(endpoint=CHAT, sampling={"top_p": 0.9}), temperature=0.3, top_p=0.5)
 
     assert (params.temperature, params.top_p, context.replaced) == (0.3, 0.9, {"top_p": 0.5})
+
+
+def entered(params: SamplingParams, **fields: Any) -> Any:
+    """Let a request enter an engine core that no frontend of ours stands before, and return it."""
+    request = SimpleNamespace(request_id="cmpl-1-0", sampling_params=params, **fields)
+    engine_core.wrap_add_request(lambda self, request: None)(SimpleNamespace(requests={}), request)
+    return request
+
+
+def test_requests_of_the_rust_frontend_are_pinned_when_they_enter_the_engine_core(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    armed(monkeypatch, PINNED)
+    params = SamplingParams(temperature=0.3, top_p=0.5, top_k=7, max_tokens=7, seed=3)
+    before = copy.deepcopy(params)
+
+    assert entered(params).sampling_params is params
+    monkeypatch.setattr(_releases, "uses_rust_frontend", lambda: True)
+    found = entered(params).sampling_params
+
+    assert found == copy.deepcopy(SamplingParams(top_k=-1, max_tokens=7, seed=3))
+    # It may be shared.
+    assert params == before
+    probe: Any = PROBE_PARAMS
+    for left_alone in (SamplingParams(**probe), SamplingParams(temperature=0, prompt_logprobs=0, max_tokens=1)):
+        assert entered(left_alone).sampling_params is left_alone
+    assert entered(params, resumable=True).sampling_params is params
+    assert entered(params, abort_immediately=True).sampling_params is params
+
+
+def test_a_request_that_vllm_makes_of_another_one_is_pinned_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    armed(monkeypatch, "temperature=1")
+    shared = SamplingParams(temperature=0.3, n=2)
+    child, parent = (SimpleNamespace(sampling_params=shared) for _ in range(2))
+
+    assert sampling.pin_unseen(child, parent) == {"temperature": 0.3}
+    assert sampling.pin_unseen(child, parent) is None
+    assert [each.sampling_params.temperature for each in (child, parent)] == [1, 1]
+    assert shared.temperature == 0.3
+
+
+@pytest.mark.parametrize(
+    ("pins", "names", "says"),
+    [
+        ("off", "off", ""),
+        ("report", "off", "; AGL_SAMPLING=report does not reach it"),
+        ("rollout", "any", "; AGL_SAMPLING=rollout does not reach it; AGL_MODEL_NAMES does not reach it"),
+        ("temperature=1", "off", "; temperature=1 is pinned for all, and a rollout's own parameters do not reach it"),
+    ],
+)
+def test_a_frontend_that_requests_reach_otherwise_says_what_does_not_reach_it(
+    monkeypatch: pytest.MonkeyPatch, pins: str, names: str, says: str
+) -> None:
+    monkeypatch.setenv("AGL_MODEL_NAMES", names)
+    armed(monkeypatch, pins)
+
+    assert _strict.unreached() == says
 
 
 def test_calls_of_the_doctor_keep_the_parameters_that_tell_them(monkeypatch: pytest.MonkeyPatch) -> None:

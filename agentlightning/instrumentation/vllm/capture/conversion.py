@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from array import array
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ __all__ = [
     "name_of",
     "params_as_json",
     "prompt_ids_of",
+    "requested_as_json",
     "routed_experts",
     "status_of",
     "weight_versions",
@@ -54,6 +55,9 @@ class CapturedRequest:
     """A request to the engine, or the `n` that vLLM makes of one, which become one generation.
 
     It does not hold vLLM's request, which would keep images and embeddings in memory until it is written.
+
+    Attributes:
+        replaced: what was asked for in place of what was pinned, of a request without a context.
     """
 
     name: str
@@ -64,6 +68,7 @@ class CapturedRequest:
     logprobs_mode: str | None = None
     n: int = 1
     prompt_logprobs: Any = None
+    replaced: Mapping[str, Any] | None = None
     unfinished: int = 0
     finished: list[FinishedChoice] = field(default_factory=list)
 
@@ -122,14 +127,14 @@ def from_frontend(captured: CapturedRequest, finished_at: int, keeps_text: bool)
         cached_tokens=getattr(state, "num_cached_tokens", None),
         choices=choices,
         served_model=context.served_model,
-        requested_params=_requested(context),
+        requested_params=requested_as_json(context.replaced or captured.replaced),
         prompt_logprobs=_prompt_logprobs(captured),
     )
 
 
-def _requested(context: RequestContext) -> str | None:
+def requested_as_json(replaced: Mapping[str, Any] | None) -> str | None:
     """Return what the client had asked for in place of what was pinned."""
-    return json.dumps(context.replaced, separators=(",", ":")) if context.replaced else None
+    return json.dumps(replaced, separators=(",", ":")) if replaced else None
 
 
 def _prompt_logprobs(captured: CapturedRequest) -> TopLogprobs | None:

@@ -1,4 +1,4 @@
-"""The capture in the engine core: record the requests without a mark, and pack logprobs for those marked so.
+"""The capture in the engine core: record and pin the requests without a mark, and pack logprobs for those marked so.
 
 Requests enter and leave by three methods of vLLM's `Scheduler`: `add_request`, `update_from_output` with the result of
 each step, and `finish_requests` for those that end early.
@@ -9,14 +9,14 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from agentlightning.instrumentation.vllm import _releases
+from agentlightning.instrumentation.vllm import _releases, sampling
 from agentlightning.instrumentation.vllm._isolation import contained
 from agentlightning.instrumentation.vllm.capture import alternatives, logprobs, marks
 from agentlightning.instrumentation.vllm.capture.session import session
@@ -40,13 +40,13 @@ def wrap_add_request(add_request: Callable[..., Any]) -> Callable[..., Any]:
     def track_and_add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         # A pooling request has no sampling parameters.
         if getattr(request, "sampling_params", None) is not None:
-            contained("recording a request of the engine core", _track, self, request)
+            contained("recording a request of the engine core", _begin, self, request)
         return add_request(self, request, *args, **kwargs)
 
     return track_and_add_request
 
 
-def _track(scheduler: Any, request: Any) -> None:
+def _begin(scheduler: Any, request: Any) -> None:
     mark = marks.take(request.request_id)
     if mark is not None:
         if mark is marks.Mark.RECORDED_WITH_LOGPROBS:
@@ -59,6 +59,17 @@ def _track(scheduler: Any, request: Any) -> None:
     # The frontend has refused it, and tells the engine so that another engine releases its keys and values (0.32).
     if getattr(request, "abort_immediately", False):
         return
+    replaced = contained("pinning sampling parameters", sampling.pin_unseen, request) if _pins() else None
+    if session.is_recording:
+        _track(scheduler, request, replaced)
+
+
+def _pins() -> bool:
+    """Tell whether a request without a mark is to be pinned: an instrumented frontend marks its own, if it records."""
+    return sampling.is_pinned() and (session.is_recording or _releases.uses_rust_frontend())
+
+
+def _track(scheduler: Any, request: Any, replaced: Mapping[str, Any] | None) -> None:
     found = _unmarked.get(scheduler)
     if found is None:
         logger.warning(
@@ -69,7 +80,7 @@ def _track(scheduler: Any, request: Any) -> None:
         session.follow(found)
         # Not with the first generation: until then, the store would not know that there is anything to wait for.
         session.recorder.start()
-    found.track(request)
+    found.track(request, replaced)
 
 
 def wrap_update_from_output(update_from_output: Callable[..., Any]) -> Callable[..., Any]:
@@ -210,6 +221,10 @@ def _records(module: ModuleType) -> bool:
     return session.is_recording
 
 
+def _records_or_pins(module: ModuleType) -> bool:
+    return session.is_recording or sampling.is_pinned()
+
+
 def _has_weight_versions(module: ModuleType) -> bool:
     return session.is_recording and hasattr(module.EngineCore, "set_weight_version")
 
@@ -221,7 +236,7 @@ CORE_PATCHES: tuple[Patch, ...] = (
     Where(_has_weight_versions, Wrap("EngineCore.set_weight_version", ("weight_version",), wrap_set_weight_version)),
 )
 SCHEDULER_PATCHES: tuple[Patch, ...] = (
-    Where(_records, Wrap("Scheduler.add_request", ("request",), wrap_add_request)),
+    Where(_records_or_pins, Wrap("Scheduler.add_request", ("request",), wrap_add_request)),
     Where(_records, Wrap("Scheduler.update_from_output", (), wrap_update_from_output)),
     Where(_records, Wrap("Scheduler.finish_requests", ("request_ids",), wrap_finish_requests)),
 )

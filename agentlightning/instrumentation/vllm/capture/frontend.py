@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from agentlightning.instrumentation.vllm import _context, continuation
+from agentlightning.instrumentation.vllm import _context, _releases, continuation, sampling
 from agentlightning.instrumentation.vllm._carriers import skips_probe
 from agentlightning.instrumentation.vllm._context import EngineRequest, RequestContext
 from agentlightning.instrumentation.vllm._isolation import contained
@@ -112,12 +112,14 @@ def forget_all() -> None:
 def wrap_add_request(add_request: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `OutputProcessor.add_request`, which runs once for each request to the engine."""
     follows, wants_logprobs = session.follows_requests, session.is_recording and session.settings.logprobs
+    pins = sampling.is_pinned()
 
     def add_request_and_capture(
         self: Any, request: Any, prompt: Any, parent_req: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
         context = _context.current()
         collects = context is not None and context.collects
+        replaced = contained("pinning sampling parameters", _pin, request, parent_req) if pins else None
         if not (collects or follows):
             return add_request(self, request, prompt, parent_req, *args, **kwargs)
         # vLLM also calls this with more input for a known request (realtime).
@@ -128,10 +130,19 @@ def wrap_add_request(add_request: Callable[..., Any]) -> Callable[..., Any]:
             if context is not None and collects:
                 contained("capturing a request", _collect, state, request, context)
             if follows:
-                contained("recording a request", _follow, self, state, request, parent_req, context, wants_logprobs)
+                contained(
+                    "recording a request", _follow, self, state, request, parent_req, context, replaced, wants_logprobs
+                )
         return answer
 
     return add_request_and_capture
+
+
+def _pin(request: Any, parent: Any) -> Mapping[str, Any] | None:
+    """Pin the parameters of a request over gRPC; those over HTTP are pinned when vLLM makes them."""
+    if request.sampling_params is None or not _releases.serves_grpc():
+        return None
+    return sampling.pin_unseen(request, parent)
 
 
 def _is_new(processor: Any, request: Any) -> bool:
@@ -149,13 +160,19 @@ def _collect(state: Any, request: Any, context: RequestContext) -> None:
 
 
 def _follow(
-    processor: Any, state: Any, request: Any, parent: Any, context: RequestContext | None, wants_logprobs: bool
+    processor: Any,
+    state: Any,
+    request: Any,
+    parent: Any,
+    context: RequestContext | None,
+    replaced: Mapping[str, Any] | None,
+    wants_logprobs: bool,
 ) -> None:
     mark = marks.Mark.RECORDED
     # An offline engine has no queue. With more input in between (realtime), it is not one prompt and its answer.
     is_followed = state.queue is not None or processor in _offline
     if is_followed and not getattr(request, "resumable", False) and not skips_probe(context, request):
-        _pending_of(processor).add(state, request, parent, context)
+        _pending_of(processor).add(state, request, parent, context, replaced)
         if wants_logprobs and not logprobs.are_requested(request.sampling_params):
             state.logprobs_processor.update_from_output = logprobs.LogprobsTap(state.logprobs_processor)
             logprobs.request_from_engine(request)
@@ -301,8 +318,19 @@ class PendingRequests:
         captured = {id(each): each for each in (*(each for each, _ in requests), *parents)}
         return [each.whose() for each in captured.values()]
 
-    def add(self, state: Any, request: Any, parent: Any, context: RequestContext | None) -> None:
-        """Follow a request that vLLM has just registered; with n > 1, vLLM makes it of `parent`."""
+    def add(
+        self,
+        state: Any,
+        request: Any,
+        parent: Any,
+        context: RequestContext | None,
+        replaced: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Follow a request that vLLM has just registered; with n > 1, vLLM makes it of `parent`.
+
+        Args:
+            replaced: what was asked for in place of what was pinned, where the context does not say.
+        """
         if parent is None:
             captured = self._capture(name_of(request), request, request.sampling_params, context)
         elif parent.request_id in self._parents:
@@ -310,6 +338,7 @@ class PendingRequests:
         else:
             captured = self._capture(name_of(parent), request, parent.sampling_params, context, parent.n)
             self._parents[parent.request_id] = captured
+        captured.replaced = captured.replaced or replaced
         if captured.prompt_logprobs is None:
             captured.prompt_logprobs = state.logprobs_processor.prompt_logprobs
         # From 0.28. The recording alone wants them.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import time
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from agentlightning.instrumentation.vllm.capture.alternatives import StepLogprob
 from agentlightning.instrumentation.vllm.capture.conversion import (
     params_as_json,
     prompt_ids_of,
+    requested_as_json,
     routed_experts,
     status_of,
     weight_versions,
@@ -37,7 +38,8 @@ class TrackedRequest:
 
     Attributes:
         request: vLLM's `Request`, which has the ids so far; None once it has ended.
-        sampling_params: as the frontend made them.
+        sampling_params: as the frontend made them, or as they were pinned.
+        replaced: what the client asked for in place of what was pinned.
         drops_logprobs: only the recording wants the logprobs, so they are removed from the outputs.
         logprobs, routed_experts: one array for each step; of the logprobs, only those of the sampled ids.
         masks: what the ids were chosen from.
@@ -48,6 +50,7 @@ class TrackedRequest:
 
     request: Any
     sampling_params: Any
+    replaced: Mapping[str, Any] | None = None
     drops_logprobs: bool = False
     logprobs: list[array[float]] = field(default_factory=list)
     routed_experts: list[Any] = field(default_factory=list)
@@ -115,12 +118,16 @@ class UnmarkedRequests:
         """Return the rollout and the attempt of each; for the writing thread, while the engine's changes them."""
         return [_whose(request_id) for request_id in list(self._tracked)]
 
-    def track(self, request: Any) -> None:
-        """Follow a request that the scheduler is about to get, unless `agl doctor` made it."""
+    def track(self, request: Any, replaced: Mapping[str, Any] | None = None) -> None:
+        """Follow a request that the scheduler is about to get, unless `agl doctor` made it.
+
+        Args:
+            replaced: what the client asked for in place of what was pinned.
+        """
         if skips_probe(Caller(rollout_id=_whose(request.request_id)[0]), request):
             return
         params = request.sampling_params
-        tracked = self._tracked[request.request_id] = TrackedRequest(request, params)
+        tracked = self._tracked[request.request_id] = TrackedRequest(request, params, replaced)
         if session.settings.logprobs and not logprobs.are_requested(params):
             logprobs.request_from_engine(request)
             tracked.drops_logprobs = True
@@ -233,6 +240,7 @@ def _generation_of(
         status=status_of([tracked.finish_reason]),
         prompt_token_ids=array("i", finished.prompt_token_ids) if finished.prompt_token_ids else None,
         sampling_params=params_as_json(tracked.sampling_params, keeps_text),
+        requested_params=requested_as_json(tracked.replaced),
         logprobs_mode=None if found is None else logprobs.mode_of(config),
         cached_tokens=tracked.cached_tokens,
         choices=[
