@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
 
-from sqlalchemy import Column, Connection, CursorResult, Dialect, Insert, Table, insert
+from sqlalchemy import Column, Connection, CursorResult, Dialect, Insert, LargeBinary, Table, insert
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -184,31 +185,31 @@ def transaction(connection: Connection, begin: str | None) -> Iterator[None]:
     """
     try:
         if begin is not None:
-            connection.exec_driver_sql(begin)
+            _command(connection, begin)
         yield
-        connection.exec_driver_sql("COMMIT")
+        _command(connection, "COMMIT")
     except BaseException:
         # SQLite has rolled it back itself if the disk is full, PostgreSQL if the connection is gone. Where it has not
         # begun, since its locks are taken, there is nothing to roll back in SQLite; in PostgreSQL there is.
-        with suppress(SQLAlchemyError):
-            connection.exec_driver_sql("ROLLBACK")
+        with suppress(SQLAlchemyError, sqlite3.Error):
+            _command(connection, "ROLLBACK")
         raise
 
 
 @contextmanager
 def savepoint(connection: Connection) -> Iterator[None]:
     """Run the block in a part of the transaction that is rolled back alone if the block raises. May be nested."""
-    connection.exec_driver_sql("SAVEPOINT part")
+    _command(connection, "SAVEPOINT part")
     try:
         yield
     except BaseException:
         # Fails if the transaction itself is gone, since the disk is full or the connection lost: the block's error says
         # so.
-        with suppress(SQLAlchemyError):
-            connection.exec_driver_sql("ROLLBACK TO part")
-            connection.exec_driver_sql("RELEASE part")
+        with suppress(SQLAlchemyError, sqlite3.Error):
+            _command(connection, "ROLLBACK TO part")
+            _command(connection, "RELEASE part")
         raise
-    connection.exec_driver_sql("RELEASE part")
+    _command(connection, "RELEASE part")
 
 
 def is_single_writer(connection: Connection) -> bool:
@@ -259,8 +260,8 @@ def earliest_deadline(connection: Connection) -> float | None:
 def next_keys(connection: Connection, table: Table, how_many: int) -> Sequence[int]:
     """Reserve unique, ascending numbers for the column `key` of new rows."""
     if is_single_writer(connection):
-        first = (run(connection, f"SELECT max(key) FROM {table.name}", ()).scalar() or 0) + 1
-        return range(first, first + how_many)
+        [(last,)] = _driver(connection).execute(f"SELECT max(key) FROM {table.name}")
+        return range((last or 0) + 1, (last or 0) + 1 + how_many)
     query = "SELECT nextval(%s::regclass) FROM generate_series(1, %s)"
     return connection.exec_driver_sql(query, (f"{table.name}_key_seq", how_many)).scalars().all()
 
@@ -305,10 +306,10 @@ def found(
 ) -> Iterable[Sequence[Any]]:
     """Select columns of the rows whose column `by` has one of the values: at most as many as a part of `in_parts`."""
     selected = f"SELECT {', '.join(columns)} FROM {table.name} WHERE {by}"
-    if not is_single_writer(connection):
-        # The same statement however many there are, so that it is prepared once.
-        return run(connection, f"{selected} = ANY(?)", ([*values],))
-    return run(connection, f"{selected} IN ({', '.join('?' * len(values))})", values)
+    if is_single_writer(connection):
+        return _driver(connection).execute(f"{selected} IN ({', '.join('?' * len(values))})", values)
+    # The same statement however many there are, so that it is prepared once.
+    return run(connection, f"{selected} = ANY(?)", ([*values],))
 
 
 def insert_rows(
@@ -327,11 +328,45 @@ def insert_rows(
     """
     if not new:
         return 0
-    if not is_single_writer(connection) and not if_new:
+    if is_single_writer(connection):
+        return _insert_in_file(connection, table, new, without, if_new)
+    if not if_new:
         return _copy(connection, table, new, without)
-    # As text, so that the rows go to the driver unchanged: SQLAlchemy inspects each row for as long as SQLite takes to
-    # write it.
-    return connection.exec_driver_sql(_statement(table, connection.dialect, without, if_new), list(new)).rowcount
+    # As text, so that the rows go to the driver unchanged: SQLAlchemy inspects each row.
+    names = tuple(column.name for column in table.columns if column.name != without)
+    return connection.exec_driver_sql(_statement(table, connection.dialect, names, if_new), list(new)).rowcount
+
+
+def _insert_in_file(
+    connection: Connection, table: Table, new: Sequence[tuple[Any, ...]], without: str | None, if_new: bool
+) -> int:
+    """Insert into SQLite, without the columns that no row has a value for, and with `bytearray` in the place of bytes.
+
+    For each None and each `bytes`, Python's sqlite3 looks for an adapter, which takes longer than to write the value.
+    """
+    names: list[str] = []
+    values: list[Iterable[Any]] = []
+    columns = (column for column in table.columns if column.name != without)
+    for column, of_column in zip(columns, zip(*new, strict=True), strict=True):
+        if not all(value is None for value in of_column):
+            names.append(column.name)
+            is_binary = isinstance(column.type, LargeBinary)
+            values.append([value and bytearray(value) for value in of_column] if is_binary else of_column)
+    statement = _statement(table, connection.dialect, tuple(names), if_new)
+    return _driver(connection).executemany(statement, zip(*values, strict=True)).rowcount
+
+
+def _driver(connection: Connection) -> sqlite3.Connection:
+    """Return SQLite's own connection: for a statement that is ready, SQLAlchemy takes longer than SQLite."""
+    return connection.connection.driver_connection  # type: ignore[return-value]
+
+
+def _command(connection: Connection, statement: str) -> None:
+    """Execute a statement without values or result."""
+    if is_single_writer(connection):
+        _driver(connection).execute(statement)
+    else:
+        connection.exec_driver_sql(statement)
 
 
 def _copy(connection: Connection, table: Table, new: Sequence[tuple[Any, ...]], without: str | None) -> int:
@@ -354,11 +389,10 @@ def _type_of(column: Column[Any], dialect: Dialect) -> str:
     return column.type.compile(dialect).partition(" COLLATE")[0].lower()
 
 
-@lru_cache(64)
-def _statement(table: Table, dialect: Dialect, without: str | None, if_new: bool) -> str:
+@lru_cache(256)
+def _statement(table: Table, dialect: Dialect, columns: tuple[str, ...], if_new: bool) -> str:
     insertion = _insert_if_new(table, dialect) if if_new else insert(table)
-    columns = [column.name for column in table.columns if column.name != without]
-    return str(insertion.compile(dialect=dialect, column_keys=columns))
+    return str(insertion.compile(dialect=dialect, column_keys=list(columns)))
 
 
 def insert_if_new(connection: Connection, table: Table, **values: Any) -> bool:
