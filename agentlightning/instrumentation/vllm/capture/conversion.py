@@ -192,7 +192,7 @@ def _logprobs(state: Any, token_ids: array[int]) -> array[float] | None:
     """Return one logprob for each id, if the client or the recording asked the engine for them; else None."""
     tap = state.logprobs_processor.update_from_output
     if isinstance(tap, logprobs.LogprobsTap):
-        return logprobs.join(tap.steps, len(token_ids))
+        return logprobs.join(tap.found, len(token_ids))
     positions = state.logprobs_processor.logprobs
     if not positions or len(positions) != len(token_ids):
         return None

@@ -479,7 +479,7 @@ def _bytes_of(choice: FinishedChoice) -> int:
         nbytes += embeds.nbytes
     tap = state.logprobs_processor.update_from_output
     if isinstance(tap, logprobs.LogprobsTap):
-        nbytes += logprobs.BYTES_PER_STEP * len(tap.steps)
+        nbytes += tap.found.itemsize * len(tap.found)
     for positions in (state.logprobs_processor.logprobs, state.logprobs_processor.prompt_logprobs):
         # The first position of a prompt has none.
         if positions:

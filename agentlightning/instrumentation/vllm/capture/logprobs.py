@@ -8,29 +8,26 @@ none, and its arrays are taken before vLLM looks for them: answers stay unchange
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import MutableSequence, Sequence
 from copy import copy
 from typing import Any
-from weakref import WeakMethod
+from weakref import ref
 
 from agentlightning.instrumentation.vllm._isolation import contained
 
 __all__ = [
-    "BYTES_PER_STEP",
     "LogprobsTap",
+    "add_sampled",
     "are_requested",
     "is_processed",
     "join",
     "mode_of",
-    "of_sampled_ids",
     "pack",
     "request_from_engine",
     "take",
 ]
 
 _PACKED = "agentlightning"
-BYTES_PER_STEP = 120
-"""Bytes that the array of one step keeps alive."""
 
 
 def are_requested(sampling_params: Any) -> bool:
@@ -71,22 +68,21 @@ class LogprobsTap:
         processor: the request's `LogprobsProcessor`.
 
     Attributes:
-        steps: the logprobs of each step.
+        found: the logprobs so far, one for each sampled id.
     """
 
     def __init__(self, processor: Any) -> None:
         # The processor holds this object: a strong reference back would leave both to the garbage collector.
-        self._update = WeakMethod(processor.update_from_output)
-        self.steps: list[array[float]] = []
+        self._processor = ref(processor)
+        self._update = type(processor).update_from_output
+        self.found = array("f")
 
     def __call__(self, output: Any) -> None:
         """Take the logprobs from an `EngineCoreOutput`, then let vLLM see it."""
         # An error here would end vLLM's loop, and with it the engine.
-        contained("taking logprobs", take, output, self.steps)
-        update = self._update()
+        contained("taking logprobs", take, output, self.found)
         # vLLM calls this through the processor, so it still exists.
-        assert update is not None
-        update(output)
+        self._update(self._processor(), output)
 
 
 def pack(output: Any) -> Any:
@@ -101,40 +97,44 @@ def pack(output: Any) -> Any:
     if found is None or getattr(output, "trace_headers", output) is not None or isinstance(found.logprobs, list):
         return output
     output = copy(output)
-    output.trace_headers = {_PACKED: found.logprobs[:, 0].tobytes().hex()}
+    sampled = array("f")
+    add_sampled(found.logprobs, sampled)
+    output.trace_headers = {_PACKED: sampled.tobytes().hex()}
     output.new_logprobs = None
     return output
 
 
-def take(output: Any, steps: list[array[float]]) -> None:
-    """Move the logprobs of an `EngineCoreOutput` to the end of `steps`."""
+def take(output: Any, found: MutableSequence[float]) -> None:
+    """Move the logprobs of the sampled ids from an `EngineCoreOutput` to the end of `found`."""
     headers = getattr(output, "trace_headers", None)
     if headers and _PACKED in headers:
         output.trace_headers = None
-        steps.append(array("f", bytes.fromhex(headers[_PACKED])))
+        found.extend(array("f", bytes.fromhex(headers[_PACKED])))
         return
-    found = output.new_logprobs
-    if found is not None:
-        output.new_logprobs = None
-        steps.append(of_sampled_ids(found.logprobs))
+    if output.new_logprobs is not None:
+        rows, output.new_logprobs = output.new_logprobs.logprobs, None
+        add_sampled(rows, found)
 
 
-def of_sampled_ids(rows: Any) -> array[float]:
-    """Return the first column of the engine's rows, the logprobs of the sampled ids: a copy.
+def add_sampled(rows: Any, found: MutableSequence[float]) -> None:
+    """Add the first column of the engine's rows, the logprobs of the sampled ids.
 
     Args:
         rows: float32 of shape [ids, logprobs per id]: a view of the message that all requests of a step came in, which
             would keep all of it in memory. Up to 0.11.0, lists of numbers.
     """
-    return array("f", (row[0] for row in rows)) if isinstance(rows, list) else array("f", rows[:, 0].tobytes())
+    if isinstance(rows, list):
+        found.extend([row[0] for row in rows])
+    elif len(rows) == 1:
+        # As in most steps. A number is quicker than a view of the rows.
+        found.append(rows[0, 0])
+    else:
+        found.extend(rows[:, 0].tolist())
 
 
-def join(steps: Iterable[array[float]], count: int) -> array[float] | None:
+def join(found: Sequence[float], count: int) -> array[float] | None:
     """Return one logprob for each of `count` ids; None if the engine gave fewer.
 
     There may be more: those of ids after a stop string.
     """
-    found = array("f")
-    for step in steps:
-        found.extend(step)
-    return found[:count] if len(found) >= count else None
+    return array("f", found[:count]) if len(found) >= count else None

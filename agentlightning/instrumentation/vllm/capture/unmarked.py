@@ -41,7 +41,8 @@ class TrackedRequest:
         sampling_params: as the frontend made them, or as they were pinned.
         replaced: what the client asked for in place of what was pinned.
         drops_logprobs: only the recording wants the logprobs, so they are removed from the outputs.
-        logprobs, routed_experts: one array for each step; of the logprobs, only those of the sampled ids.
+        logprobs: those of the sampled ids.
+        routed_experts: one array for each step.
         masks: what the ids were chosen from.
         top_logprobs, prompt_logprobs: those that the client asked for, if it did.
         weight_versions: each version of the weights, and the index of the first id sampled with it.
@@ -52,7 +53,7 @@ class TrackedRequest:
     sampling_params: Any
     replaced: Mapping[str, Any] | None = None
     drops_logprobs: bool = False
-    logprobs: list[array[float]] = field(default_factory=list)
+    logprobs: array[float] = field(default_factory=lambda: array("f"))
     routed_experts: list[Any] = field(default_factory=list)
     masks: StepMasks = field(default_factory=StepMasks)
     top_logprobs: StepLogprobs | None = None
@@ -72,7 +73,7 @@ class TrackedRequest:
         if self.drops_logprobs:
             logprobs.take(output, self.logprobs)
         elif output.new_logprobs is not None:
-            self.logprobs.append(logprobs.of_sampled_ids(output.new_logprobs.logprobs))
+            logprobs.add_sampled(output.new_logprobs.logprobs, self.logprobs)
             if self.top_logprobs is not None:
                 self.top_logprobs.add((output.new_logprobs.logprob_token_ids, output.new_logprobs.logprobs))
         prompt = getattr(output, "new_prompt_logprobs_tensors", None)
@@ -143,7 +144,8 @@ class UnmarkedRequests:
         for batch in _batches(outputs):
             for output in batch.outputs:
                 tracked = self._tracked.get(output.request_id)
-                if tracked is not None:
+                # Most outputs have an id and nothing else, which vLLM's own request keeps.
+                if tracked is not None and (tracked.first_token_at is None or _has_more(output)):
                     # One by one: an output that cannot be read must not affect the others of its step.
                     contained("recording a step of the engine", self._add, tracked, output)
 
@@ -195,7 +197,7 @@ class UnmarkedRequests:
             request.lora_request,
         )
         ids = len(finished.prompt_token_ids or ()) + len(finished.token_ids)
-        more = logprobs.BYTES_PER_STEP * len(tracked.logprobs)
+        more = tracked.logprobs.itemsize * len(tracked.logprobs)
         more += sum(chunk.nbytes for chunk in tracked.routed_experts) + tracked.masks.nbytes
         more += sum(each.nbytes for each in (tracked.top_logprobs, tracked.prompt_logprobs) if each is not None)
         keeps_text = session.settings.record_text
@@ -217,6 +219,17 @@ def _whose(request_id: str) -> tuple[str | None, str | None]:
 def _batches(outputs: Any) -> Iterable[Any]:
     """Return the parts of a step's outputs, one for each frontend; up to 0.9.0 there is only one."""
     return outputs.values() if isinstance(outputs, dict) else (outputs,)
+
+
+def _has_more(output: Any) -> bool:
+    """Tell whether an `EngineCoreOutput` has anything besides an id that is to be recorded."""
+    return (
+        output.new_logprobs is not None
+        or output.finish_reason is not None
+        or getattr(output, "routed_experts", None) is not None
+        or getattr(output, "new_sampling_mask", None) is not None
+        or getattr(output, "new_prompt_logprobs_tensors", None) is not None
+    )
 
 
 def _generation_of(
