@@ -7,15 +7,12 @@ Rust frontend, and so the engine core records them.
 from __future__ import annotations
 
 import gc
-import os
 import sys
 import time
 from itertools import count
 from typing import Any
 
 from benchmarks.paced import OFF, HeldRecordings, set_mode
-
-os.environ["VLLM_USE_RUST_FRONTEND"] = "1"
 
 TOKENS = 32
 PROMPT = list(range(10, 40))
