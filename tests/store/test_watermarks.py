@@ -464,7 +464,10 @@ def test_tables_are_the_same_after_a_migration(url: str, database: Database) -> 
             found = inspect(connection)
             return [
                 (
-                    [(each["name"], str(each["type"]), each["nullable"]) for each in found.get_columns(name, schema)],
+                    # In any order: a migration adds columns at the end.
+                    sorted(
+                        (each["name"], str(each["type"]), each["nullable"]) for each in found.get_columns(name, schema)
+                    ),
                     found.get_pk_constraint(name, schema)["constrained_columns"],
                     [each["column_names"] for each in found.get_unique_constraints(name, schema)],
                     [(each["name"], each["column_names"]) for each in found.get_indexes(name, schema)],
