@@ -264,7 +264,7 @@ def test_a_release_that_is_no_row_of_the_matrix_is_not_run(known: Path, tmp_path
     assert "Not run: tests/releases/table.py has no row 0.34.0." in checked.stdout
 
 
-def test_a_file_that_is_not_there_is_said(known: Path, tmp_path: Path) -> None:
+def test_missing_file_is_reported(known: Path, tmp_path: Path) -> None:
     checked = check(tmp_path / "vllm-0.34.0-none.whl", known)
 
     assert checked.status == 1

@@ -201,7 +201,7 @@ def test_each_readme_leads_to_the_other_below_its_title() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_each_variable_of_ours_exists(page: Path) -> None:
+def test_each_variable_in_the_documents_exists(page: Path) -> None:
     assert set(re.findall(r"\bAGL_[A-Z_]*[A-Z]", page.read_text())) <= VARIABLES.keys()
 
 

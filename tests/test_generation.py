@@ -39,7 +39,7 @@ def test_ids_of_one_moment_differ() -> None:
     assert len({new_id(START) for _ in range(10_000)}) == 10_000
 
 
-def test_what_is_unknown_is_none() -> None:
+def test_unknown_fields_are_none() -> None:
     generation = Generation(request_id="chatcmpl-1", finished_at=START, status="error")
 
     assert uuid.UUID(generation.id).version == 7

@@ -592,7 +592,7 @@ def test_modules_without_a_hook_stay_unchanged(folder: Path) -> None:
 
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("kind", [AsksEverybody, AsksImportlib])
-def test_a_finder_that_asks_all_others_works_with_ours(folder: Path, kind: type[Finder], ahead: bool) -> None:
+def test_finder_that_asks_all_others_works_beside_the_hook(folder: Path, kind: type[Finder], ahead: bool) -> None:
     write(folder, {"hooked.py": ""})
     seen: list[ModuleType] = []
     when_imported("hooked", seen.append)
@@ -622,7 +622,7 @@ def test_two_copies_of_the_hook_both_see_the_module(folder: Path, kind: type[Fin
     assert seen == ["ours", "the copy's"] * 2
 
 
-def test_a_finder_that_replaces_loader_methods_works_with_ours(folder: Path) -> None:
+def test_finder_that_replaces_loader_methods_works_beside_the_hook(folder: Path) -> None:
     """vLLM's own finder (`vllm.env_override`) does this."""
 
     class Swaps(AsksImportlib):
@@ -646,7 +646,7 @@ def test_a_finder_that_replaces_loader_methods_works_with_ours(folder: Path) -> 
     assert isinstance(module.__loader__, SourceFileLoader)
 
 
-def test_a_finder_put_ahead_of_ours_that_finds_the_module_itself_is_named(folder: Path) -> None:
+def test_finder_ahead_of_the_hook_that_finds_the_module_itself_is_named(folder: Path) -> None:
     write(folder, {"hooked.py": ""})
     seen: list[ModuleType] = []
     when_imported("hooked", seen.append)

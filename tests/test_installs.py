@@ -237,7 +237,7 @@ def test_a_users_own_install_arms_the_venvs_that_see_it_alone(
 
 
 @pytest.mark.parametrize("value", [None, "", "0"])
-def test_each_python_imports_nothing_of_ours_where_the_variable_is_off(
+def test_each_python_with_the_variable_off_imports_no_module_of_the_package(
     value: str | None, installed: Environment
 ) -> None:
     variables = {} if value is None else {"AGL_INSTRUMENT": value}

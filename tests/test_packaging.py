@@ -107,7 +107,7 @@ def test_an_interpreter_is_armed_where_the_variable_asks_for_it(installed: Envir
 
 
 @pytest.mark.parametrize("value", [None, "", " ", "0", "false", "OFF", "No"])
-def test_an_interpreter_imports_nothing_of_ours_where_the_variable_is_off(
+def test_interpreter_with_the_variable_off_imports_no_module_of_the_package(
     installed: Environment, value: str | None
 ) -> None:
     variables = {} if value is None else {"AGL_INSTRUMENT": value}

@@ -96,7 +96,7 @@ def test_without_a_vocabulary_it_says_that_the_ids_alone_are_known(
     assert "      1 other: not known, 1 of them uncertain\n" in printed
 
 
-def test_nothing_to_report_on_is_said(store: Store, url: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_on_no_call_says_so(store: Store, url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert drift.main(["--store", url]) == 1
     assert capsys.readouterr().err == "agl drift: 0 attempts: the store has no generations\n"
 

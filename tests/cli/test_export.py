@@ -620,7 +620,7 @@ def test_nothing_that_matches_makes_an_empty_file_and_says_what_is_there(
         ),
     ],
 )
-def test_options_that_make_no_sense_end_it_with_status_2(options: tuple[str, ...], reason: str) -> None:
+def test_options_that_contradict_each_other_exit_with_status_2(options: tuple[str, ...], reason: str) -> None:
     assert reason in refused(*options, status=2)
 
 

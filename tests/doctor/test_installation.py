@@ -111,7 +111,7 @@ def test_a_broken_pth_is_named_with_its_error(environment: Environment, line: st
     assert "pip uninstall agentlightning`" in without.text
 
 
-def test_what_others_say_at_the_start_of_python_is_not_taken_for_ours(environment: Environment) -> None:
+def test_output_of_other_pth_files_is_no_finding(environment: Environment) -> None:
     (environment.site_packages / "others.pth").write_text("import a_module_that_is_missing\n")
     (environment.site_packages / "sitecustomize.py").write_text(
         "import sys; print('hello'); print('hello', file=sys.stderr)\n"
@@ -248,7 +248,7 @@ def test_the_other_package_of_this_name_is_a_problem(
         (["a/b.py", "c.py", "d.py", "e.py", "f.py"], "a/b.py, c.py, d.py and 2 more"),
     ],
 )
-def test_files_of_another_package_in_ours_are_a_problem(
+def test_package_folder_with_files_of_another_package_is_a_problem(
     environment: Environment, strangers: list[str], named: str
 ) -> None:
     ours = environment.site_packages / "agentlightning"

@@ -46,7 +46,7 @@ def spoil(environment: Environment) -> None:
 
 
 @pytest.mark.parametrize("spoilt", [False, True])
-def test_it_fits_80_columns_but_for_words_that_must_stay_whole(environment: Environment, spoilt: bool) -> None:
+def test_report_fits_80_columns_but_for_words_that_cannot_be_broken(environment: Environment, spoilt: bool) -> None:
     if spoilt:
         spoil(environment)
 
@@ -70,7 +70,7 @@ def test_colours_are_for_terminals_alone(environment: Environment) -> None:
     assert "\033" not in on_a_terminal(environment, TERM="dumb")
 
 
-def test_all_that_needs_no_vllm_is_shown_before_vllm_is_imported(environment: Environment, tmp_path: Path) -> None:
+def test_findings_without_vllm_are_shown_before_vllm_is_imported(environment: Environment, tmp_path: Path) -> None:
     vllm = environment.site_packages / "vllm" / "__init__.py"
     opened = tmp_path / "opened"
     os.mkfifo(opened)
@@ -93,7 +93,9 @@ def test_all_that_needs_no_vllm_is_shown_before_vllm_is_imported(environment: En
 
 
 @pytest.mark.parametrize("arguments", [("--quick",), ("--quick", "--json")])
-def test_quick_imports_no_vllm(environment: Environment, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+def test_doctor_with_quick_imports_no_vllm(
+    environment: Environment, tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
     vllm = environment.site_packages / "vllm" / "__init__.py"
     imported = tmp_path / "imported"
     vllm.write_text(f"open({str(imported)!r}, 'w')\n{vllm.read_text()}")
@@ -106,7 +108,7 @@ def test_quick_imports_no_vllm(environment: Environment, tmp_path: Path, argumen
     assert IMPORTING not in said.stdout + said.stderr
 
 
-def test_json_is_for_programs(environment: Environment) -> None:
+def test_doctor_with_json_prints_one_object(environment: Environment) -> None:
     said = doctor(environment, "--json")
 
     assert said.status == 0, said.stdout
@@ -129,7 +131,7 @@ def test_json_names_the_problem_and_what_to_do(environment: Environment) -> None
     assert problem["advice"] == f"install it with: {environment.python} -m pip install vllm"
 
 
-def test_stdout_holds_nothing_of_vllms(environment: Environment) -> None:
+def test_stdout_has_the_report_alone(environment: Environment) -> None:
     vllm = environment.site_packages / "vllm" / "__init__.py"
     vllm.write_text(f"print('hello')\nimport os; os.write(1, b'hello')\n{vllm.read_text()}")
 
@@ -140,7 +142,7 @@ def test_stdout_holds_nothing_of_vllms(environment: Environment) -> None:
 
 
 @pytest.mark.parametrize("option", ["--help", "-h"])
-def test_help_tells_the_options_and_what_the_exit_status_means(environment: Environment, option: str) -> None:
+def test_help_explains_the_options_and_the_exit_status(environment: Environment, option: str) -> None:
     said = doctor(environment, option, VLLM_API_KEY="secret-%s")
 
     assert (said.status, said.stderr) == (0, "")
@@ -155,9 +157,7 @@ def test_version_is_printed(environment: Environment) -> None:
 
 
 @pytest.mark.parametrize("arguments", [("--colour",), ("http://localhost:8000",), ("--url",)])
-def test_arguments_that_it_does_not_know_end_it_with_status_2(
-    environment: Environment, arguments: tuple[str, ...]
-) -> None:
+def test_unknown_arguments_exit_with_status_2(environment: Environment, arguments: tuple[str, ...]) -> None:
     said = doctor(environment, *arguments)
 
     assert (said.status, said.stdout) == (2, "")

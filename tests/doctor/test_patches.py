@@ -22,7 +22,7 @@ ADVICE_ON_RELEASES = "-> use a release that docs/releases.md lists"
 
 
 @pytest.mark.skipif(locate("vllm") is None, reason="vLLM is not installed")
-def test_all_is_well_with_the_real_vllm() -> None:
+def test_real_vllm_has_no_problem() -> None:
     (name,) = set(packages_distributions()["vllm"])
 
     said = run(SCRIPTS / "agl", "doctor")
@@ -36,7 +36,7 @@ def test_all_is_well_with_the_real_vllm() -> None:
     assert said.stderr == ""
 
 
-def test_a_vllm_that_is_as_it_should_be(environment: Environment) -> None:
+def test_complete_vllm_has_every_patch_set_applied(environment: Environment) -> None:
     said = doctor(environment)
 
     assert said.status == 0, said.stdout
@@ -107,7 +107,7 @@ def test_two_vllms_over_each_other_are_a_problem(environment: Environment) -> No
     assert "-> uninstall them all, and install one" in said.text
 
 
-def test_a_vllm_of_no_distribution_will_do(environment: Environment) -> None:
+def test_vllm_without_distribution_metadata_is_accepted(environment: Environment) -> None:
     shutil.rmtree(environment.site_packages / f"vllm-{VERSION}.dist-info")
 
     said = doctor(environment)
@@ -117,7 +117,7 @@ def test_a_vllm_of_no_distribution_will_do(environment: Environment) -> None:
 
 
 @pytest.mark.parametrize("switch", ["1", "strict", "0"])
-def test_what_cannot_be_patched_is_a_problem(environment: Environment, switch: str) -> None:
+def test_patch_set_that_cannot_be_applied_is_a_problem(environment: Environment, switch: str) -> None:
     write_vllm(environment.site_packages, {"def create_chat_completion": "def chat"})
 
     said = doctor(environment, AGL_INSTRUMENT=switch)
@@ -176,7 +176,7 @@ def test_a_known_release_is_no_note_of_its_own(environment: Environment) -> None
     assert "newer than any release" not in doctor(environment).text
 
 
-def test_what_a_release_does_itself_is_a_note(environment: Environment) -> None:
+def test_patch_set_that_a_release_does_not_need_is_a_note(environment: Environment) -> None:
     write_vllm(
         environment.site_packages,
         {"    choices: list[ChatCompletionResponseChoice]": "    response_token_ids: None = None\n    choices: list"},
@@ -189,7 +189,7 @@ def test_what_a_release_does_itself_is_a_note(environment: Environment) -> None:
     assert f"note chat response not for this release: {reason}" in said.text
 
 
-def test_what_vllm_cannot_import_is_a_problem(environment: Environment) -> None:
+def test_module_that_vllm_cannot_import_is_a_problem(environment: Environment) -> None:
     begins = "class OpenAIServingCompletion"
     write_vllm(environment.site_packages, {begins: f"import a_library_that_is_missing\n{begins}"})
 
@@ -255,7 +255,7 @@ def test_a_finder_in_front_that_hides_what_there_is_to_patch_is_named(environmen
     ("variable", "value", "subject"),
     [("VLLM_USE_RUST_FRONTEND", "1", "Rust frontend"), ("VLLM_USE_V1", "0", "V0 engine")],
 )
-def test_what_answers_past_python_is_a_problem(
+def test_frontend_that_is_not_python_is_a_problem(
     environment: Environment, variable: str, value: str, subject: str
 ) -> None:
     said = doctor(environment, **{variable: value})
@@ -265,7 +265,7 @@ def test_what_answers_past_python_is_a_problem(
     assert "-> unset it" in said.text
 
 
-def test_what_answers_past_python_may_be_off(environment: Environment) -> None:
+def test_frontend_that_is_not_python_is_no_problem_where_it_is_off(environment: Environment) -> None:
     said = doctor(environment, VLLM_USE_RUST_FRONTEND="0", VLLM_USE_V1="1")
 
     assert said.status == 0, said.stdout

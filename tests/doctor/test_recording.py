@@ -40,7 +40,7 @@ def said(path: Path) -> Any:
     return said
 
 
-def test_it_counts_what_was_recorded(said: Any, path: Path) -> None:
+def test_check_of_a_store_counts_its_generations(said: Any, path: Path) -> None:
     generations = [generation(1), generation(2), generation(3, status="aborted"), generation(4, status="error")]
 
     answer = said(generations, [])
@@ -51,7 +51,7 @@ def test_it_counts_what_was_recorded(said: Any, path: Path) -> None:
     assert "lost" not in answer.text
 
 
-def test_it_counts_what_belongs_to_a_rollout(said: Any) -> None:
+def test_check_of_a_rollout_counts_its_generations(said: Any) -> None:
     answer = said([generation(1), generation(2, status="aborted"), generation(11)], [], "--rollout", "rollout-0")
 
     assert answer.status == 0
@@ -60,7 +60,7 @@ def test_it_counts_what_belongs_to_a_rollout(said: Any) -> None:
 
 
 @pytest.mark.parametrize("arguments", [(), ("--rollout", "rollout-0")])
-def test_a_rollout_that_no_call_named_is_said_to_have_none(said: Any, arguments: tuple[str, ...]) -> None:
+def test_rollout_that_no_call_named_is_reported_without_calls(said: Any, arguments: tuple[str, ...]) -> None:
     answer = said([], [], *arguments)
 
     assert answer.status == 1
@@ -114,7 +114,7 @@ def test_calls_of_other_rollouts_are_pointed_out(said: Any) -> None:
     assert "compare its id with the one in the agent's base URL or headers" in answer.text
 
 
-def test_a_rollout_that_waits_in_the_queue_is_said_to_wait(said: Any, path: Path) -> None:
+def test_rollout_in_the_queue_is_reported_as_waiting(said: Any, path: Path) -> None:
     database = open_database(str(path))
     with database.writing() as connection:
         [waiting] = lifecycle.enqueue(connection, [NewRollout(1)])
@@ -127,7 +127,7 @@ def test_a_rollout_that_waits_in_the_queue_is_said_to_wait(said: Any, path: Path
     assert "check that a runner is running, and that it asks this store" in answer.text
 
 
-def test_a_rollout_whose_client_hung_up_is_said_to_be_aborted(said: Any) -> None:
+def test_rollout_whose_client_hung_up_is_reported_as_aborted(said: Any) -> None:
     answer = said([generation(1, status="aborted"), generation(2, status="error")], [], "--rollout", "rollout-0")
 
     assert answer.status == 1
@@ -173,7 +173,7 @@ def test_a_store_that_is_not_there_is_a_problem_and_is_not_made(path: Path) -> N
     assert not path.exists()
 
 
-def test_a_file_that_is_none_of_ours_is_a_problem(path: Path) -> None:
+def test_file_that_is_no_store_is_a_problem(path: Path) -> None:
     path.write_text("a text " * 1000)
 
     answer = doctor_elsewhere("--store", str(path))
@@ -221,7 +221,7 @@ def test_json_of_a_store_that_is_not_there_is_a_problem(path: Path) -> None:
     ("arguments", "reason"),
     [(("--rollout", "x"), "--rollout needs --store"), (("--store", "a.db", "--url", "x"), "--url")],
 )
-def test_options_that_make_no_sense_end_it_with_status_2(
+def test_options_that_contradict_each_other_exit_with_status_2(
     pristine: Environment, arguments: tuple[str, ...], reason: str
 ) -> None:
     answer = doctor(pristine, *arguments)

@@ -130,7 +130,7 @@ def test_a_server_that_answers_with_ids_is_well(armed: RemoteOpenAIServer) -> No
     assert said.text.endswith("All is well.")
 
 
-def test_json_holds_what_the_server_said(armed: RemoteOpenAIServer) -> None:
+def test_json_has_the_status_of_the_server(armed: RemoteOpenAIServer) -> None:
     said = ask(armed.url, "--json")
 
     assert said.status == 0, said.stdout
@@ -141,7 +141,7 @@ def test_json_holds_what_the_server_said(armed: RemoteOpenAIServer) -> None:
     assert tuple(said.json["server"]["patches"]) == PATCH_SETS
 
 
-def test_a_server_without_us_is_said_to_be_not_instrumented(plain: RemoteOpenAIServer) -> None:
+def test_server_without_agent_lightning_is_reported_as_not_instrumented(plain: RemoteOpenAIServer) -> None:
     said = the_problem(ask(plain.url))
 
     assert f"{plain.url}/v1/agl/status does not exist: this server is not instrumented" in said
@@ -180,7 +180,7 @@ def test_an_address_where_nothing_listens_is_a_problem(arguments: tuple[str, ...
 @pytest.mark.parametrize(
     "url", ["", "http://", "localhost:port", "gopher://localhost", "http://[::1", "http://no such/"]
 )
-def test_an_address_that_is_none_is_refused_by_a_sentence(url: str) -> None:
+def test_invalid_url_is_refused_with_a_sentence(url: str) -> None:
     assert " does not answer: " in the_problem(ask(url))
 
 

@@ -54,7 +54,7 @@ def test_the_variable_says_which_ids_answers_carry(environment: Environment, val
 
 
 @pytest.mark.parametrize("variable", ["AGL_INSTRUMENT", "AGL_RETURN_TOKEN_IDS"])
-def test_nonsense_is_a_problem(environment: Environment, variable: str) -> None:
+def test_invalid_variable_is_a_problem(environment: Environment, variable: str) -> None:
     said = doctor(environment, "--quick", **{variable: "maybe"})
 
     assert said.status == 1
@@ -115,7 +115,7 @@ def test_the_variable_says_whether_an_offline_model_is_recorded(
         ),
     ],
 )
-def test_nonsense_about_recording_is_a_problem_and_no_password_is_shown(
+def test_invalid_recording_variable_is_a_problem_and_no_password_is_shown(
     environment: Environment, variable: str, value: str, said_of_it: str
 ) -> None:
     said = doctor(environment, "--quick", **{variable: value})

@@ -152,7 +152,7 @@ def test_user_of_a_chat_names_the_rollout(recording: RecordingServer, rollout: s
 
 
 @pytest.mark.parametrize("ask", [chat, response, message], ids=lambda ask: ask.__name__)
-def test_key_names_the_rollout_and_opens_the_door(recording: RecordingServer, rollout: str, ask: Ask) -> None:
+def test_key_that_names_a_rollout_is_accepted(recording: RecordingServer, rollout: str, ask: Ask) -> None:
     key = f"none@rollout={quote(rollout, safe='')},attempt=at-1,agent=planner"
     ask(recording, "", {"Authorization": f"Bearer {key}"})
 

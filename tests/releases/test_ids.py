@@ -69,7 +69,7 @@ class TestChat:
         assert answer.choices[0].token_ids == answer.response_token_ids[0]
         assert shows(answer.response_token_ids[0], answer.choices[0].message.content)
 
-    def test_a_stream_joined_has_the_same(self, armed: RemoteOpenAIServer, engine: Engine) -> None:
+    def test_joined_stream_has_the_ids_of_the_plain_answer(self, armed: RemoteOpenAIServer, engine: Engine) -> None:
         streamed, answer = (ask(armed, **engine.asks(ANYTHING)) for ask in (chat_streamed, chat))
 
         assert streamed.token_ids == {0: answer.response_token_ids[0]}
@@ -78,7 +78,7 @@ class TestChat:
         assert streamed.text[0] == answer.choices[0].message.content
         assert streamed.usage["completion_tokens"] == 24
 
-    def test_with_n_every_choice_has_its_own(self, armed: RemoteOpenAIServer, engine: Engine) -> None:
+    def test_answer_with_n_has_the_ids_of_each_choice(self, armed: RemoteOpenAIServer, engine: Engine) -> None:
         answer = chat(armed, **engine.asks(ANYTHING, n=2, temperature=1))
 
         assert [choice.index for choice in answer.choices] == [0, 1]
@@ -89,7 +89,7 @@ class TestChat:
             assert shows(choice.token_ids, choice.message.content)
 
     @pytest.mark.check(N_STREAMED)
-    def test_with_n_so_has_every_choice_of_a_stream(self, armed: RemoteOpenAIServer, engine: Engine) -> None:
+    def test_stream_with_n_has_the_ids_of_each_choice(self, armed: RemoteOpenAIServer, engine: Engine) -> None:
         # The parser of a release keeps back what follows such a word, whether there are tools or not.
         options = engine.asks(ANYTHING, n=2, temperature=1, bad_words=["<tool_call>"])
         streamed = chat_streamed(armed, **options)
@@ -136,7 +136,7 @@ def whole_call(server: RemoteOpenAIServer, options: dict[str, Any]) -> tuple[dic
 class TestTools:
     """The parser keeps text back, and what vLLM makes chunks of is not what the engine gives."""
 
-    def test_a_call_in_an_answer(self, armed: RemoteOpenAIServer, engine: Engine) -> None:
+    def test_tool_call_in_an_answer_has_its_ids(self, armed: RemoteOpenAIServer, engine: Engine) -> None:
         answer = chat(armed, tools=[TOOL], max_tokens=120, **engine.asks(TOOL_CALL))
         [call] = answer.choices[0].message.tool_calls
 
@@ -144,7 +144,7 @@ class TestTools:
         assert answer.response_token_ids == [answer.choices[0].token_ids]
         assert answer.usage.completion_tokens == len(answer.response_token_ids[0])
 
-    def test_a_call_in_a_stream(self, armed: RemoteOpenAIServer, engine: Engine) -> None:
+    def test_tool_call_in_a_stream_has_its_ids(self, armed: RemoteOpenAIServer, engine: Engine) -> None:
         options = {"tools": [TOOL], "max_tokens": 120, **engine.asks(TOOL_CALL)}
         streamed, answer = (ask(armed, **options) for ask in (chat_streamed, chat))
 
@@ -159,7 +159,9 @@ class TestTools:
             pytest.param("required", CALLS, id="required", marks=pytest.mark.check(REQUIRED_STREAMED)),
         ],
     )
-    def test_a_forced_call_in_a_stream(self, armed: RemoteOpenAIServer, engine: Engine, choice: Any, says: int) -> None:
+    def test_forced_tool_call_in_a_stream_has_its_ids(
+        self, armed: RemoteOpenAIServer, engine: Engine, choice: Any, says: int
+    ) -> None:
         options = {"tools": [TOOL], "max_tokens": 120, **engine.asks(says, tool_choice=choice)}
         options, answer = whole_call(armed, options)
         streamed = chat_streamed(armed, **options)
@@ -181,7 +183,7 @@ class TestCompletions:
         assert choice.token_ids == answer.response_token_ids[0]
         assert shows(choice.token_ids, choice.text)
 
-    def test_a_stream_joined_has_the_same(self, armed: RemoteOpenAIServer, engine: Engine) -> None:
+    def test_joined_stream_has_the_ids_of_the_plain_answer(self, armed: RemoteOpenAIServer, engine: Engine) -> None:
         streamed, answer = (ask(armed, PROMPTS, **engine.asks(ANYTHING)) for ask in (complete_streamed, complete))
 
         assert streamed.token_ids == dict(enumerate(answer.response_token_ids))
@@ -189,7 +191,9 @@ class TestCompletions:
         assert streamed.text == {choice.index: choice.text for choice in answer.choices}
         assert streamed.usage["completion_tokens"] == 24
 
-    def test_several_prompts_with_n_each_have_their_own(self, armed: RemoteOpenAIServer, engine: Engine) -> None:
+    def test_answer_to_several_prompts_with_n_has_the_ids_of_each(
+        self, armed: RemoteOpenAIServer, engine: Engine
+    ) -> None:
         answer = complete(armed, PROMPTS, **engine.asks(ANYTHING, n=2, temperature=1))
 
         assert [choice.prompt_token_ids for choice in answer.choices] == [
@@ -201,7 +205,7 @@ class TestCompletions:
             assert shows(choice.token_ids, choice.text)
 
     @pytest.mark.check(N_STREAMED)
-    def test_several_prompts_with_n_each_have_their_own_in_a_stream(
+    def test_stream_for_several_prompts_with_n_has_the_ids_of_each(
         self, armed: RemoteOpenAIServer, engine: Engine
     ) -> None:
         streamed = complete_streamed(armed, PROMPTS, **engine.asks(ANYTHING, n=2, temperature=1))

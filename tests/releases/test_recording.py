@@ -86,7 +86,7 @@ def test_each_of_n_choices_of_each_prompt_has_its_own(armed: RemoteOpenAIServer,
         assert len(choice.logprobs) == len(ids(choice.token_ids))
 
 
-def test_the_store_knows_who_has_written_and_what_the_ids_stand_for(armed: RemoteOpenAIServer, engine: Engine) -> None:
+def test_store_has_the_sender_and_its_vocabulary(armed: RemoteOpenAIServer, engine: Engine) -> None:
     answer = post(armed, COMPLETIONS, {"model": armed.model, "prompt": PROMPTS[0], **engine.asks(ANYTHING)})
     [generation] = kept(armed, answer["id"])
     with closing(open_database(armed.env["AGL_STORE"])) as database, database.reading() as connection:

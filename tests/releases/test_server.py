@@ -46,7 +46,7 @@ def hang_up(server: RemoteOpenAIServer, body: Any) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
-def test_a_client_that_hangs_up_harms_nobody(armed: RemoteOpenAIServer, engine: Engine, stream: bool) -> None:
+def test_client_that_hangs_up_changes_no_other_answer(armed: RemoteOpenAIServer, engine: Engine, stream: bool) -> None:
     options = engine.asks(ANYTHING, max_tokens=900, ignore_eos=True)
     client, log = armed.client(), len(armed.log)
     for _ in range(3):
@@ -86,7 +86,7 @@ def test_each_of_two_api_servers_attaches_ids(two_api_servers: RemoteOpenAIServe
     assert len(processes_that_serve(two_api_servers)) == 2
 
 
-def test_nothing_of_ours_has_failed_meanwhile(armed: RemoteOpenAIServer, release: Release) -> None:
+def test_status_after_all_requests_counts_no_failure(armed: RemoteOpenAIServer, release: Release) -> None:
     status = fetch(armed, STATUS)
     states = {name: patch["state"] for name, patch in status["patches"].items()}
 

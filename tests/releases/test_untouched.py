@@ -102,7 +102,7 @@ def assert_alike(ours: Callable[[], Any], vllms: Callable[[], Any], turns: int) 
 
 
 @each_ask
-def test_who_wants_no_ids_gets_vllms_own_answer(
+def test_request_that_declines_ids_gets_vllms_own_answer(
     armed: RemoteOpenAIServer, plain: RemoteOpenAIServer, engine: Engine, asked: Any, stream: bool
 ) -> None:
     def ours() -> Any:
@@ -112,7 +112,7 @@ def test_who_wants_no_ids_gets_vllms_own_answer(
 
 
 @each_ask
-def test_all_but_the_ids_is_vllms_own(
+def test_answer_without_its_ids_equals_vllms_own(
     armed: RemoteOpenAIServer, plain: RemoteOpenAIServer, engine: Engine, asked: Any, stream: bool
 ) -> None:
     def ours() -> Any:
@@ -128,7 +128,7 @@ def test_all_but_the_ids_is_vllms_own(
     assert_alike(ours, vllms, turns(asked, stream))
 
 
-def test_undone_vllm_is_as_it_was(release: Release) -> None:
+def test_uninstrumented_vllm_has_no_patch_left(release: Release) -> None:
     python = scripts(release) / "python"
     undone = subprocess.run(
         [python, "-c", UNDO], env={**QUIET, "PYTHONPATH": str(CHECKOUT)}, capture_output=True, text=True, check=False

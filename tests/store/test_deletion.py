@@ -356,7 +356,7 @@ def test_text_that_a_writer_uses_again_meanwhile_is_kept(store: Store, database:
 
 
 @pytest.mark.parametrize("new_store", ["sqlite"], indirect=True)
-def test_keys_that_sqlite_gives_again_mislead_nobody(store: Store, database: Database) -> None:
+def test_reused_keys_of_sqlite_keep_the_texts_of_new_rows(store: Store, database: Database) -> None:
     store.add([generation(1, rollout_id="kept"), generation(2, rollout_id="unused")])
     list(deletion.delete(database, deletion.select(database, rollout_ids=["unused"])))
     store.add([generation(3, rollout_id="last")])

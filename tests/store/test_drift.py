@@ -136,7 +136,7 @@ def test_a_look_compares_what_is_new_and_the_totals_only_grow(store: Store, serv
     assert totals(served)["answer_end"] == 2
 
 
-def test_sampled_ids_are_counted_alike_however_often_somebody_looks(store: Store, served: Database) -> None:
+def test_repeated_reads_count_the_same_sampled_ids(store: Store, served: Database) -> None:
     """An answer is kept until the next call has lost it, and an edited history may keep it again."""
     calls = _alternating("often", 10, 1), _alternating("once", 10, 101)
     for call in calls[0]:

@@ -85,14 +85,14 @@ def test_start_is_told_by_one_process_of_a_server(tmp_path: Path, name: str, lin
     assert len(our_lines(result.stdout)) == lines
 
 
-def test_level_of_vllms_log_is_ours(tmp_path: Path) -> None:
+def test_logger_has_the_level_of_vllms_log(tmp_path: Path) -> None:
     result = served(tmp_path, VLLM_LOGGING_LEVEL="WARNING", AGL_RETURN_TOKEN_IDS="some")
 
     [line] = our_lines(result.stdout)
     assert line.startswith("WARNING [settings.py] agentlightning: AGL_RETURN_TOKEN_IDS='some' is not one of ")
 
 
-def test_logging_that_vllm_configures_again_is_ours_again(tmp_path: Path) -> None:
+def test_logger_survives_that_vllm_configures_logging_again(tmp_path: Path) -> None:
     # As with --log-level, or a file for --log-config-file.
     again = 'logging.getLogger("vllm").handlers[0].setFormatter(logging.Formatter("again: %(message)s"))'
     new = 'handler = logging.StreamHandler(); logging.getLogger("vllm").handlers = [handler]'

@@ -230,7 +230,7 @@ def test_a_batch_is_not_run_with_sampling_that_makes_no_sense(tmp_path: Path) ->
         assert ("ran" in ended.stdout) != bool(code)
 
 
-def test_a_finder_that_hides_a_module_from_ours_is_named(tmp_path: Path) -> None:
+def test_finder_that_hides_a_module_from_the_hook_is_named(tmp_path: Path) -> None:
     made_up_vllm(tmp_path)
     (tmp_path / "sitecustomize.py").write_text(FINDER_AHEAD.format(module=CHAT))
 
