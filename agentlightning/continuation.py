@@ -15,6 +15,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, NamedTuple
 
 from agentlightning.common_prefix import common_length
@@ -28,6 +29,7 @@ __all__ = [
     "NOT_APPEND_ONLY",
     "NOT_TEXT",
     "NO_MATCH",
+    "OTHER_OPTIONS",
     "OTHER_REQUEST",
     "PARSER",
     "REASONING_DROPPED",
@@ -45,6 +47,7 @@ __all__ = [
     "canonical_calls",
     "find_seam",
     "fingerprints",
+    "is_marked",
     "last_answer",
     "stand_in_for",
     "with_reasoning",
@@ -54,6 +57,7 @@ CONTINUED = "continued"
 CONTINUED_EARLIER = "continued from an earlier call"
 FIRST_CALL = "first call"
 NO_MATCH = "no match"
+OTHER_OPTIONS = "other tools or options"
 ELSEWHERE = "elsewhere"
 STORE_NOT_AVAILABLE = "store not available"
 NOT_APPEND_ONLY = "template not append-only"
@@ -69,6 +73,7 @@ RESULTS = {
     CONTINUED_EARLIER: "the prompt goes on from a call whose answer is not the last in the request: that is not known",
     FIRST_CALL: "the request has no answer in it",
     NO_MATCH: "no call of this rollout had these messages and this answer",
+    OTHER_OPTIONS: "the call with these messages had other tools, another model or other template options",
     ELSEWHERE: "this server knows no call of this rollout, or no longer, and found none in the store in time",
     STORE_NOT_AVAILABLE: "this server knows no call of this rollout, and the store did not answer in time, or failed",
     NOT_APPEND_ONLY: "the chat template writes what came before in another way once something follows",
@@ -92,6 +97,7 @@ _BILLING_HEADER = "x-anthropic-billing-header"
 _STAND_INS = ("?", "!")
 # Reasoning as templates write it, with the white space behind; or its beginning, which the model goes on from.
 _THOUGHT = re.compile(r"<((?:\w+:)?think)>.*?(?:</\1>\s*|\Z)", re.DOTALL)
+_MARKED = re.compile(r"(?P<before>\s*<(?P<name>\w+)>)(?P<text>.*)(?P<after></(?P=name)>\s*)", re.DOTALL)
 _TEXT_TYPES = ("text", "input_text", "output_text")
 
 
@@ -149,19 +155,16 @@ def _bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-def fingerprints(messages: Sequence[Message], kind: bytes = b"") -> list[bytes]:
+def fingerprints(messages: Sequence[Message]) -> list[bytes]:
     """Return a digest of each beginning of a conversation: the nth stands for the first n messages.
 
     It is of what they mean: not of the ids of messages and tool calls, cache marks or reasoning, nor of how texts are
     split and JSON is written.
 
-    Args:
-        kind: what else has to be equal.
-
     Raises:
         NotText: a message has a part that is not text.
     """
-    running = hashlib.sha256(kind)
+    running = hashlib.sha256()
     digests = [running.digest()]
     for message in messages:
         texts = _texts(message.get("content"))
@@ -207,12 +210,21 @@ class Answer:
 
     def is_said_by(self, message: Message) -> bool:
         """Tell whether a message means this answer; clients may leave out reasoning, and white space at the ends."""
-        reasoning = _reasoning(message).strip()
         texts = _texts(message.get("content"))
-        return (
-            canonical_calls(message.get("tool_calls")) == self.tool_calls
-            and reasoning in ("", self.reasoning.strip())
-            and self.text.strip() in ("".join(texts).strip(), "\n".join(texts).strip())
+        return self._is_reasoned_by(message) and self.text.strip() in ("".join(texts).strip(), "\n".join(texts).strip())
+
+    def added_by(self, message: Message) -> str:
+        """Return what a message has behind this answer, which it means; empty if it means another, or has nothing."""
+        text, said = "".join(_texts(message.get("content"))).strip(), self.text.lstrip()
+        # Templates write tool calls behind the text, where nothing can be added to it.
+        if not said or self.tool_calls or not text.startswith(said) or not self._is_reasoned_by(message):
+            return ""
+        return text.removeprefix(said)
+
+    def _is_reasoned_by(self, message: Message) -> bool:
+        return canonical_calls(message.get("tool_calls")) == self.tool_calls and _reasoning(message).strip() in (
+            "",
+            self.reasoning.strip(),
         )
 
 
@@ -269,6 +281,8 @@ class Call:
         response_token_ids: the ids of its answer.
         ends: the ids that end its answer: those of the model, and those that its client has asked for.
         ended: whether the last id of the answer is one of these.
+        is_open: whether a stop string of its client has ended the answer instead: some clients go on from there.
+        kind: a digest of what else has to be equal for a request to continue it.
         said: the text of its answer before it is parsed, and what parsing needs to know.
         continued: the call whose prompt and answer its own prompt begins with.
         answers: what its client may have been told, once that was asked for: a stream may differ from a plain answer.
@@ -283,6 +297,8 @@ class Call:
     said: Any
     continued: Call | None = None
     answers: Sequence[Answer] | None = None
+    is_open: bool = False
+    kind: bytes = b""
 
     @property
     def nbytes(self) -> int:
@@ -335,17 +351,22 @@ def _joined(parts: Sequence[array[int]]) -> list[int]:
 
 
 class Match(NamedTuple):
-    """The call that a request continues, and the answer that the request repeats."""
+    """The call that a request continues, and the answer that the request repeats.
+
+    Attributes:
+        added: what the client has added to the answer.
+    """
 
     call: Call
     answer: Answer
+    added: str = ""
 
 
 @dataclass(slots=True)
 class _Conversation:
-    """The calls of one rollout, by the fingerprint of their messages."""
+    """The calls of one rollout, by the fingerprint of their messages, and by their kind."""
 
-    calls: dict[bytes, list[Call]] = field(default_factory=dict[bytes, list[Call]])
+    calls: dict[bytes, dict[bytes, list[Call]]] = field(default_factory=dict[bytes, dict[bytes, list[Call]]])
     members: set[Call] = field(default_factory=set[Call])
     nbytes: int = 0
 
@@ -387,11 +408,12 @@ class Histories:
         messages: Sequence[Message],
         fingerprints: Sequence[bytes],
         answers_of: Callable[[Call], Sequence[Answer]],
+        kind: bytes = b"",
     ) -> Match | None:
         """Return the longest call whose messages and answer the messages begin with; of equal ones the latest.
 
         Args:
-            key: whose call it has to be.
+            key, kind: whose call it has to be, and of which kind.
             fingerprints: those of the messages.
             answers_of: parses a call's answer, when it is first needed.
         """
@@ -402,17 +424,19 @@ class Histories:
         # Something new has to follow the answer.
         for position in range(len(messages) - 2, -1, -1):
             if messages[position]["role"] == "assistant":
-                message = messages[position]
-                candidates = conversation.calls.get(fingerprints[position], ())
-                for call in reversed(candidates[-MOST_CANDIDATES:]):
-                    if call.answers is None:
-                        call.answers = answers_of(call)
-                    for answer in call.answers:
-                        if answer.is_said_by(message):
-                            # The first is what it said, from here on.
-                            call.answers = [answer]
-                            return Match(call, answer)
+                candidates = conversation.calls.get(fingerprints[position], {}).get(kind, ())
+                match = _answered(candidates[-MOST_CANDIDATES:], messages[position], answers_of)
+                if match is not None:
+                    # This is what it said, from here on.
+                    match.call.answers = [match.answer]
+                    return match
         return None
+
+    def has_of_other_kind(self, key: Hashable, fingerprint: bytes, kind: bytes) -> bool:
+        """Tell whether all calls with these messages that are kept under this key are of other kinds; and any is."""
+        conversation = self._conversations.get(key)
+        kinds = {} if conversation is None else conversation.calls.get(fingerprint, {})
+        return bool(kinds) and kind not in kinds
 
     def add(self, key: Hashable, fingerprint: bytes, call: Call) -> None:
         """Keep a call, under the fingerprint of its messages."""
@@ -420,7 +444,7 @@ class Histories:
         self._conversations.move_to_end(key)
         if call.continued not in conversation.members:
             call.detach()
-        conversation.calls.setdefault(fingerprint, []).append(call)
+        conversation.calls.setdefault(fingerprint, {}).setdefault(call.kind, []).append(call)
         conversation.members.add(call)
         conversation.nbytes += call.nbytes
         self.nbytes += call.nbytes
@@ -428,6 +452,21 @@ class Histories:
             _, oldest = self._conversations.popitem(last=False)
             self.nbytes -= oldest.nbytes
             self.dropped += len(oldest.members)
+
+
+def _answered(calls: Sequence[Call], message: Message, answers_of: Callable[[Call], Sequence[Answer]]) -> Match | None:
+    """Return the latest of these calls whose answer a message is, or else the one to which it adds the least."""
+    begun: Match | None = None
+    for call in reversed(calls):
+        if call.answers is None:
+            call.answers = answers_of(call)
+        for answer in call.answers:
+            if answer.is_said_by(message):
+                return Match(call, answer)
+            added = answer.added_by(message) if call.is_open else ""
+            if added and (begun is None or len(added) < len(begun.added)):
+                begun = Match(call, answer, added)
+    return begun
 
 
 def with_reasoning(messages: Sequence[Message], reasoning: Mapping[int, str]) -> Sequence[Message]:
@@ -443,10 +482,20 @@ def with_reasoning(messages: Sequence[Message], reasoning: Mapping[int, str]) ->
     ]
 
 
+def _marked(message: Message) -> re.Match[str] | None:
+    return _MARKED.fullmatch("".join(_texts(message.get("content"))))
+
+
+def is_marked(message: Message) -> bool:
+    """Tell whether a text has marks around it, such as those of a tool's result, which templates look for."""
+    return _marked(message) is not None
+
+
 def stand_in_for(message: Message) -> dict[str, Any]:
     """Return a message like this one, with another text: what a template makes of both alike does not depend on it."""
-    text = "".join(_texts(message.get("content")))
-    other = next(each for each in _STAND_INS if not text.lstrip().startswith(each))
+    text, marked = "".join(_texts(message.get("content"))), _marked(message)
+    before, text, after = marked.group("before", "text", "after") if marked else ("", text, "")
+    other = before + next(each for each in _STAND_INS if not text.lstrip().startswith(each)) + after
     content = other if not isinstance(message.get("content"), list) else [{"type": "text", "text": other}]
     return {**message, "content": content}
 
@@ -455,17 +504,19 @@ class Seam(NamedTuple):
     """The place where a prompt goes on from a call.
 
     Attributes:
-        start: the place in the template's text of the token that ends the answer.
+        start: the place in the template's text of what follows the answer.
+        end: that of the token that ends the turn: the same, unless its client has added to the answer.
         end_id: that token.
     """
 
     start: int
+    end: int
     end_id: int
 
 
 def find_seam(
     whole: str,
-    stand_in: str,
+    stand_in: str | None,
     match: Match,
     message: Message,
     ends: Mapping[int, str],
@@ -476,15 +527,15 @@ def find_seam(
 
     Args:
         whole: what the template makes of the request, each answer with its reasoning.
-        stand_in: the same up to the answer, and a stand-in for the message that follows it.
+        stand_in: the same up to the answer, and a stand-in for the message that follows it; None where that is not to
+            be rendered: then nothing proves that what the template makes of the answer does not depend on what follows.
         match: the call, and its answer.
         message: the message that repeats the answer.
         ends: the tokens that end a turn, as text by id; no text that a user may write is one of them.
         keep: go on from reasoning that the template leaves out.
         read: returns the text of a part of `whole`, if the template makes no text.
     """
-    call, answer = match
-    shared = common_length(whole, stand_in)
+    call, answer, added = match
     start = call.rendered.length if call.rendered.begins(whole) else None
     dropped = start is None or bool(answer.reasoning.strip()) or "</think>" in answer.text
     if start is None:
@@ -496,25 +547,41 @@ def find_seam(
             return REASONING_DROPPED if missing and not keep else NOT_APPEND_ONLY
         if not keep:
             return REASONING_DROPPED
+    if stand_in is not None:
+        shared = common_length(whole, stand_in)
+    else:
+        said = [answer.text, answer.reasoning, *chain.from_iterable(answer.tool_calls)]
+        if any(end in text for end in ends.values() for text in said):
+            return SEAM
+        places = ((whole.find(end, start), end) for end in ends.values())
+        shared = min((place + len(end) for place, end in places if place >= 0), default=0)
     found = [(place, end_id) for end_id, text in ends.items() for place in _places(whole, text, start, shared)]
     if not found and any(text in whole[start:] for text in ends.values()):
         # What it makes of the answer depends on what follows.
         return REASONING_DROPPED if dropped else NOT_APPEND_ONLY
-    seam = Seam(*min(found)) if found else None
+    end, end_id = min(found, default=(0, None))
     # The answer's own, once: what stands between it and another one would be left out.
     if (
-        seam is None
-        or sum(end_id == seam.end_id for _, end_id in found) != 1
-        or (call.ended and call.response_token_ids[-1] != seam.end_id)
+        end_id is None
+        or sum(each == end_id for _, each in found) != 1
+        or (call.ended and call.response_token_ids[-1] != end_id)
     ):
         return SEAM
-    turn = read(whole[start : seam.start])
+    turn = read(whole[start:end])
     texts = _texts(message.get("content"))
-    if all(text.strip() in turn for text in (answer.reasoning, *texts)):
-        return seam
-    if dropped and keep and all(text.rpartition("</think>")[2].strip() in turn for text in texts):
-        return seam
-    return REASONING_DROPPED if dropped else NOT_APPEND_ONLY
+    is_whole = all(text.strip() in turn for text in (answer.reasoning, *texts))
+    if not is_whole and not (dropped and keep and all(_unthought(text) in turn for text in texts)):
+        return REASONING_DROPPED if dropped else NOT_APPEND_ONLY
+    if not added:
+        return Seam(end, end, end_id)
+    # Where the template makes no text, nothing tells where in `whole` a part of a turn begins.
+    if turn != whole[start:end] or not turn.rstrip().endswith(answer.text.lstrip() + added):
+        return SEAM
+    return Seam(start + len(turn.rstrip()) - len(added), end, end_id)
+
+
+def _unthought(text: str) -> str:
+    return text.rpartition("</think>")[2].strip()
 
 
 def _places(text: str, part: str, start: int, end: int) -> list[int]:

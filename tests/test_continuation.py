@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -105,6 +106,18 @@ def test_reasoning_stays_while_the_template_keeps_it_whether_or_not_it_is_sent_b
     result, longer = served.call([USER, called(), TOOL, called(), TOOL], "yes", Answer("yes"))
     assert result == CONTINUED
     assert longer == prompt + REASONED_TEXT + END_TEXT + after(QWEN3, TOOL)
+
+
+def test_the_marks_of_a_tools_result_are_seen_by_a_template_whatever_stands_in_for_it() -> None:
+    """As Qwen 3 does it: what a user says within these marks is no new question."""
+    is_user = "message['role'] == 'user'"
+    served = Served(QWEN3.replace(is_user, f"{is_user} and not message['content'].startswith('<tool_response>')"))
+    served.call([USER], REASONED_TEXT, REASONED)
+
+    result = {"role": "user", "content": "<tool_response>\nsunny\n</tool_response>"}
+
+    assert served.call([USER, called(), result], "yes", Answer("yes"))[0] == CONTINUED
+    assert served.call([USER, called(), MORE], "yes", Answer("yes"))[0] == REASONING_DROPPED
 
 
 @pytest.mark.parametrize(("keep", "result"), [(False, REASONING_DROPPED), (True, CONTINUED)])
@@ -250,8 +263,65 @@ def test_rollouts_with_equal_messages_do_not_mix() -> None:
     assert not found(MESSAGES, "ro-2")
 
 
-def test_other_tools_or_another_model_find_nothing() -> None:
-    assert fingerprints(MESSAGES, b"one") != fingerprints(MESSAGES, b"other")
+def test_other_tools_or_another_model_find_nothing_and_are_told_from_other_messages() -> None:
+    histories, fingerprint = Histories(LIMIT), fingerprints([USER])[-1]
+    histories.add("ro-1", fingerprint, replace(made_up(1), kind=b"one"))
+
+    def is_found(kind: bytes) -> bool:
+        found = histories.find("ro-1", MESSAGES, fingerprints(MESSAGES), lambda call: [Answer("It is.")], kind)
+        return found is not None
+
+    assert [is_found(kind) for kind in (b"one", b"other")] == [True, False]
+    assert [histories.has_of_other_kind("ro-1", fingerprint, kind) for kind in (b"one", b"other")] == [False, True]
+    assert not histories.has_of_other_kind("ro-1", fingerprints([MORE])[-1], b"other")
+
+
+ACT = "Act: look\nObservation:"
+
+
+@pytest.mark.parametrize(
+    ("text", "result"),
+    [
+        pytest.param(f"{ACT} a fox.", CONTINUED, id="added behind the stop string"),
+        pytest.param("Act: look a fox.", NO_MATCH, id="in the place of the stop string"),
+        pytest.param("Act: see\nObservation: a fox.", NO_MATCH, id="to another answer"),
+    ],
+)
+def test_what_a_client_adds_to_an_answer_that_its_stop_string_ended_stands_behind_it(text: str, result: str) -> None:
+    served = Served(CHATML)
+    served.call([USER], f"  {ACT}", Answer(f"  {ACT}"), ended=False, is_open=True)
+
+    messages = [USER, {"role": "assistant", "content": text}, MORE]
+    found, prompt = served.call(messages, "yes", Answer("yes"))
+
+    assert found == result
+    added = f"{rendered(CHATML, [USER])}  {ACT} a fox.{END_TEXT}{after(CHATML, MORE)}"
+    assert prompt == (added if result == CONTINUED else rendered(CHATML, messages))
+
+
+def test_nothing_can_be_added_to_an_answer_that_the_model_has_ended_or_that_was_cut() -> None:
+    served = Served(CHATML)
+    served.call([USER], ACT, Answer(ACT))
+    served.call([USER], ACT, Answer(ACT), ended=False)
+
+    messages = [USER, {"role": "assistant", "content": f"{ACT} a fox."}, MORE]
+
+    assert served.call(messages, "yes", Answer("yes"))[0] == NO_MATCH
+
+
+def test_the_answer_that_a_message_is_goes_before_those_that_it_begins_with() -> None:
+    histories, fingerprint = Histories(LIMIT), fingerprints([USER])[-1]
+    calls = [replace(made_up(1), answers=[Answer(text)], is_open=True) for text in ("It is.", "It", "It is")]
+    for call in calls:
+        histories.add("ro-1", fingerprint, call)
+
+    def found(text: str) -> Match | None:
+        messages = [USER, {"role": "assistant", "content": text}, MORE]
+        return histories.find("ro-1", messages, fingerprints(messages), lambda call: call.answers or ())
+
+    assert found("It is.") == Match(calls[0], Answer("It is."))
+    assert found("It is. So!") == Match(calls[0], Answer("It is."), " So!")
+    assert found("It was.") == Match(calls[1], Answer("It"), " was.")
 
 
 @UNHURRIED

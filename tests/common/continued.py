@@ -32,11 +32,13 @@ class Served:
     Attributes:
         keep: go on from reasoning that the template leaves out.
         end: the text of the token that ends a turn.
+        counts: only count, as `AGL_CONTINUE=report` does: by what the template has made of the messages alone.
     """
 
     template: str
     keep: bool = False
     end: str = "<|im_end|>"
+    counts: bool = False
 
     def __post_init__(self) -> None:
         self.histories = Histories(1 << 20)
@@ -48,6 +50,7 @@ class Served:
         answer: Answer,
         *,
         ended: bool = True,
+        is_open: bool = False,
         key: str = "ro-1",
         **options: Any,
     ) -> tuple[str, str]:
@@ -67,6 +70,7 @@ class Served:
             None,
             continued,
             [answer],
+            is_open,
         )
         self.histories.add(key, fingerprints(messages)[-1], call)
         return result, self._text(ids)
@@ -79,13 +83,16 @@ class Served:
         place = match.call.position
         reasoned = with_reasoning(messages, match.call.reasoning(match.answer))
         whole = rendered(self.template, reasoned, **options)
-        before = [*reasoned[: place + 1], stand_in_for(messages[place + 1])]
-        other = rendered(self.template, before, answers=False, **options)
+        other = None
+        if not self.counts or reasoned is not messages:
+            before = [*reasoned[: place + 1], stand_in_for(messages[place + 1])]
+            other = rendered(self.template, before, answers=False, **options)
         seam = find_seam(whole, other, match, messages[place], {END: self.end}, self.keep)
         if isinstance(seam, str):
             return seam, self._ids(own), None, own
-        new = self._ids(whole[seam.start :])
-        ids = match.call.token_ids() + (new[1:] if match.call.ended else new)
+        new = self._ids(whole[seam.end :])
+        added = self._ids(whole[seam.start : seam.end])
+        ids = match.call.token_ids() + added + (new[1:] if match.call.ended else new)
         return CONTINUED, ids, match.call, whole
 
     def _ids(self, text: str) -> list[int]:

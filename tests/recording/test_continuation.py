@@ -44,7 +44,7 @@ SAID = (
     r'\{"name": {1,3}"weather", {0,2}"arguments": {0,2}\{ ?"city": {0,2}"(Paris|Rome)" ?\}\}\n{0,2}</tool_call>'
 )
 CALLED = SAID[SAID.index("<tool_call>") :]
-THOUGHT = r"<think>\n[a-z ]{1,9}\n{1,2}</think>\n{0,2}"
+THOUGHT = r"<think>\n[a-z][a-z ]{0,8}\n{1,2}</think>\n{0,2}"
 REASONED = THOUGHT + SAID
 
 
@@ -324,33 +324,42 @@ KINDS = {"tool": CALLED, "reasoning": THOUGHT + "[a-z ]{4,12}", "both": THOUGHT 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("template", templates.TEMPLATES.values(), ids=templates.TEMPLATES)
 def test_each_of_twenty_turns_goes_on_wherever_the_template_appends(
-    reasoning: RecordingServer, rollout: str, template: str, kind: str, streamed: bool
+    request: pytest.FixtureRequest, rollout: str, template: str, kind: str, streamed: bool
 ) -> None:
-    agent = Agent(reasoning, rollout, streamed=streamed)
+    # A reasoning parser of vLLM takes a call without a thought in front of it for reasoning where it is streamed.
+    server: RecordingServer = request.getfixturevalue("server" if kind == "tool" else "reasoning")
+    agent = Agent(server, rollout, streamed=streamed)
     agent.user("Paris?")
     results: list[str] = []
+    follows: list[str] = []
     for _ in range(TURNS):
-        before = counts(reasoning)
+        before = counts(server)
+        follows.append(agent.history[-1]["role"])
         options = {"chat_template": template, "structured_outputs": {"regex": KINDS[kind]}}
         if kind == "reasoning":
             agent.ask(**options, max_tokens=120)
             agent.user("More?")
         else:
             agent.use_tool(**options)
-        [result] = grown(before, counts(reasoning))
+        [result] = grown(before, counts(server))
         results.append(result)
 
-    breaks = agent.breaks()
+    keeps = kind == "tool" or (kind == "both" and template == templates.QWEN3)
+    # Where its chunks fall badly, a stream of vLLM loses a call: then its client has another answer than the model's.
+    lost = {continuation.REASONING_DROPPED, continuation.NO_MATCH, continuation.CONTINUED_EARLIER}
+    expected = {"tool": {continuation.CONTINUED if keeps else continuation.REASONING_DROPPED}}
+    if kind == "reasoning":
+        expected["user"] = {continuation.REASONING_DROPPED}
+    elif streamed:
+        expected["user"] = lost
     assert results[0] == continuation.FIRST_CALL
-    # Whatever breaks is counted, with its reason.
-    assert all(results[number] == continuation.REASONING_DROPPED for number in breaks)
-    if kind == "tool":
-        assert breaks == []
-        assert set(results[1:]) == {continuation.CONTINUED}
-        assert agent.rows() == 1
-    elif template == templates.QWEN3 and kind == "both":
-        # A question in between, where vLLM's stream has lost a call, takes reasoning out.
-        assert results.count(continuation.CONTINUED) > TURNS // 2
+    assert [
+        each for each in zip(follows[1:], results[1:], strict=True) if each[1] not in expected.get(each[0], ())
+    ] == []
+    assert agent.breaks() == [number for number in range(1, TURNS) if results[number] != continuation.CONTINUED]
+    if keeps:
+        assert continuation.CONTINUED in results
+        assert agent.rows() == 1 + len(agent.breaks())
 
 
 def grown(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:

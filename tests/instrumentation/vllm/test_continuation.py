@@ -16,8 +16,9 @@ from agentlightning import continuation as decisions
 from agentlightning import instrumentation
 from agentlightning.instrumentation.vllm import _isolation, continuation
 from agentlightning.instrumentation.vllm.continuation import kept
+from agentlightning.instrumentation.vllm.continuation.chats import RenderedChat
 from tests.common.rendering import answered, online_renderer, prompt_of
-from tests.common.templates import CHATML, QWEN3
+from tests.common.templates import CHATML, QWEN3, TEMPLATES, TOOLS_LAST
 
 pytestmark = pytest.mark.forked
 
@@ -129,15 +130,72 @@ def test_a_stop_string_does_not_come_back_in_a_prompt_unless_its_client_has_it(
 ) -> None:
     """Add the stop string again, as smolagents does, which is not told of it."""
     said, stop = "Act: look\n", "Observation:"
-    result = after(
-        said + stop,
-        said + stop if told else said,
-        shown=said + stop if kept else said,
-        stop_string=stop,
-        includes_stop_string=told,
-    )
+    for added in ("", " a fox."):
+        result = after(
+            said + stop,
+            said + stop if told else said,
+            shown=(said + stop if kept else said) + added,
+            stop_string=stop,
+            includes_stop_string=told,
+        )
 
-    assert result == ((decisions.CONTINUED, True) if goes_on else (decisions.NO_MATCH, False))
+        assert result == ((decisions.CONTINUED, True) if goes_on else (decisions.NO_MATCH, False))
+
+
+@pytest.mark.usefixtures("continuing")
+def test_what_a_client_adds_behind_its_stop_string_is_read_behind_the_models_own_ids() -> None:
+    renderer = online_renderer(CHATML)
+    tokenizer = renderer.renderer.get_tokenizer()
+    said, added = "Act: look\nObservation:", "\nCalling tools: []"
+    # Byte by byte, as no tokenizer would do it.
+    ids = [tokenizer.encode(each)[0] for each in said]
+
+    async def turns() -> tuple[list[int], str]:
+        prompt, context = await prompt_of(renderer, [USER], "ro-1")
+        answered(prompt, context, ids, said[:-12], tokenizer.eos_token_id, stop_string="Observation:")
+        messages = [USER, {"role": "assistant", "content": said + added}, MORE]
+        again, _ = await prompt_of(renderer, messages, "ro-1")
+        own, _ = await prompt_of(renderer, messages, None)
+        assert again[: len(prompt) + len(ids)] == [*prompt, *ids]
+        return again, tokenizer.decode(own)
+
+    prompt, own = asyncio.run(turns())
+
+    assert tokenizer.decode(prompt) == own
+
+
+@pytest.mark.usefixtures("continuing")
+def test_a_tokenizer_that_begins_each_text_with_a_space_adds_nothing_to_an_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokenise = RenderedChat.tokenise
+
+    async def with_a_space(chat: RenderedChat, text: str, **options: bool) -> list[int]:
+        return await tokenise(chat, text if text.startswith("<|") else f" {text}", **options)
+
+    monkeypatch.setattr(RenderedChat, "tokenise", with_a_space)
+    said = "Act: look\nObservation:"
+
+    assert after(said, said[:-12], shown=f"{said} a fox.", stop_string="Observation:")[0] == decisions.SEAM
+
+
+@pytest.mark.usefixtures("continuing")
+def test_a_call_with_other_tools_is_told_from_one_with_other_messages() -> None:
+    renderer = online_renderer(CHATML)
+    tokenizer = renderer.renderer.get_tokenizer()
+    said = [*tokenizer.encode("It is."), tokenizer.eos_token_id]
+
+    async def turns() -> None:
+        prompt, context = await prompt_of(renderer, [USER], "ro-1")
+        answered(prompt, context, said, "It is.", tokenizer.eos_token_id)
+        renderer.chat_template = f"{CHATML} "
+        for question in (USER, MORE):
+            await prompt_of(renderer, [question, {"role": "assistant", "content": "It is."}, MORE], "ro-1")
+
+    asyncio.run(turns())
+
+    found = {result: count for result, count in results()["results"].items() if count}
+    assert found == {decisions.FIRST_CALL: 1, decisions.OTHER_OPTIONS: 1, decisions.NO_MATCH: 1}
 
 
 @pytest.mark.usefixtures("continuing")
@@ -263,22 +321,43 @@ def test_a_new_message_that_vllm_refuses_as_too_long_is_no_failure() -> None:
     assert not _isolation.failures
 
 
-def test_prompts_that_are_only_counted_take_no_more_memory_than_those_that_go_on(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("template", [*TEMPLATES.values(), TOOLS_LAST], ids=[*TEMPLATES, "tools last"])
+def test_prompts_that_are_only_counted_come_to_the_same_and_take_no_more_memory_than_those_that_go_on(
+    template: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes: dict[str, int] = {}
+    found: dict[str, Any] = {}
     for mode in ("on", "report"):
         monkeypatch.setenv("AGL_CONTINUE", mode)
         instrumentation.instrument_vllm()
-        asyncio.run(conversation(20))
-        sizes[mode] = results()["bytes"]
+        before = results()["results"]
+        asyncio.run(conversation(template, 20))
+        counted = {result: count - before[result] for result, count in results()["results"].items()}
+        found[mode] = counted, results()["bytes"]
         instrumentation.uninstrument_vllm()
 
-    assert sizes["report"] == sizes["on"]
+    assert found["report"] == found["on"]
 
 
-async def conversation(turns: int) -> None:
-    renderer = online_renderer(CHATML)
+def test_a_prompt_that_is_only_counted_is_neither_rendered_nor_tokenised_again_but_for_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("AGL_CONTINUE", "report")
+    instrumentation.instrument_vllm()
+    again: list[str] = []
+    render, tokenise = RenderedChat.render, RenderedChat.tokenise
+    monkeypatch.setattr(
+        RenderedChat, "render", lambda *args, **kwargs: again.append("render") or render(*args, **kwargs)
+    )
+    monkeypatch.setattr(RenderedChat, "tokenise", lambda *args, **kw: again.append("tokenise") or tokenise(*args, **kw))
+
+    asyncio.run(conversation(CHATML, 20))
+
+    assert again == ["render", "tokenise"]
+    assert results()["results"][decisions.CONTINUED] == 19
+
+
+async def conversation(template: str, turns: int) -> None:
+    renderer = online_renderer(template)
     tokenizer = renderer.renderer.get_tokenizer()
     said = [*(tokenizer.encode(character)[0] for character in "The quick"), tokenizer.eos_token_id]
     messages: list[Any] = [{"role": "system", "content": "Be brief. " * 100}, USER]

@@ -22,6 +22,7 @@ class Chat(Protocol):
         options: what a template reads beside the messages: itself, and its arguments.
         own: the text of vLLM's own prompt; where the template gives ids, with a character for each.
         as_ids: whether it does.
+        own_ids: the ids of `own`, where that is a text and the prompt is only counted; else None.
         limit: the most ids of a prompt; None for no limit.
         tokenizer: vLLM's.
         parsers: those of its answer.
@@ -32,6 +33,7 @@ class Chat(Protocol):
     options: tuple[Any, Mapping[str, Any]]
     own: str
     as_ids: bool
+    own_ids: list[int] | None
     limit: int | None
     tokenizer: Any
     parsers: Parsers
@@ -77,6 +79,7 @@ class RenderedChat:
         chat_params: how messages are rendered.
         params: how a text is tokenised.
         tokenize: vLLM's own method.
+        own_ids: as `Chat` has it.
     """
 
     def __init__(
@@ -88,10 +91,12 @@ class RenderedChat:
         chat_params: Any,
         params: Any,
         tokenize: Callable[..., Awaitable[Any]],
+        own_ids: list[int] | None,
     ) -> None:
         self.request, self.messages = arguments["request"], arguments["messages"]
         self.options: tuple[Any, Mapping[str, Any]] = chat_params.chat_template, chat_params.chat_template_kwargs
         self.own, self.as_ids = as_text(prompt), "prompt_token_ids" in prompt
+        self.own_ids = None if self.as_ids else own_ids
         self.limit = params.max_input_tokens
         self.tokenizer = renderer.get_tokenizer()
         self.parsers = parsers_of(preparing, arguments, self.tokenizer, chat_params.chat_template_kwargs)
@@ -134,6 +139,7 @@ class OlderChat:
         prepare: that method.
         text: what it has rendered.
         tokenize: the method that tokenises a text, with the serving class's and the request's arguments.
+        own_ids: as `Chat` has it.
     """
 
     as_ids = False
@@ -146,8 +152,10 @@ class OlderChat:
         text: str,
         tokenizer: Any,
         tokenize: Callable[..., Awaitable[Any]],
+        own_ids: list[int] | None,
     ) -> None:
-        self.request, self.messages, self.own = arguments["request"], arguments["messages"], text
+        self.request, self.messages = arguments["request"], arguments["messages"]
+        self.own, self.own_ids = text, own_ids
         names = ("add_generation_prompt", "continue_final_message", "tool_dicts", "documents")
         given = {**(arguments.get("default_chat_template_kwargs") or {}), **(arguments["chat_template_kwargs"] or {})}
         options: Mapping[str, Any] = {**{name: arguments[name] for name in names}, **given}

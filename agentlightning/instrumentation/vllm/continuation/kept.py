@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Hashable
 from typing import Any
 
 from agentlightning import continuation
 from agentlightning.continuation import Histories
 from agentlightning.instrumentation.vllm.capture.session import session
 
-__all__ = ["calls", "count", "forget", "report", "start"]
+__all__ = ["calls", "count", "forget", "is_proved", "note_proved", "report", "start"]
+
+MOST_SHAPES = 1000
 
 _results: Counter[str] = Counter()
 _histories: Histories | None = None
+_proved: set[Hashable] = set()
 _metric: Any = None
 
 
@@ -42,6 +46,7 @@ def forget() -> None:
     """Forget all calls."""
     global _histories
     _histories = None
+    _proved.clear()
 
 
 def calls() -> Histories:
@@ -50,6 +55,18 @@ def calls() -> Histories:
     if _histories is None:
         _histories = Histories(session.settings.continue_bytes)
     return _histories
+
+
+def is_proved(shape: Hashable) -> bool:
+    """Tell whether a template has been proved to append only behind an answer of this shape."""
+    return shape in _proved
+
+
+def note_proved(shape: Hashable) -> None:
+    """Note that it has."""
+    if len(_proved) >= MOST_SHAPES:
+        _proved.clear()
+    _proved.add(shape)
 
 
 def count(result: str) -> None:

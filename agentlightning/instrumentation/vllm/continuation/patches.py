@@ -53,6 +53,11 @@ class _Preparing:
     turn: Turn | None = None
     goes_on: bool = False
 
+    @property
+    def is_counted(self) -> bool:
+        """Tell whether the prompt stays vLLM's own, whatever comes of it."""
+        return session.settings.continues != "on"
+
     async def ids(self, chat_of: Callable[[], Chat]) -> list[int] | None:
         """Return the ids that take the place of a prompt's text; None for vLLM's own prompt."""
         exact: Exact | str
@@ -68,7 +73,7 @@ class _Preparing:
         self.turn.continued, self.turn.more, self.turn.rendered = exact.call, exact.more, exact.rendered
         is_last = exact.call.position == continuation.last_answer(self.arguments["messages"])
         kept.count(continuation.CONTINUED if is_last else continuation.CONTINUED_EARLIER)
-        self.goes_on = session.settings.continues == "on"
+        self.goes_on = not self.is_counted
         return exact.ids() if self.goes_on else None
 
     async def _decide(self, chat: Chat) -> Exact | str:
@@ -84,6 +89,8 @@ class _Preparing:
         if (match is None or match.call.position < last) and self._may_recall():
             is_available = await recall.recall(conversation, match, self.context)
             match = conversation.match()
+        if match is None and conversation.is_of_other_kind(last):
+            return continuation.OTHER_OPTIONS
         if match is None and kept.calls().knows(self.key):
             return continuation.NO_MATCH
         if match is None:
@@ -92,7 +99,7 @@ class _Preparing:
 
     def _may_recall(self) -> bool:
         # A request whose prompt stays as it is does not wait.
-        return session.is_recording and session.settings.continues == "on"
+        return session.is_recording and not self.is_counted
 
 
 _preparing: ContextVar[_Preparing | None] = ContextVar("agentlightning.preparing", default=None)
@@ -190,10 +197,18 @@ def wrap_tokenize(tokenize: Callable[..., Any]) -> Callable[..., Any]:
         if preparing is None or preparing.chat_params is None or len(prompts) != 1:
             return await tokenize(self, prompts, params, *args, **kwargs)
 
+        rendered: Mapping[str, Any] = {**prompts[0]}
+        own_ids: list[int] | None = None
+
         def chat() -> Chat:
             by, arguments = preparing.by, preparing.arguments
-            return RenderedChat(by, arguments, self, prompts[0], preparing.chat_params, params, tokenize)
+            return RenderedChat(by, arguments, self, rendered, preparing.chat_params, params, tokenize, own_ids)
 
+        if preparing.is_counted:
+            answer = await tokenize(self, prompts, params, *args, **kwargs)
+            own_ids = answer[0].get("prompt_token_ids")
+            await contained_async("counting a prompt", preparing.ids, chat)
+            return answer
         ids = await contained_async("continuing a call", preparing.ids, chat)
         return await tokenize(self, prompts if ids is None else [{"prompt_token_ids": ids}], params, *args, **kwargs)
 
@@ -215,9 +230,17 @@ def wrap_tokenize_prompt(tokenize: Callable[..., Any]) -> Callable[..., Any]:
         async def tokenize_text(text: str) -> Any:
             return await tokenize(self, request, tokenizer, text, *args, **kwargs)
 
-        def chat() -> OlderChat:
-            return OlderChat(self, preparing.arguments, preparing.method, prompt_input, tokenizer, tokenize_text)
+        own_ids: list[int] | None = None
 
+        def chat() -> OlderChat:
+            by, arguments = preparing.method, preparing.arguments
+            return OlderChat(self, arguments, by, prompt_input, tokenizer, tokenize_text, own_ids)
+
+        if preparing.is_counted:
+            answer = await tokenize(self, request, tokenizer, prompt_input, *args, **kwargs)
+            own_ids = answer["prompt_token_ids"]
+            await contained_async("counting a prompt", preparing.ids, chat)
+            return answer
         ids = await contained_async("continuing a call", preparing.ids, chat)
         return await tokenize(self, request, tokenizer, prompt_input if ids is None else ids, *args, **kwargs)
 

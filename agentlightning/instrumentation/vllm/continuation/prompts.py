@@ -28,6 +28,7 @@ class Turn:
         key: whose it is.
         position: the number of its messages.
         fingerprint: that of all of them.
+        kind: a digest of what has to be equal beside the messages.
         parsed_as: how its answer is parsed: by which of these tool choices, and whether to one tool call at most.
         rendered: the template's text.
         continued: the call that it continues, or would, and the ids that its exact prompt adds to that call's.
@@ -37,6 +38,7 @@ class Turn:
     key: Hashable
     position: int
     fingerprint: bytes
+    kind: bytes
     parsed_as: tuple[Sequence[Any], bool]
     rendered: Rendered
     continued: Call | None = None
@@ -68,6 +70,7 @@ class Conversation:
 
     Attributes:
         key: whose they are.
+        kind: a digest of what has to be equal beside them.
         fingerprints: those of the messages.
         own: the text that the template makes of them.
         rendered: describes it.
@@ -75,6 +78,7 @@ class Conversation:
 
     chat: Chat
     key: Hashable
+    kind: bytes
     messages: Sequence[Any]
     fingerprints: Sequence[bytes]
     own: str
@@ -87,8 +91,8 @@ class Conversation:
         Raises:
             NotText: they are not only text.
         """
-        fingerprints = continuation.fingerprints(chat.messages, _kind(chat))
-        return cls(chat, key, chat.messages, fingerprints, chat.own, Rendered.of(chat.own))
+        fingerprints = continuation.fingerprints(chat.messages)
+        return cls(chat, key, _kind(chat), chat.messages, fingerprints, chat.own, Rendered.of(chat.own))
 
     def turn(self) -> Turn:
         """Return the turn of vLLM's own prompt."""
@@ -97,6 +101,7 @@ class Conversation:
             self.key,
             len(self.messages),
             self.fingerprints[-1],
+            self.kind,
             ((getattr(request, "tool_choice", None),), getattr(request, "parallel_tool_calls", None) is False),
             self.rendered,
         )
@@ -106,11 +111,15 @@ class Conversation:
         messages = self.messages[:position]
         own = await self.chat.render(messages)
         fingerprints = self.fingerprints[: position + 1]
-        return Conversation(self.chat, self.key, messages, fingerprints, own, Rendered.of(own))
+        return Conversation(self.chat, self.key, self.kind, messages, fingerprints, own, Rendered.of(own))
 
     def match(self) -> Match | None:
         """Return the call that the messages continue."""
-        return kept.calls().find(self.key, self.messages, self.fingerprints, self.answers_of)
+        return kept.calls().find(self.key, self.messages, self.fingerprints, self.answers_of, self.kind)
+
+    def is_of_other_kind(self, position: int) -> bool:
+        """Tell whether the known calls with the messages up to an answer are all of other kinds."""
+        return kept.calls().has_of_other_kind(self.key, self.fingerprints[position], self.kind)
 
     def answers_of(self, call: Call) -> list[Answer]:
         """Return what a client may have been told of a call's answer."""
@@ -123,33 +132,66 @@ class Conversation:
         chat, whole, call = self.chat, self.own, match.call
         place = call.position
         messages = continuation.with_reasoning(self.messages, call.reasoning(match.answer))
-        before = [*messages[: place + 1], continuation.stand_in_for(messages[place + 1])]
+        # Where prompts are only counted, what vLLM has rendered and tokenised has to do, but for the first of a shape.
+        shape = self._shape(match)
+        is_counted = chat.own_ids is not None and messages is self.messages and kept.is_proved(shape)
+        stand_in = None
         try:
             if messages is not self.messages:
                 whole = await chat.render(messages)
-            stand_in = await chat.render(before, answers=False)
+            if not is_counted:
+                before = [*messages[: place + 1], continuation.stand_in_for(messages[place + 1])]
+                stand_in = await chat.render(before, answers=False)
         except Exception:
             # The template takes what the client has sent, and not this: it looks at more than it appends.
             return continuation.NOT_APPEND_ONLY
-        seam = continuation.find_seam(
-            whole, stand_in, match, messages[place], self._ends_of(call), _keeps_reasoning(), self._read()
-        )
+        ends = self._ends_of(call)
+        seam = continuation.find_seam(whole, stand_in, match, messages[place], ends, _keeps_reasoning(), self._read())
         if isinstance(seam, str):
             return seam
+        kept.note_proved(shape)
         # From the token that ends a turn on, a text is tokenised by itself as it is with what comes before.
         try:
-            new = await chat.tokenise(whole[seam.start :])
+            new = self._own_from(seam.end, seam.end_id, ends) if is_counted else await chat.tokenise(whole[seam.end :])
         except Exception:
             # vLLM refuses a text that alone is longer than what the model takes.
             return continuation.TOO_LONG
         if new[:1] != [seam.end_id]:
             return continuation.SEAM
         more = new[1:] if call.ended else new
+        if match.added:
+            added = await chat.tokenise(whole[seam.start : seam.end])
+            if not self._reads_as(call, added, whole[seam.start : seam.end]):
+                return continuation.SEAM
+            more = [*added, *more]
         # An answer takes one at least.
         if chat.limit is not None and call.length + len(more) >= chat.limit:
             return continuation.TOO_LONG
         exact = Exact(call, more, self.rendered if whole is self.own else Rendered.of(whole))
         return continuation.PARSER if await self._is_parsed_otherwise(exact, new) else exact
+
+    def _shape(self, match: Match) -> Hashable:
+        """Return what a template may look at when it writes an answer and what follows, beside their texts."""
+        answer, follows = match.answer, self.messages[match.call.position + 1]
+        others = bool(answer.tool_calls), bool(answer.reasoning), bool(match.added), continuation.is_marked(follows)
+        return self.kind, follows["role"], *others
+
+    def _own_from(self, start: int, end_id: int, ends: Mapping[int, str]) -> list[int]:
+        """Return the ids of vLLM's own prompt from the token on that is there in its text."""
+        ids = self.chat.own_ids
+        assert ids is not None
+        left = self.own.count(ends[end_id], start)
+        for place in range(len(ids) - 1, -1, -1):
+            left -= ids[place] == end_id
+            if not left:
+                return ids[place:]
+        return []
+
+    def _reads_as(self, call: Call, added: list[int], text: str) -> bool:
+        """Tell whether ids behind a call's answer are this text there: some tokenizers begin each text with a space."""
+        decode = self.chat.tokenizer.decode
+        said = call.response_token_ids.tolist()
+        return decode([*said, *added]) == decode(said) + text
 
     def _ends_of(self, call: Call) -> Mapping[int, str]:
         tokenizer = self.chat.tokenizer
@@ -221,7 +263,10 @@ def note_finished(captured: CapturedRequest) -> None:
             getattr(detokenizer, "output_text", None), choice.stop_reason, params.include_stop_str_in_output
         )
         more = turn.more if turn.continued is not None else prompt
-        keep(turn, more, detokenizer.output_token_ids, text, choice.finish_reason, params.all_stop_token_ids)
+        is_stopped = isinstance(choice.stop_reason, str)
+        keep(
+            turn, more, detokenizer.output_token_ids, text, choice.finish_reason, is_stopped, params.all_stop_token_ids
+        )
 
 
 def whole_text(text: str | None, stop_reason: Any, is_told: bool) -> str | None:
@@ -239,6 +284,7 @@ def keep(
     response: Iterable[int],
     text: str | None,
     finish_reason: str | None,
+    is_stopped: bool,
     ends: set[int],
 ) -> None:
     """Keep a call that may be continued.
@@ -246,19 +292,23 @@ def keep(
     Args:
         more: the ids that its prompt adds to those of the call that it continues.
         response, text: its answer.
+        is_stopped: whether a stop string has ended it.
         ends: the ids that end one.
     """
     ids = array("i", response)
     # An answer that goes on behind the end of a turn (`ignore_eos`) has turns in it that no message has.
     if finish_reason in ("stop", "length") and text is not None and ends.isdisjoint(ids[:-1]):
+        ended = bool(ids) and ids[-1] in ends
         call = Call(
             turn.position,
             turn.rendered,
             array("i", more),
             ids,
             ends,
-            bool(ids) and ids[-1] in ends,
+            ended,
             Said(text, *turn.parsed_as),
             turn.continued,
+            is_open=is_stopped and not ended,
+            kind=turn.kind,
         )
         kept.calls().add(turn.key, turn.fingerprint, call)

@@ -54,6 +54,7 @@ class RecordedAnswer(NamedTuple):
     token_ids: array[int]
     text: str | None
     finish_reason: str | None
+    is_stopped: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,8 @@ class RecordedCall:
 
 def _answer(choice: Choice, is_told: bool) -> RecordedAnswer:
     assert choice.token_ids is not None
-    return RecordedAnswer(choice.token_ids, whole_text(choice.text, choice.stop_reason, is_told), choice.finish_reason)
+    text = whole_text(choice.text, choice.stop_reason, is_told)
+    return RecordedAnswer(choice.token_ids, text, choice.finish_reason, isinstance(choice.stop_reason, str))
 
 
 @dataclass(slots=True, eq=False)

@@ -122,7 +122,7 @@ def _keep(turn: Turn, more: Sequence[int], name: str, call: RecordedCall, log: L
     for answer in call.answers:
         # What this server has answered is where it belongs: with other tools, say, no such text continues it.
         if not kept.calls().has(turn.key, call.prompt_token_ids, answer.token_ids):
-            keep(turn, more, answer.token_ids, answer.text, answer.finish_reason, ends)
+            keep(turn, more, *answer, ends)
     log.take(name)
     # What goes on from this one may be found now.
     log.tried.clear()
