@@ -24,7 +24,9 @@ __all__ = ["Filters", "Store", "open_database", "open_store", "place_of", "try_t
 SECONDS_FOR_OTHERS = 5.0
 
 
-def open_store(url: str, *, read_only: bool = False, patience: float = SECONDS_FOR_OTHERS) -> Store:
+def open_store(
+    url: str, *, read_only: bool = False, patience: float = SECONDS_FOR_OTHERS, seconds: float | None = None
+) -> Store:
     """Open a store. A file or tables that do not exist are created, unless it is opened for reading only.
 
     Args:
@@ -33,6 +35,7 @@ def open_store(url: str, *, read_only: bool = False, patience: float = SECONDS_F
         read_only: for a database: change nothing, neither a byte of a file nor the state of a rollout that is overdue.
             Every method that would write raises `StoreRefused`.
         patience: for a database: seconds to wait while another process writes.
+        seconds: over HTTP: the most that a request waits for an answer; None for half a minute.
 
     Raises:
         StoreUnavailable: the store does not exist, or cannot be opened now.
@@ -46,7 +49,7 @@ def open_store(url: str, *, read_only: bool = False, patience: float = SECONDS_F
     if _is_served(url):
         with _needing("a store over HTTP needs msgspec and urllib3", "'msgspec>=0.18' 'urllib3>=1.26'"):
             from agentlightning.store.http import HttpStore
-        return HttpStore(url)
+        return HttpStore(url) if seconds is None else HttpStore(url, seconds)
     # First, because it names the missing package if SQLAlchemy is not installed.
     database = open_database(url, read_only=read_only, patience=patience)
     from agentlightning.store.database_store import DatabaseStore

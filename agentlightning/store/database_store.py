@@ -280,12 +280,14 @@ class DatabaseStore(Store):
             raise InvalidRecord(added.refused, added.new)
         return added.new
 
-    def generations(self, at_once: int = GENERATIONS_AT_ONCE, /, **filters: Unpack[Filters]) -> Iterator[Generation]:
+    def generations(
+        self, at_once: int = GENERATIONS_AT_ONCE, /, *, details: bool = True, **filters: Unpack[Filters]
+    ) -> Iterator[Generation]:
         end = None
         while True:
             # A transaction for each page: a long one would keep SQLite from emptying its WAL file.
             with self._database.reading() as connection:
-                found, end = generation_rows.page(connection, filters, end, at_once)
+                found, end = generation_rows.page(connection, filters, end, at_once, details)
             yield from found
             if end is None:
                 return

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
-from sqlalchemy import ColumnElement, Connection, Table, false, func, select, tuple_
+from sqlalchemy import ColumnElement, Connection, Table, false, func, null, select, tuple_
 
 from agentlightning.errors import InvalidRecord
 from agentlightning.generation import STATUSES, Choice, Generation, Loss, SharedText, Status, Uuid
@@ -36,6 +36,8 @@ __all__ = [
     "tally",
 ]
 
+DETAILS = ("logprobs", "routed_experts", "sampling_mask", "top_logprobs", "prompt_logprobs")
+"""Columns with a value for each id, or several."""
 IN_ORDER = (tables.generations.c.finished_at, tables.generations.c.key)
 
 Record = TypeVar("Record", Generation, Loss)
@@ -145,23 +147,25 @@ def keys_of_blocks(connection: Connection, cut: Mapping[str, Prompt]) -> dict[st
 
 
 def page(
-    connection: Connection, filters: Filters, after: Cursor | None, limit: int
+    connection: Connection, filters: Filters, after: Cursor | None, limit: int, details: bool = True
 ) -> tuple[list[Generation], Cursor | None]:
     """Read a page of the generations that match the filters, in the order in which they finished.
 
     Args:
         after: where the previous page ended; None for the first page.
         limit: number of generations on a page.
+        details: whether to read what there is for each id, which is None without.
 
     Returns:
         The page, and where it ends; None where nothing comes after it.
     """
-    query = select(tables.generations).where(*_conditions(connection, filters)).order_by(*IN_ORDER).limit(limit)
+    columns = _columns(tables.generations, details)
+    query = select(*columns).where(*_conditions(connection, filters)).order_by(*IN_ORDER).limit(limit)
     if after is not None:
         query = query.where(tuple_(*IN_ORDER) > tuple_(*after))
     found = connection.execute(query).all()
     end = Cursor(found[-1].finished_at, found[-1].key) if len(found) == limit else None
-    return _generations_of(connection, found), end
+    return _generations_of(connection, found, details), end
 
 
 def find(connection: Connection, generation_id: str) -> Generation | None:
@@ -225,11 +229,20 @@ def has_losses(connection: Connection) -> bool:
     return connection.execute(select(tables.losses.c.key).limit(1)).first() is not None
 
 
-def _generations_of(connection: Connection, found: Sequence[Any]) -> list[Generation]:
+def _columns(table: Table, details: bool) -> list[ColumnElement[Any]]:
+    """Return the columns to read, those of details as null where these are not wanted."""
+    return [each if details or each.name not in DETAILS else null().label(each.name) for each in table.c]
+
+
+def _generations_of(connection: Connection, found: Sequence[Any], details: bool = True) -> list[Generation]:
     """Build the generations of these rows, with their choices and texts."""
     table = tables.choices
     in_order = table.c.generation_key, table.c.index
-    query = select(table).where(table.c.generation_key.in_([row.key for row in found])).order_by(*in_order)
+    query = (
+        select(*_columns(table, details))
+        .where(table.c.generation_key.in_([row.key for row in found]))
+        .order_by(*in_order)
+    )
     choices = connection.execute(query).all()
     known = texts.texts_of(connection, rows.GENERATION.keys_in(found) | rows.CHOICE.keys_in(choices))
     of_each: defaultdict[int, list[Choice]] = defaultdict(list)

@@ -49,7 +49,7 @@ from agentlightning.store.filters import (
     check_prune_filters,
     nullable,
 )
-from agentlightning.store.http_client import HttpClient, StrangeAnswer
+from agentlightning.store.http_client import SECONDS_TO_ANSWER, HttpClient, StrangeAnswer
 from agentlightning.store.http_generations import GenerationSender
 from agentlightning.store.interface import GENERATIONS_AT_ONCE, Store
 from agentlightning.store.rows import uuid_bytes
@@ -83,14 +83,15 @@ class HttpStore(Store):
     Args:
         url: `http(s)://HOST:PORT`, with a path where a proxy has the store there; a user or password is the key, which
             is `AGL_STORE_KEY` if there is none.
+        seconds: the most that a request waits for an answer.
 
     Raises:
         StoreUnavailable: the store cannot be reached, or used, now.
         StoreRefused: the URL does not lead to an `agl store`, or to one that asks for another key.
     """
 
-    def __init__(self, url: str) -> None:
-        self._http = HttpClient(url)
+    def __init__(self, url: str, seconds: float = SECONDS_TO_ANSWER) -> None:
+        self._http = HttpClient(url, seconds)
         self._sender: Sender | None = None
         self._generations = GenerationSender(self._http, self._register_again)
         try:
@@ -319,8 +320,10 @@ class HttpStore(Store):
             raise InvalidRecord({each.id: each.reason for each in refused}, new)
         return new
 
-    def generations(self, at_once: int = GENERATIONS_AT_ONCE, /, **filters: Unpack[Filters]) -> Iterator[Generation]:
-        wanted = [*_query(filters), ("limit", str(at_once))]
+    def generations(
+        self, at_once: int = GENERATIONS_AT_ONCE, /, *, details: bool = True, **filters: Unpack[Filters]
+    ) -> Iterator[Generation]:
+        wanted = [*_query(filters), ("limit", str(at_once)), ("details", str(details).lower())]
         cursor: list[tuple[str, str]] = []
         while True:
             found = self._envelope(self._http.ask("GET", "/generations", [*wanted, *cursor]))

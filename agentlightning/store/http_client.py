@@ -29,7 +29,7 @@ from agentlightning.errors import (
 )
 from agentlightning.store.wire import ERROR_HEADER, MEDIA_TYPE, NOT_FOUND, TOO_LARGE
 
-__all__ = ["HttpClient", "StrangeAnswer", "TooLarge", "UnknownMediaType"]
+__all__ = ["SECONDS_TO_ANSWER", "HttpClient", "StrangeAnswer", "TooLarge", "UnknownMediaType"]
 
 ROUTES = "/v1/agl"
 LINES = "application/jsonl"
@@ -69,15 +69,17 @@ class _Patience:
     """
 
     sock: Any
+    timeout: float
     last_used = 0.0
 
     def connect(self) -> None:
-        self.timeout = SECONDS_TO_CONNECT
+        seconds = self.timeout
+        self.timeout = min(SECONDS_TO_CONNECT, seconds)
         try:
             super().connect()  # type: ignore[misc]
         finally:
-            self.timeout = SECONDS_TO_ANSWER
-        self.sock.settimeout(SECONDS_TO_ANSWER)
+            self.timeout = seconds
+        self.sock.settimeout(seconds)
         # Over TLS, urllib3 connects before the request.
         self.last_used = time.monotonic()
 
@@ -110,13 +112,13 @@ class HttpClient:
     """Requests to an `agl store`. Safe for several threads.
 
     Args:
-        url: see `HttpStore`.
+        url, seconds: see `HttpStore`.
 
     Raises:
         StoreRefused: the URL or the key is malformed.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, seconds: float = SECONDS_TO_ANSWER) -> None:
         self.shown = settings.without_secrets(url)
         """The URL, without its key."""
         try:
@@ -130,7 +132,7 @@ class HttpClient:
         self._path = parts.path.rstrip("/") + ROUTES
         self._authorization = _authorization(unquote(parts.password or parts.username or "") or settings.store_key())
         kept: Any = {
-            "timeout": urllib3.Timeout(connect=SECONDS_TO_ANSWER, read=SECONDS_TO_ANSWER),
+            "timeout": urllib3.Timeout(connect=seconds, read=seconds),
             "maxsize": CONNECTIONS_KEPT,
             "retries": False,
         }

@@ -373,7 +373,9 @@ class Store(AbstractContextManager["Store"], ABC):
         """
 
     @abstractmethod
-    def generations(self, at_once: int = GENERATIONS_AT_ONCE, /, **filters: Unpack[Filters]) -> Iterator[Generation]:
+    def generations(
+        self, at_once: int = GENERATIONS_AT_ONCE, /, *, details: bool = True, **filters: Unpack[Filters]
+    ) -> Iterator[Generation]:
         """Iterate over the generations that match the filters, in the order in which they finished.
 
         Reading continues while the caller iterates, so that memory stays small and no writer waits. What is written
@@ -381,6 +383,8 @@ class Store(AbstractContextManager["Store"], ABC):
 
         Args:
             at_once: how many are read together; fewer where the first of them is wanted soon.
+            details: whether to read what there is for each id: logprobs, sampling masks and routed experts. They are
+                the most of a generation, and None without.
         """
 
     @abstractmethod

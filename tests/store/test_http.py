@@ -14,7 +14,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, replace
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -269,6 +269,23 @@ def test_connection_of_an_answer_that_took_long_is_kept(between: Between, monkey
         assert [store.add([generation(number)]) for number in range(5)] == [1] * 5
 
     assert between.connections == 1
+
+
+def test_a_server_that_does_not_answer_is_waited_for_as_long_as_its_reader_says(between: Between) -> None:
+    given_up = threading.Event()
+
+    def answer_late(handler: _Handler, body: bytes) -> None:
+        # Whoever waits for half a minute gets it.
+        given_up.wait(20)
+        status, headers, answer = handler.forwarded(body)
+        with suppress(OSError):
+            handler.answer(status, answer, **headers)
+
+    with open_store(between.url, seconds=1.0) as store:
+        with answers(between, answer_late), pytest.raises(StoreUnavailable, match="timed out"):
+            store.tally()
+        given_up.set()
+        assert store.tally()["finished"] == 0
 
 
 @pytest.mark.parametrize("kind", [RolloutUnderWay, StoreRefused, StoreUnavailable])

@@ -47,6 +47,16 @@ def test_generation_of_a_million_ids_round_trips(store: Store) -> None:
     assert [*store.generations()] == [kept]
 
 
+def test_generations_are_read_without_what_there_is_for_each_id(store: Store) -> None:
+    store.add([FULL])
+
+    [found] = store.generations(details=False)
+
+    details = dict.fromkeys(("logprobs", "routed_experts", "sampling_mask", "top_logprobs"))
+    assert any(getattr(FULL.choices[0], name) is not None for name in details)
+    assert found == replace(FULL, prompt_logprobs=None, choices=[replace(each, **details) for each in FULL.choices])
+
+
 def test_choices_are_read_with_their_generation_in_order(store: Store) -> None:
     kept = [
         generation(number, choices=[Choice(index=i, token_ids=array("i", [number, i])) for i in range(number)])

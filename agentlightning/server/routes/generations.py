@@ -5,7 +5,7 @@ Times are nanoseconds since the epoch, as vLLM servers send them.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Annotated, Any, Literal, get_type_hints
 
 import msgspec
@@ -34,6 +34,9 @@ JSON = "application/json"
 LINES = ("application/jsonl", "application/x-ndjson")
 WHOLE = [version for version in VERSIONS if not wire.has_blocks(version)]
 GENERATIONS_AT_ONCE = 64
+
+ReadPage = Callable[[Cursor | None], Awaitable[tuple[list[records.Generation], Cursor | None]]]
+"""Read the page of a request that begins behind this position."""
 
 routes = router("generations")
 
@@ -64,6 +67,9 @@ class GenerationQuery(GenerationFilters):
     """Filters and page of generations."""
 
     limit: int = Field(100, ge=1, le=1000)
+    details: bool = Field(
+        True, description="Whether to tell what there is for each id: logprobs, sampling masks and routed experts."
+    )
     # Every such text is a position: none is invalid.
     cursor: str | None = Field(
         None, pattern="^[0-9a-f]{16}[0-7][0-9a-f]{15}$", description="`next` of the previous page."
@@ -218,9 +224,15 @@ async def query_generations(
     """Find generations, in the order in which they finished."""
     filters, after, accepted = wanted.filters(), wanted.after(), _accepted(request)
     limit = GENERATIONS_AT_ONCE if accepted in LINES else wanted.limit
-    found, end = await database.read(lambda connection: generations.page(connection, filters, after, limit))
+
+    async def page(after: Cursor | None) -> tuple[list[records.Generation], Cursor | None]:
+        return await database.read(
+            lambda connection: generations.page(connection, filters, after, limit, wanted.details)
+        )
+
+    found, end = await page(after)
     if accepted in LINES:
-        return StreamingResponse(_lines(database, filters, found, end), media_type=accepted)
+        return StreamingResponse(_lines(database, page, found, end), media_type=accepted)
     cursor = cursor_of(end)
     if accepted in WHOLE:
         message = await database.run(lambda: wire.encode(found, cursor=cursor, version=accepted))
@@ -252,16 +264,14 @@ async def query_losses(database: Database) -> Response:
 
 
 async def _lines(
-    database: Transactions, filters: Filters, found: list[records.Generation], end: Cursor | None
+    database: Transactions, page: ReadPage, found: list[records.Generation], end: Cursor | None
 ) -> AsyncIterator[bytes]:
     """Yield all generations from the first page on; one page at a time is in memory."""
     while True:
         yield await database.run(lambda some=found: b"".join(_json(each) + b"\n" for each in some))
         if end is None:
             return
-        found, end = await database.read(
-            lambda connection, after=end: generations.page(connection, filters, after, GENERATIONS_AT_ONCE)
-        )
+        found, end = await page(end)
 
 
 def _accepted(request: Request) -> str:

@@ -81,7 +81,8 @@ class Server:
             answered(prompt, context, self.said, self._text, self.tokenizer.eos_token_id)
         # Without a text where the ids are not those of one, as vLLM has it.
         text = None if self.context and prompt[: len(self.context)] == self.context else self._rendered()
-        choice = Choice(token_ids=array("i", self.said), text=self._text, finish_reason="stop")
+        logprobs = array("f", [-1.0]) * len(self.said)
+        choice = Choice(token_ids=array("i", self.said), text=self._text, finish_reason="stop", logprobs=logprobs)
         generation = Generation(
             request_id="chatcmpl-1",
             endpoint=continuation.ROUTES[0],
@@ -133,8 +134,10 @@ class WatchedStore:
         self.gate.wait()
         return self._store.tally(**filters)
 
-    def generations(self, *at_once: int, **filters: Any) -> Iterator[Generation]:
-        for each in self._store.generations(*at_once, **filters):
+    def generations(self, *at_once: int, **options: Any) -> Iterator[Generation]:
+        for each in self._store.generations(*at_once, **options):
+            # Many times as large as all else.
+            assert not any(choice.logprobs or choice.routed_experts for choice in each.choices)
             self.read += 1
             yield each
 

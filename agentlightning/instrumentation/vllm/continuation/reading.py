@@ -37,7 +37,7 @@ CALLS_AT_ONCE = 8
 SHARE = 0.5
 """The part of a request's time after which no further page is read: the rest is for looking at what was read."""
 PATIENCE = 1.0
-"""Seconds that a thread waits while a database is written. Over HTTP it may wait for longer; no request does."""
+"""Seconds that a thread waits for a store: one that does not answer keeps no thread for longer. No request does."""
 SECONDS_BETWEEN_FAILURES = 5.0
 OVERLAP = 10 * 1_000_000_000
 """Nanoseconds that are read again: a call may be stored later than one that has ended after it."""
@@ -140,7 +140,7 @@ class Log:
         wanted = filters.copy()
         wanted["since"] = self.latest if self.is_behind else max(0, self.latest - OVERLAP)
         self.is_behind, new = True, 0
-        for generation in store.generations(CALLS_AT_ONCE, **wanted):
+        for generation in store.generations(CALLS_AT_ONCE, details=False, **wanted):
             if generation.id in self.seen:
                 continue
             self._add(generation, RecordedCall.of(generation, served_model))
@@ -300,7 +300,7 @@ def reader() -> Reader:
     assert place is not None
     if _reader is None or _reader[0] != place:
         close()
-        _reader = place, Reader(lambda: open_store(place, read_only=True, patience=PATIENCE))
+        _reader = place, Reader(lambda: open_store(place, read_only=True, patience=PATIENCE, seconds=PATIENCE))
     return _reader[1]
 
 
