@@ -26,6 +26,8 @@ from vllm.entrypoints.speech_to_text.translation.serving import OpenAIServingTra
 from agentlightning import instrumentation
 from agentlightning.instrumentation.vllm import _context, _isolation
 from agentlightning.instrumentation.vllm._context import RequestContext
+from agentlightning.instrumentation.vllm.capture import conversion
+from agentlightning.instrumentation.vllm.capture.conversion import CapturedRequest
 
 pytestmark = pytest.mark.forked
 
@@ -82,6 +84,20 @@ def test_decisions_check_their_model_in_the_base_class() -> None:
 def test_an_audio_request_names_its_model(serving_class: type[Any], request_class: Any) -> None:
     assert checked(serving_class, request_class.model_construct(**AUDIO, model="asked for")).model == "asked for"
     assert checked(serving_class, request_class.model_construct(**AUDIO, model=None)).model == "served"
+
+
+@pytest.mark.parametrize(
+    ("state", "base_id"),
+    [({"request_metadata": SimpleNamespace(request_id="transcribe-abc")}, None), ({}, "abc")],
+    ids=["vLLM's own", "the client's"],
+)
+def test_the_id_of_an_answer_to_audio_has_no_number_of_a_part(state: dict[str, Any], base_id: str | None) -> None:
+    """Audio that is too long for one request is cut into several."""
+    context = RequestContext(scope={"state": state}, base_id=base_id)
+
+    for name in ("transcribe-abc", "transcribe-abc-1"):
+        captured = CapturedRequest(name, 0.0, None, None, context)
+        assert conversion._response_id(captured, context) == "transcribe-abc"
 
 
 def test_ids_are_made_of_the_clients_or_vllms_own() -> None:
