@@ -34,7 +34,8 @@ LEAST_BYTES = 2
 
 BYTES_AT_ONCE = 1 << 20
 
-_STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+# A quote after a backslash begins no string: else one that is cut off would be searched again from each of them.
+_STRINGS = re.compile(rb'(?<!\\)"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _OPENING = b"[{"
 _SEPARATORS = b"," + _OPENING
 

@@ -119,6 +119,14 @@ def test_json_of_fewer_values_but_many_objects_is_refused_before_it_is_decoded(
         assert_works(client)
 
 
+def test_text_that_never_ends_is_refused_soon(target: StoreServer) -> None:
+    """Regression test: it was searched for its end again from each quote in it."""
+    body = b'{"input":["' + b'{\\"' * 700_000
+    with target.client() as client:
+        assert "the body is no JSON" in assert_refused(client.post("/v1/agl/rollouts", content=body, headers=JSON), 400)
+        assert_works(client)
+
+
 def test_brackets_in_a_text_are_no_objects(target: StoreServer) -> None:
     text = '{"[' * 400_000
     with target.client() as client:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from threading import Barrier
@@ -75,6 +76,45 @@ def test_write_that_raises_is_rolled_back_alone(url: str) -> None:
 
     first, refused, second, taken, third = run(url, script)
     assert (first, second, third) == (1, 1, 1)
+    assert isinstance(refused, LookupError)
+    assert isinstance(taken, InvalidRecord)
+    assert kept(url) == ["a", "b", "c"]
+
+
+def test_writes_of_one_kind_are_run_at_once_and_each_gets_its_outcome(url: str) -> None:
+    runs: list[list[str]] = []
+
+    def add_all(connection: Connection, names: Sequence[str]) -> list[str]:
+        runs.append([*names])
+        add(*names)(connection)
+        return [name.upper() for name in names]
+
+    async def script(running: Transactions) -> list[str]:
+        first = asyncio.ensure_future(running.write(lambda _: time.sleep(0.2)))
+        # The others wait while the first one is written.
+        await asyncio.sleep(0.05)
+        found = await asyncio.gather(*(running.write_together(add_all, name) for name in "abc"))
+        await first
+        return found
+
+    assert run(url, script) == ["A", "B", "C"]
+    assert runs == [["a", "b", "c"]]
+    assert kept(url) == ["a", "b", "c"]
+
+
+def test_one_of_several_that_cannot_be_written_fails_alone(url: str) -> None:
+    def add_all(connection: Connection, names: Sequence[str]) -> list[str]:
+        if "refused" in names:
+            raise LookupError("not this one")
+        add(*names)(connection)
+        return [*names]
+
+    async def script(running: Transactions) -> list[Any]:
+        names = ("a", "refused", "b", "a", "c")
+        return await asyncio.gather(*(running.write_together(add_all, name) for name in names), return_exceptions=True)
+
+    first, refused, second, taken, third = run(url, script)
+    assert (first, second, third) == ("a", "b", "c")
     assert isinstance(refused, LookupError)
     assert isinstance(taken, InvalidRecord)
     assert kept(url) == ["a", "b", "c"]
