@@ -109,7 +109,7 @@ def test_reasoning_stays_while_the_template_keeps_it_whether_or_not_it_is_sent_b
 
 
 def test_the_marks_of_a_tools_result_are_seen_by_a_template_whatever_stands_in_for_it() -> None:
-    """As Qwen 3 does it: what a user says within these marks is no new question."""
+    """Template like that of Qwen 3: text of a user within these marks is no new question."""
     is_user = "message['role'] == 'user'"
     served = Served(QWEN3.replace(is_user, f"{is_user} and not message['content'].startswith('<tool_response>')"))
     served.call([USER], REASONED_TEXT, REASONED)

@@ -1,4 +1,4 @@
-"""What has changed since: asked for often, and answered from a few entries of indexes. The caller owns the transaction.
+"""Changes since a moment: asked for often, and answered from a few entries of indexes. The caller owns the transaction.
 
 Generations and spans are only added, so the highest keys tell that some are new. Rollouts and their attempts change in
 place, so each change gives the rollout a higher number in its column `changed`.

@@ -20,7 +20,7 @@ WORTH_BYTES, WORTH_SHARE = 8 * 1024 * 1024, 0.2
 WORTH_REPEATING = 0.9
 """Share of its size that a table may keep if its rows are to be moved once more."""
 BYTES_AT_ONCE = 2 * 1024 * 1024
-"""Of a table, in one transaction: some 50 ms, during which no other process writes."""
+"""Bytes of a table that one transaction moves: some 50 ms, during which no other process writes."""
 ROW_BYTES = 40
 """A row's header, pointer and padding."""
 TOAST = 1.05

@@ -28,7 +28,7 @@ _SPANS, _GENERATIONS, _LOST = tables.spans.c, tables.generations.c, tables.lost_
 
 @dataclass(frozen=True, slots=True)
 class Endings:
-    """What is known of rollouts that are waited for.
+    """State of rollouts that are waited for.
 
     Attributes:
         states: their states, and when they ended, by id; without those that no store knows.
@@ -42,7 +42,7 @@ class Endings:
 
     @property
     def are_all(self) -> bool:
-        """Whether all that are known have ended."""
+        """True if all that are known have ended."""
         return len(self.ended) == len(self.states)
 
 

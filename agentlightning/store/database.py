@@ -219,7 +219,7 @@ def is_single_writer(connection: Connection) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What a transaction of a database that several hosts write to was told when it began.
+    """Answer to the message with which a transaction of a database that several hosts write to begins.
 
     Attributes:
         clock: the database's own, in seconds since the epoch.

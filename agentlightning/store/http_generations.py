@@ -35,7 +35,7 @@ class _Added(msgspec.Struct):
 
 
 class GenerationSender:
-    """What a store over HTTP remembers of the server that it sends generations to: its version, and blocks it has.
+    """Sender of generations to one server, with the version that it reads and the blocks that it has.
 
     Args:
         register_again: registers a sender that the server does not know any more.
