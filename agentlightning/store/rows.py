@@ -136,7 +136,12 @@ def _converted(values: Sequence[Any], convert: Callable[[Any], Any] | None) -> I
 
 def versions_text(versions: list[tuple[str, int, int]]) -> str:
     """Write the weight versions of a choice as JSON, in less time than `json.dumps`."""
-    return f"[{', '.join([f'[{encode_basestring_ascii(name)}, {start:d}, {end:d}]' for name, start, end in versions])}]"
+    try:
+        spans = [f"[{encode_basestring_ascii(name)}, {start:d}, {end:d}]" for name, start, end in versions]
+    except (TypeError, ValueError):
+        # A program may have given its weights a number for a name.
+        return json.dumps(versions)
+    return f"[{', '.join(spans)}]"
 
 
 def versions_of(found: str | None) -> list[tuple[str, int, int]] | None:
