@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from agentlightning.drift._records import Token
 from agentlightning.token_text import TokenTexts
 
-__all__ = ["align"]
+__all__ = ["align", "differing"]
 
 CONTEXT = 3
 # Ids of both sides that are kept of a break.
@@ -30,7 +31,7 @@ def align(
     """
     start = max(position - CONTEXT, 0)
     one, other = before[start : position + shown], prompt[start : position + shown]
-    differs = _differing(one, other)
+    differs = differing(one, other)
     known = texts if texts_before is None else texts_before
     return _tokens(one, differs[0], known), _tokens(other, differs[1], texts)
 
@@ -42,15 +43,15 @@ def _tokens(ids: Sequence[int], differs: Sequence[bool], texts: TokenTexts | Non
     ]
 
 
-def _differing(one: Sequence[int], other: Sequence[int]) -> tuple[list[bool], list[bool]]:
-    """Mark the ids that differ. What goes on behind the end of the first is new, and is not marked."""
+def differing(one: Sequence[Any], other: Sequence[Any]) -> tuple[list[bool], list[bool]]:
+    """Mark the ids, or words, that differ, in linear time. What goes on behind the end of the first is not marked."""
     marks = [False] * len(one), [False] * len(other)
     at, beside = 0, 0
     while at < len(one) and beside < len(other):
         if one[at] == other[beside]:
             at, beside = at + 1, beside + 1
             continue
-        left, right = _next_same(one[at:], other[beside:])
+        left, right = _next_same(one[at : at + MOST_SKIPPED], other[beside : beside + MOST_SKIPPED])
         marks[0][at : at + left] = [True] * left
         marks[1][beside : beside + right] = [True] * right
         at, beside = at + left, beside + right
@@ -58,7 +59,7 @@ def _differing(one: Sequence[int], other: Sequence[int]) -> tuple[list[bool], li
     return marks
 
 
-def _next_same(one: Sequence[int], other: Sequence[int]) -> tuple[int, int]:
+def _next_same(one: Sequence[Any], other: Sequence[Any]) -> tuple[int, int]:
     """Count the ids to skip on both sides, as few as possible, until two ids are the same."""
     for skipped in range(1, min(len(one) + len(other), MOST_SKIPPED)):
         for left in range(max(skipped - len(other) + 1, 0), min(skipped, len(one) - 1) + 1):

@@ -12,6 +12,7 @@ from agentlightning.common_prefix import common_length
 __all__ = [
     "are_same_parts",
     "characters",
+    "cut_thoughts",
     "defines_tools",
     "parts_of",
     "similarity_of",
@@ -52,16 +53,16 @@ def split_header(text: str) -> tuple[str, str]:
 
 
 def thoughts_in(text: str) -> list[str]:
-    return [each.strip() for is_thought, each in _cut(text) if is_thought and each.strip()] or (
-        [""] if any(is_thought for is_thought, _ in _cut(text)) else []
+    return [each.strip() for is_thought, each in cut_thoughts(text) if is_thought and each.strip()] or (
+        [""] if any(is_thought for is_thought, _ in cut_thoughts(text)) else []
     )
 
 
 def without_thoughts(text: str) -> str:
-    return "".join(each for is_thought, each in _cut(text) if not is_thought)
+    return "".join(each for is_thought, each in cut_thoughts(text) if not is_thought)
 
 
-def _cut(text: str) -> Iterator[tuple[bool, str]]:
+def cut_thoughts(text: str) -> Iterator[tuple[bool, str]]:
     """Cut a text into what is reasoning and what is not."""
     for opener, closer in _THOUGHTS:
         opened, closed = text.find(opener), text.find(closer)
