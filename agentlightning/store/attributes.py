@@ -11,6 +11,7 @@ from typing import Any
 __all__ = [
     "ANNOTATION",
     "GENERATION",
+    "NOTE",
     "OUTCOME",
     "PROJECT",
     "RESPONSE",
@@ -30,6 +31,8 @@ GENERATION = "agentlightning.generation_id"
 """Attribute of a reward: the id of the generation that it belongs to."""
 OUTCOME = "agentlightning.outcome"
 """Attribute of a reward: true if it belongs to the last call of its attempt, whenever it was given."""
+NOTE = "agentlightning.note"
+"""Attribute of an annotation: what a person has written about an attempt or a call."""
 TAGS = "agentops.tags"
 """Attribute of the AgentOps SDK: a list of texts, among them perhaps `agentlightning.rollout_id=ID`."""
 PROJECT = "agentops.project.id"
@@ -70,14 +73,17 @@ def reward(name: str, attributes: Mapping[str, Any]) -> float | None:
     return None
 
 
-def reward_attributes(value: float, generation_id: str | None) -> dict[str, Any]:
+def reward_attributes(value: float | None, generation_id: str | None, note: str | None = None) -> dict[str, Any]:
     """Return the attributes of a reward as `emit_reward` of Agent Lightning 0.3 makes them, and what it belongs to.
 
     Args:
+        value: None for a note alone.
         generation_id: None for the last call of the attempt.
     """
+    given = {} if value is None else {f"{REWARD}.0.name": "primary", f"{REWARD}.0.value": value}
+    noted = {} if note is None else {NOTE: note}
     where = {OUTCOME: True} if generation_id is None else {GENERATION: generation_id}
-    return {f"{REWARD}.0.name": "primary", f"{REWARD}.0.value": value, **where}
+    return {**given, **noted, **where}
 
 
 def links(attributes: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

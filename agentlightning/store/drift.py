@@ -18,7 +18,7 @@ from agentlightning.store.trajectories import attempts_of
 from agentlightning.token_text import TokenTexts
 from agentlightning.trajectory import AttemptCalls
 
-__all__ = ["Material", "analyse_all", "read"]
+__all__ = ["Material", "analyse_all", "read", "texts_of"]
 
 VOCABULARIES_KEPT = 4
 _GENERATIONS, _SENDERS = tables.generations.c, tables.senders.c
@@ -49,7 +49,7 @@ def read(connection: Connection, rollout_id: str, attempt_id: str | None = None)
     ids = sorted({call.generation_id for attempt in attempts for call in attempt.calls})
     details = {each: found for some in in_parts(ids) for each, found in _details(connection, some)}
     digests = {each.vocabulary for each in details.values() if each.vocabulary is not None}
-    texts = {digest: found for digest in digests if (found := _texts_of(connection, digest)) is not None}
+    texts = {digest: found for digest in digests if (found := texts_of(connection, digest)) is not None}
     return Material(attempts, details, texts)
 
 
@@ -75,7 +75,7 @@ def _details(connection: Connection, ids: Iterable[str]) -> Iterator[tuple[str, 
         yield rows.uuid_text(row.id), CallDetails(row.cached_tokens, None if row.digest is None else bytes(row.digest))
 
 
-def _texts_of(connection: Connection, digest: bytes) -> TokenTexts | None:
+def texts_of(connection: Connection, digest: bytes) -> TokenTexts | None:
     """Return the texts of a vocabulary; None where it is not stored, or damaged.
 
     The latest are kept: one takes longer to read than many rollouts.

@@ -15,7 +15,7 @@ from agentlightning.store import attributes, lifecycle, rollouts, sessions, span
 from agentlightning.store.database import now
 from agentlightning.store.spans import NewSpan, new_span
 
-__all__ = ["Mixed", "add_reward", "add_spans", "ingest"]
+__all__ = ["Mixed", "add_reward", "add_spans", "annotate", "ingest"]
 
 
 class Mixed(Exception):
@@ -59,20 +59,62 @@ def add_reward(
         InvalidRecord: the value is infinite or not a number.
         NotFound: no such attempt, or the generation is not one of the rollout's calls.
     """
-    if not math.isfinite(value):
-        raise InvalidRecord(f"value: a reward must be a finite number, not {value}")
     found = rollouts.attempt_id_of(connection, rollout_id, attempt_id)
     if found is None or not lifecycle.heartbeat(connection, rollout_id, found):
-        is_created = rollouts.find(connection, rollout_id) is not None
-        found = None if is_created else triplets.recorded_attempt(connection, rollout_id, attempt_id)
-        if found is None:
-            raise NotFound(f"there is no attempt {attempt_id!r} of a rollout {rollout_id!r}")
+        found = _recorded_attempt(connection, rollout_id, attempt_id)
+    return _annotated(connection, rollout_id, found, value, generation_id, None)
+
+
+def annotate(
+    connection: Connection,
+    rollout_id: str,
+    attempt_id: str,
+    value: float | None,
+    generation_id: str | None,
+    note: str | None,
+) -> NewSpan:
+    """Reward an attempt or one of its calls in the name of a person, or note something about it.
+
+    That is the same span as `add_reward` makes, but no sign of life of the attempt.
+
+    Args:
+        value: None for a note alone.
+        note: None for a reward alone.
+
+    Raises:
+        InvalidRecord, NotFound: as for `add_reward`.
+    """
+    found = rollouts.attempt_id_of(connection, rollout_id, attempt_id)
+    if found is None or rollouts.find_attempt(connection, rollout_id, found) is None:
+        found = _recorded_attempt(connection, rollout_id, attempt_id)
+    return _annotated(connection, rollout_id, found, value, generation_id, note)
+
+
+def _recorded_attempt(connection: Connection, rollout_id: str, attempt_id: str) -> str:
+    """Return an attempt of a rollout that has only been recorded; its id is empty where its calls name none."""
+    is_created = rollouts.find(connection, rollout_id) is not None
+    found = None if is_created else triplets.recorded_attempt(connection, rollout_id, attempt_id)
+    if found is None:
+        raise NotFound(f"there is no attempt {attempt_id!r} of a rollout {rollout_id!r}")
+    return found
+
+
+def _annotated(
+    connection: Connection,
+    rollout_id: str,
+    attempt_id: str,
+    value: float | None,
+    generation_id: str | None,
+    note: str | None,
+) -> NewSpan:
+    if value is not None and not math.isfinite(value):
+        raise InvalidRecord(f"value: a reward must be a finite number, not {value}")
     if generation_id is not None and not triplets.has_call(connection, rollout_id, generation_id):
         raise NotFound(f"there is no generation {generation_id!r} of the rollout {rollout_id!r}")
     at = now(connection)
-    given = attributes.reward_attributes(value, generation_id)
+    given = attributes.reward_attributes(value, generation_id, note)
     reward = with_ids(
-        Span(attributes.ANNOTATION, rollout_id, found, attributes=given, start_time=at, end_time=at).as_dict()
+        Span(attributes.ANNOTATION, rollout_id, attempt_id, attributes=given, start_time=at, end_time=at).as_dict()
     )
     ids = {"trace_id": reward["trace_id"], "span_id": reward["span_id"]}
     new = new_span({**reward, "context": {**ids, "is_remote": False, "trace_state": {}}})
