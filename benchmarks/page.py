@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import psutil
 from playwright.sync_api import Browser, Page
 
@@ -26,11 +27,14 @@ from benchmarks.load import HOST
 from benchmarks.machine import BusyMeter
 from benchmarks.report import Part, Row, Section, Summary, Target, say
 from tests.common.browser import MISSING, Visit, chromium, program
-from tests.common.rollouts import Rollout, fill, long_generation
+from tests.common.rollouts import Rollout, conversation, fill, long_generation, long_prompts
 
 ROUNDS, QUICK_ROUNDS = 15, 5
 FEW, MANY = 100, 10_000
 SHORT, LONG = 1_024, 32_768
+FEW_CALLS, MANY_CALLS = 10, 200
+CHARACTERS = 300_000
+BYTES_LIMIT = 2_000_000
 FRAMES, PIXELS = 120, 300
 KEYS = 10
 LONG_FRAME = 50
@@ -77,6 +81,14 @@ async (text) => {
   return performance.now() - started;
 }
 """
+UNFOLDED = """
+async () => {
+  const started = performance.now();
+  document.querySelector(".call summary").click();
+  await new Promise((resolve) => requestAnimationFrame(() => setTimeout(resolve)));
+  return performance.now() - started;
+}
+"""
 PRESSED = """
 async (times) => {
   const frame = () => new Promise((resolve) => requestAnimationFrame(() => setTimeout(resolve)));
@@ -96,8 +108,8 @@ async (times) => {
 
 ABOUT = (
     "Chromium without a window and without a graphics card, 1,440 by 900 pixels, on the machine of the store. Each "
-    "visit is the first of its browser, to the list of so many rollouts, or to a generation of so many tokens with "
-    "their logprobs; a ratio is to the row above."
+    "visit is the first of its browser, to the list of so many rollouts, to a generation of so many tokens with "
+    "their logprobs, or to a rollout of so many calls; a ratio is to the row above."
 )
 
 
@@ -154,6 +166,8 @@ def visits(browser: Browser, folder: Path, rounds: int) -> list[Section]:
         say(f"writing {count:,} rollouts to look at")
         rollouts[path] = fill(str(path), count)
     short, long = (f"/generation?id={long_generation(str(few), ids).id}" for ids in (SHORT, LONG))
+    short_talk, long_talk = (conversation(str(few), calls) for calls in (FEW_CALLS, MANY_CALLS))
+    prompts = long_prompts(str(few), MANY_CALLS, CHARACTERS)
     with agl_store(few, folder / "few.log") as one, agl_store(many, folder / "many.log") as other:
         urls = {path: f"http://{HOST}:{server.port}" for path, server in ((few, one), (many, other))}
         kinds = [
@@ -161,11 +175,21 @@ def visits(browser: Browser, folder: Path, rounds: int) -> list[Section]:
             Kind(f"{MANY:,} rollouts", True, f"{urls[many]}/", searching(rollouts[many])),
             Kind(f"{SHORT:,} tokens", False, f"{urls[few]}{short}", pressing),
             Kind(f"{LONG:,} tokens", True, f"{urls[few]}{long}", pressing),
+            Kind(f"{FEW_CALLS:,} calls", False, f"{urls[few]}/rollout?id={short_talk}", unfolding),
+            Kind(f"{MANY_CALLS:,} calls", True, f"{urls[few]}/rollout?id={long_talk}", unfolding),
         ]
         measured: dict[str, list[Visited]] = {kind.label: [] for kind in kinds}
         for kind in interleaved(kinds, rounds, "visits, timed"):
             measured[kind.label].append(visited(browser, kind))
-    return tables(kinds, measured)
+        page = httpx.get(f"{urls[few]}/rollout", params={"id": prompts}, timeout=600)
+    return [*tables(kinds, measured), size_of(page)]
+
+
+def size_of(page: httpx.Response) -> Section:
+    """The bytes of a page of long prompts, of which each begins differently."""
+    label = f"{MANY_CALLS} prompts of {CHARACTERS:,} characters"
+    megabytes = Summary.of([len(page.content) / 1e6])
+    return Section("The page of a rollout", "MB", rows=[Row(label, megabytes, None, Target(BYTES_LIMIT / 1e6))])
 
 
 def searching(rollouts: Sequence[Rollout]) -> Callable[[Page], float]:
@@ -176,6 +200,11 @@ def searching(rollouts: Sequence[Rollout]) -> Callable[[Page], float]:
 def pressing(page: Page) -> float:
     """Goes from token to token."""
     return statistics.median(page.evaluate(PRESSED, KEYS))
+
+
+def unfolding(page: Page) -> float:
+    """Unfolds the first system prompt."""
+    return page.evaluate(UNFOLDED)
 
 
 def visited(browser: Browser, kind: Kind) -> Visited:
@@ -191,15 +220,16 @@ def visited(browser: Browser, kind: Kind) -> Visited:
 
 
 def tables(kinds: Sequence[Kind], measured: Mapping[str, Sequence[Visited]]) -> list[Section]:
-    """Each measure, with a limit to each of the two that are large."""
+    """Each measure, with a limit to each of those that are large."""
 
-    def compared(of: Callable[[Visited], float], *limits: float) -> list[Row]:
+    def compared(of: Callable[[Visited], float], *limits: float | None) -> list[Row]:
         rows: list[Row] = []
         above: list[float] = []
         remaining = iter(limits)
         for kind in kinds:
             values = [of(each) for each in measured[kind.label]]
-            target = Target(next(remaining)) if kind.is_large else None
+            limit = next(remaining) if kind.is_large else None
+            target = None if limit is None else Target(limit)
             rows.append(Row.of(kind.label, values, above if kind.is_large else values, target))
             above = values
         return rows
@@ -215,16 +245,21 @@ def tables(kinds: Sequence[Kind], measured: Mapping[str, Sequence[Visited]]) -> 
 
     scrolling = f"{FRAMES} frames, in each of which it is scrolled by {PIXELS} pixels"
     return [
-        Section("First paint", "ms", "Until there is something to read.", compared(lambda each: each.painted, 1.5, 2)),
-        Section("Ready", "ms", "Until every script has run.", compared(lambda each: each.ready, 1.5, 5)),
+        Section(
+            "First paint", "ms", "Until there is something to read.", compared(lambda each: each.painted, 1.5, 2, None)
+        ),
+        Section("Ready", "ms", "Until every script has run.", compared(lambda each: each.ready, 1.5, 5, 3)),
         Section(
             "Answer",
             "ms",
             "Of the list: from the last letter in the search until the one that it finds is shown, of which 300 ms are "
-            "waited for one more letter. Of tokens: from an arrow key until the next one is.",
-            compared(lambda each: each.answered, 1.5, 1.5),
+            "waited for one more letter. Of tokens: from an arrow key until the next one is. Of calls: from a click on "
+            "a system prompt until it is unfolded.",
+            compared(lambda each: each.answered, 1.5, 1.5, None),
         ),
-        Section("A frame", "ms", f"{scrolling}.", compared(lambda each: statistics.median(each.frames), 1.25, 1.25)),
+        Section(
+            "A frame", "ms", f"{scrolling}.", compared(lambda each: statistics.median(each.frames), 1.25, 1.25, None)
+        ),
         Section(f"Frames of more than {LONG_FRAME} ms", "%", "Of the same.", counted(long_frames, 5)),
         Section("The longest frame", "ms", "Of the same.", counted(lambda each: max(each.frames), None)),
     ]

@@ -186,6 +186,59 @@ def long_generation(url: str, ids: int) -> Generation:
     return made
 
 
+def conversation(url: str, calls: int) -> str:
+    """Put one conversation of so many calls into a store; returns the id of its rollout, which was never queued."""
+    rollout_id = f"conversation-{calls}"
+    prompt = _turn("system", SYSTEM) + _turn("user", f"Count to {calls}.")
+    made: list[Generation] = []
+    for number in range(calls):
+        prompt += f"{START}assistant\n"
+        answer = TOOL_CALL.format(f"{number} + 1")
+        made.append(_spoken(rollout_id, number, prompt, tokens(prompt), answer))
+        prompt += f"{answer}{END}\n{_turn('tool', f'{number + 1} is what the calculator says. {WORDS}')}"
+    _put(url, made)
+    return rollout_id
+
+
+def long_prompts(url: str, calls: int, characters: int) -> str:
+    """Put so many calls with long prompts that begin differently into a store; returns the id of their rollout."""
+    rollout_id = f"prompts-{calls}"
+    filler = f"{WORDS} " * (characters // len(WORDS))
+    for number in range(calls):
+        prompt = _turn("system", f"It is minute {number}. {filler}"[:characters]) + f"{START}assistant\n"
+        # The ids of one prompt, of which the first differs: to make those of each would take minutes.
+        ids = [number, *([300] * (characters // 4))]
+        _put(url, [_spoken(rollout_id, number, prompt, ids, "Yes.")])
+    return rollout_id
+
+
+def _spoken(rollout_id: str, number: int, prompt: str, prompt_token_ids: list[int], answer: str) -> Generation:
+    finished_at = time.time_ns() - 3600 * SECOND + number * SECOND
+    response_id = f"{rollout_id}-{number}"
+    token_ids = tokens(answer + END)
+    return Generation(
+        request_id=response_id,
+        response_id=response_id,
+        endpoint="/v1/chat/completions",
+        model=MODEL,
+        rollout_id=rollout_id,
+        attempt_id="at-1",
+        started_at=finished_at - SECOND // 2,
+        finished_at=finished_at,
+        status="finished",
+        prompt_token_ids=array("i", prompt_token_ids),
+        prompt_text=prompt,
+        choices=[Choice(token_ids=array("i", token_ids), text=answer, logprobs=array("f", [-0.5] * len(token_ids)))],
+    )
+
+
+def _put(url: str, made: list[Generation]) -> None:
+    with closing(open_database(url)) as database, database.writing() as connection:
+        sender = _sender("gpu-9", time.time())
+        senders.register(connection, sender)
+        generations.add(connection, made, sender.id)
+
+
 def tokens(text: str) -> list[int]:
     """The ids of a text, as the tokenizer of the model has them: of what it has no word for, those of its bytes."""
     found: list[int] = []
