@@ -40,7 +40,6 @@ from agentlightning.triplet import Triplet
 __all__ = [
     "CALLER",
     "PROMPT",
-    "GenerationPosition",
     "RolloutCalls",
     "caller_of",
     "calls_of",
@@ -48,7 +47,6 @@ __all__ = [
     "has_call",
     "of_responses",
     "of_rollout",
-    "positions_of",
     "recorded_attempt",
     "rollouts_of",
 ]
@@ -59,21 +57,6 @@ CALLER = (_GENERATIONS.agent_key, _GENERATIONS.parent_agent_key, _GENERATIONS.pu
 """The columns of which `caller_of` makes what a call says of its caller."""
 PROMPT = (_GENERATIONS.prompt_token_ids, _GENERATIONS.ids_block)
 """The columns of which `prompts.ids_of` makes the ids of a prompt."""
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationPosition:
-    """A generation of a rollout's call, with what its triplets say of it besides their ids.
-
-    Attributes:
-        caller: what it says of its caller, by the names of the fields.
-    """
-
-    generation_id: str
-    attempt_id: str | None
-    span_id: str | None
-    reward: float | None
-    caller: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,22 +172,6 @@ def calls_of(
     given = given_rewards(spans)
     rollout = rollouts.find(connection, rows.storable(rollout_id) or "")
     return RolloutCalls(calls, rollout, known, rewards_of(calls, given), given)
-
-
-def positions_of(connection: Connection, rollout_id: str) -> list[GenerationPosition]:
-    """List the generations of a rollout's calls, in the order of its triplets, without their contents."""
-    found = calls_of(connection, rollout_id, None, CALLER)
-    return [
-        GenerationPosition(
-            rows.uuid_text(row.id),
-            call.attempt_id,
-            call.span.span_id if call.span else None,
-            found.rewards.get(row.key),
-            caller_of(row, found.texts),
-        )
-        for call in found.calls
-        for row in call.generations
-    ]
 
 
 def recorded_attempt(connection: Connection, rollout_id: str, attempt_id: str | None) -> str | None:

@@ -6,71 +6,99 @@ from pathlib import Path
 
 import pytest
 
-from agentlightning.generation import Choice
 from agentlightning.server.page import conversation
-from agentlightning.server.page.conversation import conversation_of
+from agentlightning.server.page.conversation import EarlierTexts, conversation_of
 from agentlightning.store import open_database, open_store
 from tests.common.generations import generation
 
 pytestmark = pytest.mark.tier("check")
 
 
-def new_texts(
-    path: Path, *calls: tuple[str | None, str | None], attempts: str = "aaaaa"
-) -> list[tuple[str | None, bool]]:
-    """Return the new part of each prompt (given with its answer), and whether it continues earlier text."""
-    with open_store(str(path)) as store:
-        store.add(
-            [
-                generation(
-                    number, rollout_id="r", attempt_id=attempt, prompt_text=prompt, choices=[Choice(text=answer)]
-                )
-                for number, ((prompt, answer), attempt) in enumerate(zip(calls, attempts, strict=False))
-            ]
-        )
-    database = open_database(str(path))
-    with database.reading() as connection:
-        found = conversation_of(connection, "r")
-    database.close()
-    assert found.left_out == 0
-    return [(call.new_text, call.is_continued) for call in found.calls]
+def beginnings(*calls: tuple[str | None, str | None]) -> list[tuple[str | None, str | None, int | None]]:
+    """Return what is new in each prompt (given with its answer), how it begins, and as which call."""
+    earlier = EarlierTexts()
+    found: list[tuple[str | None, str | None, int | None]] = []
+    for number, (prompt, answer) in enumerate(calls, 1):
+        start, relation, before = earlier.add(number, prompt, [answer])
+        found.append((None if prompt is None else prompt[start:], relation, before))
+    return found
 
 
-def test_call_shows_only_the_new_part_of_its_prompt(tmp_path: Path) -> None:
-    assert new_texts(
-        tmp_path / "store.db", ("Q1 A:", "one"), ("Q1 A:one Q2 A:", "two"), ("Q1 A:one Q2 A:two Q3", "")
-    ) == [
-        ("Q1 A:", False),
-        (" Q2 A:", True),
-        (" Q3", True),
+def test_call_shows_only_the_new_part_of_its_prompt() -> None:
+    assert beginnings(("Q1 A:", "one"), ("Q1 A:one Q2 A:", "two"), ("Q1 A:one Q2 A:two Q3", "")) == [
+        ("Q1 A:", None, None),
+        (" Q2 A:", "continues", 1),
+        (" Q3", "continues", 2),
     ]
 
 
-def test_answer_without_its_reasoning_in_the_next_prompt_counts_as_repeated(tmp_path: Path) -> None:
-    assert new_texts(tmp_path / "store.db", ("Q1 A:", "<think>hm</think>one"), ("Q1 A:one Q2 A:", "two")) == [
-        ("Q1 A:", False),
-        ("one Q2 A:", True),
+def test_answer_without_its_reasoning_in_the_next_prompt_is_told_from_one_as_it_was() -> None:
+    assert beginnings(("Q1 A:", "<think>hm</think>one"), ("Q1 A:one Q2 A:", "two"), ("Q1 A:one Q2 A:two Q3", "")) == [
+        ("Q1 A:", None, None),
+        ("one Q2 A:", "repeats", 1),
+        (" Q3", "continues", 2),
     ]
 
 
-def test_alternating_agents_continue_their_own_prompts(tmp_path: Path) -> None:
-    calls = ("plan A:", "p"), ("write A:", "w"), ("plan A:p more", "q"), ("write A:w more", "x")
-
-    assert new_texts(tmp_path / "store.db", *calls) == [
-        ("plan A:", False),
-        ("write A:", False),
-        (" more", True),
-        (" more", True),
+def test_alternating_agents_continue_their_own_prompts() -> None:
+    assert beginnings(("plan A:", "p"), ("write A:", "w"), ("plan A:p more", "q"), ("write A:w more", "x")) == [
+        ("plan A:", None, None),
+        ("write A:", None, None),
+        (" more", "continues", 1),
+        (" more", "continues", 2),
     ]
 
 
-def test_new_attempt_shows_its_whole_prompt(tmp_path: Path) -> None:
-    assert new_texts(tmp_path / "store.db", ("Q A:", "1"), ("Q A:", "1"), attempts="ab") == [("Q A:", False)] * 2
+def test_branch_from_an_earlier_call_continues_that_call() -> None:
+    assert beginnings(("Q1 A:", "one"), ("Q1 A:one Q2 A:", "two"), ("Q1 A:one Q3 A:", "three"))[2] == (
+        " Q3 A:",
+        "continues",
+        1,
+    )
+
+
+def test_prompt_that_is_sent_again_has_nothing_new() -> None:
+    prompt = f"{turn('user', 'Q')}<|im_start|>assistant\n"
+
+    assert beginnings((prompt, "one"), (prompt, "two"))[1] == ("<|im_start|>assistant\n", "repeats", 1)
+
+
+def test_prompts_with_the_same_system_message_differ_by_whole_messages() -> None:
+    first, second = (turn("system", "Work.") + turn("user", f"Question {each}") for each in (1, 2))
+
+    assert beginnings((first, ""), (second, ""))[1] == (turn("user", "Question 2"), "shares", 1)
+    # Without a mark between messages, prompts that begin alike have nothing to do with each other.
+    assert beginnings(("Question 1", ""), ("Question 2", ""))[1] == ("Question 2", None, None)
 
 
 @pytest.mark.parametrize("answer", [None, ""])
-def test_call_without_text_has_no_new_text(tmp_path: Path, answer: str | None) -> None:
-    assert new_texts(tmp_path / "store.db", (None, answer), (None, answer)) == [(None, False)] * 2
+def test_call_without_text_has_no_new_text(answer: str | None) -> None:
+    assert beginnings((None, answer), (None, answer)) == [(None, None, None)] * 2
+
+
+def turn(role: str, text: str) -> str:
+    return f"<|im_start|>{role}\n{text}<|im_end|>\n"
+
+
+def test_new_attempt_shows_its_whole_prompt_and_only_a_part_of_a_long_one(tmp_path: Path) -> None:
+    path = str(tmp_path / "store.db")
+    prompt = turn("system", "s" * 500_000) + turn("user", "Q")
+    with open_store(path) as store:
+        store.add(
+            [generation(n, rollout_id="r", attempt_id=each, prompt_text=prompt) for n, each in enumerate("aab", 1)]
+        )
+    database = open_database(path)
+    with database.reading() as connection:
+        found = conversation_of(connection, "r")
+    database.close()
+
+    assert [call.beginning.relation for call in found.calls] == [None, "repeats", None]
+    for call in (found.calls[0], found.calls[2]):
+        assert call.new is not None
+        assert [each.role for each in call.new.messages] == ["system", "user"]
+        characters = sum(len(part.text) for each in call.new.messages for part in each.parts)
+        assert characters + call.new.characters_left_out == 500_001
+        assert characters < 50_000
 
 
 def test_calls_of_an_agent_are_found_behind_those_that_are_shown(

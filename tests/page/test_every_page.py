@@ -16,6 +16,14 @@ from tests.server.process import StoreServer
 
 RULES = ("wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice")
 TRACE = "ab" * 16
+
+
+def _two_attempts(filled: Filled) -> str:
+    rollout = filled.rollout("failed")
+    one, other = (rollout.attempt_id(number) for number in (1, 2))
+    return f"/compare?id={rollout.rollout_id}&attempt={one}&other={rollout.rollout_id}&other_attempt={other}"
+
+
 PAGES: dict[str, Callable[[Filled], str]] = {
     "rollouts": lambda _: "/",
     "rollouts, sorted, filtered": lambda _: "/?q=times&status=failed&sort=duration&order=asc",
@@ -26,6 +34,8 @@ PAGES: dict[str, Callable[[Filled], str]] = {
     "calls without a rollout": lambda _: "/rollout",
     "an unknown rollout": lambda _: "/rollout?id=nothing",
     "a generation": lambda filled: f"/generation?id={filled.rollout('succeeded').generation_id(1, 0)}#t3",
+    "two attempts side by side": _two_attempts,
+    "what a rollout can be compared with": lambda filled: f"/compare?id={filled.rollout('failed').rollout_id}",
     "drift": lambda _: "/drift",
     "senders": lambda _: "/senders",
     "the HTTP API": lambda _: "/docs",

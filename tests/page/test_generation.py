@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import html
 import json
 import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import httpx
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
@@ -22,9 +19,7 @@ from tests.common.rollouts import END, START, Rollout, tokens
 from tests.page.conftest import LONG_IDS, Filled, Open
 from tests.server.process import StoreServer
 
-DESCRIPTION = re.compile(
-    r"Token (\d+): (\".*?\"), id (-?\d+)(?:, logprob (\S+) \((\S+) %\))?(?:, chosen from \d+)?(?:\. Alternatives: .*)?"
-)
+DESCRIPTION = re.compile(r"Token (\d+): (\".*?\"), id (-?\d+)(?:, logprob (\S+) \((\S+) %\))?")
 
 
 def answer(page: Page) -> Locator:
@@ -41,7 +36,7 @@ def selected_token(page: Page) -> tuple[int, str, int, float | None]:
 
 
 def highlighted(page: Page) -> Locator:
-    return page.locator(".chosen")
+    return page.locator(".tokens .chosen")
 
 
 @pytest.fixture
@@ -265,26 +260,56 @@ def test_page_without_scripts_shows_the_answer(look: Open, recorded: Generation)
     expect(page.get_by_text("Logprobs: mean")).to_be_visible()
 
 
-def test_html_has_the_alternatives_and_the_size_of_the_mask_at_each_token(tmp_path: Path) -> None:
+def test_chosen_token_shows_its_neighbours_alternatives_and_mask(visit: Callable[..., Visit], tmp_path: Path) -> None:
     with StoreServer(tmp_path / "store.db") as server:
         with open_store(server.url) as store:
             store.add([FULL])
-        answer = httpx.get(f"{server.url}/generation", params={"id": FULL.id}).text
-        prompt = httpx.get(f"{server.url}/generation/prompt", params={"id": FULL.id}).text
+        page = visit(server).page
+        page.goto(f"/generation?id={FULL.id}#t0")
+        details = page.get_by_role("region", name="Answer: the chosen token")
+        expect(details.locator(".neighbours")).to_have_text("[7][8]")
+        # The sampled one, and the one that the client asked to see beside it.
+        rows = details.get_by_role("row")
+        expect(rows).to_have_text([re.compile("Token"), re.compile(r"sampled\s*7\s*-0.1\s*90.5 %"), re.compile("-2.5")])
+        expect(details).to_contain_text(
+            'Chosen from 3 ids that top-p, top-k and min-p left: "[7]" "[9]" "[2147483647]"'
+        )
+        answer(page).focus()
+        page.keyboard.press("End")
+        expect(details).to_contain_text("Chosen from 1 id ")
+        page.keyboard.press("Escape")
+        expect(details).to_be_hidden()
+        page.get_by_text("4 tokens", exact=True).click()
+        page.get_by_role("group", name="Prompt: ").locator(".t").nth(2).click()
+        prompt = page.get_by_role("region", name="Prompt: the chosen token")
+        expect(prompt.get_by_role("row")).to_have_count(3)
+        expect(prompt).not_to_contain_text("Chosen from")
+        for address in ("at=2", "at=0&choice=9", "at=4&of=prompt"):
+            page.goto(f"/generation/token?id={FULL.id}&{address}")
+            expect(page.get_by_role("heading")).to_have_text("There is no such token")
 
-    def alternatives(page: str) -> list[tuple[str, list[list[Any]] | None, str | None]]:
-        tokens = re.findall(r'<b class="[^"]*" data-t="(-?\d+)[^"]*"(?: data-a="([^"]*)")?(?: data-m="(\d+)")?>', page)
-        return [
-            (each, json.loads(html.unescape(others)) if others else None, size or None) for each, others, size in tokens
-        ]
 
-    assert alternatives(answer) == [("7", [[9, "[9]", "-2.5"]], "3"), ("8", None, "1")]
-    assert alternatives(prompt) == [
-        ("0", None, None),
-        ("1", None, None),
-        (f"{2**31 - 1}", [[5, "[5]", "-2"], [6, "[6]", "-3"]], None),
-        ("-1", [[7, "[7]", "-4"]], None),
-    ]
+def test_text_and_ids_can_be_copied(look: Open, recorded: Generation) -> None:
+    page = look(f"/generation?id={recorded.id}")
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    token_ids, _ = choice_of(recorded)
+    for name, copied in (("Copy text", recorded.choices[0].text), ("Copy ids", json.dumps(token_ids))):
+        page.get_by_role("button", name=name).click()
+        expect(page.get_by_text(f"Copied {len(copied or '')} characters")).to_be_visible()
+        assert page.evaluate("navigator.clipboard.readText()") == copied
+
+
+def test_previous_and_next_go_through_the_calls_of_the_rollout(look: Open, rollout: Rollout) -> None:
+    page = look(f"/generation?id={rollout.generation_id(1, 0)}")
+    heading = page.get_by_role("heading", level=1)
+    expect(page.get_by_text(f"Call 1 of {len(rollout.answers)}")).to_be_visible()
+    expect(page.get_by_role("link", name="Previous call")).to_have_count(0)
+    page.get_by_role("link", name="Next call").click()
+    expect(heading).to_contain_text(rollout.generation_id(1, 1))
+    page.goto(f"/generation?id={rollout.generation_id(1, len(rollout.answers) - 1)}")
+    expect(page.get_by_role("link", name="Next call")).to_have_count(0)
+    # The reward of the attempt is that of its last call.
+    expect(page.get_by_text("reward 1", exact=True)).to_be_visible()
 
 
 def test_unknown_values_are_said_to_be_unknown(visit: Callable[..., Visit], tmp_path: Path) -> None:
@@ -300,10 +325,6 @@ def test_unknown_values_are_said_to_be_unknown(visit: Callable[..., Visit], tmp_
         answer(page).focus()
         page.keyboard.press("End")
         assert selected_token(page) == (1, "[8]", 8, -math.inf)
-        # With what it was chosen from, and what the client had asked for beside it.
-        page.keyboard.press("Home")
-        beside = 'chosen from 3. Alternatives: "[9]" (id 9, logprob -2.5'
-        expect(page.get_by_text("Token 0:")).to_contain_text(beside)
         page.goto(f"/generation?id={FULL.id}&choice=1")
         expect(page.get_by_text("No logprobs are recorded")).to_be_visible()
         page.goto(f"/generation?id={FULL.id}&choice=2")

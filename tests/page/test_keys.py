@@ -65,7 +65,7 @@ def test_browser_with_the_key_shows_every_page(locked: Locked, visit: Callable[.
     page = visit(locked.server, key=KEY).page
     page.goto("/")
     page.get_by_role("link", name=locked.rollout.rollout_id).click()
-    page.get_by_role("link", name="Call 1").click()
+    page.get_by_role("link", name="Call 1", exact=True).click()
     expect(page.get_by_role("img", name="Plot of logprobs").locator("canvas")).to_be_visible()
     page.get_by_role("region", name="Prompt").get_by_text("tokens").click()
     expect(page.get_by_role("group", name="Prompt: ")).to_be_visible()

@@ -22,6 +22,7 @@ from tests.common.reverse_proxy import PATH, PathHandling, reverse_proxy
 from tests.common.rollouts import fill
 from tests.common.vllm import free_port
 from tests.page.conftest import started
+from tests.page.test_annotations import fill_in
 from tests.server.process import StoreServer
 
 OPERATIONS = CHECKOUT / "docs" / "operations.md"
@@ -65,10 +66,19 @@ def test_pages_behind_a_proxy_link_load_and_update(
         page = visit(SimpleNamespace(url=url)).page
         page.goto(f"{PATH}/")
         page.get_by_role("link", name=rollout.rollout_id).click()
-        page.get_by_role("link", name="Call 1").click()
+        page.get_by_role("link", name="Call 1", exact=True).click()
         expect(page.get_by_role("img", name="Plot of logprobs").locator("canvas")).to_be_visible()
         page.get_by_role("region", name="Prompt").get_by_text("tokens").click()
         expect(page.get_by_role("group", name="Prompt: ")).to_be_visible()
+        fill_in(page, "0.5")
+        expect(page.get_by_role("region", name="Rewards and notes")).to_contain_text("reward 0.5")
+        page.get_by_role("link", name=rollout.rollout_id).click()
+        # Loaded with its scripts, without which nothing comes when it is unfolded.
+        page.wait_for_url("**/rollout?*")
+        page.get_by_text("Raw text", exact=True).first.click()
+        expect(page.get_by_text("<|im_start|>system").first).to_be_visible()
+        page.get_by_role("link", name="Compare").click()
+        expect(page.get_by_role("heading", name="Side by side")).to_be_visible()
         page.get_by_role("link", name="HTTP API").click()
         page.get_by_role("link", name="The OpenAPI document").click()
         page.go_back()

@@ -19,7 +19,7 @@ from agentlightning.store.attributes import RESPONSE
 from tests.common.browser import Visit
 from tests.common.clock import an_hour_ahead, standing_still
 from tests.common.generations import SECOND, generation
-from tests.common.rollouts import LONG, end_time, fill
+from tests.common.rollouts import LONG, end_time, fill, long_prompts
 from tests.page.conftest import Filled, Open, end, shown_time, started
 from tests.server.process import StoreServer
 
@@ -81,10 +81,55 @@ def test_conversation_shows_each_text_once_in_order(look: Open, filled: Filled) 
 
     expect(calls(page)).to_have_count(len(rollout.answers))
     expect(calls(page).first).to_contain_text(rollout.question)
-    for place, answer in enumerate(rollout.answers):
-        expect(calls(page).nth(place)).to_contain_text(answer)
+    one, other = rollout.factors
+    expect(calls(page).first).to_contain_text("Calls calculator")
+    expect(calls(page).first).to_contain_text(f'"expression": "{one} * {other}"')
+    expect(calls(page).nth(1)).to_contain_text("Continues call 1. New in this prompt:")
+    expect(calls(page).nth(1)).to_contain_text(f"Tool result\n{one * other}", use_inner_text=True)
+    expect(calls(page).last).to_contain_text(rollout.answers[-1])
     expect(calls(page).filter(has_text=rollout.question)).to_have_count(1)
     expect(calls(page).last).to_contain_text("reward 1")
+    # The system prompt is folded, and the text as it was is one click away.
+    system = calls(page).first.get_by_text("You are a careful assistant")
+    expect(system).to_be_hidden()
+    calls(page).first.get_by_text("System prompt (").click()
+    expect(system).to_be_visible()
+    calls(page).first.get_by_text("Raw text", exact=True).click()
+    expect(calls(page).first.get_by_text("<|im_start|>system")).to_contain_text(rollout.question)
+    expect(calls(page).first).to_contain_text(rollout.answers[0])
+
+
+def test_header_has_task_reward_tokens_worker_model_and_weights(look: Open, filled: Filled) -> None:
+    rollout = filled.rollout("succeeded")
+    page = look(f"/rollout?id={rollout.rollout_id}")
+
+    expect(page.locator(".task")).to_have_text(rollout.question)
+    facts = page.locator("dl.facts")
+    for name, value in (
+        ("Reward", "1"),
+        ("Worker", f"runner-{rollout.number % 4}"),
+        ("Model", "Qwen/Qwen3-0.6B"),
+        ("Weights", "step-0"),
+    ):
+        expect(facts.locator("div").filter(has_text=name).locator("dd")).to_have_text(value)
+    with open_store(filled.server.url) as store:
+        found = [*store.generations(rollout_id=rollout.rollout_id)]
+    inputs = sum(len(each.prompt_token_ids or ()) for each in found)
+    outputs = sum(len(choice.token_ids or ()) for each in found for choice in each.choices)
+    expect(facts.locator("div").filter(has_text="Tokens").locator("dd")).to_have_text(f"{inputs} in, {outputs} out")
+
+
+def test_previous_and_next_go_through_the_rollouts(look: Open, filled: Filled) -> None:
+    before, rollout, after = filled.rollouts[-4:-1]
+    page = look(f"/rollout?id={rollout.rollout_id}")
+    heading = page.get_by_role("heading", level=1)
+    page.get_by_role("link", name="Previous rollout").click()
+    expect(heading).to_contain_text(before.rollout_id)
+    page.get_by_role("link", name="Next rollout").click()
+    expect(heading).to_contain_text(rollout.rollout_id)
+    page.get_by_role("link", name="Next rollout").click()
+    expect(heading).to_contain_text(after.rollout_id)
+    expect(look(f"/rollout?id={filled.rollouts[0].rollout_id}").get_by_text("Previous")).to_have_count(0)
 
 
 def test_links_lead_from_the_table_to_a_call_and_back(look: Open, filled: Filled) -> None:
@@ -94,7 +139,7 @@ def test_links_lead_from_the_table_to_a_call_and_back(look: Open, filled: Filled
     page.get_by_role("region", name="Timeline").get_by_role("link").first.click()
     expect(page.get_by_role("heading", name="Generation")).to_contain_text(rollout.generation_id(1, 0))
     page.get_by_role("link", name=rollout.rollout_id).click()
-    page.get_by_role("link", name="Call 2").click()
+    page.get_by_role("link", name="Call 2", exact=True).click()
     expect(page.get_by_role("heading", name="Generation")).to_contain_text(rollout.generation_id(1, 1))
     page.get_by_role("navigation", name="Pages").get_by_role("link", name="Rollouts").click()
     expect(page.get_by_role("heading", name="Rollouts")).to_be_visible()
@@ -105,7 +150,7 @@ def test_input_unfolds(look: Open, filled: Filled) -> None:
     page = look(f"/rollout?id={rollout.rollout_id}")
     page.get_by_text("Input", exact=True).click()
 
-    expect(page.get_by_text(rollout.question)).to_be_visible()
+    expect(page.get_by_text(json.dumps({"question": rollout.question}))).to_be_visible()
 
 
 def test_queued_rollout_says_that_it_waits(look: Open, filled: Filled) -> None:
@@ -242,7 +287,7 @@ def test_running_rollout_updates_and_keeps_unfolded_parts(
 
     expect(calls(page)).to_have_count(2)
     # Unfolded parts stay unfolded.
-    expect(page.get_by_text("Does it go on?")).to_be_visible()
+    expect(page.get_by_text('{"question":"Does it go on?"}')).to_be_visible()
     end(trainer, rollout)
     expect(page.get_by_text("succeeded").first).to_be_visible()
 
@@ -257,7 +302,7 @@ def test_calls_without_a_rollout_are_listed(
     page.goto("/")
     page.get_by_role("link", name="1 call without a rollout").click()
     expect(page.get_by_role("listitem")).to_contain_text("77 tokens")
-    page.get_by_role("link", name="Call 1").click()
+    page.get_by_role("link", name="Call 1", exact=True).click()
     expect(page.get_by_role("heading", name="Generation")).to_contain_text(unassigned.id)
     page.get_by_role("link", name="Calls without a rollout").click()
     expect(page.get_by_role("heading", name="Calls without a rollout")).to_be_visible()
@@ -320,3 +365,36 @@ def test_outcome_of_a_very_large_span_is_not_read(
     page.goto(f"/rollout?id={rollout_id}")
 
     assert ["failed" in each for each in rows(page) if each.startswith(("short", "long"))] == [True, False]
+
+
+def test_running_rollout_that_has_not_changed_sends_nothing(visit: Callable[..., Visit], tmp_path: Path) -> None:
+    still = standing_still("2026-11-25 10:00:00")
+    with StoreServer(tmp_path / "store.db", env=still) as server, server.client() as trainer:
+        rollout = started(trainer, "Does anything happen?")
+        page = visit(server).page
+        with page.expect_response(lambda each: "seen=" in each.url) as unchanged:
+            page.goto(f"/rollout?id={rollout['rollout_id']}")
+        assert unchanged.value.status == 204
+        end(trainer, rollout)
+        expect(page.get_by_text("succeeded").first).to_be_visible()
+
+
+def test_long_prompts_are_shortened_and_compared_on_demand(visit: Callable[..., Visit], tmp_path: Path) -> None:
+    # More ids than are compared while a page loads.
+    rollout_id = long_prompts(str(tmp_path / "store.db"), 60, 300_000)
+    with StoreServer(tmp_path / "store.db") as server:
+        page = visit(server).page
+        opened = page.goto(f"/rollout?id={rollout_id}")
+
+        assert opened is not None
+        # Of 18 MB.
+        assert len(opened.body()) < 2_000_000
+        expect(calls(page)).to_have_count(60)
+        expect(calls(page).first).to_contain_text(re.compile(r"Shortened by 29\d.\d{3} characters"))
+        prompts = page.get_by_role("region", name="Prompts")
+        prompts.get_by_role("link", name="Compare them").click()
+        expect(prompts.get_by_role("listitem")).to_have_count(60)
+        # The text itself comes when it is asked for.
+        last = calls(page).last
+        last.get_by_text("Raw text", exact=True).click()
+        expect(last.get_by_text("It is minute 59.").last).to_contain_text("<|im_start|>assistant")

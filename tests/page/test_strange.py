@@ -83,7 +83,7 @@ def test_strange_id_is_shown_and_links_to_its_rollout(
     expect(heading).to_contain_text("Rollout")
     assert heading.text_content() == f"Rollout {rollout_id}"
     assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
-    page.get_by_role("link", name="Call 1").click()
+    page.get_by_role("link", name="Call 1", exact=True).click()
     page.get_by_role("link", name=rollout_id, exact=True).click()
     expect(heading).to_contain_text("Rollout")
     assert heading.text_content() == f"Rollout {rollout_id}"
@@ -115,7 +115,7 @@ def test_strange_generation_shows_each_token(server: StoreServer, visit: Callabl
     page.goto("/?q=y")
     page.get_by_role("link", name=STRANGE["as long as it may be"]).click()
     expect(page.get_by_role("region", name="Conversation").get_by_text(EVERYTHING).first).to_be_visible()
-    page.get_by_role("link", name="Call 1").click()
+    page.get_by_role("link", name="Call 1", exact=True).click()
     # Loaded with its scripts, without which a click on a token shows nothing.
     page.wait_for_url("**/generation?*")
     answer = page.get_by_role("group", name="Answer")

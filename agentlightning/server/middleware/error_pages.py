@@ -23,7 +23,7 @@ class ErrorPageMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_browser = scope["type"] == "http" and "text/html" in Headers(scope=scope).get("accept", "")
-        if not is_browser or scope["method"] != "GET":
+        if not is_browser or scope["method"] not in ("GET", "POST"):
             await self._app(scope, receive, send)
             return
         start: Message | None = None

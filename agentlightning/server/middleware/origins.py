@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from agentlightning.server.errors import sentence
 
-__all__ = ["OriginMiddleware"]
+__all__ = ["OriginMiddleware", "is_from_own_page"]
 
 SHOWN_LENGTH = 100
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
@@ -69,6 +69,19 @@ class OriginMiddleware:
             # If a proxy has changed the host or the scheme, only the browser knows.
             return site in ("cross-site", "same-site")
         return origin is not None and origin != own
+
+
+def is_from_own_page(scope: Scope) -> bool:
+    """Tell whether a browser says that a page of this server itself makes a request.
+
+    A program says nothing of it, and a page of an origin that may make changes is another one.
+    """
+    headers = Headers(scope=scope)
+    site = headers.get("sec-fetch-site")
+    if site is not None:
+        return site == "same-origin"
+    # Browsers send the header above only over HTTPS, and to their own machine.
+    return headers.get("origin") == f"{scope['scheme']}://{headers.get('host', '')}"
 
 
 def _host_name(host: str) -> str:

@@ -1,36 +1,64 @@
-"""The conversation of a rollout: its calls in order, each with the part of its prompt that is new."""
+"""The conversation of a rollout: its calls in order, each with what is new in its prompt, as messages."""
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import Connection
 
-from agentlightning.generation import Generation
+from agentlightning.common_prefix import common_length
 from agentlightning.server.page.agents import guess_agents, guess_purpose
-from agentlightning.store import generations, triplets
-from agentlightning.store.triplets import GenerationPosition
+from agentlightning.server.page.messages import Message, Shown, answer_parts, message_start, messages_of, shown_of
+from agentlightning.store import transcript
+from agentlightning.store.transcript import AnswerText, CallText, Outline, Position
 
-__all__ = ["CALLS_SHOWN", "Answer", "Call", "Conversation", "conversation_of", "unassigned_calls"]
+__all__ = [
+    "CALLS_SHOWN",
+    "Answer",
+    "Beginning",
+    "Call",
+    "Conversation",
+    "EarlierTexts",
+    "calls_of_attempt",
+    "conversation_of",
+    "unassigned_calls",
+]
 
 CALLS_SHOWN = 200
 CALLERS_SHOWN = 50
-# A long first prompt, with instructions and tools, is read less often than the messages after it.
-FOLDED_CHARACTERS = 1500
+# Characters of a page, which its calls share; of a call, so many at least and at most.
+CHARACTERS, FEWEST, MOST = 600_000, 2_000, 40_000
+PROMPT_END = 40
 NANOSECONDS = 1e9
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One of the answers to a prompt; `text` is None if no text is kept."""
+    """One of the answers to a prompt; `shown` is None if no text is kept."""
 
     index: int
-    text: str | None
+    shown: Shown | None
     token_ids: int
     finish_reason: str | None
+
+
+class Beginning(NamedTuple):
+    """How a prompt begins: with what an earlier call saw, and maybe said.
+
+    Attributes:
+        start: where what is new begins.
+        relation: `continues` the prompt and the answer of the call, `repeats` its prompt alone, or `shares` its first
+            messages; None where all is new.
+        number: the call.
+    """
+
+    start: int = 0
+    relation: Literal["continues", "repeats", "shares"] | None = None
+    number: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,16 +66,18 @@ class Call:
     """A generation, as the conversation shows it.
 
     Attributes:
+        number: its position among all calls of the rollout, from 1.
         span_id: the span that names it.
         started, finished: seconds since the epoch.
-        is_continued: whether the prompt repeats earlier text, which `new_text` leaves out.
-        new_text: the new part of the prompt; None if no text is kept.
+        beginning: how its prompt begins.
+        new: the messages behind that beginning; None if no text is kept.
         reward: the reward of the generation, whichever of its answers it is for.
         guessed_agent: the number of the agent that it seems to be of; None where it names one, or all are alike.
         guessed_purpose: what it seems to be for; None where it says that, or nothing shows it.
     """
 
     id: str
+    number: int
     attempt_id: str | None
     span_id: str | None
     endpoint: str | None
@@ -56,10 +86,11 @@ class Call:
     started: float
     finished: float
     prompt_ids: int
-    is_continued: bool
-    new_text: str | None
+    beginning: Beginning
+    new: Shown | None
     reward: float | None
     answers: Sequence[Answer]
+    versions: Sequence[str]
     agent_id: str | None
     parent_agent_id: str | None
     purpose: str | None
@@ -81,10 +112,6 @@ class Call:
         }
         return [text for text, known in found.items() if known]
 
-    @property
-    def is_folded(self) -> bool:
-        return len(self.new_text or "") > FOLDED_CHARACTERS
-
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
@@ -93,15 +120,21 @@ class Conversation:
     Attributes:
         calls: the first of all calls.
         matching: the first of those that match the filters.
-        count, left_out: number of all calls, and of those that match but are not among `matching`.
+        left_out: number of those that match but are not among `matching`.
         callers: values by which its calls can be told apart, by field.
+        outline: all calls, without their texts.
     """
 
     calls: Sequence[Call]
     matching: Sequence[Call]
-    count: int
     left_out: int
     callers: Mapping[str, Sequence[Any]]
+    outline: Outline
+
+    @property
+    def count(self) -> int:
+        """Number of all calls."""
+        return len(self.outline.positions)
 
 
 def conversation_of(connection: Connection, rollout_id: str, filters: Mapping[str, Any] | None = None) -> Conversation:
@@ -111,12 +144,99 @@ def conversation_of(connection: Connection, rollout_id: str, filters: Mapping[st
         filters: what the calls to show say of their callers, by field.
     """
     wanted = filters or {}
-    places = triplets.positions_of(connection, rollout_id)
-    calls = _calls(connection, places[:CALLS_SHOWN])
-    fitting = [each for each in places if wanted.items() <= each.caller.items()]
+    outline = transcript.outline_of(connection, rollout_id)
+    numbered = [*enumerate(outline.positions, 1)]
+    calls = _calls(connection, numbered[:CALLS_SHOWN])
+    fitting = [each for each in numbered if wanted.items() <= each[1].caller.items()]
     matching = _calls(connection, fitting[:CALLS_SHOWN]) if wanted else calls
     left_out = max(len(fitting) - CALLS_SHOWN, 0)
-    return Conversation(calls, matching, len(places), left_out, _callers([each.caller for each in places], wanted))
+    callers = _callers([each.caller for each in outline.positions], wanted)
+    return Conversation(calls, matching, left_out, callers, outline)
+
+
+def calls_of_attempt(connection: Connection, outline: Outline, attempt_id: str | None) -> list[Call]:
+    """Return the first calls of an attempt.
+
+    Args:
+        attempt_id: None for those of all attempts.
+    """
+    numbered = enumerate(outline.positions, 1)
+    wanted = [each for each in numbered if attempt_id is None or each[1].attempt_id == attempt_id]
+    return _calls(connection, wanted[:CALLS_SHOWN])
+
+
+def unassigned_calls(connection: Connection) -> list[Call]:
+    """Return the last calls without a rollout, the latest first."""
+    keys = transcript.latest_unassigned(connection, CALLS_SHOWN)
+    limit = _limit(len(keys))
+    found = enumerate(transcript.read(connection, keys), 1)
+    return [_call(number, each, None, Beginning(), limit) for number, each in found]
+
+
+class EarlierTexts:
+    """What the calls of an attempt saw and said so far, to find what is new in the next prompt.
+
+    A text that another one continues is kept with it, as a mark where it ends.
+    """
+
+    def __init__(self) -> None:
+        self._texts: list[_Text] = []
+
+    def add(self, number: int, prompt: str | None, answers: Sequence[str | None]) -> Beginning:
+        """Add a call; returns how its prompt begins."""
+        if not prompt:
+            return Beginning()
+        near, shared = self._nearest(prompt)
+        marks = [] if near is None else [each for each in near.marks if each.prompt <= shared]
+        last = max(marks, key=lambda each: (min(each.stop, shared), each.number), default=None)
+        found = self._beginning(prompt, near, shared, last)
+        if near is not None and shared == len(near.text):
+            self._texts.remove(near)
+        for answer in answers or [None]:
+            text = prompt + (answer or "")
+            kept = [each for each in marks if each.stop <= shared]
+            # An answer without a text is never known to be repeated.
+            stop = len(text) + (answer is None)
+            insort(self._texts, _Text(text, [*kept, _Mark(len(prompt), stop, number)]), key=_text_of)
+        return found
+
+    def _nearest(self, prompt: str) -> tuple[_Text | None, int]:
+        """Find the text that begins like a prompt furthest, and how far it does."""
+        at = bisect_left(self._texts, prompt, key=_text_of)
+        beside = self._texts[max(at - 1, 0) : at + 1]
+        alike = [(common_length(each.text, prompt), each.marks[-1].number, each) for each in beside]
+        length, _, near = max(alike, key=lambda each: each[:2], default=(0, 0, None))
+        return near, length
+
+    @staticmethod
+    def _beginning(prompt: str, near: _Text | None, shared: int, last: _Mark | None) -> Beginning:
+        if near is None:
+            return Beginning()
+        if last is not None and last.stop <= shared and last.prompt < len(prompt):
+            return Beginning(last.stop, "continues", last.number)
+        start = message_start(prompt, shared)
+        if last is not None:
+            # A template without marks that are known has no messages: the prompt ends somewhere in its text.
+            return Beginning(start or shared, "repeats", last.number)
+        return Beginning(start, "shares", near.marks[0].number) if start else Beginning()
+
+
+class _Mark(NamedTuple):
+    """Where the prompt of a call ends in a text, and its answer."""
+
+    prompt: int
+    stop: int
+    number: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Text:
+    text: str
+    marks: Sequence[_Mark]
+
+
+def _text_of(each: _Text) -> str:
+    return each.text
 
 
 def _callers(callers: Sequence[Mapping[str, Any]], wanted: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -129,26 +249,23 @@ def _callers(callers: Sequence[Mapping[str, Any]], wanted: Mapping[str, Any]) ->
     }
 
 
-def _calls(connection: Connection, places: Sequence[GenerationPosition]) -> list[Call]:
+def _limit(calls: int) -> int:
+    return min(max(CHARACTERS // max(calls, 1), FEWEST), MOST)
+
+
+def _calls(connection: Connection, numbered: Sequence[tuple[int, Position]]) -> list[Call]:
     found: list[Call] = []
     prompts: list[str | None] = []
-    # Texts of each attempt so far: the calls of two agents may alternate.
-    texts: defaultdict[str | None, list[str]] = defaultdict(list)
-    for place in places:
-        generation = generations.find(connection, place.generation_id)
-        if generation is not None:
-            so_far = texts[place.attempt_id]
-            before = _repeated_part(generation.prompt_text, so_far)
-            found.append(_call(generation, place.attempt_id, place.span_id, before, place.reward))
-            prompts.append(generation.prompt_text)
-            so_far += _texts_of(generation)
+    # The texts of each attempt: the calls of two agents may alternate.
+    earlier: defaultdict[str | None, EarlierTexts] = defaultdict(EarlierTexts)
+    places = {position.key: (number, position) for number, position in numbered}
+    limit = _limit(len(places))
+    for each in transcript.read(connection, [*places]):
+        number, position = places[each.key]
+        beginning = earlier[position.attempt_id].add(number, each.prompt, [answer.text for answer in each.answers])
+        found.append(_call(number, each, position, beginning, limit))
+        prompts.append(each.prompt)
     return _with_guesses(found, prompts)
-
-
-def unassigned_calls(connection: Connection) -> list[Call]:
-    """Return the last calls without a rollout, the latest first."""
-    found = generations.latest(connection, {"rollout_id": None}, CALLS_SHOWN)
-    return [_call(each, each.attempt_id, None, "", None) for each in found]
 
 
 def _with_guesses(calls: Sequence[Call], prompts: Sequence[str | None]) -> list[Call]:
@@ -157,45 +274,32 @@ def _with_guesses(calls: Sequence[Call], prompts: Sequence[str | None]) -> list[
     return [replace(call, guessed_agent=guesses.get(position)) for position, call in enumerate(calls)]
 
 
-def _call(
-    generation: Generation, attempt_id: str | None, span_id: str | None, before: str, reward: float | None
-) -> Call:
-    prompt = generation.prompt_text
+def _call(number: int, found: CallText, position: Position | None, beginning: Beginning, limit: int) -> Call:
+    prompt = found.prompt
     return Call(
-        id=generation.id,
-        attempt_id=attempt_id,
-        span_id=span_id,
-        endpoint=generation.endpoint,
-        model=generation.model,
-        status=generation.status,
-        started=(generation.started_at or generation.finished_at) / NANOSECONDS,
-        finished=generation.finished_at / NANOSECONDS,
-        prompt_ids=len(generation.prompt_token_ids or ()),
-        is_continued=bool(before),
-        new_text=None if prompt is None else prompt[len(before) :],
-        reward=reward,
-        answers=[
-            Answer(each.index, each.text, len(each.token_ids or ()), each.finish_reason) for each in generation.choices
-        ],
-        agent_id=generation.agent_id,
-        parent_agent_id=generation.parent_agent_id,
-        purpose=generation.purpose,
-        retry=generation.retry,
-        guessed_purpose=None if generation.purpose else guess_purpose(prompt),
+        id=found.id,
+        number=number,
+        attempt_id=found.attempt_id if position is None else position.attempt_id,
+        span_id=None if position is None else position.span_id,
+        endpoint=found.endpoint,
+        model=found.model,
+        status=found.status,
+        started=(found.started_at or found.finished_at) / NANOSECONDS,
+        finished=found.finished_at / NANOSECONDS,
+        prompt_ids=found.prompt_tokens,
+        beginning=beginning,
+        new=None if prompt is None else shown_of(messages_of(prompt[beginning.start :]), limit),
+        reward=None if position is None else position.reward,
+        answers=[_answer(each, (prompt or "")[-PROMPT_END:], limit // len(found.answers)) for each in found.answers],
+        versions=list(dict.fromkeys(version for each in found.answers for version in each.versions)),
+        **found.caller,
+        guessed_purpose=None if found.caller["purpose"] else guess_purpose(prompt),
     )
 
 
-def _texts_of(generation: Generation) -> Iterator[str]:
-    """Yield the texts that a later prompt may begin with: this prompt, then this prompt with each answer.
-
-    A chat template may leave the reasoning out of an earlier answer.
-    """
-    if generation.prompt_text:
-        yield generation.prompt_text
-        for each in generation.choices:
-            yield generation.prompt_text + (each.text or "")
-
-
-def _repeated_part(prompt: str | None, so_far: Sequence[str]) -> str:
-    """Return the latest text that the prompt begins with; empty if there is none."""
-    return "" if prompt is None else next((text for text in reversed(so_far) if prompt.startswith(text)), "")
+def _answer(found: AnswerText, prompt_end: str, limit: int) -> Answer:
+    shown = None
+    if found.text is not None:
+        parts = answer_parts(found.text, prompt_end)
+        shown = shown_of([Message("assistant", parts)] if parts else [], limit)
+    return Answer(found.index, shown, found.tokens, found.finish_reason)

@@ -17,11 +17,11 @@ from agentlightning.server.schemas import Part
 from agentlightning.store import drift_index
 from agentlightning.store.drift_index import CauseCount
 
-__all__ = ["CALLS_COMPARED", "DriftQuery", "Line", "Tree", "drift_values", "trees_of"]
+__all__ = ["CALLS_COMPARED", "IDS_COMPARED", "DriftQuery", "Line", "Tree", "drift_values", "trees_of"]
 
 BARS = 48
-CALLS_COMPARED = 1_000
-"""Most calls of a rollout that are compared while its page loads."""
+CALLS_COMPARED, IDS_COMPARED = 1_000, 1 << 22
+"""Most calls of a rollout that are compared for a page, and most ids of their prompts while its page loads."""
 # A line with a break has both of its sides.
 LINES_SHOWN = 200
 HOURS: Mapping[str, int] = {"hour": 1, "day": 24, "week": 7 * 24, "month": 30 * 24}

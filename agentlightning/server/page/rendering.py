@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,7 +18,7 @@ from markupsafe import Markup, escape
 
 import agentlightning
 
-__all__ = ["STATIC", "page"]
+__all__ = ["STATIC", "address_of", "page"]
 
 _HERE = Path(__file__).parent
 STATIC = _HERE / "static"
@@ -30,7 +30,8 @@ HEADERS = {
         "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
     ),
     "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
+    # To other servers no referrer; without one to this server, a browser would not say which page sends a form.
+    "Referrer-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
 
@@ -44,12 +45,21 @@ def page(request: Request, template: str, status: int = 200, /, **values: Any) -
     Addresses on the page are relative, so that it works behind a proxy that serves it below another path. If that path
     is known they begin with it, so that the page also works there without a slash at its end.
     """
-    path, root_path = request.scope["path"], request.scope.get("root_path", "")
-    root = f"{root_path}/" if root_path else "../" * (path.count("/") - 1) or "./"
+    path, root = request.scope["path"], _root(request)
     has_sessions = hasattr(request.app.state, "clients")
     text = _environment.get_template(template).render(**values, path=path, root=root, has_sessions=has_sessions)
     # Unpaired surrogates cannot be encoded.
     return HTMLResponse(text.encode("utf-8", "replace"), status, HEADERS)
+
+
+def address_of(request: Request, path: str, **query: object) -> str:
+    """Return the relative address of a path of the server with a query, for an answer to this request."""
+    return _address(_root(request), path, query)
+
+
+def _root(request: Request) -> str:
+    path, root_path = request.scope["path"], request.scope.get("root_path", "")
+    return f"{root_path}/" if root_path else "../" * (path.count("/") - 1) or "./"
 
 
 def _number(value: int) -> str:
@@ -99,9 +109,13 @@ def _reward(value: float | None) -> Markup:
 @pass_context
 def _link(context: Context, path: str, **query: object) -> str:
     """Return the relative address of a path of the server with a query, without parameters that are None."""
-    path = context["root"] + path.removeprefix("/")
+    return _address(context["root"], path, query)
+
+
+def _address(root: str, path: str, query: Mapping[str, object]) -> str:
     given = {name: value for name, value in query.items() if value is not None}
-    return f"{path}?{urlencode(given, errors='replace')}" if given else path
+    whole = root + path.removeprefix("/")
+    return f"{whole}?{urlencode(given, errors='replace')}" if given else whole
 
 
 @pass_context

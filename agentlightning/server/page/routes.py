@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
 from fastapi import HTTPException, Query, Request, Response
 from fastapi.responses import FileResponse
-from sqlalchemy import Connection
 
+from agentlightning.server.errors import sentence
+from agentlightning.server.middleware.origins import is_from_own_page
+from agentlightning.server.page.annotation import Annotation
 from agentlightning.server.page.api_reference import ApiReference, api_reference_of
-from agentlightning.server.page.conversation import conversation_of, unassigned_calls
-from agentlightning.server.page.drift_page import CALLS_COMPARED, DriftQuery, drift_values, trees_of
-from agentlightning.server.page.generation import choice_values, prompt_tokens
-from agentlightning.server.page.rendering import STATIC, page
-from agentlightning.server.page.rollout_table import TableQuery, absence_of, progress_of, table_of
+from agentlightning.server.page.comparison import ComparisonQuery, comparison_values
+from agentlightning.server.page.conversation import unassigned_calls
+from agentlightning.server.page.drift_page import CALLS_COMPARED, IDS_COMPARED, DriftQuery, Tree, drift_values, trees_of
+from agentlightning.server.page.generation import choice_values, generation_texts, prompt_tokens, token_values
+from agentlightning.server.page.rendering import STATIC, address_of, page
+from agentlightning.server.page.rollout import rollout_values, state_of
+from agentlightning.server.page.rollout_table import TableQuery, table_of
 from agentlightning.server.page.sender_table import sender_row
-from agentlightning.server.page.timeline import timeline_of
 from agentlightning.server.routes.common import Database, router
 from agentlightning.server.schemas import Id
-from agentlightning.store import rollouts, senders
+from agentlightning.store import senders
 
 __all__ = ["routes"]
 
@@ -28,6 +32,9 @@ FILES = {path.name: path for path in STATIC.iterdir()}
 CACHED = {"Cache-Control": "private, max-age=86400"}
 NANOSECONDS = 1_000_000_000
 HOUR = 3600
+REFUSAL = "rewards and notes are taken from pages of this server alone: a program posts rewards to /v1/agl"
+
+Index = Annotated[int, Query(ge=0, le=(1 << 63) - 1)]
 
 routes = router("page", prefix="")
 
@@ -49,44 +56,48 @@ async def show_rollout(
     parent_agent_id: Id | None = None,
     purpose: Id | None = None,
     retry: Annotated[int | None, Query(ge=0, le=(1 << 31) - 1)] = None,
+    seen: str = "",
 ) -> Response:
-    """Show one rollout, with all calls or those that say this of their callers; without an id, calls without one."""
+    """Show one rollout, with all calls or those that say this of their callers; without an id, calls without one.
+
+    Nothing is shown if the rollout is as it was `seen`.
+    """
     given = {"agent_id": agent_id, "parent_agent_id": parent_agent_id, "purpose": purpose, "retry": retry}
     wanted = {name: value for name, value in given.items() if value is not None}
 
-    def read(connection: Connection) -> dict[str, Any] | None:
-        if rollout_id is None:
-            return {"calls": unassigned_calls(connection)}
-        found = rollouts.find(connection, rollout_id)
-        conversation = conversation_of(connection, rollout_id, wanted)
-        calls = conversation.calls
-        shown = timeline_of(connection, rollout_id, found, calls)
-        if found is None and not shown.rows:
-            return None
-        has_answers = any(call.status == "finished" for call in calls)
-        absence = None if has_answers else absence_of(connection, rollout_id, found)
-        progress = progress_of(connection, rollout_id, found, calls)
-        return {
-            "calls": conversation.matching,
-            "callers": conversation.callers,
-            "wanted": wanted,
-            "count": conversation.count,
-            "more_calls": conversation.left_out,
-            "timeline": shown,
-            "rollout": found,
-            "absence": absence,
-            "progress": progress,
-        }
-
-    found = await database.read(read)
+    if rollout_id is None:
+        return page(request, "calls.html", calls=await database.read(unassigned_calls))
+    if seen and seen == await database.read(lambda connection: state_of(connection, rollout_id)):
+        return Response(status_code=204)
+    found = await database.read(lambda connection: rollout_values(connection, rollout_id, wanted))
     if found is None:
         return _not_found(request, f"There is no rollout {rollout_id!r}", "Nothing in this store has this id.")
-    if rollout_id is None:
-        return page(request, "calls.html", **found)
-    compares = found["count"] <= CALLS_COMPARED
-    attempts = await request.app.state.drift.attempts(rollout_id) if compares else None
-    trees = None if attempts is None else trees_of(attempts)
-    return page(request, "rollout.html", rollout_id=rollout_id, trees=trees, compares=compares, **found)
+    ids = sum(each.prompt_tokens for each in found["attempts"])
+    is_comparable = found["count"] <= CALLS_COMPARED
+    compares = is_comparable and ids <= IDS_COMPARED
+    trees = await _trees(request, rollout_id) if compares else None
+    shown = {"rollout_id": rollout_id, "trees": trees, "compares": compares, "is_comparable": is_comparable}
+    return page(request, "rollout.html", **shown, **found)
+
+
+@routes.get("/rollout/prompts", include_in_schema=False)
+async def show_prompts(request: Request, rollout_id: Annotated[Id, Query(alias="id")]) -> Response:
+    """Show the prompts of a rollout as trees: a part of its page that is loaded on demand where it takes long."""
+    return page(request, "prompts.html", trees=await _trees(request, rollout_id))
+
+
+async def _trees(request: Request, rollout_id: str) -> Sequence[Tree] | None:
+    attempts = await request.app.state.drift.attempts(rollout_id)
+    return None if attempts is None else trees_of(attempts)
+
+
+@routes.get("/compare", include_in_schema=False)
+async def show_comparison(request: Request, query: Annotated[ComparisonQuery, Query()], database: Database) -> Response:
+    """Show two rollouts or attempts side by side; with one alone, those that it can be compared with."""
+    found = await database.read(lambda connection: comparison_values(connection, query))
+    if found is None:
+        return _not_found(request, "One of these is not here", "Nothing in this store has this id.")
+    return page(request, "compare.html", **found)
 
 
 @routes.get("/generation", include_in_schema=False)
@@ -94,7 +105,7 @@ async def show_generation(
     request: Request,
     database: Database,
     generation_id: Annotated[Id, Query(alias="id")],
-    choice: Annotated[int, Query(ge=0, le=(1 << 63) - 1)] = 0,
+    choice: Index = 0,
 ) -> Response:
     """Show one generation, and one of its choices."""
     found = await database.read(lambda connection: choice_values(connection, generation_id, choice))
@@ -111,7 +122,43 @@ async def show_prompt(
     found = await database.read(lambda connection: prompt_tokens(connection, generation_id))
     if found is None:
         return _not_found(request, f"There is no generation {generation_id!r}", "It may be in another store.")
-    return page(request, "prompt.html", tokens=found)
+    return page(request, "prompt.html", id=generation_id, tokens=found)
+
+
+@routes.get("/generation/token", include_in_schema=False)
+async def show_token(
+    request: Request,
+    database: Database,
+    generation_id: Annotated[Id, Query(alias="id")],
+    at: Index,
+    of: Literal["prompt", "answer"] = "answer",
+    choice: Index = 0,
+) -> Response:
+    """Show what else could have been at a token, and its neighbours: loaded when it is chosen."""
+    found = await database.read(lambda connection: token_values(connection, generation_id, choice, of, at))
+    if found is None:
+        return _not_found(request, "There is no such token", "The generation may be in another store.")
+    return page(request, "token.html", **found)
+
+
+@routes.get("/generation/text", include_in_schema=False)
+async def show_text(request: Request, database: Database, generation_id: Annotated[Id, Query(alias="id")]) -> Response:
+    """Show the texts of a generation as they are: a long part of a rollout's page, loaded on demand."""
+    found = await database.read(lambda connection: generation_texts(connection, generation_id))
+    if found is None:
+        return _not_found(request, f"There is no generation {generation_id!r}", "It may be in another store.")
+    return page(request, "text.html", id=generation_id, **found)
+
+
+@routes.post("/annotations", include_in_schema=False)
+async def add_annotation(request: Request, database: Database) -> Response:
+    """Keep a reward or a note that a person gives on a page of this server."""
+    if not is_from_own_page(request.scope):
+        return sentence(403, REFUSAL)
+    sent = Annotation.of_form(await request.body())
+    await database.write(sent.add)
+    path, query = sent.target
+    return Response(status_code=303, headers={"Location": f"{address_of(request, path, **query)}#annotations"})
 
 
 @routes.get("/drift", include_in_schema=False)

@@ -16,28 +16,43 @@ const percent = (logprob) => `${(100 * Math.exp(logprob === "-inf" ? -Infinity :
 
 // One token at a time: of the prompt or of the answer.
 function chooseNone() {
-  document.querySelector(".chosen")?.classList.remove("chosen");
+  document.querySelector(".tokens .chosen")?.classList.remove("chosen");
   for (const description of document.getElementsByClassName("description")) description.textContent = "";
+  for (const details of document.getElementsByClassName("details")) details.hidden = true;
 }
 
 function choose(text, token) {
   chooseNone();
   token.classList.add("chosen");
-  const description = document.getElementById(`${text.id}-description`);
   const [id, logprob] = token.dataset.t.split(" ");
   const chance = logprob === undefined ? "" : `, logprob ${logprob} (${percent(logprob)})`;
-  const from = token.dataset.m === undefined ? "" : `, chosen from ${token.dataset.m}`;
-  const others = JSON.parse(token.dataset.a ?? "[]").map(
-    ([other, text, its]) => `${JSON.stringify(text)} (id ${other}, logprob ${its}, ${percent(its)})`,
-  );
-  const instead = others.length ? `. Alternatives: ${others.join(", ")}` : "";
-  const said = `${JSON.stringify(token.textContent)}, id ${id}${chance}${from}${instead}`;
-  description.textContent = `Token ${place.get(token)}: ${said}`;
+  document.getElementById(`${text.id}-description`).textContent =
+    `Token ${place.get(token)}: ${JSON.stringify(token.textContent)}, id ${id}${chance}`;
   show(token);
+  loadDetails(text, token);
   if (text.id === "answer") {
     history.replaceState(null, "", `#t${place.get(token)}`);
     document.getElementById("share").hash = `t${place.get(token)}`;
   }
+}
+
+// What else could have been there comes once the choice has stayed for a moment: somebody may hold a key down.
+const PAUSE = 150;
+let waiting;
+
+function loadDetails(text, token) {
+  clearTimeout(waiting);
+  waiting = setTimeout(async () => {
+    const answer = await fetch(`${text.dataset.details}&at=${place.get(token)}`).catch(() => null);
+    const found = answer?.ok ? await answer.text() : "";
+    if (!found || !token.classList.contains("chosen")) return;
+    const details = document.getElementById(`${text.id}-details`);
+    details.innerHTML = found;
+    details.hidden = false;
+    const inspector = details.parentElement;
+    document.documentElement.style.setProperty("--inspected", `${inspector.offsetHeight + 16}px`);
+    show(token);
+  }, PAUSE);
 }
 
 document.addEventListener("click", (event) => {
@@ -87,7 +102,7 @@ function plot() {
   const probe = document.createElement("span");
   document.body.append(probe);
   const resolved = (name) => ((probe.style.color = colour(name)), getComputedStyle(probe).color);
-  const [line, faint, link] = ["--line", "--faint", "--link"].map(resolved);
+  const [line, faint, link] = ["--line", "--faint", "--accent"].map(resolved);
   probe.remove();
   const axis = { stroke: faint, grid: { stroke: line, width: 1 }, ticks: { stroke: line } };
   box.replaceChildren();
