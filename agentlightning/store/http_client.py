@@ -69,7 +69,7 @@ class _Patience:
     """
 
     sock: Any
-    timeout: float
+    timeout: Any
     last_used = 0.0
 
     def connect(self) -> None:
