@@ -7,6 +7,7 @@ TOAST table go to pages that are free further ahead, and the next `VACUUM` retur
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ WORTH_BYTES, WORTH_SHARE = 8 * 1024 * 1024, 0.2
 """Free space that is left alone: what is written next soon takes it."""
 WORTH_REPEATING = 0.9
 """Share of its size that a table may keep if its rows are to be moved once more."""
-BYTES_AT_ONCE = 2 * 1024 * 1024
-"""Bytes of a table that one transaction moves: some 50 ms, during which no other process writes."""
+FIRST_BYTES, SECONDS_AT_ONCE = 2 * 1024 * 1024, 0.1
+"""Of a table in the first transaction, and the time of one, during which no other process writes."""
 ROW_BYTES = 40
 """A row's header, pointer and padding."""
 TOAST = 1.05
@@ -46,6 +47,14 @@ class _Size:
     def is_loose(self) -> bool:
         return self.bytes - self.used > max(WORTH_BYTES, WORTH_SHARE * self.bytes)
 
+    def first_to_move(self) -> int:
+        """Return the page where the table would end without free space.
+
+        Where half of the space is free, it is the first: only superusers may see where in the TOAST table a row's
+        values are.
+        """
+        return self.pages * self.used // self.bytes if 2 * self.used > self.bytes else 0
+
 
 def compact(
     table: str, reading: Transactions, writing_alone: Transactions, statement: Callable[[str], None]
@@ -68,16 +77,22 @@ def compact(
     while size.is_loose():
         with writing_alone() as connection:
             began = connection.exec_driver_sql("SELECT pg_current_xact_id()::xid::text").scalar_one()
-        for first, end in _ranges(size):
+        end, at_once, first = size.pages, size.pages * FIRST_BYTES // size.bytes, size.first_to_move()
+        while end > first:
+            begin = max(first, end - max(1, at_once))
             with writing_alone() as connection:
+                started = time.monotonic()
                 # From PostgreSQL 14 on, such a range alone is scanned.
-                pages = f"ctid >= '({first},0)' AND ctid < '({end},0)'"
+                pages = f"ctid >= '({begin},0)' AND ctid < '({end},0)'"
                 # What has been moved stays where it is: the space that it leaves is of use only after VACUUM.
                 connection.exec_driver_sql(
                     f"WITH moved AS (DELETE FROM {table} "
                     f"WHERE {pages} AND age(xmin) > age('{began}'::xid) RETURNING *) "
                     f"INSERT INTO {table} OVERRIDING SYSTEM VALUE SELECT * FROM moved"
                 )
+            # Rows may lie close together here, and further ahead be rare.
+            end, share = begin, SECONDS_AT_ONCE / (time.monotonic() - started)
+            at_once = int(at_once * min(2.0, share))
             was_moved = True
             yield
         statement(f"VACUUM {table}")
@@ -91,17 +106,6 @@ def compact(
         # Without this, the indexes would keep the size that they had for all rows.
         statement(f"REINDEX TABLE CONCURRENTLY {table}")
         yield
-
-
-def _ranges(size: _Size) -> Iterator[tuple[int, int]]:
-    """Choose ranges of pages, from the end down.
-
-    Where half of the space is free, they are all: only superusers may see where in the TOAST table a row's values are.
-    """
-    at_once = max(1, size.pages * BYTES_AT_ONCE // size.bytes)
-    kept = size.pages * size.used // size.bytes if 2 * size.used > size.bytes else 0
-    for end in range(size.pages, kept, -at_once):
-        yield max(kept, end - at_once), end
 
 
 def _left_behind(table: str, reading: Transactions) -> Sequence[str]:

@@ -434,7 +434,8 @@ def test_postgresql_returns_the_space_of_deleted_rollouts_that_lay_among_others(
 ) -> None:
     monkeypatch.setattr(compaction, "WORTH_BYTES", 0)
     # Several steps for each table.
-    monkeypatch.setattr(compaction, "BYTES_AT_ONCE", 2**17)
+    monkeypatch.setattr(compaction, "FIRST_BYTES", 2**16)
+    monkeypatch.setattr(compaction, "SECONDS_AT_ONCE", 0.0)
     empty = database.size()
     dice = random.Random(1)
     store.add(
