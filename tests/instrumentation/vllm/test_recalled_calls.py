@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 import threading
 import time
 from array import array
@@ -286,6 +287,28 @@ def test_after_a_failure_the_store_is_left_alone_for_a_while_and_the_log_says_so
     assert not any(asyncio.run(goes_on()))
     assert opened == 1 + 5
     assert sum("it is away" in each.message for each in caplog.records) == 2
+    assert not _isolation.failures
+
+
+def test_an_agl_store_that_hangs_keeps_no_thread_for_as_long_as_a_request_to_it_may_take(
+    store: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    opening = reading.open_store
+    # It takes connections, and never answers.
+    with socket.create_server(("127.0.0.1", 0)) as hangs:
+        url = f"http://127.0.0.1:{hangs.getsockname()[1]}"
+        monkeypatch.setattr(reading, "open_store", lambda _, **options: opening(url, **options))
+        monkeypatch.setattr(recall, "SECONDS", 20)
+
+        async def goes_on() -> bool:
+            server = Server(store)
+            await server.turn()
+            return await server.goes_on_elsewhere()
+
+        assert not asyncio.run(goes_on())
+
+    assert results() == {decisions.FIRST_CALL: 1, decisions.STORE_NOT_AVAILABLE: 1}
+    assert any("cannot be read from the store" in each.message for each in caplog.records)
     assert not _isolation.failures
 
 
