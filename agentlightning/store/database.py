@@ -26,6 +26,7 @@ __all__ = [
     "NotMigrated",
     "Start",
     "accept_to_read",
+    "change",
     "earliest_deadline",
     "fetch",
     "found",
@@ -294,6 +295,13 @@ def pipelined(connection: Connection) -> Iterator[None]:
     driver: Any = connection.connection.driver_connection
     with driver.pipeline():
         yield
+
+
+def change(connection: Connection, statement: str, values: Sequence[Any]) -> int:
+    """Execute a statement given as text, with a ? for each value; returns how many rows it has changed."""
+    if is_single_writer(connection):
+        return _driver(connection).execute(statement, values).rowcount
+    return run(connection, statement, values).rowcount
 
 
 def fetch(connection: Connection, query: str, values: Sequence[Any]) -> Sequence[Any]:

@@ -18,7 +18,7 @@ from agentlightning.errors import InvalidRecord, NotFound
 from agentlightning.generation import Generation
 from agentlightning.sender import Progress, Sender, Vocabulary
 from agentlightning.store import rows, tables, watermarks
-from agentlightning.store.database import insert_if_new, run
+from agentlightning.store.database import change, found, insert_if_new
 
 __all__ = [
     "Minute",
@@ -173,7 +173,7 @@ def count_generations(
     if min(lags) < 0:
         # The sender's clock is ahead of the store's.
         lags = [max(lag, 0) for lag in lags]
-    run(connection, _COUNT, (key, now // MINUTE, len(new), prompts, outputs, float(sum(lags)), float(max(lags))))
+    change(connection, _COUNT, (key, now // MINUTE, len(new), prompts, outputs, float(sum(lags)), float(max(lags))))
     _note_seen(connection, key, seen_at, now)
     return key
 
@@ -223,9 +223,10 @@ def _find(connection: Connection, sender_id: str | None) -> tuple[int, int] | No
     """Find the key of a sender, and when it was last seen."""
     with suppress(InvalidRecord):
         if sender_id is not None:
-            query = "SELECT key, seen_at FROM senders WHERE id = ?"
-            row = run(connection, query, [rows.uuid_bytes(sender_id)]).first()
-            return None if row is None else (row.key, row.seen_at)
+            for key, seen_at in found(
+                connection, tables.senders, ("key", "seen_at"), "id", [rows.uuid_bytes(sender_id)]
+            ):
+                return key, seen_at
     return None
 
 
@@ -233,7 +234,7 @@ def _note_seen(connection: Connection, key: int, seen_at: int, now: int) -> None
     """Note that a sender was heard from, and forget its minutes of yesterday."""
     # At most once a second: a sender that writes all the time needs no update with every write.
     if now - seen_at >= SECOND:
-        run(connection, "UPDATE senders SET seen_at = ? WHERE key = ?", (now, key))
+        change(connection, "UPDATE senders SET seen_at = ? WHERE key = ?", (now, key))
     if seen_at // MINUTE != now // MINUTE:
         old = _MINUTES.minute < now // MINUTE - MINUTES_KEPT
         connection.execute(tables.sender_minutes.delete().where(_MINUTES.sender_key == key, old))

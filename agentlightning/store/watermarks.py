@@ -18,7 +18,7 @@ from sqlalchemy import Connection, func, select
 
 from agentlightning.sender import Progress, UnfinishedCalls
 from agentlightning.store import rows, tables
-from agentlightning.store.database import insert_if_new, is_single_writer, now, run
+from agentlightning.store.database import change, found, insert_if_new, is_single_writer, now
 from agentlightning.store.documents import to_json
 
 __all__ = ["SECONDS_UNTIL_SILENT", "State", "Watermark", "all_of", "note_start", "recorded_until", "register", "report"]
@@ -81,7 +81,7 @@ class Watermark:
 def register(connection: Connection, sender_key: int) -> None:
     """Note that a sender exists, which will report; one that is known is left unchanged."""
     at = _nanoseconds(connection)
-    run(connection, _REGISTER, (sender_key, at, at, False, "[]"))
+    change(connection, _REGISTER, (sender_key, at, at, False, "[]"))
 
 
 def report(connection: Connection, sender_key: int, progress: Progress) -> int:
@@ -94,17 +94,18 @@ def report(connection: Connection, sender_key: int, progress: Progress) -> int:
     known = progress.store_time
     # A time to come is from before the store's clock was set back: it would make the watermark too late.
     differences = [] if known is None or known.time > at else [known.time - known.received_at]
-    query = "SELECT watermark + clock_difference AS until FROM watermarks WHERE sender_key = ?"
-    before = run(connection, query, [sender_key]).scalar()
-    if before is not None and before <= at:
-        # What was true stays so: an answer that took longer makes the difference smaller than the last one was.
-        differences.append(int(before) - progress.watermark)
+    for (before,) in found(
+        connection, tables.watermarks, ("watermark + clock_difference",), "sender_key", [sender_key]
+    ):
+        if before is not None and before <= at:
+            # What was true stays so: an answer that took longer makes the difference smaller than the last one was.
+            differences.append(int(before) - progress.watermark)
     difference = max(differences, default=None)
     under_way = to_json([(each.rollout_id, each.attempt_id, each.count) for each in progress.under_way])
     values = (at, progress.watermark, difference, progress.has_ended, rows.storable(under_way), sender_key)
-    if not run(connection, _REPORT, values).rowcount:
+    if not change(connection, _REPORT, values):
         register(connection, sender_key)
-        run(connection, _REPORT, values)
+        change(connection, _REPORT, values)
     for each in progress.lost:
         columns = {
             "sender_key": sender_key,

@@ -19,6 +19,7 @@ from agentlightning.instrumentation.vllm._isolation import contained
 from agentlightning.instrumentation.vllm.capture import logprobs, request_names
 from agentlightning.instrumentation.vllm.capture.alternatives import StepLogprobs, StepMasks
 from agentlightning.instrumentation.vllm.capture.conversion import (
+    packed_ids,
     params_as_json,
     prompt_ids_of,
     requested_as_json,
@@ -236,7 +237,7 @@ def _generation_of(
     tracked: TrackedRequest, finished: FinishedRequest, config: Any, finished_at: int, keeps_text: bool
 ) -> Generation:
     name = request_names.parse(finished.request_id, from_rust=_releases.uses_rust_frontend())
-    token_ids = array("i", finished.token_ids)
+    token_ids = packed_ids(finished.token_ids)
     found = logprobs.join(tracked.logprobs, len(token_ids)) if tracked.logprobs else None
     return Generation(
         request_id=name.request_id,
@@ -251,7 +252,7 @@ def _generation_of(
         first_token_at=tracked.first_token_at,
         finished_at=finished_at,
         status=status_of([tracked.finish_reason]),
-        prompt_token_ids=array("i", finished.prompt_token_ids) if finished.prompt_token_ids else None,
+        prompt_token_ids=packed_ids(finished.prompt_token_ids) if finished.prompt_token_ids else None,
         sampling_params=params_as_json(tracked.sampling_params, keeps_text),
         requested_params=requested_as_json(tracked.replaced),
         logprobs_mode=None if found is None else logprobs.mode_of(config),
