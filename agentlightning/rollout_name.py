@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Coroutine, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Sequence
 from contextvars import ContextVar
 from functools import wraps
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
@@ -151,14 +150,14 @@ def current_block() -> rollout | rollouts | None:
     return cast("rollout | rollouts", blocks[-1]) if blocks else None
 
 
-@contextmanager
-def outside_of_blocks() -> Generator[None, None, None]:
+class outside_of_blocks:  # noqa: N801 - written as a function is
     """Be in no block: a server that a program has started in one serves others, who name their calls by themselves."""
-    token = _blocks.set(())
-    try:
-        yield
-    finally:
-        _blocks.reset(token)
+
+    def __enter__(self) -> None:
+        self._token = _blocks.set(())
+
+    def __exit__(self, *_: object) -> None:
+        _blocks.reset(self._token)
 
 
 def _valid(parameter: str, value: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from types import ModuleType
 from typing import Any
@@ -54,9 +55,14 @@ def _drop_prompt_ids(chunk: dict[str, Any]) -> None:
 
 
 def _answers_chat(serving: Any) -> bool:
+    return _is_chat(type(serving))
+
+
+@functools.cache
+def _is_chat(kind: type) -> bool:
     # vLLM's Anthropic and Cohere endpoints are subclasses that convert a chat answer: unexpected chunks would change
     # theirs. A subclass from outside vLLM still answers chat requests.
-    vllms_own = next((cls for cls in type(serving).__mro__ if cls.__module__.startswith("vllm.")), None)
+    vllms_own = next((cls for cls in kind.__mro__ if cls.__module__.startswith("vllm.")), None)
     return vllms_own is None or vllms_own.__name__ == "OpenAIServingChat"
 
 

@@ -59,11 +59,11 @@ class Endpoint:
             answer = await create(serving, request, *args, **kwargs)
             if not fields.response:
                 return answer
-            if isinstance(answer, AsyncGenerator):
-                answer = contained(f"{self.name}: trimming a stream", self.trim, answer, request, fields) or answer
-                return answer if fields.unsplit else sse.split_long_events(answer, self.name)
             if hasattr(answer, "choices"):
                 contained(f"{self.name}: attaching ids", self.attach, answer, request, fields)
+            elif isinstance(answer, AsyncGenerator):
+                answer = contained(f"{self.name}: trimming a stream", self.trim, answer, request, fields) or answer
+                return answer if fields.unsplit else sse.split_long_events(answer, self.name)
             return answer
 
         return create_with_token_ids
