@@ -242,7 +242,11 @@ def core_program(folder: Path, counter: Callgrind) -> Iterator[Callable[[str, st
     """Start `benchmarks.counted_core`; yield a function that says a line to it, and waits for a word."""
     command = [*counter.prefix, sys.executable, "-m", "benchmarks.counted_core"]
     env = {**without_agl(psutil.Process().environ()), **QUIET, **environment(seed=0)}
-    env |= {STORES[FILE]: str(folder / "file.db"), "VLLM_USE_RUST_FRONTEND": "1"}
+    env |= {
+        STORES[FILE]: str(folder / "file.db"),
+        "VLLM_USE_RUST_FRONTEND": "1",
+        "VLLM_RUST_FRONTEND_PATH": sys.executable,
+    }
     with (folder / "log").open("w") as log:
         program = subprocess.Popen(
             command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, bufsize=1
