@@ -49,11 +49,16 @@ def interval_of_median(values: Sequence[float]) -> tuple[float, float] | None:
 
 @dataclass(frozen=True)
 class Target:
-    """The most that a ratio should be; judged only where the quartiles of the ratios are closer than `max_spread`."""
+    """The most that a ratio should be; judged only where the quartiles of the ratios are closer than `max_spread`.
+
+    Attributes:
+        why: what keeps it from being reached, for a target that is missed.
+    """
 
     limit: float
     at_least: bool = False
     max_spread: float = math.inf
+    why: str = ""
 
     def __str__(self) -> str:
         return f"{'≥' if self.at_least else '≤'} {self.limit:.3f}"
@@ -64,10 +69,11 @@ class Target:
         if ratios.quartiles[1] - ratios.quartiles[0] > self.max_spread:
             return TOO_NOISY
         reached = ratios.median >= self.limit if self.at_least else ratios.median <= self.limit
-        return REACHED if reached else "MISSED"
+        return REACHED if reached else MISSED
 
 
 REACHED = "yes"
+MISSED = "MISSED"
 TOO_NOISY = "too noisy"
 
 
@@ -142,6 +148,11 @@ class Section:
     @property
     def notes(self) -> list[str]:
         notes = [f"{row.label}: not measured: {row.note}" for row in self.rows if row.note]
+        notes += [
+            f"{row.label}: missed: {row.target.why}"
+            for row in self.rows
+            if row.target and row.target.why and row.verdict == MISSED
+        ]
         return [self.skipped, *notes] if self.skipped else notes
 
 

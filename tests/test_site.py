@@ -20,6 +20,7 @@ from playwright.sync_api import expect
 import agentlightning
 from agentlightning.cli import COMMANDS
 from agentlightning.settings import VARIABLES
+from benchmarks.report import Part, Report, Row, Section, Target
 from tests.common.browser import MISSING, chromium, program
 from tests.common.environments import CHECKOUT, run
 from tests.common.http_server import serving
@@ -155,9 +156,11 @@ def test_page_in_the_repository_has_the_tables_that_the_benchmarks_wrote(page: P
 @pytest.mark.tier("check")
 def test_pages_with_numbers_show_them_without_the_site() -> None:
     shown = (CHECKOUT / "docs" / "performance.md").read_text()
+    missed, shown = shown.split("<!-- measured: every target -->")
     every_target = {row for result in RESULTS for row in TARGET.findall(result.read_text())}
 
-    assert len([row for row in shown.splitlines() if TARGET.match(row)]) == len(every_target) > 20
+    assert len(TARGET.findall(shown)) == len(every_target) > 20
+    assert len(TARGET.findall(missed)) == len([row for row in every_target if row.endswith("| MISSED |")])
     assert (CHECKOUT / "docs" / "operations.md").read_text().count("| quartiles |") == 5
 
 
@@ -181,6 +184,20 @@ def test_old_table_is_replaced() -> None:
     assert new.startswith("before\n<!-- measured: every target -->\n\n### [")
     assert new.endswith(" |\n\n<!-- end -->\nafter\n")
     assert measurements.insert_into(new) == new
+
+
+@pytest.mark.tier("check")
+def test_a_missed_target_is_shown_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = Target(1.0, why="there is more to do.")
+    section = Section("a turn", "ms", rows=[Row.of(name, [2.0], [of], target) for name, of in (("a", 1.0), ("b", 2.0))])
+    report = Report("python -m benchmarks nothing", {}, Part("Nothing", "", [section], "0%"))
+    (tmp_path / "nothing.md").write_text(report.as_markdown())
+    monkeypatch.setattr(measurements, "RESULTS", tmp_path)
+
+    page = measurements.insert_into("<!-- measured: missed targets -->\n<!-- end -->\n")
+
+    row = "| [nothing](../benchmarks/results/nothing.md): a turn: a | 2.000 | ≤ 1.000 | there is more to do. |"
+    assert [line for line in page.splitlines() if "nothing" in line] == [row]
 
 
 def test_every_page_of_the_documentation_is_on_the_site(site: Path) -> None:

@@ -4,6 +4,7 @@ Each table stands below a comment that names it, up to the next `<!-- end -->`:
 
     <!-- measured: store.md: A generation on disk -->
     <!-- measured: every target -->
+    <!-- measured: missed targets -->
 
 The numbers come from the files that the benchmarks write, which call this module after they have written one.
 """
@@ -23,9 +24,11 @@ DOCS = CHECKOUT / "docs"
 RESULTS = CHECKOUT / "benchmarks" / "results"
 
 MEASURED = re.compile(
-    r"(?P<comment><!-- measured: (?:(?P<file>\S+): (?P<section>[^\n]+)|every target) -->\n).*?(?P<end><!-- end -->)",
+    r"(?P<comment><!-- measured: (?:(?P<file>\S+): (?P<section>[^\n]+)|(?P<which>every target|missed targets)) -->\n)"
+    r".*?(?P<end><!-- end -->)",
     re.DOTALL,
 )
+MISSED = "MISSED"
 HEADER, RULE = "|  | measured | 95 % interval | target | reached |", "|---|---:|---:|---:|---:|"
 
 
@@ -75,6 +78,11 @@ class Section:
                     measured = ratio or f"{value} {unit}"
                     yield f"| {self.title}: {label} | {measured} | {interval} | {target} | {reached} |"
 
+    def why(self, label: str) -> str:
+        """Return the reason that the benchmark gives for a row that has missed its target."""
+        begin = f"{label}: missed: "
+        return next((line.removeprefix(begin) for line in self.text.splitlines() if line.startswith(begin)), "")
+
 
 def _sections(file: Path) -> list[Section]:
     _, *sections = file.read_text().split("\n## ")
@@ -82,12 +90,25 @@ def _sections(file: Path) -> list[Section]:
 
 
 def _table(comment: re.Match[str]) -> str:
-    if comment["file"] is None:
-        return "\n".join(_every_target())
+    if comment["which"]:
+        return "\n".join(_every_target() if comment["which"] == "every target" else _missed_targets())
     for section in _sections(RESULTS / comment["file"]):
         if section.title == comment["section"]:
             return section.text
     raise ValueError(f"nothing was measured as {comment['comment'].strip()}")
+
+
+def _missed_targets() -> Iterator[str]:
+    """Yield one table of all rows that have missed their targets, each with the reason that its benchmark gives."""
+    yield from ("| missed | measured | target | why |", "|---|---:|---:|---|")
+    for file in sorted(RESULTS.glob("*.md")):
+        for section in _sections(file):
+            for row in section.targets:
+                label, measured, _, target, reached = (cell.strip() for cell in row[1:-1].split("|"))
+                if reached == MISSED:
+                    why = section.why(label.removeprefix(f"{section.title}: "))
+                    link = f"[{file.stem}](../benchmarks/results/{file.name})"
+                    yield f"| {link}: {label} | {measured} | {target} | {why} |"
 
 
 def _every_target() -> Iterator[str]:
