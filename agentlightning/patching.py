@@ -176,12 +176,15 @@ class Wrap:
         parameters: names of parameters that it must have, since the wrapper relies on them.
         wrapper: a decorator; its result takes and returns what the original does.
         module: the name of the module that has the target, where it is another than the patched one.
+        is_frequent: called for every token. The wrapper gets all arguments by position, defaults included, where the
+            target takes them so: a call by `*args` and `**kwargs` has several times the instructions.
     """
 
     target: str
     parameters: tuple[str, ...]
     wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]
     module: str | None = None
+    is_frequent: bool = False
 
     def check(self, module: ModuleType) -> None:
         module = self._home(module)
@@ -204,7 +207,7 @@ class Wrap:
 
     def apply(self, module: ModuleType) -> Callable[[], None]:
         owner, name = self._owner(self._home(module))
-        patched = _PatchedFunction.at(owner, name) or _PatchedFunction(owner, name)
+        patched = _PatchedFunction.at(owner, name) or _PatchedFunction(owner, name, self.is_frequent)
         return patched.add(self.wrapper)
 
     def _home(self, module: ModuleType) -> ModuleType:
@@ -227,14 +230,14 @@ class _PatchedFunction:
     package has wrapped the entry, and still calls it.
     """
 
-    def __init__(self, owner: type | ModuleType, name: str) -> None:
+    def __init__(self, owner: type | ModuleType, name: str, is_frequent: bool) -> None:
         self.wrappers: list[Callable[..., Any]] = []
         self._owner = owner
         self._name = name
         self._inherited = name not in vars(owner)
         self._original: Callable[..., Any] = inspect.getattr_static(owner, name)
         self._outermost = self._original
-        self._entry = self._make_entry()
+        self._entry = self._make_entry(is_frequent)
 
     @staticmethod
     def at(owner: type | ModuleType, name: str) -> _PatchedFunction | None:
@@ -269,7 +272,7 @@ class _PatchedFunction:
             outermost = functools.update_wrapper(wrapper(outermost), outermost)
         self.wrappers, self._outermost = wrappers, outermost
 
-    def _make_entry(self) -> Callable[..., Any]:
+    def _make_entry(self, is_frequent: bool) -> Callable[..., Any]:
         entry: Any
         if inspect.iscoroutinefunction(self._original):
 
@@ -277,6 +280,8 @@ class _PatchedFunction:
                 return await self._outermost(*args, **kwargs)
 
             entry = call_outermost_async
+        elif is_frequent and _takes_positions(self._original):
+            entry = self._by_position()
         else:
 
             def call_outermost(*args: Any, **kwargs: Any) -> Any:
@@ -286,6 +291,21 @@ class _PatchedFunction:
         functools.update_wrapper(entry, self._original)
         entry.__agl_patched__ = self
         return entry
+
+    def _by_position(self) -> Callable[..., Any]:
+        """Return an entry with the original's own parameters."""
+        names = ", ".join(inspect.signature(self._original).parameters)
+        made: dict[str, Any] = {"__agl_patched__": self}
+        exec(f"def call_outermost({names}): return __agl_patched__._outermost({names})", made)
+        entry = made["call_outermost"]
+        entry.__defaults__ = self._original.__defaults__  # type: ignore[attr-defined]
+        return entry
+
+
+def _takes_positions(function: Callable[..., Any]) -> bool:
+    """Tell whether all arguments of a function can be given by position, and their number has an end."""
+    kinds = {parameter.kind for parameter in inspect.signature(function).parameters.values()}
+    return kinds == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
 
 
 def _holders(function: Callable[..., Any], package: str) -> Iterator[tuple[ModuleType, str]]:

@@ -107,6 +107,27 @@ def test_a_patched_method_looks_like_the_original(serving: ModuleType) -> None:
     assert inspect.iscoroutinefunction(serving.Serving.answer)
 
 
+def test_the_wrapper_of_a_frequent_method_gets_its_arguments_by_position(serving: ModuleType) -> None:
+    seen: list[Any] = []
+
+    def keep(original: Callable[..., Any]) -> Callable[..., Any]:
+        def keep_and_greet(*args: Any, **kwargs: Any) -> Any:
+            seen.append((args[1:], kwargs))
+            return original(*args, **kwargs)
+
+        return keep_and_greet
+
+    greetings = patch_set(Wrap("Serving.greet", ("name",), keep, is_frequent=True))
+    before = inspect.signature(serving.Serving.greet)
+    greetings.apply(serving)
+
+    assert inspect.signature(serving.Serving.greet) == before
+    assert serving.Serving().greet(name="you") == serving.Serving().greet("you") == "hello you"
+    greetings.undo()
+    assert serving.Serving().greet(name="you") == "hello you"
+    assert seen == [(("you", "hello"), {})] * 2
+
+
 @pytest.mark.parametrize(
     ("target", "parameters", "reason"),
     [

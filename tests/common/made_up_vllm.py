@@ -180,6 +180,9 @@ class MsgpackEncoder:
         pass
 
 class MsgpackDecoder:
+    def __init__(self, t=None):
+        pass
+
     def decode(self, bufs):
         pass
 """

@@ -237,9 +237,9 @@ CORE_PATCHES: tuple[Patch, ...] = (
 )
 SCHEDULER_PATCHES: tuple[Patch, ...] = (
     Where(_records_or_pins, Wrap("Scheduler.add_request", ("request",), wrap_add_request)),
-    Where(_records, Wrap("Scheduler.update_from_output", (), wrap_update_from_output)),
+    Where(_records, Wrap("Scheduler.update_from_output", (), wrap_update_from_output, is_frequent=True)),
     Where(_records, Wrap("Scheduler.finish_requests", ("request_ids",), wrap_finish_requests)),
 )
 MESSAGE_PATCHES: tuple[Patch, ...] = (
-    Where(_records, Wrap("MsgpackEncoder.encode_into", ("obj", "buf"), wrap_encode_into)),
+    Where(_records, Wrap("MsgpackEncoder.encode_into", ("obj", "buf"), wrap_encode_into, is_frequent=True)),
 )

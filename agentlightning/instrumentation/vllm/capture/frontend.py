@@ -534,7 +534,10 @@ def _records(module: ModuleType) -> bool:
 
 CAPTURE_PATCHES: tuple[Patch, ...] = (
     Wrap("OutputProcessor.add_request", ("request", "prompt", "parent_req"), wrap_add_request),
-    Where(_follows, Wrap("OutputProcessor.process_outputs", ("engine_core_outputs",), wrap_process_outputs)),
+    Where(
+        _follows,
+        Wrap("OutputProcessor.process_outputs", ("engine_core_outputs",), wrap_process_outputs, is_frequent=True),
+    ),
     Where(_follows, Wrap("OutputProcessor.abort_requests", ("request_ids",), wrap_abort_requests)),
     Where(_follows, Wrap("OutputProcessor.propagate_error", (), wrap_propagate_error)),
 )

@@ -12,6 +12,7 @@ here.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from enum import Enum
 from types import ModuleType
@@ -69,17 +70,31 @@ def wrap_encode(encode: Callable[..., Any]) -> Callable[..., Any]:
     return encode_with_mark
 
 
-def wrap_decode(decode: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `MsgpackDecoder.decode`, with which an engine core reads a request."""
+def wrap_decoder_init(init: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `MsgpackDecoder.__init__`: only an engine core's decoder of requests looks for marks.
 
-    def decode_with_mark(self: Any, bufs: Any, *args: Any, **kwargs: Any) -> Any:
-        message = decode(self, bufs, *args, **kwargs)
-        # Most messages have one frame.
-        if isinstance(bufs, list) and len(bufs) > 1 and hasattr(message, "request_id"):
-            contained("reading the mark of a request", _read, bufs[-1], message.request_id)
-        return message
+    A frontend decodes outputs for every token, and is spared the call.
+    """
 
-    return decode_with_mark
+    def init_and_read_marks(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        contained("preparing to read marks", _read_marks, self, *args, **kwargs)
+
+    return init_and_read_marks
+
+
+def _read_marks(decoder: Any, t: Any = None, *_: Any, **__: Any) -> None:
+    """Have a decoder of requests read their marks; `t` is what it decodes, as vLLM names the parameter."""
+    if getattr(t, "__name__", None) == "EngineCoreRequest":
+        decoder.decode = functools.partial(_decode_and_read, decoder.decode)
+
+
+def _decode_and_read(decode: Callable[..., Any], bufs: Any, *args: Any, **kwargs: Any) -> Any:
+    request = decode(bufs, *args, **kwargs)
+    # Without a mark it has one frame, unless there are tensors in it.
+    if isinstance(bufs, list) and len(bufs) > 1:
+        contained("reading the mark of a request", _read, bufs[-1], request.request_id)
+    return request
 
 
 def _read(frame: Any, request_id: str) -> None:
@@ -95,5 +110,5 @@ def _records(module: ModuleType) -> bool:
 
 MESSAGE_PATCHES: tuple[Patch, ...] = (
     Where(_records, Wrap("MsgpackEncoder.encode", ("obj",), wrap_encode)),
-    Where(_records, Wrap("MsgpackDecoder.decode", ("bufs",), wrap_decode)),
+    Where(_records, Wrap("MsgpackDecoder.__init__", ("t",), wrap_decoder_init)),
 )
