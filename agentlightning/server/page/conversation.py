@@ -47,7 +47,7 @@ class Answer:
 
 
 class Beginning(NamedTuple):
-    """How a prompt begins: with what an earlier call saw, and maybe said.
+    """The beginning of a prompt: what an earlier call saw, and maybe said.
 
     Attributes:
         start: where what is new begins.
@@ -174,7 +174,7 @@ def unassigned_calls(connection: Connection) -> list[Call]:
 
 
 class EarlierTexts:
-    """What the calls of an attempt saw and said so far, to find what is new in the next prompt.
+    """The texts that the calls of an attempt saw and said so far, to find what is new in the next prompt.
 
     A text that another one continues is kept with it, as a mark where it ends.
     """
@@ -222,7 +222,7 @@ class EarlierTexts:
 
 
 class _Mark(NamedTuple):
-    """Where the prompt of a call ends in a text, and its answer."""
+    """The positions in a text at which the prompt of a call ends, and its answer."""
 
     prompt: int
     stop: int
