@@ -1,6 +1,7 @@
 """The Python in the documentation, each block run as it stands there, against a server and a store of the tests.
 
-Only addresses, the model's name and the number of steps are others: what a reader has elsewhere is on free ports here.
+Only addresses, ids, the model's name and the number of steps are others: what a reader has elsewhere is on free ports
+here.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import sys
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from agentlightning.generation import Generation
+from agentlightning.rollout_records import Rollout
 from agentlightning.store import open_store
 from tests.common.environments import CHECKOUT
 from tests.common.generations import generation
@@ -47,7 +50,7 @@ PRINTS = {
     "import Gap": r"'responses': \(2, 2\)",
     "import generator_output": r"^\[\[1, 2\], \[2, 3\]\] \[False, True\]$",
     "import datums": r"^\[1, 2, 3, 1\] \[0\. 0\. 0\. 0\.\]$",
-    "import documents": r'^\{"schema_version": "ATIF-v1\.8", "session_id": "ROLLOUT"',
+    "import documents": r'^\{"schema_version": "ATIF-v1\.8", "session_id": "ro-',
 }
 """A line that a block with this code prints, as a pattern."""
 TRAINERS = {"trl", "verl", "skyrl", "tinker", "atif"}
@@ -56,26 +59,39 @@ ADAPTER = re.compile(r"agentlightning\.trainers\.(\w+)")
 
 
 @pytest.fixture(scope="module")
-def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreServer]:
-    """`agl store` over a file in which the rollout of the documentation is; beside the file is its export."""
-    path = tmp_path_factory.mktemp("docs") / "generations.db"
-    with open_store(str(path)) as store:
-        store.add(recorded())
-        for each in store.generations():
-            store.add_reward("ROLLOUT", each.attempt_id or "latest", 1.0)
-    with StoreServer(path) as server:
-        exported = path.with_name("rollout.jsonl")
-        export = (sys.executable, "-m", "agentlightning", "export", "--store", str(path), "--output", str(exported))
-        subprocess.run(export, check=True)
-        yield server
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of the store of the documentation."""
+    return tmp_path_factory.mktemp("docs") / "generations.db"
 
 
-def recorded() -> list[Generation]:
-    model = "Qwen/Qwen3-0.6B"
-    found = [generation(number, rollout_id="ROLLOUT", model=model, prompt=3, output=2) for number in (1, 2)]
+@pytest.fixture(scope="module")
+def rollout_id(file: Path) -> str:
+    """The id of the rollout that the documentation calls ROLLOUT."""
+    with open_store(str(file)) as store:
+        rollout = store.start_rollout("a task")
+        store.add(recorded(rollout))
+        rollout.reward(1.0)
+        rollout.finish("succeeded")
+    return rollout.rollout_id
+
+
+def recorded(rollout: Rollout) -> list[Generation]:
+    assert rollout.attempt is not None
+    named: dict[str, Any] = {"rollout_id": rollout.rollout_id, "attempt_id": rollout.attempt.attempt_id}
+    found = [generation(number, model="Qwen/Qwen3-0.6B", prompt=3, output=2, **named) for number in (1, 2)]
     for each in found:
         each.choices[0].logprobs = array("f", [-0.5, -1.5])
     return found
+
+
+@pytest.fixture(scope="module")
+def filled(file: Path, rollout_id: str) -> Iterator[StoreServer]:
+    """`agl store` over the file in which that rollout is; beside the file is its export."""
+    with StoreServer(file) as server:
+        exported = file.with_name("rollout.jsonl")
+        export = (sys.executable, "-m", "agentlightning", "export", "--store", str(file), "--output", str(exported))
+        subprocess.run(export, check=True)
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +115,15 @@ def each_block() -> list[object]:
 
 @pytest.mark.parametrize("block", each_block())
 def test_a_python_block_does_what_its_page_says(
-    block: Block, armed: RemoteOpenAIServer, filled: StoreServer, tmp_path: Path, request: pytest.FixtureRequest
+    block: Block,
+    armed: RemoteOpenAIServer,
+    filled: StoreServer,
+    rollout_id: str,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     text = block.text.replace("http://127.0.0.1:4747", filled.url).replace("max_steps=100", "max_steps=1")
+    text = text.replace('"ROLLOUT"', f'"{rollout_id}"')
     server: RemoteOpenAIServer = request.getfixturevalue("taught") if "load_weights" in text else armed
     text = text.replace("http://localhost:8000", server.url)
     if "chat.completions" in text or "LLM(" in text:
