@@ -21,7 +21,7 @@ WORTH_BYTES, WORTH_SHARE = 8 * 1024 * 1024, 0.2
 WORTH_REPEATING = 0.9
 """Share of its size that a table may keep if its rows are to be moved once more."""
 FIRST_BYTES, SECONDS_AT_ONCE = 2 * 1024 * 1024, 0.1
-"""Of a table in the first transaction, and the time of one, during which no other process writes."""
+"""Part of a table that the first transaction moves, and the time for each, during which no other process writes."""
 ROW_BYTES = 40
 """A row's header, pointer and padding."""
 TOAST = 1.05
