@@ -188,9 +188,13 @@ class Server:
             self._process.kill()
             self._process.wait()
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def mebibytes(self) -> float:
         """Its resident memory, with that of its child processes."""
-        process = psutil.Process(self._process.pid)
+        process = psutil.Process(self.pid)
         return sum(each.memory_info().rss for each in (process, *process.children(recursive=True))) / 2**20
 
     async def send(self, requests: Sequence[bytes], connections: int) -> Load:

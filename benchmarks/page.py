@@ -11,9 +11,12 @@ What would make such numbers lie, and what is done about it:
 
 from __future__ import annotations
 
+import sqlite3
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +24,7 @@ import httpx
 import psutil
 from playwright.sync_api import Browser, Page
 
+from agentlightning.store import drift_index, open_database
 from benchmarks.environments import interleaved
 from benchmarks.lightning_store import agl_store
 from benchmarks.load import HOST
@@ -30,7 +34,9 @@ from tests.common.browser import MISSING, Visit, chromium, program
 from tests.common.rollouts import Rollout, conversation, fill, long_generation, long_prompts
 
 ROUNDS, QUICK_ROUNDS = 15, 5
-FEW, MANY = 100, 10_000
+FEW, MANY = 100, 100_000
+SOME_GENERATIONS, MANY_GENERATIONS = 1_000, 1_000_000
+CALLS_OF_A_ROLLOUT = 10
 SHORT, LONG = 1_024, 32_768
 FEW_CALLS, MANY_CALLS = 10, 200
 CHARACTERS = 300_000
@@ -38,6 +44,8 @@ BYTES_LIMIT = 2_000_000
 FRAMES, PIXELS = 120, 300
 KEYS = 10
 LONG_FRAME = 50
+LIVE = Target(0.1)
+SECONDS_LOOKED, QUICK_SECONDS_LOOKED = 60, 10
 
 # Before any script of the page. It is ready when all of these have run, and the browser has nothing left to do.
 READY = """
@@ -89,6 +97,13 @@ async () => {
   return performance.now() - started;
 }
 """
+FETCHED = """
+async () => {
+  const started = performance.now();
+  await (await fetch(location.href, { cache: "no-store" })).text();
+  return performance.now() - started;
+}
+"""
 PRESSED = """
 async (times) => {
   const frame = () => new Promise((resolve) => requestAnimationFrame(() => setTimeout(resolve)));
@@ -108,8 +123,8 @@ async (times) => {
 
 ABOUT = (
     "Chromium without a window and without a graphics card, 1,440 by 900 pixels, on the machine of the store. Each "
-    "visit is the first of its browser, to the list of so many rollouts, to a generation of so many tokens with "
-    "their logprobs, or to a rollout of so many calls; a ratio is to the row above."
+    "visit is the first of its browser, to the list of so many rollouts, to the overview of so many generations, to a "
+    "generation of so many tokens with their logprobs, or to a rollout of so many calls; a ratio is to the row above."
 )
 
 
@@ -155,12 +170,14 @@ def measure(quick: bool) -> Part:
             sections = [Section("First paint", "ms", rows=[Row("each page", note=MISSING)])]
         else:
             with tempfile.TemporaryDirectory(prefix="agl-bench-") as name, chromium(found) as browser:
-                sections = visits(browser, Path(name), QUICK_ROUNDS if quick else ROUNDS)
+                sections = visits(browser, Path(name), quick)
     return Part("The page", ABOUT, sections, busy.share_of_others())
 
 
-def visits(browser: Browser, folder: Path, rounds: int) -> list[Section]:
-    few, many = folder / f"{FEW}.db", folder / f"{MANY}.db"
+def visits(browser: Browser, folder: Path, quick: bool) -> list[Section]:
+    few, many, some_calls, many_calls = (
+        folder / f"{name}.db" for name in (FEW, MANY, f"{SOME_GENERATIONS}-calls", f"{MANY_GENERATIONS}-calls")
+    )
     rollouts: dict[Path, list[Rollout]] = {}
     for path, count in ((few, FEW), (many, MANY)):
         say(f"writing {count:,} rollouts to look at")
@@ -168,21 +185,106 @@ def visits(browser: Browser, folder: Path, rounds: int) -> list[Section]:
     short, long = (f"/generation?id={long_generation(str(few), ids).id}" for ids in (SHORT, LONG))
     short_talk, long_talk = (conversation(str(few), calls) for calls in (FEW_CALLS, MANY_CALLS))
     prompts = long_prompts(str(few), MANY_CALLS, CHARACTERS)
-    with agl_store(few, folder / "few.log") as one, agl_store(many, folder / "many.log") as other:
-        urls = {path: f"http://{HOST}:{server.port}" for path, server in ((few, one), (many, other))}
+    for path, calls in ((some_calls, SOME_GENERATIONS), (many_calls, MANY_GENERATIONS)):
+        say(f"writing {calls:,} generations to look at")
+        of_calls(path, calls)
+    for path in (few, many, some_calls, many_calls):
+        without_comparing(path)
+    with ExitStack() as stack:
+        servers = {
+            path: stack.enter_context(agl_store(path, folder / f"{path.stem}.log"))
+            for path in (few, many, some_calls, many_calls)
+        }
+        urls = {path: f"http://{HOST}:{server.port}" for path, server in servers.items()}
+        for url in urls.values():
+            until_it_is_counted(url)
         kinds = [
-            Kind(f"{FEW:,} rollouts", False, f"{urls[few]}/", searching(rollouts[few])),
-            Kind(f"{MANY:,} rollouts", True, f"{urls[many]}/", searching(rollouts[many])),
+            Kind(f"{FEW:,} rollouts", False, f"{urls[few]}/rollouts", searching(rollouts[few])),
+            Kind(f"{MANY:,} rollouts", True, f"{urls[many]}/rollouts", searching(rollouts[many])),
+            Kind(f"{SOME_GENERATIONS:,} generations", False, f"{urls[some_calls]}/?time=all", fetching),
+            Kind(f"{MANY_GENERATIONS:,} generations", True, f"{urls[many_calls]}/?time=all", fetching),
             Kind(f"{SHORT:,} tokens", False, f"{urls[few]}{short}", pressing),
             Kind(f"{LONG:,} tokens", True, f"{urls[few]}{long}", pressing),
             Kind(f"{FEW_CALLS:,} calls", False, f"{urls[few]}/rollout?id={short_talk}", unfolding),
             Kind(f"{MANY_CALLS:,} calls", True, f"{urls[few]}/rollout?id={long_talk}", unfolding),
         ]
         measured: dict[str, list[Visited]] = {kind.label: [] for kind in kinds}
-        for kind in interleaved(kinds, rounds, "visits, timed"):
+        for kind in interleaved(kinds, QUICK_ROUNDS if quick else ROUNDS, "visits, timed"):
             measured[kind.label].append(visited(browser, kind))
         page = httpx.get(f"{urls[few]}/rollout", params={"id": prompts}, timeout=600)
-    return [*tables(kinds, measured), size_of(page)]
+        seconds = QUICK_SECONDS_LOOKED if quick else SECONDS_LOOKED
+        live = [
+            Row(kind.label, Summary.of([looked_at(browser, kind.address, servers[path].pid, seconds)]), None, LIVE)
+            for kind, path in ((kinds[1], many), (kinds[3], many_calls))
+        ]
+    about = (
+        "Of the server's processor while one page is open and nothing is written, without what the server takes while "
+        "none is open."
+    )
+    return [
+        *tables(kinds, measured),
+        size_of(page),
+        Section("A live page while nothing changes", "s a minute", about, live),
+    ]
+
+
+def of_calls(path: Path, count: int) -> None:
+    """Writes rollouts with so many calls in all, of which each has the first one over again."""
+    rollouts = count // CALLS_OF_A_ROLLOUT
+    fill(str(path), rollouts)
+    with closing(sqlite3.connect(path)) as connection, connection:
+        columns = [
+            row[1] for row in connection.execute("PRAGMA table_info(generations)") if row[1] not in ("key", "id")
+        ]
+        names = ", ".join(columns)
+        [(there,)] = connection.execute("SELECT count(*) FROM generations")
+        copied = ", ".join(
+            "NULL" if each in ("prompt_token_ids", "prompt_text", "response_id") else each for each in columns
+        )
+        connection.execute(
+            f"""
+            WITH RECURSIVE copies (number) AS (SELECT 1 UNION ALL SELECT number + 1 FROM copies WHERE number < ?)
+            INSERT INTO generations (id, {names}) SELECT randomblob(16), {copied} FROM generations, copies LIMIT ?
+            """,
+            (-(-count // there), count - there),
+        )
+
+
+def without_comparing(path: Path) -> None:
+    """Lets all prompts count as compared: what comparing takes is measured with drift."""
+    with closing(open_database(str(path))) as database, database.writing() as connection:
+        [(last,)] = connection.exec_driver_sql("SELECT max(key) FROM generations")
+        drift_index.has_compared(connection, last)
+
+
+def until_it_is_counted(url: str) -> None:
+    """Waits until a server shows all that is in its store, which it counts when somebody looks."""
+    while "being counted" in httpx.get(f"{url}/rollouts", timeout=60).text:
+        time.sleep(1)
+
+
+def fetching(page: Page) -> float:
+    """Asks for the page again."""
+    return statistics.median(page.evaluate(FETCHED) for _ in range(KEYS))
+
+
+def looked_at(browser: Browser, address: str, pid: int, seconds: float) -> float:
+    """Returns what a page that is open takes of the server's processor, in seconds a minute."""
+
+    def taken() -> float:
+        times = psutil.Process(pid).cpu_times()
+        before = times.user + times.system
+        time.sleep(seconds)
+        times = psutil.Process(pid).cpu_times()
+        return (times.user + times.system - before) * 60 / seconds
+
+    alone = taken()
+    visit = Visit(browser, address)
+    visit.page.goto(address)
+    visit.page.evaluate("new Promise((resolve) => setTimeout(resolve, 5000))")
+    both = taken()
+    visit.close()
+    return max(both - alone, 0.0)
 
 
 def size_of(page: httpx.Response) -> Section:
@@ -246,19 +348,25 @@ def tables(kinds: Sequence[Kind], measured: Mapping[str, Sequence[Visited]]) -> 
     scrolling = f"{FRAMES} frames, in each of which it is scrolled by {PIXELS} pixels"
     return [
         Section(
-            "First paint", "ms", "Until there is something to read.", compared(lambda each: each.painted, 1.5, 2, None)
+            "First paint",
+            "ms",
+            "Until there is something to read.",
+            compared(lambda each: each.painted, 1.5, 2, 2, None),
         ),
-        Section("Ready", "ms", "Until every script has run.", compared(lambda each: each.ready, 1.5, 5, 3)),
+        Section("Ready", "ms", "Until every script has run.", compared(lambda each: each.ready, 1.5, 2, 5, 3)),
         Section(
             "Answer",
             "ms",
             "Of the list: from the last letter in the search until the one that it finds is shown, of which 300 ms are "
-            "waited for one more letter. Of tokens: from an arrow key until the next one is. Of calls: from a click on "
-            "a system prompt until it is unfolded.",
-            compared(lambda each: each.answered, 1.5, 1.5, None),
+            "waited for one more letter. Of generations: until the page has come again. Of tokens: from an arrow "
+            "key until the next one is. Of calls: from a click on a system prompt until it is unfolded.",
+            compared(lambda each: each.answered, 1.5, None, 1.5, None),
         ),
         Section(
-            "A frame", "ms", f"{scrolling}.", compared(lambda each: statistics.median(each.frames), 1.25, 1.25, None)
+            "A frame",
+            "ms",
+            f"{scrolling}.",
+            compared(lambda each: statistics.median(each.frames), 1.25, 1.25, 1.25, None),
         ),
         Section(f"Frames of more than {LONG_FRAME} ms", "%", "Of the same.", counted(long_frames, 5)),
         Section("The longest frame", "ms", "Of the same.", counted(lambda each: max(each.frames), None)),

@@ -39,6 +39,7 @@ from agentlightning.server.routes import (
     triplets,
     workers,
 )
+from agentlightning.server.summaries import Summaries
 from agentlightning.server.transactions import Transactions
 from agentlightning.store import watermarks
 from agentlightning.store.database import Database
@@ -83,6 +84,7 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.transactions = Transactions(database)
         app.state.drift = DriftIndex(app.state.transactions)
+        app.state.summaries = Summaries(app.state.transactions)
         try:
             await app.state.transactions.write(watermarks.note_start)
         except (StoreUnavailable, StoreRefused) as error:
@@ -90,6 +92,7 @@ def create_app(
         async with nullcontext() if clients is None else clients.watched():
             yield
         await app.state.drift.close()
+        await app.state.summaries.close()
         await app.state.transactions.close()
         database.close()
 

@@ -17,7 +17,7 @@ from sqlalchemy import Connection
 
 from agentlightning.errors import StoreRefused, StoreUnavailable
 from agentlightning.rollout_records import Pruned
-from agentlightning.store import deletion, lifecycle, pruning
+from agentlightning.store import deletion, lifecycle, pruning, summaries
 from agentlightning.store.database import Conflict, Database, savepoint
 from agentlightning.store.filters import PruneFilters
 
@@ -152,6 +152,10 @@ class Transactions:
         finally:
             if not is_done and not dry_run:
                 self._has_deleted = True
+
+    async def refresh_summaries(self) -> bool:
+        """Make the summaries of some rollouts that changed, in a transaction; tells whether these were all."""
+        return await self._loop.run_in_executor(self._readers, summaries.refresh, self._database)
 
     async def run(self, work: Callable[[], T]) -> T:
         """Run `work`, which needs no database, in a thread, so that it does not block the event loop."""

@@ -17,7 +17,7 @@ from sqlalchemy import Connection
 
 from agentlightning.errors import RolloutUnderWay
 from agentlightning.rollout_records import FINISHED, RolloutStatus
-from agentlightning.store import changes, lifecycle, rollouts, texts
+from agentlightning.store import changes, lifecycle, rollouts, summaries, texts
 from agentlightning.store.database import Database, fetch, in_parts, is_single_writer, run
 from agentlightning.store.rows import storable, text_of
 from agentlightning.store.unused import delete_keys, sweep, unused_blocks
@@ -287,6 +287,8 @@ def _delete_some(
         deleted["attempts"] += run(connection, "DELETE FROM attempts WHERE rollout_key = ?", (row.key,)).rowcount
         deleted["bytes"] += OF_ROLLOUT + len(row.input)
         run(connection, "DELETE FROM rollouts WHERE key = ?", (row.key,))
+    # At once, not when somebody looks: it has the beginning of the task.
+    summaries.update(connection, [storable(rollout_id) or ""])
     deleted["rollouts"] += 1
     return deleted, True
 

@@ -1,291 +1,262 @@
-"""The table of all rollouts: those of the queue, and those that are known from their calls alone.
+"""The overview: what all rollouts did in each part of a time, at each step or with each version of the weights.
 
-The caller owns the transaction.
+It is read from the sums of their summaries (`store.summaries`), which have to be refreshed before; a few hours are
+added up here, in smaller parts. The caller owns the transaction.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import Literal, NamedTuple
 
-from sqlalchemy import (
-    BigInteger,
-    ColumnElement,
-    Connection,
-    Double,
-    Select,
-    and_,
-    case,
-    cast,
-    exists,
-    func,
-    literal,
-    null,
-    or_,
-    select,
-    union_all,
-)
+from sqlalchemy import Connection, func, select
 
-from agentlightning.generation import STATUSES
-from agentlightning.store.absence import UNDER_WAY
-from agentlightning.store.rows import text_of
-from agentlightning.store.tables import attempts, drifts, generations, rollouts, spans, texts
-from agentlightning.store.texts import known_keys
+from agentlightning.rollout_records import FINISHED, ROLLOUT_STATUSES
+from agentlightning.store import tables
+from agentlightning.store.database import run
+from agentlightning.store.rows import storable, text_of
+from agentlightning.store.summaries import RECORDED, Portion, Summary, portions, slot
 
-__all__ = ["COLUMNS", "RECORDED", "Column", "Overview", "OverviewPage", "OverviewQuery", "call_times", "page"]
+__all__ = ["Axis", "Bin", "Measure", "Overview", "activity", "by_axis", "by_name", "of_time", "under_way"]
 
-Column = Literal[
-    "rollout", "status", "calls", "prompt_tokens", "output_tokens", "breaks", "reward", "queued", "started", "duration"
-]
-COLUMNS: tuple[Column, ...] = get_args(Column)
+Axis = Literal["version", "step"]
+HOUR, DAY = 3600, 86_400
+FINE_HOURS = 3
+"""Hours that are added up from their rollouts, in parts of minutes; of a longer time, the sums of hours are read."""
+MOST_BINS = 48
+WIDTHS = (60, 120, 300, HOUR, 2 * HOUR, 3 * HOUR, 6 * HOUR, 12 * HOUR, DAY)
+NANOSECONDS = 10**9
+ENDED = (*FINISHED, RECORDED)
 
-RECORDED = "recorded"
-"""Status of a rollout that was never in the queue."""
+_OF, _SUMS = tables.summaries.c, tables.tallies.c
+_LOSSES = "SELECT last_at, count FROM losses WHERE last_at >= ? AND last_at < ?"
+_DIGITS = re.compile(r"(\d+)")
 
 
-@dataclass(frozen=True, slots=True)
-class OverviewQuery:
-    """Filter, order and page of the table.
+@dataclass(slots=True)
+class Measure:
+    """The values of one measure: how many, their sum, and how many are about as large as each value."""
 
-    Attributes:
-        search: text in the id or the input, ignoring the case of A to Z; empty for all rollouts.
-        status: a status of the queue, or `RECORDED`; None for any.
-        broken: only rollouts with breaks that nobody meant.
-        sort_by: a column; nulls come last. A rollout that was never queued is sorted by its first call in `queued`.
-        limit, offset: size of the page, and rollouts to skip.
-        now: seconds since the epoch; the duration of a rollout that has not ended is measured up to here.
-    """
+    count: int = 0
+    amount: float = 0.0
+    values: Counter[float] = field(default_factory=Counter)
 
-    search: str = ""
-    status: str | None = None
-    broken: bool = False
-    sort_by: Column = "queued"
-    descending: bool = True
-    limit: int = 100
-    offset: int = 0
-    now: float = 0.0
+    def add(self, portion: Portion) -> None:
+        self.count += portion.count
+        self.amount += portion.amount
+        self.values[portion.value] += portion.count
+
+    @property
+    def mean(self) -> float | None:
+        return self.amount / self.count if self.count else None
+
+    def quantile(self, share: float) -> float | None:
+        """Return the value that this share of them reaches at most, to two digits."""
+        rest = share * self.count
+        for value in sorted(self.values):
+            rest -= self.values[value]
+            if rest <= 0 and self.count:
+                return value
+        return None
 
 
-@dataclass(frozen=True, slots=True)
-class Overview:
-    """A row of the table: one rollout.
+@dataclass(slots=True, eq=False)
+class Bin:
+    """What rollouts did in a part of a time, at a step, or with a version of the weights.
 
     Attributes:
-        status: its status in the queue, or `RECORDED`.
-        calls: number of its generations, of which `finished` have a complete answer.
-        breaks: how often its prompts broke and nobody meant it; None where they were not compared yet.
-        reward: its last reward; None where it has none.
-        queued: seconds since the epoch; None if it was never in the queue.
-        started: when its first attempt started, or its first call if it was never queued; None if none has.
-        attempt_started: when its latest attempt started; None if none is under way.
-        duration: seconds from `started` until it ended, or until now; None if it has not started.
-        ended: whether it has ended.
+        name: of the step or version; empty for a part of a time.
+        start, end: of the part, in seconds since the epoch; 0 for a step or version.
+        lost: calls that senders report as lost.
     """
 
-    rollout_id: str
-    status: str
-    attempts: int
-    calls: int
-    finished: int
-    prompt_tokens: int
-    output_tokens: int
-    breaks: int | None
-    reward: float | None
-    queued: float | None
-    started: float | None
-    attempt_started: float | None
-    duration: float | None
-    ended: bool
+    name: str
+    start: float = 0.0
+    end: float = 0.0
+    lost: int = 0
+    measures: defaultdict[str, Measure] = field(default_factory=lambda: defaultdict(Measure))
+
+    @property
+    def rollouts(self) -> int:
+        return sum(self.measures[each].count for each in (*ROLLOUT_STATUSES, RECORDED) if each in self.measures)
+
+    @property
+    def ended(self) -> int:
+        return sum(self.measures[each].count for each in ENDED if each in self.measures)
+
+    @property
+    def success(self) -> float | None:
+        """The share of rollouts that succeeded, of those that did or failed."""
+        succeeded, failed = (self.measures[each].count for each in ("succeeded", "failed"))
+        return succeeded / (succeeded + failed) if succeeded + failed else None
+
+    def add(self, portion: Portion) -> None:
+        self.measures[portion.measure].add(portion)
 
 
-class OverviewPage(NamedTuple):
-    """A page of the table.
+class Overview(NamedTuple):
+    """Bins in their order, and all of them together; `left_out` steps or versions before these are not among them."""
 
-    Attributes:
-        total: number of rollouts on all pages; 0 where the page is past the last one.
-        unassigned_calls: number of calls that name no rollout.
+    bins: list[Bin]
+    whole: Bin
+    left_out: int = 0
+
+
+class _Found(NamedTuple):
+    """A portion, and where it belongs."""
+
+    slot: str
+    name: str
+    portion: Portion
+
+
+def activity(connection: Connection) -> tuple[float, float] | None:
+    """Return when the first and the last rollout were active; None without rollouts."""
+    first = connection.execute(select(func.min(_OF.active))).scalar()
+    return None if first is None else (first, connection.execute(select(func.max(_OF.active))).scalar_one())
+
+
+def under_way(connection: Connection) -> dict[str, int]:
+    """Count the rollouts that have not ended, by status."""
+    status, wanted = tables.rollouts.c.status, [each for each in ROLLOUT_STATUSES if each not in FINISHED]
+    query = select(status, func.count()).where(status.in_(wanted)).group_by(status)
+    return dict.fromkeys(wanted, 0) | {row[0]: row[1] for row in connection.execute(query)}
+
+
+def of_time(
+    connection: Connection, since: float, until: float, dimension: str = "", name: str | None = None
+) -> Overview:
+    """Read what happened from one moment to another, in equal parts.
+
+    Args:
+        dimension: one of `summaries.DIMENSIONS`; empty for all rollouts.
+        name: in this dimension; None for all that have one.
     """
-
-    rollouts: list[Overview]
-    total: int
-    unassigned_calls: int
-
-
-def page(connection: Connection, wanted: OverviewQuery) -> OverviewPage:
-    """Read a page of the table."""
-    counted = select(func.count()).select_from(generations).where(generations.c.rollout_key.is_(None))
-    unassigned_calls = connection.execute(counted).scalar_one()
-    # If every call names a rollout, spans need not be searched.
-    each = _all(wanted, by_spans=unassigned_calls > 0).subquery()
-    duration = func.coalesce(each.c.end_time, wanted.now) - each.c.started
-    rewards = _rewards()
-    orders: Mapping[Column, ColumnElement[Any]] = {
-        "rollout": each.c.rollout_id,
-        "status": each.c.status,
-        "calls": each.c.calls,
-        "prompt_tokens": each.c.prompt_tokens,
-        "output_tokens": each.c.output_tokens,
-        "breaks": drifts.c.breaks,
-        "reward": rewards.c.reward,
-        "queued": func.coalesce(each.c.queued, each.c.started),
-        "started": each.c.started,
-        "duration": duration,
-    }
-    order = orders[wanted.sort_by]
-    query = (
-        select(each, duration.label("duration"), rewards.c.reward, drifts.c.breaks, func.count().over().label("total"))
-        .select_from(
-            each.outerjoin(rewards, rewards.c.rollout_id == each.c.rollout_id).outerjoin(
-                drifts, drifts.c.rollout_id == each.c.rollout_id
-            )
-        )
-        .where(*([drifts.c.breaks > 0] if wanted.broken else []))
-        # The id makes the order total, so that no rollout is on two pages.
-        .order_by((order.desc() if wanted.descending else order.asc()).nulls_last(), each.c.rollout_id)
-        .limit(wanted.limit)
-        .offset(wanted.offset)
-    )
-    found = connection.execute(query).all()
-    # For the rows of this page alone: the index that sorts the table has only the ends of calls.
-    times = call_times(connection, [text_of(row.rollout_id) for row in found if row.status == RECORDED])
-    under_way = _attempt_starts(connection, [row.rollout_id for row in found if row.status in UNDER_WAY])
-    rows = [_overview(row, times.get(text_of(row.rollout_id)), under_way.get(row.rollout_id)) for row in found]
-    return OverviewPage(rows, found[0].total if found else 0, unassigned_calls)
+    width = _width(since, until)
+    bins = _parts(since, until, width)
+    by_slot = {slot(each.start, width): each for each in bins}
+    for each in _of_time(connection, bins, width, dimension, name):
+        if (of_slot := by_slot.get(each.slot)) is not None:
+            of_slot.add(each.portion)
+    if not dimension:
+        for last_at, count in run(
+            connection, _LOSSES, (int(bins[0].start * NANOSECONDS), int(bins[-1].end * NANOSECONDS))
+        ):
+            bins[int((last_at / NANOSECONDS - bins[0].start) // width)].lost += count
+    return Overview(bins, _whole(bins))
 
 
-def _overview(row: Any, times: tuple[float, float] | None, attempt_started: float | None) -> Overview:
-    started, duration = row.started, row.duration
-    if times is not None:
-        started, duration = times[0], times[1] - times[0]
-    return Overview(
-        rollout_id=text_of(row.rollout_id),
-        status=row.status,
-        attempts=row.attempts,
-        calls=row.calls,
-        finished=row.finished,
-        prompt_tokens=row.prompt_tokens,
-        output_tokens=row.output_tokens,
-        breaks=row.breaks,
-        reward=row.reward,
-        queued=row.queued,
-        started=started,
-        attempt_started=attempt_started,
-        # Start and end may come from different clocks, so the difference may be negative.
-        duration=None if duration is None else max(duration, 0.0),
-        ended=row.end_time is not None,
+def by_axis(connection: Connection, axis: Axis, dimension: str = "", name: str | None = None) -> Overview:
+    """Read what happened at the last steps, or with the last versions of the weights."""
+    found: dict[str, Bin] = {}
+    for each in _sums(connection, axis, dimension, name):
+        found.setdefault(each.slot, Bin(text_of(each.slot))).add(each.portion)
+    in_order = sorted(found.values(), key=lambda each: _natural(each.name))
+    bins = in_order[-MOST_BINS:]
+    return Overview(bins, _whole(bins), len(in_order) - len(bins))
+
+
+def by_name(
+    connection: Connection, dimension: str, overview: Overview, axis: Axis | None = None
+) -> dict[str, Overview]:
+    """Divide an overview by the names of a dimension, those with the most rollouts first."""
+    bins: dict[str, list[Bin]] = {}
+    places = {}
+    if axis is None:
+        since, until = overview.bins[0].start, overview.bins[-1].end
+        width = _width(since, until)
+        found = _of_time(connection, overview.bins, width, dimension, None)
+        places = {slot(each.start, width): place for place, each in enumerate(overview.bins)}
+    else:
+        found = _sums(connection, axis, dimension, None)
+        places = {storable(each.name): place for place, each in enumerate(overview.bins)}
+    for each in found:
+        place = places.get(each.slot)
+        if place is not None:
+            of_name = bins.get(each.name)
+            if of_name is None:
+                of_name = bins[each.name] = [Bin(one.name, one.start, one.end) for one in overview.bins]
+            of_name[place].add(each.portion)
+    divided = {text_of(name): Overview(of_name, _whole(of_name)) for name, of_name in bins.items()}
+    return dict(sorted(divided.items(), key=lambda each: (-each[1].whole.rollouts, each[0])))
+
+
+def _width(since: float, until: float) -> int:
+    """Return the seconds of a part: the shortest round time of which there are not too many."""
+    span = max(until - since, 60.0)
+    allowed = [each for each in WIDTHS if each >= HOUR or span <= FINE_HOURS * HOUR]
+    return next(
+        (each for each in allowed if span / each <= MOST_BINS), -(-int(span / MOST_BINS) // (24 * HOUR)) * 24 * HOUR
     )
 
 
-def _attempt_starts(connection: Connection, rollout_ids: Sequence[str]) -> dict[str, float]:
-    """Map rollouts to the start of their latest attempt, in seconds since the epoch."""
-    is_latest = and_(attempts.c.rollout_key == rollouts.c.key, attempts.c.sequence_id == rollouts.c.attempts)
-    query = select(rollouts.c.rollout_id, attempts.c.start_time).select_from(rollouts.join(attempts, is_latest))
-    found = connection.execute(query.where(rollouts.c.rollout_id.in_(rollout_ids)))
-    return {row.rollout_id: row.start_time for row in found}
+def _parts(since: float, until: float, width: int) -> list[Bin]:
+    first, last = int(since // width), int(max(until, since) // width)
+    return [Bin("", each * width, (each + 1) * width) for each in range(first, last + 1)]
 
 
-def call_times(connection: Connection, rollout_ids: Sequence[str]) -> dict[str, tuple[float, float]]:
-    """Map rollouts to the start of their first call and the end of their last one, in seconds since the epoch.
-
-    Only calls that name their rollout count; a rollout without such calls is left out.
-    """
-    keys = known_keys(connection, rollout_ids)
-    of_keys = {key: rollout_id for rollout_id, key in keys.items()}
-    times = (
-        func.min(func.coalesce(generations.c.started_at, generations.c.finished_at)),
-        func.max(generations.c.finished_at),
-    )
-    query = select(generations.c.rollout_key, *times).where(generations.c.rollout_key.in_(of_keys))
-    found = connection.execute(query.group_by(generations.c.rollout_key))
-    return {of_keys[key]: (started / 1e9, ended / 1e9) for key, started, ended in found}
+def _of_time(
+    connection: Connection, bins: Sequence[Bin], width: int, dimension: str, name: str | None
+) -> Iterator[_Found]:
+    if width < HOUR:
+        yield from _fine(connection, bins[0].start, bins[-1].end, width, dimension, name)
+        return
+    for each in _sums(connection, "hour", dimension, name, slot(bins[0].start), slot(bins[-1].end)):
+        yield each._replace(slot=slot(_moment(each.slot), width))
 
 
-def _all(wanted: OverviewQuery, by_spans: bool) -> Select[Any]:
-    """Select a row for each rollout that matches the filters."""
-    calls = _calls(by_spans)
-    is_first = and_(attempts.c.rollout_key == rollouts.c.key, attempts.c.sequence_id == 1)
-    joined = rollouts.outerjoin(attempts, is_first)
-    of_queue = select(
-        rollouts.c.rollout_id,
-        rollouts.c.status,
-        rollouts.c.attempts,
-        rollouts.c.start_time.label("queued"),
-        attempts.c.start_time.label("started"),
-        rollouts.c.end_time,
-        *(func.coalesce(calls.c[name], 0).label(name) for name in _SUMS),
-    ).select_from(joined.outerjoin(calls, calls.c.rollout_id == rollouts.c.rollout_id))
-    recorded = select(
-        calls.c.rollout_id,
-        literal(RECORDED).label("status"),
-        literal(0).label("attempts"),
-        cast(null(), Double).label("queued"),
-        calls.c.started,
-        calls.c.ended.label("end_time"),
-        *(calls.c[name] for name in _SUMS),
-    ).where(~exists().where(rollouts.c.rollout_id == calls.c.rollout_id))
-    if wanted.search:
-        # The input is stored as JSON.
-        written = json.dumps(wanted.search, ensure_ascii=False)[1:-1]
-        is_in_input = rollouts.c.input.icontains(written, autoescape=True)
-        of_queue = of_queue.where(or_(rollouts.c.rollout_id.icontains(wanted.search, autoescape=True), is_in_input))
-        recorded = recorded.where(calls.c.rollout_id.icontains(wanted.search, autoescape=True))
-    both = union_all(of_queue, recorded).subquery()
-    found = select(both)
-    return found if wanted.status is None else found.where(both.c.status == wanted.status)
+def _fine(
+    connection: Connection, since: float, until: float, width: int, dimension: str, name: str | None
+) -> Iterator[_Found]:
+    query = select(tables.summaries).where(_OF.active >= since, _OF.active < until)
+    if name is not None:
+        query = query.where(_OF[dimension] == storable(name))
+    for row in connection.execute(query):
+        found = Summary(*row)
+        of_name = getattr(found, dimension) if dimension else ""
+        if of_name is not None:
+            of_slot = slot(found.active, width)
+            for portion in portions(found):
+                yield _Found(of_slot, of_name, portion)
 
 
-_SUMS = ("calls", "finished", "prompt_tokens", "output_tokens")
+def _sums(
+    connection: Connection,
+    axis: str,
+    dimension: str,
+    name: str | None,
+    first: str | None = None,
+    end: str | None = None,
+) -> Iterator[_Found]:
+    columns = "slot, name, measure, value, count, amount"
+    where: dict[str, str | None] = {"axis = ?": axis, "dimension = ?": dimension, "slot >= ?": first, "slot < ?": end}
+    where["name = ?"] = storable(name)
+    given = {each: value for each, value in where.items() if value is not None}
+    query = f"SELECT {columns} FROM tallies WHERE {' AND '.join(given)}"
+    for of_slot, of_name, *portion in map(tuple, run(connection, query, [*given.values()])):
+        yield _Found(of_slot, of_name, Portion(*portion))
 
 
-def _calls(by_spans: bool) -> Any:
-    """Select the counts of each rollout that has calls. Calls that name their rollout are read from an index alone."""
-    named = generations.c.rollout_key.is_not(None)
-    by_key = select(generations.c.rollout_key, *_sums(generations.c)).where(named)
-    counted = by_key.group_by(generations.c.rollout_key).subquery()
-    columns = [column for column in counted.c if column.name != "rollout_key"]
-    joined = counted.join(texts, texts.c.key == counted.c.rollout_key)
-    found = select(texts.c.text.label("rollout_id"), *columns).select_from(joined)
-    if by_spans:
-        # Calls that name no rollout, but whose answer is named by a span of the rollout.
-        spanned = (
-            select(spans.c.rollout_id, *(generations.c[name] for name in _COUNTED))
-            .select_from(spans.join(generations, generations.c.response_id == spans.c.response_id))
-            .where(spans.c.response_id.is_not(None), spans.c.rollout_id.is_not(None))
-            .where(generations.c.rollout_key.is_(None))
-            .distinct()
-            .subquery()
-        )
-        of_spans = select(spanned.c.rollout_id, *_sums(spanned.c)).group_by(spanned.c.rollout_id)
-        both = union_all(found, of_spans).subquery()
-        sums = [cast(func.sum(both.c[name]), BigInteger).label(name) for name in _SUMS]
-        moments = [func.min(both.c.started).label("started"), func.max(both.c.ended).label("ended")]
-        found = select(both.c.rollout_id, *sums, *moments).group_by(both.c.rollout_id)
-    # A CTE, since both halves of `_all` read it.
-    return found.cte("calls")
+def _moment(name: str) -> float:
+    return datetime.fromisoformat(name).replace(tzinfo=timezone.utc).timestamp()
 
 
-_COUNTED = ("key", "status", "prompt_tokens", "output_tokens", "finished_at")
+def _whole(bins: Iterable[Bin]) -> Bin:
+    whole = Bin("")
+    for each in bins:
+        whole.lost += each.lost
+        for measure, of_measure in each.measures.items():
+            known = whole.measures[measure]
+            known.count += of_measure.count
+            known.amount += of_measure.amount
+            known.values.update(of_measure.values)
+    return whole
 
 
-def _sums(of_each: Any) -> list[ColumnElement[Any]]:
-    is_finished = case((of_each.status == STATUSES.index("finished"), 1), else_=0)
-    # In PostgreSQL the sum of integers is a numeric.
-    return [
-        func.count().label("calls"),
-        cast(func.sum(is_finished), BigInteger).label("finished"),
-        cast(func.sum(of_each.prompt_tokens), BigInteger).label("prompt_tokens"),
-        cast(func.sum(of_each.output_tokens), BigInteger).label("output_tokens"),
-        (cast(func.min(of_each.finished_at), Double) / 1e9).label("started"),
-        (cast(func.max(of_each.finished_at), Double) / 1e9).label("ended"),
-    ]
-
-
-def _rewards() -> Any:
-    """Select the reward of each rollout that has one: the one that was given last, whenever it arrived."""
-    given_last = spans.c.end_time.desc().nulls_last(), spans.c.sequence_id.desc(), spans.c.reward.desc()
-    rank = func.row_number().over(partition_by=spans.c.rollout_id, order_by=given_last).label("rank")
-    has_one = and_(spans.c.reward.is_not(None), spans.c.rollout_id.is_not(None))
-    ranked = select(spans.c.rollout_id, spans.c.reward, rank).where(has_one).subquery()
-    return select(ranked.c.rollout_id, ranked.c.reward).where(ranked.c.rank == 1).subquery()
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """Sort `step-9` before `step-10`."""
+    return [(1, int(part), "") if part.isdigit() and part.isascii() else (0, 0, part) for part in _DIGITS.split(name)]

@@ -31,12 +31,14 @@ from agentlightning.store.database import (
     newer,
     transaction,
 )
+from agentlightning.store.stale import MARK_ALL, triggers
 
 __all__ = ["PostgresqlDatabase"]
 
 SCHEMA = "agentlightning"
 """Schema of the tables, so that the database may hold other programs' tables, too."""
-VERSION = 6
+_TEXT, _DOUBLE = 'TEXT COLLATE "C"', "DOUBLE PRECISION"
+VERSION = 7
 """Version of the tables, which the table `agentlightning.version` holds."""
 MIGRATIONS: Mapping[int, Sequence[str]] = {
     1: (
@@ -87,6 +89,24 @@ MIGRATIONS: Mapping[int, Sequence[str]] = {
     5: (
         "ALTER TABLE rollouts ADD COLUMN changed BIGINT DEFAULT '0' NOT NULL",
         "CREATE INDEX rollouts_by_change ON rollouts (changed, rollout_id, status, end_time)",
+    ),
+    6: (
+        "CREATE INDEX generations_unassigned ON generations (finished_at) WHERE rollout_key IS NULL",
+        'CREATE TABLE stale_rollouts (key BIGSERIAL PRIMARY KEY, rollout_id TEXT COLLATE "C" NOT NULL)',
+        "CREATE INDEX stale_rollouts_by_id ON stale_rollouts (rollout_id)",
+        f"""CREATE TABLE summaries (rollout_id {_TEXT} PRIMARY KEY, since {_DOUBLE} NOT NULL, active {_DOUBLE} NOT NULL,
+        status {_TEXT} NOT NULL, attempts INTEGER NOT NULL, queued {_DOUBLE}, started {_DOUBLE},
+        attempt_started {_DOUBLE}, ended {_DOUBLE}, calls BIGINT NOT NULL, finished BIGINT NOT NULL,
+        prompt_tokens BIGINT NOT NULL, output_tokens BIGINT NOT NULL, latency {_DOUBLE}, reward {_DOUBLE},
+        breaks BIGINT, worker {_TEXT}, model {_TEXT}, agent {_TEXT}, version {_TEXT}, step {_TEXT},
+        tags {_TEXT} NOT NULL, task {_TEXT} NOT NULL)""",
+        "CREATE INDEX summaries_by_start ON summaries (since)",
+        "CREATE INDEX summaries_by_activity ON summaries (active)",
+        f"""CREATE TABLE tallies (axis {_TEXT}, dimension {_TEXT}, slot {_TEXT}, name {_TEXT}, measure {_TEXT},
+        value {_DOUBLE}, count BIGINT NOT NULL, amount {_DOUBLE} NOT NULL,
+        PRIMARY KEY (axis, dimension, slot, name, measure, value))""",
+        *triggers("postgresql"),
+        MARK_ALL,
     ),
 }
 """Statements that turn the tables of a version into those of the next."""

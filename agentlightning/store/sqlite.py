@@ -22,12 +22,13 @@ from agentlightning.store.chains import Recent
 from agentlightning.store.database import Database, accept_to_read, newer, transaction
 from agentlightning.store.filesystem import network_file_system
 from agentlightning.store.snapshot import connect
+from agentlightning.store.stale import MARK_ALL, triggers
 
 __all__ = ["SqliteDatabase"]
 
 APPLICATION_ID = int.from_bytes(b"AgL1", "big")
 """`PRAGMA application_id` of the files of agentlightning."""
-VERSION = 6
+VERSION = 7
 """Version of the schema, which `PRAGMA user_version` holds."""
 MIGRATIONS: Mapping[int, Sequence[str]] = {
     1: (
@@ -78,6 +79,23 @@ MIGRATIONS: Mapping[int, Sequence[str]] = {
     5: (
         "ALTER TABLE rollouts ADD COLUMN changed BIGINT DEFAULT '0' NOT NULL",
         "CREATE INDEX rollouts_by_change ON rollouts (changed, rollout_id, status, end_time)",
+    ),
+    6: (
+        "CREATE INDEX generations_unassigned ON generations (finished_at) WHERE rollout_key IS NULL",
+        'CREATE TABLE stale_rollouts ("key" INTEGER NOT NULL, rollout_id TEXT NOT NULL, PRIMARY KEY ("key"))',
+        "CREATE INDEX stale_rollouts_by_id ON stale_rollouts (rollout_id)",
+        """CREATE TABLE summaries (rollout_id TEXT NOT NULL, since DOUBLE NOT NULL, active DOUBLE NOT NULL,
+        status TEXT NOT NULL, attempts INTEGER NOT NULL, queued DOUBLE, started DOUBLE, attempt_started DOUBLE,
+        ended DOUBLE, calls BIGINT NOT NULL, finished BIGINT NOT NULL, prompt_tokens BIGINT NOT NULL,
+        output_tokens BIGINT NOT NULL, latency DOUBLE, reward DOUBLE, breaks BIGINT, worker TEXT, model TEXT,
+        agent TEXT, version TEXT, step TEXT, tags TEXT NOT NULL, task TEXT NOT NULL, PRIMARY KEY (rollout_id))""",
+        "CREATE INDEX summaries_by_start ON summaries (since)",
+        "CREATE INDEX summaries_by_activity ON summaries (active)",
+        """CREATE TABLE tallies (axis TEXT NOT NULL, dimension TEXT NOT NULL, slot TEXT NOT NULL,
+        name TEXT NOT NULL, measure TEXT NOT NULL, value DOUBLE NOT NULL, count BIGINT NOT NULL,
+        amount DOUBLE NOT NULL, PRIMARY KEY (axis, dimension, slot, name, measure, value))""",
+        *triggers("sqlite"),
+        MARK_ALL,
     ),
 }
 """Statements that turn a file of a version into one of the next."""

@@ -34,6 +34,7 @@ from sqlalchemy.schema import CreateIndex, CreateTable
 from agentlightning.generation import SharedText, Status, Via
 from agentlightning.store import rows
 from agentlightning.store.rows import Layout
+from agentlightning.store.stale import triggers
 
 __all__ = [
     "ATTEMPT_OF_SPAN",
@@ -58,6 +59,9 @@ __all__ = [
     "sessions",
     "span_sequences",
     "spans",
+    "stale_rollouts",
+    "summaries",
+    "tallies",
     "texts",
     "uploads",
     "vocabularies",
@@ -412,6 +416,64 @@ drift_totals = Table(
 )
 """Counts that only grow, whatever is deleted."""
 
+stale_rollouts = Table(
+    "stale_rollouts",
+    metadata,
+    Column("key", _Key, primary_key=True),
+    Column("rollout_id", _Text, nullable=False),
+)
+"""Rollouts that changed since their summary was made, as `store.stale` notes."""
+
+summaries = Table(
+    "summaries",
+    metadata,
+    Column("rollout_id", _Text, primary_key=True),
+    # When it was queued, or its first call began; and when something last happened to it.
+    Column("since", Double, nullable=False),
+    Column("active", Double, nullable=False),
+    Column("status", _Text, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("queued", Double),
+    Column("started", Double),
+    Column("attempt_started", Double),
+    Column("ended", Double),
+    Column("calls", BigInteger, nullable=False),
+    Column("finished", BigInteger, nullable=False),
+    Column("prompt_tokens", BigInteger, nullable=False),
+    Column("output_tokens", BigInteger, nullable=False),
+    # Mean seconds of a call that finished.
+    Column("latency", Double),
+    Column("reward", Double),
+    Column("breaks", BigInteger),
+    Column("worker", _Text),
+    Column("model", _Text),
+    Column("agent", _Text),
+    # The weights of its last call, and the step that its trainer gave it.
+    Column("version", _Text),
+    Column("step", _Text),
+    # A line for each: `name=value`, with a line end before and after.
+    Column("tags", _Text, nullable=False),
+    Column("task", _Text, nullable=False),
+)
+"""What lists and charts show of each rollout; `store.summaries` makes it from the other tables."""
+
+tallies = Table(
+    "tallies",
+    metadata,
+    Column("axis", _Text, primary_key=True),
+    Column("dimension", _Text, primary_key=True),
+    Column("slot", _Text, primary_key=True),
+    Column("name", _Text, primary_key=True),
+    Column("measure", _Text, primary_key=True),
+    Column("value", Double, primary_key=True),
+    Column("count", BigInteger, nullable=False),
+    Column("amount", Double, nullable=False),
+)
+"""Summaries added up by hour, step and weights, of all, and of each model, agent and worker.
+
+`value` is rounded, so that quartiles can be read from the counts; `amount` is the exact sum.
+"""
+
 
 def _index(name: str, *columns: Column[Any], where: ColumnElement[bool] | None = None, unique: bool = False) -> None:
     Index(name, *columns, unique=unique, sqlite_where=where, postgresql_where=where)
@@ -454,6 +516,10 @@ _index_where_set(uploads, "of_trace", "trace_id")
 _index("resources_by_time", resources.c.update_time)
 _index_where_set(lost_calls, "of_rollout", "rollout_id")
 _index("breaks_by_time", breaks.c.finished_at)
+_index("generations_unassigned", generations.c.finished_at, where=generations.c.rollout_key.is_(None))
+_index("stale_rollouts_by_id", stale_rollouts.c.rollout_id)
+_index("summaries_by_start", summaries.c.since)
+_index("summaries_by_activity", summaries.c.active)
 
 CLEAR_STALE_END_TIMES = (
     "UPDATE rollouts SET end_time = NULL WHERE status NOT IN ('failed', 'succeeded', 'cancelled')",
@@ -479,4 +545,4 @@ def _statements_to_create(dialect: Dialect) -> list[str]:
         (index for table in metadata.sorted_tables for index in table.indexes), key=lambda each: str(each.name)
     )
     elements = (*map(CreateTable, metadata.sorted_tables), *map(CreateIndex, indexes))
-    return [str(element.compile(dialect=dialect)) for element in elements]
+    return [*(str(element.compile(dialect=dialect)) for element in elements), *triggers(dialect.name)]

@@ -97,7 +97,7 @@ def test_links_within_docs_lead_to_an_element(elements: Elements) -> None:
 
 
 @pytest.mark.parametrize("root_path", ["", PREFIX], ids=["prefix unknown", "prefix as root path"])
-@pytest.mark.parametrize("address", ["/", "/docs", "/senders", "/rollout", "/generation/prompt?id=none"])
+@pytest.mark.parametrize("address", ["/", "/rollouts", "/docs", "/senders", "/rollout", "/generation/prompt?id=none"])
 def test_pages_below_a_path_of_a_proxy_use_only_addresses_below_it(
     tmp_path: Path, address: str, root_path: str
 ) -> None:

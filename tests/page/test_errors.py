@@ -17,7 +17,7 @@ ERRORS = {
     "an unknown page": ("/nothing/here", 404, "There is no such route"),
     "an unknown script": ("/page/0.0.0/nothing.js", 404, "There is no such route"),
     "an unknown record": ("/v1/agl/generations/nothing", 404, "There is no generation"),
-    "a wrong query": ("/?page=first", 422, "page"),
+    "a wrong query": ("/rollouts?page=first", 422, "page"),
     "a route of another method": ("/v1/agl/queues/rollouts/dequeue", 405, "POST"),
 }
 

@@ -25,9 +25,13 @@ def _two_attempts(filled: Filled) -> str:
 
 
 PAGES: dict[str, Callable[[Filled], str]] = {
-    "rollouts": lambda _: "/",
-    "rollouts, sorted, filtered": lambda _: "/?q=times&status=failed&sort=duration&order=asc",
-    "no rollouts": lambda _: "/?q=nothing+is+like+that",
+    "the overview": lambda _: "/",
+    "the overview of a worker by weights": lambda _: "/?by=version&dimension=worker&name=runner-1",
+    "the overview without steps": lambda _: "/?by=step",
+    "rollouts": lambda _: "/rollouts",
+    "rollouts, sorted, filtered": lambda _: "/rollouts?q=times&status=failed&sort=duration&order=asc&reward=..1",
+    "rollouts, a filter that cannot be read": lambda _: "/rollouts?reward=much&columns=tags&columns=model",
+    "no rollouts": lambda _: "/rollouts?q=nothing+is+like+that",
     "a rollout": lambda filled: f"/rollout?id={filled.rollout('succeeded').rollout_id}",
     "a rollout that was retried": lambda filled: f"/rollout?id={filled.rollout('failed').rollout_id}",
     "a rollout that waits": lambda filled: f"/rollout?id={filled.rollout('queuing').rollout_id}",

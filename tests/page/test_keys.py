@@ -34,7 +34,17 @@ class Locked:
         generation_id = self.rollout.generation_id(1, 0)
         of_one = [f"/rollout?id={self.rollout.rollout_id}", f"/generation?id={generation_id}"]
         files = [f"/page/{agentlightning.__version__}/{each.name}" for each in STATIC.iterdir()]
-        return ["/", "/rollout", "/senders", "/docs", f"/generation/prompt?id={generation_id}", *of_one, *files]
+        return [
+            "/",
+            "/rollouts",
+            "/rollouts/export",
+            "/rollout",
+            "/senders",
+            "/docs",
+            f"/generation/prompt?id={generation_id}",
+            *of_one,
+            *files,
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +73,13 @@ def test_pages_with_the_key_answer_200(locked: Locked) -> None:
 
 def test_browser_with_the_key_shows_every_page(locked: Locked, visit: Callable[..., Visit]) -> None:
     page = visit(locked.server, key=KEY).page
-    page.goto("/")
+    page.goto("/rollouts")
     page.get_by_role("link", name=locked.rollout.rollout_id).click()
     page.get_by_role("link", name="Call 1", exact=True).click()
     expect(page.get_by_role("img", name="Plot of logprobs").locator("canvas")).to_be_visible()
     page.get_by_role("region", name="Prompt").get_by_text("tokens").click()
     expect(page.get_by_role("group", name="Prompt: ")).to_be_visible()
-    page.goto("/")
+    page.goto("/rollouts")
     with locked.server.client() as trainer:
         new = started(trainer, "Is it live?")
     expect(page.get_by_role("link", name=new["rollout_id"])).to_be_visible()

@@ -53,7 +53,7 @@ def test_scripts_and_forms_of_other_origins_leave_the_queue_alone(
         credentials = None if key is None else {"username": "agl", "password": key}
         window = browser.new_context(http_credentials=credentials)  # type: ignore[arg-type]
         page = window.new_page()
-        page.goto(store.url)
+        page.goto(f"{store.url}/rollouts")
         expect(page.get_by_role("link", name="ro-")).to_have_count(3)
         page.goto(other.replace("127.0.0.1", host))
         expect(page).to_have_title("asked")

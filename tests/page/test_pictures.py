@@ -1,4 +1,4 @@
-"""The pictures in the README: `pytest tests/page/test_pictures.py --pictures` makes them again.
+"""The pictures in the documentation: `pytest tests/page/test_pictures.py --pictures` makes them again.
 
 The data and the clock never change, so the pictures differ only if the page or the browser's fonts do. Their texts are
 compared exactly, with the folder `pictures`, and their looks approximately.
@@ -10,14 +10,13 @@ import re
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 from PIL import Image, ImageChops, ImageStat
-from playwright.sync_api import Page, expect
+from playwright.sync_api import expect
 
-from tests.common.browser import Scheme, Visit
+from tests.common.browser import Scheme, Size, Visit
 from tests.common.clock import standing_still
 from tests.common.environments import CHECKOUT
 from tests.common.rollouts import Rollout, fill
@@ -31,16 +30,24 @@ ADDRESS = "127.0.0.1:4747"
 NOW = datetime(2026, 11, 25, 10, 0, 0, tzinfo=timezone.utc)
 COUNT = 250
 
-PICTURES: dict[str, tuple[Scheme, Callable[[Rollout], str], str]] = {
-    "rollouts": ("light", lambda _: "/", "Rollouts"),
-    "rollout": ("light", lambda shown: f"/rollout?id={shown.rollout_id}", "Rollout ro-"),
-    "generation": ("light", lambda shown: f"/generation?id={shown.generation_id(1, 1)}#t8", "Generation "),
-    "senders": ("dark", lambda _: "/senders", "Senders"),
+PICTURES: dict[str, tuple[Callable[[Rollout], str], str]] = {
+    "overview": (lambda _: "/?dimension=worker", "Overview"),
+    "rollouts": (lambda _: "/rollouts", "Rollouts"),
+    "rollout": (lambda shown: f"/rollout?id={shown.rollout_id}", "Rollout ro-"),
+    "generation": (lambda shown: f"/generation?id={shown.generation_id(1, 1)}#t8", "Generation "),
+    "drift": (lambda _: "/drift", "Drift"),
+    "senders": (lambda _: "/senders", "Senders"),
 }
-"""Each picture's colour scheme, address and heading."""
+"""Each page's address and heading."""
+SCREENS: dict[str, tuple[Size, Scheme]] = {
+    "": ("desktop", "light"),
+    "-dark": ("desktop", "dark"),
+    "-phone": ("phone", "light"),
+    "-phone-dark": ("phone", "dark"),
+}
+"""How each is pictured, by what the name of the picture ends with."""
 PLOTS = {"training"}
 """Pictures in the README that a benchmark makes."""
-OTHER: dict[Scheme, Scheme] = {"light": "dark", "dark": "light"}
 
 
 @pytest.fixture(scope="module")
@@ -65,31 +72,38 @@ def test_picture_matches_the_page(
     request: pytest.FixtureRequest,
 ) -> None:
     server, rollout = shown
-    scheme, address, heading = PICTURES[name]
-
-    def taken(to: Path, **options: Any) -> tuple[Page, Image.Image]:
-        page = visit(server, **options).page
+    address, heading = PICTURES[name]
+    taken: dict[str, Image.Image] = {}
+    text = ""
+    for ending, (size, scheme) in SCREENS.items():
+        page = visit(server, size=size, scheme=scheme).page
         page.goto(address(rollout))
         expect(page.get_by_role("heading", level=1)).to_have_text(re.compile(f"^{heading}"))
-        page.screenshot(path=to)
-        return page, Image.open(to).convert("RGB")
-
-    page, picture = taken(tmp_path / "now.png", scheme=scheme)
-    text = page.locator("body").aria_snapshot().replace(server.url.removeprefix("http://"), ADDRESS)
+        page.screenshot(path=tmp_path / "now.png")
+        taken[ending] = Image.open(tmp_path / "now.png").convert("RGB")
+        text = text or page.locator("body").aria_snapshot().replace(server.url.removeprefix("http://"), ADDRESS)
     if request.config.getoption("--pictures", default=False):
         TEXTS.mkdir(exist_ok=True)
         (TEXTS / f"{name}.txt").write_text(f"{text}\n")
-        picture.save(IMAGES / f"{name}.png", optimize=True)
-    shown_in_readme = Image.open(IMAGES / f"{name}.png").convert("RGB")
+        for ending, picture in taken.items():
+            picture.save(IMAGES / f"{name}{ending}.png", optimize=True)
 
     assert text == (TEXTS / f"{name}.txt").read_text().removesuffix("\n")
-    assert picture.size == shown_in_readme.size
+    kept = {ending: Image.open(IMAGES / f"{name}{ending}.png").convert("RGB") for ending in SCREENS}
     # The fonts of another machine make less of a difference than anything that a reader would notice.
-    _, in_other_colours = taken(tmp_path / "other.png", scheme=OTHER[scheme])
-    _, narrow = taken(tmp_path / "narrow.png", scheme=scheme, size="phone")
-    away = difference(picture, shown_in_readme)
-    assert away < difference(in_other_colours, shown_in_readme) / 4
-    assert away < difference(narrow.resize(picture.size), shown_in_readme) / 2
+    for ending, other_colours, other_size in (("", "-dark", "-phone"), ("-phone-dark", "-phone", "-dark")):
+        assert taken[ending].size == kept[ending].size
+        away = difference(taken[ending], kept[ending])
+        assert away < difference(taken[other_colours], kept[ending]) / 4
+        assert away < difference(taken[other_size].resize(kept[ending].size), kept[ending]) / 2
+
+
+def test_page_of_the_documentation_shows_every_picture() -> None:
+    text = (CHECKOUT / "docs" / "page.md").read_text()
+
+    assert {f"images/{name}{ending}.png" for name in PICTURES for ending in SCREENS} == set(
+        re.findall(r"\((images/[^)]+\.png)\)", text)
+    )
 
 
 @pytest.mark.parametrize("readme", ["README.md", "README.zh.md"])

@@ -65,6 +65,7 @@ def test_pages_behind_a_proxy_link_load_and_update(
         # The window complains of whatever the page requests and does not get.
         page = visit(SimpleNamespace(url=url)).page
         page.goto(f"{PATH}/")
+        page.get_by_role("link", name="Rollouts", exact=True).click()
         page.get_by_role("link", name=rollout.rollout_id).click()
         page.get_by_role("link", name="Call 1", exact=True).click()
         expect(page.get_by_role("img", name="Plot of logprobs").locator("canvas")).to_be_visible()
@@ -127,6 +128,7 @@ def test_block_for_nginx_in_the_documentation_serves_the_page(visit: Callable[..
                 # nginx itself adds the slash that is missing.
                 page.goto("/agl")
                 expect(page.get_by_text(f"AGL_STORE=http://127.0.0.1:{port}/agl ")).to_be_visible()
+                page.get_by_role("link", name="Rollouts", exact=True).click()
                 new = started(trainer, "Is it live?")
                 expect(page.get_by_role("link", name=new["rollout_id"])).to_be_visible()
                 page.get_by_role("link", name=new["rollout_id"]).click()
@@ -157,10 +159,10 @@ def test_page_opened_with_the_key_in_its_address_updates(visit: Callable[..., Vi
         first = started(trainer, "Is it there?")
         visitor = visit(store)
         page = visitor.page
-        page.goto(quoted)
+        page.goto(f"{quoted.removesuffix('/')}/rollouts")
         # The page opens itself again, and the address no longer shows the key.
-        expect(page).to_have_url(f"{store.url}/")
-        assert page.evaluate("document.baseURI") == f"{store.url}/"
+        expect(page).to_have_url(f"{store.url}/rollouts")
+        assert page.evaluate("document.baseURI") == f"{store.url}/rollouts"
         # The first requests have the key in their addresses.
         assert all(KEY in unquote(each) for each in visitor.complaints)
         visitor.complaints.clear()

@@ -134,7 +134,7 @@ def test_previous_and_next_go_through_the_rollouts(look: Open, filled: Filled) -
 
 def test_links_lead_from_the_table_to_a_call_and_back(look: Open, filled: Filled) -> None:
     rollout = filled.rollout("succeeded")
-    page = look("/")
+    page = look("/rollouts")
     page.get_by_role("link", name=rollout.rollout_id).click()
     page.get_by_role("region", name="Timeline").get_by_role("link").first.click()
     expect(page.get_by_role("heading", name="Generation")).to_contain_text(rollout.generation_id(1, 0))
@@ -174,7 +174,7 @@ def test_rollout_that_was_just_dequeued_is_just_started(visit: Callable[..., Vis
         with server.client() as trainer:
             rollout_id = started(trainer, "Has it begun?")["rollout_id"]
         page = visit(server).page
-        page.goto("/")
+        page.goto("/rollouts")
         expect(page.get_by_role("row").filter(has_text=rollout_id)).to_contain_text("it has just started")
         page.get_by_role("link", name=rollout_id).click()
 
@@ -299,7 +299,7 @@ def test_calls_without_a_rollout_are_listed(
     with open_store(living.url) as store:
         store.add([unassigned])
     page = visit(living).page
-    page.goto("/")
+    page.goto("/rollouts")
     page.get_by_role("link", name="1 call without a rollout").click()
     expect(page.get_by_role("listitem")).to_contain_text("77 tokens")
     page.get_by_role("link", name="Call 1", exact=True).click()

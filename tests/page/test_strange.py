@@ -75,7 +75,7 @@ def test_strange_id_is_shown_and_links_to_its_rollout(
     server: StoreServer, visit: Callable[..., Visit], rollout_id: str
 ) -> None:
     page = visit(server, size="phone").page
-    page.goto("/")
+    page.goto("/rollouts")
     # Ids with invisible characters are shown as JSON.
     name = rollout_id if rollout_id.isprintable() else json.dumps(rollout_id)
     page.get_by_role("link", name=name, exact=True).click()
@@ -104,7 +104,13 @@ def test_markup_in_texts_is_shown_as_text(server: StoreServer, visit: Callable[.
     expect(page.get_by_role("region", name="Timeline").get_by_text(EVERYTHING)).to_be_visible()
     page.get_by_text("Input", exact=True).click()
     expect(page.get_by_text(json.dumps(EVERYTHING))).to_be_visible()
-    for address in ("/senders", f"/?q={EVERYTHING}", f"/rollout?id={EVERYTHING}", f"/generation?id={EVERYTHING}"):
+    for address in (
+        "/senders",
+        f"/?name={EVERYTHING}",
+        f"/rollouts?q={EVERYTHING}&tag={EVERYTHING}&reward={EVERYTHING}",
+        f"/rollout?id={EVERYTHING}",
+        f"/generation?id={EVERYTHING}",
+    ):
         page.goto(address)
         assert violations(page) == []
     expect(page.get_by_role("heading", level=1)).to_contain_text("alert(1)")
@@ -112,7 +118,7 @@ def test_markup_in_texts_is_shown_as_text(server: StoreServer, visit: Callable[.
 
 def test_strange_generation_shows_each_token(server: StoreServer, visit: Callable[..., Visit]) -> None:
     page = visit(server).page
-    page.goto("/?q=y")
+    page.goto("/rollouts?q=y")
     page.get_by_role("link", name=STRANGE["as long as it may be"]).click()
     expect(page.get_by_role("region", name="Conversation").get_by_text(EVERYTHING).first).to_be_visible()
     page.get_by_role("link", name="Call 1", exact=True).click()

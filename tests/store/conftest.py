@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -11,6 +12,7 @@ import pytest
 
 from agentlightning.store import Store, open_database, open_store, tables
 from agentlightning.store.database import Database
+from agentlightning.store.stale import triggers
 from tests.common.postgresql import PostgresServer
 from tests.server.process import StoreServer
 
@@ -22,33 +24,30 @@ EVERY_KIND = [
 """The kinds of stores: a file, a PostgreSQL database, and an `agl store`."""
 
 
-BACK_TO_VERSION_5 = ("DROP INDEX rollouts_by_change", "ALTER TABLE rollouts DROP COLUMN changed")
-"""Statements that give a database of version 6 the tables of version 5."""
-BACK_TO_VERSION_4 = (
-    *BACK_TO_VERSION_5,
-    *(
-        f"ALTER TABLE generations DROP COLUMN {name}"
-        for name in ("served_model_key", "requested_params_key", "prompt_logprobs")
-    ),
-    *(f"ALTER TABLE choices DROP COLUMN {name}" for name in ("sampling_mask", "top_logprobs")),
-)
-"""Statements that give a database of version 6 the tables of version 4."""
-BACK_TO_VERSION_3 = (
-    *BACK_TO_VERSION_4,
-    *(
-        f"ALTER TABLE generations DROP COLUMN {name}"
-        for name in ("agent_key", "parent_agent_key", "purpose_key", "retry", "via")
-    ),
-    *(f"DROP TABLE {name}" for name in ("drifts", "breaks", "drift_totals")),
-)
-"""Statements that give a database of version 6 the tables of version 3."""
-BACK_TO_VERSION_2 = (
-    *BACK_TO_VERSION_3,
-    *(f"DROP INDEX generations_by_{name}" for name in ("ids_block", "text_block")),
-    *(f"ALTER TABLE generations DROP COLUMN {name}" for name in ("ids_block", "text_block")),
-    *(f"DROP TABLE {name}" for name in ("blocks", "watermarks", "lost_calls")),
-)
-"""Statements that give a database of version 6 the tables of version 2."""
+def back_to_version(version: int, url: str) -> Iterator[str]:
+    """Yield statements that give a database of today the tables of an older version, down to version 2."""
+    is_file = "postgresql" not in url
+    for name in re.findall(r"CREATE TRIGGER (\w+)", "\n".join(triggers("sqlite"))):
+        yield f"DROP TRIGGER {name}" if is_file else f"DROP FUNCTION {name} CASCADE"
+    yield "DROP INDEX generations_unassigned"
+    yield from (f"DROP TABLE {name}" for name in ("stale_rollouts", "summaries", "tallies"))
+    if version < 6:
+        yield "DROP INDEX rollouts_by_change"
+        yield "ALTER TABLE rollouts DROP COLUMN changed"
+    if version < 5:
+        for name in ("served_model_key", "requested_params_key", "prompt_logprobs"):
+            yield f"ALTER TABLE generations DROP COLUMN {name}"
+        yield from (f"ALTER TABLE choices DROP COLUMN {name}" for name in ("sampling_mask", "top_logprobs"))
+    if version < 4:
+        for name in ("agent_key", "parent_agent_key", "purpose_key", "retry", "via"):
+            yield f"ALTER TABLE generations DROP COLUMN {name}"
+        yield from (f"DROP TABLE {name}" for name in ("drifts", "breaks", "drift_totals"))
+    if version < 3:
+        for name in ("ids_block", "text_block"):
+            yield f"DROP INDEX generations_by_{name}"
+            yield f"ALTER TABLE generations DROP COLUMN {name}"
+        yield from (f"DROP TABLE {name}" for name in ("blocks", "watermarks", "lost_calls"))
+    yield f"PRAGMA user_version = {version}" if is_file else f"UPDATE version SET version = {version}"
 
 
 def new_store_of(kind: str, request: pytest.FixtureRequest) -> Callable[[Path], str]:

@@ -22,7 +22,7 @@ from agentlightning.store.chains import FIRST, IDS, NEXT, TEXTS, Chain, Recent
 from agentlightning.store.database import Database
 from tests.common.generations import generation
 from tests.common.unhurried import UNHURRIED
-from tests.store.conftest import BACK_TO_VERSION_2, new_store_of
+from tests.store.conftest import back_to_version, new_store_of
 
 pytestmark = pytest.mark.tier("check")
 
@@ -239,9 +239,8 @@ def test_file_of_the_former_schema_is_read_and_goes_on(tmp_path: Path) -> None:
     with open_store(str(path)) as store:
         store.add([called(1, range(10), "a")])
     with closing(sqlite3.connect(path)) as connection, connection:
-        for statement in BACK_TO_VERSION_2:
+        for statement in back_to_version(2, str(path)):
             connection.execute(statement)
-        connection.execute("PRAGMA user_version = 2")
         values = array("i", range(5000)).tobytes(), "a" * 9000
         connection.execute("UPDATE generations SET prompt_tokens = 5000, prompt_token_ids = ?, prompt_text = ?", values)
 

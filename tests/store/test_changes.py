@@ -16,7 +16,7 @@ from agentlightning.store import Store, changes, open_database, open_store
 from agentlightning.store.completeness import endings
 from agentlightning.store.database import Database
 from tests.common.generations import generation
-from tests.store.conftest import BACK_TO_VERSION_5, EVERY_KIND, new_store_of
+from tests.store.conftest import EVERY_KIND, back_to_version, new_store_of
 
 pytestmark = pytest.mark.tier("check")
 
@@ -151,8 +151,7 @@ def test_transaction_that_commits_late_is_not_missed(store: Store, database: Dat
 def test_store_of_version_5_is_migrated(store: Store, url: str) -> None:
     rollout_id = store.enqueue_rollout(1).rollout_id
     with closing(open_database(url)) as database, database.writing() as connection:
-        version = "UPDATE version SET version = 5" if "postgresql" in url else "PRAGMA user_version = 5"
-        for statement in (*BACK_TO_VERSION_5, version):
+        for statement in back_to_version(5, url):
             connection.exec_driver_sql(statement)
 
     with open_store(url) as migrated, closing(open_database(url)) as database:

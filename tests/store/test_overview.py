@@ -1,276 +1,305 @@
-"""Tests of the table of all rollouts: those of the queue, and those that only calls name."""
+"""Tests of the overview: the sums of all rollouts over time, by step and by weights, however they came about."""
 
 from __future__ import annotations
 
-from array import array
+from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sqlalchemy import select, update
 
-from agentlightning.generation import Choice, Generation
-from agentlightning.rollout_records import NewRollout
-from agentlightning.store import lifecycle, open_database, open_store, overview, spans, tables
+from agentlightning.generation import Choice, Generation, Loss
+from agentlightning.rollout_records import FINISHED, NewRollout
+from agentlightning.store import (
+    deletion,
+    generations,
+    lifecycle,
+    open_database,
+    overview,
+    rollouts,
+    spans,
+    summaries,
+    tables,
+)
 from agentlightning.store.database import Database
-from agentlightning.store.overview import COLUMNS, Overview, OverviewQuery
-from tests.common.generations import HOSTILE, SECOND, START, generation
-from tests.store.conftest import BACK_TO_VERSION_2
-from tests.store.test_triplets import of_call, of_reward
+from agentlightning.store.overview import Measure, Overview
+from agentlightning.store.stale import MARK_ALL
+from agentlightning.store.summaries import Portion, task_of
+from tests.common.generations import SECOND, START, generation
+from tests.store.conftest import back_to_version
+from tests.store.test_triplets import of_reward
 
 pytestmark = pytest.mark.tier("check")
 
-HOUR = 3600.0
-NOW = START / SECOND + HOUR
+AT = START / SECOND
+HOUR = 3600
 
 
 def call(number: int, rollout_id: str | None, **fields: Any) -> Generation:
-    """Make a call with three ids in its prompt and five in its two choices."""
-    choices = [Choice(token_ids=array("i", [1, 2])), Choice(index=1, token_ids=array("i", [3, 4, 5]))]
-    usual: dict[str, Any] = {"prompt_token_ids": array("i", [7, 8, 9]), "choices": choices, "status": "finished"}
-    return generation(number, **usual | fields, rollout_id=rollout_id)
+    """Make a call that ended `number` seconds after the start of all tests, and took half a second."""
+    return generation(number, **{"status": "finished", "rollout_id": rollout_id, **fields})
 
 
-def rows_of(database: Database, **wanted: Any) -> list[Overview]:
+def read(database: Database, hours: int = 24, **only: Any) -> Overview:
+    """Read the overview from an hour before the first call, as somebody sees it who looks now."""
+    assert summaries.refresh(database)
     with database.reading() as connection:
-        return overview.page(connection, OverviewQuery(now=NOW, **wanted)).rollouts
+        return overview.of_time(connection, AT - HOUR, AT + (hours - 1) * HOUR, **only)
 
 
-def test_overview_of_a_queued_rollout_has_its_status_and_calls(url: str, database: Database) -> None:
-    with database.writing() as connection:
-        rollout_id = lifecycle.start(connection, NewRollout("a task"), None)
-        waiting = lifecycle.enqueue(connection, [NewRollout("another")])[0]
-        spans.add(connection, [of_reward(1, 0.5, rollout_id=rollout_id), of_reward(2, -1.0, rollout_id=rollout_id)])
-    with open_store(url) as store:
-        store.add([call(1, rollout_id), call(2, rollout_id, status="aborted"), call(3, None), call(4, "another one")])
-    found = {each.rollout_id: each for each in rows_of(database)}
-
-    assert found.keys() == {rollout_id, waiting, "another one"}
-    started = found[rollout_id]
-    assert (started.status, started.attempts, started.ended) == ("preparing", 1, False)
-    assert (started.calls, started.finished, started.prompt_tokens, started.output_tokens) == (2, 1, 6, 10)
-    assert started.reward == -1.0
-    assert (found[waiting].status, found[waiting].calls, found[waiting].reward) == ("queuing", 0, None)
-
-
-def test_overview_of_a_recorded_rollout_lasts_from_its_first_to_its_last_call(url: str, database: Database) -> None:
-    with open_store(url) as store:
-        store.add([call(number, "r", finished_at=START + number * SECOND) for number in (5, 2, 9)])
-
-    assert rows_of(database) == [
-        # `call` starts half a second before it ends.
-        Overview("r", "recorded", 0, 3, 3, 9, 15, None, None, None, START / SECOND + 1.5, None, 7.5, True),
+def sums(database: Database) -> list[Any]:
+    """Return all sums, and the summaries that they are of."""
+    assert summaries.refresh(database)
+    with database.reading() as connection:
+        tables_of = (tables.tallies, tables.summaries)
+        found = [sorted(map(tuple, connection.execute(select(*table.c)).all()), key=repr) for table in tables_of]
+    return [
+        [(*row[:-1], pytest.approx(row[-1])) if table == 0 else row for row in rows] for table, rows in enumerate(found)
     ]
 
 
-def test_unassigned_call_counts_for_the_rollout_whose_span_names_its_answer(url: str, database: Database) -> None:
-    with database.writing() as connection:
-        rollout_id = lifecycle.start(connection, NewRollout(1), None)
-        # Some instrumentations make two spans of one call.
-        spans.add(connection, [of_call(number, 7, rollout_id=rollout_id) for number in (1, 2)])
-    with open_store(url) as store:
-        store.add([call(7, None, response_id="answer-7"), call(8, None, response_id="another"), call(9, rollout_id)])
-    [found] = rows_of(database)
-
-    assert (found.calls, found.finished, found.prompt_tokens, found.output_tokens) == (2, 2, 6, 10)
-
-
-def test_duration_of_an_unfinished_rollout_lasts_until_now(database: Database) -> None:
-    with database.writing() as connection:
-        lifecycle.start(connection, NewRollout(1), None)
-    found = rows_of(database)[0]
-    assert found.started is not None
-    later = NOW * 2
-
-    with database.reading() as connection:
-        assert overview.page(connection, OverviewQuery(now=later)).rollouts[0].duration == pytest.approx(
-            later - found.started
-        )
-
-
-def test_rollout_that_waits_has_not_started(database: Database) -> None:
-    with database.writing() as connection:
-        [rollout_id] = lifecycle.enqueue(connection, [NewRollout(1)])
-    [waiting] = rows_of(database)
-    with database.writing() as connection:
-        lifecycle.dequeue(connection, 1, None)
-        connection.execute(update(tables.rollouts).values(start_time=10.0))
-        connection.execute(update(tables.attempts).values(start_time=70.0, end_time=75.0))
-        connection.execute(update(tables.rollouts).values(end_time=75.0))
-    [ended] = rows_of(database)
-
-    assert (waiting.started, waiting.attempt_started, waiting.duration, waiting.ended) == (None, None, None, False)
-    assert waiting.queued is not None
-    assert (ended.rollout_id, ended.queued, ended.started, ended.duration) == (rollout_id, 10.0, 70.0, 5.0)
-
-
-def test_retried_rollout_started_with_its_first_attempt(url: str, database: Database) -> None:
-    start_again_after_failure(url)
-    with database.writing() as connection:
-        for sequence_id in (1, 2):
-            of_attempt = tables.attempts.c.sequence_id == sequence_id
-            connection.execute(update(tables.attempts).where(of_attempt).values(start_time=10.0 * sequence_id))
-
-    assert [(each.started, each.attempt_started) for each in rows_of(database)] == [(10.0, 20.0)]
+def anew(database: Database) -> list[Any]:
+    """Return the same, made of the other tables alone, as a migration does."""
+    with database.writing(alone=True) as connection:
+        for table in ("stale_rollouts", "tallies", "summaries"):
+            connection.exec_driver_sql(f"DELETE FROM {table}")
+        connection.exec_driver_sql(MARK_ALL)
+    return sums(database)
 
 
 @pytest.fixture
-def many(url: str, database: Database) -> list[str]:
-    """Record fifty rollouts, each with one call more than the one before it; every third has a reward."""
-    names = [f"rollout-{number:02}" for number in range(50)]
-    calls = [call(100 * number + place, name) for number, name in enumerate(names) for place in range(number + 1)]
-    with open_store(url) as store:
-        store.add(calls)
+def trained(url: str, database: Database) -> list[str]:
+    """Run ten rollouts at two steps, rewarded with their number; the odd ones failed. Each ended half an hour later."""
+    found: list[str] = []
     with database.writing() as connection:
-        rewards = [of_reward(number, float(number), rollout_id=names[number]) for number in range(0, 50, 3)]
-        spans.add(connection, rewards)
-    return names
+        for number in range(10):
+            rollout_id = lifecycle.start(
+                connection, NewRollout(number, metadata={"step": number % 2}), f"w-{number % 3}"
+            )
+            lifecycle.update_attempt(
+                connection, rollout_id, "latest", {"status": "failed" if number % 2 else "succeeded"}
+            )
+            spans.add(connection, [of_reward(number + 1, float(number), rollout_id=rollout_id)])
+            of_rollout = tables.rollouts.c.rollout_id == rollout_id
+            connection.execute(update(tables.rollouts).where(of_rollout).values(end_time=AT + number * HOUR / 2))
+            found.append(rollout_id)
+        weights = [Choice(weight_versions=[("step-9", 0, 1)]), Choice(weight_versions=[("step-10", 0, 1)])]
+        generations.add(
+            connection, [call(number, each, choices=[weights[number % 2]]) for number, each in enumerate(found)]
+        )
+    return found
 
 
-@pytest.mark.tier("test")
-def test_pages_in_any_order_have_each_rollout_once(database: Database, many: list[str]) -> None:
-    for column in COLUMNS:
-        for descending in (True, False):
-            wanted = {"sort_by": column, "descending": descending, "limit": 7}
-            pages = [rows_of(database, **wanted, offset=offset) for offset in range(0, 50, 7)]
-            assert sorted(each.rollout_id for page in pages for each in page) == many, column
+def test_hours_have_their_rollouts_and_all_together_the_sums(database: Database, trained: list[str]) -> None:
+    found = read(database)
+
+    assert [each.rollouts for each in found.bins[:8]] == [0, *([2] * 5), 0, 0]
+    assert found.bins[1].measures["reward"].mean == 0.5
+    assert (found.whole.rollouts, found.whole.ended, found.whole.success) == (10, 10, 0.5)
+    reward = found.whole.measures["reward"]
+    assert (reward.count, reward.mean, reward.quantile(0.25), reward.quantile(0.75)) == (10, 4.5, 2.0, 7.0)
+    assert found.whole.measures["latency"].mean == 0.5
+    assert found.whole.measures["calls"].amount == 10
 
 
-def test_reward_that_arrives_late_does_not_replace_one_given_after_it(database: Database) -> None:
-    with database.writing() as connection:
-        rollout_id = lifecycle.start(connection, NewRollout("a task"), None)
-        spans.add(connection, [of_reward(1, 1.0, rollout_id=rollout_id, at=20.0)])
-        spans.add(connection, [of_reward(2, 0.25, rollout_id=rollout_id, at=10.0)])
+def test_a_few_hours_in_minutes_have_the_same_sums_as_in_hours(database: Database, trained: list[str]) -> None:
+    fine, coarse = read(database, hours=3), read(database)
 
-    assert [each.reward for each in rows_of(database)] == [1.0]
-
-
-def test_sort_by_reward_puts_rollouts_without_one_last_in_both_orders(database: Database, many: list[str]) -> None:
-    best, worst = (
-        [each.rollout_id for each in rows_of(database, sort_by="reward", descending=descending, limit=2)]
-        for descending in (True, False)
-    )
-
-    assert best == ["rollout-48", "rollout-45"]
-    assert worst == ["rollout-00", "rollout-03"]
-    assert rows_of(database, sort_by="reward", descending=False)[-1].reward is None
+    assert fine.bins[0].end - fine.bins[0].start == 300
+    assert coarse.bins[0].end - coarse.bins[0].start == HOUR
+    # The last one ended at the last moment.
+    assert (fine.whole.rollouts, fine.whole.measures["reward"].amount) == (5, 0 + 1 + 2 + 3 + 4)
+    assert [each.rollouts for each in fine.bins if each.rollouts] == [1] * 5
 
 
-def test_sort_by_calls_puts_the_most_first(database: Database, many: list[str]) -> None:
-    found = rows_of(database, sort_by="calls", limit=3)
-
-    assert [(each.rollout_id, each.calls) for each in found] == [
-        ("rollout-49", 50),
-        ("rollout-48", 49),
-        ("rollout-47", 48),
-    ]
-
-
-def test_search_finds_ids_and_inputs_ignoring_case(database: Database, many: list[str]) -> None:
-    with database.writing() as connection:
-        lifecycle.enqueue(connection, [NewRollout({"question": "What is 100 %_ of it?"})])
-
-    assert [each.rollout_id for each in rows_of(database, search="ROLLOUT-1", sort_by="rollout", descending=False)] == [
-        f"rollout-1{digit}" for digit in range(10)
-    ]
-    assert [each.status for each in rows_of(database, search="what is 100")] == ["queuing"]
-    # % and _ are no wildcards.
-    assert len(rows_of(database, search="100 %_")) == 1
-    assert rows_of(database, search="1%0") == []
-
-
-def test_filter_by_status_takes_those_of_the_queue_and_recorded(database: Database, many: list[str]) -> None:
-    with database.writing() as connection:
-        lifecycle.enqueue(connection, [NewRollout(1)])
-
-    assert [each.status for each in rows_of(database, status="queuing")] == ["queuing"]
-    assert len(rows_of(database, status="recorded")) == 50
-    assert rows_of(database, status="failed") == []
-
-
-def test_page_has_the_total_number_of_rollouts(database: Database, many: list[str]) -> None:
+def test_steps_and_weights_are_in_their_order(database: Database, trained: list[str]) -> None:
+    assert summaries.refresh(database)
     with database.reading() as connection:
-        first, total, _ = overview.page(connection, OverviewQuery(now=NOW, search="rollout-1", limit=3))
-        behind, none, _ = overview.page(connection, OverviewQuery(now=NOW, limit=3, offset=60))
+        steps, weights = (overview.by_axis(connection, axis) for axis in ("step", "version"))
+        of_worker = overview.by_axis(connection, "step", "worker", "w-0")
 
-    assert (len(first), total) == (3, 10)
-    assert (behind, none) == ([], 0)
+    assert [(each.name, each.success) for each in steps.bins] == [("0", 1.0), ("1", 0.0)]
+    assert [each.name for each in weights.bins] == ["step-9", "step-10"]
+    assert of_worker.whole.rollouts == 4
 
 
-def test_overview_counts_unassigned_calls(url: str, database: Database) -> None:
-    with open_store(url) as store:
-        store.add([call(1, None), call(2, "r"), call(3, None)])
+def test_names_divide_the_sums_the_most_first(database: Database, trained: list[str]) -> None:
+    found = read(database)
+    with database.reading() as connection:
+        workers = overview.by_name(connection, "worker", found)
+        at_steps = overview.by_name(connection, "worker", overview.by_axis(connection, "step"), "step")
+
+    assert {name: each.whole.rollouts for name, each in workers.items()} == {"w-0": 4, "w-1": 3, "w-2": 3}
+    assert next(iter(workers)) == "w-0"
+    assert {name: [each.rollouts for each in of.bins] for name, of in at_steps.items()}["w-1"] == [1, 2]
+    only = read(database, dimension="worker", name="w-1")
+    assert (only.whole.rollouts, only.whole.measures["reward"].mean) == (3, 4.0)
+
+
+def test_reward_that_comes_late_replaces_the_one_before_in_the_sums(database: Database, trained: list[str]) -> None:
+    before = read(database).whole.measures["reward"]
+    with database.writing() as connection:
+        spans.add(connection, [of_reward(100, 100.0, rollout_id=trained[0])])
+    after = read(database).whole.measures["reward"]
+
+    assert (before.amount, after.amount, after.count) == (45.0, 145.0, 10)
+    assert sums(database) == anew(database)
+
+
+def test_deleted_rollouts_leave_nothing_in_sums_and_summaries_at_once(database: Database, trained: list[str]) -> None:
+    assert read(database).whole.rollouts == 10
+    for _ in deletion.delete(database, deletion.select(database, rollout_ids=trained[:9])):
+        pass
 
     with database.reading() as connection:
-        assert overview.page(connection, OverviewQuery(now=NOW)).unassigned_calls == 2
+        left = connection.execute(select(tables.summaries.c.rollout_id)).scalars().all()
+    assert left == trained[9:]
+    assert read(database).whole.measures["reward"].amount == 9.0
+    assert sums(database) == anew(database)
+    for _ in deletion.delete(database, deletion.select(database, rollout_ids=trained)):
+        pass
+    assert sums(database) == [[], []]
 
 
-def test_overview_has_rollouts_with_hostile_ids(url: str, database: Database) -> None:
-    with open_store(url) as store:
-        store.add([call(number, rollout_id) for number, rollout_id in enumerate(HOSTILE.values())])
-
-    assert {each.rollout_id for each in rows_of(database)} == set(HOSTILE.values())
-
-
-def start_again_after_failure(url: str) -> str:
-    """Create a rollout that has failed and whose next attempt is running."""
-    with closing(open_database(url)) as database, database.writing() as connection:
-        rollout_id = lifecycle.start(connection, NewRollout(1), None)
-        lifecycle.update_attempt(connection, rollout_id, "latest", {"status": "failed"})
-        lifecycle.start_attempt(connection, rollout_id, None)
-    return rollout_id
-
-
-def test_rollout_that_runs_again_has_not_ended(url: str, database: Database) -> None:
-    rollout_id = start_again_after_failure(url)
-
-    [found] = rows_of(database)
-    assert (found.rollout_id, found.status, found.ended) == (rollout_id, "preparing", False)
-    assert found.started is not None
-    assert found.duration == pytest.approx(max(NOW - found.started, 0))
+def test_store_of_version_5_has_all_of_it_once_somebody_looks(url: str, database: Database, trained: list[str]) -> None:
+    before = sums(database)
     with database.writing() as connection:
-        lifecycle.update_attempt(connection, rollout_id, "latest", {"status": "failed"})
-    assert [each.ended for each in rows_of(database)] == [True]
-    with database.writing() as connection:
-        lifecycle.update_rollout(connection, rollout_id, {"status": "queuing"})
-    assert [each.ended for each in rows_of(database)] == [False]
-
-
-def test_attempt_that_runs_again_has_no_end_time(url: str, database: Database) -> None:
-    with database.writing() as connection:
-        rollout_id = lifecycle.start(connection, NewRollout(1), None)
-        ended = lifecycle.update_attempt(connection, rollout_id, "latest", {"status": "failed"}).end_time
-        again = lifecycle.update_attempt(connection, rollout_id, "latest", {"status": "running"}).end_time
-
-    assert (ended is None, again) == (False, None)
-
-
-def test_migration_from_version_1_clears_stale_end_times(url: str) -> None:
-    """Version 1 left the former end time on rollouts that ran again, and did not record who numbered a span."""
-    running = start_again_after_failure(url)
-    with closing(open_database(url)) as database, database.writing() as connection:
-        ended = lifecycle.start(connection, NewRollout(2), None)
-        lifecycle.update_attempt(connection, ended, "latest", {"status": "succeeded"})
-        spans.add(connection, [of_reward(1, 0.5, rollout_id=running)])
-        for statement in (
-            "UPDATE rollouts SET end_time = 7",
-            "UPDATE attempts SET end_time = 7",
-            "ALTER TABLE spans DROP COLUMN is_numbered",
-            "ALTER TABLE spans DROP COLUMN common_key",
-            "DROP TABLE probes",
-            *BACK_TO_VERSION_2,
-            "PRAGMA user_version = 1" if "postgresql" not in url else "UPDATE version SET version = 1",
-        ):
+        for statement in back_to_version(5, url):
             connection.exec_driver_sql(statement)
 
-    with closing(open_database(url)) as database:
-        assert {each.rollout_id: each.ended for each in rows_of(database)} == {running: False, ended: True}
-        with database.reading() as connection:
-            attempts = connection.execute(select(tables.attempts.c.status, tables.attempts.c.end_time)).all()
-            assert {status: end_time for status, end_time in attempts if status != "failed"} == {
-                "preparing": None,
-                "succeeded": 7,
-            }
+    with closing(open_database(url)) as migrated:
+        assert sums(migrated) == before
+
+
+def test_unassigned_call_and_its_span_are_counted_whichever_comes_first(url: str, database: Database) -> None:
+    with database.writing() as connection:
+        first, second = (lifecycle.start(connection, NewRollout(number), None) for number in (1, 2))
+    for rollout_id, number, has_span_first in ((first, 1, True), (second, 2, False)):
+        named = of_reward(number, 1.0, rollout_id=rollout_id)
+        named.response_id = f"answer-{number}"
+        steps = [
+            lambda connection, named=named: spans.add(connection, [named]),
+            lambda connection, number=number: generations.add(
+                connection, [call(number, None, response_id=f"answer-{number}")]
+            ),
+        ]
+        for step in steps if has_span_first else reversed(steps):
+            with database.writing() as connection:
+                step(connection)
+            assert summaries.refresh(database)
+
+    with database.reading() as connection:
+        query = select(tables.summaries.c.rollout_id, tables.summaries.c.calls)
+        assert {row[0]: row[1] for row in connection.execute(query)} == {first: 1, second: 1}
+
+
+def test_losses_are_in_their_hour(database: Database) -> None:
+    at = START + 2 * HOUR * SECOND
+    with database.writing() as connection:
+        loss = Loss(count=3, reason="the queue was full", first_at=at, last_at=at, host="h", pid=1)
+        generations.add_losses(connection, [loss])
+
+    assert [each.lost for each in read(database).bins[:5]] == [0, 0, 0, 3, 0]
+
+
+def test_nothing_that_is_only_heard_makes_anybody_look_again(database: Database, trained: list[str]) -> None:
+    with database.writing() as connection:
+        running = lifecycle.start(connection, NewRollout("runs"), "w")
+    assert summaries.refresh(database)
+    with database.reading() as connection:
+        before = summaries.revision(connection)
+        attempt_id = connection.execute(select(tables.attempts.c.attempt_id)).scalars().all()[-1]
+    with database.writing() as connection:
+        assert lifecycle.heartbeat(connection, running, attempt_id)
+
+    with database.reading() as connection:
+        # Its first heartbeat says that it runs; the second one nothing.
+        assert summaries.are_stale(connection)
+    assert summaries.refresh(database)
+    with database.writing() as connection:
+        assert lifecycle.heartbeat(connection, running, attempt_id)
+    with database.reading() as connection:
+        assert not summaries.are_stale(connection)
+        assert summaries.revision(connection) == before + 1
+
+
+_CHANGES = st.lists(
+    st.tuples(
+        st.integers(0, 4), st.sampled_from(["call", "reward", "end", "again", "delete", "look"]), st.integers(0, 9)
+    ),
+    max_size=25,
+)
+
+
+@settings(deadline=None, max_examples=40)
+@given(_CHANGES)
+def test_sums_after_any_changes_are_those_of_what_is_there(
+    tmp_path_factory: pytest.TempPathFactory, changes: Sequence[tuple[int, str, int]]
+) -> None:
+    path = tmp_path_factory.mktemp("changes") / "store.db"
+    with closing(open_database(str(path))) as database:
         with database.writing() as connection:
-            spans.add(connection, [of_reward(2, 0.75, rollout_id=running)])
-        assert {each.rollout_id: each.reward for each in rows_of(database)}[running] == 0.75
+            ids = [lifecycle.start(connection, NewRollout(number), f"w-{number % 2}") for number in range(4)]
+        ids.append("recorded")
+        for number, (place, change, value) in enumerate(changes):
+            _change(database, ids[place], change, number, value)
+        assert sums(database) == anew(database)
+
+
+def _change(database: Database, rollout_id: str, change: str, number: int, value: int) -> None:
+    if change == "look":
+        summaries.refresh(database)
+        return
+    if change == "delete":
+        with database.reading() as connection:
+            found = rollouts.find(connection, rollout_id)
+        if found is None or found.status in FINISHED:
+            for _ in deletion.delete(database, deletion.select(database, rollout_ids=[rollout_id])):
+                pass
+        return
+    with database.writing() as connection:
+        exists = connection.execute(
+            select(tables.rollouts.c.key).where(tables.rollouts.c.rollout_id == rollout_id)
+        ).first()
+        if change == "call":
+            generations.add(connection, [call(number, rollout_id, model=f"m-{value % 2}")])
+        elif change == "reward":
+            spans.add(connection, [of_reward(number, value / 3, rollout_id=rollout_id)])
+        elif exists and change == "end":
+            lifecycle.update_attempt(
+                connection, rollout_id, "latest", {"status": "failed" if value % 2 else "succeeded"}
+            )
+        elif exists:
+            lifecycle.start_attempt(connection, rollout_id, f"w-{value % 2}")
+
+
+@pytest.mark.parametrize(
+    ("written", "task"),
+    [
+        ('"What is 2 + 2?"', "What is 2 + 2?"),
+        ('{"question": "What  is\\n2 + 2?", "answer": 4}', "What is 2 + 2?"),
+        ('{"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]}', "Hi"),
+        ('[{"role": "user", "content": [{"type": "text", "text": "Look"}]}]', "Look"),
+        ('{"a": 1, "b": 2}', '{"a": 1, "b": 2}'),
+        ("null", ""),
+        ("7", "7"),
+        (f'"{"word " * 100}"', f"{('word ' * 100)[:240]}…"),
+        (f'"{"x" * 100_000}"', f'"{"x" * 239}…'),
+    ],
+)
+def test_task_is_what_tells_a_reader_which_it_is(written: str, task: str) -> None:
+    assert task_of(written) == task
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30))
+def test_quartiles_are_exact_to_two_digits(values: Sequence[float]) -> None:
+    measure = Measure()
+    for each in values:
+        measure.add(Portion("reward", float(f"{each:.2g}"), 1, each))
+    rounded = sorted(float(f"{each:.2g}") for each in values)
+
+    assert measure.quantile(0.25) == rounded[-(-len(rounded) // 4) - 1]
+    assert measure.quantile(1.0) == rounded[-1]

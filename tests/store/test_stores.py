@@ -15,7 +15,7 @@ from agentlightning.errors import InvalidRecord
 from agentlightning.generation import Choice, Generation, Loss
 from agentlightning.store import Store, open_database, open_store
 from tests.common.generations import EMPTY, FULL, HOSTILE, SECOND, START, generation
-from tests.store.conftest import BACK_TO_VERSION_3, BACK_TO_VERSION_4, EVERY_KIND, new_store_of
+from tests.store.conftest import EVERY_KIND, back_to_version, new_store_of
 
 pytestmark = pytest.mark.tier("check")
 
@@ -186,8 +186,7 @@ def test_store_of_the_former_version_is_read_and_goes_on(store: Store, url: str)
     old, new = generation(1), generation(2, **caller)
     store.add([generation(1, id=old.id, call_id=old.call_id, **caller)])
     with closing(open_database(url)) as database, database.writing() as connection:
-        version = "UPDATE version SET version = 3" if "postgresql" in url else "PRAGMA user_version = 3"
-        for statement in (*BACK_TO_VERSION_3, version):
+        for statement in back_to_version(3, url):
             connection.exec_driver_sql(statement)
 
     with open_store(url) as migrated:
@@ -203,8 +202,7 @@ def test_store_of_version_4_is_read_and_goes_on(store: Store, url: str) -> None:
     old, new = generation(1), replace(FULL, id=generation(2).id)
     store.add([old])
     with closing(open_database(url)) as database, database.writing() as connection:
-        version = "UPDATE version SET version = 4" if "postgresql" in url else "PRAGMA user_version = 4"
-        for statement in (*BACK_TO_VERSION_4, version):
+        for statement in back_to_version(4, url):
             connection.exec_driver_sql(statement)
 
     with open_store(url) as migrated:

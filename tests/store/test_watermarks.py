@@ -23,7 +23,7 @@ from agentlightning.store.database import Database
 from agentlightning.store.rows import uuid_bytes
 from tests.common.generations import HOSTILE, generation
 from tests.server.process import StoreServer
-from tests.store.conftest import BACK_TO_VERSION_2, EVERY_KIND, new_store_of
+from tests.store.conftest import EVERY_KIND, back_to_version, new_store_of
 
 pytestmark = pytest.mark.tier("check")
 
@@ -477,9 +477,7 @@ def test_tables_are_the_same_after_a_migration(url: str, database: Database) -> 
 
     fresh = described()
     with database.writing() as connection:
-        for statement in BACK_TO_VERSION_2:
+        for statement in back_to_version(2, url):
             connection.exec_driver_sql(statement)
-        older = "PRAGMA user_version = 2" if schema is None else "UPDATE version SET version = 2"
-        connection.exec_driver_sql(older)
 
     assert described() == fresh

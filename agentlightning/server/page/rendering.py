@@ -18,7 +18,7 @@ from markupsafe import Markup, escape
 
 import agentlightning
 
-__all__ = ["STATIC", "address_of", "page"]
+__all__ = ["STATIC", "address_of", "exact", "number", "own_address", "page", "seconds", "short"]
 
 _HERE = Path(__file__).parent
 STATIC = _HERE / "static"
@@ -36,6 +36,7 @@ HEADERS = {
 }
 
 MINUTE, HOUR = 60, 3600
+THOUSAND = 1_000
 REWARD_DIGITS = 4
 
 
@@ -57,14 +58,37 @@ def address_of(request: Request, path: str, **query: object) -> str:
     return _address(_root(request), path, query)
 
 
+def own_address(request: Request) -> str:
+    """Return the whole address of the store, as the reader's browser has it."""
+    return str(request.base_url).rstrip("/")
+
+
 def _root(request: Request) -> str:
     path, root_path = request.scope["path"], request.scope.get("root_path", "")
     return f"{root_path}/" if root_path else "../" * (path.count("/") - 1) or "./"
 
 
-def _number(value: int) -> str:
+def number(value: int) -> str:
     """Separate thousands with a thin space, which is right in every language."""
     return f"{value:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+
+
+def short(value: float) -> str:
+    """Format an amount with three digits, in thousands, millions or billions."""
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= limit:
+            return f"{value / (1e3 if unit == 'k' else limit):.3g}{unit}"
+    return number(round(value))
+
+
+def exact(value: float) -> str:
+    """Format a mean with three digits, and all digits before the point."""
+    return f"{value:.3g}" if abs(value) < THOUSAND else number(round(value))
+
+
+def _iso(at: float) -> str:
+    """Format seconds since the epoch for a program, as UTC."""
+    return f"{datetime.fromtimestamp(at, timezone.utc):%Y-%m-%dT%H:%MZ}"
 
 
 def _timestamp(seconds: float | None) -> Markup:
@@ -80,7 +104,7 @@ def _timestamp(seconds: float | None) -> Markup:
     return escape(f"{seconds} s")
 
 
-def _seconds(value: float | None) -> str:
+def seconds(value: float | None) -> str:
     """Format a duration, as precisely as matters."""
     if value is None or not math.isfinite(value):
         return "\N{EN DASH}"
@@ -115,7 +139,7 @@ def _link(context: Context, path: str, **query: object) -> str:
 def _address(root: str, path: str, query: Mapping[str, object]) -> str:
     given = {name: value for name, value in query.items() if value is not None}
     whole = root + path.removeprefix("/")
-    return f"{whole}?{urlencode(given, errors='replace')}" if given else whole
+    return f"{whole}?{urlencode(given, doseq=True, errors='replace')}" if given else whole
 
 
 @pass_context
@@ -133,10 +157,12 @@ def _create_environment() -> Environment:
         lstrip_blocks=True,
     )
     filters: dict[str, Callable[..., Any]] = {
-        "number": _number,
+        "number": number,
         "timestamp": _timestamp,
-        "seconds": _seconds,
+        "seconds": seconds,
         "reward": _reward,
+        "short": short,
+        "iso": _iso,
     }
     environment.filters |= filters
     environment.globals |= {"link": _link, "file": _file}

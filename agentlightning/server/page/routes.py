@@ -16,13 +16,16 @@ from agentlightning.server.page.api_reference import ApiReference, api_reference
 from agentlightning.server.page.comparison import ComparisonQuery, comparison_values
 from agentlightning.server.page.conversation import unassigned_calls
 from agentlightning.server.page.drift_page import CALLS_COMPARED, IDS_COMPARED, DriftQuery, Tree, drift_values, trees_of
+from agentlightning.server.page.export import EXPORTS, ExportQuery, export
 from agentlightning.server.page.generation import choice_values, generation_texts, prompt_tokens, token_values
-from agentlightning.server.page.rendering import STATIC, address_of, page
+from agentlightning.server.page.overview_page import OverviewQuery, overview_values
+from agentlightning.server.page.rendering import STATIC, address_of, own_address, page
 from agentlightning.server.page.rollout import rollout_values, state_of
 from agentlightning.server.page.rollout_table import TableQuery, table_of
 from agentlightning.server.page.sender_table import sender_row
 from agentlightning.server.routes.common import Database, router
 from agentlightning.server.schemas import Id
+from agentlightning.server.summaries import is_current
 from agentlightning.store import senders
 
 __all__ = ["routes"]
@@ -33,6 +36,7 @@ CACHED = {"Cache-Control": "private, max-age=86400"}
 NANOSECONDS = 1_000_000_000
 HOUR = 3600
 REFUSAL = "rewards and notes are taken from pages of this server alone: a program posts rewards to /v1/agl"
+WITHOUT_PARQUET = "Parquet needs pyarrow where the store runs: pip install pyarrow"
 
 Index = Annotated[int, Query(ge=0, le=(1 << 63) - 1)]
 
@@ -40,11 +44,38 @@ routes = router("page", prefix="")
 
 
 @routes.get("/", include_in_schema=False)
-async def show_rollouts(request: Request, query: Annotated[TableQuery, Query()], database: Database) -> Response:
-    """Show the table of rollouts."""
+async def show_overview(request: Request, query: Annotated[OverviewQuery, Query()], database: Database) -> Response:
+    """Show what all rollouts did over time, by step or by weights; nothing if it is as it was `seen`."""
+    if query.seen and await database.read(lambda connection: is_current(connection, query.seen)):
+        return Response(status_code=204)
     await request.app.state.drift.look()
+    is_all = await request.app.state.summaries.look()
+    found = await database.read(lambda connection: overview_values(connection, query))
+    return page(request, "overview.html", **found, is_all=is_all, address=own_address(request))
+
+
+@routes.get("/rollouts", include_in_schema=False)
+async def show_rollouts(request: Request, query: Annotated[TableQuery, Query()], database: Database) -> Response:
+    """Show the table of rollouts; nothing if it is as it was `seen`."""
+    if query.seen and await database.read(lambda connection: is_current(connection, query.seen)):
+        return Response(status_code=204)
+    if "" in request.query_params.values():
+        # A form sends its empty fields, too: an address to share has none.
+        return Response(status_code=303, headers={"Location": address_of(request, "/rollouts", **query.address())})
+    await request.app.state.drift.look()
+    is_all = await request.app.state.summaries.look()
     found = await database.read(lambda connection: table_of(connection, query))
-    return page(request, "rollouts.html", **found, address=str(request.base_url).rstrip("/"))
+    return page(request, "rollouts.html", **found, is_all=is_all, exports=EXPORTS, address=own_address(request))
+
+
+@routes.get("/rollouts/export", include_in_schema=False)
+async def export_rollouts(query: Annotated[ExportQuery, Query()], request: Request, database: Database) -> Response:
+    """Write what the table shows, all pages of it, to a file."""
+    _, problems = query.read()
+    if problems or query.format not in EXPORTS:
+        raise HTTPException(422, "; ".join(problems) or WITHOUT_PARQUET)
+    await request.app.state.summaries.look()
+    return await export(database, query)
 
 
 @routes.get("/rollout", include_in_schema=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Annotated
 from urllib.parse import quote
 
@@ -17,7 +17,7 @@ from agentlightning.server.schemas import Id, Nanoseconds
 from agentlightning.server.transactions import Transactions
 from agentlightning.store import triplets
 
-__all__ = ["JSON_LINES", "NEXT", "RolloutPage", "lines_of_rollouts", "wants_lines"]
+__all__ = ["JSON_LINES", "NEXT", "RolloutPage", "lines_of_each", "lines_of_rollouts", "wants_lines"]
 
 JSON_LINES = "application/jsonl"
 NEXT = "x-agl-next"
@@ -73,11 +73,13 @@ async def lines_of_rollouts(
         del rollout_ids[limit:]
         headers[NEXT] = quote(rollout_ids[-1], safe="", errors="replace")
 
-    async def parts() -> AsyncIterator[bytes]:
-        for each in rollout_ids:
-            try:
-                yield await lines(each)
-            except RolloutTooLarge as error:
-                yield encode({"detail": str(error)}) + b"\n"
+    return StreamingResponse(lines_of_each(rollout_ids, lines), media_type=JSON_LINES, headers=headers)
 
-    return StreamingResponse(parts(), media_type=JSON_LINES, headers=headers)
+
+async def lines_of_each(rollout_ids: Sequence[str], lines: Callable[[str], Awaitable[bytes]]) -> AsyncIterator[bytes]:
+    """Yield the lines of rollouts, one after the other; one that is too large has a line with `detail`."""
+    for each in rollout_ids:
+        try:
+            yield await lines(each)
+        except RolloutTooLarge as error:
+            yield encode({"detail": str(error)}) + b"\n"

@@ -21,7 +21,7 @@ from agentlightning.store import trajectories
 from agentlightning.store.filters import TrajectoryOptions, nullable
 from agentlightning.trajectory import Drift, Flag, Reason
 
-__all__ = ["routes"]
+__all__ = ["routes", "trajectory_lines"]
 
 routes = router("trajectories")
 
@@ -163,12 +163,17 @@ async def query_trajectories(wanted: Annotated[QueryTrajectories, Query()], data
     options = wanted.options()
 
     async def lines(rollout_id: str) -> bytes:
-        attempts = await database.read(
-            lambda connection: trajectories.attempts_of(connection, rollout_id, wanted.attempt_id)
-        )
-        return await database.run(lambda: _lines(trajectories.merge_all(attempts, options)[0]))
+        return await trajectory_lines(database, rollout_id, wanted.attempt_id, options)
 
     return await lines_of_rollouts(database, wanted, lines)
+
+
+async def trajectory_lines(
+    database: Transactions, rollout_id: str, attempt_id: str | None = None, options: TrajectoryOptions | None = None
+) -> bytes:
+    """Read the trajectories of a rollout, a line each."""
+    attempts = await database.read(lambda connection: trajectories.attempts_of(connection, rollout_id, attempt_id))
+    return await database.run(lambda: _lines(trajectories.merge_all(attempts, options or {})[0]))
 
 
 @routes.get("/rollouts/{rollout_id}/trajectories", response_model=Trajectories, responses=_answers())

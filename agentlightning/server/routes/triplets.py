@@ -21,7 +21,7 @@ from agentlightning.server.transactions import Transactions
 from agentlightning.store import completeness, ingestion, triplets
 from agentlightning.store.filters import TripletFilters, nullable
 
-__all__ = ["items", "routes"]
+__all__ = ["items", "routes", "triplet_lines"]
 
 COMPLETE_HEADER = "X-AGL-Complete"
 """A header of a rollout's triplets as JSON Lines, which have no other place for it."""
@@ -143,11 +143,18 @@ async def query_triplets(wanted: Annotated[QueryTriplets, Query()], database: Da
     filters = wanted.filters()
 
     async def lines(rollout_id: str) -> bytes:
-        return await database.read(
-            lambda connection: _lines(triplets.of_rollout(connection, rollout_id, wanted.attempt_id, filters))
-        )
+        return await triplet_lines(database, rollout_id, wanted.attempt_id, filters)
 
     return await lines_of_rollouts(database, wanted, lines)
+
+
+async def triplet_lines(
+    database: Transactions, rollout_id: str, attempt_id: str | None = None, filters: TripletFilters | None = None
+) -> bytes:
+    """Read the triplets of a rollout, a line each."""
+    return await database.read(
+        lambda connection: _lines(triplets.of_rollout(connection, rollout_id, attempt_id, filters or {}))
+    )
 
 
 class QueryCompleteness(BaseModel):

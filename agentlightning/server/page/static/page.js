@@ -1,14 +1,20 @@
 // Show times in the reader's own zone, and in UTC on hover, where the page without scripts has UTC alone.
 const digits = (number, length = 2) => String(number).padStart(length, "0");
 
+function localTime(at, ...parts) {
+  const day = [digits(at.getFullYear(), 4), digits(at.getMonth() + 1), digits(at.getDate())].join("-");
+  // Without a line break between them.
+  return `${day}\u00a0${[at.getHours(), at.getMinutes(), ...parts].map((each) => digits(each)).join(":")}`;
+}
+
 function showLocalTimes(root) {
   for (const time of root.querySelectorAll("time[datetime]")) {
     const at = new Date(time.dateTime);
     time.title = time.textContent;
-    const day = [digits(at.getFullYear(), 4), digits(at.getMonth() + 1), digits(at.getDate())].join("-");
-    // Without a line break between them.
-    time.textContent = `${day}\u00a0${[at.getHours(), at.getMinutes(), at.getSeconds()].map((each) => digits(each)).join(":")}`;
+    time.textContent = localTime(at, at.getSeconds());
   }
+  // In a chart, to the minute.
+  for (const text of root.querySelectorAll("[data-at]")) text.textContent = localTime(new Date(text.dataset.at));
 }
 
 showLocalTimes(document);
