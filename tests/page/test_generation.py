@@ -321,7 +321,8 @@ def test_unknown_values_are_said_to_be_unknown(visit: Callable[..., Visit], tmp_
         # Without a vocabulary, and with a logprob of minus infinity.
         expect(page.get_by_text("has not sent its vocabulary")).to_be_visible()
         assert answer(page).text_content() == "[7][8]"
-        expect(page.get_by_text("what came out")).to_be_visible()
+        expect(page.get_by_text("what came out", exact=True)).to_be_visible()
+        expect(page.get_by_text("2 in each of 3 layers, of 2 ids")).to_be_visible()
         answer(page).focus()
         page.keyboard.press("End")
         assert selected_token(page) == (1, "[8]", 8, -math.inf)

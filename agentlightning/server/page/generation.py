@@ -263,6 +263,7 @@ def _fields(generation: Generation, choice: Choice | None) -> Iterator[tuple[str
         "Time to last token": started and f"{(finished - started) / NANOSECONDS:.3f} s",
         "Logprobs": generation.logprobs_mode,
         "Weights": choice and ", ".join(map(_version, choice.weight_versions or ())),
+        "Routed experts": choice and _experts(choice),
         "Attempt": generation.attempt_id,
         "Session": generation.session_id,
         "Agent": generation.agent_id,
@@ -276,6 +277,13 @@ def _fields(generation: Generation, choice: Choice | None) -> Iterator[tuple[str
         "Generation": generation.id,
     }
     return ((name, value) for name, value in found.items() if value is not None and value != "")
+
+
+def _experts(choice: Choice) -> str | None:
+    if choice.routed_experts is None:
+        return None
+    ids, layers, experts = choice.routed_experts.shape
+    return f"{experts} in each of {layers} layers, of {ids} ids"
 
 
 def _version(found: tuple[str, int, int]) -> str:
