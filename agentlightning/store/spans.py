@@ -22,17 +22,7 @@ from agentlightning.store.rows import storable, text_of
 from agentlightning.store.tables import ATTEMPT_OF_SPAN, span_sequences, spans
 from agentlightning.triplet import Triplet
 
-__all__ = [
-    "NewSpan",
-    "add",
-    "last_sequence_id",
-    "listing",
-    "new_span",
-    "next_sequence_ids",
-    "outlines",
-    "place_again",
-    "span_json",
-]
+__all__ = ["NewSpan", "add", "listing", "new_span", "next_sequence_ids", "outlines", "place_again", "span_json"]
 
 SEARCHED = ("trace_id", "span_id", "parent_id", "name")
 LOGPROBS = "logprobs.content"
@@ -176,12 +166,6 @@ def _reserve(connection: Connection, how_many: Mapping[str, int]) -> dict[str, r
         for rollout_id, last in found(connection, span_sequences, ("rollout_id", "last"), "rollout_id", some):
             reserved[rollout_id] = range(last - how_many[rollout_id] + 1, last + 1)
     return reserved
-
-
-def last_sequence_id(connection: Connection, rollout_id: str) -> int:
-    """Return the highest sequence id that a span of a rollout has, or that was reserved for one; 0 without any."""
-    query = select(span_sequences.c.last).where(span_sequences.c.rollout_id == rollout_id)
-    return connection.execute(query).scalar() or 0
 
 
 def _text(common: bytes | None) -> str | None:

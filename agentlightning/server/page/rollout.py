@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from sqlalchemy import Connection
 from agentlightning.server.page.conversation import conversation_of
 from agentlightning.server.page.rollout_table import absence_of, progress_of
 from agentlightning.server.page.timeline import timeline_of
-from agentlightning.store import annotation, drift_index, neighbours, rollouts, spans
+from agentlightning.store import annotation, changes, neighbours, rollouts
 from agentlightning.store.transcript import Outline
 
 __all__ = ["AttemptRow", "attempt_rows", "rollout_values", "state_of", "task_of"]
@@ -88,16 +87,11 @@ def rollout_values(connection: Connection, rollout_id: str, wanted: Mapping[str,
 
 
 def state_of(connection: Connection, rollout_id: str) -> str:
-    """Return a mark of all that the page of a rollout shows: as long as it stays, so does the page.
-
-    A rollout that has not ended takes longer all the time, and calls may come that only spans assign to it.
-    """
+    """Return a mark of all that the page of a rollout shows: as long as it stays, so does the page."""
     row = rollouts.find(connection, rollout_id)
-    spans_until = spans.last_sequence_id(connection, rollout_id)
+    # One that has not ended takes longer all the time.
     now = None if row is None or row.end_time is not None else int(time.time()) // SECONDS_SHOWN
-    known = None if row is None else tuple(row)
-    found = repr((known, drift_index.state_of(connection, rollout_id), spans_until, now))
-    return hashlib.blake2b(found.encode("utf-8", "replace"), digest_size=8).hexdigest()
+    return f"{changes.revision_of(connection, rollout_id)}.{now or ''}"
 
 
 def attempt_rows(connection: Connection, rollout: Any | None, outline: Outline) -> list[AttemptRow]:
