@@ -128,3 +128,10 @@ def test_calls_of_an_agent_are_found_behind_those_that_are_shown(
         assert [call.agent_id for call in each.matching] == ["late"]
         assert (each.count, each.left_out) == (10, 0)
     assert not both.matching
+
+
+def test_texts_beyond_what_is_kept_are_forgotten_oldest_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversation, "CHARACTERS_KEPT", 25)
+    calls = [(f"{letter * 10}", "") for letter in "abc"] + [("c" * 10 + "d", ""), ("a" * 10 + "d", "")]
+
+    assert [relation for _, relation, _ in beginnings(*calls)] == [None, None, None, "continues", None]

@@ -117,3 +117,11 @@ def test_hostile_text_is_read_in_linear_time(text: str) -> None:
         messages = messages_of(f"<|im_start|>{role}\n{text * 200_000}x")
 
         assert len(messages) <= 1
+
+
+def test_answer_of_many_calls_is_shortened_to_the_first() -> None:
+    answer = '<tool_call>{"name": "sum", "arguments": {}}</tool_call>' * 1_000
+    found = shown_of(messages_of(f"<|im_start|>assistant\n{answer}"), 1_000)
+
+    assert [len(each.parts) for each in found.messages] == [20]
+    assert found.characters_left_out == 2 * 980

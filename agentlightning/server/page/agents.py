@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-__all__ = ["guess_agents", "guess_purpose"]
+__all__ = ["guess_agents", "guess_purpose", "opening_of"]
 
 # How templates begin what a user says: <|im_start|>user, <|start_header_id|>user, <start_of_turn>user, <|user|>, ...
 # No less than a whole marker: a system prompt may have <user_info> and the like.
@@ -25,9 +25,9 @@ def guess_purpose(prompt: str | None) -> str | None:
     """Name what a call seems to be for, by the first of its instructions; None where they say nothing of it.
 
     Args:
-        prompt: of a call that names no purpose, as the chat template rendered it.
+        prompt: of a call that names no purpose, as the chat template rendered it, or its opening.
     """
-    instructions = (_opening(prompt) or "")[:INSTRUCTIONS]
+    instructions = (opening_of(prompt) or "")[:INSTRUCTIONS]
     return next((purpose for purpose, says in _PURPOSES.items() if says.search(instructions)), None)
 
 
@@ -37,20 +37,21 @@ def guess_agents(prompts: Sequence[str | None]) -> list[int | None]:
     That is the system prompt and the tools. It is a guess: one agent may change both, and two agents may share them.
 
     Args:
-        prompts: the prompts of calls that name no agent, as the chat template rendered them, in order.
+        prompts: the prompts of calls that name no agent, as the chat template rendered them, or their openings, in
+            order.
 
     Returns:
         A number for each, from 1; None where its prompt shows no such part. All are None where all are alike, or where
         there are nearly as many as calls, as with a clock in the system prompt.
     """
-    openings = [_opening(prompt) for prompt in prompts]
+    openings = [opening_of(prompt) for prompt in prompts]
     shown = [each for each in openings if each is not None]
     numbers = {each: number for number, each in enumerate(dict.fromkeys(shown), 1)}
     tells = len(numbers) == 2 or 2 < len(numbers) <= len(shown) // 2
     return [numbers.get(each or "") if tells else None for each in openings]
 
 
-def _opening(prompt: str | None) -> str | None:
+def opening_of(prompt: str | None) -> str | None:
     """Return what stands before the first message of a user, up to and with its marker."""
     match = _USER.search(prompt or "")
     return None if prompt is None or match is None else prompt[: match.end()]

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 from sqlalchemy import Connection
 
 from agentlightning.common_prefix import common_length
-from agentlightning.server.page.agents import guess_agents, guess_purpose
+from agentlightning.server.page.agents import guess_agents, guess_purpose, opening_of
 from agentlightning.server.page.messages import Message, Shown, answer_parts, message_start, messages_of, shown_of
 from agentlightning.store import transcript
 from agentlightning.store.transcript import AnswerText, CallText, Outline, Position
@@ -33,6 +33,8 @@ CALLERS_SHOWN = 50
 # Characters of a page, which its calls share; of a call, so many at least and at most.
 CHARACTERS, FEWEST, MOST = 600_000, 2_000, 40_000
 PROMPT_END = 40
+# Of an attempt, to find what is new: several hundred long prompts that share nothing.
+CHARACTERS_KEPT = 1 << 26
 NANOSECONDS = 1e9
 
 
@@ -170,7 +172,7 @@ def unassigned_calls(connection: Connection) -> list[Call]:
     keys = transcript.latest_unassigned(connection, CALLS_SHOWN)
     limit = _limit(len(keys))
     found = enumerate(transcript.read(connection, keys), 1)
-    return [_call(number, each, None, Beginning(), limit) for number, each in found]
+    return [_call(number, each, None, Beginning(), limit, opening_of(each.prompt)) for number, each in found]
 
 
 class EarlierTexts:
@@ -198,6 +200,8 @@ class EarlierTexts:
             # An answer without a text is never known to be repeated.
             stop = len(text) + (answer is None)
             insort(self._texts, _Text(text, [*kept, _Mark(len(prompt), stop, number)]), key=_text_of)
+        while sum(len(each.text) for each in self._texts) > CHARACTERS_KEPT and len(self._texts) > 1:
+            self._texts.remove(min(self._texts, key=lambda each: each.marks[-1].number))
         return found
 
     def _nearest(self, prompt: str) -> tuple[_Text | None, int]:
@@ -255,7 +259,8 @@ def _limit(calls: int) -> int:
 
 def _calls(connection: Connection, numbered: Sequence[tuple[int, Position]]) -> list[Call]:
     found: list[Call] = []
-    prompts: list[str | None] = []
+    # Not the whole prompts: these may be long.
+    openings: list[str | None] = []
     # The texts of each attempt: the calls of two agents may alternate.
     earlier: defaultdict[str | None, EarlierTexts] = defaultdict(EarlierTexts)
     places = {position.key: (number, position) for number, position in numbered}
@@ -263,18 +268,20 @@ def _calls(connection: Connection, numbered: Sequence[tuple[int, Position]]) -> 
     for each in transcript.read(connection, [*places]):
         number, position = places[each.key]
         beginning = earlier[position.attempt_id].add(number, each.prompt, [answer.text for answer in each.answers])
-        found.append(_call(number, each, position, beginning, limit))
-        prompts.append(each.prompt)
-    return _with_guesses(found, prompts)
+        openings.append(opening_of(each.prompt))
+        found.append(_call(number, each, position, beginning, limit, openings[-1]))
+    return _with_guesses(found, openings)
 
 
-def _with_guesses(calls: Sequence[Call], prompts: Sequence[str | None]) -> list[Call]:
+def _with_guesses(calls: Sequence[Call], openings: Sequence[str | None]) -> list[Call]:
     nameless = [position for position, call in enumerate(calls) if call.agent_id is None]
-    guesses = dict(zip(nameless, guess_agents([prompts[each] for each in nameless]), strict=True))
+    guesses = dict(zip(nameless, guess_agents([openings[each] for each in nameless]), strict=True))
     return [replace(call, guessed_agent=guesses.get(position)) for position, call in enumerate(calls)]
 
 
-def _call(number: int, found: CallText, position: Position | None, beginning: Beginning, limit: int) -> Call:
+def _call(
+    number: int, found: CallText, position: Position | None, beginning: Beginning, limit: int, opening: str | None
+) -> Call:
     prompt = found.prompt
     return Call(
         id=found.id,
@@ -293,7 +300,7 @@ def _call(number: int, found: CallText, position: Position | None, beginning: Be
         answers=[_answer(each, (prompt or "")[-PROMPT_END:], limit // len(found.answers)) for each in found.answers],
         versions=list(dict.fromkeys(version for each in found.answers for version in each.versions)),
         **found.caller,
-        guessed_purpose=None if found.caller["purpose"] else guess_purpose(prompt),
+        guessed_purpose=None if found.caller["purpose"] else guess_purpose(opening),
     )
 
 

@@ -59,6 +59,8 @@ _LAST_CALLS = re.compile(r"\[TOOL_CALLS\]|<\|python_tag\|>")
 _NAMED = re.compile(r"([\w.\-]{1,100})\[ARGS\]")
 # Longer ones are shown as they are.
 LARGEST_JSON = 200_000
+# Of a message, and of each part: a model may write as many calls as it likes.
+MOST_PARTS, FEWEST_CHARACTERS, NAME_CHARACTERS = 20, 200, 200
 _THINKS = ("<think>", "[THINK]", "<thinking>", "<seed:think>")
 
 
@@ -136,13 +138,18 @@ def shown_of(messages: Sequence[Message], characters: int, most: int = 12) -> Sh
     """Shorten messages to some number of characters in all: of many, the first and the last are shown."""
     behind = 2
     kept = [*messages] if len(messages) <= most else [*messages[:behind], *messages[behind - most :]]
-    parts = sum(len(each.parts) for each in kept)
-    limit = max(characters // max(parts, 1), 200)
-    left_out = sum(max(len(part.text) - limit, 0) for each in kept for part in each.parts)
+    parts = [each.parts[:MOST_PARTS] for each in kept]
+    limit = max(characters // max(sum(map(len, parts)), 1), FEWEST_CHARACTERS)
     short = [
-        Message(each.role, [Part(part.kind, part.text[:limit], part.name) for part in each.parts]) for each in kept
+        Message(each.role, [Part(part.kind, part.text[:limit], part.name[:NAME_CHARACTERS]) for part in some])
+        for each, some in zip(kept, parts, strict=True)
     ]
+    left_out = sum(map(_length, kept)) - sum(map(_length, short))
     return Shown(short, left_out, len(messages) - len(kept), behind)
+
+
+def _length(message: Message) -> int:
+    return sum(len(part.text) for part in message.parts)
 
 
 def _messages(header: str, text: str) -> Iterator[Message]:

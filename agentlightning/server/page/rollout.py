@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +15,13 @@ from agentlightning.server.page.conversation import conversation_of
 from agentlightning.server.page.rollout_table import absence_of, progress_of
 from agentlightning.server.page.timeline import timeline_of
 from agentlightning.store import annotation, changes, neighbours, rollouts
-from agentlightning.store.transcript import Outline
+from agentlightning.store.transcript import Outline, Position
 
 __all__ = ["AttemptRow", "attempt_rows", "rollout_values", "state_of", "task_of"]
 
 ANNOTATIONS_SHOWN = 100
 TASK_CHARACTERS = 280
+INPUT_CHARACTERS = 200_000
 # The page says so exactly how long a rollout has taken so far.
 SECONDS_SHOWN = 10
 # The names that datasets give to what an agent is to do.
@@ -73,6 +75,7 @@ def rollout_values(connection: Connection, rollout_id: str, wanted: Mapping[str,
         "more_calls": conversation.left_out,
         "timeline": timeline,
         "rollout": found,
+        "input_shown": INPUT_CHARACTERS,
         "task": None if found is None else task_of(found.input),
         "attempts": attempts,
         "reward": _reward(attempts),
@@ -98,8 +101,11 @@ def attempt_rows(connection: Connection, rollout: Any | None, outline: Outline) 
     """List the attempts of a rollout: those of the queue, then those that only its calls and rewards name."""
     known = {} if rollout is None else {each.attempt_id: each for each in rollouts.attempts_of(connection, rollout.key)}
     found: list[AttemptRow] = []
+    by_attempt: defaultdict[str | None, list[Position]] = defaultdict(list)
+    for each in outline.positions:
+        by_attempt[each.attempt_id or None].append(each)
     for attempt_id in dict.fromkeys([*known, *outline.rewards]):
-        row, calls = known.get(attempt_id), [each for each in outline.positions if each.attempt_id == attempt_id]
+        row, calls = known.get(attempt_id), by_attempt[attempt_id]
         ended = None if row is None else row.end_time
         found.append(
             AttemptRow(
