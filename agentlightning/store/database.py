@@ -356,7 +356,7 @@ def _insert_in_file(
     values: list[Iterable[Any]] = []
     columns = (column for column in table.columns if column.name != without)
     for column, of_column in zip(columns, zip(*new, strict=True), strict=True):
-        if not all(value is None for value in of_column):
+        if of_column[0] is not None or of_column.count(None) < len(of_column):
             names.append(column.name)
             is_binary = isinstance(column.type, LargeBinary)
             values.append([value and bytearray(value) for value in of_column] if is_binary else of_column)
