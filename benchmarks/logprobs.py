@@ -34,7 +34,7 @@ ASKS = {"return_token_ids": True, "logprobs": True}
 RUST, RUST_RECORDED = "the Rust frontend", "the Rust frontend, recorded"
 ABOUT = (
     f"Chat completions of {TOKENS} tokens by a tiny model, {CONCURRENCY} at once, recorded to SQLite. The second turn "
-    "of recording shows what is read where nothing differs."
+    "of recording shows what is read where nothing differs. CPU time is judged by its instructions, in counted."
 )
 
 Round = Mapping[str, Load]
@@ -119,7 +119,7 @@ def of_python(rounds: Sequence[Round]) -> list[Section]:
     names = (RECORDS, AGAIN, LOGPROBS, ASKED)
     rates = {name: [each[name].rate for each in rounds] for name in (*names, GATEWAY)}
     cpu = {name: [each[name].cpu for each in rounds] for name in names}
-    at_least, at_most = Target(0.97, at_least=True), Target(1.05)
+    at_least = Target(0.97, at_least=True)
     return [
         Section(
             "throughput",
@@ -143,7 +143,7 @@ def of_python(rounds: Sequence[Round]) -> list[Section]:
             "CPU time of the API server",
             "ms a request",
             "",
-            [Row.of(name, values, cpu[RECORDS], at_most if name == LOGPROBS else None) for name, values in cpu.items()],
+            [Row.of(name, values, cpu[RECORDS]) for name, values in cpu.items()],
         ),
     ]
 
@@ -151,7 +151,7 @@ def of_python(rounds: Sequence[Round]) -> list[Section]:
 def of_rust(rounds: Sequence[Round]) -> list[Section]:
     rates = {name: [each[name].rate for each in rounds] for name in (RUST, RUST_RECORDED)}
     cpu = {name: [each[name].cpu / TOKENS * 1e3 for each in rounds] for name in (RUST, RUST_RECORDED)}
-    at_least, at_most = Target(0.97, at_least=True), Target(1.03)
+    at_least = Target(0.97, at_least=True)
     return [
         Section(
             title,
@@ -164,6 +164,6 @@ def of_rust(rounds: Sequence[Round]) -> list[Section]:
         )
         for title, unit, measured, target in (
             ("throughput, the Rust frontend", "requests a second", rates, at_least),
-            ("CPU time of the engine core, the Rust frontend", "µs a token", cpu, at_most),
+            ("CPU time of the engine core, the Rust frontend", "µs a token", cpu, None),
         )
     ]
