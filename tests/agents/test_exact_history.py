@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -63,34 +63,71 @@ def test_no_call_breaks_the_one_before_and_the_agent_notices_nothing(
 TOOL = {"Count the planets": compact_call("count", things="planets"), "There are 8 planets": frameworks.ANSWER}
 STORIES_THAT_BREAK = {"smolagents": {cue: f"\n{line}" for cue, line in frameworks.STORIES["smolagents"].items()}}
 """smolagents takes white space off the ends of what it sends back."""
-RESPONSES = "OpenAI Agents SDK over Responses"
+RUN, ITS_STREAM = (
+    'print(Runner.run_sync(agent, "Count the planets.").final_output)',
+    """
+import asyncio
+
+async def count_planets():
+    done = Runner.run_streamed(agent, "Count the planets.")
+    async for _ in done.stream_events():
+        pass
+    print(done.final_output)
+
+asyncio.run(count_planets())
+""",
+)
+RESPONSES = ("OpenAIChatCompletionsModel", "OpenAIResponsesModel")
+WAYS: dict[str, tuple[str, int, Sequence[tuple[str, str]]]] = {
+    "OpenAI Agents SDK": ("OpenAI Agents SDK", 0, ()),
+    "OpenAI Agents SDK, streamed": ("OpenAI Agents SDK", 0, [(RUN, ITS_STREAM)]),
+    "OpenAI Agents SDK over Responses": ("OpenAI Agents SDK", 0, [RESPONSES]),
+    "OpenAI Agents SDK over Responses, streamed": ("OpenAI Agents SDK", 0, [RESPONSES, (RUN, ITS_STREAM)]),
+    "LangGraph": ("LangGraph", 0, ()),
+    "LangGraph, streamed": ("LangGraph", 0, [("ChatOpenAI(", "ChatOpenAI(streaming=True, ")]),
+    "LangGraph over Messages": ("LangGraph", 1, ()),
+    "LangGraph over Messages, streamed": ("LangGraph", 1, [("ChatAnthropic(", "ChatAnthropic(streaming=True, ")]),
+    "pydantic-ai": ("pydantic-ai", 0, ()),
+    "pydantic-ai, streamed": (
+        *("pydantic-ai", 0),
+        [('.run_sync("Count the planets.").output', '.run_stream_sync("Count the planets.").get_output()')],
+    ),
+    "pydantic-ai over Messages": ("pydantic-ai", 1, ()),
+    "smolagents": ("smolagents", 0, ()),
+    "smolagents, streamed": ("smolagents", 0, [("CodeAgent(", "CodeAgent(stream_outputs=True, ")]),
+    "AutoGen": ("AutoGen", 0, ()),
+    "AutoGen, streamed": ("AutoGen", 0, [("tools=[count],", "tools=[count], model_client_stream=True,")]),
+}
+"""A framework, the number of its block in `docs/agents.md`, and what is replaced in that, for each way to call vLLM."""
 STRICT = {"OpenAI Agents SDK", "pydantic-ai"}
 """Frameworks with strict tools: their grammar lets the model write a call in one way alone, which is the template's."""
 
 
 @pytest.mark.tier("all")
 @pytest.mark.takes_long("installs a framework the first time")
-@pytest.mark.parametrize("name", ["OpenAI Agents SDK", RESPONSES, "LangGraph", "pydantic-ai", "smolagents", "AutoGen"])
+@pytest.mark.parametrize("name", WAYS)
 def test_no_call_of_a_framework_breaks_the_one_before(
     exact: ScriptedServer, scripted: ScriptedServer, name: str, tmp_path: Path
 ) -> None:
-    framework = name.partition(" over ")[0]
-    [text, *_] = blocks(framework, "python")
-    if name == RESPONSES:
-        text = text.replace("OpenAIChatCompletionsModel", "OpenAIResponsesModel")
+    framework, block, changes = WAYS[name]
+    text = blocks(framework, "python")[block]
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
     is_free = framework not in STRICT
     story = STORIES_THAT_BREAK.get(framework, TOOL) if is_free else frameworks.STORIES[framework]
+    rollout = f"ro-{[*WAYS].index(name)}-exact"
     before = fetch(exact.server, STATUS_ROUTE)["continuation"]["results"][CONTINUED]
 
     for served in (exact, scripted):
-        frameworks.run(framework, text, f"ro-{len(name)}-exact", served, tmp_path, story)
+        frameworks.run(framework, text, rollout, served, tmp_path, story)
 
     assert fetch(exact.server, STATUS_ROUTE)["continuation"]["results"][CONTINUED] - before == len(story) - 1
     assert fetch(exact.server, STATUS_ROUTE)["counters"]["failures"] == {}
     rows: list[int] = []
     for served in (exact, scripted):
         with open_store(served.server.store, read_only=True) as store:
-            rows.append(len([*store.trajectories(f"ro-{len(name)}-exact")]))
+            rows.append(len([*store.trajectories(rollout)]))
     assert rows == [1, 2 if is_free else 1]
 
 
