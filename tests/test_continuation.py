@@ -133,6 +133,15 @@ def test_reasoning_that_the_template_takes_out_goes_with_it_unless_it_is_to_be_k
     assert prompt == (kept if keep else rendered(QWEN3, messages))
 
 
+def test_a_thought_that_is_only_within_the_words_of_an_answer_is_left_out() -> None:
+    served = Served(CHATML)
+    served.call([USER], "<think>\neat\n</think>\n\nThe weather.", Answer("The weather.", (), "eat"))
+
+    messages = [USER, {"role": "assistant", "content": "The weather.", "reasoning": "eat"}, MORE]
+
+    assert served.call(messages, "yes", Answer("yes"))[0] == REASONING_DROPPED
+
+
 @pytest.mark.parametrize(("keep", "result"), [(False, REASONING_DROPPED), (True, CONTINUED)])
 def test_a_template_that_has_the_model_not_think_takes_that_out_later(keep: bool, result: str) -> None:
     served = Served(QWEN3, keep)

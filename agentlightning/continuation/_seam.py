@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import NamedTuple
@@ -86,7 +87,7 @@ def find_seam(
         return SEAM
     turn = read(whole[start:end])
     texts = texts_of(message.get("content"))
-    is_whole = all(text.strip() in turn for text in (answer.reasoning, *texts))
+    is_whole = _has_apart(turn, answer.reasoning.strip()) and all(text.strip() in turn for text in texts)
     if not is_whole and not (dropped and keep and all(_unthought(text) in turn for text in texts)):
         return REASONING_DROPPED if dropped else NOT_APPEND_ONLY
     if not added:
@@ -95,6 +96,11 @@ def find_seam(
     if turn != whole[start:end] or not turn.rstrip().endswith(answer.text.lstrip() + added):
         return SEAM
     return Seam(start + len(turn.rstrip()) - len(added), end, end_id)
+
+
+def _has_apart(turn: str, thought: str) -> bool:
+    """Tell whether a thought is in a turn, and not only within its words: a short one may be."""
+    return not thought or re.search(rf"(?<!\w){re.escape(thought)}(?!\w)", turn) is not None
 
 
 def _unthought(text: str) -> str:

@@ -231,6 +231,24 @@ def test_a_parser_that_would_take_earlier_reasoning_for_that_of_the_answer_has_v
 
 
 @pytest.mark.usefixtures("continuing")
+def test_a_thought_that_an_answer_repeats_is_left_out_by_a_template_all_the_same() -> None:
+    renderer = online_renderer(CHATML)
+    tokenizer = renderer.renderer.get_tokenizer()
+    renderer.parser = ParserManager.get_parser(reasoning_parser_name="qwen3", tokenizer=tokenizer)
+    text = "<think>\nIt is.\n</think>\n\nIt is."
+
+    async def turns() -> None:
+        prompt, context = await prompt_of(renderer, [USER], "ro-1")
+        said = [*tokenizer.encode(text), tokenizer.eos_token_id]
+        answered(prompt, context, said, text, tokenizer.eos_token_id)
+        await prompt_of(renderer, [USER, {"role": "assistant", "content": "It is."}, MORE], "ro-1")
+
+    asyncio.run(turns())
+
+    assert results()["results"][decisions.REASONING_DROPPED] == 1
+
+
+@pytest.mark.usefixtures("continuing")
 def test_answers_are_parsed_with_all_ids_of_their_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     renderer = online_renderer(QWEN3)
     tokenizer = renderer.renderer.get_tokenizer()

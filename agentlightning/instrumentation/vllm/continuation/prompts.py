@@ -139,6 +139,8 @@ class Conversation:
         try:
             if messages is not self.messages:
                 whole = await chat.render(messages)
+                if whole == self.own and match.answer.reasoning.strip() and not _keeps_reasoning():
+                    return continuation.REASONING_DROPPED
             if not is_counted:
                 before = [*messages[: place + 1], continuation.stand_in_for(messages[place + 1])]
                 stand_in = await chat.render(before, answers=False)
