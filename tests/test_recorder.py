@@ -41,6 +41,8 @@ from agentlightning.recorder import Recorder
 from tests.common.generations import generation
 
 recorder = Recorder(sys.argv[1], 1 << 30)
+# To import what the store needs may take longer, on a busy machine, than a program that ends waits for its writes.
+recorder.start(patience=60)
 for number in range(300):
     recorder.record(lambda number=number: generation(number), 1_000)
 """
