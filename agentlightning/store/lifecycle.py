@@ -452,7 +452,10 @@ def _write(connection: Connection, settled: Sequence[_Settled], at: float) -> No
         for each in settled
         if each.is_noted or each.status != each.rollout.status
     ]
-    of_workers = {each.attempt.worker_id: each.worker for each in settled if each.attempt.worker_id and each.worker}
+    of_workers: defaultdict[str, dict[str, Any]] = defaultdict(dict)
+    for each in settled:
+        if each.attempt.worker_id and each.worker:
+            of_workers[each.attempt.worker_id] |= each.worker
     with pipelined(connection):
         _execute(connection, _CHANGE_ATTEMPT, of_attempts)
         _execute(connection, _CHANGE_ROLLOUT, of_rollouts)

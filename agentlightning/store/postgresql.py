@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 
 import psycopg
 from psycopg import errors
-from sqlalchemy import Connection, create_engine, event, make_url
+from sqlalchemy import URL, Connection, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
@@ -144,11 +145,18 @@ USE_LZ4 = """
 
 # A store is mostly read at a terminal, where a person waits.
 OPTIONS_TO_READ = {"connect_timeout": "3"}
+PARTITIONS = "partitions"
+"""Option of a URL: into how many partitions its large tables are divided when they are created."""
+PARTITIONS_LIMIT = 256
+PARTITIONS_SINCE = 15
+"""The first version of PostgreSQL that lets a unique index take nulls as equal."""
 FORM = "write it as postgresql://USER:PASSWORD@HOST:PORT/DATABASE"
 
 # Caused by other writers: a deadlock, or an id that another writer has inserted since this one looked for it.
 CONFLICTS = (errors.DeadlockDetected, errors.SerializationFailure)
 IDS = ("generations_id_key", "losses_id_key", "blocks_by_parent")
+# The same of partitions, whose indexes PostgreSQL names itself.
+ID_OF_PARTITION = re.compile(r"(generations_\d+_id|blocks_\d+_parent)_")
 KEYS = ("generations_pkey", "rollouts_pkey", "losses_pkey", "texts_pkey", "blocks_pkey")
 # Parts of the messages with which a login fails, and what to do.
 LOGIN_REFUSALS = {
@@ -186,6 +194,8 @@ class PostgresqlDatabase(Database):
             raise StoreRefused(f"{self._name} is not a database URL ({error})", FORM) from error
         if not parsed.database:
             raise StoreRefused(f"{self._name} names no database", FORM)
+        self._partitions = _partitions_of(self._name, parsed)
+        parsed = parsed.difference_update_query([PARTITIONS])
         # Options in the URL take precedence.
         usual = OPTIONS | OPTIONS_TO_READ if read_only else OPTIONS
         options = {name: value for name, value in usual.items() if name not in parsed.query}
@@ -233,14 +243,10 @@ class PostgresqlDatabase(Database):
         reason = error.orig if isinstance(error, DBAPIError) else error
         message = str(reason).strip().partition("\n")[0]
         match reason:
-            case errors.UniqueViolation() if reason.diag.constraint_name in IDS:
+            case errors.UniqueViolation() if _is_of_id(reason.diag.constraint_name or ""):
                 return Conflict(f"{self._name}: {message}")
             case errors.UniqueViolation() if reason.diag.constraint_name in KEYS:
-                # Keys come from a sequence, which a copy of the database may have left behind.
-                return StoreRefused(
-                    f"{self._name} assigns keys that are already in use, as a copy without sequences does: {message}",
-                    "set its sequences to the highest keys of their tables",
-                )
+                return self._reused_keys(message)
             case _ if isinstance(reason, CONFLICTS):
                 return Conflict(f"{self._name}: {message}")
             case _ if isinstance(reason, REFUSALS):
@@ -268,18 +274,27 @@ class PostgresqlDatabase(Database):
             return connection.exec_driver_sql(f"{query} c.relnamespace = %s::regnamespace", (SCHEMA,)).scalar_one()
 
     def shrink(self) -> Iterator[None]:
-        for table in tables.metadata.tables:
+        for table in self._tables():
             yield from compact(table, self.reading, partial(self.writing, alone=True), self._run_alone)
 
     def space_advice(self) -> str | None:
         return None
 
     def rewrite(self) -> None:
-        for table in tables.metadata.tables:
+        for table in self._tables():
             self._run_alone(f"VACUUM FULL {table}")
 
     def close(self) -> None:
         self._engine.dispose()
+
+    def _tables(self) -> Sequence[str]:
+        """List the tables that have rows: partitions in the place of the tables that are divided into them."""
+        query = "SELECT relname FROM pg_class WHERE relkind = 'r' AND relnamespace = %s::regnamespace ORDER BY oid"
+        with self.reading() as connection:
+            found = connection.exec_driver_sql(query, (SCHEMA,)).scalars().all()
+        return [
+            name for name in found if name in tables.metadata.tables or name.rpartition("_")[0] in tables.PARTITIONED
+        ]
 
     def _run_alone(self, statement: str) -> None:
         """Run a statement that PostgreSQL refuses inside a transaction."""
@@ -322,17 +337,56 @@ class PostgresqlDatabase(Database):
             self._check_encoding(connection)
             connection.exec_driver_sql("SELECT pg_advisory_xact_lock(%s)", (ADVISORY_LOCK,))
             version = self._version(connection)
-            if version == VERSION:
-                return
             if version == 0:
+                self._check_for_partitions(connection)
                 connection.exec_driver_sql(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}")
-                tables.create(connection)
+                tables.create(connection, self._partitions)
                 connection.exec_driver_sql("CREATE TABLE version (version integer NOT NULL)")
                 connection.exec_driver_sql("INSERT INTO version VALUES (%s)", (VERSION,))
                 return
             for statement in (statement for older in range(version, VERSION) for statement in MIGRATIONS[older]):
                 connection.exec_driver_sql(statement)
-            connection.exec_driver_sql("UPDATE version SET version = %s", (VERSION,))
+            if version != VERSION:
+                connection.exec_driver_sql("UPDATE version SET version = %s", (VERSION,))
+            self._check_partitions(connection)
+
+    def _check_for_partitions(self, connection: Connection) -> None:
+        if self._partitions is not None:
+            version = int(connection.exec_driver_sql("SHOW server_version_num").scalar_one()) // 10_000
+            if version < PARTITIONS_SINCE:
+                raise StoreRefused(
+                    f"{self._name} asks for partitions, which need PostgreSQL {PARTITIONS_SINCE}; this is {version}",
+                    "leave `partitions` out of the URL",
+                )
+
+    def _check_partitions(self, connection: Connection) -> None:
+        """Check that tables are divided as the URL says, and that their sequences are ahead of them.
+
+        The second is what primary keys do for tables that are not divided.
+        """
+        query = "SELECT count(*) FROM pg_inherits WHERE inhparent = 'generations'::regclass"
+        partitions = connection.exec_driver_sql(query).scalar_one()
+        if self._partitions is not None and self._partitions != partitions:
+            has = f"has {partitions} partitions" if partitions else "has tables that are not divided"
+            raise StoreRefused(
+                f"{self._name} asks for {self._partitions} partitions, and {has}",
+                "leave `partitions` out of the URL: it counts only when the tables are created",
+            )
+        for table in ("generations", "spans", "blocks") if partitions else ():
+            # Evaluated in this order: another writer may take numbers meanwhile.
+            highest = connection.exec_driver_sql(f"SELECT coalesce(max(key), 0) FROM {table}").scalar_one()
+            last = connection.exec_driver_sql(
+                f"SELECT CASE WHEN is_called THEN last_value ELSE last_value - 1 END FROM {table}_key_seq"
+            ).scalar_one()
+            if highest > last:
+                raise self._reused_keys(f"{table} has the key {highest}, and its sequence is at {last}")
+
+    def _reused_keys(self, message: str) -> StoreRefused:
+        # Keys come from a sequence, which a copy of the database may have left behind.
+        return StoreRefused(
+            f"{self._name} assigns keys that are already in use, as a copy without sequences does: {message}",
+            "set its sequences to the highest keys of their tables",
+        )
 
     def _version(self, connection: Connection) -> int:
         """Return the version of the tables; 0 where there are none."""
@@ -409,6 +463,21 @@ class _Trial(PostgresqlDatabase):
 
     def _refuse(self, right: str, grant: str) -> None:
         raise StoreRefused(f"{self._name} cannot be written: its user lacks {right}", f"let an owner run: {grant} ...")
+
+
+def _is_of_id(constraint: str) -> bool:
+    return constraint in IDS or ID_OF_PARTITION.match(constraint) is not None
+
+
+def _partitions_of(name: str, url: URL) -> int | None:
+    """Return the number of partitions that a URL asks for; None where it does not."""
+    if (text := url.query.get(PARTITIONS)) is None:
+        return None
+    if not isinstance(text, str) or not text.isdecimal() or not 1 <= int(text) <= PARTITIONS_LIMIT:
+        raise StoreRefused(
+            f"{name} asks for partitions={text}", f"give a number from 1 to {PARTITIONS_LIMIT}, or leave it out"
+        )
+    return int(text)
 
 
 def _advice_on_refusal(error: object) -> str:

@@ -10,6 +10,7 @@ for what is returned as it arrived. Their times are seconds since the epoch, as 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sqlalchemy import (
@@ -39,6 +40,7 @@ from agentlightning.store.stale import triggers
 __all__ = [
     "ATTEMPT_OF_SPAN",
     "CLEAR_STALE_END_TIMES",
+    "PARTITIONED",
     "attempts",
     "blocks",
     "breaks",
@@ -527,17 +529,57 @@ CLEAR_STALE_END_TIMES = (
 )
 """Migration: version 1 left the former end time on a rollout or attempt that ran again."""
 
+PARTITIONED = {"generations": "rollout_key", "choices": "generation_key", "spans": "rollout_id", "blocks": "parent"}
+"""The large tables, which PostgreSQL may divide into partitions, and the columns by whose hash it does that."""
+
+# A unique index of a partitioned table has the column that divides it, so these tables have others in their place.
+_IN_PARTITIONS = {
+    ", \n\tPRIMARY KEY (key)": "",
+    ", \n\tUNIQUE (id)": "",
+    "spans_of_none ON spans (trace_id, span_id)": (
+        "spans_of_none ON spans (trace_id, span_id, rollout_id) NULLS NOT DISTINCT"
+    ),
+}
+_INDEXES_IN_PARTITIONS = (
+    *(f"CREATE INDEX {table}_by_key ON {table} (key)" for table in ("generations", "spans", "blocks")),
+    "CREATE UNIQUE INDEX generations_by_id ON generations (id, rollout_key) NULLS NOT DISTINCT",
+)
+
 _creation: dict[str, list[str]] = {}
 """The statements of `create`, by the name of a dialect: to write them takes longer than to execute them."""
 
 
-def create(connection: Connection) -> None:
-    """Create all tables and their indexes in an empty database."""
+def create(connection: Connection, partitions: int | None = None) -> None:
+    """Create all tables and their indexes in an empty database.
+
+    Args:
+        partitions: of the large tables, in PostgreSQL; None for tables that are not divided.
+    """
     dialect = connection.dialect
     if dialect.name not in _creation:
         _creation[dialect.name] = _statements_to_create(dialect)
-    for statement in _creation[dialect.name]:
+    statements = _creation[dialect.name]
+    for statement in statements if partitions is None else _in_partitions(statements, partitions):
         connection.exec_driver_sql(statement)
+
+
+def _in_partitions(statements: Sequence[str], partitions: int) -> Iterator[str]:
+    """Change the statements of `create` so that the large tables are divided."""
+    for statement in statements:
+        start = statement.split("(")[0].split()
+        name = start[-1]
+        is_index = "INDEX" in start
+        if name not in PARTITIONED:
+            yield statement
+            continue
+        for old, new in _IN_PARTITIONS.items():
+            statement = statement.replace(old, new)
+        yield statement if is_index else f"{statement.rstrip()} PARTITION BY HASH ({PARTITIONED[name]})"
+        if not is_index:
+            for number in range(partitions):
+                values = f"WITH (MODULUS {partitions}, REMAINDER {number})"
+                yield f"CREATE TABLE {name}_{number} PARTITION OF {name} FOR VALUES {values}"
+    yield from _INDEXES_IN_PARTITIONS
 
 
 def _statements_to_create(dialect: Dialect) -> list[str]:

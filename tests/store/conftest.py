@@ -20,8 +20,10 @@ EVERY_KIND = [
     "sqlite",
     pytest.param("postgresql", marks=pytest.mark.tier("test")),
     pytest.param("http", marks=pytest.mark.tier("test")),
+    pytest.param("partitions", marks=pytest.mark.tier("all")),
 ]
-"""The kinds of stores: a file, a PostgreSQL database, and an `agl store`."""
+"""The kinds of stores: a file, a PostgreSQL database, an `agl store`, and a PostgreSQL database with partitions."""
+PARTITIONS = 3
 
 
 def back_to_version(version: int, url: str) -> Iterator[str]:
@@ -58,7 +60,8 @@ def new_store_of(kind: str, request: pytest.FixtureRequest) -> Callable[[Path], 
         server: StoreServer = request.getfixturevalue("server")
         return lambda _: emptied(server)
     postgresql: PostgresServer = request.getfixturevalue("postgresql")
-    return lambda _: postgresql.new_database()
+    end = f"?partitions={PARTITIONS}" if kind == "partitions" else ""
+    return lambda _: postgresql.new_database() + end
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from agentlightning.errors import NotFound
+from agentlightning.errors import InvalidRecord, NotFound
 from agentlightning.rollout_records import NewRollout, Span, with_ids
 from agentlightning.store import ingestion, lifecycle, rollouts, spans, workers
 from agentlightning.store.database import Database
@@ -45,6 +45,19 @@ def test_changes_of_one_rollout_that_are_written_together_follow_each_other(data
     ]
     assert are_alive == [True, False, True]
     assert {states[one.rollout_id][0], states[other.rollout_id][0]} == {"succeeded", "failed"}
+
+
+def test_value_that_the_database_refuses_is_the_reason_and_the_connection_goes_on(database: Database, url: str) -> None:
+    if "postgresql" not in url:
+        pytest.skip("SQLite takes any value")
+    with database.writing() as connection:
+        [one] = lifecycle.start_all(connection, [lifecycle.Start(NewRollout(1), "w")])
+    change = lifecycle.AttemptChange(one.rollout_id, "latest", {"last_heartbeat_time": "noon", "status": "running"})
+    with pytest.raises(InvalidRecord, match="noon"), database.writing() as connection:
+        lifecycle.update_attempts(connection, [change])
+
+    with database.writing() as connection:
+        assert lifecycle.heartbeats(connection, [(one.rollout_id, one.attempt_id)]) == [True]
 
 
 def test_workers_that_ask_together_get_different_rollouts_in_the_order_of_the_queue(database: Database) -> None:

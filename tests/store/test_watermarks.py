@@ -456,6 +456,8 @@ def test_a_sender_registers_again_where_the_store_has_lost_it(store: agl.Store, 
 def test_tables_are_the_same_after_a_migration(url: str, database: Database) -> None:
     if url.startswith("http"):
         pytest.skip("a server's database is one of the other two")
+    if "partitions" in url:
+        pytest.skip("no store of version 2 has partitions")
     names = ("blocks", "generations", "watermarks", "lost_calls")
     schema = None if "postgresql" not in url else "agentlightning"
 
