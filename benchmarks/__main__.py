@@ -26,6 +26,7 @@ BENCHMARKS = (
     "gpu",
     "lightning_store",
     "beyond",
+    "scale",
     "page",
     "prune",
     "trajectories",
