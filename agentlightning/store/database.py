@@ -6,7 +6,7 @@ import sqlite3
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -292,8 +292,11 @@ def pipelined(connection: Connection) -> Iterator[None]:
     if is_single_writer(connection):
         yield
         return
+    # Where there is a PostgreSQL, there is its driver; libpq before 14 cannot do it.
+    from psycopg import Pipeline
+
     driver: Any = connection.connection.driver_connection
-    with driver.pipeline():
+    with driver.pipeline() if Pipeline.is_supported() else nullcontext():
         yield
 
 
