@@ -20,6 +20,7 @@ from agentlightning.rollout_records import FINISHED, RolloutStatus
 from agentlightning.store import changes, lifecycle, rollouts, summaries, texts
 from agentlightning.store.database import Database, fetch, in_parts, is_single_writer, run
 from agentlightning.store.rows import storable, text_of
+from agentlightning.store.stale import mark_calls
 from agentlightning.store.unused import delete_keys, sweep, unused_blocks
 
 __all__ = ["ESTIMATED", "KINDS", "Selection", "check", "delete", "estimate", "finish", "select"]
@@ -273,6 +274,7 @@ def _delete_some(
     if key is not None:
         deleted = _delete_generations(connection, "rollout_key = ? LIMIT ?", (key, GENERATIONS_AT_ONCE))
         if deleted["generations"] == GENERATIONS_AT_ONCE:
+            mark_calls(connection, [rollout_id], [])
             return deleted, False
     else:
         deleted = Counter[str]()
@@ -288,7 +290,7 @@ def _delete_some(
         deleted["bytes"] += OF_ROLLOUT + len(row.input)
         run(connection, "DELETE FROM rollouts WHERE key = ?", (row.key,))
     # At once, not when somebody looks: it has the beginning of the task.
-    summaries.update(connection, [storable(rollout_id) or ""])
+    summaries.forget(connection, storable(rollout_id) or "")
     deleted["rollouts"] += 1
     return deleted, True
 
@@ -300,6 +302,7 @@ def _delete_calls(keys: list[int], before: int, connection: Connection) -> tuple
     """
     some = [keys.pop() for _ in range(min(len(keys), GENERATIONS_AT_ONCE))]
     which = f"key IN ({', '.join('?' * len(some))}) AND finished_at < ? AND {_IS_UNASSIGNED}"
+    mark_calls(connection, [None], [])
     return _delete_generations(connection, which, [*some, before]), not keys
 
 

@@ -18,6 +18,7 @@ from agentlightning.store import Filters, blocks, prompts, rows, senders, tables
 from agentlightning.store.blocks import Lacking
 from agentlightning.store.chains import Prompt
 from agentlightning.store.database import found, in_parts, insert_rows, insert_valid, next_keys
+from agentlightning.store.stale import mark_calls
 
 __all__ = [
     "Added",
@@ -105,6 +106,11 @@ def add(
     keys_of_choices = [key for each, key in zip(new, numbered, strict=True) for _ in each.choices]
     columns = rows.CHOICE.columns_of(values_of_choices, keys)
     insert_rows(connection, tables.choices, [*zip(keys_of_choices, *columns, strict=True)])
+    mark_calls(
+        connection,
+        (each.rollout_id for each in new),
+        (each.response_id for each in new if each.rollout_id is None),
+    )
     return len(new)
 
 

@@ -143,9 +143,8 @@ def of_time(
         if (of_slot := by_slot.get(each.slot)) is not None:
             of_slot.add(each.portion)
     if not dimension:
-        for last_at, count in run(
-            connection, _LOSSES, (int(bins[0].start * NANOSECONDS), int(bins[-1].end * NANOSECONDS))
-        ):
+        moments = [int(each * NANOSECONDS) for each in (bins[0].start, bins[-1].end)]
+        for last_at, count in map(tuple, run(connection, _LOSSES, moments)):
             bins[int((last_at / NANOSECONDS - bins[0].start) // width)].lost += count
     return Overview(bins, _whole(bins))
 

@@ -1,21 +1,22 @@
-"""Triggers that note which rollouts changed, so that their summaries are made anew once somebody looks.
+"""Notes of which rollouts changed, so that their summaries are made anew once somebody looks.
 
-Whoever writes, and whatever, the note is in the same transaction: no writer has to know of summaries, and a note costs
-one row for each rollout, however often it changes. An empty id stands for what changed and is of no rollout.
+A note is in the transaction of the change, and costs one row for each rollout, however often it changes. An empty id
+stands for what changed and is of no rollout. Triggers note changes of rollouts, attempts, spans, drift and losses,
+whoever makes them; generations are noted by the batch (`mark_calls`), since a trigger for each would cost as much as
+storing it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-__all__ = ["MARK_ALL", "triggers"]
+from sqlalchemy import Connection
 
-_OF_CALL = "SELECT text AS rollout_id FROM texts WHERE key = {row}.rollout_key"
-# A call that names no rollout belongs to those whose spans name its answer.
-_OF_ANSWER = """
-    SELECT '' AS rollout_id UNION
-    SELECT rollout_id FROM spans WHERE response_id = {row}.response_id AND rollout_id IS NOT NULL
-"""
+from agentlightning.store.database import run_all
+from agentlightning.store.rows import storable
+
+__all__ = ["MARK_ALL", "mark_calls", "triggers"]
+
 _OF_ATTEMPT = "SELECT rollout_id FROM rollouts WHERE key = {row}.rollout_key"
 _ITS_OWN = "SELECT {row}.rollout_id AS rollout_id"
 _IS_COUNTED = "{row}.rollout_id IS NOT NULL AND ({row}.reward IS NOT NULL OR {row}.response_id IS NOT NULL)"
@@ -43,10 +44,6 @@ _CHANGES: Sequence[tuple[str, str, str, str, str]] = (
         f"{_HAS_MOVED} OR coalesce(OLD.worker_id, '') <> coalesce(NEW.worker_id, '')",
         _OF_ATTEMPT,
     ),
-    ("generations", "insert", "INSERT", "{row}.rollout_key IS NOT NULL", _OF_CALL),
-    ("generations", "delete", "DELETE", "{row}.rollout_key IS NOT NULL", _OF_CALL),
-    ("generations", "insert_unassigned", "INSERT", "{row}.rollout_key IS NULL", _OF_ANSWER),
-    ("generations", "delete_unassigned", "DELETE", "{row}.rollout_key IS NULL", _OF_ANSWER),
     ("spans", "insert", "INSERT", _IS_COUNTED, _ITS_OWN),
     ("spans", "update", "UPDATE OF rollout_id", _IS_COUNTED, _ITS_OWN),
     ("spans", "leave", "UPDATE OF rollout_id", _IS_COUNTED, _ITS_OWN),
@@ -62,6 +59,9 @@ _MARK = """
     INSERT INTO stale_rollouts (rollout_id) SELECT rollout_id FROM ({}) AS changed WHERE NOT EXISTS
     (SELECT 1 FROM stale_rollouts WHERE stale_rollouts.rollout_id = changed.rollout_id)
 """
+# A call that names no rollout belongs to those whose spans name its answer.
+_MARK_THIS = _MARK.format("SELECT CAST(? AS TEXT) AS rollout_id")
+_MARK_OF_ANSWER = _MARK.format("SELECT DISTINCT rollout_id FROM spans WHERE response_id = ? AND rollout_id IS NOT NULL")
 MARK_ALL = """
     INSERT INTO stale_rollouts (rollout_id) SELECT rollout_id FROM rollouts
     UNION SELECT text FROM texts WHERE key IN (SELECT rollout_key FROM generations)
@@ -70,10 +70,24 @@ MARK_ALL = """
 """Migration: no rollout of an older version has a summary."""
 
 
+def mark_calls(connection: Connection, rollout_ids: Iterable[str | None], answers: Iterable[str | None]) -> None:
+    """Note that calls of these rollouts came or went.
+
+    Args:
+        rollout_ids: None for calls that name no rollout.
+        answers: ids of the answers of those.
+    """
+    named = {"" if each is None else storable(each) or "" for each in rollout_ids}
+    run_all(connection, _MARK_THIS, [(each,) for each in sorted(named)])
+    run_all(
+        connection, _MARK_OF_ANSWER, [(each,) for each in sorted({storable(each) or "" for each in answers if each})]
+    )
+
+
 def triggers(dialect: str) -> Iterator[str]:
     """Yield the statements that create the triggers in a database of this dialect."""
     for table, name, event, condition, changed in _CHANGES:
-        row = "OLD" if name in ("leave", "delete", "delete_unassigned") else "NEW"
+        row = "OLD" if name in ("leave", "delete") else "NEW"
         mark, full = _MARK.format(changed.format(row=row)), f"mark_stale_on_{table}_{name}"
         when = f"WHEN ({condition.format(row=row)})" if condition else ""
         if dialect == "sqlite":

@@ -20,7 +20,7 @@ from sqlalchemy import Connection, and_, func, select
 
 from agentlightning.generation import STATUSES
 from agentlightning.store import tables, texts
-from agentlightning.store.database import Database, fetch, in_parts, insert_rows, is_single_writer, run
+from agentlightning.store.database import Database, fetch, in_parts, insert_rows, run, run_all
 from agentlightning.store.rows import storable, text_of
 from agentlightning.store.tables import attempts, choices, rollouts, spans
 
@@ -30,6 +30,7 @@ __all__ = [
     "Portion",
     "Summary",
     "are_stale",
+    "forget",
     "portions",
     "refresh",
     "revision",
@@ -215,31 +216,34 @@ def update(connection: Connection, rollout_ids: Sequence[str]) -> None:
     Args:
         rollout_ids: as the database has them.
     """
-    sums: defaultdict[tuple[Any, ...], list[float]] = defaultdict(lambda: [0, 0.0])
     for ids in in_parts(rollout_ids):
-        marks = ", ".join("?" * len(ids))
-        before = fetch(connection, f"SELECT {_COLUMNS} FROM summaries WHERE rollout_id IN ({marks})", ids)
-        now = [*_summaries(connection, ids)]
-        for sign, each in [*((-1, Summary(*row)) for row in before), *((1, each) for each in now)]:
-            for place, portion in _portions(each):
-                known = sums[(*place, portion.measure, portion.value)]
-                known[0] += sign * portion.count
-                known[1] += sign * portion.amount
+        _replace(connection, ids, [*_summaries(connection, ids)])
+
+
+def forget(connection: Connection, rollout_id: str) -> None:
+    """Delete the summary of a rollout that is deleted, in a transaction as `update` needs."""
+    _replace(connection, [rollout_id], [])
+
+
+def _replace(connection: Connection, ids: Sequence[str], now: Sequence[Summary]) -> None:
+    sums: defaultdict[tuple[Any, ...], list[float]] = defaultdict(lambda: [0, 0.0])
+    marks = ", ".join("?" * len(ids))
+    before = fetch(connection, f"SELECT {_COLUMNS} FROM summaries WHERE rollout_id IN ({marks})", ids)
+    for sign, each in [*((-1, Summary(*row)) for row in before), *((1, each) for each in now)]:
+        for place, portion in _portions(each):
+            known = sums[(*place, portion.measure, portion.value)]
+            known[0] += sign * portion.count
+            known[1] += sign * portion.amount
+    if before:
         run(connection, f"DELETE FROM summaries WHERE rollout_id IN ({marks})", ids)
-        insert_rows(connection, tables.summaries, [astuple(each) for each in now])
+    insert_rows(connection, tables.summaries, [astuple(each) for each in now])
     changed = [(*key, count, amount) for key, (count, amount) in sums.items() if count or amount]
-    _run_all(connection, _ADD, changed)
-    _run_all(connection, _REMOVE, [row[:6] for row in changed if row[6] < 0])
+    run_all(connection, _ADD, changed)
+    run_all(connection, _REMOVE, [row[:6] for row in changed if row[6] < 0])
     run(connection, _REVISE, ())
 
 
 _COLUMNS = ", ".join(each.name for each in fields(Summary))
-
-
-def _run_all(connection: Connection, statement: str, values: Sequence[tuple[Any, ...]]) -> None:
-    if values:
-        text = statement if is_single_writer(connection) else statement.replace("?", "%s")
-        connection.exec_driver_sql(text, [*values])
 
 
 def slot(active: float, seconds: int = 3600) -> str:
@@ -287,7 +291,7 @@ def _summaries(connection: Connection, ids: Sequence[str]) -> Iterator[Summary]:
         if row is None and not called.calls:
             continue
         first, last = (None, None) if called.first is None else (called.first / SECOND, called.last / SECOND)
-        metadata = {} if row is None or row.metadata is None else json.loads(row.metadata)
+        metadata = {} if row is None or row.metadata is None else _parsed(row.metadata)
         if row is None:
             times = {"queued": None, "started": first, "attempt_started": None, "ended": last}
         else:
@@ -371,7 +375,7 @@ def task_of(written: str) -> str:
     """Shorten an input, given as JSON, to what tells a reader which task it is."""
     if len(written) > LARGEST_INPUT:
         return _shortened(written[:TASK_LENGTH], is_cut=True)
-    value = json.loads(written)
+    value = _parsed(written)
     for _ in range(4):
         if isinstance(value, Mapping):
             value = _named(value)
@@ -402,12 +406,22 @@ def _shortened(text: str, *, is_cut: bool = False) -> str:
     return f"{words[:TASK_LENGTH]}…" if is_cut else words
 
 
-def _step(metadata: Mapping[str, Any]) -> str | None:
-    step = metadata.get("step")
+def _parsed(written: str) -> Any:
+    """Parse JSON; what is none is a text, so that one odd rollout does not keep all others from being counted."""
+    try:
+        return json.loads(written)
+    except (ValueError, RecursionError):
+        return written
+
+
+def _step(metadata: Any) -> str | None:
+    step = metadata.get("step") if isinstance(metadata, dict) else None
     return None if step is None or isinstance(step, (dict, list)) else storable(str(step)[:TAG_LENGTH])
 
 
-def _tags(metadata: Mapping[str, Any]) -> str:
+def _tags(metadata: Any) -> str:
+    if not isinstance(metadata, dict):
+        return ""
     scalars = [
         (name, value) for name, value in metadata.items() if not isinstance(value, (dict, list)) and value is not None
     ]

@@ -15,9 +15,10 @@ from sqlalchemy import Connection
 from agentlightning.drift import differing
 from agentlightning.server.page.conversation import Answer, Call, calls_of_attempt
 from agentlightning.server.page.messages import Message
-from agentlightning.server.page.rollout import AttemptRow, attempt_rows, task_of
+from agentlightning.server.page.rollout import AttemptRow, attempt_rows
 from agentlightning.server.schemas import Id
 from agentlightning.store import neighbours, rollouts, transcript
+from agentlightning.store.summaries import task_of
 
 __all__ = ["ComparisonQuery", "comparison_values", "marked"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -15,17 +14,15 @@ from agentlightning.server.page.conversation import conversation_of
 from agentlightning.server.page.rollout_table import absence_of, progress_of
 from agentlightning.server.page.timeline import timeline_of
 from agentlightning.store import annotation, changes, neighbours, rollouts
+from agentlightning.store.summaries import task_of
 from agentlightning.store.transcript import Outline, Position
 
-__all__ = ["AttemptRow", "attempt_rows", "rollout_values", "state_of", "task_of"]
+__all__ = ["AttemptRow", "attempt_rows", "rollout_values", "state_of"]
 
 ANNOTATIONS_SHOWN = 100
-TASK_CHARACTERS = 280
 INPUT_CHARACTERS = 200_000
 # The page says so exactly how long a rollout has taken so far.
 SECONDS_SHOWN = 10
-# The names that datasets give to what an agent is to do.
-TASK_NAMES = ("question", "prompt", "task", "query", "instruction", "problem", "input", "text")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,25 +118,6 @@ def attempt_rows(connection: Connection, rollout: Any | None, outline: Outline) 
             )
         )
     return found
-
-
-def task_of(given: str) -> str | None:
-    """Return what a rollout's input asks for, in one line and shortened; None for an input of null.
-
-    Args:
-        given: the input as JSON.
-    """
-    try:
-        value = json.loads(given)
-    except (ValueError, RecursionError):
-        value = given
-    if value is None:
-        return None
-    if isinstance(value, dict):
-        texts = [value[name] for name in TASK_NAMES if isinstance(value.get(name), str)]
-        value = texts[0] if texts else value
-    text = " ".join((value if isinstance(value, str) else given)[: 4 * TASK_CHARACTERS].split())
-    return text if len(text) <= TASK_CHARACTERS else f"{text[:TASK_CHARACTERS]}\N{HORIZONTAL ELLIPSIS}"
 
 
 def _reward(attempts: Sequence[AttemptRow]) -> float | None:
