@@ -1,4 +1,4 @@
-"""How far a store goes: calls that it takes a second and the bytes of each, and what so many GPUs need of both.
+"""Limits of a store: calls that it takes a second and the bytes of each, and what so many GPUs need of both.
 
 A full run writes `docs/scale.md`, too. Everything runs on one machine: who writes, who serves and the database share
 its cores, so that a store on a machine of its own takes more.
@@ -55,7 +55,7 @@ SEVERAL = f"{REPLICAS} of `agl store` on one PostgreSQL"
 
 @dataclass(frozen=True)
 class Place:
-    """Where generations are written.
+    """Place where generations are written.
 
     Attributes:
         urls: of the stores; each is written by as many writers.
@@ -68,7 +68,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured.
+    """Result of a measurement.
 
     Attributes:
         rates: calls a second, by place, of each round.

@@ -66,7 +66,7 @@ class Measure:
 
 @dataclass(slots=True, eq=False)
 class Bin:
-    """What rollouts did in a part of a time, at a step, or with a version of the weights.
+    """Counts of rollouts in a part of a time, at a step, or with a version of the weights.
 
     Attributes:
         name: of the step or version; empty for a part of a time.

@@ -79,7 +79,7 @@ _REVISE = (
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What lists and charts show of a rollout. Texts are as the database has them: `rows.text_of` decodes them.
+    """A rollout as lists and charts show it. Texts are as the database has them: `rows.text_of` decodes them.
 
     Attributes:
         since: when it was queued, or its first call began, in seconds since the epoch, as all times.
@@ -128,7 +128,7 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class Portion:
-    """What summaries have in a measure.
+    """Values that summaries have in a measure.
 
     Attributes:
         value: about the amount of one summary, so that quartiles can be read from counts; 0 where only the sum matters.

@@ -457,7 +457,7 @@ summaries = Table(
     Column("tags", _Text, nullable=False),
     Column("task", _Text, nullable=False),
 )
-"""What lists and charts show of each rollout; `store.summaries` makes it from the other tables."""
+"""Summaries of rollouts for lists and charts; `store.summaries` makes them from the other tables."""
 
 tallies = Table(
     "tallies",

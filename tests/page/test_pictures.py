@@ -45,7 +45,7 @@ SCREENS: dict[str, tuple[Size, Scheme]] = {
     "-phone": ("phone", "light"),
     "-phone-dark": ("phone", "dark"),
 }
-"""How each is pictured, by what the name of the picture ends with."""
+"""Theme and width of each picture, by the end of its name."""
 PLOTS = {"training"}
 """Pictures in the README that a benchmark makes."""
 

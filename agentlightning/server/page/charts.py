@@ -9,7 +9,7 @@ from typing import NamedTuple
 __all__ = ["Chart", "Point", "line_of"]
 
 TOP, BOTTOM = 4.0, 98.0
-"""Where the highest and the lowest value are, in percent."""
+"""Positions of the highest and the lowest value, in percent."""
 WIDEST = 0.8
 """Share of its place that a bar takes."""
 
@@ -34,7 +34,7 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """What is drawn.
+    """Content of a chart.
 
     Attributes:
         low, high: values at the bottom and at the top.

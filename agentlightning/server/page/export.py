@@ -30,7 +30,7 @@ EXPORTS: Mapping[ExportForm, str] = {
     "triplets": "Triplets as JSON Lines",
     "trajectories": "Trajectories as JSON Lines",
 }
-"""What is offered; Parquet where pyarrow is installed."""
+"""Formats that are offered; Parquet where pyarrow is installed."""
 ROWS_AT_ONCE = 500
 PARQUET = "application/vnd.apache.parquet"
 

@@ -25,7 +25,7 @@ MINUTE, HOUR, DAY = 60, 3600, 86_400
 TIMES: Mapping[str, float] = {"hour": HOUR, "day": DAY, "week": 7 * DAY, "month": 30 * DAY}
 NAMES_SHOWN = 20
 SECONDS_SHOWN = 60
-"""How long a chart is shown before the time in it has moved on."""
+"""Seconds that a chart is shown before the time in it has moved on."""
 
 Time = Literal["auto", "hour", "day", "week", "month", "all"]
 Of = Callable[[Bin], float | None]

@@ -29,7 +29,7 @@ __all__ = ["TableQuery", "absence_of", "progress_of", "table_of"]
 ROWS_PER_PAGE = 100
 STATUSES = (*ROLLOUT_STATUSES, RECORDED)
 SECONDS_SHOWN = 10
-"""How long the durations of rollouts that are under way are shown before they are counted anew."""
+"""Seconds that the durations of rollouts under way are shown before they are counted anew."""
 TIMES = ("queued", "started", "active")
 
 
