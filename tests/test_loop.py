@@ -191,7 +191,7 @@ def test_without_a_terminal_it_says_how_to_serve_the_file_again(
     # The path of a test is long.
     assert max(len(line) for line in printed.splitlines() if path not in line) <= 80
     with StoreServer(Path(path).absolute()) as again:
-        page = httpx.get(f"{again.url}/").text
+        page = httpx.get(f"{again.url}/rollouts").text
     assert all(each.rollout.rollout_id in page for each, _ in runs)
 
 

@@ -60,6 +60,8 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[StoreServe
     with StoreServer(path, env=standing_still(f"{NOW:%Y-%m-%d %H:%M:%S}")) as server:
         # Rollouts are compared while somebody looks, so how many a first look shows depends on the machine.
         until(lambda: "not compared yet" not in httpx.get(f"{server.url}/drift").text, "all rollouts compared")
+        # Nor are they counted at once.
+        until(lambda: "being counted" not in httpx.get(f"{server.url}/").text, "all rollouts counted")
         yield server, rollout
 
 
@@ -79,6 +81,8 @@ def test_picture_matches_the_page(
         page = visit(server, size=size, scheme=scheme).page
         page.goto(address(rollout))
         expect(page.get_by_role("heading", level=1)).to_have_text(re.compile(f"^{heading}"))
+        # What is known of a token is asked for once the page is there.
+        page.wait_for_load_state("networkidle")
         page.screenshot(path=tmp_path / "now.png")
         taken[ending] = Image.open(tmp_path / "now.png").convert("RGB")
         text = text or page.locator("body").aria_snapshot().replace(server.url.removeprefix("http://"), ADDRESS)

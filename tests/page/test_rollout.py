@@ -234,7 +234,7 @@ def test_reward_over_otlp_stands_below_the_attempt_of_the_calls(
     expect(page.get_by_text("reward 0.002525").first).to_be_visible()
     # All digits on hover.
     expect(page.get_by_title(str(1 / 396)).first).to_have_text("0.002525")
-    page.goto(f"/?q={quote(rollout_id)}")
+    page.goto(f"/rollouts?q={quote(rollout_id)}")
     [row] = page.get_by_role("row").filter(has_text=rollout_id).all()
     expect(row).to_contain_text("500\N{NO-BREAK SPACE}ms")
 

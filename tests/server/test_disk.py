@@ -110,7 +110,7 @@ def test_wal_shrinks_once_a_long_reader_ends(tmp_path: Path) -> None:
 
 
 def test_damaged_data_answers_500_and_is_logged(tmp_path: Path, new_store: Callable[[Path], str]) -> None:
-    """A damaged vocabulary in the database stands for any error in the store."""
+    """Damaged ids in the database stand for any error in the store."""
     path = tmp_path / "store.db"
     url = new_store(path)
     kept = long_generation(url, 100)
@@ -118,7 +118,7 @@ def test_damaged_data_answers_500_and_is_logged(tmp_path: Path, new_store: Calla
     with StoreServer(path, store=url) as server, server.client() as client:
         assert client.get("/generation", params={"id": kept.id}).status_code == 200
         assert "Traceback" not in server.log.read_text()
-        damaged = "UPDATE {}vocabularies SET body = {}"
+        damaged = "UPDATE {}choices SET token_ids = {}"
         if url == str(path):
             with sqlite3.connect(path) as connection:
                 connection.execute(damaged.format("", "x'00'"))
@@ -128,6 +128,6 @@ def test_damaged_data_answers_500_and_is_logged(tmp_path: Path, new_store: Calla
         answer = client.get("/generation", params={"id": kept.id})
         assert answer.status_code == 500
         assert "cannot keep a value" not in answer.text
-        pattern = re.compile(r"Traceback.*ValueError: the vocabulary", re.DOTALL)
+        pattern = re.compile(r"Traceback.*ValueError: ", re.DOTALL)
         until(lambda: pattern.search(server.log.read_text()) is not None)
         assert client.get("/readyz").status_code == 200

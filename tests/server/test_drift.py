@@ -49,10 +49,10 @@ def test_a_damaged_rollout_is_noted_in_the_log_and_the_others_are_compared(store
 
     until_compared(store)
 
-    assert broken in _page(store, "/?breaks=some")
-    assert damaged not in _page(store, "/?breaks=some")
+    assert broken in _page(store, "/rollouts?breaks=1..")
+    assert damaged not in _page(store, "/rollouts?breaks=1..")
     assert f"the prompts of rollout '{damaged}' cannot be compared" in store.log.read_text()
-    for path in ("/", "/drift", "/metrics"):
+    for path in ("/", "/rollouts", "/drift", "/metrics"):
         assert _page(store, path)
 
 
