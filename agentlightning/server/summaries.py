@@ -39,6 +39,12 @@ class Summaries:
         done, _ = await asyncio.wait({self._refreshing}, timeout=PATIENCE)
         return bool(done) and self._refreshing.result()
 
+    async def finish(self) -> bool:
+        """Refresh all that changed, however long that takes; tells whether it could be done."""
+        if await self.look():
+            return True
+        return self._refreshing is not None and await asyncio.shield(self._refreshing)
+
     async def close(self) -> None:
         """Stop refreshing."""
         if self._refreshing is not None:

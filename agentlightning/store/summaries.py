@@ -52,6 +52,7 @@ ROLLOUTS_AT_ONCE = 100
 SECONDS_AT_ONCE = 0.1
 SECOND = 1e9
 _FINISHED = STATUSES.index("finished")
+NAME_LENGTH = 256
 _TABLES = (tables.summaries, tables.tallies)
 
 _CALLS = """
@@ -269,8 +270,9 @@ def _portions(found: Summary) -> Iterator[tuple[tuple[str, str, str, str], Porti
     """Yield each portion with where it is added: axis, dimension, slot and name."""
     slots = (("hour", slot(found.active)), ("version", found.version), ("step", found.step))
     names = (("", ""), *((dimension, getattr(found, dimension)) for dimension in DIMENSIONS))
+    # A row of an index of PostgreSQL has room for two of these, of any characters.
     places = [
-        (axis, dimension, of_axis, name)
+        (axis, dimension, of_axis[:NAME_LENGTH], name[:NAME_LENGTH])
         for axis, of_axis in slots
         if of_axis is not None
         for dimension, name in names
@@ -362,8 +364,13 @@ def _versions(connection: Connection, keys: set[int]) -> dict[int, str]:
 
 
 def _rewards(connection: Connection, ids: Sequence[str]) -> dict[str, float]:
-    """Map rollouts to the reward that was given last, whenever it arrived."""
-    given_last = spans.c.end_time.desc().nulls_last(), spans.c.sequence_id.desc(), spans.c.reward.desc()
+    """Map rollouts to the reward that was given last, whenever it arrived; to one of a call if there is no other."""
+    given_last = (
+        spans.c.response_id.is_not(None),
+        spans.c.end_time.desc().nulls_last(),
+        spans.c.sequence_id.desc(),
+        spans.c.reward.desc(),
+    )
     rank = func.row_number().over(partition_by=spans.c.rollout_id, order_by=given_last).label("rank")
     has_one = and_(spans.c.reward.is_not(None), spans.c.rollout_id.in_(ids))
     ranked = select(spans.c.rollout_id, spans.c.reward, rank).where(has_one).subquery()

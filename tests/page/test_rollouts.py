@@ -14,6 +14,7 @@ import httpx
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
+import agentlightning as agl
 from tests.common.browser import Visit
 from tests.common.rollouts import LONG, MODEL, Rollout, end_time
 from tests.page.conftest import COUNT, LONG_IDS, Filled, Open, end, shown_time, started
@@ -371,6 +372,21 @@ def test_times_filter_from_one_day_or_moment_to_another(filled: Filled) -> None:
 
     assert len(lines.splitlines()) == 11
     assert len(of_days.splitlines()) >= len(filled.rollouts) - 10
+
+
+@pytest.mark.parametrize(
+    "address", ["statuss=failed", "Status=failed", "status=failed&status=queuing", "active=..9999-12-31"]
+)
+def test_export_with_a_filter_that_cannot_be_meant_is_refused(filled: Filled, address: str) -> None:
+    with filled.server.client() as client:
+        assert client.get(f"/rollouts/export?{address}").status_code == 422
+
+
+def test_export_is_whole_however_many_rollouts_are_new(tmp_path: Path) -> None:
+    with StoreServer(tmp_path / "store.db") as server, server.client() as client:
+        with agl.open_store(str(server.path)) as store:
+            store.enqueue_rollouts([agl.NewRollout({"question": str(n)}) for n in range(5_000)])
+        assert len(client.get("/rollouts/export").text.splitlines()) == 5_000
 
 
 def test_filter_that_cannot_be_read_says_how_to_write_it(look: Open) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 
 from fastapi import Response
 from fastapi.responses import StreamingResponse
+from pydantic import ConfigDict
 
 from agentlightning.server.answers import encode
 from agentlightning.server.page.rollout_table import TableQuery
@@ -36,7 +37,12 @@ PARQUET = "application/vnd.apache.parquet"
 
 
 class ExportQuery(TableQuery):
-    """The query parameters of an export: those of the table, and what is written."""
+    """The query parameters of an export: those of the table, and what is written.
+
+    Any other is refused: a misspelt filter would export everything.
+    """
+
+    model_config = ConfigDict(extra="forbid")
 
     format: ExportForm = "jsonl"
 

@@ -184,9 +184,12 @@ def _moment(written: str, is_end: bool) -> float:
     except ValueError:
         raise ValueError(f"{written!r} is not a time; write a range like {_example(True)}") from None
     at = at if at.tzinfo else at.replace(tzinfo=timezone.utc)
-    if is_end and len(written.strip()) == len("2026-12-01"):
-        at += timedelta(days=1)
-    return at.timestamp()
+    try:
+        if is_end and len(written.strip()) == len("2026-12-01"):
+            at += timedelta(days=1)
+        return at.timestamp()
+    except OverflowError:
+        raise ValueError(f"{written!r} is out of range") from None
 
 
 def _example(is_time: bool) -> str:

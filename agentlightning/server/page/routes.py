@@ -74,7 +74,11 @@ async def export_rollouts(query: Annotated[ExportQuery, Query()], request: Reque
     _, problems = query.read()
     if problems or query.format not in EXPORTS:
         raise HTTPException(422, "; ".join(problems) or WITHOUT_PARQUET)
-    await request.app.state.summaries.look()
+    names = [name for name, _ in request.query_params.multi_items() if name != "columns"]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise HTTPException(422, f"{twice[0]} is given twice")
+    if not await request.app.state.summaries.finish():
+        return sentence(503, "the list of rollouts cannot be brought up to date; the server's log says why")
     return await export(database, query)
 
 
