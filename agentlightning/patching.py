@@ -294,7 +294,7 @@ class _PatchedFunction:
 
     def _by_position(self) -> Callable[..., Any]:
         """Return an entry with the original's own parameters."""
-        names = ", ".join(inspect.signature(self._original).parameters)
+        names = ", ".join(inspect.signature(self._original, follow_wrapped=False).parameters)
         made: dict[str, Any] = {"__agl_patched__": self}
         exec(f"def call_outermost({names}): return __agl_patched__._outermost({names})", made)
         entry = made["call_outermost"]
@@ -303,8 +303,11 @@ class _PatchedFunction:
 
 
 def _takes_positions(function: Callable[..., Any]) -> bool:
-    """Tell whether all arguments of a function can be given by position, and their number has an end."""
-    kinds = {parameter.kind for parameter in inspect.signature(function).parameters.values()}
+    """Tell whether all arguments of a function can be given by position, and their number has an end.
+
+    The wrapper of another package is asked for its own parameters, not for what it wraps: defaults are its own, too.
+    """
+    kinds = {parameter.kind for parameter in inspect.signature(function, follow_wrapped=False).parameters.values()}
     return kinds == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
 
 

@@ -128,6 +128,22 @@ def test_the_wrapper_of_a_frequent_method_gets_its_arguments_by_position(serving
     assert seen == [(("you", "hello"), {})] * 2
 
 
+def test_frequent_call_through_another_packages_wrapper_keeps_its_defaults(serving: ModuleType) -> None:
+    original = serving.Serving.greet
+
+    @functools.wraps(original)
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    serving.Serving.greet = traced
+    greetings = patch_set(Wrap("Serving.greet", ("name",), lambda greet: greet, is_frequent=True))
+    greetings.apply(serving)
+
+    assert serving.Serving().greet(name="you") == serving.Serving().greet("you") == "hello you"
+    greetings.undo()
+    assert serving.Serving.greet is traced
+
+
 @pytest.mark.parametrize(
     ("target", "parameters", "reason"),
     [

@@ -187,13 +187,19 @@ def _unpatchable(args: Any) -> list[str]:
         return []
     answers = 'with token ids only where a request says "return_token_ids": true'
     records = f"; {RECORDED_BY_ENGINE}" if session.is_recording else ""
-    return [f"vLLM's Rust frontend (VLLM_USE_RUST_FRONTEND) answers without Python, {answers}{records}{unreached()}"]
+    return [
+        f"vLLM's Rust frontend (VLLM_USE_RUST_FRONTEND) answers without Python, {answers}{records}{unreached(by_core=True)}"
+    ]
 
 
-def unreached() -> str:
-    """Say in a clause what changes no request of a frontend that has none of our patches, or not those for HTTP."""
+def unreached(*, by_core: bool = False) -> str:
+    """Say what changes no request of a frontend that has none of our patches, or not those for HTTP.
+
+    Args:
+        by_core: only an engine core can pin, which knows whose requests they are only where it records.
+    """
     policy, clauses = session.settings.sampling, list[str]()
-    if sampling.is_pinned():
+    if sampling.is_pinned() and (session.is_recording or not by_core):
         clauses.append(f"{policy} is pinned for all, and a rollout's own parameters do not reach it")
     elif policy.is_on:
         clauses.append(f"AGL_SAMPLING={policy} does not reach it")

@@ -65,8 +65,8 @@ def _begin(scheduler: Any, request: Any) -> None:
 
 
 def _pins() -> bool:
-    """Tell whether a request without a mark is to be pinned: an instrumented frontend marks its own, if it records."""
-    return sampling.is_pinned() and (session.is_recording or _releases.uses_rust_frontend())
+    """Tell whether a request without a mark is to be pinned: an instrumented frontend marks its own if it records."""
+    return sampling.is_pinned() and session.is_recording
 
 
 def _track(scheduler: Any, request: Any, replaced: Mapping[str, Any] | None) -> None:
