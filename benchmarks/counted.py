@@ -166,6 +166,7 @@ class Turns:
     def __init__(self, server: RemoteOpenAIServer, counter: Callgrind) -> None:
         self._server = server
         self._counter = counter
+        self._events: dict[str, int] = {}
 
     async def all(self, cells: Sequence[Cell], rounds: int, requests: Mapping[int, int]) -> dict[str, Counts]:
         """Take every turn of every cell, so many rounds."""
@@ -202,7 +203,10 @@ class Turns:
     async def _wave(self, cell: Cell, mode: str) -> None:
         answers = await asyncio.gather(*(self._answer(cell.workload, mode) for _ in range(cell.at_once)))
         for answer in answers:
-            if "ignore_eos" in cell.workload.body and cell.is_streamed and answer.count(b"data:") < LONG:
+            events = answer.count(b"data:")
+            # The same text always. Responses have no event for a token that ends within a character.
+            is_fixed = cell.is_streamed and "ignore_eos" in cell.workload.body
+            if is_fixed and events != self._events.setdefault(cell.title, max(events, LONG * 3 // 4)):
                 raise RuntimeError(f"{cell.title}: tokens of a stream came together: {answer[-1000:]!r}")
             if (IDS in answer) is not (mode != OFF or bool(cell.workload.asks)):
                 raise RuntimeError(f"{cell.title}, {LABELS[mode]}: {answer[-1000:]!r}")

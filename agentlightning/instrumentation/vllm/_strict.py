@@ -187,9 +187,8 @@ def _unpatchable(args: Any) -> list[str]:
         return []
     answers = 'with token ids only where a request says "return_token_ids": true'
     records = f"; {RECORDED_BY_ENGINE}" if session.is_recording else ""
-    return [
-        f"vLLM's Rust frontend (VLLM_USE_RUST_FRONTEND) answers without Python, {answers}{records}{unreached(by_core=True)}"
-    ]
+    reason = f"vLLM's Rust frontend (VLLM_USE_RUST_FRONTEND) answers without Python, {answers}{records}"
+    return [f"{reason}{unreached(by_core=True)}"]
 
 
 def unreached(*, by_core: bool = False) -> str:
