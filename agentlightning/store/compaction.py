@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 
 from sqlalchemy import Connection
+
+from agentlightning.errors import StoreUnavailable
 
 __all__ = ["compact"]
 
@@ -61,8 +63,8 @@ def compact(
 ) -> Iterator[None]:
     """Return the free space of a table to the file system, a step for each value.
 
-    It may be abandoned between any two steps. Rows that others can still see as they were keep their space; so a
-    transaction that has been open for long leaves more to do for the next time.
+    It may be abandoned between any two steps. Nothing is moved while `VACUUM` cannot free what was deleted: for a user
+    who does not own the table, and beside a transaction that is older and can still see it.
 
     Args:
         reading: begins a transaction that reads.
@@ -70,11 +72,14 @@ def compact(
             it after it was moved.
         statement: runs a statement outside a transaction.
     """
+    with suppress(StoreUnavailable):
+        for index in _left_behind(table, reading):
+            statement(f"DROP INDEX CONCURRENTLY {index}")
     statement(f"VACUUM {table}")
     yield
     was_moved = False
     size = _size(table, reading)
-    while size.is_loose():
+    while size.is_loose() and _is_vacuumed(table, reading):
         with writing_alone() as connection:
             began = connection.exec_driver_sql("SELECT pg_current_xact_id()::xid::text").scalar_one()
         end, at_once, first = size.pages, size.pages * FIRST_BYTES // size.bytes, size.first_to_move()
@@ -92,7 +97,7 @@ def compact(
                 )
             # Rows may lie close together here, and further ahead be rare.
             end, share = begin, SECONDS_AT_ONCE / (time.monotonic() - started)
-            at_once = int(at_once * min(2.0, share))
+            at_once = max(1, int(at_once * min(2.0, share)))
             was_moved = True
             yield
         statement(f"VACUUM {table}")
@@ -100,12 +105,32 @@ def compact(
         before, size = size, _size(table, reading)
         if size.bytes > WORTH_REPEATING * before.bytes:
             break
-    if was_moved:
-        for index in _left_behind(table, reading):
-            statement(f"DROP INDEX CONCURRENTLY {index}")
-        # Without this, the indexes would keep the size that they had for all rows.
-        statement(f"REINDEX TABLE CONCURRENTLY {table}")
+    for index in _indexes(table, reading) if was_moved else ():
+        # Without this, they would keep the size that they had for all rows. It waits for all who read, and is left for
+        # the next time where that takes too long.
+        with suppress(StoreUnavailable):
+            statement(f"REINDEX INDEX CONCURRENTLY {index}")
         yield
+
+
+def _is_vacuumed(table: str, reading: Transactions) -> bool:
+    """Tell whether a `VACUUM` of this user has freed the space of nearly all rows that were deleted."""
+    with reading() as connection:
+        is_own, live, dead = connection.exec_driver_sql(
+            "SELECT pg_has_role(relowner, 'USAGE'), reltuples, (SELECT coalesce(sum(n_dead_tup), 0) "
+            "FROM pg_stat_all_tables WHERE relid IN (pg_class.oid, reltoastrelid)) "
+            "FROM pg_class WHERE oid = %s::regclass",
+            (table,),
+        ).one()
+    return is_own and 10 * dead <= max(live, 0)
+
+
+def _indexes(table: str, reading: Transactions) -> Sequence[str]:
+    with reading() as connection:
+        found = connection.exec_driver_sql(
+            "SELECT indexrelid::regclass::text FROM pg_index WHERE indrelid = %s::regclass AND indisvalid", (table,)
+        )
+        return found.scalars().all()
 
 
 def _left_behind(table: str, reading: Transactions) -> Sequence[str]:

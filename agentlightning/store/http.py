@@ -323,7 +323,7 @@ class HttpStore(Store):
     def generations(
         self, at_once: int = GENERATIONS_AT_ONCE, /, *, details: bool = True, **filters: Unpack[Filters]
     ) -> Iterator[Generation]:
-        wanted = [*_query(filters), ("limit", str(at_once)), ("details", str(details).lower())]
+        wanted = [*_query(filters), ("limit", str(at_once)), *([] if details else [("details", "false")])]
         cursor: list[tuple[str, str]] = []
         while True:
             found = self._envelope(self._http.ask("GET", "/generations", [*wanted, *cursor]))

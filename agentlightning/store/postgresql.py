@@ -113,6 +113,8 @@ MIGRATIONS: Mapping[int, Sequence[str]] = {
 """Statements that turn the tables of a version into those of the next."""
 # Held while the tables are created or migrated. Any number will do, as long as no other program uses it.
 ADVISORY_LOCK = int.from_bytes(b"AgL1", "big")
+COMPACTION_LOCK = int.from_bytes(b"AgLc", "big")
+"""Advisory lock of the one session that makes tables smaller."""
 WRITERS_LOCK = int.from_bytes(b"AgLw", "big")
 """Advisory lock that each write transaction has: shared with others, unless it must be alone."""
 
@@ -124,6 +126,9 @@ WRITE_ALONE = f"BEGIN ISOLATION LEVEL READ COMMITTED; SELECT pg_advisory_xact_lo
 START = f"SELECT extract(epoch FROM clock_timestamp())::float8, ({EARLIEST_DEADLINE})"
 CLOCK = "SELECT extract(epoch FROM clock_timestamp())::float8, NULL"
 """The same as `START`, where there may be no tables."""
+
+AHEAD = "changed > pg_snapshot_xmax(pg_current_snapshot())::text::bigint"
+RENUMBER = f"UPDATE rollouts SET changed = pg_snapshot_xmax(pg_current_snapshot())::text::bigint WHERE {AHEAD}"
 
 CONNECTIONS = 8
 # Options of libpq. Without them a connection to a vanished host would wait for TCP's timeout, a quarter of an hour.
@@ -274,8 +279,15 @@ class PostgresqlDatabase(Database):
             return connection.exec_driver_sql(f"{query} c.relnamespace = %s::regnamespace", (SCHEMA,)).scalar_one()
 
     def shrink(self) -> Iterator[None]:
-        for table in self._tables():
-            yield from compact(table, self.reading, partial(self.writing, alone=True), self._run_alone)
+        with self.explained(), self._engine.connect() as connection:
+            # What one moves, another would take for its own, and the indexes that one builds, for left behind.
+            if not connection.exec_driver_sql(f"SELECT pg_try_advisory_lock({COMPACTION_LOCK})").scalar_one():
+                return
+            try:
+                for table in self._tables():
+                    yield from compact(table, self.reading, partial(self.writing, alone=True), self._run_alone)
+            finally:
+                connection.exec_driver_sql(f"SELECT pg_advisory_unlock({COMPACTION_LOCK})")
 
     def space_advice(self) -> str | None:
         return None
@@ -349,6 +361,9 @@ class PostgresqlDatabase(Database):
             if version != VERSION:
                 connection.exec_driver_sql("UPDATE version SET version = %s", (VERSION,))
             self._check_partitions(connection)
+            # In a cluster that a copy was restored into, transactions have lower numbers.
+            if connection.exec_driver_sql(f"SELECT EXISTS (SELECT 1 FROM rollouts WHERE {AHEAD})").scalar_one():
+                connection.exec_driver_sql(RENUMBER)
 
     def _check_for_partitions(self, connection: Connection) -> None:
         if self._partitions is not None:

@@ -333,7 +333,7 @@ class SqliteDatabase(Database):
             try:
                 with transaction(connection, "BEGIN"):
                     yield connection
-            except DBAPIError as error:
+            except (DBAPIError, sqlite3.Error) as error:
                 # Data of which half is from before another process's write looks damaged.
                 if not opened.snapshot.is_intact():
                     raise changed from error

@@ -93,5 +93,7 @@ def triggers(dialect: str) -> Iterator[str]:
         if dialect == "sqlite":
             yield f"CREATE TRIGGER {full} AFTER {event} ON {table} {when} BEGIN {mark}; END"
         else:
-            yield (f"CREATE FUNCTION {full}() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN {mark}; RETURN NULL; END$$")
+            body = f"$$BEGIN {mark}; RETURN NULL; END$$"
+            # Also for who does not look into this schema, as a restore.
+            yield f"CREATE FUNCTION {full}() RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS {body}"
             yield f"CREATE TRIGGER {full} AFTER {event} ON {table} FOR EACH ROW {when} EXECUTE FUNCTION {full}()"
