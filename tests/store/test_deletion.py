@@ -428,6 +428,7 @@ def test_file_becomes_smaller_by_about_what_the_estimate_says(store: Store, data
     assert len([*kept.generations()]) == 3
 
 
+@pytest.mark.tier("test")
 @pytest.mark.parametrize("new_store", ["postgresql"], indirect=True)
 def test_postgresql_returns_the_space_of_deleted_rollouts_that_lay_among_others(
     store: Store, database: Database, monkeypatch: pytest.MonkeyPatch
@@ -461,6 +462,7 @@ def test_postgresql_returns_the_space_of_deleted_rollouts_that_lay_among_others(
     assert database.size() - empty < (full - empty) / 2
 
 
+@pytest.mark.tier("test")
 @pytest.mark.parametrize("new_store", ["postgresql"], indirect=True)
 def test_postgresql_moves_nothing_while_somebody_can_see_what_was_deleted(
     store: Store, database: Database, monkeypatch: pytest.MonkeyPatch
