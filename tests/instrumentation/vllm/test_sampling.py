@@ -114,15 +114,18 @@ def entered(params: SamplingParams, **fields: Any) -> Any:
     return request
 
 
-def test_requests_of_the_rust_frontend_are_pinned_when_they_enter_the_engine_core(
+def test_requests_without_a_mark_are_pinned_when_they_enter_an_engine_core_that_records(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     armed(monkeypatch, PINNED)
     params = SamplingParams(temperature=0.3, top_p=0.5, top_k=7, max_tokens=7, seed=3)
     before = copy.deepcopy(params)
 
-    assert entered(params).sampling_params is params
+    # Without a store, no frontend marks its requests: this may be one that a rollout's own pins have reached.
     monkeypatch.setattr(_releases, "uses_rust_frontend", lambda: True)
+    assert entered(params).sampling_params is params
+    monkeypatch.setattr(type(engine_core.session), "is_recording", property(lambda _: True))
+    monkeypatch.setattr(engine_core, "_track", lambda *_: None)
     found = entered(params).sampling_params
 
     assert found == copy.deepcopy(SamplingParams(top_k=-1, max_tokens=7, seed=3))
