@@ -251,20 +251,20 @@ def of_calls(path: Path, count: int) -> None:
 
 
 def without_comparing(path: Path) -> None:
-    """Lets all prompts count as compared: what comparing takes is measured with drift."""
+    """Let all prompts count as compared: what comparing takes is measured with drift."""
     with closing(open_database(str(path))) as database, database.writing() as connection:
         [(last,)] = connection.exec_driver_sql("SELECT max(key) FROM generations")
         drift_index.has_compared(connection, last)
 
 
 def until_it_is_counted(url: str) -> None:
-    """Waits until a server shows all that is in its store, which it counts when somebody looks."""
+    """Wait until a server shows all that is in its store, which it counts when somebody looks."""
     while "being counted" in httpx.get(f"{url}/rollouts", timeout=60).text:
         time.sleep(1)
 
 
 def fetching(page: Page) -> float:
-    """Asks for the page again."""
+    """Ask for the page again."""
     return statistics.median(page.evaluate(FETCHED) for _ in range(KEYS))
 
 

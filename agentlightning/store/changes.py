@@ -1,11 +1,9 @@
 """Changes since a moment: asked for often, and answered from a few entries of indexes. The caller owns the transaction.
 
-Generations and spans are only added, so the highest keys tell that some are new. Rollouts and their attempts change in
-place, so each change gives the rollout a higher number in its column `changed`.
+Rollouts and their attempts change in place, so each change gives the rollout a higher number in its column `changed`.
 
-In PostgreSQL a transaction may commit later than one that began after it, so keys and numbers below the highest may
-still appear. There the number is that of the transaction; who reads takes in all that were open, and a revision looks
-at the last `KEYS_LOOKED_AT_AGAIN`.
+In PostgreSQL a transaction may commit later than one that began after it, so numbers below the highest may still
+appear. There the number is that of the transaction, and who reads takes in all that were open.
 """
 
 from __future__ import annotations
@@ -18,32 +16,23 @@ from sqlalchemy.sql.functions import FunctionElement
 
 from agentlightning.rollout_records import RolloutStatus
 from agentlightning.store import texts
-from agentlightning.store.database import fetch, is_single_writer, run
+from agentlightning.store.database import fetch, run
 from agentlightning.store.rows import storable
 
 __all__ = [
-    "KEYS_LOOKED_AT_AGAIN",
     "Moment",
     "changed_rollouts",
     "next_change",
     "note_deletion",
     "now_at",
-    "revision",
     "revision_of",
 ]
-
-KEYS_LOOKED_AT_AGAIN = 1_000
 
 # Microseconds, so that the number of a deleted rollout does not come again; higher than all, whatever the clock says.
 _NEXT = """
     max(CAST((julianday('now') - 2440587.5) * 86400000000 AS INTEGER),
     1 + coalesce((SELECT max(changed) FROM rollouts), 0))
 """
-_LATEST = {
-    name: f"SELECT sum({column}) FROM {name} WHERE {column} >= (SELECT max({column}) FROM {name}) - ?"
-    for name, column in {"generations": "key", "spans": "key", "rollouts": "changed"}.items()
-}
-_REVISION = f"SELECT {', '.join(f'({each})' for each in _LATEST.values())}, (SELECT sum(count) FROM drift_totals)"
 _OF_ROLLOUT = """
     SELECT (SELECT changed FROM rollouts WHERE rollout_id = ?),
     (SELECT count(*) FROM spans WHERE rollout_id = ?),
@@ -85,17 +74,11 @@ def _in_postgresql(_: next_change, __: Any, **___: Any) -> str:
     return "pg_current_xact_id()::text::bigint"
 
 
-def revision(connection: Connection) -> str:
-    """Return a text that is another one once rollouts, attempts, calls, spans or breaks were added, changed or deleted.
+def revision_of(connection: Connection, rollout_id: str) -> str:
+    """Return a text that is another one once the rollout, its attempts, calls, spans or breaks were added or changed.
 
     Signs of life of attempts, workers and senders change nothing.
     """
-    again = 0 if is_single_writer(connection) else KEYS_LOOKED_AT_AGAIN
-    return _joined(run(connection, _REVISION, [again] * len(_LATEST)).one())
-
-
-def revision_of(connection: Connection, rollout_id: str) -> str:
-    """Return the same for one rollout."""
     stored, key = storable(rollout_id), texts.key_of(connection, rollout_id)
     return _joined(run(connection, _OF_ROLLOUT, (stored, stored, key, key, stored)).one())
 
@@ -116,7 +99,7 @@ def changed_rollouts(connection: Connection, after: Moment) -> dict[str, tuple[R
 
 
 def note_deletion(connection: Connection) -> None:
-    """Make the revision another one, though none of the highest keys may have changed."""
+    """Let whoever waits learn that rollouts are gone, which no number of a change tells."""
     run(connection, _DELETED, ())
 
 

@@ -40,7 +40,6 @@ __all__ = [
     "now",
     "pipelined",
     "run",
-    "run_all",
     "run_many",
     "savepoint",
     "transaction",
@@ -306,13 +305,6 @@ def change(connection: Connection, statement: str, values: Sequence[Any]) -> int
     if is_single_writer(connection):
         return _driver(connection).execute(statement, values).rowcount
     return run(connection, statement, values).rowcount
-
-
-def run_all(connection: Connection, statement: str, values: Sequence[Sequence[Any]]) -> None:
-    """Execute a statement given as text for each of these values."""
-    if values:
-        text = statement if is_single_writer(connection) else statement.replace("?", "%s")
-        connection.exec_driver_sql(text, [tuple(each) for each in values])
 
 
 def fetch(connection: Connection, query: str, values: Sequence[Any]) -> Sequence[Any]:

@@ -15,12 +15,14 @@ from sqlalchemy import ColumnElement, Connection, func, select
 
 from agentlightning.drift import CAUSES, MEANT, AttemptDrift, Cause
 from agentlightning.store import rows, tables, texts
-from agentlightning.store.changes import KEYS_LOOKED_AT_AGAIN
 from agentlightning.store.database import in_parts, insert_rows, is_single_writer, run
 
 __all__ = ["CauseCount", "Changed", "State", "changed", "counts", "has_compared", "put", "state_of", "totals"]
 
 CALLS_AT_ONCE = 2_000
+# In PostgreSQL a transaction may commit rows whose keys are lower than those that were seen.
+KEYS_LOOKED_AT_AGAIN = 1_000
+
 NAMES = ("model", "agent_id")
 MOST_NAMES = 100
 _GENERATIONS, _BREAKS, _DRIFTS = tables.generations.c, tables.breaks.c, tables.drifts.c

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, and_, func, or_, select
 
@@ -19,7 +19,6 @@ from agentlightning.store.tables import generations, rollouts
 from agentlightning.store.texts import known_keys
 
 __all__ = [
-    "COLUMNS",
     "NAMES",
     "RANGES",
     "Column",
@@ -54,7 +53,6 @@ Column = Literal[
     "step",
     "tags",
 ]
-COLUMNS: tuple[Column, ...] = get_args(Column)
 RANGES: tuple[Column, ...] = (
     "reward",
     "calls",

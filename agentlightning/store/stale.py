@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from sqlalchemy import Connection
 
-from agentlightning.store.database import run_all
+from agentlightning.store.database import run_many
 from agentlightning.store.rows import storable
 
 __all__ = ["MARK_ALL", "mark_calls", "triggers"]
@@ -78,8 +78,8 @@ def mark_calls(connection: Connection, rollout_ids: Iterable[str | None], answer
         answers: ids of the answers of those.
     """
     named = {"" if each is None else storable(each) or "" for each in rollout_ids}
-    run_all(connection, _MARK_THIS, [(each,) for each in sorted(named)])
-    run_all(
+    run_many(connection, _MARK_THIS, [(each,) for each in sorted(named)])
+    run_many(
         connection, _MARK_OF_ANSWER, [(each,) for each in sorted({storable(each) or "" for each in answers if each})]
     )
 

@@ -20,7 +20,7 @@ from sqlalchemy import Connection, and_, func, select
 
 from agentlightning.generation import STATUSES
 from agentlightning.store import tables, texts
-from agentlightning.store.database import Database, fetch, in_parts, insert_rows, run, run_all
+from agentlightning.store.database import Database, fetch, in_parts, insert_rows, run, run_many
 from agentlightning.store.rows import storable, text_of
 from agentlightning.store.tables import attempts, choices, rollouts, spans
 
@@ -239,8 +239,8 @@ def _replace(connection: Connection, ids: Sequence[str], now: Sequence[Summary])
         run(connection, f"DELETE FROM summaries WHERE rollout_id IN ({marks})", ids)
     insert_rows(connection, tables.summaries, [astuple(each) for each in now])
     changed = [(*key, count, amount) for key, (count, amount) in sums.items() if count or amount]
-    run_all(connection, _ADD, changed)
-    run_all(connection, _REMOVE, [row[:6] for row in changed if row[6] < 0])
+    run_many(connection, _ADD, changed)
+    run_many(connection, _REMOVE, [row[:6] for row in changed if row[6] < 0])
     run(connection, _REVISE, ())
 
 

@@ -412,7 +412,8 @@ breaks = Table(
 drift_totals = Table(
     "drift_totals",
     metadata,
-    # A cause; `seen` is the key of the last generation that was looked at.
+    # A cause; `seen` is the key of the last generation that was compared, `deleted` and `revision` count deletions and
+    # changes of summaries.
     Column("name", _Text, primary_key=True),
     Column("count", BigInteger, nullable=False),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from contextlib import closing
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from sqlalchemy import select, update
@@ -13,7 +13,7 @@ from agentlightning.generation import Choice, Generation
 from agentlightning.rollout_records import NewRollout
 from agentlightning.store import lifecycle, open_database, open_store, rollout_list, spans, summaries, tables
 from agentlightning.store.database import Database
-from agentlightning.store.rollout_list import COLUMNS, ListPage, ListQuery, duration_of
+from agentlightning.store.rollout_list import Column, ListPage, ListQuery, duration_of
 from agentlightning.store.summaries import Summary
 from tests.common.generations import HOSTILE, SECOND, START, generation
 from tests.store.conftest import back_to_version
@@ -135,7 +135,7 @@ def many(url: str, database: Database) -> list[str]:
 
 @pytest.mark.tier("test")
 def test_pages_in_any_order_have_each_rollout_once(database: Database, many: list[str]) -> None:
-    for column in COLUMNS:
+    for column in get_args(Column):
         for descending in (True, False):
             wanted = {"sort_by": column, "descending": descending, "limit": 7}
             pages = [rows_of(database, **wanted, offset=offset) for offset in range(0, 50, 7)]
